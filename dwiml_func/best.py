@@ -1,0 +1,74 @@
+"""The best epoch and early stopping, as values.
+
+The pointer to the best epoch is part of the training state, so a snapshot commits the latest epoch and the best one
+together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+__all__ = ["Best", "should_stop", "update_best"]
+
+
+class Best(NamedTuple):
+    """The best epoch so far.
+
+    Args:
+        value: the monitored loss at the best epoch; infinite while there is none.
+        epoch: number of epochs done at the best epoch (1 is the first); None while there is none.
+        num_bad_epochs: epochs in a row since then that were no better.
+
+    Example:
+        >>> Best()
+        Best(value=inf, epoch=None, num_bad_epochs=0)
+    """
+
+    value: float = math.inf
+    epoch: int | None = None
+    num_bad_epochs: int = 0
+
+
+def update_best(best: Best, value: float, epoch: int, *, patience_delta: float = 1e-6) -> Best:
+    """Compare an epoch with the best one.
+
+    The first finite value is a best. Afterwards a value must be finite and below the best by more than
+    `patience_delta`, so a tie keeps the earlier epoch. NaN and infinity are never the best; they count as bad epochs.
+
+    Args:
+        best: the best epoch so far.
+        value: the epoch's monitored loss.
+        epoch: number of epochs done, this one included.
+        patience_delta: least improvement that counts.
+
+    Returns:
+        The new best, or the old one with one more bad epoch.
+
+    Example:
+        >>> update_best(Best(0.5, 1), 0.4, 2)
+        Best(value=0.4, epoch=2, num_bad_epochs=0)
+        >>> update_best(Best(0.5, 1), float("nan"), 2)
+        Best(value=0.5, epoch=1, num_bad_epochs=1)
+    """
+    improved = math.isfinite(value) and (best.epoch is None or value < best.value - patience_delta)
+    if improved:
+        return Best(value, epoch, 0)
+    return best._replace(num_bad_epochs=best.num_bad_epochs + 1)
+
+
+def should_stop(best: Best, patience: int | None) -> bool:
+    """Whether `patience` bad epochs have come in a row.
+
+    Args:
+        best: the best epoch so far.
+        patience: bad epochs allowed in a row; None never stops.
+
+    Returns:
+        True when the run should end.
+
+    Example:
+        >>> should_stop(Best(0.5, 1, num_bad_epochs=3), patience=3)
+        True
+    """
+    return patience is not None and best.num_bad_epochs >= patience

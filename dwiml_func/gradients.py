@@ -1,0 +1,115 @@
+"""Gradients: one door to torch's two engines, and clipping by the global norm."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dwiml_func.loss import LossFn, LossOut
+from dwiml_func.rng import Key
+from dwiml_func.state import Buffers, Params
+
+__all__ = ["Engine", "clip_by_global_norm", "global_norm", "value_and_grad"]
+
+Engine = Literal["autograd", "func"]
+"""`"autograd"`: torch.autograd.grad on detached leaves, the default. `"func"`: torch.func.grad_and_value, which
+composes with torch.func.vmap and jacrev, and costs more, since it always builds a graph of the backward pass."""
+
+
+def value_and_grad(
+    loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, engine: Engine = "autograd"
+) -> tuple[LossOut, dict[str, Tensor]]:
+    """Evaluate a loss in training mode, and its gradient with respect to the parameters.
+
+    Args:
+        loss_fn: the loss.
+        params: tensors to differentiate with respect to, by name.
+        buffers: other tensors, by name.
+        batch: what the loss takes.
+        key: the draws of the model.
+        engine: which of torch's engines computes the gradient.
+
+    Returns:
+        The loss's output, detached, and gradients by name, zero where the loss does not depend on a parameter.
+
+    Raises:
+        ValueError: the loss does not depend on any parameter, is no scalar, or the engine is unknown.
+
+    Example:
+        >>> def loss_fn(params, buffers, batch, *, key, train):
+        ...     return LossOut((params["w"] * batch).sum(), 1, buffers, {})
+        >>> _, grads = value_and_grad(loss_fn, {"w": torch.ones(2)}, {}, torch.tensor([2.0, 3.0]), key=Key(0))
+        >>> grads["w"]
+        tensor([2., 3.])
+    """
+    if engine == "autograd":
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
+        with torch.enable_grad():
+            out = loss_fn(leaves, buffers, batch, key=key, train=True)
+        _check_loss(out.loss)
+        tensors = list(leaves.values())
+        grads = torch.autograd.grad(out.loss, tensors, allow_unused=True, materialize_grads=True)
+        return out._replace(loss=out.loss.detach()), dict(zip(leaves, grads, strict=True))
+    if engine == "func":
+
+        plain_weight: list[int] = []  # grad_and_value hands tensors through, and nothing else
+
+        def scalar_and_rest(values: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
+            out = loss_fn(values, buffers, batch, key=key, train=True)
+            if not isinstance(out.weight, Tensor):
+                plain_weight.append(out.weight)
+                out = out._replace(weight=out.loss.detach())
+            return out.loss, (out.weight, out.buffers, out.aux)
+
+        grads, (loss, (weight, new_buffers, aux)) = torch.func.grad_and_value(scalar_and_rest, has_aux=True)(
+            dict(params)
+        )
+        return LossOut(loss, plain_weight[0] if plain_weight else weight, new_buffers, aux), grads
+    raise ValueError(f"Expected an engine 'autograd' or 'func'. Received: {engine!r}")
+
+
+def global_norm(grads: Params) -> Tensor:
+    """The L2 norm of all gradients taken as one vector.
+
+    Args:
+        grads: tensors by name.
+
+    Returns:
+        () tensor, with the bits of `torch.nn.utils.get_total_norm`.
+
+    Example:
+        >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
+        tensor(5.)
+    """
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads.values()))))
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Scale gradients down to a global norm of at most `max_norm`.
+
+    Args:
+        grads: tensors by name; they are not changed.
+        max_norm: the largest norm allowed, > 0.
+
+    Returns:
+        The scaled gradients (new tensors), the norm before and the norm after. The arithmetic is that of
+        `torch.nn.utils.clip_grad_norm_`, to the bit: the factor is min(1, max_norm / (norm + 1e-6)).
+
+    Example:
+        >>> grads, before, after = clip_by_global_norm({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0)
+        >>> float(before), round(float(after), 3)
+        (5.0, 1.0)
+    """
+    norm = global_norm(grads)
+    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    scaled = torch._foreach_mul(list(grads.values()), factor)
+    return dict(zip(grads, scaled, strict=True)), norm, norm * factor
+
+
+def _check_loss(loss: Tensor) -> None:
+    if loss.dim() != 0:
+        raise ValueError(f"Expected a scalar loss, a mean over points. Received: a tensor of shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")

@@ -1,0 +1,162 @@
+"""The training loop: a generator that yields the run and a report once per epoch, and does nothing else.
+
+The caller's `for` loop acts: it writes logs, saves snapshots, stops early.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+from dwiml_func.best import Best, should_stop, update_best
+from dwiml_func.epoch import EvalStep, epoch_fn, eval_epoch_fn
+from dwiml_func.metrics import Metrics, read_means
+from dwiml_func.rng import Key
+from dwiml_func.schedule import Schedule, constant
+from dwiml_func.state import TrainState
+
+__all__ = ["Batches", "EpochReport", "train_and_validate"]
+
+Batches = Callable[[Key, int, int], Iterable[Any]]
+"""`batches(key, epoch, start_batch)`: the batches of an epoch from `start_batch` on, a pure function of the three."""
+
+
+class Step(Protocol):
+    """`train_step` with all but the learning rate bound.
+
+    Example:
+        >>> def step(state, batch, *, lr):
+        ...     return state, {}
+    """
+
+    def __call__(self, state: TrainState, batch: Any, *, lr: float) -> tuple[TrainState, Metrics]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochReport:
+    """What one epoch brought.
+
+    Args:
+        epoch: number of epochs done, this one included; 1 is the first.
+        learning_rate: of this epoch.
+        train: means over the training batches, e.g. `loss` (weighted by points), `grad_norm` (by batches).
+        valid: means over the validation batches; empty without validation.
+        num_batches: training batches in the epoch.
+        num_points: points behind the training loss.
+        best: the best epoch so far, this one included.
+        is_best: whether this epoch is the best one.
+        stop: why the run ends after this epoch: "max_epochs" or "patience"; None when it goes on.
+        train_minutes: duration of the training part, in minutes, since the start or the last resume.
+        valid_minutes: duration of the validation part, in minutes.
+
+    Example:
+        >>> report = EpochReport(
+        ...     epoch=1, learning_rate=0.1, train={"loss": 0.5}, valid={}, num_batches=3, num_points=30,
+        ...     best=Best(0.5, 1), is_best=True, stop=None, train_minutes=0.1, valid_minutes=0.0)
+        >>> report.monitored_loss
+        0.5
+    """
+
+    epoch: int
+    learning_rate: float
+    train: dict[str, float]
+    valid: dict[str, float]
+    num_batches: int
+    num_points: float
+    best: Best
+    is_best: bool
+    stop: Literal["max_epochs", "patience"] | None
+    train_minutes: float
+    valid_minutes: float
+
+    @property
+    def monitored_loss(self) -> float:
+        """The loss that decides the best epoch: validation's, or training's where nothing is validated."""
+        return self.valid["loss"] if self.valid else self.train["loss"]
+
+
+def train_and_validate(
+    state: TrainState,
+    *,
+    train: Batches,
+    step: Step,
+    valid: Batches | None = None,
+    eval_step: EvalStep | None = None,
+    learning_rate: float | Schedule,
+    max_epochs: int,
+    patience: int | None = None,
+    patience_delta: float = 1e-6,
+    on_batch: Callable[[TrainState, Metrics], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[tuple[TrainState, EpochReport]]:
+    """Train and validate, epoch by epoch, until `max_epochs` or until patience runs out.
+
+    Args:
+        state: where to start: `init_state(...)` or a restored snapshot, also one from the middle of an epoch.
+        train: `train(key, epoch, start_batch)` gives training batches, `key` being the run's root key.
+        step: `step(state, batch, lr=...)`, e.g. `partial(train_step, loss_fn=..., optimizer=...)`.
+        valid: like `train`, for validation; None validates nothing, and the training loss decides the best epoch. So it
+            does when `valid` gives no batches.
+        eval_step: `eval_step(state, batch)`; needed with `valid`.
+        learning_rate: a number, or a function of the number of epochs done.
+        max_epochs: number of epochs at which the run ends, counted from its very start.
+        patience: bad epochs in a row after which the run ends; None never ends it.
+        patience_delta: least improvement of the monitored loss that counts.
+        on_batch: called with the state and the sums after each training batch.
+        clock: gives seconds; for tests.
+
+    Yields:
+        The run after each epoch, and its report. Nothing is yielded when `state` has no epoch left to do.
+
+    Raises:
+        ValueError: at the call, for `valid` without `eval_step` or a number out of range; in an epoch, when it has no
+            batch.
+        NonFiniteError: a training loss or gradient was not finite. The last state that was yielded is whole.
+    """
+    if (valid is None) != (eval_step is None):
+        raise ValueError("Expected valid and eval_step together. Received only one of them.")
+    if max_epochs < 1:
+        raise ValueError(f"Expected max_epochs of at least 1. Received: {max_epochs}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"Expected patience of at least 1, or None. Received: {patience}")
+    if not (math.isfinite(patience_delta) and patience_delta >= 0):
+        raise ValueError(f"Expected a finite patience_delta of at least 0. Received: {patience_delta}")
+    schedule = learning_rate if callable(learning_rate) else constant(learning_rate)
+
+    def epochs(state: TrainState) -> Iterator[tuple[TrainState, EpochReport]]:
+        while state.epoch < max_epochs and not should_stop(state.best, patience):
+            lr, start = schedule(state.epoch), clock()
+            batches = train(state.key, state.epoch, state.batch)
+            state, train_sums = epoch_fn(state, batches, step=partial(step, lr=lr), on_batch=on_batch)
+            train_end, valid_sums = clock(), {}
+            if valid is not None and eval_step is not None:
+                batches = valid(state.key, state.epoch - 1, 0)
+                valid_sums = eval_epoch_fn(state, batches, step=eval_step)
+            train_means, valid_means = read_means(train_sums), read_means(valid_sums)
+            monitored = (valid_means or train_means)["loss"]
+            best = update_best(state.best, monitored, state.epoch, patience_delta=patience_delta)
+            state = state.replace(best=best)
+            out_of_patience = should_stop(best, patience)
+            stop = "patience" if out_of_patience else "max_epochs" if state.epoch >= max_epochs else None
+            yield (
+                state,
+                EpochReport(
+                    epoch=state.epoch,
+                    learning_rate=lr,
+                    train=train_means,
+                    valid=valid_means,
+                    num_batches=int(train_sums["grad_norm"].weight) if "grad_norm" in train_sums else 0,
+                    num_points=float(train_sums["loss"].weight),
+                    best=best,
+                    is_best=best.epoch == state.epoch,
+                    stop=stop,
+                    train_minutes=(train_end - start) / 60,
+                    valid_minutes=(clock() - train_end) / 60,
+                ),
+            )
+
+    return epochs(state)
