@@ -53,7 +53,6 @@ def value_and_grad(
         grads = torch.autograd.grad(out.loss, tensors, allow_unused=True, materialize_grads=True)
         return out._replace(loss=out.loss.detach()), dict(zip(leaves, grads, strict=True))
     if engine == "func":
-
         plain_weight: list[int] = []  # grad_and_value hands tensors through, and nothing else
 
         def scalar_and_rest(values: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:

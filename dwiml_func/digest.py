@@ -1,0 +1,142 @@
+"""What a state is made of, leaf by leaf, and the SHA-256 of it.
+
+Two states have the same digest exactly when every tensor has the same name, shape, dtype and bytes, and every number is
+the same. The device does not count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dwiml_func.best import Best
+from dwiml_func.metrics import Sum
+from dwiml_func.rng import Key
+from dwiml_func.state import TrainState
+
+__all__ = ["leaf_digest", "state_digest", "state_leaves", "state_numbers", "tensor_bytes"]
+
+
+def state_leaves(state: TrainState) -> dict[str, Tensor]:
+    """Every tensor of a state under one flat name.
+
+    Args:
+        state: the state.
+
+    Returns:
+        Tensors by name: `params/NAME`, `buffers/NAME`, `opt_state/KIND/NAME`.
+
+    Example:
+        >>> from dwiml_func import adam, init_state
+        >>> sorted(state_leaves(init_state(torch.nn.Linear(1, 1, bias=False), adam(), seed=0)))
+        ['opt_state/exp_avg/weight', 'opt_state/exp_avg_sq/weight', 'params/weight']
+    """
+    leaves = {f"params/{name}": tensor for name, tensor in state.params.items()}
+    leaves |= {f"buffers/{name}": tensor for name, tensor in state.buffers.items()}
+    for kind, moments in state.opt_state.items():
+        leaves |= {f"opt_state/{kind}/{name}": tensor for name, tensor in moments.items()}
+    return leaves
+
+
+def state_numbers(state: TrainState) -> dict[str, Any]:
+    """Everything in a state that is no tensor, as JSON takes it. Metric sums are read from their device.
+
+    Args:
+        state: the state.
+
+    Returns:
+        Nested dicts and lists of numbers.
+
+    Example:
+        >>> from dwiml_func import init_state, sgd
+        >>> state_numbers(init_state(torch.nn.Linear(1, 1), sgd(), seed=7))["key"]
+        {'seed': 7, 'path': []}
+    """
+    return {
+        "key": {"seed": state.key.seed, "path": list(state.key.path)},
+        "step": state.step,
+        "epoch": state.epoch,
+        "batch": state.batch,
+        "sums": {name: [float(total), float(weight)] for name, (total, weight) in state.sums.items()},
+        "best": state.best._asdict(),
+    }
+
+
+def numbers_to_fields(numbers: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `state_numbers`: keyword arguments of `TrainState`."""
+    return {
+        "key": Key(numbers["key"]["seed"], tuple(numbers["key"]["path"])),
+        "step": numbers["step"],
+        "epoch": numbers["epoch"],
+        "batch": numbers["batch"],
+        "sums": {name: Sum(*pair) for name, pair in numbers["sums"].items()},
+        "best": Best(**numbers["best"]),
+    }
+
+
+def tensor_bytes(tensor: Tensor) -> np.ndarray:
+    """A tensor's values as an array on the host; dtypes that numpy lacks become integers of the same width.
+
+    Args:
+        tensor: any tensor.
+
+    Returns:
+        A contiguous array of the tensor's shape. It may share the tensor's memory.
+
+    Example:
+        >>> tensor_bytes(torch.ones(2, dtype=torch.bfloat16)).dtype
+        dtype('int16')
+    """
+    host = tensor.detach().cpu().contiguous()
+    try:
+        return host.numpy()
+    except TypeError:
+        return host.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[host.element_size()]).numpy()
+
+
+def leaf_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes.
+
+    Args:
+        tensor: any tensor.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> leaf_digest(torch.zeros(2)) == leaf_digest(torch.zeros(1, 2))
+        False
+    """
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(np.ascontiguousarray(tensor_bytes(tensor)).data)
+    return digest.hexdigest()
+
+
+def state_digest(state: TrainState) -> str:
+    """SHA-256 of a whole state.
+
+    Args:
+        state: the state.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Example:
+        >>> from dwiml_func import init_state, sgd
+        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=7)
+        >>> state_digest(state) == state_digest(state.replace(step=1))
+        False
+    """
+    leaves = {name: leaf_digest(tensor) for name, tensor in state_leaves(state).items()}
+    return combine_digests(leaves, state_numbers(state))
+
+
+def combine_digests(leaves: dict[str, str], numbers: dict[str, Any]) -> str:
+    """The state's digest from those of its leaves and its numbers; floats count to the last bit."""
+    text = json.dumps({"leaves": leaves, "numbers": numbers}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
