@@ -17,7 +17,7 @@ from torch import Tensor
 from dwiml_func.best import Best
 from dwiml_func.metrics import Sum
 from dwiml_func.rng import Key
-from dwiml_func.state import TrainState
+from dwiml_func.state import TrainState, refuse_donated
 
 __all__ = ["leaf_digest", "state_digest", "state_leaves", "state_numbers", "tensor_bytes"]
 
@@ -31,11 +31,15 @@ def state_leaves(state: TrainState) -> dict[str, Tensor]:
     Returns:
         Tensors by name: `params/NAME`, `buffers/NAME`, `opt_state/KIND/NAME`.
 
+    Raises:
+        RuntimeError: the state was donated to a step.
+
     Example:
         >>> from dwiml_func import adam, init_state
         >>> sorted(state_leaves(init_state(torch.nn.Linear(1, 1, bias=False), adam(), seed=0)))
         ['opt_state/exp_avg/weight', 'opt_state/exp_avg_sq/weight', 'params/weight']
     """
+    refuse_donated(state)
     leaves = {f"params/{name}": tensor for name, tensor in state.params.items()}
     leaves |= {f"buffers/{name}": tensor for name, tensor in state.buffers.items()}
     for kind, moments in state.opt_state.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -51,12 +52,14 @@ def value_and_grad(
         _check_loss(out.loss)
         tensors = list(leaves.values())
         grads = torch.autograd.grad(out.loss, tensors, allow_unused=True, materialize_grads=True)
-        return out._replace(loss=out.loss.detach()), dict(zip(leaves, grads, strict=True))
+        detached = LossOut(out.loss.detach(), out.weight, _detach(out.buffers), _detach(out.aux))
+        return detached, dict(zip(leaves, grads, strict=True))
     if engine == "func":
         plain_weight: list[int] = []  # grad_and_value hands tensors through, and nothing else
 
         def scalar_and_rest(values: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
             out = loss_fn(values, buffers, batch, key=key, train=True)
+            _check_loss(out.loss)
             if not isinstance(out.weight, Tensor):
                 plain_weight.append(out.weight)
                 out = out._replace(weight=out.loss.detach())
@@ -96,15 +99,24 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tenso
         The scaled gradients (new tensors), the norm before and the norm after. The arithmetic is that of
         `torch.nn.utils.clip_grad_norm_`, to the bit: the factor is min(1, max_norm / (norm + 1e-6)).
 
+    Raises:
+        ValueError: `max_norm` is not above 0; a negative one would turn the gradient round.
+
     Example:
         >>> grads, before, after = clip_by_global_norm({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0)
         >>> float(before), round(float(after), 3)
         (5.0, 1.0)
     """
+    if not max_norm > 0:
+        raise ValueError(f"Expected a gradient norm to clip at above 0, or None not to clip. Received: {max_norm}")
     norm = global_norm(grads)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     scaled = torch._foreach_mul(list(grads.values()), factor)
     return dict(zip(grads, scaled, strict=True)), norm, norm * factor
+
+
+def _detach(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in tensors.items()}
 
 
 def _check_loss(loss: Tensor) -> None:

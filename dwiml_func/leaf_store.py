@@ -39,7 +39,12 @@ class SnapshotError(ValueError):
 
 
 def save_leaves(
-    path: Path, leaves: Mapping[str, Tensor], facts: Mapping[str, Any], *, numbers: Mapping[str, Any] | None = None
+    path: Path,
+    leaves: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    numbers: Mapping[str, Any] | None = None,
+    manifest_name: str = "manifest.json",
 ) -> None:
     """Write tensors and facts as one directory: `leaves/` by orbax, and `manifest.json` with a table of the leaves.
 
@@ -48,6 +53,7 @@ def save_leaves(
         leaves: tensors by name.
         facts: JSON data for the manifest.
         numbers: what enters the digest besides the leaves.
+        manifest_name: the manifest's file name.
 
     Example:
         >>> import tempfile
@@ -74,7 +80,7 @@ def save_leaves(
         if arrays:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save((temporary / "leaves").absolute(), args=ocp.args.PyTreeSave(arrays))
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        (temporary / manifest_name).write_text(json.dumps(manifest, indent=1))
 
 
 def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -123,11 +129,12 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
     return leaves
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Read a snapshot's manifest, without its tensors and without orbax.
+def read_manifest(path: Path, manifest_name: str = "manifest.json") -> dict[str, Any]:
+    """Read a manifest, without the tensors and without orbax.
 
     Args:
-        path: the snapshot's directory.
+        path: the directory.
+        manifest_name: the manifest's file name.
 
     Returns:
         The manifest.
@@ -143,13 +150,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         FileNotFoundError: No manifest.json in /no/such/snapshot.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / manifest_name).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"No manifest.json in {path}.") from None
+        raise FileNotFoundError(f"No {manifest_name} in {path}.") from None
     except (ValueError, RecursionError) as error:
-        raise SnapshotError(f"{path} is damaged: manifest.json is no JSON ({error}).") from None
+        raise SnapshotError(f"{path} is damaged: {manifest_name} is no JSON ({error}).") from None
     if not isinstance(manifest, dict) or not {"format", "leaves", "digest"} <= manifest.keys():
-        raise SnapshotError(f"{path} is damaged: manifest.json is not a manifest.")
+        raise SnapshotError(f"{path} is damaged: {manifest_name} lacks what a manifest holds.")
     if manifest["format"] != FORMAT:
         raise SnapshotError(f"{path} has format {manifest['format']!r}; this version reads format {FORMAT}.")
     return manifest

@@ -114,7 +114,7 @@ def train_and_validate(
 
     Raises:
         ValueError: at the call, for `valid` without `eval_step` or a number out of range; in an epoch, when it has no
-            batch.
+            batch or its learning rate is no finite number of at least 0.
         NonFiniteError: a training loss or gradient was not finite. The last state that was yielded is whole.
     """
     if (valid is None) != (eval_step is None):
@@ -130,6 +130,8 @@ def train_and_validate(
     def epochs(state: TrainState) -> Iterator[tuple[TrainState, EpochReport]]:
         while state.epoch < max_epochs and not should_stop(state.best, patience):
             lr, start = schedule(state.epoch), clock()
+            if not (math.isfinite(lr) and lr >= 0):
+                raise ValueError(f"Expected a learning rate that is finite and at least 0. Received: {lr}")
             batches = train(state.key, state.epoch, state.batch)
             state, train_sums = epoch_fn(state, batches, step=partial(step, lr=lr), on_batch=on_batch)
             train_end, valid_sums = clock(), {}

@@ -67,7 +67,8 @@ def module_loss(module: torch.nn.Module, compute_batch_loss: BatchLoss, *, stoch
         A loss function for `train_step` and `eval_step`. Not to be called from several threads at once.
 
     Raises:
-        ValueError: (when called) `compute_batch_loss` returned something else, or names do not match the module's.
+        ValueError: (when called) `compute_batch_loss` returned something else, names do not match the module's, or the
+            model filled a buffer that was registered as None: no state holds such a buffer.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -118,6 +119,12 @@ class _StatelessModule:
             *_slots(self._module, "_buffers", self._module.named_buffers()),
         ]
         self._names = {name for name, _, _ in self._slots}
+        self._none_slots = [
+            (submodule._buffers, leaf)
+            for submodule in self._module.modules()
+            for leaf, tensor in submodule._buffers.items()
+            if tensor is None
+        ]
 
     def __call__(self, tensors: dict[str, Tensor], function: BatchLoss, batch: Any) -> Any:
         if tensors.keys() != self._names:
@@ -132,10 +139,18 @@ class _StatelessModule:
             result = function(self._module, batch)
             for name, slot, leaf in self._slots:
                 tensors[name] = slot[leaf]  # a module may assign a buffer instead of changing it in place
+            filled = [leaf for slot, leaf in self._none_slots if slot[leaf] is not None]
+            if filled:
+                raise ValueError(
+                    f"The model filled the buffers {filled}, which are None in the module. Expected tensors from the "
+                    f"start: register them with a value, so that the state holds them."
+                )
             return result
         finally:
             for (_, slot, leaf), original in zip(self._slots, originals, strict=True):
                 slot[leaf] = original
+            for slot, leaf in self._none_slots:
+                slot[leaf] = None
 
 
 def _slots(module: torch.nn.Module, kind: str, named: Any) -> list[tuple[str, dict[str, Tensor], str]]:

@@ -97,5 +97,5 @@ def read_means(metrics: Metrics) -> dict[str, float]:
 def _float64(value: float | Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
         on_cpu = value.device.type == "cpu" and not torch.compiler.is_compiling()
-        return value.item() if on_cpu else value.detach().to(torch.float64)
+        return float(value.item()) if on_cpu else value.detach().to(torch.float64)
     return float(value)

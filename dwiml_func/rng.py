@@ -64,17 +64,18 @@ def fold_in(key: Key, *path: int) -> Key:
         A new key. Keys of different paths give independent streams: the path is hashed, not added to the seed.
 
     Raises:
-        ValueError: the seed or an element is out of range.
+        ValueError: the seed or an element of the path is no integer or out of range.
 
     Example:
         >>> fold_in(Key(7, (1,)), 2, 3)
         Key(seed=7, path=(1, 2, 3))
     """
-    if not 0 <= key.seed < _SEED_END:
-        raise ValueError(f"Expected a seed between 0 and 2**64 - 1. Received: {key.seed}")
-    if any(not 0 <= element < _PATH_END for element in path):
-        raise ValueError(f"Expected path elements between 0 and 2**32 - 1. Received: {path}")
-    return Key(key.seed, key.path + tuple(int(element) for element in path))
+    full_path = key.path + path
+    if not (hasattr(key.seed, "__index__") and 0 <= key.seed < _SEED_END):
+        raise ValueError(f"Expected a seed that is an integer between 0 and 2**64 - 1. Received: {key.seed!r}")
+    if not all(hasattr(element, "__index__") and 0 <= element < _PATH_END for element in full_path):
+        raise ValueError(f"Expected path elements that are integers between 0 and 2**32 - 1. Received: {full_path}")
+    return Key(int(key.seed), tuple(map(int, full_path)))
 
 
 def numpy_rng(key: Key) -> np.random.Generator:

@@ -10,6 +10,8 @@ __all__ = ["Schedule", "constant", "cosine", "parse_learning_rate", "per_epoch",
 Schedule = Callable[[int], float]
 """Maps the number of epochs done (0 for the first epoch) to that epoch's learning rate."""
 
+_MAX_EPOCHS = 1_000_000  # a slip of the finger ("0.1*99999999999") must not fill the memory
+
 
 def constant(value: float) -> Schedule:
     """The same learning rate in every epoch.
@@ -85,8 +87,8 @@ def parse_learning_rate(text: str) -> tuple[float, ...]:
             raise ValueError(f"Learning rate {text!r}: {term!r} has no number of epochs. {expected}")
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"Learning rate {text!r}: {term!r} is not a positive finite rate. {expected}")
-        if count < 1:
-            raise ValueError(f"Learning rate {text!r}: {term!r} lasts {count} epochs, expected 1 or more.")
+        if not 1 <= count <= _MAX_EPOCHS:
+            raise ValueError(f"Learning rate {text!r}: {term!r} lasts {count} epochs, expected 1 to {_MAX_EPOCHS}.")
         rates.extend([value] * count)
     return tuple(rates)
 
@@ -103,7 +105,7 @@ def cosine(initial: float, *, num_epochs: int, final: float = 0.0) -> Schedule:
         A schedule.
 
     Raises:
-        ValueError: `num_epochs` is below 1.
+        ValueError: `num_epochs` is below 1, or a rate is negative or not finite.
 
     Example:
         >>> round(cosine(1.0, num_epochs=10)(5), 6)
@@ -111,6 +113,9 @@ def cosine(initial: float, *, num_epochs: int, final: float = 0.0) -> Schedule:
     """
     if num_epochs < 1:
         raise ValueError(f"Expected num_epochs of at least 1. Received: {num_epochs}")
+    for rate in (initial, final):
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"Expected learning rates that are finite and at least 0. Received: {rate:g}")
 
     def schedule(epoch: int) -> float:
         done = min(epoch / num_epochs, 1.0)

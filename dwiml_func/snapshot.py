@@ -15,13 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from dwiml_func.best import Best
-from dwiml_func.digest import numbers_to_fields, state_leaves, state_numbers
+from dwiml_func.digest import combine_digests, leaf_digest, numbers_to_fields, state_leaves, state_numbers
 from dwiml_func.leaf_store import SnapshotError, load_leaves, read_manifest, save_leaves
 from dwiml_func.loop import EpochReport
 from dwiml_func.state import TrainState
 
 __all__ = [
     "Snapshot",
+    "latest_digest",
     "list_snapshots",
     "restore",
     "restore_or",
@@ -116,14 +117,7 @@ def restore(directory: str | Path, like: TrainState, *, name: str | None = None)
         ...     restore(directory, state).state.epoch
         3
     """
-    names = list_snapshots(directory)
-    folder = Path(directory) / "checkpoint"
-    if not names:
-        raise FileNotFoundError(f"No snapshot in {folder}. Has an epoch been finished there?")
-    name = names[-1] if name is None else name
-    if name not in names:
-        raise FileNotFoundError(f"No snapshot {name!r} in {folder}. There are: {', '.join(names)}.")
-    path = folder / name
+    path = _snapshot_path(directory, name)
     manifest = read_manifest(path)
     differences = _differences(manifest["leaves"], state_leaves(like))
     fields = numbers_to_fields(manifest["numbers"])
@@ -187,6 +181,45 @@ def list_snapshots(directory: str | Path) -> list[str]:
     folder = Path(directory) / "checkpoint"
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return sorted((name for name in names if _position(name) is not None), key=lambda name: _position(name) or (0, 0))
+
+
+def latest_digest(directory: str | Path) -> str:
+    """The digest of an experiment's latest state, computed from the bytes on disk.
+
+    Args:
+        directory: the experiment.
+
+    Returns:
+        What `dwiml_func.digest.state_digest` gives for that state: 64 hexadecimal digits.
+
+    Raises:
+        FileNotFoundError: there is no snapshot.
+        SnapshotError: it is damaged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dwiml_func import digest, init_state, sgd
+        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     _ = save(directory, state)
+        ...     latest_digest(directory) == digest.state_digest(state)
+        True
+    """
+    path = _snapshot_path(directory, None)
+    manifest = read_manifest(path)
+    leaves = {name: leaf_digest(leaf) for name, leaf in load_leaves(path, manifest).items()}
+    return combine_digests(leaves, manifest["numbers"])
+
+
+def _snapshot_path(directory: str | Path, name: str | None) -> Path:
+    names = list_snapshots(directory)
+    folder = Path(directory) / "checkpoint"
+    if not names:
+        raise FileNotFoundError(f"No snapshot in {folder}. Has an epoch been finished there?")
+    name = names[-1] if name is None else name
+    if name not in names:
+        raise FileNotFoundError(f"No snapshot {name!r} in {folder}. There are: {', '.join(names)}.")
+    return folder / name
 
 
 def _name(state: TrainState) -> str:

@@ -108,13 +108,10 @@ class _Donated(Mapping[str, Tensor]):
     """Stands where a donated state's tensors were, and says so to whoever looks."""
 
     def __init__(self, step: int) -> None:
-        self._message = (
-            f"This state was donated to the update after step {step}, which reused its memory. "
-            f"Use the state that the update returned, or pass donate=False to keep both."
-        )
+        self._step = step
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise RuntimeError(self._message)
+        raise RuntimeError(_donated_message(self._step))
 
     __getitem__ = __iter__ = __len__ = __contains__ = keys = values = items = get = _refuse
 
@@ -122,10 +119,30 @@ class _Donated(Mapping[str, Tensor]):
         return "<donated>"
 
 
+def _donated_message(step: int) -> str:
+    return (
+        f"This state was donated to the update after step {step}, which reused its memory. "
+        f"Use the state that the update returned, or pass donate=False to keep both."
+    )
+
+
+def refuse_donated(state: TrainState) -> None:
+    """Raise an error when a state's memory was donated, also through another state that shared its dicts.
+
+    Args:
+        state: the state about to be used.
+
+    Raises:
+        RuntimeError: it was donated.
+    """
+    if not state.params:  # a state has parameters (`init_state` sees to it) until `mark_donated` takes them away
+        raise RuntimeError(_donated_message(state.step))
+
+
 def mark_donated(state: TrainState) -> None:
     """Make every later use of a state's tensors an error that names the step.
 
-    The dicts are emptied too, for states that share them (`state.replace(...)` copies no tensor).
+    The dicts are emptied too, for states that share them (`state.replace(...)` copies no tensor): see `refuse_donated`.
 
     Args:
         state: the state whose memory an update has reused.

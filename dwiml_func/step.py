@@ -14,7 +14,7 @@ from dwiml_func.loss import LossFn, LossOut
 from dwiml_func.metrics import Metrics, Sum, add_metrics, weighted_sum
 from dwiml_func.optim import Optimizer
 from dwiml_func.rng import Stream, fold_in
-from dwiml_func.state import TrainState, mark_donated
+from dwiml_func.state import TrainState, mark_donated, refuse_donated
 
 __all__ = ["NON_FINITE", "NonFiniteError", "eval_step", "train_step"]
 
@@ -67,6 +67,7 @@ def train_step(
 
     Raises:
         NonFiniteError: the loss or the gradient norm is NaN or infinite.
+        RuntimeError: the state was donated to an earlier step.
 
     Example:
         >>> from dwiml_func.loss import module_loss
@@ -79,6 +80,7 @@ def train_step(
         >>> state.step, sorted(metrics)
         (1, ['grad_norm', 'loss', 'unclipped_grad_norm'])
     """
+    refuse_donated(state)
     key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
     out, grads = value_and_grad(loss_fn, state.params, state.buffers, batch, key=key, engine=engine)
     if clip_grad is None:
@@ -138,6 +140,7 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
         >>> eval_step(init_state(model, sgd(), seed=0), torch.ones(4, 2), loss_fn=loss_fn)
         {'loss': Sum(total=8.0, weight=4.0)}
     """
+    refuse_donated(state)
     key = fold_in(state.key, Stream.VALID_STEP, state.epoch, state.batch)
     with torch.no_grad():
         return _loss_metrics(loss_fn(state.params, state.buffers, batch, key=key, train=False))

@@ -1,0 +1,1 @@
+"""The commands of `dwiml-func`: one module each, for parsing and printing."""

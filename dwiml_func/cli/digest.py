@@ -1,0 +1,46 @@
+"""`dwiml-func digest`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from dwiml_func.cli.parsing import parse
+from dwiml_func.snapshot import latest_digest
+
+__all__ = ["DigestOptions", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigestOptions:
+    """Print the SHA-256 of an experiment's latest training state, computed from the bytes on disk.
+
+    Example: dwiml-func digest experiments/first_run
+    """
+
+    experiment_dir: tyro.conf.Positional[str]
+    """The experiment's folder."""
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError, OSError: there is no snapshot, or it is damaged.
+
+    Example:
+        >>> run(["experiments/first_run"], "dwiml-func digest")  # doctest: +SKIP
+    """
+    options = parse(DigestOptions, arguments, program)
+    print(latest_digest(Path(options.experiment_dir)))
+    return 0

@@ -1,0 +1,48 @@
+"""`dwiml-func example-data`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from dwiml_func.cli.parsing import parse
+from dwiml_func.data.example import make_example_data
+
+__all__ = ["ExampleDataOptions", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleDataOptions:
+    """Write the built-in example data: real streamlines of five people, with a diffusion signal simulated along them.
+
+    Example: dwiml-func example-data example.hdf5
+    """
+
+    out_hdf5: tyro.conf.Positional[str]
+    """Where the dataset shall appear."""
+    overwrite: bool = False
+    """Replace an existing file."""
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        OSError: the folder does not exist, or the file does.
+
+    Example:
+        >>> run(["example.hdf5"], "dwiml-func example-data")  # doctest: +SKIP
+    """
+    options = parse(ExampleDataOptions, arguments, program)
+    make_example_data(options.out_hdf5, overwrite=options.overwrite)
+    print(f"{options.out_hdf5}: three training subjects, one validation and one testing subject")
+    return 0

@@ -1,0 +1,90 @@
+"""`dwiml-func COMMAND ...`: finds the command's module, and turns errors of the user into one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dwiml_func.step import NonFiniteError
+
+__all__ = ["main", "resume_training_from_checkpoint"]
+
+COMMANDS = {
+    "train": "Train a model on a dataset, or on the built-in example data.",
+    "resume": "Go on with an experiment from its latest snapshot.",
+    "example-data": "Write the built-in example data as an HDF5 dataset.",
+    "digest": "Print the SHA-256 of an experiment's latest training state.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: the command line without the program's name; None takes `sys.argv`.
+
+    Returns:
+        The exit code: 0 when all went well, 1 when training broke off, 2 when the command could not start, 130 after
+        Ctrl-C.
+
+    Example:
+        >>> main(["no-such-command"])
+        2
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help"):
+        print(_help())
+        return 0
+    if command == "--version":
+        from dwiml_func import __version__
+
+        print(__version__)
+        return 0
+    if command not in COMMANDS:
+        return _fail(f"dwiml-func: unknown command {command!r}. Expected one of: {', '.join(COMMANDS)}.", 2)
+    module = importlib.import_module(f"dwiml_func.cli.{command.replace('-', '_')}")
+    program = f"dwiml-func {command}"
+    try:
+        return module.run(arguments[1:], program)
+    except NonFiniteError as error:
+        return _fail(f"{program}: {error}", 1)
+    except (ValueError, OSError) as error:
+        return _fail(f"{program}: {' '.join(str(error).split())}", 2)
+    except KeyboardInterrupt:
+        return _fail(f"{program}: interrupted. The last snapshot stands.", 130)
+
+
+def resume_training_from_checkpoint() -> int:
+    """The reference's name for `dwiml-func resume`.
+
+    Returns:
+        The exit code, as `main`.
+
+    Example:
+        >>> resume_training_from_checkpoint()  # doctest: +SKIP
+    """
+    return main(["resume", *sys.argv[1:]])
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dwiml-func COMMAND ...",
+            "",
+            "Functional training of tractography models.",
+            "",
+            *lines,
+            "",
+            "dwiml-func COMMAND --help tells the options of a command.",
+            "Example: dwiml-func train experiments first_run",
+        ]
+    )
+
+
+def _fail(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,64 @@
+"""From a dataclass to a command line, by tyro, with errors of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from typing import TypeVar
+
+import tyro
+
+__all__ = ["parse"]
+
+T = TypeVar("T")
+
+
+def parse(description: type[T], arguments: Sequence[str], program: str) -> T:
+    """Read a command line into a dataclass. Options may be written with hyphens or underscores.
+
+    Args:
+        description: the dataclass; its fields are the options, its docstring the help.
+        arguments: the command line without program and command.
+        program: the program's name in help and errors.
+
+    Returns:
+        An instance.
+
+    Raises:
+        ValueError: the arguments do not fit; one line says why.
+        SystemExit: help was asked for and has been printed.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Options:
+        ...     size: int = 3
+        >>> parse(Options, ["--size", "x"], "demo")
+        Traceback (most recent call last):
+        ...
+        ValueError: --size: invalid literal for int() with base 10: 'x'
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(
+                description,
+                args=list(arguments),
+                prog=program,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_line(errors.getvalue())) from None
+
+
+def _one_line(boxed: str) -> str:
+    """The message inside tyro's box, without the frame, its title and the hints below the first rule."""
+    rows = [line.strip("│ \n") for line in boxed.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = re.split(r"\s*─{3,}\s*", " ".join(rows))
+    hints = ("full helptext", "Argument helptext")
+    message = " ".join(text for text in sections if text and not any(hint in text for hint in hints))
+    return re.sub(r"^Error parsing (?:[a-z]\w*: )?", "", message).strip()

@@ -1,0 +1,61 @@
+"""`dwiml-func resume`, also installed as `resume_training_from_checkpoint`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tyro
+
+from dwiml_func.cli.parsing import parse
+from dwiml_func.cli.train import train_with_progress
+from dwiml_func.experiment import experiment_directory, resume_experiment
+
+__all__ = ["ResumeOptions", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions:
+    """Go on with an experiment from its latest snapshot, to the same bits as if it had never stopped.
+
+    Example: dwiml-func resume experiments first_run --new-max-epochs 200
+    """
+
+    experiments_path: tyro.conf.Positional[str]
+    """Folder of all experiments."""
+    experiment_name: tyro.conf.Positional[str]
+    """Name of the experiment."""
+    new_max_epochs: int | None = None
+    """Replaces the number of epochs, counted from the very start."""
+    new_patience: int | None = None
+    """Replaces the patience."""
+    hdf5_file: str | None = None
+    """Replaces the dataset's path, for a dataset that has moved."""
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError, OSError: there is nothing to resume, or the run would end at once.
+
+    Example:
+        >>> run(["experiments", "first_run"], "dwiml-func resume")  # doctest: +SKIP
+    """
+    options = parse(ResumeOptions, arguments, program)
+    directory = experiment_directory(options.experiments_path, options.experiment_name)
+    setup, state, history = resume_experiment(
+        directory,
+        new_max_epochs=options.new_max_epochs,
+        new_patience=options.new_patience,
+        hdf5_file=options.hdf5_file,
+    )
+    train_with_progress(directory, setup, state, history)
+    return 0

@@ -1,0 +1,121 @@
+"""`dwiml-func train`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tyro
+
+from dwiml_func.cli.parsing import parse
+from dwiml_func.cli.summary import print_summary
+from dwiml_func.config import BatchConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment import check_new_experiment, create_experiment, run_experiment
+from dwiml_func.loop import EpochReport
+from dwiml_func.state import TrainState
+from dwiml_func.wiring import Setup, prepare
+from dwiml_func.writers.progress import Progress
+
+__all__ = ["TrainOptions", "run", "train_with_progress"]
+
+EXAMPLE_FILE = "example_data.hdf5"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Train a Learn2Track model. Every epoch ends with a snapshot in EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, from
+    which `dwiml-func resume` goes on; the best epoch's model is kept in best_model, the logs in logs.
+
+    Example: dwiml-func train experiments first_run data.hdf5 --learning-rate "0.001*3 0.0001" --patience 10
+    """
+
+    experiments_path: tyro.conf.Positional[str]
+    """Folder of all experiments; it must exist."""
+    experiment_name: tyro.conf.Positional[str]
+    """Name of the new experiment."""
+    hdf5_file: tyro.conf.Positional[str | None] = None
+    """The dataset. None: the built-in example data, made once and kept in EXPERIMENTS_PATH."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batches: BatchConfig = field(default_factory=BatchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError, OSError: the command cannot start; nothing was written.
+
+    Example:
+        >>> run(["experiments", "first_run"], "dwiml-func train")  # doctest: +SKIP
+    """
+    options = parse(TrainOptions, arguments, program)
+    check_new_experiment(options.experiments_path, options.experiment_name)
+    hdf5_file = options.hdf5_file or _example_data(Path(options.experiments_path))
+    config = RunConfig(
+        hdf5_file=str(Path(hdf5_file).absolute()),
+        data=options.data,
+        batches=options.batches,
+        model=options.model,
+        training=options.training,
+    )
+    setup = prepare(config)
+    directory = create_experiment(options.experiments_path, options.experiment_name, config)
+    train_with_progress(directory, setup, setup.state, ())
+    return 0
+
+
+def train_with_progress(directory: Path, setup: Setup, state: TrainState, history: tuple[EpochReport, ...]) -> None:
+    """Train with bars and a line an epoch, and print the summary.
+
+    Args:
+        directory: the experiment.
+        setup: its parts.
+        state: where to go on from.
+        history: the reports so far.
+
+    Example:
+        >>> train_with_progress(directory, setup, setup.state, ())  # doctest: +SKIP
+    """
+    progress = Progress(max_epochs=setup.config.training.max_epochs)
+    tracked = replace(
+        setup,
+        train=progress.track(setup.train, "training"),
+        valid=progress.track(setup.valid, "validation") if setup.valid else None,
+    )
+    _print_start(directory, setup, state)
+    for report in run_experiment(directory, tracked, state=state, history=history, on_batch=progress.on_batch):
+        progress.report(report)
+        history = (*history, report)
+    print_summary(directory, setup, history)
+
+
+def _print_start(directory: Path, setup: Setup, state: TrainState) -> None:
+    training, validation = setup.training_set.index, setup.validation_set.index
+    num_parameters = sum(tensor.numel() for tensor in state.params.values())
+    print(
+        f"{directory}: {training.num_total} streamlines of {len(training.subjects)} training subjects, "
+        f"{validation.num_total} of {len(validation.subjects)} validation subjects, "
+        f"{setup.training_set.num_features} features, {num_parameters} parameters",
+        flush=True,
+    )
+
+
+def _example_data(experiments_path: Path) -> Path:
+    path = experiments_path / EXAMPLE_FILE
+    if not path.exists():
+        from dwiml_func.data.example import make_example_data
+
+        print(f"Making the example data, once: {path}", file=sys.stderr)
+        make_example_data(path)
+    return path

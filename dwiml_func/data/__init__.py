@@ -1,0 +1,28 @@
+"""Data path: from an HDF5 dataset to flat batches of streamlines with their inputs."""
+
+from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
+from dwiml_func.data.batch_sampler import EpochPlan, SamplerSpec, sample_epoch
+from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
+from dwiml_func.data.hdf5 import open_dataset, read_subsets
+from dwiml_func.data.interpolation import interpolate
+from dwiml_func.data.streamlines import StreamlineBatch, Streamlines, directions, input_offsets, previous_directions
+
+__all__ = [
+    "BatchRequest",
+    "DatasetIndex",
+    "EpochPlan",
+    "LoaderSpec",
+    "SamplerSpec",
+    "StreamlineBatch",
+    "StreamlineDataset",
+    "Streamlines",
+    "directions",
+    "epoch_batches",
+    "input_offsets",
+    "interpolate",
+    "load_batch",
+    "open_dataset",
+    "previous_directions",
+    "read_subsets",
+    "sample_epoch",
+]

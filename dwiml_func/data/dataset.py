@@ -1,0 +1,96 @@
+"""A dataset as a value: each subject's input volume, and the streamlines of all subjects in one flat set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dwiml_func.data.streamlines import Streamlines
+
+__all__ = ["DatasetIndex", "StreamlineDataset"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DatasetIndex:
+    """Who owns which streamline: all that an epoch's plan needs to know of a dataset.
+
+    Streamline ids count through the subjects in their order: the first subject has 0 to num_streamlines[0] - 1.
+
+    Args:
+        subjects: names, in the dataset's order.
+        num_streamlines: (num_subjects,) int64, streamlines of each subject.
+
+    Example:
+        >>> index = DatasetIndex(("subj0", "subj1"), np.array([3, 2]))
+        >>> index.num_total, index.subject_of(np.array([4, 0, 2]))
+        (5, array([1, 0, 0]))
+    """
+
+    subjects: tuple[str, ...]
+    num_streamlines: NDArray[np.int64]
+
+    @property
+    def num_total(self) -> int:
+        """Streamlines of all subjects together."""
+        return int(self.num_streamlines.sum())
+
+    def subject_of(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Find the owner of each streamline.
+
+        Args:
+            ids: (S,) int64, each 0 <= id < num_total.
+
+        Returns:
+            (S,) int64, rows of `subjects`.
+
+        Example:
+            >>> DatasetIndex(("a", "empty", "b"), np.array([1, 0, 1])).subject_of(np.array([0, 1]))
+            array([0, 2])
+        """
+        return np.searchsorted(np.cumsum(self.num_streamlines), ids, side="right")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StreamlineDataset:
+    """One subset (training, validation or testing) of a dataset, in memory. It can be pickled, so sent to workers.
+
+    Args:
+        path: the file it was read from.
+        subset: "training", "validation" or "testing".
+        index: subjects and their numbers of streamlines; no subjects where the file lists none for the subset.
+        volumes: one (X, Y, Z, F) float32 tensor a subject, the input volume. F is the same for all.
+        streamlines: of all subjects, in the index's order; voxel space, corner origin.
+        voxel_sizes: (num_subjects, 3) float32, mm.
+        input_attributes: attributes of the first subject's input group, as plain Python values or numpy arrays.
+
+    Example:
+        >>> import torch
+        >>> dataset = StreamlineDataset(
+        ...     path=Path("phantom.hdf5"),
+        ...     subset="training",
+        ...     index=DatasetIndex(("subj0",), np.array([1])),
+        ...     volumes=(torch.zeros(4, 4, 4, 28),),
+        ...     streamlines=Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]]),
+        ...     voxel_sizes=torch.ones(1, 3),
+        ...     input_attributes={"type": "volume"},
+        ... )
+        >>> dataset.num_features
+        28
+    """
+
+    path: Path
+    subset: str
+    index: DatasetIndex
+    volumes: tuple[Tensor, ...]
+    streamlines: Streamlines
+    voxel_sizes: Tensor
+    input_attributes: dict[str, object]
+
+    @property
+    def num_features(self) -> int:
+        """F, features a voxel; 0 without subjects."""
+        return self.volumes[0].shape[3] if self.volumes else 0

@@ -1,0 +1,92 @@
+"""Trilinear interpolation of a volume at points, as weighted sums of eight of its rows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+__all__ = ["Interpolation", "interpolate", "require_mode"]
+
+Interpolation = Literal["trilinear", "trilinear-corner"]
+
+_VALUE_AT: dict[str, float] = {  # where in its voxel a voxel's value holds, on each axis
+    "trilinear": 0.5,
+    "trilinear-corner": 0.0,
+}
+
+
+def require_mode(mode: str) -> None:
+    """Refuse what is not a mode of `interpolate`.
+
+    Args:
+        mode: a mode's name.
+
+    Raises:
+        ValueError: there is no such mode.
+
+    Example:
+        >>> require_mode("trilinear")
+    """
+    if mode not in _VALUE_AT:
+        raise ValueError(f"Expected an interpolation among {', '.join(_VALUE_AT)}. Received: {mode!r}")
+
+
+def interpolate(volume: Tensor, points: Tensor, *, mode: Interpolation = "trilinear") -> Tensor:
+    """Interpolate a volume at points.
+
+    Voxel i covers [i, i + 1) on each axis. With `"trilinear"` its value holds at the centre, i + 0.5. With
+    `"trilinear-corner"` it holds at the lower corner, i: half a voxel off, and what models imported from dwi_ml
+    were trained with (its `torch_trilinear_interpolation`). Beyond the outermost values both hold the border's
+    value.
+
+    Args:
+        volume: (X, Y, Z, F) float, features last; contiguous, or it is copied first.
+        points: (P, 3) float, voxel space, corner origin. Finite: a NaN coordinate gives NaN features.
+        mode: `"trilinear"` or `"trilinear-corner"`.
+
+    Returns:
+        (P, F), in the volume's dtype.
+
+    Raises:
+        ValueError: the mode or a shape is not one of those above.
+
+    Example:
+        >>> volume = torch.tensor([10.0, 20.0]).reshape(2, 1, 1, 1)
+        >>> points = torch.tensor([[0.5, 0.5, 0.5], [1.0, 0.5, 0.5]])
+        >>> interpolate(volume, points).tolist()
+        [[10.0], [15.0]]
+        >>> interpolate(volume, points, mode="trilinear-corner").tolist()
+        [[15.0], [20.0]]
+    """
+    require_mode(mode)
+    if volume.ndim != 4 or points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(
+            "Expected a volume of shape (X, Y, Z, F) and points of shape (P, 3). "
+            f"Received: {tuple(volume.shape)} and {tuple(points.shape)}"
+        )
+    size_x, size_y, size_z, num_features = volume.shape
+    last = torch.tensor([size_x, size_y, size_z], device=points.device) - 1
+    strides = torch.tensor([size_y * size_z, size_z, 1], device=points.device)
+
+    # Clamping the position gives the same values as clamping the eight indices: both neighbours become the border.
+    position = torch.minimum((points - _VALUE_AT[mode]).clamp(min=0), last)
+    # Clamped again as integers: NaN passes the first clamp and must not become an address.
+    lower = torch.minimum(position.floor().long().clamp(min=0), last)
+    upper = torch.minimum(lower + 1, last)
+    fraction = position - lower
+
+    rows = torch.stack([lower, upper], dim=2) * strides[:, None]  # (P, 3, 2)
+    weights = torch.stack([1 - fraction, fraction], dim=2).to(volume.dtype)  # (P, 3, 2)
+    x, y, z = rows.unbind(1)
+    weight_x, weight_y, weight_z = weights.unbind(1)
+    corner_rows = x[:, :, None, None] + y[:, None, :, None] + z[:, None, None, :]
+    corner_weights = weight_x[:, :, None, None] * weight_y[:, None, :, None] * weight_z[:, None, None, :]
+    return embedding_bag(
+        corner_rows.reshape(-1, 8),
+        volume.reshape(-1, num_features),
+        mode="sum",
+        per_sample_weights=corner_weights.reshape(-1, 8),
+    )

@@ -1,0 +1,287 @@
+"""Streamlines as flat arrays: all points in one tensor, and offsets that say where each streamline starts.
+
+Streamline `s` is `points[offsets[s]:offsets[s + 1]]`. Everything computed along streamlines is index
+arithmetic on these two tensors, on any device. Lists of streamlines exist only in `Streamlines.from_list` and
+`Streamlines.to_list`.
+
+Two lengths appear everywhere: `P` points, and `P - S` rows that belong to *all points but the last of each
+streamline*, the points that have a next direction to learn. `input_offsets` turns the offsets of arrays of
+the first length into offsets of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+__all__ = [
+    "StreamlineBatch",
+    "Streamlines",
+    "directions",
+    "input_offsets",
+    "input_rows",
+    "offsets_of",
+    "previous_directions",
+]
+
+
+def offsets_of(lengths: Tensor) -> Tensor:
+    """Count up lengths: where each streamline starts in the flat array, and where the last one ends.
+
+    Args:
+        lengths: (S,) any integer dtype, points a streamline. Counted in int64: short dtypes overflow.
+
+    Returns:
+        (S + 1,) int64, the first is 0.
+
+    Example:
+        >>> offsets_of(torch.tensor([3, 2]))
+        tensor([0, 3, 5])
+    """
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum(lengths, 0, dtype=torch.int64, out=offsets[1:])
+    return offsets
+
+
+def input_offsets(offsets: Tensor) -> Tensor:
+    """Offsets of the flat arrays that hold all points but the last of each streamline.
+
+    Args:
+        offsets: (S + 1,) int64, of arrays with a row for every point.
+
+    Returns:
+        (S + 1,) int64, of arrays with P - S rows.
+
+    Example:
+        >>> input_offsets(torch.tensor([0, 3, 5]))
+        tensor([0, 2, 3])
+    """
+    return offsets - torch.arange(len(offsets), device=offsets.device)
+
+
+def input_rows(offsets: Tensor, num_points: int) -> Tensor:
+    """Rows of all points but the last of each streamline, in flat order.
+
+    Args:
+        offsets: (S + 1,) int64; every streamline has at least one point.
+        num_points: P, which is `offsets[-1]`; asked for, as reading it from an accelerator would wait for it.
+
+    Returns:
+        (P - S,) int64 rows of the flat point array.
+
+    Example:
+        >>> input_rows(torch.tensor([0, 3, 5]), 5)
+        tensor([0, 1, 3])
+    """
+    num_rows = num_points - (len(offsets) - 1)
+    return torch.arange(num_rows, device=offsets.device) + _streamline_of(input_offsets(offsets), num_rows)
+
+
+def directions(points: Tensor, offsets: Tensor) -> Tensor:
+    """Differences between each point and the next one of the same streamline.
+
+    Args:
+        points: (P, 3) float, any space.
+        offsets: (S + 1,) int64; every streamline has at least one point.
+
+    Returns:
+        (P - S, 3), in the points' own space and dtype, not normalised.
+
+    Example:
+        >>> points = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 2, 0], [5, 5, 5], [5, 5, 6]])
+        >>> directions(points, torch.tensor([0, 3, 5])).tolist()
+        [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]
+    """
+    rows = input_rows(offsets, len(points))
+    return points[rows + 1] - points[rows]
+
+
+def previous_directions(dirs: Tensor, dir_offsets: Tensor, num: int) -> Tensor:
+    """The directions that led to each point, zeros where the streamline had not begun.
+
+    Args:
+        dirs: (P - S, 3) float, as made by `directions`: row i is the direction that *leaves* its point.
+        dir_offsets: (S + 1,) int64, as made by `input_offsets`.
+        num: number of previous directions, at least 0.
+
+    Returns:
+        (P - S, 3 * num), in the dtype of `dirs`: the direction that arrives at the point first, then the one
+        before it, and so on.
+
+    Raises:
+        ValueError: `num` is negative.
+
+    Example:
+        >>> dirs = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 1]])
+        >>> previous_directions(dirs, torch.tensor([0, 2, 3]), 1).tolist()
+        [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    """
+    if num < 0:
+        raise ValueError(f"Expected a number of previous directions of at least 0. Received: {num}")
+    rows = torch.arange(len(dirs), device=dirs.device)
+    streamline_starts = dir_offsets[:-1][_streamline_of(dir_offsets, len(dirs))]
+    wanted = rows[:, None] - torch.arange(1, num + 1, device=dirs.device)
+    exists = wanted >= streamline_starts[:, None]
+    gathered = dirs[wanted.clamp(min=0)]
+    return torch.where(exists[:, :, None], gathered, torch.zeros_like(gathered)).reshape(len(dirs), 3 * num)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Streamlines:
+    """A set of streamlines, flat.
+
+    Args:
+        points: (P, 3) float32. The owner says in which space; in a dataset: voxel space, corner origin.
+        offsets: (S + 1,) int64, the first is 0 and the last is P.
+
+    Example:
+        >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0]], [[5, 5, 5], [5, 5, 6], [5, 5, 7]]])
+        >>> len(lines), lines.lengths.tolist()
+        (2, [2, 3])
+    """
+
+    points: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def from_list(cls, streamlines: Sequence[ArrayLike]) -> Streamlines:
+        """Join streamlines into one flat set.
+
+        Args:
+            streamlines: array-likes of shape (N_i, 3); they are copied to float32.
+
+        Returns:
+            The set, in the list's order.
+
+        Raises:
+            ValueError: an element is not of shape (N, 3).
+
+        Example:
+            >>> Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]]).offsets
+            tensor([0, 2])
+        """
+        arrays = [np.asarray(streamline, dtype=np.float32) for streamline in streamlines]
+        for number, array in enumerate(arrays):
+            if array.ndim != 2 or array.shape[1] != 3:
+                raise ValueError(f"Expected streamlines of shape (N, 3). Received: {array.shape} at {number}")
+        points = np.concatenate([np.empty((0, 3), dtype=np.float32), *arrays])
+        lengths = torch.tensor([len(array) for array in arrays], dtype=torch.int64)
+        return cls(torch.from_numpy(points), offsets_of(lengths))
+
+    def to_list(self) -> list[Tensor]:
+        """Cut the flat set into one tensor a streamline.
+
+        Returns:
+            S tensors of shape (N_i, 3) that share the set's memory.
+
+        Example:
+            >>> [len(line) for line in Streamlines.from_list([[[0, 0, 0]], [[1, 1, 1], [2, 2, 2]]]).to_list()]
+            [1, 2]
+        """
+        return list(self.points.split(self.lengths.tolist()))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) int64, points a streamline."""
+        return self.offsets.diff()
+
+    def select(self, ids: Tensor | ArrayLike) -> Streamlines:
+        """Gather streamlines by number, in the order asked for; a number may come twice.
+
+        Args:
+            ids: (S',) integers, each 0 <= id < S.
+
+        Returns:
+            A new set of S' streamlines with its own memory.
+
+        Raises:
+            IndexError: an id is out of range.
+
+        Example:
+            >>> lines = Streamlines.from_list([[[0, 0, 0]], [[1, 1, 1], [2, 2, 2]]])
+            >>> lines.select([1, 0]).points.tolist()
+            [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]]
+        """
+        # np.array copies: torch warns when it has to wrap a read-only array
+        numbers = ids if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids, dtype=np.int64))
+        numbers = numbers.to(self.offsets.device, torch.int64)
+        starts = self.offsets[:-1][numbers]
+        offsets = offsets_of(self.lengths[numbers])
+        num_points = int(offsets[-1])
+        shift = (starts - offsets[:-1])[_streamline_of(offsets, num_points)]
+        return Streamlines(self.points[torch.arange(num_points, device=shift.device) + shift], offsets)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StreamlineBatch:
+    """What a model sees at one step: S streamlines and the input volume along them.
+
+    Args:
+        points: (P, 3) float32, voxel space, corner origin (voxel i covers [i, i + 1)).
+        offsets: (S + 1,) int64, of `points`.
+        subject: (S,) int64, each streamline's row in `dataset.index.subjects`.
+        ids: (S,) int64, each streamline's number in the whole dataset.
+        inputs: (P - S, F) float32, the subject's input volume interpolated at all points but the last of each
+            streamline.
+
+    Example:
+        >>> batch = StreamlineBatch(
+        ...     points=torch.zeros(5, 3),
+        ...     offsets=torch.tensor([0, 3, 5]),
+        ...     subject=torch.tensor([0, 0]),
+        ...     ids=torch.tensor([7, 2]),
+        ...     inputs=torch.zeros(3, 28),
+        ... )
+        >>> len(batch), batch.num_points
+        (2, 3)
+    """
+
+    points: Tensor
+    offsets: Tensor
+    subject: Tensor
+    ids: Tensor
+    inputs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def num_points(self) -> int:
+        """P - S: the points that have a next direction, which is the weight of the batch in every mean."""
+        return len(self.points) - len(self)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> StreamlineBatch:
+        """Move every tensor to a device.
+
+        Args:
+            device: where to.
+            non_blocking: let copies from pinned memory overlap with computation.
+
+        Returns:
+            A batch on that device; tensors that are there already are shared.
+
+        Example:
+            >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]])
+            >>> one = torch.zeros(1, dtype=torch.int64)
+            >>> batch = StreamlineBatch(
+            ...     points=lines.points, offsets=lines.offsets, subject=one, ids=one, inputs=torch.zeros(1, 2)
+            ... )
+            >>> batch.to("cpu").inputs.device
+            device(type='cpu')
+        """
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return StreamlineBatch(**{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})
+
+
+def _streamline_of(offsets: Tensor, num_rows: int) -> Tensor:
+    """(num_rows,) int64: the streamline of each row; with its size given, torch waits for no accelerator."""
+    numbers = torch.arange(len(offsets) - 1, device=offsets.device)
+    return torch.repeat_interleave(numbers, offsets.diff(), output_size=num_rows)

@@ -1,0 +1,56 @@
+"""The fully connected network that most direction getters consist of."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout
+
+__all__ = ["TwoLayerNetwork"]
+
+
+class TwoLayerNetwork(torch.nn.ModuleList):
+    """Two linear layers, input_size to ceil(input_size / 2) to output_size; between them ReLU, then dropout.
+
+    A list of its two layers, so that their parameters are named `0.weight` and `1.weight` as in dwi_ml.
+
+    Args:
+        input_size: features of an input row.
+        output_size: features of an output row.
+        dropout: probability of dropping a value between the layers when training, 0 <= dropout < 1.
+
+    Raises:
+        ValueError: dropout is out of range.
+
+    Source: dwi_ml, `direction_getter_models.py`.
+
+    Example:
+        >>> network = TwoLayerNetwork(5, 2)
+        >>> network(torch.zeros(7, 5)).shape, network[0].out_features
+        (torch.Size([7, 2]), 3)
+    """
+
+    def __init__(self, input_size: int, output_size: int, dropout: float = 0.0) -> None:
+        if not 0 <= dropout < 1:
+            raise ValueError(f"Expected a dropout of at least 0 and below 1. Received: {dropout}")
+        hidden_size = math.ceil(input_size / 2)
+        super().__init__([torch.nn.Linear(input_size, hidden_size), torch.nn.Linear(hidden_size, output_size)])
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the network on each row.
+
+        Args:
+            x: (N, input_size) float.
+
+        Returns:
+            (N, output_size).
+
+        Example:
+            >>> TwoLayerNetwork(4, 3)(torch.zeros(2, 4)).shape
+            torch.Size([2, 3])
+        """
+        first, last = self
+        return last(dropout(first(x).relu(), self.dropout, self.training))

@@ -1,0 +1,101 @@
+"""A trained model on disk: `best_model/`, which loads without optimizer, trainer or dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dwiml_func.config import ModelConfig
+from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
+from dwiml_func.models.learn2track import Learn2Track
+from dwiml_func.state import TrainState
+
+__all__ = ["LoadedModel", "build_model", "load_model", "save_model"]
+
+MANIFEST = "model.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that was read from disk.
+
+    Args:
+        module: the model, in evaluation mode.
+        facts: what was recorded with it: `class`, `options`, `epoch`, `interpolation`, ...
+
+    Example:
+        >>> LoadedModel.__slots__
+        ('module', 'facts')
+    """
+
+    module: torch.nn.Module
+    facts: Mapping[str, Any]
+
+
+def build_model(config: ModelConfig, *, nb_features: int) -> Learn2Track:
+    """Make a model from its options, with parameters drawn from torch's generator.
+
+    Args:
+        config: the options.
+        nb_features: features of the input volume at a point.
+
+    Returns:
+        A new module.
+
+    Example:
+        >>> build_model(ModelConfig(rnn_layer_sizes=(4,)), nb_features=3)(batch)  # doctest: +SKIP
+    """
+    return Learn2Track(nb_features, **asdict(config))
+
+
+def save_model(
+    path: str | Path, state: TrainState, config: ModelConfig, *, nb_features: int, facts: Mapping[str, Any]
+) -> None:
+    """Write a state's parameters and buffers, and what it takes to build the module again.
+
+    Args:
+        path: the directory; it appears by one rename, and replaces one that stands there.
+        state: the run.
+        config: the model's options.
+        nb_features: features of the input volume at a point.
+        facts: further JSON data, e.g. the interpolation that the model was trained with.
+
+    Example:
+        >>> save_model("best_model", state, config.model, nb_features=28, facts={})  # doctest: +SKIP
+    """
+    described = {"class": "Learn2Track", "nb_features": nb_features, "options": asdict(config)}
+    leaves = {**state.params, **state.buffers}
+    save_leaves(Path(path), leaves, described | {"epoch": state.epoch, **facts}, manifest_name=MANIFEST)
+
+
+def load_model(path: str | Path) -> LoadedModel:
+    """Read a model directory.
+
+    Args:
+        path: a directory that `save_model` wrote.
+
+    Returns:
+        The module and the recorded facts.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or no model directory.
+
+    Example:
+        >>> load_model("/no/such/model")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: No model.json in /no/such/model.
+    """
+    path = Path(path)
+    facts = read_manifest(path, MANIFEST)
+    if facts.get("class") != "Learn2Track":
+        raise ValueError(f"{path} holds a model of class {facts.get('class')!r}; expected 'Learn2Track'.")
+    options = {**facts["options"], "rnn_layer_sizes": tuple(facts["options"]["rnn_layer_sizes"])}
+    module = build_model(ModelConfig(**options), nb_features=facts["nb_features"])
+    module.load_state_dict(load_leaves(path, facts))
+    return LoadedModel(module=module.eval(), facts=facts)

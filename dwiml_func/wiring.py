@@ -1,0 +1,134 @@
+"""From a config to the parts of a run: data, model, steps. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from dwiml_func import optim
+from dwiml_func.config import RunConfig, TrainingConfig
+from dwiml_func.data.batch_loader import LoaderSpec, epoch_batches
+from dwiml_func.data.batch_sampler import SamplerSpec
+from dwiml_func.data.dataset import StreamlineDataset
+from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.loop import Batches
+from dwiml_func.loss import module_loss
+from dwiml_func.metrics import Metrics
+from dwiml_func.models.learn2track import compute_batch_loss
+from dwiml_func.models.model_directory import build_model
+from dwiml_func.rng import Key, Stream, fold_in, torch_rng
+from dwiml_func.state import TrainState, init_state
+from dwiml_func.step import eval_step, train_step
+
+__all__ = ["Setup", "prepare"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """All parts of a run, made from its config.
+
+    Args:
+        config: the run's config.
+        state: the first state.
+        train: training batches, for `train_and_validate`.
+        valid: validation batches; None where the dataset has no validation subjects.
+        step: `train_step` with loss, optimizer and clipping bound.
+        eval_step: `eval_step` with the loss bound.
+        training_set: the training subjects.
+        validation_set: the validation subjects, possibly none.
+
+    Example:
+        >>> state, metrics = setup.step(setup.state, batch, lr=0.001)  # doctest: +SKIP
+    """
+
+    config: RunConfig
+    state: TrainState
+    train: Batches
+    valid: Batches | None
+    step: Callable[..., tuple[TrainState, Metrics]]
+    eval_step: Callable[[TrainState, Any], Metrics]
+    training_set: StreamlineDataset
+    validation_set: StreamlineDataset
+
+
+def prepare(config: RunConfig) -> Setup:
+    """Open the data and build the model, the optimizer and the steps of a run. Nothing is written.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The parts.
+
+    Raises:
+        FileNotFoundError, ValueError: the dataset is missing, damaged or lacks what the config asks for, or there is no
+            GPU for `use_gpu`.
+
+    Example:
+        >>> setup = prepare(RunConfig(hdf5_file="data.hdf5"))  # doctest: +SKIP
+    """
+    device = _device(config.training)
+    groups = {
+        "input_group_name": config.data.input_group_name,
+        "streamline_group_name": config.data.streamline_group_name,
+    }
+    training_set = open_dataset(config.hdf5_file, "training", **groups)
+    validation_set = open_dataset(config.hdf5_file, "validation", **groups)
+    key = Key(config.training.rng)
+    with torch_rng(fold_in(key, Stream.INIT)):
+        model = build_model(config.model, nb_features=training_set.num_features)
+    loss_fn = module_loss(model, compute_batch_loss)
+    optimizer = _optimizer(config.training)
+    training_sampler = SamplerSpec(
+        batch_size=config.batches.batch_size_training,
+        max_batches=config.batches.max_batches_per_epoch_training,
+    )
+    validation_sampler = SamplerSpec(
+        batch_size=config.batches.batch_size_validation,
+        max_batches=config.batches.max_batches_per_epoch_validation,
+    )
+    loader = LoaderSpec(interpolation=config.data.interpolation)
+
+    load = partial(epoch_batches, num_workers=config.batches.processes)
+
+    def train(key: Key, epoch: int, start_batch: int) -> Any:
+        plan = fold_in(key, Stream.TRAIN_PLAN)
+        return load(training_set, training_sampler, loader, key=plan, epoch=epoch, start_batch=start_batch)
+
+    def valid(key: Key, epoch: int, start_batch: int) -> Any:
+        # The same plan at every epoch: a capped validation then sees the same streamlines, and losses compare.
+        plan = fold_in(key, Stream.VALID_PLAN)
+        return load(validation_set, validation_sampler, loader, key=plan, epoch=0, start_batch=start_batch)
+
+    step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, clip_grad=config.training.clip_grad, donate=True)
+    return Setup(
+        config=config,
+        state=init_state(model.to(device), optimizer, seed=key),
+        train=_on_device(train, device),
+        valid=_on_device(valid, device) if validation_set.index.num_total else None,
+        step=step,
+        eval_step=partial(eval_step, loss_fn=loss_fn),
+        training_set=training_set,
+        validation_set=validation_set,
+    )
+
+
+def _on_device(batches: Batches, device: torch.device) -> Batches:
+    if device.type == "cpu":
+        return batches
+    return lambda key, epoch, start: (batch.to(device, non_blocking=True) for batch in batches(key, epoch, start))
+
+
+def _device(training: TrainingConfig) -> torch.device:
+    if training.use_gpu and not torch.cuda.is_available():
+        raise ValueError("--use-gpu: no CUDA device was found. Leave the option out to train on the CPU.")
+    return torch.device("cuda" if training.use_gpu else "cpu")
+
+
+def _optimizer(training: TrainingConfig) -> optim.Optimizer:
+    makers = {"Adam": optim.adam, "AdamW": optim.adamw, "RAdam": optim.radam, "SGD": optim.sgd}
+    return makers[training.optimizer](weight_decay=training.weight_decay)
