@@ -12,7 +12,10 @@ from dwiml_func.step import NON_FINITE, NonFiniteError
 __all__ = ["EvalStep", "TrainStep", "epoch_fn", "eval_epoch_fn"]
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+"""`step(state, batch) -> (state, metrics)`: `train_step` with everything static bound."""
+
 EvalStep = Callable[[TrainState, Any], Metrics]
+"""`step(state, batch) -> metrics`: `eval_step` with the loss bound."""
 
 
 def epoch_fn(

@@ -116,6 +116,20 @@ def train_and_validate(
         ValueError: at the call, for `valid` without `eval_step` or a number out of range; in an epoch, when it has no
             batch or its learning rate is no finite number of at least 0.
         NonFiniteError: a training loss or gradient was not finite. The last state that was yielded is whole.
+
+    Example:
+        >>> import torch
+        >>> from dwiml_func import init_state, module_loss, optim, train_step
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+        >>> step = partial(train_step, loss_fn=loss_fn, optimizer=optim.sgd())
+        >>> def train(key, epoch, start_batch):
+        ...     return [torch.ones(4, 2)] * (3 - start_batch)
+        >>> state = init_state(model, optim.sgd(), seed=0)
+        >>> for state, report in train_and_validate(state, train=train, step=step, learning_rate=0.1, max_epochs=2):
+        ...     print(report.epoch, report.num_batches, report.num_points, report.stop)
+        1 3 12.0 None
+        2 3 12.0 max_epochs
     """
     if (valid is None) != (eval_step is None):
         raise ValueError("Expected valid and eval_step together. Received only one of them.")

@@ -89,6 +89,12 @@ def init_state(module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key
 
     Raises:
         ValueError: the module has nothing to train, or the seed is out of range.
+
+    Example:
+        >>> from dwiml_func.optim import adam
+        >>> state = init_state(torch.nn.BatchNorm1d(2), adam(), seed=0)
+        >>> sorted(state.params), sorted(state.buffers), sorted(state.opt_state)
+        (['bias', 'weight'], ['num_batches_tracked', 'running_mean', 'running_var'], ['exp_avg', 'exp_avg_sq'])
     """
     key = seed if isinstance(seed, Key) else Key(seed)
     fold_in(key)  # checks the range

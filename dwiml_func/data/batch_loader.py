@@ -142,8 +142,23 @@ def epoch_batches(
         ValueError: `start_batch` is not between 0 and the number of batches, or `num_workers` is negative.
 
     Example:
-        >>> for batch in epoch_batches(dataset, SamplerSpec(), LoaderSpec(), key=key, epoch=0):  # doctest: +SKIP
-        ...     state, metrics = step(state, batch)
+        >>> from pathlib import Path
+        >>> from dwiml_func.data.dataset import DatasetIndex
+        >>> from dwiml_func.data.streamlines import Streamlines
+        >>> dataset = StreamlineDataset(
+        ...     path=Path("example.hdf5"),
+        ...     subset="training",
+        ...     index=DatasetIndex(("subj0",), np.array([3])),
+        ...     volumes=(torch.ones(4, 4, 4, 2),),
+        ...     streamlines=Streamlines.from_list(np.ones((3, 5, 3))),
+        ...     voxel_sizes=torch.ones(1, 3),
+        ...     input_attributes={},
+        ... )
+        >>> spec = SamplerSpec(batch_size=2)
+        >>> for batch in epoch_batches(dataset, spec, LoaderSpec(), key=Key(1), epoch=0):
+        ...     print(len(batch), batch.num_points)
+        2 8
+        1 4
     """
     if num_workers < 0:
         raise ValueError(f"Expected a number of workers of at least 0. Received: {num_workers}")

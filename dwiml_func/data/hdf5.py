@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Subset", "open_dataset", "read_subsets"]
 
 Subset = Literal["training", "validation", "testing"]
+"""A subset of a dataset's subjects, by name."""
 
 _SPACES = ("space.vox", "vox")  # as dipy's Space.VOX prints, and its value
 _ORIGINS = ("origin.trackvis", "trackvis", "corner")  # as dipy's Origin.TRACKVIS prints, its name and its value
@@ -45,8 +46,14 @@ def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
         ValueError: it is not HDF5, or it is damaged.
 
     Example:
-        >>> read_subsets("phantom.hdf5")  # doctest: +SKIP
-        {'training': ('subj0', 'subj1'), 'validation': ('subj2',), 'testing': ()}
+        >>> import tempfile
+        >>> from dwiml_func.data.hdf5_write import new_dataset
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "data.hdf5"
+        ...     with new_dataset(path, training=["anna"], groups_config={}, date="today"):
+        ...         pass
+        ...     read_subsets(path)
+        {'training': ('anna',), 'validation': (), 'testing': ()}
     """
     with _opened(Path(path)) as file:
         return {subset: _subjects(file, subset) for subset in get_args(Subset)}
@@ -77,9 +84,20 @@ def open_dataset(
             origin, or not on the volume's grid; a value is NaN or infinite; a streamline has fewer than two points.
 
     Example:
-        >>> dataset = open_dataset("phantom.hdf5", "validation")  # doctest: +SKIP
-        >>> dataset.index.subjects, dataset.num_features  # doctest: +SKIP
-        (('subj2',), 6)
+        >>> import tempfile
+        >>> from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "data.hdf5"
+        ...     with new_dataset(path, training=["anna"], groups_config={}, date="today") as file:
+        ...         anna = file.create_group("anna")
+        ...         write_volume(anna, "input", np.ones((9, 9, 9, 28)), np.eye(4))
+        ...         points, offsets = np.ones((5, 3)), np.array([0, 3, 5])
+        ...         write_streamlines(
+        ...             anna, "streamlines", points, offsets, affine=np.eye(4), dimensions=(9, 9, 9)
+        ...         )
+        ...     dataset = open_dataset(path)
+        >>> dataset.index.subjects, dataset.num_features, dataset.streamlines.lengths.tolist()
+        (('anna',), 28, [3, 2])
     """
     path = Path(path)
     if subset not in get_args(Subset):
@@ -256,7 +274,7 @@ def _streamlines(group: h5py.Group) -> tuple[NDArray[np.float32], NDArray[np.int
     if data.ndim != 2 or data.shape[1] != 3:
         raise ValueError(f"{_place(group)} holds points of shape {data.shape}. Expected (points, 3)")
     _refuse_any(group, lengths < 2, "with fewer than two points")
-    _refuse_any(group, (starts < 0) | (starts > len(data) - lengths - 1), f"outside the {len(data)} points stored")
+    _refuse_any(group, (starts < 0) | (starts > len(data) - lengths), f"outside the {len(data)} points stored")
 
     # Not every file stores its streamlines back to back and in order: nibabel keeps selections as views.
     new_starts = np.cumsum(lengths) - lengths

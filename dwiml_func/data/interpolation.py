@@ -11,6 +11,7 @@ from torch.nn.functional import embedding_bag
 __all__ = ["Interpolation", "interpolate", "require_mode"]
 
 Interpolation = Literal["trilinear", "trilinear-corner"]
+"""A mode of `interpolate`, by name."""
 
 _VALUE_AT: dict[str, float] = {  # where in its voxel a voxel's value holds, on each axis
     "trilinear": 0.5,

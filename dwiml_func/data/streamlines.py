@@ -11,7 +11,7 @@ the first length into offsets of the second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -149,7 +149,7 @@ class Streamlines:
     offsets: Tensor
 
     @classmethod
-    def from_list(cls, streamlines: Sequence[ArrayLike]) -> Streamlines:
+    def from_list(cls, streamlines: Iterable[ArrayLike]) -> Streamlines:
         """Join streamlines into one flat set.
 
         Args:

@@ -1,0 +1,128 @@
+"""What a pure training step costs beside a bare torch loop, on a model so small that nearly all of it is overhead."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from dwiml_func import adam, init_state, module_loss, train_step
+
+BATCH = 64
+LR = 1e-3
+BARE = "bare torch.optim.Adam loop"
+PURE = "pure train_step"
+DONATED = "donated train_step"
+LIMITS = {PURE: 1.25, DONATED: 1.1}
+WHY = (
+    "Why 'autograd' is the default engine: torch.func.grad_and_value always builds a graph of the backward pass\n"
+    "(create_graph=True), which a training step throws away; torch.autograd.grad on detached leaves builds none. Both\n"
+    "are pure. 'func' is for what it alone can do: vmap and jacrev over the loss."
+)
+
+
+def main() -> int:
+    """Print a table of medians and ratios, and whether the limits hold. Exit code 1 when one does not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default: 1)")
+    parser.add_argument("--rounds", type=int, default=3000, help="steps of each variant (default: 3000)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+
+    variants = make_variants()
+    times = measure(variants, options.rounds)
+    ratios = print_table(times)
+    print(f"\ntorch {torch.__version__}, {options.threads} thread(s), {options.rounds} interleaved rounds, one process")
+    print(WHY)
+    for name, limit in LIMITS.items():
+        verdict = "pass" if ratios[name] <= limit else "FAIL"
+        print(f"{verdict}: {name} takes {ratios[name]:.2f} times the bare loop, at most {limit} is required")
+    return int(any(ratios[name] > limit for name, limit in LIMITS.items()))
+
+
+def make_model() -> nn.Module:
+    """The same small model each time: 16-32-32-3."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+
+
+def squared_error(model: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+    """Mean squared error of a batch, and its size."""
+    return (model(batch[0]) - batch[1]).square().mean(), len(batch[0])
+
+
+def make_variants() -> dict[str, Callable[[], None]]:
+    """Functions that each take one step of their own run, on the same batch."""
+    generator = torch.Generator().manual_seed(1)
+    batch = (torch.randn(BATCH, 16, generator=generator), torch.randn(BATCH, 3, generator=generator))
+
+    def bare(**options: bool) -> Callable[[], None]:
+        model = make_model()
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR, **options)
+
+        def run() -> None:
+            optimizer.zero_grad()
+            loss, _ = squared_error(model, batch)
+            loss.backward()
+            optimizer.step()
+
+        return run
+
+    def ours(*, stochastic: bool = True, **options: object) -> Callable[[], None]:
+        loss_fn = module_loss(make_model(), squared_error, stochastic=stochastic)
+        step = partial(train_step, loss_fn=loss_fn, optimizer=adam(), lr=LR, **options)
+        state = init_state(make_model(), adam(), seed=0)
+
+        def run() -> None:
+            nonlocal state
+            state, _ = step(state, batch)
+
+        return run
+
+    return {
+        BARE: bare(),
+        "bare loop, Adam(foreach=True)": bare(foreach=True),
+        PURE: ours(),
+        DONATED: ours(donate=True),
+        "pure, stochastic=False": ours(stochastic=False),
+        "donated, stochastic=False": ours(donate=True, stochastic=False),
+        "pure, engine='func'": ours(engine="func"),
+    }
+
+
+def measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step. The variants take turns, in an order that rotates, so that none has the better moments."""
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    warm_up = rounds // 10
+    for index in range(-warm_up, rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            variants[name]()
+            elapsed = time.perf_counter() - start
+            if index >= 0:
+                times[name].append(elapsed)
+    return times
+
+
+def print_table(times: dict[str, list[float]]) -> dict[str, float]:
+    """Print medians and quartiles in microseconds; return the medians as multiples of the bare loop's."""
+    bare = statistics.median(times[BARE])
+    ratios = {}
+    print(f"{'one step, MLP 16-32-32-3, batch 64':36} {'median':>8} {'quartiles':>16} {'ratio':>6}")
+    for name, seconds in times.items():
+        lower, median, upper = (1e6 * value for value in statistics.quantiles(seconds, n=4))
+        ratios[name] = statistics.median(seconds) / bare
+        print(f"{name:36} {median:5.0f} us {f'{lower:.0f} to {upper:.0f} us':>16} {ratios[name]:6.2f}")
+    return ratios
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Claims about the documentation: every public name has a docstring, and every example in one runs as written."""
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+import dwiml_func
+
+SUBMODULES = (info.name for info in pkgutil.walk_packages(dwiml_func.__path__, prefix="dwiml_func."))
+MODULES = ["dwiml_func", *sorted(name for name in SUBMODULES if not name.endswith("__main__"))]
+
+
+def syntax_tree(name: str) -> ast.Module:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.parse(Path(spec.origin).read_text())
+
+
+def documented_names(tree: ast.Module) -> set[str]:
+    """Names that have a docstring where they are defined: functions, classes, and values followed by a string."""
+    names = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and ast.get_docstring(node)
+    }
+    for node, following in pairwise(tree.body):
+        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and is_text:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(target.id for target in targets if isinstance(target, ast.Name))
+    return names
+
+
+def test_the_modules_of_the_core_are_found():
+    assert {f"dwiml_func.{name}" for name in ("state", "step", "epoch", "loop", "optim", "rng")} <= set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_public_name_is_documented(name):
+    tree = syntax_tree(name)
+    assert ast.get_docstring(tree), f"{name} has no docstring"
+    module = importlib.import_module(name)
+    public = getattr(module, "__all__", None)
+    if public is None:
+        assert hasattr(module, "__path__"), f"{name} has no __all__"
+        return
+    assert len(set(public)) == len(public)
+    missing = [public_name for public_name in public if not hasattr(module, public_name)]
+    assert not missing, f"{name}.__all__ names what is not there: {missing}"
+    imported = {
+        alias.asname or alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }  # documented where they are defined
+    undocumented = sorted(set(public) - imported - documented_names(tree))
+    assert not undocumented, f"{name} has public names without a docstring: {undocumented}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_example_runs(name):
+    module = importlib.import_module(name)
+    output: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False)
+    results = [runner.run(test, out=output.append) for test in doctest.DocTestFinder().find(module, name)]
+    assert sum(result.failed for result in results) == 0, "".join(output)

@@ -1,0 +1,368 @@
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from dwiml_func.data.hdf5 import open_dataset, read_subsets
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[[Callable[[Any], object]], Path]:
+    """A copy of the phantom, changed by a function of the open file."""
+
+    def edit(change: Callable[[Any], object]) -> Path:
+        path = tmp_path / "edited.hdf5"
+        shutil.copy(PHANTOM, path)
+        with h5py.File(path, "r+") as file:
+            change(file)
+        return path
+
+    return edit
+
+
+def replace(group: Any, name: str, data: object) -> None:
+    del group[name]
+    group[name] = data
+
+
+def one_line_error(path: Path, subset: Any = "training", **names: str) -> str:
+    with pytest.raises(ValueError, match=re.escape(str(path))) as raised:
+        open_dataset(path, subset, **names)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_references_file_is_read_as_it_stands():
+    dataset = open_dataset(PHANTOM)
+    assert dataset.index.subjects == ("subj0", "subj1")
+    assert dataset.index.num_streamlines.tolist() == [48, 48]
+    assert dataset.num_features == 6
+    assert torch.equal(dataset.voxel_sizes, torch.ones(2, 3))
+    assert len(dataset.streamlines) == 96
+    with h5py.File(PHANTOM) as file:
+        contents: Any = file
+        for row, subject in enumerate(dataset.index.subjects):
+            assert np.array_equal(dataset.volumes[row].numpy(), contents[subject]["input/data"][()])
+            stored = contents[subject]["streamlines"]
+            lines = dataset.streamlines.select(np.arange(48) + 48 * row).to_list()
+            for line, offset, length in zip(lines, stored["offsets"], stored["lengths"], strict=True):
+                assert np.array_equal(line.numpy(), stored["data"][offset : offset + length])
+    assert dataset.streamlines.points.dtype == torch.float32
+    assert dataset.streamlines.offsets.dtype == torch.int64
+
+
+def test_attributes_of_the_input_come_as_plain_values():
+    attributes = open_dataset(PHANTOM).input_attributes
+    assert attributes["type"] == "volume"
+    assert type(attributes["nb_features"]) is int
+    assert isinstance(attributes["affine"], np.ndarray)
+
+
+def test_subsets_are_read_by_name():
+    assert read_subsets(PHANTOM) == {"training": ("subj0", "subj1"), "validation": ("subj2",), "testing": ()}
+    assert open_dataset(PHANTOM, "validation").index.subjects == ("subj2",)
+
+
+@pytest.mark.parametrize("subset", ["validation", "testing"])
+def test_a_subset_without_subjects_is_an_empty_dataset(edited, subset):
+    dataset = open_dataset(edited(lambda file: file.attrs.pop(f"{subset}_subjs")), subset)
+    assert dataset.index.subjects == ()
+    assert dataset.index.num_total == len(dataset.streamlines) == 0
+    assert dataset.voxel_sizes.shape == (0, 3)
+    assert dataset.num_features == 0
+
+
+def test_another_volume_group_can_be_the_input():
+    assert open_dataset(PHANTOM, input_group_name="wm_mask").num_features == 1
+
+
+def test_a_dataset_survives_pickling():
+    dataset = open_dataset(PHANTOM)
+    back = pickle.loads(pickle.dumps(dataset))
+    assert back.index.subjects == dataset.index.subjects
+    assert torch.equal(back.streamlines.points, dataset.streamlines.points)
+    assert torch.equal(back.volumes[1], dataset.volumes[1])
+
+
+def test_streamlines_need_not_be_stored_back_to_back_nor_in_order(edited):
+    def spread_out(file: Any) -> None:
+        for subject in ("subj0", "subj1"):
+            group = file[subject]["streamlines"]
+            data, offsets, lengths = (group[name][()] for name in ("data", "offsets", "lengths"))
+            junk = np.full((5, 3), np.nan, dtype=np.float32)  # not of any streamline: must neither show nor be refused
+            parts, new_offsets, size = [junk], np.zeros_like(offsets), len(junk)
+            for i in reversed(range(len(offsets))):
+                new_offsets[i] = size
+                parts += [data[offsets[i] : offsets[i] + lengths[i]], junk]
+                size += lengths[i] + len(junk)
+            replace(group, "data", np.concatenate(parts))
+            replace(group, "offsets", new_offsets)
+
+    found, expected = open_dataset(edited(spread_out)).streamlines, open_dataset(PHANTOM).streamlines
+    assert torch.equal(found.points, expected.points)
+    assert torch.equal(found.offsets, expected.offsets)
+
+
+def test_points_after_the_last_streamline_are_left_out(edited):
+    def append(file: Any) -> None:
+        group = file["subj0/streamlines"]
+        replace(group, "data", np.concatenate([group["data"][()], np.full((4, 3), np.nan, dtype=np.float32)]))
+
+    found = open_dataset(edited(append)).streamlines
+    assert torch.equal(found.points, open_dataset(PHANTOM).streamlines.points)
+
+
+def test_short_integers_do_not_overflow(edited):
+    num = 500
+
+    def shorten(file: Any) -> None:
+        group = file["subj2/streamlines"]
+        replace(group, "data", np.zeros((num * 100, 3)))  # float64, and more points than int16 can count
+        replace(group, "lengths", np.full(num, 100, dtype=np.int16))
+        replace(group, "offsets", (np.arange(num) * 100).astype(np.uint16))
+
+    lines = open_dataset(edited(shorten), "validation").streamlines
+    assert lines.offsets.tolist() == (np.arange(num + 1) * 100).tolist()
+
+
+def test_a_subject_may_have_no_streamlines_unless_none_has(edited):
+    def empty(file: Any, *subjects: str) -> None:
+        for subject in subjects:
+            group = file[subject]["streamlines"]
+            replace(group, "data", np.zeros(0))
+            replace(group, "lengths", np.zeros(0, dtype=np.int64))
+            replace(group, "offsets", np.zeros(0, dtype=np.int64))
+
+    path = edited(lambda file: empty(file, "subj0"))
+    assert open_dataset(path).index.num_streamlines.tolist() == [0, 48]
+    path = edited(lambda file: empty(file, "subj0", "subj1"))
+    assert "no streamlines in group 'streamlines'" in one_line_error(path)
+
+
+def test_importing_the_data_path_does_not_import_h5py():
+    code = "import sys, dwiml_func.data; sys.exit('h5py' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- what is refused, each in one line that names the file ---
+
+
+def test_a_missing_file(tmp_path):
+    path = tmp_path / "none.hdf5"
+    for read in (open_dataset, read_subsets):
+        with pytest.raises(FileNotFoundError, match=f"does not exist: {re.escape(str(path))}$"):
+            read(path)
+
+
+def test_a_folder(tmp_path):
+    assert "not a file" in one_line_error(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not HDF5\n" * 500])
+def test_a_file_of_another_kind(tmp_path, content):
+    path = tmp_path / "text.hdf5"
+    path.write_bytes(content)
+    assert "Expected an HDF5 file" in one_line_error(path)
+
+
+@pytest.mark.parametrize("size", [100, 5_000, 600_000, PHANTOM.stat().st_size - 1])
+def test_a_truncated_file(tmp_path, size):
+    path = tmp_path / "cut.hdf5"
+    path.write_bytes(PHANTOM.read_bytes()[:size])
+    assert "truncated or damaged" in one_line_error(path)
+
+
+def test_damage_that_shows_only_when_data_are_read(tmp_path):
+    path = tmp_path / "damaged.hdf5"
+    with h5py.File(PHANTOM) as source, h5py.File(path, "w") as target:
+        contents: Any = source
+        target.attrs["training_subjs"] = ["subj0"]
+        contents.copy("subj0/streamlines", target.create_group("subj0"))
+        group = target.create_group("subj0/input")
+        group.attrs.update(contents["subj0/input"].attrs)
+        data = group.create_dataset("data", data=contents["subj0/input/data"][()], fletcher32=True, chunks=True)
+        address = data.id.get_chunk_info(0).byte_offset
+    with path.open("r+b") as file:
+        file.seek(address + 10)
+        file.write(b"\xff\xff")
+    assert "truncated or damaged" in one_line_error(path)
+
+
+@pytest.mark.parametrize("empty", [np.array([]), None])
+def test_a_file_without_training_subjects(edited, empty):
+    def change(file: Any) -> None:
+        del file.attrs["training_subjs"]
+        if empty is not None:
+            file.attrs["training_subjs"] = empty
+
+    assert "no training subjects" in one_line_error(edited(change))
+
+
+def test_a_subject_listed_but_absent(edited):
+    def change(file: Any) -> None:
+        del file["subj1"]
+
+    assert "'subj1'" in one_line_error(edited(change))
+
+
+def test_a_subject_listed_twice(edited):
+    path = edited(lambda file: file.attrs.create("training_subjs", ["subj0", "subj1", "subj0"]))
+    assert "twice: subj0, subj1, subj0" in one_line_error(path)
+
+
+def test_an_unknown_subset():
+    with pytest.raises(ValueError, match=r"training, validation, testing\. Received: 'train'$"):
+        open_dataset(PHANTOM, "train")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("option", ["input_group_name", "streamline_group_name"])
+def test_a_group_that_does_not_exist_names_those_that_do(option):
+    message = one_line_error(PHANTOM, **{option: "fodf"})
+    assert "'fodf' of subject 'subj0' does not exist" in message
+    assert "input (volume), streamlines (streamlines), wm_mask (volume)" in message
+
+
+def test_a_group_of_the_wrong_type():
+    message = one_line_error(PHANTOM, input_group_name="streamlines")
+    assert "has type 'streamlines'. Expected one of type 'volume'" in message
+    message = one_line_error(PHANTOM, streamline_group_name="wm_mask")
+    assert "has type 'volume'. Expected one of type 'streamlines'" in message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_streamlines_that_are_not_finite(edited, value):
+    def change(file: Any) -> None:
+        group = file["subj1/streamlines"]
+        for streamline in (7, 9):
+            group["data"][group["offsets"][streamline], 1] = value  # the first point of the streamline
+
+    message = one_line_error(edited(change))
+    assert "subject 'subj1'" in message
+    assert "2 of 48 streamlines with NaN or infinite points, the first is number 7 " in message
+
+
+def test_points_beyond_float32_are_refused_as_infinite(edited):
+    def change(file: Any) -> None:
+        group = file["subj0/streamlines"]
+        data = group["data"][()].astype(np.float64)
+        data[-1, 2] = 1e300
+        replace(group, "data", data)
+
+    assert "1 of 48 streamlines with NaN or infinite points, the first is number 47 " in one_line_error(edited(change))
+
+
+@pytest.mark.parametrize("length", [-1, 0, 1])
+def test_streamlines_with_fewer_than_two_points(edited, length):
+    def change(file: Any) -> None:
+        file["subj0/streamlines/lengths"][5] = length
+
+    message = one_line_error(edited(change))
+    assert "subject 'subj0'" in message
+    assert "1 of 48 streamlines with fewer than two points, the first is number 5 " in message
+
+
+@pytest.mark.parametrize("offset", [-1, 2246, 2255, 10**12, 2**63 - 1])
+def test_offsets_outside_the_data(edited, offset):
+    def change(file: Any) -> None:
+        file["subj0/streamlines/offsets"][11] = offset
+        file["subj0/streamlines/lengths"][11] = 10
+
+    message = one_line_error(edited(change))
+    assert "1 of 48 streamlines outside the 2255 points stored, the first is number 11 " in message
+
+
+def test_a_streamline_may_end_with_the_data(edited):
+    def change(file: Any) -> None:
+        file["subj0/streamlines/offsets"][11] = 2245
+        file["subj0/streamlines/lengths"][11] = 10
+
+    lines = open_dataset(edited(change)).streamlines.to_list()
+    assert torch.equal(lines[11], lines[47][-10:])
+
+
+def test_volumes_with_another_number_of_features(edited):
+    def change(file: Any) -> None:
+        group = file["subj1/input"]
+        replace(group, "data", group["data"][..., :5])
+
+    message = one_line_error(edited(change))
+    assert "subject 'subj1' has 5 features, but subject subj0 has 6" in message
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_volume_that_is_not_finite(edited, value):
+    def change(file: Any) -> None:
+        file["subj1/input/data"][3, 4, 5, :2] = value
+
+    message = one_line_error(edited(change))
+    assert "group 'input' of subject 'subj1' has 2 NaN or infinite values" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("space", "Space.RASMM"), ("space", "Space.VOXMM"), ("origin", "Origin.NIFTI")]
+)
+def test_streamlines_in_another_space(edited, name, value):
+    path = edited(lambda file: file["subj1/streamlines"].attrs.create(name, value))
+    assert f"group 'streamlines' of subject 'subj1' has {name} {value}. Expected" in one_line_error(path)
+
+
+def test_the_space_may_be_spelt_as_dipys_values(edited):
+    def change(file: Any) -> None:
+        for subject in ("subj0", "subj1"):
+            file[subject]["streamlines"].attrs["space"] = "vox"
+            file[subject]["streamlines"].attrs["origin"] = np.bytes_("corner")
+
+    assert len(open_dataset(edited(change)).streamlines) == 96
+
+
+@pytest.mark.parametrize("name", ["space", "origin", "dimensions", "affine", "voxel_sizes"])
+def test_streamlines_without_an_attribute(edited, name):
+    path = edited(lambda file: file["subj0/streamlines"].attrs.pop(name))
+    assert f"no attribute '{name}'" in one_line_error(path)
+
+
+def test_streamlines_on_another_grid_than_the_volume(edited):
+    path = edited(lambda file: file["subj0/streamlines"].attrs.create("dimensions", [24, 24, 25]))
+    assert "grid of (24, 24, 25) voxels, but /subj0/input has (24, 24, 24)" in one_line_error(path)
+
+    def shift(file: Any) -> None:
+        affine = file["subj0/input"].attrs["affine"]
+        affine[0, 3] += 0.5
+        file["subj0/input"].attrs["affine"] = affine
+
+    assert "has another affine than /subj0/input" in one_line_error(edited(shift))
+
+
+@pytest.mark.parametrize("name", ["data", "offsets", "lengths"])
+def test_streamlines_without_a_dataset(edited, name):
+    path = edited(lambda file: file["subj0/streamlines"].pop(name))
+    assert f"no dataset '{name}'" in one_line_error(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "data", "expected"),
+    [
+        ("subj0/input", "data", np.zeros((24, 24, 24)), "data of shape (24, 24, 24). Expected (X, Y, Z, features)"),
+        ("subj0/input", "data", np.zeros((24, 24, 24, 0)), "data of shape (24, 24, 24, 0)"),
+        ("subj0/input", "data", "text", "'data' is of dtype object. Expected numbers"),
+        ("subj0/streamlines", "data", np.zeros((2255, 2)), "points of shape (2255, 2). Expected (points, 3)"),
+        ("subj0/streamlines", "lengths", np.full(48, 2.5), "'lengths' is of dtype float64. Expected integers"),
+        ("subj0/streamlines", "lengths", np.full(47, 2), "offsets of shape (48,) and lengths of shape (47,)"),
+    ],
+)
+def test_data_of_the_wrong_shape_or_kind(edited, place, name, data, expected):
+    assert expected in one_line_error(edited(lambda file: replace(file[place], name, data)))

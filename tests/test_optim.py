@@ -1,0 +1,257 @@
+"""Claims about `dwiml_func.optim`: torch.optim's arithmetic to the bit, out of place unless donated, differentiable."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dwiml_func.optim import Optimizer, adam, adamw, radam, sgd
+
+SHAPES = {"weight": (3, 2), "bias": (3,), "scale": ()}
+KINDS = ["sgd", "momentum", "nesterov", "adam", "adamw", "radam"]
+
+
+def some_tensors(seed: int, dtype: torch.dtype, size: float = 1.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator, dtype=dtype) * size for name, shape in SHAPES.items()}
+
+
+def make_pair(kind, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0) -> tuple[Optimizer, partial]:
+    if kind in ("sgd", "momentum", "nesterov"):
+        momentum = 0.0 if kind == "sgd" else beta1 or 0.5
+        options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": kind == "nesterov"}
+        return sgd(**options), partial(torch.optim.SGD, **options)
+    ours, theirs = {
+        "adam": (adam, torch.optim.Adam),
+        "adamw": (adamw, torch.optim.AdamW),
+        "radam": (radam, torch.optim.RAdam),
+    }[kind]
+    return (
+        ours(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay),
+        partial(theirs, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay),
+    )
+
+
+def torch_params(optimizer: partial, rates: list[float], dtype: torch.dtype, foreach: bool) -> dict[str, Tensor]:
+    params = {name: torch.nn.Parameter(value) for name, value in some_tensors(0, dtype).items()}
+    reference = optimizer(list(params.values()), lr=rates[0], foreach=foreach)
+    for step, lr in enumerate(rates):
+        reference.param_groups[0]["lr"] = lr
+        for name, grad in some_tensors(step + 1, dtype, 10.0 ** (step % 4 - 2)).items():
+            params[name].grad = grad
+        reference.step()
+    return {name: parameter.detach() for name, parameter in params.items()}
+
+
+def our_params(optimizer: Optimizer, rates: list[float], dtype: torch.dtype, donate: bool) -> dict[str, Tensor]:
+    params = some_tensors(0, dtype)
+    opt_state = optimizer.init(params)
+    for step, lr in enumerate(rates):
+        grads = some_tensors(step + 1, dtype, 10.0 ** (step % 4 - 2))
+        params, opt_state = optimizer.update(grads, opt_state, params, lr=lr, step=step, donate=donate)
+    return params
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(KINDS),
+    beta1=st.floats(0, 0.99),
+    beta2=st.floats(0.5, 0.9999),
+    eps=st.sampled_from([1e-8, 1e-3]),
+    weight_decay=st.sampled_from([0.0, 0.01, 0.5]),
+    rates=st.lists(st.floats(1e-5, 0.5), min_size=1, max_size=12),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    donate=st.booleans(),
+    foreach=st.booleans(),
+)
+def test_updates_have_the_bits_of_torch_optim(kind, beta1, beta2, eps, weight_decay, rates, dtype, donate, foreach):
+    ours, theirs = make_pair(kind, beta1, beta2, eps, weight_decay)
+    expected = torch_params(theirs, rates, dtype, foreach)
+    actual = our_params(ours, rates, dtype, donate)
+    for name in SHAPES:
+        assert actual[name].dtype == dtype
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_changes_nothing_that_came_in(kind, weight_decay):
+    optimizer, _ = make_pair(kind, weight_decay=weight_decay)
+    params = some_tensors(0, torch.float32)
+    params, opt_state = optimizer.update(some_tensors(9, torch.float32), optimizer.init(params), params, lr=0.1, step=0)
+    grads = some_tensors(1, torch.float32)
+    tensors = [*params.values(), *grads.values(), *(t for moments in opt_state.values() for t in moments.values())]
+    before = [(tensor._version, tensor.clone()) for tensor in tensors]
+    results = [optimizer.update(grads, opt_state, params, lr=0.1, step=1) for _ in range(2)]
+    for tensor, (version, value) in zip(tensors, before, strict=True):
+        assert tensor._version == version
+        assert torch.equal(tensor, value)
+    old = {tensor.data_ptr() for tensor in tensors}
+    for (first, first_state), (second, second_state) in [results]:
+        assert all(torch.equal(first[name], second[name]) for name in SHAPES)
+        assert first_state.keys() == second_state.keys() == opt_state.keys()
+        for kind_of_moment, moments in first_state.items():
+            assert all(torch.equal(moments[name], second_state[kind_of_moment][name]) for name in SHAPES)
+            assert not old & {tensor.data_ptr() for tensor in moments.values()}
+        assert not old & {tensor.data_ptr() for tensor in first.values()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_donated_update_reuses_the_memory_and_leaves_the_gradients(kind):
+    optimizer, _ = make_pair(kind, weight_decay=0.1)
+    params = some_tensors(0, torch.float32)
+    params, opt_state = optimizer.update(some_tensors(9, torch.float32), optimizer.init(params), params, lr=0.1, step=0)
+    grads = some_tensors(1, torch.float32)
+    before = {name: (grad._version, grad.clone()) for name, grad in grads.items()}
+    new_params, new_state = optimizer.update(grads, opt_state, params, lr=0.1, step=1, donate=True)
+    for name in SHAPES:
+        assert new_params[name].data_ptr() == params[name].data_ptr()
+        assert (grads[name]._version, True) == (before[name][0], torch.equal(grads[name], before[name][1]))
+        for kind_of_moment in opt_state:
+            assert new_state[kind_of_moment][name].data_ptr() == opt_state[kind_of_moment][name].data_ptr()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_can_be_differentiated_through(kind, weight_decay):
+    # Finite differences of the new parameters with respect to the old ones and the gradients, steps 0 and 6.
+    optimizer, _ = make_pair(kind, weight_decay=weight_decay)
+
+    def after_two_updates(params: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        values, opt_state = optimizer.update({"w": first}, optimizer.init({"w": params}), {"w": params}, lr=0.1, step=0)
+        return optimizer.update({"w": second}, opt_state, values, lr=0.1, step=6)[0]["w"]
+
+    inputs = [some_tensors(seed, torch.float64)["weight"].requires_grad_() for seed in (3, 4, 5)]
+    assert torch.autograd.gradcheck(after_two_updates, inputs)
+
+
+def test_sgd_follows_its_closed_form():
+    params, grads = {"w": torch.tensor([1.0, -2.0]).double()}, {"w": torch.tensor([0.5, 0.25]).double()}
+    plain, _ = sgd().update(grads, {}, params, lr=0.1, step=0)
+    torch.testing.assert_close(plain["w"], params["w"] - 0.1 * grads["w"])
+
+    optimizer, values = sgd(momentum=0.5), params
+    opt_state = optimizer.init(values)
+    for step in range(4):
+        values, opt_state = optimizer.update(grads, opt_state, values, lr=0.1, step=step)
+    # The running sum after update k is grad * (2 - 2**-k); the four of them add up to 8 - 15/8.
+    torch.testing.assert_close(values["w"], params["w"] - 0.1 * (8 - 15 / 8) * grads["w"])
+
+
+@pytest.mark.parametrize("optimizer", [adam(), adamw(weight_decay=0.0)])
+def test_a_constant_gradient_moves_adam_by_the_learning_rate(optimizer):
+    params, grads = {"w": torch.zeros(3).double()}, {"w": torch.tensor([1e-3, -5.0, 70.0]).double()}
+    values, opt_state = params, optimizer.init(params)
+    for step in range(7):
+        values, opt_state = optimizer.update(grads, opt_state, values, lr=0.01, step=step)
+    torch.testing.assert_close(values["w"], -7 * 0.01 * grads["w"].sign(), rtol=1e-4, atol=0)
+
+
+def test_radam_is_momentum_without_adaptation_for_its_first_five_steps():
+    params, grads = {"w": torch.zeros(2).double()}, {"w": torch.tensor([3.0, -100.0]).double()}
+    optimizer, values = radam(), params
+    opt_state = optimizer.init(params)
+    for step in range(5):
+        values, opt_state = optimizer.update(grads, opt_state, values, lr=0.1, step=step)
+    torch.testing.assert_close(values["w"], -5 * 0.1 * grads["w"])  # bias-corrected mean of a constant is the constant
+    adapted, _ = optimizer.update(grads, opt_state, values, lr=0.1, step=5)
+    changes = adapted["w"] - values["w"]
+    torch.testing.assert_close(
+        changes[0], -changes[1]
+    )  # from the sixth step on the size of the gradient is divided out
+
+
+def test_adamw_decays_the_parameters_and_adam_the_gradient():
+    params, nothing = {"w": torch.tensor([2.0]).double()}, {"w": torch.zeros(1).double()}
+    decoupled, _ = adamw(weight_decay=0.5).update(nothing, adamw().init(params), params, lr=0.1, step=0)
+    torch.testing.assert_close(decoupled["w"], params["w"] * (1 - 0.1 * 0.5))
+    coupled, _ = adam(weight_decay=0.5).update(nothing, adam().init(params), params, lr=0.1, step=0)
+    torch.testing.assert_close(coupled["w"], params["w"] - 0.1)  # the penalty's gradient, normalised to its sign
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_sign_of_a_zero_gradient_is_kept_as_torch_keeps_it(kind):
+    ours, theirs = make_pair(kind)
+    parameter = torch.nn.Parameter(torch.tensor([0.0, -0.0, 1.0]))
+    params = {"w": parameter.detach().clone()}
+    reference = theirs([parameter], lr=0.1)
+    opt_state = ours.init(params)
+    for step in range(3):
+        parameter.grad = torch.tensor([-0.0, 0.0, -0.0])
+        reference.step()
+        params, opt_state = ours.update({"w": parameter.grad.clone()}, opt_state, params, lr=0.1, step=step)
+    assert torch.equal(params["w"].view(torch.int32), parameter.detach().view(torch.int32))
+    if kind == "momentum":
+        expected = reference.state[parameter]["momentum_buffer"]
+        assert torch.equal(opt_state["momentum_buffer"]["w"].view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gradient_that_is_one_number_expanded_is_no_trap(kind, donate):
+    optimizer, _ = make_pair(kind, weight_decay=0.0)
+    results = []
+    for grad in (torch.ones(()).expand(3, 2), torch.ones(3, 2)):
+        params = {"w": some_tensors(0, torch.float32)["weight"]}
+        opt_state = optimizer.init(params)
+        for step in range(3):
+            params, opt_state = optimizer.update({"w": grad}, opt_state, params, lr=0.1, step=step, donate=donate)
+        assert torch.equal(grad, torch.ones(3, 2))
+        results.append(params["w"])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_decide_and_not_the_order_of_a_dict(kind):
+    optimizer, _ = make_pair(kind)
+    params, grads = some_tensors(0, torch.float32), some_tensors(1, torch.float32)
+    backwards = dict(reversed(list(grads.items())))
+    first, _ = optimizer.update(grads, optimizer.init(params), params, lr=0.1, step=0)
+    second, _ = optimizer.update(backwards, optimizer.init(backwards), params, lr=0.1, step=0)
+    assert list(first) == list(second) == list(params)
+    assert all(torch.equal(first[name], second[name]) for name in params)
+
+
+@pytest.mark.parametrize(
+    ("kind", "moments"),
+    [
+        ("sgd", []),
+        ("momentum", ["momentum_buffer"]),
+        ("adam", ["exp_avg", "exp_avg_sq"]),
+        ("radam", ["exp_avg", "exp_avg_sq"]),
+    ],
+)
+def test_an_optimizer_state_is_moments_only(kind, moments):
+    params = some_tensors(0, torch.float64)
+    opt_state = make_pair(kind)[0].init(params)
+    assert list(opt_state) == moments
+    for tensors in opt_state.values():
+        assert {name: (t.shape, t.dtype, int(t.count_nonzero())) for name, t in tensors.items()} == {
+            name: (p.shape, p.dtype, 0) for name, p in params.items()
+        }
+
+
+@pytest.mark.parametrize("make", [adam, adamw, radam])
+@pytest.mark.parametrize(
+    "options",
+    [{"beta1": 1.0}, {"beta1": -0.1}, {"beta2": 1.0}, {"eps": -1e-8}, {"eps": float("inf")}, {"weight_decay": -1.0}],
+)
+def test_a_value_out_of_range_is_named(make, options):
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=f"Expected {name} with .*Received: {name}={value}"):
+        make(**options)
+
+
+@pytest.mark.parametrize("options", [{"momentum": -0.5}, {"momentum": float("nan")}, {"weight_decay": float("inf")}])
+def test_sgd_names_a_value_out_of_range(options):
+    [(name, value)] = options.items()
+    with pytest.raises(ValueError, match=f"Expected {name} with .*Received: {name}={value}"):
+        sgd(**options)
+
+
+def test_nesterov_needs_momentum():
+    with pytest.raises(ValueError, match="Expected a momentum above 0 with nesterov=True"):
+        sgd(nesterov=True)

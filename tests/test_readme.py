@@ -1,0 +1,63 @@
+"""The README is true: its script runs as it stands there, and does what the command does."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+
+
+def _blocks(language: str, heading: str) -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+
+
+def _run(*command: str, folder: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
+    (script,) = _blocks("python", "Compose your own loop")
+    assert len([line for line in script.splitlines() if line.strip()]) <= 30
+    experiments = tmp_path / "experiments"
+    experiments.mkdir()
+    shutil.copy(PHANTOM, experiments / "example_data.hdf5")
+    (tmp_path / "script.py").write_text(script)
+
+    printed = _run(sys.executable, "script.py", folder=tmp_path)
+    again = _run(sys.executable, "script.py", folder=tmp_path)
+    command = [sys.executable, "-m", "dwiml_func", "train", "experiments", "command", "--max-epochs", "3"]
+    _run(*command, "--nb-previous-dirs", "1", folder=tmp_path)
+
+    assert [line.split()[0] for line in printed.splitlines()] == ["1", "2", "3"]
+    assert again == ""  # the run is restored, and has no epoch left
+    digests = [
+        _run(sys.executable, "-m", "dwiml_func", "digest", f"experiments/{name}", folder=tmp_path)
+        for name in ("my_loop", "command")
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_two_commands_do_all_the_set_up() -> None:
+    blocks = _blocks("sh", "Set up")
+    assert [len(block.splitlines()) for block in blocks] == [1, 1]
+    assert "dwiml-func train" in blocks[0]
+    assert "pytest" in blocks[1]
+
+
+def test_every_command_has_its_line_in_the_readme() -> None:
+    from dwiml_func.cli.main import COMMANDS
+
+    text = (ROOT / "README.md").read_text()
+    missing = [command for command in COMMANDS if f"dwiml-func {command}" not in text]
+    assert missing == []

@@ -1,0 +1,162 @@
+"""Claims about `dwiml_func.schedule`: the notation reads what it should, and refuses the rest by name."""
+
+import math
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dwiml_func.schedule import constant, cosine, parse_learning_rate, per_epoch, warm_up
+
+RATES = st.floats(min_value=1e-300, max_value=1e10, exclude_min=True)
+TERMS = st.lists(st.tuples(RATES, st.integers(1, 20)), max_size=5)
+
+
+@given(TERMS, RATES, st.integers(0, 20))
+def test_what_is_written_is_read_back(terms, last, last_count):
+    text = " ".join(
+        [f"{rate!r}*{count}" for rate, count in terms] + [f"{last!r}*{last_count}" if last_count else repr(last)]
+    )
+    expected = [rate for rate, count in terms for _ in range(count)] + [last] * max(last_count, 1)
+    assert parse_learning_rate(text) == tuple(expected)
+    assert parse_learning_rate(f"  {text.replace(' ', '   ')}\t\n") == tuple(expected)
+    schedule = per_epoch(parse_learning_rate(text))
+    assert [schedule(epoch) for epoch in range(len(expected) + 3)] == expected + [last] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "rates"),
+    [
+        ("0.001", (0.001,)),
+        ("1e-3", (0.001,)),
+        ("0.001*3 0.0001", (0.001, 0.001, 0.001, 0.0001)),
+        ("0.01*1 0.001*2 5", (0.01, 0.001, 0.001, 5.0)),
+        ("0.001*2", (0.001, 0.001)),
+    ],
+)
+def test_the_notation_of_the_reference_is_read(text, rates):
+    assert parse_learning_rate(text) == rates
+
+
+MALFORMED = [
+    "fast",
+    "0.1*",
+    "*3",
+    "*",
+    "0.1**3",
+    "0.1*3*2",
+    "0.1*3.0",
+    "0.1*three",
+    "0.1 * 3",
+    "0.1*3,0.01",
+    "0.1,0.01",
+    "0.1 0.01",
+    "0.1*2 0.1 0.01",
+    "0.1x3",
+    "0.1*0",
+    "0.1*-2 0.1",
+    "0.1*99999999999",
+    "0.1*99999999999999999999999999",
+    "0",
+    "-0.1",
+    "-0.0",
+    "0*3 0.1",
+    "0.1*3 -0.01",
+    "nan",
+    "inf",
+    "-inf*3 1",
+    "1e400",
+    "1e-400",
+    "0x10",
+    "[0.1]",
+    "0.1;",
+    "0.1*3 # slow",
+]
+
+
+@pytest.mark.parametrize("text", MALFORMED)
+def test_malformed_text_is_refused_and_named(text):
+    with pytest.raises(ValueError, match="Learning rate ") as error:
+        parse_learning_rate(text)
+    assert repr(text) in str(error.value)
+    assert "xpected" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n"])
+def test_empty_text_is_refused(text):
+    with pytest.raises(ValueError, match=r"Learning rate is empty\. Expected RATE, or"):
+        parse_learning_rate(text)
+
+
+@given(st.text(alphabet="0123456789.*e-+ xn", max_size=12))
+def test_any_text_gives_positive_finite_rates_or_a_value_error(text):
+    try:
+        rates = parse_learning_rate(text)
+    except ValueError:
+        return
+    assert rates
+    assert all(math.isfinite(rate) and rate > 0 for rate in rates)
+
+
+@given(RATES, st.integers(0, 10**6))
+def test_a_constant_is_constant(rate, epoch):
+    assert constant(rate)(epoch) == rate
+
+
+@pytest.mark.parametrize("values", [[], [0.0], [-1.0], [math.nan], [0.1, math.inf]])
+def test_per_epoch_needs_positive_finite_rates(values):
+    with pytest.raises(ValueError, match=r"Expected .*learning rate.*Received") as error:
+        per_epoch(values)
+    if values:
+        assert f"{values[-1]:g}" in str(error.value)
+
+
+def test_a_list_changed_afterwards_changes_no_schedule():
+    values = [0.1, 0.2]
+    schedule = per_epoch(values)
+    values[0] = 7.0
+    assert schedule(0) == 0.1
+
+
+@given(st.floats(1e-6, 10), st.integers(1, 100), st.floats(0, 1e-7))
+def test_a_cosine_falls_from_initial_to_final_and_stays(initial, num_epochs, final):
+    schedule = cosine(initial, num_epochs=num_epochs, final=final)
+    rates = [schedule(epoch) for epoch in range(num_epochs + 3)]
+    assert rates[0] == pytest.approx(initial, rel=1e-12)
+    assert rates[num_epochs:] == [final] * 3
+    assert all(before > after for before, after in pairwise(rates[: num_epochs + 1]))
+    for epoch in range(num_epochs + 1):  # the two halves mirror each other
+        total = rates[epoch] + rates[num_epochs - epoch]
+        assert total == pytest.approx(initial + final, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("initial", "options", "received"),
+    [
+        (0.1, {"num_epochs": 0}, "0"),
+        (0.1, {"num_epochs": -3}, "-3"),
+        (math.nan, {"num_epochs": 3}, "nan"),
+        (-0.1, {"num_epochs": 3}, "-0.1"),
+        (0.1, {"num_epochs": 3, "final": math.inf}, "inf"),
+    ],
+)
+def test_a_cosine_out_of_range_is_refused(initial, options, received):
+    with pytest.raises(ValueError, match=f"Expected .*Received: {received}$"):
+        cosine(initial, **options)
+
+
+@given(st.floats(1e-6, 10), st.integers(0, 50))
+def test_a_warm_up_grows_in_equal_steps_and_then_follows(rate, num_epochs):
+    schedule = warm_up(constant(rate), num_epochs=num_epochs)
+    for epoch in range(num_epochs):
+        assert schedule(epoch) == pytest.approx(rate * (epoch + 1) / (num_epochs + 1), rel=1e-12)
+    assert [schedule(num_epochs + epoch) for epoch in range(3)] == [rate] * 3
+
+
+def test_a_warm_up_wraps_any_schedule():
+    schedule = warm_up(per_epoch([0.4, 0.2, 0.1]), num_epochs=1)
+    assert [schedule(epoch) for epoch in range(4)] == [0.2, 0.2, 0.1, 0.1]
+    with pytest.raises(ValueError, match=r"num_epochs of at least 0\. Received: -1"):
+        warm_up(constant(0.1), num_epochs=-1)

@@ -1,0 +1,66 @@
+"""Claims about `dwiml_func.state`: the state is an immutable value that shares no memory with the module."""
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import torch
+from torch import nn
+
+from dwiml_func.best import Best
+from dwiml_func.optim import adam, sgd
+from dwiml_func.rng import Key
+from dwiml_func.state import TrainState, init_state
+
+
+def test_a_first_state_holds_the_module_s_values_in_its_own_memory():
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    state = init_state(model, adam(), seed=7)
+    assert list(state.params) == [name for name, _ in model.named_parameters()]
+    assert list(state.buffers) == [name for name, _ in model.named_buffers()]
+    theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in {**state.params, **state.buffers}.items():
+        assert torch.equal(tensor, theirs[name])
+        assert tensor.dtype == theirs[name].dtype
+        assert tensor.data_ptr() != theirs[name].data_ptr()
+        assert not tensor.requires_grad
+    assert (state.key, state.step, state.epoch, state.batch, state.sums, state.best) == (Key(7), 0, 0, 0, {}, Best())
+
+
+def test_a_frozen_parameter_is_a_buffer():
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    state = init_state(model, adam(), seed=0)
+    assert list(state.params) == list(state.opt_state["exp_avg"]) == ["weight"]
+    assert torch.equal(state.buffers["bias"], model.bias)
+    assert not model.bias.requires_grad
+
+
+def test_tied_weights_appear_once():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight  # type: ignore[union-attr]
+    assert list(init_state(model, sgd(), seed=0).params) == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_a_module_with_nothing_to_train_is_refused():
+    with pytest.raises(ValueError, match=r"at least one parameter that requires a gradient.*Linear with 2 frozen"):
+        init_state(nn.Linear(1, 1).requires_grad_(False), sgd(), seed=0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ValueError, match=f"Received: {seed}$"):
+        init_state(nn.Linear(1, 1), sgd(), seed=seed)
+
+
+def test_a_key_may_stand_for_the_seed():
+    assert init_state(nn.Linear(1, 1), sgd(), seed=Key(3, (4,))).key == Key(3, (4,))
+
+
+def test_a_state_cannot_be_changed_but_replaced():
+    state = init_state(nn.Linear(1, 1), sgd(), seed=0)
+    for field in fields(TrainState):
+        with pytest.raises(FrozenInstanceError):
+            setattr(state, field.name, None)
+    later = state.replace(step=3, epoch=1)
+    assert (later.step, later.epoch, state.step, state.epoch) == (3, 1, 0, 0)
+    assert later.params is state.params
