@@ -62,9 +62,9 @@ def make_variants() -> dict[str, Callable[[], None]]:
     generator = torch.Generator().manual_seed(1)
     batch = (torch.randn(BATCH, 16, generator=generator), torch.randn(BATCH, 3, generator=generator))
 
-    def bare(**options: bool) -> Callable[[], None]:
+    def bare(foreach: bool | None = None) -> Callable[[], None]:
         model = make_model()
-        optimizer = torch.optim.Adam(model.parameters(), lr=LR, **options)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LR, foreach=foreach)
 
         def run() -> None:
             optimizer.zero_grad()

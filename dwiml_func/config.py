@@ -139,6 +139,8 @@ class TrainingConfig:
     """Seed of everything random."""
     use_gpu: bool = False
     """Train on the CUDA device."""
+    num_threads: int = 1
+    """CPU threads of the computation. Another number gives other last bits, so it is the run's, not the machine's."""
 
     def __post_init__(self) -> None:
         _require("max_epochs", self.max_epochs, at_least=1)
@@ -148,6 +150,7 @@ class TrainingConfig:
         _require("weight_decay", self.weight_decay, at_least=0)
         if self.clip_grad is not None:
             _require("clip_grad", self.clip_grad, above=0)
+        _require("num_threads", self.num_threads, at_least=1)
         _require("rng", self.rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
 

@@ -8,6 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dwiml_func.atomic import atomic_directory, atomic_write, remove_leftovers
 from dwiml_func.config import RunConfig, TrainingConfig, config_from_json
 from dwiml_func.leaf_store import read_manifest
@@ -115,7 +117,7 @@ def run_experiment(
     history: tuple[EpochReport, ...] = (),
     on_batch: Callable[[TrainState, Metrics], None] | None = None,
 ) -> Iterator[EpochReport]:
-    """Train, and after each epoch save a snapshot, the best model and the logs.
+    """Train, and after each epoch save a snapshot, the best model and the logs. Sets torch's number of threads.
 
     Args:
         directory: the experiment.
@@ -135,6 +137,7 @@ def run_experiment(
         ...     print(report.epoch, report.monitored_loss)
     """
     training = setup.config.training
+    torch.set_num_threads(training.num_threads)
     write_parameters(directory, setup.config, nb_features=setup.training_set.num_features, now=datetime.now())
     epochs = train_and_validate(
         setup.state if state is None else state,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -21,7 +22,7 @@ class DigestOptions:
     Example: dwiml-func digest experiments/first_run
     """
 
-    experiment_dir: tyro.conf.Positional[str]
+    experiment_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_DIR")]
     """The experiment's folder."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -20,7 +21,7 @@ class ExampleDataOptions:
     Example: dwiml-func example-data example.hdf5
     """
 
-    out_hdf5: tyro.conf.Positional[str]
+    out_hdf5: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.hdf5")]
     """Where the dataset shall appear."""
     overwrite: bool = False
     """Replace an existing file."""

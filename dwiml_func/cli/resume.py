@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -21,9 +22,9 @@ class ResumeOptions:
     Example: dwiml-func resume experiments first_run --new-max-epochs 200
     """
 
-    experiments_path: tyro.conf.Positional[str]
+    experiments_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENTS_PATH")]
     """Folder of all experiments."""
-    experiment_name: tyro.conf.Positional[str]
+    experiment_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_NAME")]
     """Name of the experiment."""
     new_max_epochs: int | None = None
     """Replaces the number of epochs, counted from the very start."""

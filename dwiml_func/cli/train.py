@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -31,11 +32,11 @@ class TrainOptions:
     Example: dwiml-func train experiments first_run data.hdf5 --learning-rate "0.001*3 0.0001" --patience 10
     """
 
-    experiments_path: tyro.conf.Positional[str]
+    experiments_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENTS_PATH")]
     """Folder of all experiments; it must exist."""
-    experiment_name: tyro.conf.Positional[str]
+    experiment_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_NAME")]
     """Name of the new experiment."""
-    hdf5_file: tyro.conf.Positional[str | None] = None
+    hdf5_file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[HDF5_FILE]")] = None
     """The dataset. None: the built-in example data, made once and kept in EXPERIMENTS_PATH."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
