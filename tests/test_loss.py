@@ -1,5 +1,8 @@
 """Claims about `dwiml_func.loss`: the model behaves like the module, and nothing of a call is left in either."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -142,14 +145,17 @@ def test_a_buffer_that_starts_as_none_cannot_hide_a_state(batch):
             self.register_buffer("cache", None)
 
         def forward(self, x: Tensor) -> Tensor:
+            was_empty.append(self.cache is None)
             self.cache = torch.ones(()) if self.cache is None else self.cache + 1
             return self.linear(x) * self.cache
 
+    was_empty: list[bool] = []
     model = Lazy()
     loss_fn = module_loss(model, squared_error)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"filled the buffers \['cache'\], which are None"):
             loss_fn(*named(model), batch, key=Key(0), train=True)
+    assert was_empty == [True, True]
     assert model.cache is None
 
 
@@ -179,6 +185,17 @@ def test_further_means_come_back_detached(batch):
     assert isinstance(out, LossOut)
     assert not out.aux["root"].requires_grad
     assert torch.equal(out.aux["root"], out.loss.detach().sqrt())
+
+
+def test_no_tensor_of_a_call_is_kept_alive(batch):
+    loss_fn = module_loss(noisy_model(), squared_error)
+    params, buffers = named(noisy_model())
+    params = {name: tensor.requires_grad_() for name, tensor in params.items()}
+    out = loss_fn(params, buffers, batch, key=Key(0), train=True)
+    alive = [weakref.ref(tensor) for tensor in [*params.values(), *out.buffers.values(), out.loss]]
+    del params, buffers, out
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
 
 
 def test_an_error_inside_leaves_no_trace(batch):

@@ -164,6 +164,18 @@ def test_radam_is_momentum_without_adaptation_for_its_first_five_steps():
     )  # from the sixth step on the size of the gradient is divided out
 
 
+@pytest.mark.parametrize(("beta2", "rho"), [(0.83, 4.936), (0.84, 5.002)])
+def test_radam_adapts_from_where_torch_does(beta2, rho):
+    # rho, the length of the average in the paper, is just below or just above its limit of 5 at the sixth step.
+    assert 2 / (1 - beta2) - 1 - 2 * 6 * beta2**6 / (1 - beta2**6) == pytest.approx(rho, abs=1e-3)
+    ours, theirs = make_pair("radam", beta2=beta2)
+    expected, actual = (
+        torch_params(theirs, [0.1] * 6, torch.float64, foreach=False),
+        our_params(ours, [0.1] * 6, torch.float64, donate=False),
+    )
+    assert all(torch.equal(actual[name], expected[name]) for name in SHAPES)
+
+
 def test_adamw_decays_the_parameters_and_adam_the_gradient():
     params, nothing = {"w": torch.tensor([2.0]).double()}, {"w": torch.zeros(1).double()}
     decoupled, _ = adamw(weight_decay=0.5).update(nothing, adamw().init(params), params, lr=0.1, step=0)

@@ -330,25 +330,24 @@ def test_what_is_not_finite_is_refused_by_epoch_batch_step_and_ids(kind, donate)
     assert step(state, GOOD)[0].step == 18  # the state can go on, also one that would have been donated
 
 
+@pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("clip_grad", [None, 0.5])
 @pytest.mark.parametrize("optimizer", [sgd(), sgd(momentum=0.9), adam(), adamw(), radam()])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_deferred_check_leaves_the_values_as_they_were(kind, optimizer, clip_grad):
-    step = partial(
-        train_step, loss_fn=bad_loss(kind), optimizer=optimizer, lr=0.1, clip_grad=clip_grad, non_finite="defer"
-    )
-    before, _ = step(small_state(optimizer), GOOD)
-    assert before.sums[NON_FINITE] == Sum(0.0, 0.0)
-    after, metrics = step(before, BAD)
-    assert metrics[NON_FINITE] == Sum(1.0, 1.0)
-    later, metrics = step(after, GOOD)  # once one step was bad, the rest of the epoch takes none
-    assert metrics[NON_FINITE] == Sum(0.0, 0.0)
-    last, _ = step(later, BAD)
-    for state in (after, later, last):
+def test_a_deferred_check_leaves_the_values_as_they_were(kind, optimizer, clip_grad, donate):
+    step = partial(train_step, loss_fn=bad_loss(kind), optimizer=optimizer, lr=0.1, clip_grad=clip_grad)
+    step = partial(step, non_finite="defer", donate=donate)
+    state, _ = step(small_state(optimizer), GOOD)
+    assert state.sums[NON_FINITE] == Sum(0.0, 0.0)
+    before = {name: leaf.clone() for name, leaf in state_leaves(state).items()}
+    # Once one step was bad, the rest of the epoch takes none.
+    for batch, note in ((BAD, Sum(1.0, 1.0)), (GOOD, Sum(0.0, 0.0)), (BAD, Sum(0.0, 0.0))):
+        state, metrics = step(state, batch)
+        assert metrics[NON_FINITE] == note
         assert state.sums[NON_FINITE] == Sum(1.0, 1.0)
-        for name, leaf in state_leaves(before).items():
-            assert torch.equal(state_leaves(state)[name], leaf)
-    assert (last.step, last.batch) == (4, 4)
+        for name, leaf in state_leaves(state).items():
+            assert torch.equal(leaf, before[name])
+    assert (state.step, state.batch) == (4, 4)
 
 
 def test_a_deferred_check_changes_no_bit_of_a_good_run(run):

@@ -56,9 +56,12 @@ def parse(description: type[T], arguments: Sequence[str], program: str) -> T:
 
 
 def _one_line(boxed: str) -> str:
-    """The message inside tyro's box, without the frame, its title and the hints below the first rule."""
-    rows = [line.strip("│ \n") for line in boxed.splitlines() if not line.startswith(("╭", "╰"))]
-    sections = re.split(r"\s*─{3,}\s*", " ".join(rows))
+    """The message inside tyro's box (its frame is plain ASCII where the output's encoding lacks better), without hints.
+
+    The first line is the title. Rules cut the rest into sections: the message, perhaps a suggestion, then hints.
+    """
+    rows = [line.strip("│╰╯ ") for line in boxed.splitlines()[1:]]
+    sections = re.split(r"\s*[─-]{3,}\s*", " ".join(rows))
     hints = ("full helptext", "Argument helptext")
     message = " ".join(text for text in sections if text and not any(hint in text for hint in hints))
-    return re.sub(r"^Error parsing (?:[a-z]\w*: )?", "", message).strip()
+    return re.sub(r"^Error parsing (?:[a-z]\w*: )?", "", " ".join(message.split()))

@@ -17,10 +17,11 @@ import numpy as np
 __all__ = ["BUNDLES", "SUBJECTS", "load_bundles"]
 
 SUBJECTS = ("sub_1", "sub_2", "sub_3", "sub_4", "sub_5")
+"""The five people, by their folders in the archive."""
 
-# Bundle -> the RAS axis (0 left to right, 1 back to front, 2 bottom to top) along which its two ends lie furthest apart
-# in every streamline: temporal to frontal, brain stem to cortex, left to right.
 BUNDLES = {"AF_L": 1, "CC_ForcepsMajor": 0, "CST_R": 2}
+"""Bundle -> the RAS axis (0 left to right, 1 back to front, 2 bottom to top) along which its ends lie furthest apart
+in every streamline: temporal to frontal, left to right, brain stem to cortex."""
 
 _SMOOTHING_MM = 1.0  # the spline may pass the stored points, 5 to 10 mm apart, at this root mean square distance
 _DENSE = 2001  # spline samples that measure the arc length: a tenth of a mm apart, at most

@@ -13,3 +13,4 @@ __all__ = ["DIRECTION_GETTERS", "CosineRegression", "DirectionGetter"]
 DIRECTION_GETTERS: dict[str, Callable[..., DirectionGetter]] = {
     "cosine-regression": CosineRegression,
 }
+"""The getters by their keys on the command line: `DIRECTION_GETTERS[dg_key](input_size, dropout=...)`."""
