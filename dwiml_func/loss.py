@@ -61,7 +61,7 @@ def module_loss(module: torch.nn.Module, compute_batch_loss: BatchLoss, *, stoch
             given parameters and buffers. Returns the mean loss, the number of points behind it and, optionally, a dict
             of further means.
         stochastic: whether the model may draw random numbers. True seeds torch's generators from the key and restores
-            them afterwards (some 15 microseconds); False leaves them alone, for models that draw nothing.
+            them afterwards (some 10 microseconds); False leaves them alone, for models that draw nothing.
 
     Returns:
         A loss function for `train_step` and `eval_step`. Not to be called from several threads at once.

@@ -389,3 +389,16 @@ def test_many_ids_are_shortened_and_none_are_needed(ids, text):
     batch = Batch(BAD.x, BAD.y, ids=ids)
     with pytest.raises(NonFiniteError, match=text):
         train_step(small_state(), batch, loss_fn=bad_loss("loss nan"), optimizer=adam(), lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "unclipped_grad_norm"])
+def test_a_further_mean_cannot_hide_the_steps_own(name):
+    def loss_fn(params, buffers, batch, *, key, train):
+        loss = (params["w"] * batch).sum()
+        return LossOut(loss, 1, buffers, {name: loss.detach()})
+
+    optimizer = sgd()
+    params = {"w": torch.ones(2)}
+    state = TrainState(params=params, buffers={}, opt_state=optimizer.init(params), key=Key(0))
+    with pytest.raises(ValueError, match=name):
+        train_step(state, torch.ones(2), loss_fn=loss_fn, optimizer=optimizer, lr=0.1)
