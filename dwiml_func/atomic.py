@@ -15,16 +15,20 @@ _PREFIX = ".tmp-"  # what a crash leaves behind begins with this; no reader look
 
 
 @contextmanager
-def atomic_directory(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
     """Fill a directory beside its place, and rename it there when the block ends without an error.
 
-    The bytes are flushed to the disk before the rename. A directory that stands at `path` is replaced.
+    The bytes are flushed to the disk before the rename.
 
     Args:
         path: where the directory shall appear; its parent exists.
+        replace: whether to replace a directory that stands at `path` by then.
 
     Yields:
         The directory to fill.
+
+    Raises:
+        OSError: a directory that is not empty stands at `path`, and `replace` is False; or the disk is full.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as parent:
@@ -42,10 +46,15 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             for name in names:
                 _fsync(Path(parent) / name)
             _fsync(Path(parent))
-        if path.exists():  # rename cannot replace a directory that holds something
+        if replace and path.exists():  # rename cannot replace a directory that holds something
             old = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{path.name}-", dir=path.parent))
             path.rename(old / path.name)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                (old / path.name).rename(path)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             temporary.rename(path)

@@ -16,6 +16,7 @@ from dwiml_func.schedule import parse_learning_rate
 __all__ = ["BatchConfig", "DataConfig", "ModelConfig", "RunConfig", "TrainingConfig", "config_from_json"]
 
 _STRICT = {"extra": "forbid", "strict": True}  # how pydantic reads config.json: no unknown key, no conversion
+_COUNT_END = 1 << 31  # counts stay below it: torch takes none beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +203,11 @@ class RunConfig:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def config_from_json(text: str, *, source: str = "config.json") -> RunConfig:
+def config_from_json(text: str | bytes, *, source: str = "config.json") -> RunConfig:
     """Read a config, strictly: every key known, every value of the right type and in range.
 
     Args:
-        text: JSON text.
+        text: JSON text; bytes are UTF-8.
         source: what to call it in an error.
 
     Returns:
@@ -234,16 +235,25 @@ def _describe(problem: Mapping[str, Any]) -> str:
     if "error" in problem.get("ctx", {}) and problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    received = repr(problem["input"])
-    shown = received if len(received) <= 60 else received[:57] + "..."
+    shown = _shown(problem["input"])
     return f"{place}: {message}, received {shown}" if place else f"{message}, received {shown}"
 
 
 def _require(
     name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> None:
-    if not (math.isfinite(value) and at_least <= value < below and value > above):
+    if isinstance(value, int) and below == math.inf:
+        below = _COUNT_END
+    if not (at_least <= value < below and value > above):  # false also for not-a-number
         bounds = [f"at least {at_least}"] if at_least > -math.inf else []
         bounds += [f"above {above}"] if above > -math.inf else []
         bounds += [f"below {below}"] if below < math.inf else []
-        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}, received {value}.")
+        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}, received {_shown(value)}.")
+
+
+def _shown(value: object) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to write out numbers of more than 4300 digits
+        return "a number that is too long to show"
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -33,6 +33,7 @@ def state_leaves(state: TrainState) -> dict[str, Tensor]:
 
     Raises:
         RuntimeError: the state was donated to a step.
+        ValueError: a kind of moments has a slash in its name, so that two tensors could get the same name.
 
     Example:
         >>> from dwiml_func import adam, init_state
@@ -43,6 +44,8 @@ def state_leaves(state: TrainState) -> dict[str, Tensor]:
     leaves = {f"params/{name}": tensor for name, tensor in state.params.items()}
     leaves |= {f"buffers/{name}": tensor for name, tensor in state.buffers.items()}
     for kind, moments in state.opt_state.items():
+        if "/" in kind:
+            raise ValueError(f"Expected names without a slash for the kinds of moments. Received: {kind!r}")
         leaves |= {f"opt_state/{kind}/{name}": tensor for name, tensor in moments.items()}
     return leaves
 
@@ -96,7 +99,7 @@ def tensor_bytes(tensor: Tensor) -> np.ndarray:
         >>> tensor_bytes(torch.ones(2, dtype=torch.bfloat16)).dtype
         dtype('int16')
     """
-    host = tensor.detach().cpu().contiguous()
+    host = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     try:
         return host.numpy()
     except TypeError:

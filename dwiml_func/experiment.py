@@ -56,7 +56,7 @@ def create_experiment(experiments_path: str | Path, experiment_name: str, config
         FileNotFoundError: Experiments path '/no/such/folder' is not a folder. Create it, or give another one.
     """
     directory = check_new_experiment(experiments_path, experiment_name)
-    with atomic_directory(directory) as temporary:
+    with atomic_directory(directory, replace=False) as temporary:  # another process may have made it by now
         (temporary / "config.json").write_text(config.to_json())
     return directory
 
@@ -95,16 +95,21 @@ def experiment_directory(experiments_path: str | Path, experiment_name: str) -> 
 
     Raises:
         FileNotFoundError: the experiments path is no folder.
-        ValueError: the name is empty, has a slash, or begins with a dot or a dash.
+        ValueError: the name is empty, has a slash or a control character, or begins with a dot or a dash.
     """
     if not Path(experiments_path).is_dir():
         raise FileNotFoundError(
             f"Experiments path {str(experiments_path)!r} is not a folder. Create it, or give another one."
         )
-    if not experiment_name or experiment_name[0] in ".-" or any(c in "/\\\0\n" for c in experiment_name):
+    if (
+        not experiment_name.isprintable()
+        or experiment_name.startswith((".", "-"))
+        or any(slash in experiment_name for slash in "/\\")
+        or not experiment_name
+    ):
         raise ValueError(
             f"Experiment name {experiment_name!r} cannot be a folder's name here. "
-            f"Expected one that does not begin with '.' or '-' and has no slash."
+            f"Expected one that does not begin with '.' or '-', and has no slash and no control character."
         )
     return Path(experiments_path) / experiment_name
 
@@ -188,7 +193,8 @@ def resume_experiment(
     config = read_config(directory)
     changes: dict[str, Any] = {"max_epochs": new_max_epochs, "patience": new_patience}
     changes = {name: value for name, value in changes.items() if value is not None}
-    changed = replace(config, training=replace(config.training, **changes), hdf5_file=hdf5_file or config.hdf5_file)
+    hdf5_file = str(Path(hdf5_file).absolute()) if hdf5_file else config.hdf5_file
+    changed = replace(config, training=replace(config.training, **changes), hdf5_file=hdf5_file)
     setup = prepare(changed)
     state, history = setup.state, ()
     if list_snapshots(directory):
@@ -221,7 +227,7 @@ def read_config(directory: Path) -> RunConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} is not an experiment: it has no config.json.")
-    return config_from_json(path.read_text(), source=str(path))
+    return config_from_json(path.read_bytes(), source=str(path))
 
 
 def refuse_to_continue(

@@ -1,12 +1,14 @@
 """Tensors on disk: a directory with the arrays (by orbax) and a `manifest.json` that says what they must be.
 
 The only module that imports orbax, which brings jax and is imported when first used. Orbax restores other shapes and
-dtypes than asked for without a word, and does not notice a flipped byte in an array; the manifest's table of names,
-shapes, dtypes and SHA-256 digests does.
+dtypes than asked for without a word, does not notice a flipped byte in an array, and about a damaged file prints
+tracebacks from its threads. So the manifest holds a SHA-256 of every file, checked before orbax sees them, a table of
+names, shapes, dtypes and SHA-256 digests, checked on what orbax gives, and a SHA-256 of the manifest itself.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -80,7 +82,11 @@ def save_leaves(
         if arrays:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save((temporary / "leaves").absolute(), args=ocp.args.PyTreeSave(arrays))
-        (temporary / manifest_name).write_text(json.dumps(manifest, indent=1))
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        manifest["files"] = {file.relative_to(temporary).as_posix(): _file_digest(file) for file in files}
+        manifest = json.loads(json.dumps(manifest))  # as it will be read, for the checksum
+        content = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)
+        (temporary / manifest_name).write_text(content)
 
 
 def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -102,7 +108,14 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
         ...
         FileNotFoundError: No manifest.json in /no/such/snapshot.
     """
-    table = (read_manifest(path) if manifest is None else manifest)["leaves"]
+    manifest = read_manifest(path) if manifest is None else manifest
+    table = manifest["leaves"]
+    for name, digest in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise SnapshotError(f"{path} is damaged: it has no file {name}.")
+        if _file_digest(file) != digest:
+            raise SnapshotError(f"{path} is damaged: {name} does not have the bytes that were written.")
     import orbax.checkpoint as ocp
 
     stored = {_escape(row["name"]): ocp.RestoreArgs(restore_type=np.ndarray) for row in table if 0 not in row["shape"]}
@@ -112,9 +125,8 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 args = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=stored)
                 arrays = checkpointer.restore((path / "leaves").absolute(), args=args)
-        except Exception as error:  # orbax and tensorstore raise many kinds for files that are damaged
-            reason = str(error).strip().splitlines()
-            raise SnapshotError(f"{path} is damaged: {reason[0] if reason else type(error).__name__}") from error
+        except Exception as error:  # orbax and tensorstore raise many kinds, with long texts
+            raise SnapshotError(f"{path} cannot be read by orbax-checkpoint {ocp.__version__}: {error}") from error
     leaves = {}
     for row in table:
         dtype = getattr(torch, row["dtype"].removeprefix("torch."))
@@ -155,11 +167,22 @@ def read_manifest(path: Path, manifest_name: str = "manifest.json") -> dict[str,
         raise FileNotFoundError(f"No {manifest_name} in {path}.") from None
     except (ValueError, RecursionError) as error:
         raise SnapshotError(f"{path} is damaged: {manifest_name} is no JSON ({error}).") from None
-    if not isinstance(manifest, dict) or not {"format", "leaves", "digest"} <= manifest.keys():
+    if not isinstance(manifest, dict) or "format" not in manifest:
         raise SnapshotError(f"{path} is damaged: {manifest_name} lacks what a manifest holds.")
     if manifest["format"] != FORMAT:
         raise SnapshotError(f"{path} has format {manifest['format']!r}; this version reads format {FORMAT}.")
+    if manifest.pop("checksum", None) != _checksum(manifest):
+        raise SnapshotError(f"{path} is damaged: {manifest_name} does not hold what was written.")
     return manifest
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _escape(name: str) -> str:

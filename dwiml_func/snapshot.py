@@ -6,6 +6,7 @@ A snapshot holds the state, the reports of all epochs so far, the run's config a
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -179,8 +180,9 @@ def list_snapshots(directory: str | Path) -> list[str]:
         []
     """
     folder = Path(directory) / "checkpoint"
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted((name for name in names if _position(name) is not None), key=lambda name: _position(name) or (0, 0))
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
+    positions = {name: position for name in names if (position := _position(name)) is not None}
+    return sorted(positions, key=positions.__getitem__)
 
 
 def latest_digest(directory: str | Path) -> str:
@@ -227,9 +229,9 @@ def _name(state: TrainState) -> str:
 
 
 def _position(name: str) -> tuple[int, int] | None:
-    epoch, dash, batch = name.partition("-")
-    is_name = epoch.isascii() and epoch.isdigit() and (not dash or (batch.isascii() and batch.isdigit()))
-    return (int(epoch), int(batch or 0)) if is_name else None
+    """Epoch and batch of a snapshot's name; None for a name that `_name` does not give."""
+    match = re.fullmatch(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?", name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def _remove_old(folder: Path, keep: int | None, state: TrainState) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -120,7 +120,20 @@ def prepare(config: RunConfig) -> Setup:
 def _on_device(batches: Batches, device: torch.device) -> Batches:
     if device.type == "cpu":
         return batches
-    return lambda key, epoch, start: (batch.to(device, non_blocking=True) for batch in batches(key, epoch, start))
+    return lambda key, epoch, start: _MovedBatches(batches(key, epoch, start), device)
+
+
+class _MovedBatches:
+    """Batches that go to a device one by one, as they are asked for; as many as before, for the progress bar."""
+
+    def __init__(self, batches: Any, device: torch.device) -> None:
+        self._batches, self._device = batches, device
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch.to(self._device, non_blocking=True) for batch in self._batches)
 
 
 def _device(training: TrainingConfig) -> torch.device:

@@ -1,8 +1,80 @@
-"""What all tests share: one thread, and hypothesis without a clock and without chance."""
+"""What all tests share: one thread, hypothesis without a clock and without chance, and a way to run commands."""
 
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)  # bits depend on the number of threads
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+    def check_refusal(self, *named: str) -> None:
+        """Exit code 2 and one line that names all of `named`, on standard error; nothing on standard output."""
+        assert self.code == 2
+        assert self.out == ""
+        assert self.err.endswith("\n")
+        (line,) = self.err.splitlines()
+        assert line.startswith("dwiml-func")
+        for name in named:
+            assert name in line
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Run a command of `dwiml-func` in this process."""
+    from dwiml_func.cli.main import main
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capfd.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an experiment `run`: best epoch 2, and stopped by a patience of 1 after epoch 3 of 9.
+
+    Its data claim to be spherical harmonics, so that the summary has a principal direction.
+    """
+    import h5py
+
+    from dwiml_func.cli.main import main
+
+    folder = tmp_path_factory.mktemp("stopped_early")
+    data = shutil.copy(Path(__file__).parent / "data" / "phantom.hdf5", folder / "data.hdf5")
+    with h5py.File(data, "r+") as file:
+        for subject in ("subj0", "subj1", "subj2"):
+            file[f"{subject}/input"].attrs["sh_order"] = 2
+    options = ["--learning-rate", "0.01*2 1e-30", "--patience", "1", "--max-epochs", "9", "--rnn-layer-sizes", "8"]
+    options += ["--batch-size-training", "40", "--batch-size-validation", "20", "--nb-previous-dirs", "1"]
+    (folder / "experiments").mkdir()
+    assert main(["train", str(folder / "experiments"), "run", str(data), *options]) == 0
+    return folder / "experiments"
+
+
+@pytest.fixture
+def experiments(stopped_early: Path, tmp_path: Path) -> Path:
+    """A copy of `stopped_early` to work in."""
+    return Path(shutil.copytree(stopped_early, tmp_path / "experiments"))

@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
+@cache
 def fresh_modules(statement: str) -> dict[str, list[str]]:
     """What is in `sys.modules` after torch, and after a statement, in a new interpreter."""
     code = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -52,7 +53,10 @@ def parse(description: type[T], arguments: Sequence[str], program: str) -> T:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_one_line(errors.getvalue())) from None
+        message = _one_line(errors.getvalue())
+        if message.startswith("Missing"):  # tyro names what it misses, but not what it got, e.g. a name like an option
+            message += f" Received: {shlex.join(arguments) or 'nothing'}"
+        raise ValueError(message) from None
 
 
 def _one_line(boxed: str) -> str:

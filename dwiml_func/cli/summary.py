@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from dwiml_func.evaluation import Evaluation, evaluate_directions
 from dwiml_func.loop import EpochReport
 from dwiml_func.models.model_directory import load_model
@@ -30,8 +32,9 @@ def print_summary(directory: Path, setup: Setup, history: Sequence[EpochReport])
     dataset, batches = setup.validation_set, setup.valid
     if batches is None:
         dataset, batches = setup.training_set, setup.train
-    model = load_model(directory / "best_model").module
-    evaluation = evaluate_directions(model, batches(setup.state.key, 0, 0), dataset.input_attributes)
+    model = load_model(directory / "best_model").module  # on the CPU, wherever it was trained
+    on_cpu = (batch.to(torch.device("cpu")) for batch in batches(setup.state.key, 0, 0))
+    evaluation = evaluate_directions(model, on_cpu, dataset.input_attributes)
     print(format_summary(history, evaluation, subset=dataset.subset))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,14 @@ from dwiml_func.writers.progress import Progress
 __all__ = ["TrainOptions", "run", "train_with_progress"]
 
 EXAMPLE_FILE = "example_data.hdf5"
+EXAMPLE_OPTIONS = (
+    *("--nb-previous-dirs", "1"),
+    *("--weight-decay", "0"),
+    *("--batch-size-training", "50"),
+    *("--learning-rate", "0.002*20 0.0005"),
+    *("--max-epochs", "30"),
+)
+"""Options of a run on the example data, where others are not given: the defaults are made for far larger data sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +46,7 @@ class TrainOptions:
     experiment_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_NAME")]
     """Name of the new experiment."""
     hdf5_file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[HDF5_FILE]")] = None
-    """The dataset. None: the built-in example data, made once and kept in EXPERIMENTS_PATH."""
+    """The dataset. None: the built-in example data, made once and kept in EXPERIMENTS_PATH, with options to suit."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     batches: BatchConfig = field(default_factory=BatchConfig)
@@ -62,7 +71,13 @@ def run(arguments: Sequence[str], program: str) -> int:
     """
     options = parse(TrainOptions, arguments, program)
     check_new_experiment(options.experiments_path, options.experiment_name)
-    hdf5_file = options.hdf5_file or _example_data(Path(options.experiments_path))
+    hdf5_file = options.hdf5_file
+    if hdf5_file is None:
+        options = parse(
+            TrainOptions, [*EXAMPLE_OPTIONS, *arguments], program
+        )  # of an option given twice the last counts
+        print(f"Example data, with {shlex.join(EXAMPLE_OPTIONS)} unless given otherwise", flush=True)
+        hdf5_file = _example_data(Path(options.experiments_path))
     config = RunConfig(
         hdf5_file=str(Path(hdf5_file).absolute()),
         data=options.data,

@@ -12,6 +12,7 @@ import torch
 from dwiml_func.config import ModelConfig
 from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
 from dwiml_func.models.learn2track import Learn2Track
+from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import TrainState
 
 __all__ = ["LoadedModel", "build_model", "load_model", "save_model"]
@@ -96,6 +97,7 @@ def load_model(path: str | Path) -> LoadedModel:
     if facts.get("class") != "Learn2Track":
         raise ValueError(f"{path} holds a model of class {facts.get('class')!r}; expected 'Learn2Track'.")
     options = {**facts["options"], "rnn_layer_sizes": tuple(facts["options"]["rnn_layer_sizes"])}
-    module = build_model(ModelConfig(**options), nb_features=facts["nb_features"])
+    with torch_rng(Key(0)):  # the draws are overwritten; the caller's generator must not move
+        module = build_model(ModelConfig(**options), nb_features=facts["nb_features"])
     module.load_state_dict(load_leaves(path, facts))
     return LoadedModel(module=module.eval(), facts=facts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 from tqdm import tqdm
@@ -44,9 +44,9 @@ class Progress:
         """
 
         def tracked(key: Key, epoch: int, start_batch: int) -> Iterator[Any]:
-            loader: Any = batches(key, epoch, start_batch)
+            loader = batches(key, epoch, start_batch)
             description = f"Epoch {epoch + 1}/{self._max_epochs} {label}"
-            total = len(loader) + start_batch
+            total = len(loader) + start_batch if isinstance(loader, Sized) else None
             with tqdm(
                 desc=description, total=total, initial=start_batch, unit="batch", leave=False, disable=None
             ) as bar:
@@ -81,3 +81,4 @@ class Progress:
         seconds = 60 * (report.train_minutes + report.valid_minutes)
         parts.append(f"{seconds:.1f} s")
         tqdm.write("  ".join(parts) + ("  best" if report.is_best else ""), file=sys.stdout)
+        sys.stdout.flush()  # an epoch may take an hour, and a file or pipe would hold its line back for many of them

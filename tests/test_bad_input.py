@@ -1,0 +1,233 @@
+"""Claims about what the user got wrong: one clear line that names it, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from dwiml_func.config import RunConfig
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of experiments, with one in it that has no snapshot yet."""
+    path = tmp_path / "experiments"
+    (path / "there").mkdir(parents=True)
+    (path / "there" / "config.json").write_text(RunConfig(hdf5_file=str(PHANTOM)).to_json())
+    return path
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--optimizer", "Foo"], ["optimizer", "Foo", "'Adam', 'AdamW', 'RAdam', 'SGD'"]),
+        (["--learning-rate", "abc"], ["Learning rate 'abc'"]),
+        (["--learning-rate", "0.1 0.2"], ["'0.1' has no number of epochs"]),
+        (["--learning-rate", "-0.1"], ["Learning rate '-0.1'"]),
+        (["--learning-rate=-0.1"], ["Learning rate '-0.1'"]),
+        (["--learning-rate", ""], ["Learning rate is empty"]),
+        (["--learning-rate"], ["Learning rate is empty"]),
+        (["--batch-size-training", "0"], ["batch_size_training", "received 0"]),
+        (["--batch-size-training", "1.5"], ["batch-size-training", "1.5"]),
+        (["--batch_size_validation", "0"], ["batch_size_validation", "received 0"]),
+        (["--processes", "-1"], ["processes", "received -1"]),
+        (["--max-epochs", "1" + "0" * 400], ["max_epochs", "received 1000"]),
+        (["--max-epochs", "1" + "0" * 5000], ["max-epochs"]),
+        (["--max-epochs"], ["--max-epochs"]),
+        (["--rng", "-1"], ["rng", "received -1"]),
+        (["--rng", str(2**64)], ["rng", f"received {2**64}"]),
+        (["--clip-grad", "nan"], ["clip_grad", "received nan"]),
+        (["--patience", "soon"], ["--patience", "soon"]),
+        (["--dropout", "1"], ["dropout", "received 1.0"]),
+        (["--rnn-key", "rnn"], ["--rnn-key", "'rnn'", "'lstm', 'gru'"]),
+        (["--rnn-layer-sizes"], ["rnn_layer_sizes", "received none"]),
+        (["--colour", "red"], ["--colour", "red"]),
+        (["--Max-epochs", "3"], ["--Max-epochs", "--max-epochs"]),
+        (["one_argument_too_many"], ["one_argument_too_many"]),
+        (["--input-group-name", "signal"], [str(PHANTOM), "'signal'", "'subj0'", "input (volume)"]),
+        (["--streamline-group-name", "lines"], [str(PHANTOM), "'lines'", "'subj0'", "streamlines (streamlines)"]),
+        (["--input-group-name", "streamlines"], [str(PHANTOM), "'streamlines'", "Expected one of type 'volume'"]),
+    ],
+    ids=lambda value: " ".join(value)[:30],
+)
+def test_a_bad_option_is_refused_by_name_and_value(cli, folder, options, named):
+    before = contents(folder)
+    cli("train", folder, "new", PHANTOM, *options).check_refusal("dwiml-func train: ", *named)
+    assert contents(folder) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_a_device_that_is_not_there_is_refused(cli, folder):
+    before = contents(folder)
+    cli("train", folder, "new", PHANTOM, "--use-gpu").check_refusal("--use-gpu", "no CUDA device")
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["FOLDER", "there", "DATA"], ["'there' exists in", "dwiml-func resume"]),
+        (["FOLDER/nothing", "new", "DATA"], ["FOLDER/nothing", "is not a folder"]),
+        (["FOLDER/there/config.json", "new", "DATA"], ["config.json' is not a folder"]),
+        (["FOLDER", "..", "DATA"], ["'..'"]),
+        (["FOLDER", "a/b", "DATA"], ["'a/b'"]),
+        (["FOLDER", "../outside", "DATA"], ["'../outside'"]),
+        (["FOLDER", "", "DATA"], ["''"]),
+        (["FOLDER", "a\0b", "DATA"], [r"'a\x00b'"]),
+        (["FOLDER", "a\nb", "DATA"], [r"'a\nb'"]),
+        (["FOLDER", "-dash", "DATA"], ["-dash"]),
+        (["FOLDER", "--", "-dash", "DATA"], ["'-dash'"]),
+        (["FOLDER", "x" * 300, "DATA"], ["File name too long", "xxx"]),
+        (["FOLDER", "new", "FOLDER/nothing.hdf5"], ["does not exist", "FOLDER/nothing.hdf5"]),
+        (["FOLDER", "new", "FOLDER"], ["FOLDER", "not a file"]),
+        (["FOLDER", "new", "FOLDER/there/config.json"], ["Expected an HDF5 file", "FOLDER/there/config.json"]),
+        (["FOLDER"], ["EXPERIMENT_NAME"]),
+        ([], ["EXPERIMENTS_PATH", "nothing"]),
+    ],
+    ids=lambda value: " ".join(value)[:30].replace("\0", "NUL"),
+)
+def test_a_bad_place_is_refused_by_name(cli, folder, arguments, named):
+    def place(text: str) -> str:
+        return text.replace("FOLDER", str(folder)).replace("DATA", str(PHANTOM))
+
+    before = contents(folder.parent)
+    cli("train", *map(place, arguments)).check_refusal(*map(place, named))
+    assert contents(folder.parent) == before
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5000])
+
+
+def edit(change: Callable[[Any], object]) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        with h5py.File(path, "r+") as file:
+            change(file)
+
+    return spoil
+
+
+def set_nan(file: Any) -> None:
+    file["subj1/streamlines/data"][100, 1] = np.nan
+
+
+def shorten(file: Any) -> None:
+    file["subj0/streamlines/lengths"][3] = 1
+
+
+def empty(file: Any) -> None:
+    file.attrs["training_subjs"] = np.array([], dtype=float)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (truncate, ["truncated"]),
+        (edit(set_nan), ["NaN", "'subj1'", "1 of 48 streamlines"]),
+        (edit(shorten), ["fewer than two points", "'subj0'", "number 3"]),
+        (edit(empty), ["no training subjects"]),
+        (edit(lambda file: file.pop("subj2/input")), ["'input'", "'subj2'", "does not exist"]),
+        (edit(lambda file: file.pop("subj1/streamlines")), ["'streamlines'", "'subj1'", "does not exist"]),
+        (edit(lambda file: file.pop("subj0")), ["'subj0'"]),
+    ],
+    ids=["truncated", "nan", "one point", "no training subjects", "no input", "no streamlines", "no subject"],
+)
+def test_bad_data_is_refused_by_name(cli, folder, tmp_path, spoil, named):
+    path = tmp_path / "data.hdf5"
+    shutil.copy(PHANTOM, path)
+    spoil(path)
+    before = contents(folder)
+    cli("train", folder, "new", path).check_refusal(str(path), *named)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("arguments", [["fly"], ["Train"], ["--fly"], [""]])
+def test_an_unknown_command_is_refused(cli, arguments):
+    cli(*arguments).check_refusal(repr(arguments[0]), "train, resume, example-data, digest")
+
+
+def test_a_real_process_refuses_in_one_line_too(folder, tmp_path):
+    truncate(Path(shutil.copy(PHANTOM, tmp_path / "data.hdf5")))
+    before = contents(folder)
+    for options, named in [(["--optimizer", "Foo"], "Foo"), ([], "data.hdf5")]:
+        command = [sys.executable, "-m", "dwiml_func", "train", folder, "new", tmp_path / "data.hdf5", *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert named in line
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], ["stopped early", "patience 1", "--new-patience of at least 2"]),
+        (["--new-max-epochs", "20"], ["stopped early"]),
+        (["--new-patience", "1"], ["new patience of 1", "at least 2"]),
+        (["--new-patience", "9", "--new-max-epochs", "3"], ["new maximum of 3", "at least 4"]),
+        (["--new_max_epochs", "0"], ["max_epochs", "received 0"]),
+        (["--new-patience", "x"], ["--new-patience", "'x'"]),
+        (["--hdf5-file", "/no/such/file"], ["does not exist", "/no/such/file"]),
+        (["--colour", "red"], ["--colour"]),
+    ],
+    ids=lambda value: " ".join(value)[:30],
+)
+def test_resume_refuses_in_one_line_and_changes_nothing(cli, experiments, arguments, named):
+    before = contents(experiments)
+    cli("resume", experiments, "run", *arguments).check_refusal("dwiml-func resume: ", *named)
+    assert contents(experiments) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", ["invalid JSON"]),
+        (b"\xff", ["invalid JSON"]),
+        (b'{"hdf5_file": "a", "colour": 1}', ["colour", "unexpected"]),
+        (b'{"hdf5_file": 3}', ["hdf5_file", "received 3"]),
+        (b"[" * 100_000, ["recursion limit"]),
+        (b'{"hdf5_file": "a", "training": {"rng": 1' + b"0" * 400 + b"}}", ["rng", "received 1000"]),
+        (b'{"hdf5_file": "a", "training": {"rng": 1' + b"0" * 9000 + b"}}", ["out of range"]),
+    ],
+    ids=["empty", "no text", "unknown", "type", "deep", "huge", "longer"],
+)
+def test_a_damaged_config_is_refused_on_resume(cli, experiments, content, named):
+    (experiments / "run" / "config.json").write_bytes(content)
+    before = contents(experiments)
+    cli("resume", experiments, "run", "--new-patience", "9").check_refusal(
+        str(experiments / "run" / "config.json"), *named
+    )
+    assert contents(experiments) == before
+
+
+def test_a_damaged_snapshot_is_refused_on_resume_and_by_digest(cli, experiments):
+    (data,) = (experiments / "run" / "checkpoint" / "3" / "leaves" / "d").iterdir()
+    data.write_bytes(data.read_bytes()[:-1])
+    before = contents(experiments)
+    cli("resume", experiments, "run", "--new-patience", "9").check_refusal("checkpoint/3 is damaged", data.name)
+    cli("digest", experiments / "run").check_refusal("checkpoint/3 is damaged", data.name)
+    assert contents(experiments) == before
+
+
+def test_what_is_no_experiment_is_refused(cli, folder):
+    cli("resume", folder, "nothing").check_refusal(str(folder / "nothing"), "not an experiment")
+    cli("resume", folder / "nothing", "there").check_refusal(str(folder / "nothing"), "not a folder")
+    cli("resume", folder, "../there").check_refusal("'../there'")
+    cli("digest", folder / "there").check_refusal("No snapshot", str(folder / "there"))
+    cli("digest", folder / "nothing").check_refusal("No snapshot", str(folder / "nothing"))
+    cli("digest").check_refusal("EXPERIMENT_DIR")

@@ -1,0 +1,205 @@
+"""Claims about the commands: what they print and what they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dwiml_func.cli.main import COMMANDS
+from dwiml_func.config import BatchConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig, config_from_json
+from dwiml_func.experiment import read_config
+from dwiml_func.snapshot import latest_digest, list_snapshots
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+TINY = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "1")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of experiments, with one in it that has no snapshot yet."""
+    path = tmp_path / "experiments"
+    (path / "there").mkdir(parents=True)
+    (path / "there" / "config.json").write_text(RunConfig(hdf5_file=str(PHANTOM)).to_json())
+    return path
+
+
+def test_digest_prints_one_line_and_nothing_else(cli, stopped_early):
+    outcome = cli("digest", stopped_early / "run")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert re.fullmatch(r"[0-9a-f]{64}\n", outcome.out)
+    assert outcome.out.strip() == latest_digest(stopped_early / "run")
+
+
+def test_after_a_new_patience_the_run_goes_on(cli, experiments):
+    outcome = cli("resume", experiments, "run", "--new_patience", "3")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = [line.split()[1] for line in outcome.out.splitlines() if line.startswith("Epoch ")]
+    assert lines == ["4/9", "5/9"]
+    assert "Stopped early after 5 epochs" in outcome.out
+    assert list_snapshots(experiments / "run") == ["2", "4", "5"]
+    cli("resume", experiments, "run").check_refusal("patience 3")
+
+
+def test_an_experiment_without_a_snapshot_starts_from_the_beginning(cli, folder):
+    (folder / "there" / "config.json").write_text(
+        RunConfig(
+            hdf5_file=str(PHANTOM),
+            model=ModelConfig(rnn_layer_sizes=(8,)),
+            batches=BatchConfig(batch_size_training=40),
+            training=TrainingConfig(max_epochs=1),
+        ).to_json()
+    )
+    assert cli("resume", folder, "there").code == 0
+    assert cli("train", folder, "new", PHANTOM, *TINY).code == 0
+    assert latest_digest(folder / "there") == latest_digest(folder / "new")
+
+
+def test_hyphens_and_underscores_are_the_same(cli, folder):
+    options = ["--batch-size-training=40", "--rnn-layer-sizes", "8", "4", "--max-epochs=1", "--nb-previous-dirs=2"]
+    assert cli("train", folder, "hyphens", PHANTOM, *options).code == 0
+    assert cli("train", folder, "underscores", PHANTOM, *[option.replace("-", "_") for option in options]).code == 2
+    underscores = [re.sub(r"(?<=\w)-", "_", option) for option in options]
+    assert "--nb_previous_dirs=2" in underscores
+    assert cli("train", folder, "underscores", PHANTOM, *underscores).code == 0
+    assert read_config(folder / "hyphens") == read_config(folder / "underscores")
+    assert latest_digest(folder / "hyphens") == latest_digest(folder / "underscores")
+
+
+def test_config_json_holds_every_option(cli, folder, monkeypatch):
+    options = {
+        "max-epochs": "1",
+        "patience": "3",
+        "patience-delta": "0.5",
+        "optimizer": "RAdam",
+        "learning-rate": "0.001*3 0.0001",
+        "weight-decay": "0.125",
+        "clip-grad": "0.25",
+        "rng": str(2**64 - 1),
+        "num-threads": "1",
+        "rnn-key": "gru",
+        "rnn-layer-sizes": "7",
+        "nb-previous-dirs": "1",
+        "dropout": "0.1",
+        "dg-key": "cosine-regression",
+        "dg-dropout": "0.2",
+        "batch-size-training": "50",
+        "batch-size-validation": "30",
+        "max-batches-per-epoch-training": "2",
+        "max-batches-per-epoch-validation": "1",
+        "processes": "0",
+        "input-group-name": "wm_mask",
+        "streamline-group-name": "streamlines",
+        "interpolation": "trilinear-corner",
+    }
+    flat = [part for name, value in options.items() for part in (f"--{name}", value)]
+    monkeypatch.chdir(PHANTOM.parent)
+    assert cli("train", folder, "new", "phantom.hdf5", *flat).code == 0
+    config = read_config(folder / "new")
+    assert config == RunConfig(
+        hdf5_file=str(PHANTOM),  # absolute, wherever the command was given
+        data=DataConfig(input_group_name="wm_mask", interpolation="trilinear-corner"),
+        batches=BatchConfig(
+            batch_size_training=50,
+            batch_size_validation=30,
+            max_batches_per_epoch_training=2,
+            max_batches_per_epoch_validation=1,
+        ),
+        model=ModelConfig(rnn_key="gru", rnn_layer_sizes=(7,), nb_previous_dirs=1, dropout=0.1, dg_dropout=0.2),
+        training=TrainingConfig(
+            max_epochs=1,
+            patience=3,
+            patience_delta=0.5,
+            optimizer="RAdam",
+            learning_rate=("0.001*3 0.0001",),
+            weight_decay=0.125,
+            clip_grad=0.25,
+            rng=2**64 - 1,
+        ),
+    )
+    parts = (config.data, config.batches, config.model, config.training)
+    fields = {field.name for part in parts for field in dataclasses.fields(part)}
+    assert {name.replace("-", "_") for name in options} | {"use_gpu"} == fields  # no option was left out above
+
+    manifest = json.loads((folder / "new" / "checkpoint" / "1" / "manifest.json").read_text())
+    assert config_from_json(json.dumps(manifest["config"])) == config
+    assert manifest["history"][0]["num_batches"] == 2
+
+
+def test_without_a_file_the_example_data_that_is_there_is_taken(cli, folder):
+    shutil.copy(PHANTOM, folder / "example_data.hdf5")
+    outcome = cli("train", folder, "new", *TINY, "--learning-rate", "0.125")
+    assert (outcome.code, outcome.err) == (0, "")
+    config = read_config(folder / "new")
+    assert config.hdf5_file == str(folder / "example_data.hdf5")
+    assert (config.training.max_epochs, config.training.learning_rate) == (1, ("0.125",))
+    assert (folder / "example_data.hdf5").read_bytes() == PHANTOM.read_bytes()
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(cli, folder):
+    diverging = ("--optimizer", "SGD", "--learning-rate", "0.01*1 1e38", "--max-epochs", "3")
+    outcome = cli("train", folder, "new", PHANTOM, *TINY, *diverging)
+    assert outcome.code == 1
+    (line,) = outcome.err.splitlines()
+    assert re.match(r"dwiml-func train: The .* in epoch 2, batch \d \(step \d\), ids \d+, ", line)
+    assert list_snapshots(folder / "new") == ["1"]
+    assert "Epoch 1/3" in outcome.out
+    again = cli("resume", folder, "new")
+    assert (again.code, again.err) == (1, line.replace("train", "resume") + "\n")
+    assert list_snapshots(folder / "new") == ["1"]
+
+    first = cli("train", folder, "first", PHANTOM, *TINY, "--optimizer", "SGD", "--learning-rate", "1e38")
+    assert first.code == 1
+    assert "in epoch 1, " in first.err
+    assert list_snapshots(folder / "first") == []
+
+
+def test_ctrl_c_ends_in_one_line(cli, folder, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dwiml_func.cli.train.run_experiment", interrupted)
+    outcome = cli("train", folder, "new", PHANTOM, *TINY)
+    assert outcome.code == 130
+    assert outcome.err == "dwiml-func train: interrupted. The last snapshot stands.\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_purpose_options_defaults_and_an_example(cli, command):
+    outcome = cli(command, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"usage: dwiml-func {command}" in outcome.out
+    assert f"Example: dwiml-func {command} " in outcome.out
+    assert "--help" in outcome.out
+    if command != "digest":
+        assert "(default: " in outcome.out
+    assert len(outcome.out.split("\n\n")[1]) > 40  # the purpose
+
+
+def test_help_of_train_lists_every_option_with_its_default(cli):
+    text = cli("train", "--help").out
+    for part in (TrainingConfig, BatchConfig, ModelConfig, DataConfig):
+        for field in dataclasses.fields(part):
+            assert f"--{field.name.replace('_', '-')}" in text
+    for default in ("(default: 100)", "(default: 1e-06)", "(default: 0.001)", "(default: Adam)", "(default: 1234)"):
+        assert default in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_the_program_lists_its_commands(cli, arguments):
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    for command, purpose in COMMANDS.items():
+        assert re.search(rf"^  {command} +{re.escape(purpose)}$", outcome.out, flags=re.MULTILINE)
+    assert "Example: " in outcome.out
+
+
+def test_the_version_is_the_packages(cli):
+    import dwiml_func
+
+    outcome = cli("--version")
+    assert (outcome.code, outcome.out, outcome.err) == (0, f"{dwiml_func.__version__}\n", "")

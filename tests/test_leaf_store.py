@@ -1,0 +1,256 @@
+"""Claims about tensors on disk: they come back as they were, or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dwiml_func import leaf_store
+from dwiml_func.digest import leaf_digest
+from dwiml_func.leaf_store import SnapshotError, load_leaves, read_manifest, save_leaves
+
+ODD = {
+    "number": torch.tensor(2.5),
+    "count": torch.tensor(2**62 + 1),
+    "empty": torch.zeros(0),
+    "empty_rows": torch.zeros(0, 3, dtype=torch.int64),
+    "empty_columns": torch.zeros(3, 0, dtype=torch.bfloat16),
+    "bfloat16": torch.tensor([1e38, -0.0, float("nan")], dtype=torch.bfloat16),
+    "bfloat16_number": torch.tensor(3.0, dtype=torch.bfloat16),
+    "float16": torch.tensor([6e-8, 65504], dtype=torch.float16),
+    "float8": torch.tensor([1.0, 448.0]).to(torch.float8_e4m3fn),
+    "float64": torch.tensor([0.1, 5e-324, float("-inf")], dtype=torch.float64),
+    "int8": torch.tensor([-128, 127], dtype=torch.int8),
+    "uint8": torch.tensor([[0, 255]], dtype=torch.uint8),
+    "int64": torch.tensor([-(2**63), 2**63 - 1]),
+    "bool": torch.tensor([[True], [False]]),
+    "complex64": torch.tensor([1 + 2j]),
+    "transposed": torch.arange(12.0).reshape(3, 4).T,
+    "strided": torch.arange(12.0)[::3],
+    "expanded": torch.tensor(2.0).expand(4, 2),
+    "nan_with_payload": torch.tensor([0x7FC01234, -1], dtype=torch.int32).view(torch.float32),
+    "many_axes": torch.arange(64.0).reshape(2, 2, 2, 2, 2, 2),
+}
+"""A leaf of every kind that a store may get wrong."""
+
+COLLIDING = ("a", "a.b", "a/b", "a/b/c", "a%2Fb", "a%2Eb", "a%", ".", "..", "/", "%2F", " ", "", "é", "0", "a.0", "A")
+"""Names that orbax or a file system may take for one another, or for a structure."""
+
+
+def same(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> bool:
+    return list(loaded) == list(saved) and all(
+        loaded[name].dtype == leaf.dtype
+        and loaded[name].shape == leaf.shape
+        and leaf_digest(loaded[name]) == leaf_digest(leaf)
+        for name, leaf in saved.items()
+    )
+
+
+def edit_manifest(path: Path, edit: Callable[[dict], object], name: str = "manifest.json") -> None:
+    """Change a manifest as one who means it: with the right checksum."""
+    manifest = read_manifest(path, name)
+    edit(manifest)
+    (path / name).write_text(json.dumps(manifest | {"checksum": leaf_store._checksum(manifest)}))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "leaves_of_a_run"
+    save_leaves(path, {"weight": torch.arange(1000.0), "bias": torch.zeros(3)}, {"epoch": 3}, numbers={"step": 7})
+    return path
+
+
+@pytest.fixture
+def damaged(saved: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_every_odd_leaf_comes_back_as_it_was(tmp_path):
+    save_leaves(tmp_path / "odd", ODD, {})
+    assert same(load_leaves(tmp_path / "odd"), ODD)
+
+
+def test_names_that_look_alike_stay_apart(tmp_path):
+    leaves = {name: torch.tensor([float(number)]) for number, name in enumerate(COLLIDING)}
+    save_leaves(tmp_path / "names", leaves, {})
+    assert same(load_leaves(tmp_path / "names"), leaves)
+
+
+@settings(max_examples=5)
+@given(names=st.lists(st.text(), min_size=1, max_size=20, unique=True))
+def test_any_text_is_a_name(names, tmp_path_factory):
+    path = tmp_path_factory.mktemp("any") / "names"
+    leaves = {name: torch.tensor([float(number)]) for number, name in enumerate(names)}
+    save_leaves(path, leaves, {})
+    assert same(load_leaves(path), leaves)
+
+
+@pytest.mark.parametrize("leaves", [{}, {"a": torch.zeros(0, 2)}], ids=["none", "empty"])
+def test_a_store_without_any_value_is_whole(tmp_path, leaves):
+    save_leaves(tmp_path / "empty", leaves, {"fact": 1})
+    assert same(load_leaves(tmp_path / "empty"), leaves)
+    assert read_manifest(tmp_path / "empty")["fact"] == 1
+
+
+def test_what_is_loaded_is_ones_own_memory(saved):
+    first, second = load_leaves(saved), load_leaves(saved)
+    first["weight"].add_(1)
+    assert torch.equal(second["weight"], torch.arange(1000.0))
+    assert same(load_leaves(saved), second)
+
+
+def test_the_manifest_tells_what_is_stored(saved):
+    manifest = read_manifest(saved)
+    assert manifest["epoch"] == 3
+    assert manifest["leaves"][1] == {
+        "name": "bias",
+        "shape": [3],
+        "dtype": "torch.float32",
+        "sha256": leaf_digest(torch.zeros(3)),
+    }
+    assert manifest["environment"]["torch"] == torch.__version__
+    assert len(manifest["digest"]) == 64
+
+
+def test_the_digest_is_of_leaves_and_numbers_not_of_facts(saved, tmp_path):
+    leaves = {"bias": torch.zeros(3), "weight": torch.arange(1000.0)}
+    save_leaves(tmp_path / "same", leaves, {"epoch": 4, "more": None}, numbers={"step": 7})
+    save_leaves(tmp_path / "other", leaves, {"epoch": 3}, numbers={"step": 8})
+    digests = [read_manifest(path)["digest"] for path in (saved, tmp_path / "same", tmp_path / "other")]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def test_a_flipped_bit_in_any_file_is_noticed(damaged, capfd):
+    assert len(files_of(damaged)) > 5
+    for file in files_of(damaged):
+        content = file.read_bytes()
+        for place in sorted({0, len(content) // 3, len(content) // 2, len(content) - 1} if content else ()):
+            for mask in (1, 0x20):
+                file.write_bytes(content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :])
+                with pytest.raises(SnapshotError) as raised:
+                    load_leaves(damaged)
+                assert str(damaged) in str(raised.value)
+                assert "\n" not in str(raised.value)
+        file.write_bytes(content)
+    assert len(load_leaves(damaged)) == 2
+    assert capfd.readouterr().err == ""  # tensorstore's threads would print tracebacks
+
+
+def test_a_truncated_or_deleted_file_is_noticed(damaged, capfd):
+    for file in files_of(damaged):
+        name, content = file.relative_to(damaged).as_posix(), file.read_bytes()
+        for length in {0, len(content) // 2, len(content) - 1} if content else ():
+            file.write_bytes(content[:length])
+            with pytest.raises(SnapshotError, match=r"damaged.*" + name.replace(".", r"\.")):
+                load_leaves(damaged)
+        file.unlink()
+        with pytest.raises((SnapshotError, FileNotFoundError), match=name):
+            load_leaves(damaged)
+        file.write_bytes(content)
+    shutil.rmtree(damaged / "leaves")
+    with pytest.raises(SnapshotError, match="has no file leaves/"):
+        load_leaves(damaged)
+    assert capfd.readouterr().err == ""
+
+
+def test_files_of_another_store_are_noticed(damaged, tmp_path):
+    save_leaves(tmp_path / "other", {"weight": torch.ones(1000), "bias": torch.zeros(3)}, {"epoch": 3})
+    shutil.rmtree(damaged / "leaves")
+    shutil.copytree(tmp_path / "other" / "leaves", damaged / "leaves")
+    with pytest.raises(SnapshotError, match="damaged"):
+        load_leaves(damaged)
+
+
+@pytest.mark.parametrize("field", ["shape", "dtype", "sha256"])
+def test_what_orbax_gives_is_checked_against_the_table(damaged, field):
+    wrong = {"shape": [1000, 1], "dtype": "torch.int32", "sha256": "0" * 64}
+    edit_manifest(damaged, lambda manifest: manifest["leaves"][0].update({field: wrong[field]}))
+    with pytest.raises(SnapshotError, match="weight does not have the bytes that were saved"):
+        load_leaves(damaged)
+
+
+def test_a_leaf_that_orbax_does_not_have_is_an_error(damaged):
+    edit_manifest(damaged, lambda manifest: manifest["leaves"][0].update(name="wait"))
+    with pytest.raises(SnapshotError, match="cannot be read by orbax-checkpoint"):
+        load_leaves(damaged)
+
+
+@pytest.mark.parametrize("later", [2, 0, "1", None, 1.5])
+def test_another_format_is_refused_with_both_numbers(damaged, later):
+    edit_manifest(damaged, lambda manifest: manifest.update(format=later))
+    with pytest.raises(SnapshotError, match=f"has format {later!r}; this version reads format 1"):
+        load_leaves(damaged)
+
+
+def test_a_later_format_is_refused_whatever_else_it_holds(damaged):
+    (damaged / "manifest.json").write_text('{"format": 2}')
+    with pytest.raises(SnapshotError, match="has format 2; this version reads format 1"):
+        read_manifest(damaged)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"{}", b'{"format": 1}', b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'"text"'],
+    ids=["empty", "half", "list", "null", "nothing", "format_only", "not_text", "deep", "huge_number", "text"],
+)
+def test_what_is_no_manifest_is_refused_in_one_line(damaged, content):
+    (damaged / "manifest.json").write_bytes(content)
+    with pytest.raises(SnapshotError, match=r"damaged: manifest\.json") as raised:
+        read_manifest(damaged)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_changed_fact_is_noticed(damaged):
+    text = (damaged / "manifest.json").read_text()
+    (damaged / "manifest.json").write_text(text.replace('"epoch": 3', '"epoch": 4'))
+    with pytest.raises(SnapshotError, match=r"manifest\.json does not hold what was written"):
+        read_manifest(damaged)
+    (damaged / "manifest.json").write_text(json.dumps(json.loads(text)))  # the same in another layout
+    assert read_manifest(damaged)["epoch"] == 3
+
+
+def test_a_missing_manifest_is_a_missing_store(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "file"):
+        with pytest.raises(FileNotFoundError, match=r"No model\.json in "):
+            read_manifest(path, "model.json")
+
+
+def test_a_store_replaces_an_older_one(damaged):
+    save_leaves(damaged, {"a": torch.ones(1)}, {})
+    assert same(load_leaves(damaged), {"a": torch.ones(1)})
+    assert len(list(damaged.parent.iterdir())) == 1
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.write_text", "dwiml_func.leaf_store._file_digest"])
+def test_a_write_that_fails_leaves_what_was_there(saved, damaged, monkeypatch, broken):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, fail)
+        with pytest.raises(OSError, match="No space left"):
+            save_leaves(damaged, {"a": torch.ones(1)}, {})
+        with pytest.raises(OSError, match="No space left"):
+            save_leaves(damaged.parent / "new", {"a": torch.ones(1)}, {})
+    assert [entry.name for entry in damaged.parent.iterdir()] == ["copy"]
+    assert same(load_leaves(damaged), load_leaves(saved))
+
+
+def test_facts_that_are_no_json_leave_nothing(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        save_leaves(tmp_path / "a", {"a": torch.ones(1)}, {"fact": object()})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,122 @@
+"""Claims about model directories: a trained model loads alone, as it was."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dwiml_func import adam, init_state
+from dwiml_func.config import ModelConfig
+from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
+from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.streamlines import StreamlineBatch
+from dwiml_func.leaf_store import SnapshotError, _checksum, read_manifest
+from dwiml_func.models.learn2track import Learn2Track
+from dwiml_func.models.model_directory import build_model, load_model, save_model
+
+CONFIG = ModelConfig(rnn_key="gru", rnn_layer_sizes=(8, 4), nb_previous_dirs=2, dropout=0.25, dg_dropout=0.125)
+
+
+@pytest.fixture(scope="module")
+def batch() -> StreamlineBatch:
+    dataset = open_dataset(Path(__file__).parent / "data" / "phantom.hdf5", "validation")
+    request = BatchRequest(np.arange(5), None, 0, 0)
+    return load_batch(request, dataset=dataset, spec=LoaderSpec())
+
+
+@pytest.fixture(scope="module")
+def model() -> Learn2Track:
+    torch.manual_seed(3)
+    return build_model(CONFIG, nb_features=6)
+
+
+@pytest.fixture
+def saved(model: Learn2Track, tmp_path: Path) -> Path:
+    state = init_state(model, adam(), seed=0).replace(epoch=5, step=9)
+    save_model(tmp_path / "best_model", state, CONFIG, nb_features=6, facts={"interpolation": "trilinear", "loss": 0.5})
+    return tmp_path / "best_model"
+
+
+def test_a_model_comes_back_with_the_same_outputs_to_the_bit(saved, model, batch):
+    loaded = load_model(saved).module
+    assert isinstance(loaded, Learn2Track)
+    assert {name: p.requires_grad for name, p in loaded.named_parameters()} == {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert not any(module.training for module in loaded.modules())
+    with torch.no_grad():
+        expected = model.eval()(batch)
+        assert torch.equal(loaded(batch), expected)
+        assert torch.equal(loaded(batch), expected)  # no dropout
+
+
+def test_what_was_recorded_comes_back(saved):
+    facts = load_model(saved).facts
+    assert facts["class"] == "Learn2Track"
+    assert facts["options"] == asdict(CONFIG) | {"rnn_layer_sizes": [8, 4]}
+    assert (facts["epoch"], facts["interpolation"], facts["loss"], facts["nb_features"]) == (5, "trilinear", 0.5, 6)
+
+
+def test_a_directory_holds_the_model_and_nothing_of_the_run(saved, model):
+    assert sorted(entry.name for entry in saved.iterdir()) == ["leaves", "model.json"]
+    names = [row["name"] for row in read_manifest(saved, "model.json")["leaves"]]
+    assert names == list(model.state_dict())
+
+
+def test_loading_moves_no_global_generator(saved):
+    before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes())  # type: ignore[union-attr]  # noqa: NPY002
+    load_model(saved)
+    after = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes())  # type: ignore[union-attr]  # noqa: NPY002
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+
+
+def test_a_model_replaces_an_older_one(saved, model, batch):
+    other = build_model(ModelConfig(rnn_layer_sizes=(3,)), nb_features=6)
+    state = init_state(other, adam(), seed=0).replace(epoch=6)
+    save_model(saved, state, ModelConfig(rnn_layer_sizes=(3,)), nb_features=6, facts={})
+    assert load_model(saved).facts["epoch"] == 6
+    assert len(list(saved.parent.iterdir())) == 1
+    with torch.no_grad():
+        assert torch.equal(load_model(saved).module(batch), other.eval()(batch))
+
+
+def test_the_seed_decides_the_parameters_of_a_new_model():
+    torch.manual_seed(5)
+    first = build_model(CONFIG, nb_features=6)
+    torch.manual_seed(5)
+    second = build_model(CONFIG, nb_features=6)
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_damaged_model_is_refused(saved):
+    (data,) = (saved / "leaves" / "d").iterdir()
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(SnapshotError, match="best_model is damaged"):
+        load_model(saved)
+    shutil.rmtree(saved / "leaves")
+    with pytest.raises(SnapshotError, match="best_model is damaged"):
+        load_model(saved)
+
+
+def test_a_model_of_another_class_is_refused(saved):
+    manifest = read_manifest(saved, "model.json") | {"class": "Transformer"}
+    (saved / "model.json").write_text(json.dumps(manifest | {"checksum": _checksum(manifest)}))
+    with pytest.raises(ValueError, match="class 'Transformer'; expected 'Learn2Track'"):
+        load_model(saved)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No model\.json in "):
+        load_model(tmp_path)

@@ -1,0 +1,171 @@
+"""Claims about runs in real processes: the same bits wherever a run was stopped, killed and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dwiml_func.digest import leaf_digest
+from dwiml_func.experiment import read_config
+from dwiml_func.leaf_store import load_leaves, read_manifest
+from dwiml_func.snapshot import latest_digest, list_snapshots
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+OPTIONS = (
+    *("--rnn-layer-sizes", "8", "8", "--dropout", "0.25", "--dg-dropout", "0.25", "--nb-previous-dirs", "1"),
+    *("--batch-size-training", "30", "--batch-size-validation", "20", "--learning-rate", "0.01*2 0.001"),
+)
+PROGRAM = (sys.executable, "-m", "dwiml_func")
+SCRIPT = (str(Path(sys.executable).parent / "resume_training_from_checkpoint"),)
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def train_command(folder: Path, name: str, max_epochs: int, *options: str) -> list[str]:
+    return [*PROGRAM, "train", str(folder), name, str(PHANTOM), *OPTIONS, "--max-epochs", str(max_epochs), *options]
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    directory: Path
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Four epochs in one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = run(*train_command(folder, "run", 4))
+    return Whole(folder / "run", done.stdout, done.stderr)
+
+
+def without_durations(data: Any) -> Any:
+    """A manifest's history without what differs from run to run."""
+    return [{name: value for name, value in row.items() if not name.endswith("_minutes")} for row in data]
+
+
+def check_same_end(directory: Path, whole: Path) -> None:
+    assert latest_digest(directory) == latest_digest(whole)
+    assert list_snapshots(directory) == list_snapshots(whole)
+    logs = {path.name: path.read_bytes() for path in (whole / "logs").iterdir()}
+    assert len(logs) == 9
+    for name, content in logs.items():
+        if name.endswith("_duration.npy"):
+            assert len((directory / "logs" / name).read_bytes()) == len(content)
+        else:
+            assert (directory / "logs" / name).read_bytes() == content, name
+    assert {path.name for path in (directory / "logs").iterdir()} == set(logs)
+    losses = "best_epoch_losses.json"
+    assert (directory / losses).read_bytes() == (whole / losses).read_bytes()
+
+    models = [path / "best_model" for path in (directory, whole)]
+    ours, theirs = (read_manifest(path, "model.json") for path in models)
+    assert ours["digest"] == theirs["digest"]
+    assert (ours["epoch"], ours["loss"]) == (theirs["epoch"], theirs["loss"])
+    assert [
+        {name: leaf_digest(leaf) for name, leaf in load_leaves(path, manifest).items()}
+        for path, manifest in zip(models, (ours, theirs), strict=True)
+    ] == [{row["name"]: row["sha256"] for row in theirs["leaves"]}] * 2
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(whole, tmp_path, stop):
+    first = run(*train_command(tmp_path, "run", stop))
+    assert f"Finished after {stop} epoch" in first.stdout
+    assert latest_digest(tmp_path / "run") != latest_digest(whole.directory)
+    resume = (*SCRIPT,) if stop == 2 else (*PROGRAM, "resume")
+    second = run(*resume, tmp_path, "run", "--new_max_epochs" if stop == 2 else "--new-max-epochs", 4)
+
+    check_same_end(tmp_path / "run", whole.directory)
+    assert (tmp_path / "run" / "config.json").read_bytes() == (whole.directory / "config.json").read_bytes()
+    histories = [read_manifest(path / "checkpoint" / "4")["history"] for path in (tmp_path / "run", whole.directory)]
+    assert histories[0][stop - 1].pop("stop") == "max_epochs"  # that is how it was stopped
+    assert histories[1][stop - 1].pop("stop") is None
+    assert without_durations(histories[0]) == without_durations(histories[1])
+
+    lines = epoch_lines(first.stdout) + epoch_lines(second.stdout)
+    assert [line.replace(f"/{stop} ", "/4 ") for line in lines] == epoch_lines(whole.out)
+    assert first.stderr == second.stderr == ""
+    summaries = [text.split("\n\n")[1].splitlines()[1:] for text in (second.stdout, whole.out)]
+    assert summaries[0] == summaries[1]
+
+
+def epoch_lines(out: str) -> list[str]:
+    """The lines of epochs, without their durations."""
+    return [re.sub(r"  \d+\.\d s", "", line) for line in out.splitlines() if line.startswith("Epoch ")]
+
+
+def test_a_run_that_was_killed_in_its_first_epoch_starts_again(whole, tmp_path):
+    command = train_command(tmp_path, "run", 4)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "96 streamlines of 2 training subjects" in process.stdout.readline()
+        process.kill()
+    assert process.returncode == -9
+    assert list_snapshots(tmp_path / "run") == []
+    run(*PROGRAM, "resume", tmp_path, "run")
+    check_same_end(tmp_path / "run", whole.directory)
+
+
+def test_loading_processes_and_a_terminal_change_nothing_but_the_bar(cli, tmp_path):
+    command = train_command(tmp_path, "run", 1, "--processes", "2")
+    terminal, stderr = os.openpty()
+    termios.tcsetwinsize(stderr, (24, 120))  # tqdm shows nothing in 0 columns
+    shown = b""
+    with open(tmp_path / "out", "w") as stdout:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr)
+        os.close(stderr)
+        while True:
+            try:
+                shown += os.read(terminal, 65536)
+            except OSError:  # how Linux says that nobody has the terminal open any more
+                break
+    os.close(terminal)
+    assert process.wait(timeout=60) == 0, shown.decode()
+
+    here = cli(*train_command(tmp_path, "here", 1)[len(PROGRAM) :])  # without them, in this process
+    check_same_end(tmp_path / "run", tmp_path / "here")
+    assert epoch_lines((tmp_path / "out").read_text()) == epoch_lines(here.out)
+    assert here.err == ""
+    assert read_config(tmp_path / "run").batches.processes == 2
+
+    text = shown.decode()
+    assert "\rEpoch 1/1 training:" in text
+    assert "\rEpoch 1/1 validation:" in text
+    assert "\n" not in text
+    assert text.rsplit("\r", 2)[1].strip() == ""  # the last bar was wiped
+
+
+def test_a_pipe_gets_the_epochs_lines_and_the_summary_only(whole):
+    assert whole.err == ""
+    lines = whole.out.splitlines()
+    assert re.fullmatch(
+        r".*/run: 96 streamlines of 2 training subjects, 48 of 1 validation subjects, 6 features, \d+ parameters",
+        lines[0],
+    )
+    assert [line.split()[1] for line in lines[1:5]] == ["1/4", "2/4", "3/4", "4/4"]
+    assert lines[5] == ""
+    assert lines[6].startswith("Finished after 4 epochs")
+    assert "\r" not in whole.out
+
+
+def test_the_digest_is_the_same_in_another_process(whole):
+    done = run(*PROGRAM, "digest", whole.directory)
+    assert done.stderr == ""
+    assert done.stdout == latest_digest(whole.directory) + "\n"
+    manifest = json.loads((whole.directory / "checkpoint" / "4" / "manifest.json").read_text())
+    assert manifest["digest"] == done.stdout.strip()

@@ -1,0 +1,366 @@
+"""Claims about snapshots: whole or absent, never silently wrong, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dwiml_func import EpochReport, Key, TrainState, adam, init_state, sgd
+from dwiml_func.best import Best
+from dwiml_func.digest import state_digest, state_leaves
+from dwiml_func.leaf_store import SnapshotError
+from dwiml_func.metrics import Sum
+from dwiml_func.snapshot import latest_digest, list_snapshots, restore, restore_or, save
+
+ODD = {
+    "a": torch.tensor(2.5),
+    "a.b": torch.tensor([1e38, -0.0, float("nan")], dtype=torch.bfloat16),
+    "a/b": torch.tensor([6e-8, 65504], dtype=torch.float16),
+    "a%2Fb": torch.tensor([[0.1], [5e-324]], dtype=torch.float64),
+    "a.b.c": torch.tensor(-(2**63)),
+    "A": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 3),
+    "transposed": torch.arange(12.0).reshape(3, 4).T,
+    "strided": torch.arange(12.0)[::5],
+}
+"""Leaves of every kind, under names that a store may take for one another."""
+
+
+def odd_state(**changes: Any) -> TrainState:
+    state = TrainState(
+        params=ODD,
+        buffers=dict(reversed(ODD.items())),
+        opt_state={"m": ODD, "m.v": ODD, "empty": {}},
+        key=Key(2**64 - 1),
+    )
+    return state.replace(**changes)
+
+
+def linear_state(**changes: Any) -> TrainState:
+    """A small state of known numbers, whatever torch's generators hold."""
+    module = torch.nn.Linear(2, 1)
+    with torch.no_grad():
+        module.weight.fill_(0.5)
+        module.bias.fill_(0.25)
+    return init_state(module, adam(), seed=7).replace(**changes)
+
+
+def report(epoch: int = 1, **changes: Any) -> EpochReport:
+    values: dict[str, Any] = {
+        "epoch": epoch,
+        "learning_rate": 0.1,
+        "train": {"loss": 0.1 + 0.2},
+        "valid": {},
+        "num_batches": 3,
+        "num_points": 30.0,
+        "best": Best(0.5, 1, 0),
+        "is_best": True,
+        "stop": None,
+        "train_minutes": 1 / 3,
+        "valid_minutes": 0.0,
+    }
+    return EpochReport(**values | changes)
+
+
+def check_equal(restored: TrainState, saved: TrainState) -> None:
+    assert state_digest(restored) == state_digest(saved)
+    for group in ("params", "buffers"):
+        for name, leaf in getattr(saved, group).items():
+            other = getattr(restored, group)[name]
+            assert (other.dtype, other.shape) == (leaf.dtype, leaf.shape)
+            assert torch.equal(other.nan_to_num(7), leaf.nan_to_num(7))
+    assert {kind: list(moments) for kind, moments in restored.opt_state.items()} == {
+        kind: list(moments) for kind, moments in saved.opt_state.items()
+    }
+    assert (restored.key, restored.step, restored.epoch, restored.batch) == (
+        saved.key,
+        saved.step,
+        saved.epoch,
+        saved.batch,
+    )
+    assert repr(restored.sums) == repr(saved.sums)
+    assert repr(restored.best) == repr(saved.best)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"step": 2**70, "epoch": 2**63, "batch": 2**40, "best": Best(math.inf, None, 2**65)},
+        {"best": Best(-math.inf, 1, 0), "sums": {"loss": Sum(math.nan, math.inf), "a/b.c": Sum(-0.0, 5e-324)}},
+        {"batch": 3, "sums": {"loss": Sum(0.1, 3.0), "grad_norm": Sum(1.7976931348623157e308, 1.0)}},
+        {"best": Best(0.1 + 0.2, 3, 1), "epoch": 4},
+        {"key": Key(0, (0, 2**32 - 1))},
+    ],
+    ids=["start", "huge", "not_finite", "mid_epoch", "best", "key"],
+)
+def test_every_state_comes_back_as_it_was(tmp_path, changes):
+    state = odd_state(**changes)
+    save(tmp_path, state)
+    restored = restore(tmp_path, odd_state(key=state.key)).state
+    check_equal(restored, state)
+    assert latest_digest(tmp_path) == state_digest(state)
+
+
+@settings(max_examples=10)
+@given(
+    numbers=st.tuples(st.integers(0, 2**70), st.integers(0, 2**70), st.integers(0, 2**70), st.integers(0, 2**64 - 1)),
+    sums=st.dictionaries(st.text(max_size=5), st.tuples(st.floats(), st.floats()), max_size=3),
+    values=st.lists(st.floats(width=32), max_size=5),
+)
+def test_any_numbers_come_back(numbers, sums, values, tmp_path_factory):
+    step, epoch, batch, seed = numbers
+    state = TrainState(
+        params={"w": torch.tensor(values)},
+        buffers={},
+        opt_state={},
+        key=Key(seed),
+        step=step,
+        epoch=epoch,
+        batch=batch,
+        sums={name: Sum(*pair) for name, pair in sums.items()},
+    )
+    directory = tmp_path_factory.mktemp("any")
+    save(directory, state)
+    check_equal(restore(directory, state).state, state)
+
+
+def test_the_history_and_the_config_come_back(tmp_path):
+    history = (
+        report(1, train={"loss": math.nan, "grad_norm": math.inf}, best=Best(math.inf, None, 1), is_best=False),
+        report(2, valid={"loss": 0.1 + 0.2, "angular_error": -0.0}, stop="patience", num_points=1e300),
+    )
+    config = {"a": {"b": [1, None, "é", 0.1]}, "c": -math.inf}
+    save(tmp_path, linear_state(), history, config=config)
+    snapshot = restore(tmp_path, linear_state())
+    assert repr(snapshot.history) == repr(history)  # a NaN is not equal to itself
+    assert snapshot.history[1] == history[1]
+    assert isinstance(snapshot.history[1].best, Best)
+    assert snapshot.config == config
+
+
+def test_saving_changes_neither_the_state_nor_torchs_generator(tmp_path):
+    state, generator = odd_state(), torch.get_rng_state()
+    before = state_digest(state)
+    save(tmp_path, state)
+    restore(tmp_path, state)
+    assert state_digest(state) == before
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_a_restored_state_shares_no_memory(tmp_path):
+    state = linear_state()
+    save(tmp_path, state)
+    first, second = restore(tmp_path, state).state, restore(tmp_path, state).state
+    for leaf in state_leaves(first).values():
+        leaf.add_(1)
+    assert state_digest(second) == state_digest(state)
+    assert not any(leaf.requires_grad for leaf in state_leaves(second).values())
+
+
+def test_names_sort_by_number(tmp_path):
+    for epoch, batch in [(10, 0), (3, 50), (9, 0), (4, 0), (3, 0), (3, 9), (0, 0), (0, 1)]:
+        save(tmp_path, linear_state(epoch=epoch, batch=batch), keep=None)
+    assert list_snapshots(tmp_path) == ["0", "0-1", "3", "3-9", "3-50", "4", "9", "10"]
+    assert restore(tmp_path, linear_state()).state.epoch == 10
+    assert restore(tmp_path, linear_state(), name="3-50").state.batch == 50
+
+
+def test_the_latest_two_and_the_best_are_kept(tmp_path):
+    kept = []
+    for epoch in range(1, 6):
+        best = Best(0.5, min(epoch, 2), max(0, epoch - 2))
+        path = save(tmp_path, linear_state(epoch=epoch, best=best))
+        assert path == tmp_path / "checkpoint" / str(epoch)
+        kept.append(list_snapshots(tmp_path))
+    assert kept == [["1"], ["1", "2"], ["2", "3"], ["2", "3", "4"], ["2", "4", "5"]]
+    save(tmp_path, linear_state(epoch=6, best=Best(0.4, 6)))
+    assert list_snapshots(tmp_path) == ["5", "6"]
+    save(tmp_path, linear_state(epoch=6, batch=10, best=Best(0.4, 6)), keep=1)
+    assert list_snapshots(tmp_path) == ["6", "6-10"]
+
+
+def test_without_a_best_epoch_only_the_latest_are_kept(tmp_path):
+    for epoch in range(4):
+        save(tmp_path, linear_state(epoch=epoch))
+    assert list_snapshots(tmp_path) == ["2", "3"]
+
+
+def test_keep_none_keeps_all(tmp_path):
+    for epoch in range(5):
+        save(tmp_path, linear_state(epoch=epoch), keep=None)
+    assert list_snapshots(tmp_path) == ["0", "1", "2", "3", "4"]
+
+
+def test_anything_else_in_the_folder_is_ignored_and_stays(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    strangers = ["notes", "-1", "03", "3-0", "3-", "3-05", "1.5", "+9", "٣", "²", "9 ", "best", ".tmp-9-x", "9-9-9"]
+    for name in strangers:
+        (folder / name).mkdir()
+    (folder / "99").write_text("a file, not a snapshot")
+    assert list_snapshots(tmp_path) == []
+    for epoch in range(3):
+        save(tmp_path, linear_state(epoch=epoch), keep=1)
+    assert list_snapshots(tmp_path) == ["2"]
+    assert sorted(entry.name for entry in folder.iterdir()) == sorted([*strangers, "99", "2"])
+    assert restore(tmp_path, linear_state()).state.epoch == 2
+
+
+def test_a_snapshot_replaces_one_of_the_same_name(tmp_path):
+    save(tmp_path, linear_state(epoch=3, step=1))
+    save(tmp_path, linear_state(epoch=3, step=2))
+    assert restore(tmp_path, linear_state()).state.step == 2
+    assert [entry.name for entry in (tmp_path / "checkpoint").iterdir()] == ["3"]
+
+
+def test_what_does_not_fit_is_listed_whole_with_both_values(tmp_path):
+    saved = TrainState(
+        params={"same": torch.ones(1), "shape": torch.ones(2), "dtype": torch.ones(3), "gone": torch.ones(4)},
+        buffers={"moved": torch.ones(5)},
+        opt_state={"exp_avg": {"same": torch.ones(1)}},
+        key=Key(1),
+    )
+    like = TrainState(
+        params={
+            "same": torch.ones(1),
+            "shape": torch.ones(2, 1),
+            "dtype": torch.ones(3).half(),
+            "moved": torch.ones(5),
+        },
+        buffers={},
+        opt_state={"momentum": {"same": torch.ones(1)}},
+        key=Key(2),
+    )
+    save(tmp_path, saved)
+    with pytest.raises(SnapshotError) as raised:
+        restore(tmp_path, like)
+    message = str(raised.value)
+    assert "\n" not in message
+    head, _, listed = message.partition("restore into: ")
+    assert str(tmp_path / "checkpoint" / "0") in head
+    assert listed.removesuffix(".").split("; ") == [
+        "buffers/moved: float32 (5,) in the snapshot, not expected",
+        "opt_state/exp_avg/same: float32 (1,) in the snapshot, not expected",
+        "opt_state/momentum/same: not in the snapshot, float32 (1,) expected",
+        "params/dtype: float32 (3,) in the snapshot, float16 (3,) expected",
+        "params/gone: float32 (4,) in the snapshot, not expected",
+        "params/moved: not in the snapshot, float32 (5,) expected",
+        "params/shape: float32 (2,) in the snapshot, float32 (2, 1) expected",
+        "key: Key(seed=1, path=()) in the snapshot, Key(seed=2, path=()) expected",
+    ]
+
+
+def test_another_optimizer_or_seed_does_not_fit(tmp_path):
+    save(tmp_path, linear_state())
+    with pytest.raises(SnapshotError, match=r"opt_state/exp_avg/bias: .* not expected"):
+        restore(tmp_path, init_state(torch.nn.Linear(2, 1), sgd(), seed=7))
+    with pytest.raises(SnapshotError, match=r"seed=7.*seed=8"):
+        restore(tmp_path, init_state(torch.nn.Linear(2, 1), adam(), seed=8))
+
+
+def test_damage_of_any_file_is_noticed_or_harmless(tmp_path):
+    history = (report(1), report(2))
+    state = odd_state(epoch=2, best=Best(0.5, 1))
+    path = save(tmp_path, state, history, config={"a": 1})
+    whole = restore(tmp_path, state)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    for file in files:
+        content = file.read_bytes()
+        places = range(0, len(content), max(1, len(content) // 7))
+        variants = [content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :] for place in places]
+        for variant in [*variants, content[:-1], b"", None]:
+            if variant == content:
+                continue
+            if variant is None:
+                file.unlink()
+            else:
+                file.write_bytes(variant)
+            try:
+                snapshot = restore(tmp_path, state)
+            except (SnapshotError, FileNotFoundError):
+                continue
+            check_equal(snapshot.state, state)
+            assert (snapshot.history, snapshot.config) == (whole.history, whole.config)
+        file.write_bytes(content)
+    check_equal(restore(tmp_path, state).state, state)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('"step": 0', '"step": 1'), ('"num_batches": 3', '"num_batches": 4'), ('"a": 1', '"a": 2')]
+)
+def test_a_changed_number_in_the_manifest_is_noticed(tmp_path, old, new):
+    manifest = save(tmp_path, linear_state(), (report(),), config={"a": 1}) / "manifest.json"
+    text = manifest.read_text()
+    assert text.count(old) == 1
+    manifest.write_text(text.replace(old, new))
+    for read in (lambda: restore(tmp_path, linear_state()), lambda: latest_digest(tmp_path)):
+        with pytest.raises(SnapshotError, match=r"manifest\.json does not hold what was written"):
+            read()
+
+
+def test_a_later_format_is_refused(tmp_path):
+    manifest = save(tmp_path, linear_state()) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
+    with pytest.raises(SnapshotError, match="has format 2; this version reads format 1"):
+        restore(tmp_path, linear_state())
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.write_text"])
+def test_a_write_that_fails_leaves_the_older_snapshots(tmp_path, monkeypatch, broken):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    save(tmp_path, linear_state(epoch=1))
+    save(tmp_path, linear_state(epoch=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, fail)
+        for epoch in (2, 3):
+            with pytest.raises(OSError, match="No space left"):
+                save(tmp_path, linear_state(epoch=epoch, step=9))
+    assert sorted(os.listdir(tmp_path / "checkpoint")) == ["1", "2"]
+    assert restore(tmp_path, linear_state()).state.step == 0
+
+
+def test_a_missing_snapshot_is_an_error_that_says_what_there_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No snapshot in .*checkpoint"):
+        restore(tmp_path, linear_state())
+    with pytest.raises(FileNotFoundError, match=r"No snapshot in .*checkpoint"):
+        latest_digest(tmp_path)
+    save(tmp_path, linear_state(epoch=1))
+    save(tmp_path, linear_state(epoch=2))
+    with pytest.raises(FileNotFoundError, match=r"No snapshot '3' in .*There are: 1, 2\."):
+        restore(tmp_path, linear_state(), name="3")
+
+
+def test_restore_or_takes_the_latest_or_the_state_that_is_given(tmp_path):
+    first = linear_state()
+    assert restore_or(tmp_path, first) == (first, ())
+    saved = linear_state(epoch=1, step=5)
+    save(tmp_path, saved, (report(),))
+    state, history = restore_or(tmp_path, first)
+    assert state_digest(state) == state_digest(saved)
+    assert history == (report(),)
+    shutil.rmtree(Path(tmp_path) / "checkpoint" / "1" / "leaves")
+    with pytest.raises(SnapshotError, match="damaged"):  # never from the beginning, silently
+        restore_or(tmp_path, first)
+
+
+def test_the_manifest_is_readable_without_the_tensors(tmp_path):
+    path = save(tmp_path, linear_state(epoch=3, step=12, best=Best(0.5, 2, 1)), (report(),), config={"lr": 0.1})
+    shutil.rmtree(path / "leaves")
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["numbers"]["step"] == 12
+    assert manifest["numbers"]["best"] == {"value": 0.5, "epoch": 2, "num_bad_epochs": 1}
+    assert manifest["history"][0]["train"] == {"loss": 0.1 + 0.2}
+    assert manifest["config"] == {"lr": 0.1}
+    assert manifest["digest"] == state_digest(linear_state(epoch=3, step=12, best=Best(0.5, 2, 1)))

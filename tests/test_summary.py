@@ -1,0 +1,100 @@
+"""Claims about the summary at the end of a training."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dwiml_func.cli.summary import format_summary
+from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
+from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.streamlines import directions
+from dwiml_func.evaluation import Evaluation
+from dwiml_func.experiment import read_config
+from dwiml_func.loop import EpochReport
+from dwiml_func.models.baselines import principal_direction
+from dwiml_func.models.model_directory import load_model
+
+
+def test_the_summary_equals_an_independent_computation(cli, experiments):
+    outcome = cli("resume", experiments, "run", "--new-patience", "5", "--new-max-epochs", "4")
+    assert outcome.code == 0
+
+    dataset = open_dataset(read_config(experiments / "run").hdf5_file, "validation")
+    batch = load_batch(BatchRequest(np.arange(48), None, 0, 0), dataset=dataset, spec=LoaderSpec())
+    targets = directions(batch.points, batch.offsets)
+    first = (batch.offsets[:-1] - torch.arange(48)).numpy()
+    counted = np.ones(len(targets), dtype=bool)
+    counted[first] = False
+
+    def mean_error(predicted: torch.Tensor, rows: np.ndarray = counted) -> float:
+        a, b = predicted.double().numpy()[rows], targets.double().numpy()[rows]
+        cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        return float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).mean())
+
+    with torch.no_grad():
+        model = mean_error(load_model(experiments / "run" / "best_model").module(batch))
+    straight = mean_error(torch.cat([targets[:1], targets[:-1]]))
+    principal = principal_direction(batch, {"sh_order": 2})
+    assert principal is not None
+    along = mean_error(principal[0])
+
+    history = json.loads((experiments / "run" / "checkpoint" / "4" / "manifest.json").read_text())["history"]
+    text = outcome.out.split("\n\n")[1]
+    assert text.splitlines()[0].startswith("Finished after 4 epochs, 0.0 minutes")
+    best = history[1]
+    assert f"Best epoch 2: training loss {best['train']['loss']:.4f}, " in text
+    assert f"validation loss {best['valid']['loss']:.4f}\n" in text
+    assert f"on the validation subjects, at the {counted.sum()} points of 48 streamlines" in text
+    shown = {name: float(value) for name, value in re.findall(r"^  ([a-z ]+?) +([\d.]+) deg", text, re.MULTILINE)}
+    assert shown == pytest.approx(
+        {"model": model, "principal direction": along, "keep going straight": straight}, abs=0.006
+    )
+    gains = [float(gain) for gain in re.findall(r"the model is ([\d.]+) deg (?:better|worse)", text)]
+    assert gains == pytest.approx([abs(along - model), abs(straight - model)], abs=0.006)
+
+
+def report(**changes: Any) -> EpochReport:
+    from dwiml_func.best import Best
+
+    values: dict[str, Any] = {
+        "epoch": 1,
+        "learning_rate": 0.1,
+        "train": {"loss": 0.25},
+        "valid": {},
+        "num_batches": 3,
+        "num_points": 30.0,
+        "best": Best(0.25, 1, 0),
+        "is_best": True,
+        "stop": "max_epochs",
+        "train_minutes": 1.25,
+        "valid_minutes": 0.5,
+    }
+    return EpochReport(**values | changes)
+
+
+def test_the_summary_says_better_worse_or_not_known():
+    def evaluation(**changes: Any) -> Evaluation:
+        values = {
+            "model": 10.0,
+            "keep_straight": 4.0,
+            "principal_direction": 15.5,
+            "num_points": 7,
+            "num_streamlines": 2,
+        }
+        return Evaluation(**values | changes)
+
+    text = format_summary([report(), report(epoch=2)], evaluation(), subset="training")
+    assert "Finished after 2 epochs, 3.5 minutes." in text
+    assert "Best epoch 1: training loss 0.2500\n" in text
+    assert "on the training subjects, at the 7 points of 2 streamlines" in text
+    assert re.search(r"principal direction +15\.50 deg  \(the model is 5\.50 deg better\)", text)
+    assert re.search(r"keep going straight +4\.00 deg  \(the model is 6\.00 deg worse\)", text)
+    unknown = format_summary([report(stop="patience")], evaluation(principal_direction=None), subset="validation")
+    assert unknown.strip().startswith("Stopped early after 1 epoch")
+    assert "principal direction  not known" in unknown
