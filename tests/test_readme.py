@@ -37,7 +37,7 @@ def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
     printed = _run(sys.executable, "script.py", folder=tmp_path)
     again = _run(sys.executable, "script.py", folder=tmp_path)
     command = [sys.executable, "-m", "dwiml_func", "train", "experiments", "command"]
-    _run(*command, "experiments/example_data.hdf5", *"--max-epochs 3 --nb-previous-dirs 1".split(), folder=tmp_path)
+    _run(*command, "experiments/example_data.hdf5", *["--max-epochs", "3", "--nb-previous-dirs", "1"], folder=tmp_path)
 
     assert [line.split()[0] for line in printed.splitlines()] == ["1", "2", "3"]
     assert again == ""  # the run is restored, and has no epoch left
