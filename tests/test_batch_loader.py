@@ -155,5 +155,5 @@ def test_a_negative_number_of_workers_is_refused(dataset):
 
 
 def test_an_unknown_interpolation_is_refused():
-    with pytest.raises(ValueError, match=r"Received: 'nearest'$"):
-        LoaderSpec(interpolation="nearest")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"Received: 'cubic'$"):
+        LoaderSpec(interpolation="cubic")  # pyright: ignore[reportArgumentType]

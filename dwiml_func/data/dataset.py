@@ -23,6 +23,7 @@ class DatasetIndex:
     Args:
         subjects: names, in the dataset's order.
         num_streamlines: (num_subjects,) int64, streamlines of each subject.
+        lengths_mm: (num_total,) float64, each streamline's length in mm; None where it is not known.
 
     Example:
         >>> index = DatasetIndex(("subj0", "subj1"), np.array([3, 2]))
@@ -32,6 +33,7 @@ class DatasetIndex:
 
     subjects: tuple[str, ...]
     num_streamlines: NDArray[np.int64]
+    lengths_mm: NDArray[np.float64] | None = None
 
     @property
     def num_total(self) -> int:
