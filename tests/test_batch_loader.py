@@ -30,7 +30,7 @@ def dataset() -> StreamlineDataset:
 
 def as_bytes(batch: StreamlineBatch) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
+    return {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items() if t is not None}
 
 
 def all_bytes(batches: Iterable[StreamlineBatch]) -> list[dict[str, tuple[torch.dtype, torch.Size, bytes]]]:

@@ -231,6 +231,8 @@ class StreamlineBatch:
         ids: (S,) int64, each streamline's number in the whole dataset.
         inputs: (P - S, F) float32, the subject's input volume interpolated at all points but the last of each
             streamline.
+        noisy_points: (P, 3) float32, the points with the noise that the model shall see; None where there is none.
+        noisy_targets: (P, 3) float32, the points with the noise that the targets shall have; None where there is none.
 
     Example:
         >>> batch = StreamlineBatch(
@@ -249,6 +251,8 @@ class StreamlineBatch:
     subject: Tensor
     ids: Tensor
     inputs: Tensor
+    noisy_points: Tensor | None = None
+    noisy_targets: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -257,6 +261,16 @@ class StreamlineBatch:
     def num_points(self) -> int:
         """P - S: the points that have a next direction, which is the weight of the batch in every mean."""
         return len(self.points) - len(self)
+
+    @property
+    def forward_points(self) -> Tensor:
+        """(P, 3), the points from which a model computes previous directions: `points`, or those with noise."""
+        return self.points if self.noisy_points is None else self.noisy_points
+
+    @property
+    def target_points(self) -> Tensor:
+        """(P, 3), the points from which targets are computed: `points`, or those with noise."""
+        return self.points if self.noisy_targets is None else self.noisy_targets
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> StreamlineBatch:
         """Move every tensor to a device.
@@ -278,7 +292,8 @@ class StreamlineBatch:
             device(type='cpu')
         """
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return StreamlineBatch(**{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})
+        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items() if t is not None}
+        return StreamlineBatch(**moved)
 
 
 def _streamline_of(offsets: Tensor, num_rows: int) -> Tensor:

@@ -100,7 +100,7 @@ class Learn2Track(torch.nn.Module):
             raise ValueError("Expected a batch with streamlines of two points or more. Received: none")
         offsets = input_offsets(batch.offsets)
         if self.nb_previous_dirs > 0:
-            dirs = directions(batch.points, batch.offsets)
+            dirs = directions(batch.forward_points, batch.offsets)
             x = torch.cat([x, previous_directions(dirs, offsets, self.nb_previous_dirs)], dim=1)
             x = dropout(x, self.dropout, self.training)
         layout = packed_layout(offsets)
@@ -128,7 +128,7 @@ def compute_batch_loss(model: Learn2Track, batch: StreamlineBatch) -> tuple[Tens
         >>> loss.shape, weight, list(aux)
         (torch.Size([]), 4, ['angular_error'])
     """
-    targets = directions(batch.points, batch.offsets)
+    targets = directions(batch.target_points, batch.offsets)
     outputs = model(batch)
     loss = model.direction_getter.losses(outputs, targets).mean()
     predictions = model.direction_getter.directions(outputs.detach())
