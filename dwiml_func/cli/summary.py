@@ -31,7 +31,9 @@ def print_summary(directory: Path, setup: Setup, history: Sequence[EpochReport])
     if batches is None:
         dataset, batches = setup.training_set, setup.train
     model = load_model(directory / "best_model").module
-    evaluation = evaluate_directions(model, batches(setup.state.key, 0, 0), dataset.input_attributes)
+    evaluation = evaluate_directions(
+        model, batches(setup.state.key, 0, 0), dataset.input_attributes, num_features=dataset.num_features
+    )
     print(format_summary(history, evaluation, subset=dataset.subset))
 
 
