@@ -103,18 +103,17 @@ def group_of(file: h5py.File, subject: str, name: str, kind: str) -> h5py.Group:
     parent = file.get(subject)
     if not isinstance(parent, h5py.Group):
         raise ValueError(f"{file.filename} lists subject {subject!r}, but holds no group of that name")
+    group = parent.get(name)
+    if isinstance(group, h5py.Group) and plain(group.attrs.get("type")) == kind:
+        return group
     # A name that is damaged, or links to nothing, has None behind it.
     kinds = {key: plain(item.attrs.get("type", "no type")) for key, item in parent.items() if item is not None}
-    if name not in kinds or kinds[name] != kind:
-        received = f"has type {kinds[name]!r}" if name in kinds else "does not exist"
-        known = _names(f"{key} ({type_})" for key, type_ in kinds.items())
-        raise ValueError(
-            f"{file.filename}: group {name!r} of subject {subject!r} {received}. "
-            f"Expected one of type {kind!r}. Its groups: {known}"
-        )
-    group = parent[name]
-    assert isinstance(group, h5py.Group)
-    return group
+    received = f"has type {kinds[name]!r}" if name in kinds else "does not exist"
+    known = _names(f"{key} ({type_})" for key, type_ in kinds.items())
+    raise ValueError(
+        f"{file.filename}: group {name!r} of subject {subject!r} {received}. "
+        f"Expected one of type {kind!r}. Its groups: {known}"
+    )
 
 
 def read_resampling(file: h5py.File) -> Resampling:

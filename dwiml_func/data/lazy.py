@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from dwiml_func.data.dataset import DatasetIndex
-from dwiml_func.data.hdf5_layout import group_of, read_volume, refuse_any
+from dwiml_func.data.hdf5_layout import read_volume, refuse_any
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class _ProcessStore:
         self.lock = threading.RLock()
         self.files: OrderedDict[_FileVersion, h5py.File] = OrderedDict()
         self.volumes: OrderedDict[tuple[_FileVersion, str, str], Tensor] = OrderedDict()
+        self.volume_bytes = 0
 
     @contextmanager
     def opened(self, version: _FileVersion) -> Iterator[h5py.File]:
@@ -105,14 +106,14 @@ class _ProcessStore:
         key = (version, subject, group)
         with self.lock:
             if key not in self.volumes:
-                kept = sum(volume.nbytes for volume in self.volumes.values())
-                while self.volumes and kept + num_bytes > budget:
-                    kept -= self.volumes.popitem(last=False)[1].nbytes
+                while self.volumes and self.volume_bytes + num_bytes > budget:
+                    self.volume_bytes -= self.volumes.popitem(last=False)[1].nbytes
                 with self.opened(version) as file:
-                    volume = torch.from_numpy(read_volume(group_of(file, subject, group, "volume")))
+                    volume = torch.from_numpy(read_volume(_known_group(file, subject, group)))
                 if num_bytes > budget:
                     return volume
                 self.volumes[key] = volume
+                self.volume_bytes += num_bytes
             self.volumes.move_to_end(key)
             return self.volumes[key]
 
@@ -249,7 +250,7 @@ class LazyStreamlines:
             for i in order:
                 if subjects[i] != subject:
                     subject = int(subjects[i])
-                    group = group_of(file, self._index.subjects[subject], self._group_name, "streamlines")
+                    group: Any = _known_group(file, self._index.subjects[subject], self._group_name)
                     dataset = group["data"].id
                 _read_rows(dataset, int(starts[i]), points[places[i] : places[i] + sizes[i]])
             if not np.isfinite(points).all():
@@ -263,8 +264,14 @@ class LazyStreamlines:
         numbers = self._index.num_streamlines
         marked = np.zeros(numbers[subject], dtype=bool)
         marked[(ids - numbers[:subject].sum())[bad & (subjects == subject)]] = True
-        group = group_of(file, self._index.subjects[subject], self._group_name, "streamlines")
+        group = _known_group(file, self._index.subjects[subject], self._group_name)
         refuse_any(group, marked, "with NaN or infinite points")
+
+
+def _known_group(file: h5py.File, subject: str, name: str) -> h5py.Group:
+    """A group that was checked when the dataset was opened."""
+    group: Any = file[f"{subject}/{name}"]
+    return group
 
 
 def _read_rows(dataset: Any, start: int, out: np.ndarray) -> None:
