@@ -258,6 +258,19 @@ def test_a_real_scan_with_streamlines_tracked_on_it_goes_there_and_back(tmp_path
     assert torch.isfinite(dataset.streamlines.points).all()
 
 
+def test_an_interruption_leaves_nothing(tmp_path, capfd, monkeypatch):
+    arguments = make_folder(tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dwiml_func.data.creation.load_streamlines", interrupt)
+    assert main(["create-hdf5", *arguments]) == 130
+    assert capfd.readouterr().err == "dwiml-func create-hdf5: interrupted. No file was written.\n"
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_the_command_says_what_it_wrote(tmp_path, capfd):
     arguments = make_folder(tmp_path)
     assert main(["create-hdf5", *arguments, "--compress", "--enforce-files-presence"]) == 0

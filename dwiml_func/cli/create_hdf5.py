@@ -70,7 +70,7 @@ def run(arguments: Sequence[str], program: str) -> int:
         program: the program's name in messages.
 
     Returns:
-        The exit code, 0.
+        The exit code: 0, or 130 after Ctrl-C.
 
     Raises:
         ValueError, OSError: something is wrong with the arguments or the files; nothing was written.
@@ -85,18 +85,22 @@ def run(arguments: Sequence[str], program: str) -> int:
         "testing": options.testing_subjs,
     }
     subsets = {subset: () if path is None else read_subjects(path) for subset, path in lists.items()}
-    notes = create_dataset(
-        options.folder,
-        read_groups_config(options.config),
-        options.out_hdf5,
-        training=subsets["training"],
-        validation=subsets["validation"],
-        testing=subsets["testing"],
-        resampling=Resampling(step_size=options.step_size, nb_points=options.nb_points, compress=options.compress),
-        remove_invalid=options.remove_invalid,
-        enforce_files_presence=options.enforce_files_presence and not options.skip_enforce_files_presence,
-        overwrite=options.overwrite,
-    )
+    try:
+        notes = create_dataset(
+            options.folder,
+            read_groups_config(options.config),
+            options.out_hdf5,
+            training=subsets["training"],
+            validation=subsets["validation"],
+            testing=subsets["testing"],
+            resampling=Resampling(step_size=options.step_size, nb_points=options.nb_points, compress=options.compress),
+            remove_invalid=options.remove_invalid,
+            enforce_files_presence=options.enforce_files_presence and not options.skip_enforce_files_presence,
+            overwrite=options.overwrite,
+        )
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted. No file was written.", file=sys.stderr)
+        return 130
     for line in notes[:_NUM_NOTES]:
         print(f"{program}: {line}.", file=sys.stderr)
     if len(notes) > _NUM_NOTES:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspection", "inspect_dataset"]
 
+# What h5py raises about damaged parts, whichever they are; memory runs out when it is a size that is damaged.
+_H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
 _SUBSETS = ("training", "validation", "testing")
 _STEP_TOLERANCE = 0.2  # of the step that the file names; the reference's own steps are up to this much longer
 
@@ -86,7 +88,7 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
             names = list(dict.fromkeys([*listed, *map(str, file)]))
             _check_subsets(subsets, [*map(str, file)], problems.append)
             subjects = {name: _inspect_subject(file, name, problems.append) for name in names}
-    except (OSError, RuntimeError, KeyError) as error:
+    except _H5PY_ERRORS as error:
         reason = " ".join(str(error).split())
         what = "truncated or damaged" if h5py.is_hdf5(path) or _has_signature(path) else "no HDF5 file"
         raise ValueError(f"{path} is {what} ({reason}). Copy or create it anew") from error
@@ -160,7 +162,7 @@ def _inspect_subject(file: h5py.File, name: str, report: Report) -> dict[str, Vo
             else:
                 report_here(f"type {kind!r}, expected 'volume' or 'streamlines'")
                 continue
-        except (OSError, RuntimeError, KeyError, TypeError) as error:  # what h5py raises about damaged parts
+        except _H5PY_ERRORS as error:
             report_here(f"damaged, cannot be read ({' '.join(str(error).split())})")
             continue
         summaries[group_name] = summary
@@ -203,8 +205,8 @@ def _check_step(
         return  # "Not defined by user"
     for subject, groups in subjects.items():
         for name, summary in groups.items():
-            if isinstance(summary, StreamlineSummary) and summary.steps is not None and len(summary.steps):
-                median = float(np.median(summary.steps))
+            if isinstance(summary, StreamlineSummary) and summary.steps is not None:
+                median = summary.steps.median
                 if abs(median - step_size) > _STEP_TOLERANCE * step_size:
                     report(
                         f"subject {subject!r}, group {name!r}: a median step of {median:.3g} mm, but the file's "

@@ -14,7 +14,7 @@ from dwiml_func.data.creation_resampling import lengths_mm
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["Report", "StreamlineSummary", "VolumeSummary", "inspect_streamlines", "inspect_volume"]
+__all__ = ["Report", "Steps", "StreamlineSummary", "VolumeSummary", "inspect_streamlines", "inspect_volume"]
 
 Report = Callable[[str], None]
 """Takes a problem in words."""
@@ -38,6 +38,28 @@ class VolumeSummary(NamedTuple):
     grid: Grid | None
 
 
+class Steps(NamedTuple):
+    """The distances between points of a group's streamlines; not kept themselves, as there are as many as points.
+
+    Args:
+        number: how many there are.
+        total: their sum in mm.
+        median: in mm.
+        least: in mm.
+        greatest: in mm.
+
+    Example:
+        >>> Steps(2, 3.0, 1.5, 1.0, 2.0).median
+        1.5
+    """
+
+    number: int
+    total: float
+    median: float
+    least: float
+    greatest: float
+
+
 class StreamlineSummary(NamedTuple):
     """What a streamline group holds.
 
@@ -45,7 +67,7 @@ class StreamlineSummary(NamedTuple):
         num_streamlines: S.
         num_points: P.
         lengths: (S,) in mm; None when they cannot be told.
-        steps: (P - S,) distances between points in mm; None when they cannot be told.
+        steps: distances between points; None when they cannot be told.
         grid: where it lies; None when it cannot be told.
         extras: names of data per streamline, and of the connectivity matrix.
 
@@ -57,7 +79,7 @@ class StreamlineSummary(NamedTuple):
     num_streamlines: int
     num_points: int
     lengths: NDArray[np.float64] | None
-    steps: NDArray[np.float64] | None
+    steps: Steps | None
     grid: Grid | None
     extras: tuple[str, ...]
 
@@ -159,8 +181,9 @@ def inspect_streamlines(group: h5py.Group, report: Report) -> StreamlineSummary:
     lengths = lengths_mm(in_mm, offsets)
     _report_count(report, lengths == 0, "have no length: all points in one place")
     _check_lengths(group, lengths, report)
-    steps = np.sqrt((np.diff(in_mm, axis=0) ** 2).sum(axis=1))
-    return unknown._replace(lengths=lengths, steps=np.delete(steps, offsets[1:-1] - 1))
+    steps = np.delete(np.sqrt((np.diff(in_mm, axis=0) ** 2).sum(axis=1)), offsets[1:-1] - 1)
+    measured = Steps(len(steps), *(float(f(steps)) for f in (np.sum, np.median, np.min, np.max)))
+    return unknown._replace(lengths=lengths, steps=measured)
 
 
 def _report_count(report: Report, wrong: NDArray[np.bool_], what: str) -> bool:
@@ -178,6 +201,10 @@ def _dataset(group: h5py.Group, name: str, kinds: str, report: Report) -> h5py.D
         return None
     if dataset.dtype.kind not in kinds:
         report(f"dataset {name!r} is of dtype {dataset.dtype}, expected {'numbers' if 'f' in kinds else 'integers'}")
+        return None
+    stored = dataset.id.get_storage_size()
+    if dataset.chunks is None and dataset.nbytes > stored:  # a damaged shape could make reading it endless
+        report(f"dataset {name!r} of shape {dataset.shape} has {stored} of its {dataset.nbytes} bytes")
         return None
     return dataset
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dwiml_func.data.inspection import Inspection
 from dwiml_func.data.inspection_groups import StreamlineSummary, VolumeSummary
@@ -107,7 +106,7 @@ def _axes(summary: VolumeSummary) -> list[str]:
 
 def _streamline_table(streamlines: dict[str, StreamlineSummary], subset_of: dict[str, str]) -> list[str]:
     head = ["subject", "subset", "streamlines", "points", "length mm: mean", "std", "min", "max"]
-    rows = [[*head, "step mm: median", "min", "max"]]
+    rows = [[*head, "step mm: mean", "min", "max"]]
     for subject, summary in streamlines.items():
         rows.append([subject, subset_of.get(subject, "none"), *_measures([summary])])
     if len(streamlines) > 1:
@@ -117,16 +116,16 @@ def _streamline_table(streamlines: dict[str, StreamlineSummary], subset_of: dict
 
 
 def _measures(summaries: list[StreamlineSummary]) -> list[str]:
-    lengths = _joined([summary.lengths for summary in summaries])
-    steps = _joined([summary.steps for summary in summaries])
+    lengths = np.concatenate([np.empty(0), *(found.lengths for found in summaries if found.lengths is not None)])
+    steps = [found.steps for found in summaries if found.steps is not None]
     counts = [sum(summary.num_streamlines for summary in summaries), sum(summary.num_points for summary in summaries)]
     texts = [f"{count:,}" for count in counts]
     texts += [f"{f(lengths):.1f}" for f in (np.mean, np.std, np.min, np.max)] if len(lengths) else ["?"] * 4
-    return texts + ([f"{f(steps):.3f}" for f in (np.median, np.min, np.max)] if len(steps) else ["?"] * 3)
-
-
-def _joined(arrays: Sequence[NDArray[np.float64] | None]) -> NDArray[np.float64]:
-    return np.concatenate([np.empty(0), *(array for array in arrays if array is not None)])
+    if not steps:
+        return texts + ["?"] * 3
+    mean = sum(found.total for found in steps) / sum(found.number for found in steps)
+    ends = min(found.least for found in steps), max(found.greatest for found in steps)
+    return texts + [f"{value:.3f}" for value in (mean, *ends)]
 
 
 def _table(rows: list[list[str]], *, right: set[int]) -> list[str]:
