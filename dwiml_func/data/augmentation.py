@@ -156,7 +156,9 @@ def split_streamlines(lines: Streamlines, ratio: float, rng: np.random.Generator
     new_lengths[first + 1] = offsets[chosen + 1] - cuts
     rows = torch.from_numpy(np.repeat(np.arange(len(repeats)), repeats))
     new_offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(new_lengths)]))
-    return Streamlines(lines.points[rows], new_offsets), torch.from_numpy(np.repeat(np.arange(len(lines)), times))
+    return Streamlines(lines.points.index_select(0, rows), new_offsets), torch.from_numpy(
+        np.repeat(np.arange(len(lines)), times)
+    )
 
 
 def reverse_streamlines(lines: Streamlines, ratio: float, rng: np.random.Generator) -> Streamlines:
@@ -181,7 +183,7 @@ def reverse_streamlines(lines: Streamlines, ratio: float, rng: np.random.Generat
     rows = np.arange(len(lines.points))
     mirrored = np.repeat(offsets[:-1] + offsets[1:] - 1, np.diff(offsets)) - rows
     rows = np.where(np.repeat(reversed_, np.diff(offsets)), mirrored, rows)
-    return Streamlines(lines.points[torch.from_numpy(rows)], lines.offsets)
+    return Streamlines(lines.points.index_select(0, torch.from_numpy(rows)), lines.offsets)
 
 
 def add_noise(points: Tensor, size: float, rng: np.random.Generator) -> Tensor:

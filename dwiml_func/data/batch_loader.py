@@ -150,13 +150,17 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
 
 def _inputs(lines: Streamlines, subject: Tensor, dataset: StreamlineDataset, spec: LoaderSpec) -> Tensor:
     """(P - S, F): each subject's volume along its streamlines, at all points but the last of each."""
-    points = lines.points[input_rows(lines.offsets, len(lines.points))]
+    # index_select and index_copy_ move whole rows, several times faster than indexing with brackets.
+    points = lines.points.index_select(0, input_rows(lines.offsets, len(lines.points)))
+    interpolated = partial(interpolate_neighborhood, neighborhood=spec.neighborhood, mode=spec.interpolation)
+    numbers = subject.unique().tolist()
+    if len(numbers) == 1:
+        return interpolated(dataset.volumes[numbers[0]], points)
     subject_of_point = subject.repeat_interleave(lines.lengths - 1)
     inputs = torch.empty(len(points), spec.num_inputs(dataset))
-    for number in subject.unique().tolist():
+    for number in numbers:
         rows = (subject_of_point == number).nonzero()[:, 0]
-        volume = dataset.volumes[number]
-        inputs[rows] = interpolate_neighborhood(volume, points[rows], spec.neighborhood, mode=spec.interpolation)
+        inputs.index_copy_(0, rows, interpolated(dataset.volumes[number], points.index_select(0, rows)))
     return inputs
 
 

@@ -178,9 +178,8 @@ def _sample_by_subjects(
     num_batches = 0
     while (num_left := int(left.sum())) and (spec.max_batches is None or num_batches < spec.max_batches):
         # The smallest of exponential draws with rates `left`: weighted draws without replacement.
-        with np.errstate(divide="ignore"):
-            times = rng.standard_exponential(len(left)) / left
-        chosen = np.sort(np.argpartition(times, min(num_chosen, len(left)) - 1)[:num_chosen])
+        times = rng.standard_exponential(len(left)) / np.maximum(left, 1e-300)  # those that have none come last
+        chosen = np.sort(np.argpartition(times, num_chosen - 1)[:num_chosen])
         chosen = chosen[left[chosen] > 0]
         pool = int(left[chosen].sum())
         cycles = num_left if spec.cycles is None else spec.cycles

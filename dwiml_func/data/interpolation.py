@@ -77,22 +77,22 @@ def interpolate(volume: Tensor, points: Tensor, *, mode: Interpolation = "trilin
         found = values[(voxel * strides).sum(dim=1)]
         return torch.where(points.isnan().any(dim=1, keepdim=True), torch.full_like(found, float("nan")), found)
 
+    # Axes first: sums and products then run along the points, several times faster than along axes of 2 and 3.
+    last, strides = last[:, None], strides[:, None]
     # Clamping the position gives the same values as clamping the eight indices: both neighbours become the border.
-    position = torch.minimum((points - _VALUE_AT[mode]).clamp(min=0), last)
+    position = torch.minimum((points.t().contiguous() - _VALUE_AT[mode]).clamp(min=0), last)
     # Clamped again as integers: NaN passes the first clamp and must not become an address.
     lower = torch.minimum(position.floor().long().clamp(min=0), last)
     upper = torch.minimum(lower + 1, last)
     fraction = position - lower
 
-    rows = torch.stack([lower, upper], dim=2) * strides[:, None]  # (P, 3, 2)
-    weights = torch.stack([1 - fraction, fraction], dim=2).to(volume.dtype)  # (P, 3, 2)
-    x, y, z = rows.unbind(1)
-    weight_x, weight_y, weight_z = weights.unbind(1)
-    corner_rows = x[:, :, None, None] + y[:, None, :, None] + z[:, None, None, :]
-    corner_weights = weight_x[:, :, None, None] * weight_y[:, None, :, None] * weight_z[:, None, None, :]
+    x, y, z = (torch.stack([lower, upper]) * strides).unbind(1)  # (2, P) each
+    weight_x, weight_y, weight_z = torch.stack([1 - fraction, fraction]).to(volume.dtype).unbind(1)
+    corner_rows = x[:, None, None] + y[:, None] + z  # (2, 2, 2, P)
+    corner_weights = weight_x[:, None, None] * weight_y[:, None] * weight_z
     return embedding_bag(
-        corner_rows.reshape(-1, 8),
+        corner_rows.reshape(8, -1).t().contiguous(),
         values,
         mode="sum",
-        per_sample_weights=corner_weights.reshape(-1, 8),
+        per_sample_weights=corner_weights.reshape(8, -1).t().contiguous(),
     )

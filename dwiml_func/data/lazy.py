@@ -246,13 +246,12 @@ class LazyStreamlines:
         # In the order of the file, and each subject's group is looked up once.
         order = np.lexsort([starts, subjects]).tolist()
         with _store.opened(self._version) as file:
-            subject, dataset = -1, None
+            subject, reader = -1, None
             for i in order:
-                if subjects[i] != subject:
+                if reader is None or subjects[i] != subject:
                     subject = int(subjects[i])
-                    group: Any = _known_group(file, self._index.subjects[subject], self._group_name)
-                    dataset = group["data"].id
-                _read_rows(dataset, int(starts[i]), points[places[i] : places[i] + sizes[i]])
+                    reader = _RowReader(_known_group(file, self._index.subjects[subject], self._group_name), points)
+                reader.read(int(starts[i]), sizes[i], places[i])
             if not np.isfinite(points).all():
                 self._refuse(file, numbers, subjects, offsets.numpy(), points)
         return Streamlines(torch.from_numpy(points), offsets)
@@ -274,10 +273,21 @@ def _known_group(file: h5py.File, subject: str, name: str) -> h5py.Group:
     return group
 
 
-def _read_rows(dataset: Any, start: int, out: np.ndarray) -> None:
-    """Read rows from `start` on; h5py's low level, as its slicing costs ten times the read."""
-    from h5py import h5s
+class _RowReader:
+    """Reads rows of a group's points into an array; by h5py's low level, as its slicing costs ten times the read."""
 
-    stored = dataset.get_space()
-    stored.select_hyperslab((start, 0), out.shape)
-    dataset.read(h5s.create_simple(out.shape), stored, out)
+    def __init__(self, group: h5py.Group, out: np.ndarray) -> None:
+        from h5py import h5s, h5t
+
+        points: Any = group["data"]
+        self._dataset = points.id
+        self._stored = points.id.get_space()
+        self._wanted = h5s.create_simple(out.shape)
+        self._type = h5t.py_create(out.dtype)
+        self._out = out
+
+    def read(self, start: int, num: int, place: int) -> None:
+        """Read `num` rows from `start` on to the rows of the array from `place` on."""
+        self._stored.select_hyperslab((start, 0), (num, 3))
+        self._wanted.select_hyperslab((place, 0), (num, 3))
+        self._dataset.read(self._wanted, self._stored, self._out, self._type)
