@@ -102,6 +102,24 @@ def test_the_file_has_the_attributes_of_the_layout(tmp_path):
     assert (tmp_path / "out.hdf5").read_bytes() == first
 
 
+def test_the_layout_is_that_of_a_file_of_the_reference(tmp_path):
+    make_folder(tmp_path)
+    out = create(tmp_path, CONFIG, ("s1", "s2"), resampling=Resampling(step_size=0.5))
+
+    def layout(file: Any) -> dict[str, object]:
+        found: dict[str, object] = {f"@{name}": type(value) for name, value in file.attrs.items()}
+        for name, group in file[next(iter(file))].items():
+            for key, value in group.attrs.items():
+                if not key.startswith("standardization"):  # ours alone: how to undo it
+                    found[f"{name}@{key}"] = getattr(value, "dtype", type(value))
+            for key, item in group.items():
+                found[f"{name}/{key}"] = (item.dtype, item.ndim) if hasattr(item, "ndim") else "group"
+        return found
+
+    with File(out) as ours, File(Path(__file__).parent / "data" / "phantom.hdf5") as theirs:
+        assert layout(ours) == layout(theirs)
+
+
 def test_streamlines_can_be_resampled_or_compressed(tmp_path):
     from dipy.tracking.streamlinespeed import compress_streamlines, set_number_of_points
 
@@ -255,6 +273,9 @@ def test_a_real_scan_with_streamlines_tracked_on_it_goes_there_and_back(tmp_path
         attributes = file["s1/input"].attrs
         back = file["s1/input/data"][:] * attributes["standardization_std"] + attributes["standardization_mean"]
     np.testing.assert_allclose(back, data, atol=1e-2)
+    options = ["--max-epochs", "2", "--max-batches-per-epoch-training", "5", "--rnn-layer-sizes", "16"]
+    assert main(["train", str(tmp_path), "run", paths[2], *options]) == 0
+    assert np.isfinite(np.load(tmp_path / "run" / "logs" / "train_loss_monitor_per_epoch.npy")).all()
     assert torch.isfinite(dataset.streamlines.points).all()
 
 

@@ -5,7 +5,31 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["lengths_mm", "resample", "steps_for"]
+__all__ = ["compress", "lengths_mm", "resample", "steps_for"]
+
+
+def compress(
+    points: NDArray[np.float64], offsets: NDArray[np.int64], tolerance: float
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Leave out points where streamlines are nearly straight, by dipy's `compress_streamlines`.
+
+    Args:
+        points: (P, 3), in mm.
+        offsets: (S + 1,) from 0 to P; at least one streamline, each of at least two points.
+        tolerance: largest distance in mm between a streamline and what is left of it.
+
+    Returns:
+        The points that are left, and their (S + 1,) offsets. Segments grow to 10 mm at most.
+
+    Example:
+        >>> line = np.array([[0.0, 0, 0], [1, 0, 0], [4, 0, 0]])
+        >>> compress(line, np.array([0, 3]), 0.01)[0].tolist()
+        [[0.0, 0.0, 0.0], [4.0, 0.0, 0.0]]
+    """
+    from dipy.tracking.streamlinespeed import compress_streamlines  # dipy is heavy: only where it is asked for
+
+    kept = list(compress_streamlines(np.split(points, offsets[1:-1]), tol_error=tolerance))
+    return np.concatenate(kept), np.cumsum([0, *map(len, kept)])
 
 
 def lengths_mm(points: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:

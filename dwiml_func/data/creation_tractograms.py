@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dwiml_func.data.creation_files import Source
 from dwiml_func.data.creation_grid import Grid, grid_difference, grid_of, to_voxel
-from dwiml_func.data.creation_resampling import lengths_mm, resample, steps_for
+from dwiml_func.data.creation_resampling import compress, lengths_mm, resample, steps_for
 from dwiml_func.data.resampling import Resampling
 
 __all__ = ["Tractogram", "load_streamlines"]
@@ -203,11 +203,8 @@ def _resampled(tractogram: Tractogram, resampling: Resampling) -> Tractogram:
     if len(offsets) == 1 or resampling == Resampling():
         return tractogram
     if resampling.compress is not None:
-        from dipy.tracking.streamlinespeed import compress_streamlines
-
-        lines = compress_streamlines(np.split(points, offsets[1:-1]), tol_error=resampling.compress)
-        offsets = np.concatenate([[0], np.cumsum([len(line) for line in lines])])
-        return tractogram._replace(points=np.concatenate(lines), offsets=offsets)
+        points, offsets = compress(points, offsets, resampling.compress)
+        return tractogram._replace(points=points, offsets=offsets)
     if resampling.nb_points is not None:
         num_steps = np.full(len(offsets) - 1, resampling.nb_points - 1)
     else:

@@ -52,7 +52,7 @@ def load_volume(
         standardization: which values share a mean and a standard deviation.
         masks: NIfTI files; their union says which voxels are measured. Without: those where no feature is zero.
         expected: the grid of the subject's other groups; None when this is the first.
-        refuse_masks: refuse 3-D files of zeros and ones.
+        refuse_masks: refuse 3-D files of zeros and one other value.
 
     Returns:
         The volume.
@@ -78,10 +78,10 @@ def load_volume(
         part = data[..., end - width : end]
         part[...] = _read(source, image).reshape(part.shape)
         _require_finite(source, part)
-        if refuse_masks and len(image.shape) == 3 and np.isin(part, (0, 1)).all():
+        if refuse_masks and len(image.shape) == 3 and ((part == 0) | (part == part.max())).all():
             raise ValueError(
-                f"{source}: a 3-D mask (zeros and ones only) as a model's input. Expected a diffusion or anatomical "
-                "volume; a mask has its place in std_mask, or in a group of its own with standardization 'none'"
+                f"{source}: a 3-D mask (zero and one other value) as a model's input. Expected a diffusion or "
+                "anatomical volume; a mask has its place in std_mask, or in a group of its own with standardization 'none'"
             )
         if standardization == "per_file":
             mean, std = standardize(part, mask, independent=False, source=source)

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dwiml_func.data.creation_resampling import lengths_mm, resample, steps_for
+from dwiml_func.data.creation_resampling import compress, lengths_mm, resample, steps_for
 from dwiml_func.data.streamlines import Streamlines
 
 __all__ = ["Resampling", "resample_streamlines"]
@@ -71,7 +70,7 @@ def resample_streamlines(lines: Streamlines, voxel_sizes: Tensor, resampling: Re
     offsets, sizes = lines.offsets.numpy(), voxel_sizes.numpy().astype(np.float64)
     points = lines.points.numpy() * np.repeat(sizes, np.diff(offsets), axis=0)
     if resampling.compress is not None:
-        points, offsets = _compress(points, offsets, resampling.compress)
+        points, offsets = compress(points, offsets, resampling.compress)
     else:
         if resampling.step_size is not None:
             num_steps = steps_for(lengths_mm(points, offsets), resampling.step_size)
@@ -81,12 +80,3 @@ def resample_streamlines(lines: Streamlines, voxel_sizes: Tensor, resampling: Re
     # In float64 a factor and its inverse leave every float32 as it was.
     points = points / np.repeat(sizes, np.diff(offsets), axis=0)
     return Streamlines(torch.from_numpy(points.astype(np.float32)), torch.from_numpy(offsets))
-
-
-def _compress(
-    points: NDArray[np.float64], offsets: NDArray[np.int64], tolerance: float
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    from dipy.tracking.streamlinespeed import compress_streamlines  # dipy is heavy: only where it is asked for
-
-    kept = compress_streamlines(np.split(points, offsets[1:-1]), tol_error=tolerance)
-    return np.concatenate(list(kept)), np.concatenate([[0], np.cumsum([len(line) for line in kept])])
