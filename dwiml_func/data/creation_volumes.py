@@ -81,7 +81,7 @@ def load_volume(
         if refuse_masks and len(image.shape) == 3 and ((part == 0) | (part == part.max())).all():
             raise ValueError(
                 f"{source}: a 3-D mask (zero and one other value) as a model's input. Expected a diffusion or "
-                "anatomical volume; a mask has its place in std_mask, or in a group of its own with standardization 'none'"
+                "anatomical volume. A mask belongs in std_mask, or in a group of its own with standardization 'none'"
             )
         if standardization == "per_file":
             mean, std = standardize(part, mask, independent=False, source=source)
