@@ -126,7 +126,7 @@ class PerStreamline:
     def augment(self, lines: list[np.ndarray], rng: np.random.Generator) -> Any:
         """Split and reverse a share."""
         space, origin = Space.VOX, Origin.TRACKVIS
-        tractogram = StatefulTractogram(lines, self.header, space, origin)
+        tractogram = StatefulTractogram(lines, self.header, space, origin=origin)
         chosen, parts = set(rng.permutation(len(lines))[: int(SHARE * len(lines))].tolist()), []
         for i, line in enumerate(tractogram.streamlines):
             if i in chosen and len(line) > 12:

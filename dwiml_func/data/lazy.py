@@ -10,8 +10,9 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from dwiml_func.data.dataset import DatasetIndex
 from dwiml_func.data.hdf5_layout import read_volume, refuse_any
+from dwiml_func.data.hdf5_rows import RowReader, address_of, read_bytes
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
 if TYPE_CHECKING:
@@ -200,6 +202,7 @@ class LazyStreamlines:
         self._group_name = group_name
         self._starts = starts
         self._lengths = lengths
+        self._addresses: dict[int, int | None] = {}  # by subject, where in the file its points lie as plain bytes
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -246,15 +249,26 @@ class LazyStreamlines:
         # In the order of the file, and each subject's group is looked up once.
         order = np.lexsort([starts, subjects]).tolist()
         with _store.opened(self._version) as file:
-            subject, reader = -1, None
+            subject, read = -1, None
             for i in order:
-                if reader is None or subjects[i] != subject:
+                if read is None or subjects[i] != subject:
                     subject = int(subjects[i])
-                    reader = _RowReader(_known_group(file, self._index.subjects[subject], self._group_name), points)
-                reader.read(int(starts[i]), sizes[i], places[i])
+                    read = self._reader(file, subject, points)
+                read(int(starts[i]), sizes[i], places[i])
             if not np.isfinite(points).all():
                 self._refuse(file, numbers, subjects, offsets.numpy(), points)
         return Streamlines(torch.from_numpy(points), offsets)
+
+    def _reader(self, file: h5py.File, subject: int, out: np.ndarray) -> Callable[[int, int, int], None]:
+        """What reads rows of a subject's points: `read(start, num, place)`."""
+        if subject not in self._addresses:
+            points: Any = _known_group(file, self._index.subjects[subject], self._group_name)["data"]
+            self._addresses[subject] = address_of(file, points)
+        address = self._addresses[subject]
+        if address is not None:
+            return partial(read_bytes, file, file.id.get_vfd_handle(), address, out)
+        points = _known_group(file, self._index.subjects[subject], self._group_name)["data"]
+        return RowReader(points, out).read
 
     def _refuse(self, file: h5py.File, ids: Any, subjects: Any, offsets: Any, points: Any) -> None:
         """Say which of the streamlines read is not finite: its subject, and its number among the subject's."""
@@ -271,23 +285,3 @@ def _known_group(file: h5py.File, subject: str, name: str) -> h5py.Group:
     """A group that was checked when the dataset was opened."""
     group: Any = file[f"{subject}/{name}"]
     return group
-
-
-class _RowReader:
-    """Reads rows of a group's points into an array; by h5py's low level, as its slicing costs ten times the read."""
-
-    def __init__(self, group: h5py.Group, out: np.ndarray) -> None:
-        from h5py import h5s, h5t
-
-        points: Any = group["data"]
-        self._dataset = points.id
-        self._stored = points.id.get_space()
-        self._wanted = h5s.create_simple(out.shape)
-        self._type = h5t.py_create(out.dtype)
-        self._out = out
-
-    def read(self, start: int, num: int, place: int) -> None:
-        """Read `num` rows from `start` on to the rows of the array from `place` on."""
-        self._stored.select_hyperslab((start, 0), (num, 3))
-        self._wanted.select_hyperslab((place, 0), (num, 3))
-        self._dataset.read(self._wanted, self._stored, self._out, self._type)

@@ -34,10 +34,10 @@ def offsets_of(lengths: Tensor) -> Tensor:
     """Count up lengths: where each streamline starts in the flat array, and where the last one ends.
 
     Args:
-        lengths: (S,) any integer dtype, points a streamline. Counted in int64: short dtypes overflow.
+        lengths: (S,) any integer dtype, points a streamline.
 
     Returns:
-        (S + 1,) int64, the first is 0.
+        (S + 1,) int64, the first is 0; counted in int64, as short dtypes overflow.
 
     Example:
         >>> offsets_of(torch.tensor([3, 2]))
@@ -231,8 +231,8 @@ class StreamlineBatch:
         ids: (S,) int64, each streamline's number in the whole dataset.
         inputs: (P - S, F) float32, the subject's input volume interpolated at all points but the last of each
             streamline.
-        noisy_points: (P, 3) float32, the points with the noise that the model shall see; None where there is none.
-        noisy_targets: (P, 3) float32, the points with the noise that the targets shall have; None where there is none.
+        noisy_points, noisy_targets: (P, 3) float32, the points with the noise that the model shall see, and with that
+            of the targets; None where there is none.
 
     Example:
         >>> batch = StreamlineBatch(
@@ -264,7 +264,7 @@ class StreamlineBatch:
 
     @property
     def forward_points(self) -> Tensor:
-        """(P, 3), the points from which a model computes previous directions: `points`, or those with noise."""
+        """(P, 3), what a model computes previous directions from: `points`, or those with noise."""
         return self.points if self.noisy_points is None else self.noisy_points
 
     @property
