@@ -6,69 +6,15 @@ Option names and defaults are those of the reference's training scripts.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
+from dwiml_func.config_checks import STRICT, require, shown
+from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.schedule import parse_learning_rate
 
 __all__ = ["BatchConfig", "DataConfig", "ModelConfig", "RunConfig", "TrainingConfig", "config_from_json"]
-
-_STRICT = {"extra": "forbid", "strict": True}  # how pydantic reads config.json: no unknown key, no conversion
-_COUNT_END = 1 << 31  # counts stay below it: torch takes none beyond
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What to read from the HDF5 dataset.
-
-    Example:
-        >>> DataConfig().input_group_name
-        'input'
-    """
-
-    __pydantic_config__: ClassVar = _STRICT
-
-    input_group_name: str = "input"
-    """Name of the input volume's group."""
-    streamline_group_name: str = "streamlines"
-    """Name of the streamlines' group."""
-    interpolation: Literal["trilinear", "trilinear-corner"] = "trilinear"
-    """How the volume is read between voxel centres. "trilinear-corner" is the reference's, half a voxel off."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-    """How streamlines are put into batches.
-
-    Raises:
-        ValueError: a number out of range.
-
-    Example:
-        >>> BatchConfig().batch_size_training
-        100
-    """
-
-    __pydantic_config__: ClassVar = _STRICT
-
-    batch_size_training: int = 100
-    """Streamlines in a training batch."""
-    batch_size_validation: int = 100
-    """Streamlines in a validation batch. It cannot change the training."""
-    max_batches_per_epoch_training: int = 1000
-    """Most training batches in an epoch."""
-    max_batches_per_epoch_validation: int = 1000
-    """Most validation batches in an epoch. It cannot change the training."""
-    processes: int = 0
-    """Processes that load batches ahead; 0 loads them in the training process. The results are the same."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size_training", "batch_size_validation"):
-            _require(name, getattr(self, name), at_least=1)
-        for name in ("max_batches_per_epoch_training", "max_batches_per_epoch_validation"):
-            _require(name, getattr(self, name), at_least=1)
-        _require("processes", self.processes, at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +29,7 @@ class ModelConfig:
         (100, 100)
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
 
     rnn_key: Literal["lstm", "gru"] = "lstm"
     """Recurrent unit."""
@@ -102,10 +48,10 @@ class ModelConfig:
         if not self.rnn_layer_sizes:
             raise ValueError("rnn_layer_sizes: expected at least one layer, received none.")
         for size in self.rnn_layer_sizes:
-            _require("rnn_layer_sizes", size, at_least=1)
-        _require("nb_previous_dirs", self.nb_previous_dirs, at_least=0)
+            require("rnn_layer_sizes", size, at_least=1)
+        require("nb_previous_dirs", self.nb_previous_dirs, at_least=0)
         for name in ("dropout", "dg_dropout"):
-            _require(name, getattr(self, name), at_least=0, below=1)
+            require(name, getattr(self, name), at_least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +66,7 @@ class TrainingConfig:
         (0.001, 0.001, 0.001, 0.0001)
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
 
     max_epochs: int = 100
     """Epochs after which training ends."""
@@ -144,15 +90,15 @@ class TrainingConfig:
     """CPU threads of the computation. Another number gives other last bits, so it is the run's, not the machine's."""
 
     def __post_init__(self) -> None:
-        _require("max_epochs", self.max_epochs, at_least=1)
+        require("max_epochs", self.max_epochs, at_least=1)
         if self.patience is not None:
-            _require("patience", self.patience, at_least=1)
-        _require("patience_delta", self.patience_delta, at_least=0)
-        _require("weight_decay", self.weight_decay, at_least=0)
+            require("patience", self.patience, at_least=1)
+        require("patience_delta", self.patience_delta, at_least=0)
+        require("weight_decay", self.weight_decay, at_least=0)
         if self.clip_grad is not None:
-            _require("clip_grad", self.clip_grad, above=0)
-        _require("num_threads", self.num_threads, at_least=1)
-        _require("rng", self.rng, at_least=0, below=1 << 64)
+            require("clip_grad", self.clip_grad, above=0)
+        require("num_threads", self.num_threads, at_least=1)
+        require("rng", self.rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
 
     @property
@@ -178,7 +124,7 @@ class RunConfig:
         True
     """
 
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
 
     hdf5_file: str
     data: DataConfig = field(default_factory=DataConfig)
@@ -235,25 +181,5 @@ def _describe(problem: Mapping[str, Any]) -> str:
     if "error" in problem.get("ctx", {}) and problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    shown = _shown(problem["input"])
-    return f"{place}: {message}, received {shown}" if place else f"{message}, received {shown}"
-
-
-def _require(
-    name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
-) -> None:
-    if isinstance(value, int) and below == math.inf:
-        below = _COUNT_END
-    if not (at_least <= value < below and value > above):  # false also for not-a-number
-        bounds = [f"at least {at_least}"] if at_least > -math.inf else []
-        bounds += [f"above {above}"] if above > -math.inf else []
-        bounds += [f"below {below}"] if below < math.inf else []
-        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}, received {_shown(value)}.")
-
-
-def _shown(value: object) -> str:
-    try:
-        shown = repr(value)
-    except ValueError:  # Python refuses to write out numbers of more than 4300 digits
-        return "a number that is too long to show"
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    received = shown(problem["input"])
+    return f"{place}: {message}, received {received}" if place else f"{message}, received {received}"

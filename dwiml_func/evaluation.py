@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwiml_func.data.streamlines import StreamlineBatch, directions
+from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.streamlines import directions
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 
 __all__ = ["Evaluation", "evaluate_directions"]
@@ -43,6 +44,8 @@ def evaluate_directions(
     predict: Callable[[StreamlineBatch], Tensor],
     batches: Iterable[StreamlineBatch],
     input_attributes: Mapping[str, Any],
+    *,
+    num_features: int | None = None,
 ) -> Evaluation:
     """Compare predicted directions with the streamlines' own.
 
@@ -50,6 +53,8 @@ def evaluate_directions(
         predict: gives (N, 3) directions in voxel space, for the N points of a batch that have a next direction.
         batches: what to evaluate on.
         input_attributes: attributes of the dataset's input group, see `principal_direction`.
+        num_features: how many of the inputs' columns, from the first on, are the volume at the point itself; the rest
+            are its neighbours. None: all.
 
     Returns:
         The errors; NaN when no point counts.
@@ -64,7 +69,8 @@ def evaluate_directions(
         straight, valid = keep_straight(batch)
         with torch.no_grad():
             predictions = {"model": predict(batch), "keep_straight": straight}
-        principal = principal_direction(batch, input_attributes)
+        at_the_point = replace(batch, inputs=batch.inputs[:, :num_features])
+        principal = principal_direction(at_the_point, input_attributes)
         if principal is None:
             has_principal = False
         else:

@@ -143,7 +143,7 @@ def run_experiment(
     """
     training = setup.config.training
     torch.set_num_threads(training.num_threads)
-    write_parameters(directory, setup.config, nb_features=setup.training_set.num_features, now=datetime.now())
+    write_parameters(directory, setup.config, nb_features=setup.nb_features, now=datetime.now())
     epochs = train_and_validate(
         setup.state if state is None else state,
         train=setup.train,
@@ -268,9 +268,11 @@ def refuse_to_continue(
 
 
 def _save_best_model(directory: Path, setup: Setup, state: TrainState) -> None:
-    facts = {"interpolation": setup.config.data.interpolation, "loss": state.best.value}
-    nb_features = setup.training_set.num_features
-    save_model(directory / "best_model", state, setup.config.model, nb_features=nb_features, facts=facts)
+    data = setup.config.data
+    facts = {"interpolation": data.interpolation, "loss": state.best.value}
+    for option in ("neighborhood_type", "neighborhood_radius", "neighborhood_resolution"):
+        facts[option] = getattr(data, option)
+    save_model(directory / "best_model", state, setup.config.model, nb_features=setup.nb_features, facts=facts)
 
 
 def _mend_best_model(directory: Path, setup: Setup, state: TrainState) -> None:

@@ -133,7 +133,7 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
         if 0 in row["shape"]:
             leaf = torch.zeros(row["shape"], dtype=dtype)
         else:
-            array = np.array(arrays[_escape(row["name"])])  # a copy: orbax hands out read-only memory
+            array = np.array(arrays[_escape(row["name"])])  # a copy: the memory is tensorstore's
             leaf = torch.from_numpy(array).view(dtype).reshape(row["shape"])
         if leaf_digest(leaf) != row["sha256"]:
             raise SnapshotError(f"{path} is damaged: {row['name']} does not have the bytes that were saved.")

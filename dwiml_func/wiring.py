@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from dwiml_func import optim
-from dwiml_func.config import RunConfig, TrainingConfig
+from dwiml_func.config import BatchConfig, RunConfig, TrainingConfig
+from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_loader import LoaderSpec, epoch_batches
 from dwiml_func.data.batch_sampler import SamplerSpec
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.loop import Batches
 from dwiml_func.loss import module_loss
 from dwiml_func.metrics import Metrics
@@ -38,6 +40,7 @@ class Setup:
         valid: validation batches; None where the dataset has no validation subjects.
         step: `train_step` with loss, optimizer and clipping bound.
         eval_step: `eval_step` with the loss bound.
+        nb_features: features of the model's input at a point, neighbours included.
         training_set: the training subjects.
         validation_set: the validation subjects, possibly none.
 
@@ -51,6 +54,7 @@ class Setup:
     valid: Batches | None
     step: Callable[..., tuple[TrainState, Metrics]]
     eval_step: Callable[[TrainState, Any], Metrics]
+    nb_features: int
     training_set: StreamlineDataset
     validation_set: StreamlineDataset
 
@@ -76,63 +80,81 @@ def prepare(config: RunConfig) -> Setup:
         "input_group_name": config.data.input_group_name,
         "streamline_group_name": config.data.streamline_group_name,
     }
-    training_set = open_dataset(config.hdf5_file, "training", **groups)
-    validation_set = open_dataset(config.hdf5_file, "validation", **groups)
+    storage = {"lazy": config.data.lazy, "cache_size": config.data.cache_size}
+    training_set = open_dataset(config.hdf5_file, "training", **groups, **storage)
+    validation_set = open_dataset(config.hdf5_file, "validation", **groups, **storage)
+    validation_loader = LoaderSpec(
+        interpolation=config.data.interpolation,
+        neighborhood=config.data.neighborhood,
+        resampling=config.batches.resampling,
+    )
+    training_loader = replace(validation_loader, augmentation=config.batches.augmentation)
     key = Key(config.training.rng)
     with torch_rng(fold_in(key, Stream.INIT)):
-        model = build_model(config.model, nb_features=training_set.num_features)
+        model = build_model(config.model, nb_features=training_loader.num_inputs(training_set))
     loss_fn = module_loss(model, compute_batch_loss)
     optimizer = _optimizer(config.training)
-    training_sampler = SamplerSpec(
-        batch_size=config.batches.batch_size_training,
-        max_batches=config.batches.max_batches_per_epoch_training,
+    training_sampler = _sampler_spec(
+        config.batches, config.batches.batch_size_training, config.batches.max_batches_per_epoch_training
     )
-    validation_sampler = SamplerSpec(
-        batch_size=config.batches.batch_size_validation,
-        max_batches=config.batches.max_batches_per_epoch_validation,
+    validation_sampler = _sampler_spec(
+        config.batches, config.batches.batch_size_validation, config.batches.max_batches_per_epoch_validation
     )
-    loader = LoaderSpec(interpolation=config.data.interpolation)
-
-    load = partial(epoch_batches, num_workers=config.batches.processes)
+    load = partial(_load, num_workers=config.batches.processes, device=device)
 
     def train(key: Key, epoch: int, start_batch: int) -> Any:
-        plan = fold_in(key, Stream.TRAIN_PLAN)
-        return load(training_set, training_sampler, loader, key=plan, epoch=epoch, start_batch=start_batch)
+        plan, augment = fold_in(key, Stream.TRAIN_PLAN), fold_in(key, Stream.TRAIN_AUGMENT)
+        parts = (training_set, training_sampler, training_loader)
+        return load(*parts, key=plan, augment_key=augment, epoch=epoch, start_batch=start_batch)
 
     def valid(key: Key, epoch: int, start_batch: int) -> Any:
         # The same plan at every epoch: a capped validation then sees the same streamlines, and losses compare.
         plan = fold_in(key, Stream.VALID_PLAN)
-        return load(validation_set, validation_sampler, loader, key=plan, epoch=0, start_batch=start_batch)
+        return load(validation_set, validation_sampler, validation_loader, key=plan, epoch=0, start_batch=start_batch)
 
     step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, clip_grad=config.training.clip_grad, donate=True)
     return Setup(
         config=config,
         state=init_state(model.to(device), optimizer, seed=key),
-        train=_on_device(train, device),
-        valid=_on_device(valid, device) if validation_set.index.num_total else None,
+        train=train,
+        valid=valid if validation_set.index.num_total else None,
         step=step,
         eval_step=partial(eval_step, loss_fn=loss_fn),
+        nb_features=training_loader.num_inputs(training_set),
         training_set=training_set,
         validation_set=validation_set,
     )
 
 
-def _on_device(batches: Batches, device: torch.device) -> Batches:
-    if device.type == "cpu":
-        return batches
-    return lambda key, epoch, start: _MovedBatches(batches(key, epoch, start), device)
+def _sampler_spec(batches: BatchConfig, batch_size: int, max_batches: int) -> SamplerSpec:
+    return SamplerSpec(
+        batch_size=batch_size,
+        max_batches=max_batches,
+        batch_size_units=batches.batch_size_units,
+        nb_streamlines_per_chunk=batches.nb_streamlines_per_chunk,
+        nb_subjects_per_batch=batches.nb_subjects_per_batch,
+        cycles=batches.cycles,
+    )
 
 
-class _MovedBatches:
-    """Batches that go to a device one by one, as they are asked for; as many as before, for the progress bar."""
+def _load(*parts: Any, num_workers: int, device: torch.device, **place: Any) -> Any:
+    """The batches of an epoch, made ahead of the training and moved to its device; they can be counted."""
+    loader = epoch_batches(*parts, num_workers=num_workers, **place)
+    batches = loader if num_workers > 0 else Prefetched(loader)
+    return batches if device.type == "cpu" else _OnDevice(batches, device)
 
-    def __init__(self, batches: Any, device: torch.device) -> None:
-        self._batches, self._device = batches, device
+
+class _OnDevice:
+    """The same batches on a device."""
+
+    def __init__(self, batches: SizedBatches[StreamlineBatch], device: torch.device) -> None:
+        self._batches = batches
+        self._device = device
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[StreamlineBatch]:
         return (batch.to(self._device, non_blocking=True) for batch in self._batches)
 
 

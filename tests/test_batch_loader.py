@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import multiprocessing
 import random
+import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -10,12 +12,18 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_func.data import batch_loader
+from dwiml_func.data.augmentation import Augmentation
+from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
 from dwiml_func.data.batch_sampler import SamplerSpec, sample_epoch
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
 from dwiml_func.data.hdf5 import open_dataset
 from dwiml_func.data.interpolation import Interpolation, interpolate
-from dwiml_func.data.streamlines import StreamlineBatch, Streamlines
+from dwiml_func.data.neighborhood import Neighborhood
+from dwiml_func.data.prefetch import Prefetched
+from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.streamlines import Streamlines, directions
 from dwiml_func.rng import Key
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -30,7 +38,7 @@ def dataset() -> StreamlineDataset:
 
 def as_bytes(batch: StreamlineBatch) -> dict[str, tuple[torch.dtype, torch.Size, bytes]]:
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items()}
+    return {name: (t.dtype, t.shape, t.numpy().tobytes()) for name, t in tensors.items() if t is not None}
 
 
 def all_bytes(batches: Iterable[StreamlineBatch]) -> list[dict[str, tuple[torch.dtype, torch.Size, bytes]]]:
@@ -155,5 +163,152 @@ def test_a_negative_number_of_workers_is_refused(dataset):
 
 
 def test_an_unknown_interpolation_is_refused():
-    with pytest.raises(ValueError, match=r"Received: 'nearest'$"):
-        LoaderSpec(interpolation="nearest")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"Received: 'cubic'$"):
+        LoaderSpec(interpolation="cubic")  # pyright: ignore[reportArgumentType]
+
+
+# --- everything at once: augmentation, resampling, neighbours, lazily, with workers ---
+
+AUGMENT_KEY = Key(1234, (3,))
+EVERYTHING = LoaderSpec(
+    neighborhood=Neighborhood(type="axes"),
+    resampling=Resampling(step_size=0.8),
+    augmentation=Augmentation(
+        split_ratio=0.4, reverse_ratio=0.5, noise_gaussian_size_forward=0.1, noise_gaussian_size_loss=0.05
+    ),
+)
+FIFTY = SamplerSpec(batch_size=2, max_batches=None)
+
+
+def fifty_batches(lazily: bool, num_workers: int = 0, prefetch: bool = False) -> list[dict]:
+    """Some from each of two epochs."""
+    dataset = open_dataset(PHANTOM, lazy=lazily, cache_size="400kB")  # one volume of two fits
+    found = []
+    for epoch, start_batch in ((0, 18), (1, 28)):
+        loader = epoch_batches(
+            dataset,
+            FIFTY,
+            EVERYTHING,
+            key=KEY,
+            epoch=epoch,
+            start_batch=start_batch,
+            num_workers=num_workers,
+            augment_key=AUGMENT_KEY,
+        )
+        found += all_bytes(Prefetched(loader) if prefetch else loader)
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected_fifty() -> list[dict]:
+    found = fifty_batches(lazily=False)
+    assert len(found) == 50
+    assert set(found[0]) >= {"noisy_points", "noisy_targets"}
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with few cores
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_fifty_batches_have_the_same_bytes_with_any_number_of_workers(num_workers, lazily, expected_fifty):
+    assert fifty_batches(lazily, num_workers) == expected_fifty
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_fifty_batches_have_the_same_bytes_lazily_and_made_ahead_in_a_thread(lazily, expected_fifty):
+    assert fifty_batches(lazily) == expected_fifty
+    assert fifty_batches(lazily, prefetch=True) == expected_fifty
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("lazily", [False, True])
+def test_fifty_batches_have_the_same_bytes_where_workers_are_spawned(lazily, expected_fifty, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    assert batch_loader._worker_context().get_start_method() == "spawn"
+    assert fifty_batches(lazily, 1) == expected_fifty
+
+
+def load(dataset: StreamlineDataset, spec: LoaderSpec, ids: np.ndarray, epoch: int = 0, batch: int = 0):
+    return load_batch(BatchRequest(ids, AUGMENT_KEY, epoch, batch), dataset=dataset, spec=spec)
+
+
+def test_a_request_carries_the_key_of_augmentation(dataset):
+    requests: Any = epoch_batches(dataset, SPEC, EVERYTHING, key=KEY, epoch=4, augment_key=AUGMENT_KEY).dataset
+    assert requests[2].key == AUGMENT_KEY
+
+
+def test_inputs_are_read_at_the_points_without_noise_which_the_model_and_the_targets_get_each_their_own(dataset):
+    ids = np.arange(10)
+    augmentation = Augmentation(noise_gaussian_size_forward=0.1, noise_gaussian_size_loss=0.05)
+    clean, noisy = load(dataset, LoaderSpec(), ids), load(dataset, LoaderSpec(augmentation=augmentation), ids)
+    assert torch.equal(noisy.points, clean.points)
+    assert torch.equal(noisy.inputs, clean.inputs)
+    assert clean.forward_points is clean.points
+    assert clean.target_points is clean.points
+    for points, size in ((noisy.forward_points, 0.1), (noisy.target_points, 0.05)):
+        moved = points - clean.points
+        assert 1.8 * size < moved.abs().max().item() < 2 * size + 1e-5
+    forward = (noisy.forward_points - clean.points) / 0.1
+    target = (noisy.target_points - clean.points) / 0.05
+    assert abs(torch.corrcoef(torch.stack([forward.flatten(), target.flatten()]))[0, 1].item()) < 0.1
+
+
+def test_one_kind_of_augmentation_does_not_change_what_another_draws(dataset):
+    ids = np.arange(30)
+    noise = Augmentation(noise_gaussian_size_forward=0.1)
+    more = Augmentation(noise_gaussian_size_forward=0.1, noise_gaussian_size_loss=0.2, reverse_ratio=0.0)
+    first, second = (load(dataset, LoaderSpec(augmentation=a), ids) for a in (noise, more))
+    assert torch.equal(first.forward_points, second.forward_points)
+
+
+def test_each_batch_and_epoch_is_augmented_in_its_own_way(dataset):
+    ids, spec = np.arange(30), LoaderSpec(augmentation=Augmentation(reverse_ratio=0.5))
+    batches = [load(dataset, spec, ids, epoch, batch).points.numpy().tobytes() for epoch in (0, 1) for batch in (0, 1)]
+    assert len(set(batches)) == 4
+
+
+def test_halves_keep_their_streamlines_id_and_subject_and_the_number_of_targets(dataset):
+    ids = np.array([3, 50, 7, 90])
+    whole = load(dataset, LoaderSpec(), ids)
+    halves = load(dataset, LoaderSpec(augmentation=Augmentation(split_ratio=1.0)), ids)
+    assert halves.ids.tolist() == [3, 3, 50, 50, 7, 7, 90, 90]
+    assert halves.subject.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert halves.num_points == whole.num_points
+    assert torch.equal(halves.inputs, whole.inputs)
+    assert torch.equal(directions(halves.points, halves.offsets), directions(whole.points, whole.offsets))
+
+
+def test_the_neighbours_features_follow_those_at_the_point(dataset):
+    spec = LoaderSpec(neighborhood=Neighborhood(type="grid", radius=1, resolution=0.5))
+    around, alone = (load(dataset, s, np.array([5, 60])) for s in (spec, LoaderSpec()))
+    assert around.inputs.shape[1] == spec.num_inputs(dataset) == 27 * 6
+    assert torch.equal(around.inputs[:, :6], alone.inputs)
+
+
+def test_what_the_file_has_already_is_not_resampled_again(dataset):
+    ids = np.arange(20)
+    assert dataset.resampling == Resampling(step_size=0.5)  # as the file's attributes say
+    again, other = (load(dataset, LoaderSpec(resampling=Resampling(step_size=step)), ids) for step in (0.5, 1.0))
+    assert torch.equal(again.points, load(dataset, LoaderSpec(), ids).points)
+    assert len(other.points) < 0.6 * len(again.points)
+
+
+def test_augmentation_needs_a_key(dataset):
+    with pytest.raises(ValueError, match="Expected a key in the request"):
+        load_batch(BatchRequest(np.arange(3), None, 0, 0), dataset=dataset, spec=EVERYTHING)
+    with pytest.raises(ValueError, match="Expected an augment_key"):
+        epoch_batches(dataset, SPEC, EVERYTHING, key=KEY, epoch=0)
+
+
+@pytest.mark.parametrize("resampling", [Resampling(), Resampling(step_size=1.0), Resampling(nb_points=10)])
+def test_noise_larger_than_half_a_step_warns(dataset, resampling):
+    step = {None: 0.5, 1.0: 1.0}[resampling.step_size]
+    if resampling.nb_points:
+        assert dataset.index.lengths_mm is not None
+        step = dataset.index.lengths_mm.mean() / 9
+    for size, large in ((0.24 * step, False), (0.26 * step, True)):
+        spec = LoaderSpec(resampling=resampling, augmentation=Augmentation(noise_gaussian_size_loss=size))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            epoch_batches(dataset, SPEC, spec, key=KEY, epoch=0, augment_key=AUGMENT_KEY)
+        assert ["half a step" in str(warning.message) for warning in caught] == [True] * large

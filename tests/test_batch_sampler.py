@@ -93,3 +93,145 @@ def test_a_batch_size_below_one_is_refused_by_value(batch_size):
 def test_a_limit_below_one_is_refused_by_value(max_batches):
     with pytest.raises(ValueError, match=f"at least 1 batch an epoch, or no limit. Received: {max_batches}$"):
         SamplerSpec(max_batches=max_batches)
+
+
+# --- lengths in mm, subjects and cycles ---
+
+
+@st.composite
+def indices(draw) -> DatasetIndex:
+    numbers = draw(st.lists(st.integers(0, 40), min_size=1, max_size=6))
+    lengths = np.random.default_rng(draw(st.integers(0, 99))).uniform(0, 300, sum(numbers))
+    return DatasetIndex(tuple(map(str, range(len(numbers)))), np.array(numbers), lengths)
+
+
+specs = st.builds(
+    SamplerSpec,
+    batch_size=st.integers(1, 1000),
+    batch_size_units=st.sampled_from(["nb_streamlines", "length_mm"]),
+    nb_streamlines_per_chunk=st.none() | st.integers(1, 50),
+    nb_subjects_per_batch=st.just(2) | st.just(9),
+    cycles=st.none() | st.integers(1, 3),
+    max_batches=st.none() | st.integers(1, 8),
+) | st.builds(
+    SamplerSpec,
+    batch_size=st.integers(1, 1000),
+    batch_size_units=st.just("length_mm"),
+    max_batches=st.none() | st.integers(1, 8),
+)
+
+
+@settings(max_examples=300)
+@given(indices(), specs, st.integers(0, 3))
+def test_every_plan_covers_what_it_should_without_repetition_in_batches_of_the_right_size(index, spec, epoch):
+    plan = sample_epoch(index, spec, KEY, epoch)
+    batches = [plan[i] for i in range(len(plan))]
+    ids = [id_ for batch in batches for id_ in batch.tolist()]
+    assert len(set(ids)) == len(ids)
+    assert set(ids) <= set(range(index.num_total))
+    assert all(len(batch) > 0 for batch in batches)
+    if spec.max_batches is None:
+        assert len(ids) == index.num_total
+    else:
+        assert len(plan) <= spec.max_batches
+        assert len(plan) == spec.max_batches or len(ids) == index.num_total
+    for batch in batches:
+        size = index.lengths_mm[batch].sum() if spec.batch_size_units == "length_mm" else len(batch)
+        assert size <= spec.batch_size or len(batch) == 1
+        if spec.nb_subjects_per_batch is not None:
+            assert len(set(index.subject_of(batch).tolist())) <= spec.nb_subjects_per_batch
+    again = sample_epoch(index, spec, KEY, epoch)
+    assert np.array_equal(again.ids, plan.ids)
+    assert np.array_equal(again.batch_offsets, plan.batch_offsets)
+
+
+@settings(max_examples=50)
+@given(indices(), st.integers(1, 2000))
+def test_batches_in_mm_take_all_that_fits_next(index, batch_size):
+    spec = SamplerSpec(batch_size=batch_size, batch_size_units="length_mm", max_batches=None)
+    plan = sample_epoch(index, spec, KEY, 0)
+    for first, second in zip(range(len(plan)), range(1, len(plan)), strict=False):
+        assert index.lengths_mm[plan[first]].sum() + index.lengths_mm[plan[second][0]] > batch_size - 1e-3
+
+
+def test_a_streamline_longer_than_a_batch_makes_a_batch_of_its_own():
+    index = DatasetIndex(("a",), np.array([4]), np.array([10.0, 5000.0, 10.0, 10.0]))
+    spec = SamplerSpec(batch_size=100, batch_size_units="length_mm")
+    plan = sample_epoch(index, spec, KEY, 0)
+    assert [1] in [plan[i].tolist() for i in range(len(plan))]
+    assert sorted(plan.ids.tolist()) == [0, 1, 2, 3]
+
+
+def test_a_batch_may_be_smaller_than_its_number_of_subjects():
+    index = DatasetIndex(("a", "b", "c"), np.array([5, 5, 5]))
+    plan = sample_epoch(index, SamplerSpec(batch_size=2, nb_subjects_per_batch=3, cycles=1), KEY, 0)
+    assert sorted(plan.ids.tolist()) == list(range(15))
+
+
+def test_subjects_change_after_their_cycles():
+    index = DatasetIndex(tuple("abcdefgh"), np.full(8, 1000))
+    plan = sample_epoch(index, SamplerSpec(batch_size=50, nb_subjects_per_batch=2, cycles=3), KEY, 0)
+    subjects = [frozenset(index.subject_of(plan[i]).tolist()) for i in range(60)]
+    groups = [subjects[i : i + 3] for i in range(0, 60, 3)]
+    assert all(len(set(group)) == 1 for group in groups)
+    assert len({group[0] for group in groups}) > 5
+
+
+def test_without_cycles_the_same_subjects_stay_until_they_have_no_more():
+    index = DatasetIndex(tuple("abcd"), np.full(4, 100))
+    plan = sample_epoch(index, SamplerSpec(batch_size=10, nb_subjects_per_batch=2), KEY, 0)
+    first = set(index.subject_of(plan.ids[:200]).tolist())
+    assert len(first) == 2
+    assert not first & set(index.subject_of(plan.ids[200:]).tolist())
+
+
+def test_subjects_are_drawn_with_weights_of_what_is_left():
+    index = DatasetIndex(("small", "large"), np.array([100, 300]))
+    spec = SamplerSpec(batch_size=10, nb_subjects_per_batch=1, cycles=1, max_batches=1)
+    first = [index.subject_of(sample_epoch(index, spec, KEY, epoch).ids)[0] for epoch in range(2000)]
+    assert 0.70 < np.mean(first) < 0.80  # 0.75 with a standard error of 0.01
+    both = SamplerSpec(batch_size=40, nb_subjects_per_batch=2, cycles=1, max_batches=1)
+    shares = [index.subject_of(sample_epoch(index, both, KEY, epoch).ids).mean() for epoch in range(500)]
+    assert 0.74 < np.mean(shares) < 0.76  # standard error 0.003
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SamplerSpec(),
+        SamplerSpec(nb_subjects_per_batch=2, cycles=1, max_batches=2),
+        SamplerSpec(batch_size=500, batch_size_units="length_mm"),
+    ],
+)
+def test_no_two_of_200_seeds_and_50_epochs_have_the_same_plan(spec):
+    index = DatasetIndex(("a", "b", "c"), np.array([20, 30, 10]), np.full(60, 25.0))
+    keys = [fold_in(Key(seed), Stream.TRAIN_PLAN) for seed in range(200)]
+    plans = {sample_epoch(index, spec, key, epoch).ids.tobytes() for key in keys for epoch in range(50)}
+    assert len(plans) == 200 * 50
+
+
+def test_lengths_in_mm_do_not_overflow():
+    index = DatasetIndex(("a",), np.array([70_000]), np.full(70_000, 150.0))
+    plan = sample_epoch(index, SamplerSpec(batch_size=15_000, batch_size_units="length_mm", max_batches=None), KEY, 0)
+    assert len(plan) == 700
+
+
+def test_batches_in_mm_need_lengths():
+    with pytest.raises(ValueError, match=r"nb_streamlines$"):
+        sample_epoch(make_index(10), SamplerSpec(batch_size_units="length_mm"), KEY, 0)
+
+
+@pytest.mark.parametrize("name", ["nb_streamlines_per_chunk", "nb_subjects_per_batch"])
+def test_numbers_of_subjects_and_chunks_below_one_are_refused(name):
+    with pytest.raises(ValueError, match=f"^{name}: .* Received: 0$"):
+        SamplerSpec(**{name: 0})  # pyright: ignore[reportArgumentType]
+
+
+def test_cycles_need_a_number_of_subjects():
+    with pytest.raises(ValueError, match=r"cycles=3 alone$"):
+        SamplerSpec(cycles=3)
+
+
+def test_unknown_units_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"nb_streamlines, length_mm. Received: 'km'$"):
+        SamplerSpec(batch_size_units="km")  # pyright: ignore[reportArgumentType]

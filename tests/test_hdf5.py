@@ -38,7 +38,7 @@ def replace(group: Any, name: str, data: object) -> None:
     group[name] = data
 
 
-def one_line_error(path: Path, subset: Any = "training", **names: str) -> str:
+def one_line_error(path: Path, subset: Any = "training", **names: Any) -> str:
     with pytest.raises(ValueError, match=re.escape(str(path))) as raised:
         open_dataset(path, subset, **names)
     message = str(raised.value)

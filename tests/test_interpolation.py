@@ -134,3 +134,48 @@ def test_wrong_shapes_are_refused_with_the_shapes(volume, points):
     with pytest.raises(ValueError, match="Received") as raised:
         interpolate(torch.zeros(volume), torch.zeros(points))
     assert f"{volume} and {points}" in str(raised.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(0, 2**16))
+def test_nearest_agrees_with_scipy_also_outside(shape, seed):
+    volume, points = make_volume_and_points(shape, seed)
+    # scipy's order 0 takes the voxel whose centre is nearest, and the upper one on a face.
+    expected = [map_coordinates(volume[..., f], np.floor(points).T, order=0, mode="nearest") for f in range(shape[3])]
+    found = interpolate(torch.from_numpy(volume), torch.from_numpy(points), mode="nearest")
+    assert np.array_equal(found.numpy(), np.stack(expected, axis=1))
+
+
+def places(size: int) -> dict[str, list[float]]:
+    inner = [i + 0.5 for i in range(size)]
+    return {
+        "centre": inner,
+        "face": [float(i) for i in range(size + 1)],
+        "outside": [-3.7, -0.5, size + 0.5, size + 9.0],
+    }
+
+
+@pytest.mark.parametrize("kinds", list(itertools.product(["centre", "face", "outside"], repeat=3)), ids="-".join)
+def test_centres_faces_edges_corners_and_outside_agree_with_scipy_in_float64(kinds):
+    shape = (3, 4, 2, 2)
+    volume = np.random.default_rng(3).standard_normal(shape)
+    points = np.array(list(itertools.product(*(places(size)[kind] for size, kind in zip(shape, kinds, strict=False)))))
+    found = interpolate(torch.from_numpy(volume), torch.from_numpy(points)).numpy()
+    corner = interpolate(torch.from_numpy(volume), torch.from_numpy(points), mode="trilinear-corner").numpy()
+    nearest = interpolate(torch.from_numpy(volume), torch.from_numpy(points), mode="nearest").numpy()
+    for f in range(shape[3]):
+        expected = map_coordinates(volume[..., f], (points - 0.5).T, order=1, mode="nearest")
+        np.testing.assert_allclose(found[:, f], expected, rtol=0, atol=1e-12)
+        expected = map_coordinates(volume[..., f], points.T, order=1, mode="nearest")
+        np.testing.assert_allclose(corner[:, f], expected, rtol=0, atol=1e-12)
+    voxel = np.clip(np.floor(points).astype(int), 0, np.array(shape[:3]) - 1)
+    assert np.array_equal(nearest, volume[tuple(voxel.T)])
+
+
+def test_nearest_takes_far_points_to_the_border_and_nan_to_nan():
+    volume = torch.arange(8.0).reshape(2, 2, 2, 1)
+    one_nan_each = torch.where(torch.eye(3).bool(), float("nan"), 0.5)
+    points = torch.cat([torch.tensor([[1e30, -1e30, float("inf")]]), one_nan_each])
+    found = interpolate(volume, points, mode="nearest")
+    assert found[0].item() == volume[1, 0, 1].item()
+    assert found[1:].isnan().all()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
 
+from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.hdf5 import open_dataset
-from dwiml_func.data.streamlines import StreamlineBatch, directions, input_offsets, offsets_of
+from dwiml_func.data.streamlines import directions, input_offsets, offsets_of
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 DATA = Path(__file__).parent / "data"

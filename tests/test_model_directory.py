@@ -14,9 +14,9 @@ import torch
 
 from dwiml_func import adam, init_state
 from dwiml_func.config import ModelConfig
+from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.hdf5 import open_dataset
-from dwiml_func.data.streamlines import StreamlineBatch
 from dwiml_func.leaf_store import SnapshotError, _checksum, read_manifest
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.models.model_directory import build_model, load_model, save_model

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.streamlines import (
-    StreamlineBatch,
     Streamlines,
     directions,
     input_offsets,

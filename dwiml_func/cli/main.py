@@ -14,6 +14,8 @@ COMMANDS = {
     "train": "Train a model on a dataset, or on the built-in example data.",
     "resume": "Go on with an experiment from its latest snapshot.",
     "example-data": "Write the built-in example data as an HDF5 dataset.",
+    "create-hdf5": "Make an HDF5 dataset of NIfTI files and tractograms.",
+    "info": "Print what an HDF5 dataset holds, and what is wrong with it.",
     "digest": "Print the SHA-256 of an experiment's latest training state.",
 }
 

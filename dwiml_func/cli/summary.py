@@ -34,7 +34,7 @@ def print_summary(directory: Path, setup: Setup, history: Sequence[EpochReport])
         dataset, batches = setup.training_set, setup.train
     model = load_model(directory / "best_model").module  # on the CPU, wherever it was trained
     on_cpu = (batch.to(torch.device("cpu")) for batch in batches(setup.state.key, 0, 0))
-    evaluation = evaluate_directions(model, on_cpu, dataset.input_attributes)
+    evaluation = evaluate_directions(model, on_cpu, dataset.input_attributes, num_features=dataset.num_features)
     print(format_summary(history, evaluation, subset=dataset.subset))
 
 

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.context
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dwiml_func.data.augmentation import (
+    Augmentation,
+    Kind,
+    add_noise,
+    reverse_streamlines,
+    rng_of,
+    split_streamlines,
+)
+from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_sampler import EpochPlan, SamplerSpec, sample_epoch
 from dwiml_func.data.dataset import StreamlineDataset
-from dwiml_func.data.interpolation import Interpolation, interpolate, require_mode
-from dwiml_func.data.streamlines import StreamlineBatch, input_rows
+from dwiml_func.data.interpolation import Interpolation, require_mode
+from dwiml_func.data.neighborhood import Neighborhood, interpolate_neighborhood
+from dwiml_func.data.resampling import Resampling, resample_streamlines
+from dwiml_func.data.streamlines import Streamlines, input_rows
 from dwiml_func.rng import Key
 
 __all__ = ["BatchRequest", "LoaderSpec", "epoch_batches", "load_batch"]
@@ -27,7 +40,7 @@ class BatchRequest(NamedTuple):
 
     Args:
         ids: (S,) int64, streamline ids in the dataset.
-        key: of the draws made while loading; None where loading draws nothing.
+        key: of the stream of augmentation; `load_batch` folds epoch and batch in. None where loading draws nothing.
         epoch: the epoch of the batch, 0 for the first.
         batch: its position in the epoch, 0 for the first.
 
@@ -47,34 +60,49 @@ class LoaderSpec:
     """How a batch is made from its streamlines.
 
     Args:
-        interpolation: "trilinear" or "trilinear-corner", see `dwiml_func.data.interpolation.interpolate`.
+        interpolation: "trilinear", "trilinear-corner" or "nearest", see `dwiml_func.data.interpolation.interpolate`.
+        neighborhood: where around each point the volume is read too; None for the point alone.
+        resampling: how streamlines are sampled; what the file has already is not done again.
+        augmentation: for training batches only; validation takes a spec without.
 
     Raises:
-        ValueError: the interpolation is neither.
+        ValueError: the interpolation is none of those.
 
     Example:
-        >>> LoaderSpec()
-        LoaderSpec(interpolation='trilinear')
+        >>> LoaderSpec(augmentation=Augmentation(reverse_ratio=0.5)).interpolation
+        'trilinear'
     """
 
     interpolation: Interpolation = "trilinear"
+    neighborhood: Neighborhood | None = None
+    resampling: Resampling = field(default_factory=Resampling)
+    augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
         require_mode(self.interpolation)
+
+    def num_inputs(self, dataset: StreamlineDataset) -> int:
+        """Features of a batch's inputs at a point: those of the volume, at the point and at each neighbour."""
+        return dataset.num_features * (self.neighborhood.num_points if self.neighborhood else 1)
 
 
 def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: LoaderSpec) -> StreamlineBatch:
     """Gather the streamlines of a request and interpolate their subjects' volumes along them.
 
-    Pure: the same arguments give the same bytes, in any process, on any number of threads.
+    In this order: resampling, splitting, reversing, interpolation of the inputs, noise. Pure: the same arguments give
+    the same bytes, in any process, on any number of threads, from memory or lazily.
 
     Args:
-        request: which streamlines.
+        request: which streamlines, and with augmentation the key.
         dataset: where they are.
         spec: how to make the batch.
 
     Returns:
-        The batch, its streamlines in the order of `request.ids`, with memory of its own.
+        The batch, its streamlines in the order of `request.ids`, with memory of its own. The halves of a split
+        streamline stand side by side, with the same id.
+
+    Raises:
+        ValueError: there is augmentation and no key; or what a lazy dataset reads is not finite, or damaged.
 
     Example:
         >>> from pathlib import Path
@@ -94,20 +122,47 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
         torch.Size([2, 2])
     """
     lines = dataset.streamlines.select(request.ids)
+    ids = torch.from_numpy(np.array(request.ids))  # copied: torch warns when it wraps a read-only array
     subject = torch.from_numpy(dataset.index.subject_of(request.ids))
-    points = lines.points[input_rows(lines.offsets, len(lines.points))]
-    subject_of_point = subject.repeat_interleave(lines.lengths - 1)
-    inputs = torch.empty(len(points), dataset.num_features)
-    for number in subject.unique().tolist():
-        rows = (subject_of_point == number).nonzero()[:, 0]
-        inputs[rows] = interpolate(dataset.volumes[number], points[rows], mode=spec.interpolation)
+    if spec.resampling != dataset.resampling:
+        lines = resample_streamlines(lines, dataset.voxel_sizes[subject], spec.resampling)
+
+    augmentation = spec.augmentation
+    if augmentation.draws and request.key is None:
+        raise ValueError("Augmentation draws random numbers. Expected a key in the request. Received: None")
+    key = request.key or Key(0)  # not drawn from without augmentation
+    rng = partial(rng_of, key, request.epoch, request.batch)
+    if augmentation.split_ratio > 0:
+        lines, origin = split_streamlines(lines, augmentation.split_ratio, rng(Kind.SPLIT))
+        ids, subject = ids[origin], subject[origin]
+    if augmentation.reverse_ratio > 0:
+        lines = reverse_streamlines(lines, augmentation.reverse_ratio, rng(Kind.REVERSE))
+    forward, loss = augmentation.noise_gaussian_size_forward, augmentation.noise_gaussian_size_loss
     return StreamlineBatch(
         points=lines.points,
         offsets=lines.offsets,
         subject=subject,
-        ids=torch.from_numpy(np.array(request.ids)),  # copied: torch warns when it wraps a read-only array
-        inputs=inputs,
+        ids=ids,
+        inputs=_inputs(lines, subject, dataset, spec),
+        noisy_points=add_noise(lines.points, forward, rng(Kind.NOISE_FORWARD)) if forward > 0 else None,
+        noisy_targets=add_noise(lines.points, loss, rng(Kind.NOISE_LOSS)) if loss > 0 else None,
     )
+
+
+def _inputs(lines: Streamlines, subject: Tensor, dataset: StreamlineDataset, spec: LoaderSpec) -> Tensor:
+    """(P - S, F): each subject's volume along its streamlines, at all points but the last of each."""
+    # index_select and index_copy_ move whole rows, several times faster than indexing with brackets.
+    points = lines.points.index_select(0, input_rows(lines.offsets, len(lines.points)))
+    interpolated = partial(interpolate_neighborhood, neighborhood=spec.neighborhood, mode=spec.interpolation)
+    numbers = subject.unique().tolist()
+    if len(numbers) == 1:
+        return interpolated(dataset.volumes[numbers[0]], points)
+    subject_of_point = subject.repeat_interleave(lines.lengths - 1)
+    inputs = torch.empty(len(points), spec.num_inputs(dataset))
+    for number in numbers:
+        rows = (subject_of_point == number).nonzero()[:, 0]
+        inputs.index_copy_(0, rows, interpolated(dataset.volumes[number], points.index_select(0, rows)))
+    return inputs
 
 
 def epoch_batches(
@@ -119,6 +174,7 @@ def epoch_batches(
     epoch: int,
     start_batch: int = 0,
     num_workers: int = 0,
+    augment_key: Key | None = None,
 ) -> DataLoader[StreamlineBatch]:
     """Make a torch DataLoader over the batches of an epoch, from one of them on.
 
@@ -134,12 +190,17 @@ def epoch_batches(
         start_batch: how many of the epoch's batches are done already.
         num_workers: processes that load ahead; 0 loads in this one. They start by multiprocessing's forkserver (spawn
             where there is none), so a script that asks for workers needs its `if __name__ == "__main__":`.
+        augment_key: of the stream of augmentation, where `loader_spec` asks for any.
 
     Returns:
         The loader; its length is the number of batches left.
 
     Raises:
-        ValueError: `start_batch` is not between 0 and the number of batches, or `num_workers` is negative.
+        ValueError: `start_batch` is not between 0 and the number of batches, `num_workers` is negative, or there is
+            augmentation and no key for it.
+
+    Warns:
+        UserWarning: noise may reach beyond half a step of the streamlines.
 
     Example:
         >>> from pathlib import Path
@@ -165,7 +226,10 @@ def epoch_batches(
     plan = sample_epoch(dataset.index, sampler_spec, key, epoch)
     if not 0 <= start_batch <= len(plan):
         raise ValueError(f"Expected a first batch between 0 and {len(plan)}. Received: {start_batch}")
-    requests = _EpochRequests(plan, epoch, start_batch)
+    if loader_spec.augmentation.draws and augment_key is None:
+        raise ValueError("Augmentation draws random numbers. Expected an augment_key. Received: None")
+    _warn_of_large_noise(dataset, loader_spec)
+    requests = _EpochRequests(plan, epoch, start_batch, augment_key)
     collate_fn: Any = partial(load_batch, dataset=dataset, spec=loader_spec)  # torch expects it to take a list
     num_workers = min(num_workers, len(requests))
     return DataLoader(
@@ -183,17 +247,34 @@ def epoch_batches(
 class _EpochRequests(Dataset[Any]):  # torch types a loader by its dataset, not by what collate_fn makes of it
     """The requests of an epoch from `start_batch` on."""
 
-    def __init__(self, plan: EpochPlan, epoch: int, start_batch: int) -> None:
+    def __init__(self, plan: EpochPlan, epoch: int, start_batch: int, key: Key | None) -> None:
         self.plan = plan
         self.epoch = epoch
         self.start_batch = start_batch
+        self.key = key
 
     def __len__(self) -> int:
         return len(self.plan) - self.start_batch
 
     def __getitem__(self, position: int) -> BatchRequest:
         batch = self.start_batch + position
-        return BatchRequest(self.plan[batch], None, self.epoch, batch)
+        return BatchRequest(self.plan[batch], self.key, self.epoch, batch)
+
+
+def _warn_of_large_noise(dataset: StreamlineDataset, spec: LoaderSpec) -> None:
+    """Warn where noise may turn steps around. Their size is the one asked for, the file's, or the mean."""
+    if not spec.augmentation.draws or dataset.index.num_total == 0:
+        return
+    asked = spec.resampling if spec.resampling != Resampling() else dataset.resampling
+    step = asked.step_size
+    if step is None:
+        if dataset.index.lengths_mm is None:
+            return
+        nb_points = asked.nb_points or dataset.streamlines.lengths.double().mean().item()
+        step = float(dataset.index.lengths_mm.mean()) / (nb_points - 1)
+    message = spec.augmentation.too_large_for(step / dataset.voxel_sizes.max().item())
+    if message is not None:
+        warnings.warn(message, stacklevel=3)
 
 
 def _worker_context() -> multiprocessing.context.BaseContext:

@@ -2,16 +2,71 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
 
-__all__ = ["DatasetIndex", "StreamlineDataset"]
+__all__ = ["DatasetIndex", "StreamlineDataset", "StreamlineSource", "VolumeSource"]
+
+
+class VolumeSource(Protocol):
+    """Volumes by row of the subject, read from a file when they are asked for.
+
+    Example:
+        >>> volume = source[0]  # doctest: +SKIP
+    """
+
+    @property
+    def num_features(self) -> int:
+        """F, known without reading a volume."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+    def __getitem__(self, row: int, /) -> Tensor: ...
+
+
+class StreamlineSource(Protocol):
+    """Streamlines by id: a flat set in memory, or what reads them from a file when they are asked for.
+
+    Example:
+        >>> source: StreamlineSource = Streamlines.from_list([])
+    """
+
+    def __len__(self) -> int: ...
+
+    @property
+    def points(self) -> Tensor:
+        """(P, 3) float32, of all streamlines."""
+        ...
+
+    @property
+    def offsets(self) -> Tensor:
+        """(S + 1,) int64."""
+        ...
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) int64, points a streamline."""
+        ...
+
+    def to_list(self) -> list[Tensor]:
+        """One tensor a streamline."""
+        ...
+
+    def select(self, ids: Tensor | ArrayLike) -> Streamlines:
+        """Gather streamlines, in the order asked for."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,6 +78,7 @@ class DatasetIndex:
     Args:
         subjects: names, in the dataset's order.
         num_streamlines: (num_subjects,) int64, streamlines of each subject.
+        lengths_mm: (num_total,) float64, each streamline's length in mm; None where it is not known.
 
     Example:
         >>> index = DatasetIndex(("subj0", "subj1"), np.array([3, 2]))
@@ -32,6 +88,7 @@ class DatasetIndex:
 
     subjects: tuple[str, ...]
     num_streamlines: NDArray[np.int64]
+    lengths_mm: NDArray[np.float64] | None = None
 
     @property
     def num_total(self) -> int:
@@ -56,16 +113,19 @@ class DatasetIndex:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StreamlineDataset:
-    """One subset (training, validation or testing) of a dataset, in memory. It can be pickled, so sent to workers.
+    """One subset (training, validation or testing) of a dataset. It can be pickled, so sent to workers.
 
     Args:
         path: the file it was read from.
         subset: "training", "validation" or "testing".
         index: subjects and their numbers of streamlines; no subjects where the file lists none for the subset.
-        volumes: one (X, Y, Z, F) float32 tensor a subject, the input volume. F is the same for all.
-        streamlines: of all subjects, in the index's order; voxel space, corner origin.
+        volumes: one (X, Y, Z, F) float32 tensor a subject, the input volume. F is the same for all. A tuple in memory,
+            or `dwiml_func.data.lazy.LazyVolumes`.
+        streamlines: of all subjects, in the index's order; voxel space, corner origin. `Streamlines` in memory, or
+            `dwiml_func.data.lazy.LazyStreamlines`.
         voxel_sizes: (num_subjects, 3) float32, mm.
         input_attributes: attributes of the first subject's input group, as plain Python values or numpy arrays.
+        resampling: how the streamlines were sampled when the file was made.
 
     Example:
         >>> import torch
@@ -85,12 +145,15 @@ class StreamlineDataset:
     path: Path
     subset: str
     index: DatasetIndex
-    volumes: tuple[Tensor, ...]
-    streamlines: Streamlines
+    volumes: tuple[Tensor, ...] | VolumeSource
+    streamlines: StreamlineSource
     voxel_sizes: Tensor
     input_attributes: dict[str, object]
+    resampling: Resampling = field(default_factory=Resampling)
 
     @property
     def num_features(self) -> int:
         """F, features a voxel; 0 without subjects."""
-        return self.volumes[0].shape[3] if self.volumes else 0
+        if isinstance(self.volumes, tuple):
+            return self.volumes[0].shape[3] if self.volumes else 0
+        return self.volumes.num_features

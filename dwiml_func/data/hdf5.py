@@ -7,29 +7,36 @@ subset; one group a subject; in it groups of type `volume` and of type `streamli
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
+from dwiml_func.data.hdf5_layout import (
+    group_of,
+    opened,
+    place,
+    plain,
+    read_lengths_mm,
+    read_points,
+    read_resampling,
+    read_table,
+    read_volume,
+    require_same_space,
+    subjects_of,
+    volume_shape,
+    voxel_sizes_of,
+)
+from dwiml_func.data.lazy import LazyStreamlines, LazyVolumes, parse_bytes
 from dwiml_func.data.streamlines import Streamlines, offsets_of
-
-if TYPE_CHECKING:
-    import h5py  # at run time only once a file is opened: `import dwiml_func.data` stays light
 
 __all__ = ["Subset", "open_dataset", "read_subsets"]
 
 Subset = Literal["training", "validation", "testing"]
 """A subset of a dataset's subjects, by name."""
-
-_SPACES = ("space.vox", "vox")  # as dipy's Space.VOX prints, and its value
-_ORIGINS = ("origin.trackvis", "trackvis", "corner")  # as dipy's Origin.TRACKVIS prints, its name and its value
-_AFFINE_TOLERANCE = 1e-3  # in dipy's is_header_compatible too
 
 
 def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
@@ -55,8 +62,8 @@ def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
         ...     read_subsets(path)
         {'training': ('anna',), 'validation': (), 'testing': ()}
     """
-    with _opened(Path(path)) as file:
-        return {subset: _subjects(file, subset) for subset in get_args(Subset)}
+    with opened(Path(path)) as file:
+        return {subset: subjects_of(file, subset) for subset in get_args(Subset)}
 
 
 def open_dataset(
@@ -65,14 +72,19 @@ def open_dataset(
     *,
     input_group_name: str = "input",
     streamline_group_name: str = "streamlines",
+    lazy: bool = False,
+    cache_size: str | int = "2GB",
 ) -> StreamlineDataset:
-    """Read the input volumes and the streamlines of one subset into memory.
+    """Read the input volumes and the streamlines of one subset into memory, or find out where they are.
 
     Args:
         path: the HDF5 file.
         subset: "training", "validation" or "testing".
         input_group_name: the subjects' group of type `volume` that models take as input.
         streamline_group_name: the subjects' group of type `streamlines`.
+        lazy: read only the tables that say where each streamline is; volumes and points are read, and checked for NaN
+            and infinity, when a batch needs them. The batches have the same bytes.
+        cache_size: how much memory the volumes of lazy datasets may keep in each process, in bytes or as text.
 
     Returns:
         The dataset; without subjects where the file lists none for validation or testing.
@@ -102,194 +114,64 @@ def open_dataset(
     path = Path(path)
     if subset not in get_args(Subset):
         raise ValueError(f"Expected a subset among {', '.join(get_args(Subset))}. Received: {subset!r}")
-    with _opened(path) as file:
-        subjects = _subjects(file, subset)
+    budget = parse_bytes(cache_size)
+    with opened(path) as file:
+        subjects = subjects_of(file, subset)
         if not subjects and subset == "training":
             raise ValueError(f"{path} lists no training subjects: its attribute training_subjs is missing or empty")
+        shapes: list[tuple[int, int, int, int]] = []
         volumes: list[NDArray[np.float32]] = []
         points: list[NDArray[np.float32]] = []
+        starts: list[NDArray[np.int64]] = []
         lengths: list[NDArray[np.int64]] = []
+        lengths_mm: list[NDArray[np.float64] | None] = []
         voxel_sizes: list[NDArray[np.float32]] = []
         input_attributes: dict[str, object] = {}
+        resampling = read_resampling(file)
         for subject in subjects:
-            input_group = _group(file, subject, input_group_name, "volume")
-            streamline_group = _group(file, subject, streamline_group_name, "streamlines")
-            volumes.append(_volume(input_group))
-            if volumes[-1].shape[3] != volumes[0].shape[3]:
+            input_group = group_of(file, subject, input_group_name, "volume")
+            streamline_group = group_of(file, subject, streamline_group_name, "streamlines")
+            shapes.append(volume_shape(input_group))
+            if shapes[-1][3] != shapes[0][3]:
                 raise ValueError(
-                    f"{_place(input_group)} has {volumes[-1].shape[3]} features, but subject {subjects[0]} has "
-                    f"{volumes[0].shape[3]}. Expected the same number for all subjects"
+                    f"{place(input_group)} has {shapes[-1][3]} features, but subject {subjects[0]} has "
+                    f"{shapes[0][3]}. Expected the same number for all subjects"
                 )
-            _require_same_space(input_group, volumes[-1].shape[:3], streamline_group)
-            voxel_sizes.append(np.asarray(_attribute(streamline_group, "voxel_sizes"), dtype=np.float32))
-            subject_points, subject_lengths = _streamlines(streamline_group)
-            points.append(subject_points)
-            lengths.append(subject_lengths)
+            if not lazy:
+                volumes.append(read_volume(input_group))
+            require_same_space(input_group, shapes[-1][:3], streamline_group)
+            voxel_sizes.append(voxel_sizes_of(streamline_group))
+            starts_of_subject, lengths_of_subject = read_table(streamline_group)
+            starts.append(starts_of_subject)
+            lengths.append(lengths_of_subject)
+            lengths_mm.append(read_lengths_mm(streamline_group, len(lengths_of_subject)))
+            if not lazy:
+                points.append(read_points(streamline_group, starts_of_subject, lengths_of_subject))
             if subject == subjects[0]:
-                input_attributes = {name: _plain(value) for name, value in input_group.attrs.items()}
-    if subset == "training" and sum(map(len, lengths)) == 0:
+                input_attributes = {name: plain(value) for name, value in input_group.attrs.items()}
+    num_streamlines = np.array([len(of_subject) for of_subject in lengths], dtype=np.int64)
+    if subset == "training" and num_streamlines.sum() == 0:
         raise ValueError(f"{path}: the training subjects have no streamlines in group {streamline_group_name!r}")
+    known_lengths = [of_subject for of_subject in lengths_mm if of_subject is not None]
+    index = DatasetIndex(
+        subjects, num_streamlines, np.concatenate(known_lengths) if 0 < len(known_lengths) == len(subjects) else None
+    )
+    all_lengths = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *lengths]))
+    if lazy:
+        all_starts = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *starts]))
+        stored_volumes = LazyVolumes(path, subjects, input_group_name, tuple(shapes), budget)
+        stored_streamlines = LazyStreamlines(path, index, streamline_group_name, all_starts, all_lengths)
+    else:
+        all_points = torch.from_numpy(np.concatenate([np.empty((0, 3), dtype=np.float32), *points]))
+        stored_volumes = tuple(torch.from_numpy(volume) for volume in volumes)
+        stored_streamlines = Streamlines(all_points, offsets_of(all_lengths))
     return StreamlineDataset(
         path=path,
         subset=subset,
-        index=DatasetIndex(subjects, np.array([len(of_subject) for of_subject in lengths], dtype=np.int64)),
-        volumes=tuple(torch.from_numpy(volume) for volume in volumes),
-        streamlines=Streamlines(
-            torch.from_numpy(np.concatenate([np.empty((0, 3), dtype=np.float32), *points])),
-            offsets_of(torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *lengths]))),
-        ),
+        index=index,
+        volumes=stored_volumes,
+        streamlines=stored_streamlines,
         voxel_sizes=torch.from_numpy(np.array(voxel_sizes, dtype=np.float32).reshape(-1, 3)),
         input_attributes=input_attributes,
+        resampling=resampling,
     )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    """The open file; what h5py raises inside, about whatever part of it, becomes one line that names the file."""
-    import h5py
-
-    if not path.exists():
-        raise FileNotFoundError(f"The HDF5 file does not exist: {path}")
-    if not path.is_file():
-        raise ValueError(f"Expected an HDF5 file. Received: {path}, which is not a file")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        if not h5py.is_hdf5(path):
-            raise ValueError(f"Expected an HDF5 file. Received: {path}, which is not one ({reason})") from error
-        raise ValueError(f"The HDF5 file is truncated or damaged: {path} ({reason}). Copy or create it anew") from error
-
-
-def _place(group: h5py.Group) -> str:
-    """Where an error is, for people: file, subject and group."""
-    subject, _, name = str(group.name).strip("/").partition("/")
-    return f"{group.file.filename}: group {name!r} of subject {subject!r}"
-
-
-def _names(members: Iterable[object]) -> str:
-    """Names for people; a damaged name that is no text comes as bytes."""
-    return ", ".join(map(str, members)) or "none"
-
-
-def _plain(value: object) -> object:
-    """An attribute as plain Python, or as an array of numbers."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, np.ndarray) and value.dtype.kind in "SO":
-        return [_plain(element) for element in value.tolist()]
-    return value.item() if isinstance(value, np.generic) else value
-
-
-def _subjects(file: h5py.File, subset: str) -> tuple[str, ...]:
-    names = _plain(np.atleast_1d(file.attrs.get(f"{subset}_subjs", [])))
-    subjects = tuple(str(name) for name in names) if isinstance(names, list) else ()  # no names: an array of floats
-    if len(set(subjects)) < len(subjects):
-        raise ValueError(f"{file.filename} lists a {subset} subject twice: {', '.join(subjects)}")
-    return subjects
-
-
-def _attribute(group: h5py.Group, name: str) -> object:
-    if name not in group.attrs:
-        raise ValueError(f"{_place(group)} has no attribute {name!r}. It has: {_names(group.attrs)}")
-    return _plain(group.attrs[name])
-
-
-def _group(file: h5py.File, subject: str, name: str, kind: str) -> h5py.Group:
-    """A subject's group of the type asked for."""
-    import h5py
-
-    parent = file.get(subject)
-    if not isinstance(parent, h5py.Group):
-        raise ValueError(f"{file.filename} lists subject {subject!r}, but holds no group of that name")
-    # A name that is damaged, or links to nothing, has None behind it.
-    kinds = {key: _plain(item.attrs.get("type", "no type")) for key, item in parent.items() if item is not None}
-    if name not in kinds or kinds[name] != kind:
-        received = f"has type {kinds[name]!r}" if name in kinds else "does not exist"
-        known = _names(f"{key} ({type_})" for key, type_ in kinds.items())
-        raise ValueError(
-            f"{file.filename}: group {name!r} of subject {subject!r} {received}. "
-            f"Expected one of type {kind!r}. Its groups: {known}"
-        )
-    group = parent[name]
-    assert isinstance(group, h5py.Group)
-    return group
-
-
-def _dataset(group: h5py.Group, name: str, kinds: str, dtype: type[np.generic]) -> NDArray:
-    """A dataset of numbers, converted to a dtype. `kinds` are numpy's: f float, i and u integers."""
-    import h5py
-
-    dataset = group.get(name)
-    if not isinstance(dataset, h5py.Dataset):
-        raise ValueError(f"{_place(group)} has no dataset {name!r}. It has: {_names(group)}")
-    if dataset.dtype.kind not in kinds:
-        expected = "numbers" if "f" in kinds else "integers"
-        raise ValueError(f"{_place(group)}: dataset {name!r} is of dtype {dataset.dtype}. Expected {expected}")
-    return dataset.astype(dtype)[()]
-
-
-def _volume(group: h5py.Group) -> NDArray[np.float32]:
-    data = _dataset(group, "data", "fiu", np.float32)
-    if data.ndim != 4 or data.size == 0:
-        raise ValueError(f"{_place(group)} holds data of shape {data.shape}. Expected (X, Y, Z, features)")
-    num_bad = data.size - np.count_nonzero(np.isfinite(data))
-    if num_bad > 0:
-        raise ValueError(f"{_place(group)} has {num_bad} NaN or infinite values. Expected finite values only")
-    return data
-
-
-def _require_same_space(input_group: h5py.Group, shape: tuple[int, ...], streamline_group: h5py.Group) -> None:
-    """Streamlines must be in voxel space, corner origin, of the input volume's own grid."""
-    for name, accepted, expected in (
-        ("space", _SPACES, "Space.VOX"),
-        ("origin", _ORIGINS, "Origin.TRACKVIS (the corner)"),
-    ):
-        received = _attribute(streamline_group, name)
-        if str(received).lower() not in accepted:
-            raise ValueError(f"{_place(streamline_group)} has {name} {received}. Expected {expected}")
-    dimensions = tuple(np.asarray(_attribute(streamline_group, "dimensions")).tolist())
-    if dimensions != shape:
-        raise ValueError(
-            f"{_place(streamline_group)} is on a grid of {dimensions} voxels, but {input_group.name} has {shape}. "
-            "Expected one grid for both"
-        )
-    affines = [np.asarray(_attribute(group, "affine")) for group in (input_group, streamline_group)]
-    if affines[0].shape != affines[1].shape or not np.allclose(*affines, rtol=0, atol=_AFFINE_TOLERANCE):
-        raise ValueError(
-            f"{_place(streamline_group)} has another affine than {input_group.name}. Expected one grid for both"
-        )
-
-
-def _streamlines(group: h5py.Group) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The (P, 3) points of a subject's streamlines back to back, and their (S,) lengths."""
-    data = _dataset(group, "data", "fiu", np.float32)
-    starts = _dataset(group, "offsets", "iu", np.int64)
-    lengths = _dataset(group, "lengths", "iu", np.int64)
-    if starts.ndim != 1 or starts.shape != lengths.shape:
-        raise ValueError(f"{_place(group)} has offsets of shape {starts.shape} and lengths of shape {lengths.shape}")
-    if len(starts) == 0:  # nibabel's empty set has no second axis
-        return np.empty((0, 3), dtype=np.float32), lengths
-    if data.ndim != 2 or data.shape[1] != 3:
-        raise ValueError(f"{_place(group)} holds points of shape {data.shape}. Expected (points, 3)")
-    _refuse_any(group, lengths < 2, "with fewer than two points")
-    _refuse_any(group, (starts < 0) | (starts > len(data) - lengths), f"outside the {len(data)} points stored")
-
-    # Not every file stores its streamlines back to back and in order: nibabel keeps selections as views.
-    new_starts = np.cumsum(lengths) - lengths
-    points = data
-    if not np.array_equal(starts, new_starts) or lengths.sum() != len(data):
-        points = data[np.arange(lengths.sum()) + np.repeat(starts - new_starts, lengths)]
-    bad_points = ~np.isfinite(points).all(axis=1)
-    _refuse_any(group, np.logical_or.reduceat(bad_points, new_starts), "with NaN or infinite points")
-    return points, lengths
-
-
-def _refuse_any(group: h5py.Group, refused: NDArray[np.bool_], what: str) -> None:
-    """Refuse the group if it has streamlines that are marked."""
-    if refused.any():
-        raise ValueError(
-            f"{_place(group)} has {np.count_nonzero(refused)} of {len(refused)} streamlines {what}, "
-            f"the first is number {np.argmax(refused)} (from 0). Remove them from the dataset"
-        )

@@ -9,13 +9,15 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes
+
+from dwiml_func.data.hdf5_sink import WatchedFile
 
 __all__ = ["new_dataset", "write_streamlines", "write_volume"]
 
@@ -55,12 +57,14 @@ def new_dataset(
         overwrite: replace an existing file.
 
     Yields:
-        The open file; the subset attributes are written, the subjects' groups are for the caller to add.
+        The open file; the subset attributes are written, the subjects' groups are for the caller to add. Its `flush`
+        raises OSError when something could not be written, e.g. on a full disk; so does the end of the block.
 
     Raises:
         FileNotFoundError: the folder does not exist.
         FileExistsError: the file exists and `overwrite` is False.
         IsADirectoryError: the path is a folder.
+        OSError: the file cannot be written.
 
     Example:
         >>> import tempfile
@@ -84,7 +88,7 @@ def new_dataset(
 
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with h5py.File(partial, "w-") as file:
+        with closing(WatchedFile(partial)) as file:
             file.attrs["data_and_time"] = date
             file.attrs["chosen_subjs"] = list(dict.fromkeys([*training, *validation, *testing]))
             file.attrs["groups_config"] = str({name: dict(config) for name, config in groups_config.items()})
@@ -95,8 +99,7 @@ def new_dataset(
             for name, option in options.items():
                 file.attrs[name] = _NOT_DEFINED if option is None else option
             yield file
-        with open(partial, "rb+") as written:
-            os.fsync(written.fileno())  # the rename must not reach the disk before the content
+            file.close_and_sync()  # the rename must not reach the disk before the content
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

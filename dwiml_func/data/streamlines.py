@@ -12,7 +12,7 @@ the first length into offsets of the second.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 __all__ = [
-    "StreamlineBatch",
     "Streamlines",
     "directions",
     "input_offsets",
@@ -34,10 +33,10 @@ def offsets_of(lengths: Tensor) -> Tensor:
     """Count up lengths: where each streamline starts in the flat array, and where the last one ends.
 
     Args:
-        lengths: (S,) any integer dtype, points a streamline. Counted in int64: short dtypes overflow.
+        lengths: (S,) any integer dtype, points a streamline.
 
     Returns:
-        (S + 1,) int64, the first is 0.
+        (S + 1,) int64, the first is 0; counted in int64, as short dtypes overflow.
 
     Example:
         >>> offsets_of(torch.tensor([3, 2]))
@@ -218,67 +217,6 @@ class Streamlines:
         num_points = int(offsets[-1])
         shift = (starts - offsets[:-1])[_streamline_of(offsets, num_points)]
         return Streamlines(self.points[torch.arange(num_points, device=shift.device) + shift], offsets)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StreamlineBatch:
-    """What a model sees at one step: S streamlines and the input volume along them.
-
-    Args:
-        points: (P, 3) float32, voxel space, corner origin (voxel i covers [i, i + 1)).
-        offsets: (S + 1,) int64, of `points`.
-        subject: (S,) int64, each streamline's row in `dataset.index.subjects`.
-        ids: (S,) int64, each streamline's number in the whole dataset.
-        inputs: (P - S, F) float32, the subject's input volume interpolated at all points but the last of each
-            streamline.
-
-    Example:
-        >>> batch = StreamlineBatch(
-        ...     points=torch.zeros(5, 3),
-        ...     offsets=torch.tensor([0, 3, 5]),
-        ...     subject=torch.tensor([0, 0]),
-        ...     ids=torch.tensor([7, 2]),
-        ...     inputs=torch.zeros(3, 28),
-        ... )
-        >>> len(batch), batch.num_points
-        (2, 3)
-    """
-
-    points: Tensor
-    offsets: Tensor
-    subject: Tensor
-    ids: Tensor
-    inputs: Tensor
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def num_points(self) -> int:
-        """P - S: the points that have a next direction, which is the weight of the batch in every mean."""
-        return len(self.points) - len(self)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> StreamlineBatch:
-        """Move every tensor to a device.
-
-        Args:
-            device: where to.
-            non_blocking: let copies from pinned memory overlap with computation.
-
-        Returns:
-            A batch on that device; tensors that are there already are shared.
-
-        Example:
-            >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]])
-            >>> one = torch.zeros(1, dtype=torch.int64)
-            >>> batch = StreamlineBatch(
-            ...     points=lines.points, offsets=lines.offsets, subject=one, ids=one, inputs=torch.zeros(1, 2)
-            ... )
-            >>> batch.to("cpu").inputs.device
-            device(type='cpu')
-        """
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return StreamlineBatch(**{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})
 
 
 def _streamline_of(offsets: Tensor, num_rows: int) -> Tensor:

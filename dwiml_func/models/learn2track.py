@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from dwiml_func.data.streamlines import StreamlineBatch, directions, input_offsets, previous_directions
+from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.streamlines import directions, input_offsets, previous_directions
 from dwiml_func.models.baselines import angular_error
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.packing import packed_layout
@@ -100,7 +101,7 @@ class Learn2Track(torch.nn.Module):
             raise ValueError("Expected a batch with streamlines of two points or more. Received: none")
         offsets = input_offsets(batch.offsets)
         if self.nb_previous_dirs > 0:
-            dirs = directions(batch.points, batch.offsets)
+            dirs = directions(batch.forward_points, batch.offsets)
             x = torch.cat([x, previous_directions(dirs, offsets, self.nb_previous_dirs)], dim=1)
             x = dropout(x, self.dropout, self.training)
         layout = packed_layout(offsets)
@@ -128,7 +129,7 @@ def compute_batch_loss(model: Learn2Track, batch: StreamlineBatch) -> tuple[Tens
         >>> loss.shape, weight, list(aux)
         (torch.Size([]), 4, ['angular_error'])
     """
-    targets = directions(batch.points, batch.offsets)
+    targets = directions(batch.target_points, batch.offsets)
     outputs = model(batch)
     loss = model.direction_getter.losses(outputs, targets).mean()
     predictions = model.direction_getter.directions(outputs.detach())

@@ -33,12 +33,13 @@ def write_parameters(directory: str | Path, config: RunConfig, *, nb_features: i
     training, batches = asdict(config.training), asdict(config.batches)
     patience, patience_delta = training.pop("patience"), training.pop("patience_delta")
     training["learning_rate"] = config.training.learning_rates
-    sampler = {name: batches[name] for name in ("batch_size_training", "batch_size_validation")}
+    options = ("batch_size_units", "nb_streamlines_per_chunk", "nb_subjects_per_batch", "cycles")
+    sampler = {name: batches[name] for name in ("batch_size_training", "batch_size_validation", *options)}
     content = {
         "Date": str(now),
         "hdf5 file": config.hdf5_file,
         "Trainer params": training | {name: value for name, value in batches.items() if name not in sampler},
-        "Sampler params": sampler | {"batch_size_units": "nb_streamlines", "rng": config.training.rng},
+        "Sampler params": sampler | {"rng": config.training.rng},
         "Loader params": asdict(config.data),
         "Model params": {"nb_features": nb_features, **asdict(config.model)},
         "Patience": patience,

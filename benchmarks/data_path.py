@@ -1,0 +1,293 @@
+"""What the data path costs: batches beside the per-streamline way and a training step, plans, and lazy memory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from dipy.io.stateful_tractogram import Origin, Space, StatefulTractogram
+from torch import Tensor
+
+from dwiml_func import adam, init_state, module_loss, train_step
+from dwiml_func.data import BatchRequest, DatasetIndex, LoaderSpec, SamplerSpec, epoch_batches, load_batch, open_dataset
+from dwiml_func.data.augmentation import Augmentation
+from dwiml_func.data.batch_sampler import sample_epoch
+from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.prefetch import Prefetched
+from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
+from dwiml_func.rng import Key
+
+FEATURES = 45
+NOISE, SHARE = 0.05, 0.5
+SPEC = LoaderSpec(
+    augmentation=Augmentation(
+        noise_gaussian_size_forward=NOISE, noise_gaussian_size_loss=NOISE, split_ratio=SHARE, reverse_ratio=SHARE
+    )
+)
+KEY = Key(1)
+ALLOWED_MB = 500  # beside the cache
+
+
+def main() -> int:
+    """Print tables and whether the limits hold. Exit code 1 when one does not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default: 1)")
+    parser.add_argument("--rounds", type=int, default=40, help="batches of each variant (default: 40)")
+    parser.add_argument("--lazy-gb", type=float, default=0, help="also write a file of this size and read it lazily")
+    parser.add_argument("--cache-gb", type=float, default=0.5, help="with --lazy-gb: the cache (default: 0.5)")
+    parser.add_argument("--folder", default=None, help="where temporary files go")
+    parser.add_argument("--read-lazily", default=None, help=argparse.SUPPRESS)  # the measured process of --lazy-gb
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.read_lazily:
+        return read_lazily(options.read_lazily, options.cache_gb)
+    print(f"torch {torch.__version__}, {options.threads} thread(s), {options.rounds} interleaved rounds, one process\n")
+    verdicts = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = Path(folder) / "data.hdf5"
+        write_file(path, num_subjects=2, num_streamlines=1000, side=48)
+        verdicts += batches(path, options.rounds)
+        overlap(path)
+        verdicts += plans()
+        if options.lazy_gb:
+            verdicts += lazy_memory(Path(folder) / "large.hdf5", options)
+    print()
+    for passed, text in verdicts:
+        print(f"{'pass' if passed else 'FAIL'}: {text}")
+    return int(not all(passed for passed, _ in verdicts))
+
+
+def write_file(path: Path, *, num_subjects: int, num_streamlines: int, side: int) -> None:
+    """Random volumes of FEATURES features, and smooth streamlines of 80 to 160 points, half a voxel apart."""
+    rng = np.random.default_rng(0)
+    names = [f"subject{number}" for number in range(num_subjects)]
+    with new_dataset(path, training=names, groups_config={}, date="benchmark") as file:
+        for name in names:
+            subject = file.create_group(name)
+            volume = rng.standard_normal((side, side, side, FEATURES), dtype=np.float32)
+            write_volume(subject, "input", volume, np.eye(4))
+            lengths = rng.integers(80, 160, num_streamlines)
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            time_ = (np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths))[:, None] * 0.5 / (side / 3)
+            phase = np.repeat(rng.uniform(0, 6.28, (num_streamlines, 3)), lengths, axis=0)
+            points = side / 2 + side / 3 * np.sin(time_ + phase) / np.sqrt(1.5)
+            write_streamlines(subject, "streamlines", points, offsets, affine=np.eye(4), dimensions=(side, side, side))
+
+
+class PerStreamline:
+    """The baseline: streamlines one by one, in lists; the volume at eight gathered corners.
+
+    As the reference does, each subject's streamlines pass through dipy's StatefulTractogram, which splitting and
+    reversing make anew, and all points of a subject are interpolated together. As favourable as that way allows:
+    volumes and the open file are kept, and the tractogram's bounding box is not checked.
+    """
+
+    def __init__(self, path: Path, *, lazily: bool) -> None:
+        self.file: Any = h5py.File(path)
+        self.subjects = [str(name) for name in self.file.attrs["training_subjs"]]
+        groups = [self.file[name]["streamlines"] for name in self.subjects]
+        self.header = (np.eye(4), self.file[self.subjects[0]]["input"]["data"].shape[:3], np.ones(3), "RAS")
+        self.offsets = [group["offsets"][()] for group in groups]
+        self.lengths = [group["lengths"][()] for group in groups]
+        self.points = [group["data"] if lazily else group["data"][()] for group in groups]
+        self.volumes = [torch.from_numpy(self.file[name]["input"]["data"][()]) for name in self.subjects]
+
+    def load(self, ids: np.ndarray) -> tuple[list[Tensor], ...]:
+        """Streamlines, inputs, noisy streamlines, noisy targets."""
+        rng = np.random.default_rng(0)
+        all_lines: list[Tensor] = []
+        all_inputs: list[Tensor] = []
+        num_each = len(self.offsets[0])
+        for subject in np.unique(ids // num_each):
+            lines = []
+            for i in ids[ids // num_each == subject] - subject * num_each:
+                start, length = self.offsets[subject][i], self.lengths[subject][i]
+                lines.append(np.array(self.points[subject][start : start + length]))
+            tensors = [torch.as_tensor(line) for line in self.augment(lines, rng)]
+            inputs = self.interpolate(self.volumes[subject], torch.cat([line[:-1] for line in tensors]))
+            all_inputs += list(inputs.split([len(line) - 1 for line in tensors]))
+            all_lines += tensors
+        noisy = [[self.add_noise(line) for line in all_lines] for _ in range(2)]
+        return all_lines, all_inputs, *noisy
+
+    def augment(self, lines: list[np.ndarray], rng: np.random.Generator) -> Any:
+        """Split and reverse a share."""
+        space, origin = Space.VOX, Origin.TRACKVIS
+        tractogram = StatefulTractogram(lines, self.header, space, origin=origin)
+        chosen, parts = set(rng.permutation(len(lines))[: int(SHARE * len(lines))].tolist()), []
+        for i, line in enumerate(tractogram.streamlines):
+            if i in chosen and len(line) > 12:
+                cut = rng.integers(6, len(line) - 6)
+                parts += [line[: cut + 1], line[cut:]]
+            else:
+                parts.append(line)
+        tractogram = StatefulTractogram.from_sft(parts, tractogram)
+        chosen = set(rng.permutation(len(parts))[: int(SHARE * len(parts))].tolist())
+        turned = [line[::-1] if i in chosen else line for i, line in enumerate(tractogram.streamlines)]
+        tractogram = StatefulTractogram.from_sft(turned, tractogram)
+        tractogram.to_vox()
+        tractogram.to_corner()
+        return tractogram.streamlines
+
+    @staticmethod
+    def add_noise(line: Tensor) -> Tensor:
+        """Clipped normal noise."""
+        return line + torch.clip(torch.randn_like(line) * NOISE, -2 * NOISE, 2 * NOISE)
+
+    @staticmethod
+    def interpolate(volume: Tensor, points: Tensor) -> Tensor:
+        """Eight gathered corners, weighted and summed."""
+        points = points - 0.5
+        lower = points.floor()
+        fraction, lower = points - lower, lower.long()
+        last = torch.tensor(volume.shape[:3]) - 1
+        corners = torch.tensor([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
+        index = torch.minimum((lower[:, None] + corners).clamp(min=0), last)
+        values = volume[index[..., 0], index[..., 1], index[..., 2]]  # (P, 8, F)
+        weights = torch.where(corners.bool(), fraction[:, None], 1 - fraction[:, None]).prod(dim=2)
+        return (values * weights[..., None]).sum(dim=1)
+
+
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each variant. They take turns, in an order that rotates."""
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(-3, rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter()
+            variants[name]()
+            if index >= 0:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def batches(path: Path, rounds: int) -> list[tuple[bool, str]]:
+    """A batch of 100 streamlines: loaded, augmented, interpolated, beside a training step on it."""
+    ids = np.random.default_rng(1).permutation(2000)[:100]
+    request = BatchRequest(ids, KEY, 0, 0)
+    memory, lazily = open_dataset(path), open_dataset(path, lazy=True)
+    batch = load_batch(request, dataset=memory, spec=SPEC)
+    variants: dict[str, Callable[[], object]] = {
+        "from memory": lambda: load_batch(request, dataset=memory, spec=SPEC),
+        "per streamline, from memory": partial(PerStreamline(path, lazily=False).load, ids),
+        "lazily": lambda: load_batch(request, dataset=lazily, spec=SPEC),
+        "per streamline, lazily": partial(PerStreamline(path, lazily=True).load, ids),
+        "Learn2Track training step, LSTM 100+100": partial(make_step(), batch),
+    }
+    medians = interleaved(variants, rounds)
+    print(f"a batch of 100 streamlines, {batch.num_points + 100} points, {FEATURES} features, 2 subjects, median")
+    for name, seconds in medians.items():
+        print(f"  {name:42} {1e3 * seconds:8.2f} ms")
+    gains = [medians[f"per streamline, {name}"] / medians[name] for name in ("from memory", "lazily")]
+    share = medians["from memory"] / medians["Learn2Track training step, LSTM 100+100"]
+    lazy_share = medians["lazily"] / medians["Learn2Track training step, LSTM 100+100"]
+    return [
+        (gains[0] >= 3, f"from memory {gains[0]:.1f} times faster than per streamline, at least 3 required"),
+        (gains[1] >= 3, f"lazily {gains[1]:.1f} times faster than per streamline, at least 3 required"),
+        (
+            share <= 0.1,
+            f"a batch takes {share:.1%} of a training step ({lazy_share:.1%} lazily), at most 10 % required",
+        ),
+    ]
+
+
+def make_step() -> Callable[[Any], None]:
+    """A function that takes one training step of its own run, on the batch it is given."""
+    torch.manual_seed(0)
+    model = Learn2Track(FEATURES, nb_previous_dirs=1)
+    step = partial(train_step, loss_fn=module_loss(model, compute_batch_loss), optimizer=adam(), lr=1e-3, donate=True)
+    state = init_state(model, adam(), seed=0)
+
+    def run(batch: Any) -> None:
+        nonlocal state
+        state, _ = step(state, batch)
+
+    return run
+
+
+def overlap(path: Path) -> None:
+    """An epoch of 20 batches trained on, loaded in each of the ways; lazily, and no volume fits the cache."""
+    dataset = open_dataset(path, lazy=True, cache_size=0)
+    take_step = make_step()
+
+    def epoch(num_workers: int, ahead: bool) -> None:
+        loader = epoch_batches(dataset, SamplerSpec(), SPEC, key=KEY, epoch=0, num_workers=num_workers, augment_key=KEY)
+        for batch in Prefetched(loader) if ahead else loader:
+            take_step(batch)
+
+    ways = {
+        "nothing ahead": partial(epoch, 0, False),
+        "a thread": partial(epoch, 0, True),
+        "1 process": partial(epoch, 1, False),
+        "2 processes": partial(epoch, 2, False),
+    }
+    medians = interleaved(ways, 3)
+    print(f"\nan epoch of 20 training steps, volumes read anew for each batch, {os.cpu_count()} cores")
+    for name, seconds in medians.items():
+        print(f"  {name:42} {seconds:8.2f} s")
+
+
+def plans() -> list[tuple[bool, str]]:
+    """Plans of an epoch, all streamlines, 50 subjects."""
+    specs = {
+        "nb_streamlines": SamplerSpec(max_batches=None),
+        "length_mm": SamplerSpec(batch_size=10_000, batch_size_units="length_mm", max_batches=None),
+        "5 subjects a batch, 1 cycle": SamplerSpec(nb_subjects_per_batch=5, cycles=1, max_batches=None),
+    }
+    numbers = (10_000, 100_000, 1_000_000, 5_000_000)
+    print("\nthe plan of an epoch, 50 subjects, seconds" + "".join(f"{number:>11,}" for number in numbers))
+    slowest = 0.0
+    for name, spec in specs.items():
+        seconds = []
+        for number in numbers:
+            lengths = np.random.default_rng(0).uniform(20, 200, number)
+            index = DatasetIndex(tuple(map(str, range(50))), np.full(50, number // 50), lengths)
+            times = []
+            for _ in range(3 if number <= 1_000_000 else 1):
+                start = time.perf_counter()
+                sample_epoch(index, spec, KEY, 0)
+                times.append(time.perf_counter() - start)
+            seconds.append(statistics.median(times))
+        slowest = max(slowest, seconds[2])
+        print(f"  {name:40}" + "".join(f"{value:11.3f}" for value in seconds))
+    return [(slowest <= 1, f"the plan of 1,000,000 streamlines takes {slowest:.2f} s at most, at most 1 s required")]
+
+
+def lazy_memory(path: Path, options: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Write a large file, and read it lazily in a process of its own."""
+    side = 96
+    num_subjects = max(1, round(options.lazy_gb * 1e9 / (side**3 * FEATURES * 4)))
+    write_file(path, num_subjects=num_subjects, num_streamlines=2000, side=side)
+    command = [sys.executable, __file__, "--read-lazily", str(path), "--cache-gb", str(options.cache_gb)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, limit = float(done.stdout) / 1e6, 1e3 * options.cache_gb + ALLOWED_MB
+    what = f"a lazy epoch over {path.stat().st_size / 1e9:.1f} GB with a cache of {options.cache_gb:g} GB"
+    return [(peak <= limit, f"{what} peaks at {peak:.0f} MB, Python and torch included; at most {limit:.0f} required")]
+
+
+def read_lazily(path: str, cache_gb: float) -> int:
+    """Go through an epoch and print the peak of this process in bytes."""
+    dataset = open_dataset(path, lazy=True, cache_size=int(cache_gb * 1e9))
+    spec = SamplerSpec(nb_subjects_per_batch=2, cycles=10, max_batches=None)
+    for _ in Prefetched(epoch_batches(dataset, spec, SPEC, key=KEY, epoch=0, augment_key=KEY)):
+        pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

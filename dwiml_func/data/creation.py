@@ -1,0 +1,192 @@
+"""Make a dataset: from a folder of subjects with NIfTI files and tractograms to one HDF5 file.
+
+The folder, the config and the layout of the file are those of scil-vital/dwi_ml (its `docs/for_users/hdf5.rst`): one
+folder a subject, the same files in each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dwiml_func.data.creation_config import GroupsConfig, StreamlineGroup, VolumeGroup
+from dwiml_func.data.creation_connectivity import load_connectivity, write_connectivity
+from dwiml_func.data.creation_files import GroupFiles, find_files, require_subjects
+from dwiml_func.data.creation_grid import Grid
+from dwiml_func.data.creation_tractograms import load_streamlines
+from dwiml_func.data.creation_volumes import load_volume
+from dwiml_func.data.resampling import Resampling
+
+if TYPE_CHECKING:
+    import h5py
+
+__all__ = ["create_dataset"]
+
+_INPUT_GROUP = "input"  # what models take as input unless told otherwise
+
+
+def create_dataset(
+    folder: str | os.PathLike[str],
+    groups: GroupsConfig,
+    out: str | os.PathLike[str],
+    *,
+    training: Sequence[str] = (),
+    validation: Sequence[str] = (),
+    testing: Sequence[str] = (),
+    resampling: Resampling | None = None,
+    remove_invalid: bool = False,
+    enforce_files_presence: bool = True,
+    overwrite: bool = False,
+    date: str | None = None,
+) -> tuple[str, ...]:
+    """Write a dataset. One subject at a time is in memory; the file appears whole or not at all.
+
+    All files are looked up before the first is read. A progress bar over subjects runs when standard error is a
+    terminal.
+
+    Args:
+        folder: holds one folder a subject.
+        groups: what to make of a subject's files, from `read_groups_config` or `check_groups_config`.
+        out: the HDF5 file to make.
+        training: names of the training subjects.
+        validation: names of the validation subjects.
+        testing: names of the testing subjects.
+        resampling: how streamlines are sampled anew; None leaves their points as they are.
+        remove_invalid: leave out streamlines that leave the volume, are damaged or have no length.
+        enforce_files_presence: fail when a file is missing. Otherwise it is passed over.
+        overwrite: replace an existing file.
+        date: text for the file's `data_and_time`; None takes the clock.
+
+    Returns:
+        What was left out, a line each: missing files and invalid streamlines.
+
+    Raises:
+        FileNotFoundError: a folder, a subject or a file does not exist.
+        FileExistsError: `out` exists and `overwrite` is False.
+        ValueError: a file is damaged or does not fit; the line names subject, group and file.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> groups = {"input": VolumeGroup(files=("fa.nii.gz",))}
+        >>> create_dataset("/nowhere", groups, "out.hdf5", training=["anna"])
+        Traceback (most recent call last):
+        FileNotFoundError: The folder of subjects does not exist: /nowhere
+    """
+    from tqdm import tqdm
+
+    from dwiml_func.data.hdf5_write import new_dataset  # h5py and nibabel: once the arguments make sense
+
+    folder = Path(folder)
+    resampling = resampling or Resampling()
+    subsets = {"training": training, "validation": validation, "testing": testing}
+    subjects = require_subjects(folder, subsets)
+    notes: list[str] = []
+    files: dict[str, dict[str, GroupFiles]] = {}
+    for subject in subjects:
+        files[subject], missing = find_files(folder, subject, groups, enforce_presence=enforce_files_presence)
+        notes += [f"{line}. It is passed over" for line in missing]
+
+    place = "before the first subject"
+    try:
+        with new_dataset(
+            out,
+            **subsets,
+            groups_config={name: _plain(group) for name, group in groups.items()},
+            date=date or datetime.now().strftime("%d %B %Y %X"),
+            **asdict(resampling),
+            overwrite=overwrite,
+        ) as file:
+            num_features: dict[str, tuple[int, str]] = {}
+            for subject in tqdm(subjects, desc="Creating", unit="subject", disable=None):
+                place = f"at subject {subject!r}"
+                parent = file.create_group(subject)
+                grid = _write_volumes(parent, subject, groups, files[subject], num_features)
+                _write_streamlines(parent, groups, files[subject], grid, resampling, remove_invalid, notes.append)
+                file.flush()  # a full disk shows here, with the subject's name
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | PermissionError):
+            raise
+        reason = " ".join(str(error).split())
+        raise OSError(f"{out}: cannot be written, {place} ({reason}). No file was left. Is the disk full?") from error
+    return tuple(notes)
+
+
+def _plain(group: VolumeGroup | StreamlineGroup) -> dict[str, object]:
+    """A group as it would stand in the JSON file, without what it leaves out."""
+    options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(group).items()}
+    return {name: value for name, value in options.items() if value not in (None, [])}
+
+
+def _write_volumes(
+    parent: h5py.Group,
+    subject: str,
+    groups: GroupsConfig,
+    files: dict[str, GroupFiles],
+    num_features: dict[str, tuple[int, str]],
+) -> Grid | None:
+    """Write a subject's volume groups, and return the grid that they share."""
+    from dwiml_func.data.hdf5_write import write_volume
+
+    grid = None
+    for name, group in groups.items():
+        if not isinstance(group, VolumeGroup) or name not in files:
+            continue
+        volume = load_volume(
+            files[name].files,
+            standardization=group.standardization,
+            masks=files[name].masks if group.standardization != "none" else (),
+            expected=grid,
+            refuse_masks=group.standardization != "none" or name == _INPUT_GROUP,
+        )
+        grid = grid or volume.grid
+        features, first = num_features.setdefault(name, (volume.data.shape[3], subject))
+        if volume.data.shape[3] != features:
+            raise ValueError(
+                f"{files[name].files[-1]}: {volume.data.shape[3]} features in the group, but subject {first!r} has "
+                f"{features}. Expected the same number for all subjects"
+            )
+        undo = {"standardization_mean": volume.mean, "standardization_std": volume.std}
+        attributes = {key: value for key, value in undo.items() if value is not None}
+        write_volume(parent, name, volume.data, volume.grid.affine, attributes=attributes)
+    return grid
+
+
+def _write_streamlines(
+    parent: h5py.Group,
+    groups: GroupsConfig,
+    files: dict[str, GroupFiles],
+    grid: Grid | None,
+    resampling: Resampling,
+    remove_invalid: bool,
+    note: Callable[[str], None],
+) -> None:
+    from dwiml_func.data.hdf5_write import write_streamlines
+
+    for name, group in groups.items():
+        if isinstance(group, VolumeGroup) or name not in files:
+            continue
+        lines = load_streamlines(
+            files[name].files,
+            expected=grid,
+            dps_keys=group.dps_keys,
+            resampling=resampling,
+            remove_invalid=remove_invalid,
+            note=note,
+        )
+        assert lines.grid is not None
+        connectivity = load_connectivity(group, files[name], lines.grid)
+        write_streamlines(
+            parent,
+            name,
+            lines.points,
+            lines.offsets,
+            affine=lines.grid.affine,
+            dimensions=lines.grid.shape,
+            data_per_streamline=lines.per_streamline,
+        )
+        if connectivity is not None:
+            write_connectivity(parent[name], connectivity)  # type: ignore[arg-type]

@@ -1,0 +1,227 @@
+"""The config of a dataset to be made: which files of a subject become which group, read strictly from JSON.
+
+The keys are those of scil-vital/dwi_ml (its `docs/for_users/hdf5.rst`): group name -> `type`, `files`, and what belongs
+to the type.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Discriminator, TypeAdapter, ValidationError
+
+__all__ = [
+    "GroupsConfig",
+    "Standardization",
+    "StreamlineGroup",
+    "VolumeGroup",
+    "check_groups_config",
+    "read_groups_config",
+]
+
+_STRICT = {"extra": "forbid", "strict": True}
+
+Standardization = Literal["all", "independent", "per_file", "none"]
+"""Which values share a mean and a standard deviation: the whole group's, each feature's, each file's, or none."""
+
+
+def _as_list(value: object) -> object:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _as_three(value: object) -> object:
+    """20, [20] and [20, 20, 20] mean the same."""
+    values = tuple(value) if isinstance(value, list) else (value,)
+    return values * 3 if len(values) == 1 else values
+
+
+_Names = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+_Blocs = Annotated[tuple[int, int, int], BeforeValidator(_as_three)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VolumeGroup:
+    """A volume: NIfTI files, joined along their features.
+
+    Args:
+        type: "volume".
+        files: paths below the subject's folder, `*`, `?` and `[...]` allowed.
+        standardization: which values share a mean and a standard deviation.
+        std_mask: files of masks; their union says which voxels are measured. Without: those that are not zero.
+
+    Raises:
+        ValueError: no files.
+
+    Example:
+        >>> VolumeGroup(files=("fa.nii.gz",)).standardization
+        'none'
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    type: Literal["volume"] = "volume"
+    files: _Names
+    standardization: Standardization = "none"
+    std_mask: _Names = ()
+
+    def __post_init__(self) -> None:
+        _require_files(self.files)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamlineGroup:
+    """Streamlines: TRK, TCK or TRX files, one after the other.
+
+    Args:
+        type: "streamlines".
+        files: paths below the subject's folder, `*`, `?` and `[...]` allowed.
+        dps_keys: names of data per streamline to keep.
+        connectivity_matrix: an .npy file.
+        connectivity_nb_blocs: blocs along each axis, when the matrix is one of blocs.
+        connectivity_labels: a NIfTI file of labels, when the matrix is one of labels.
+
+    Raises:
+        ValueError: no files; a matrix without exactly one of blocs and labels, or one of them without a matrix.
+
+    Example:
+        >>> StreamlineGroup(files=("*.trk",), connectivity_matrix="matrix.npy")
+        Traceback (most recent call last):
+        ...
+        ValueError: connectivity_matrix: expected connectivity_nb_blocs or connectivity_labels with it, received neither
+    """
+
+    __pydantic_config__: ClassVar = _STRICT
+
+    type: Literal["streamlines"] = "streamlines"
+    files: _Names
+    dps_keys: _Names = ()
+    connectivity_matrix: str | None = None
+    connectivity_nb_blocs: _Blocs | None = None
+    connectivity_labels: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_files(self.files)
+        if self.connectivity_nb_blocs is not None and min(self.connectivity_nb_blocs) < 1:
+            raise ValueError(f"connectivity_nb_blocs: expected at least 1, received {self.connectivity_nb_blocs}")
+        received = [
+            name for name in ("connectivity_nb_blocs", "connectivity_labels") if getattr(self, name) is not None
+        ]
+        if self.connectivity_matrix is None and received:
+            raise ValueError(f"{received[0]}: expected a connectivity_matrix with it, received none")
+        if self.connectivity_matrix is not None and len(received) != 1:
+            raise ValueError(
+                "connectivity_matrix: expected connectivity_nb_blocs or connectivity_labels with it, received "
+                + ("both" if received else "neither")
+            )
+
+
+GroupsConfig = Mapping[str, VolumeGroup | StreamlineGroup]
+"""Group name -> group, in the order of the file."""
+
+_ADAPTER = TypeAdapter(dict[str, Annotated[VolumeGroup | StreamlineGroup, Discriminator("type")]])
+
+
+def read_groups_config(path: str | os.PathLike[str]) -> GroupsConfig:
+    """Read a config file.
+
+    Args:
+        path: the JSON file.
+
+    Returns:
+        The groups.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, names a key twice, or is no config; one line names each place that is wrong.
+
+    Example:
+        >>> read_groups_config("/nowhere/config.json")
+        Traceback (most recent call last):
+        FileNotFoundError: The config file does not exist: /nowhere/config.json
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The config file does not exist: {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected JSON text, received bytes that are no UTF-8") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, but {error}") from None
+    return check_groups_config(content, source=str(path))
+
+
+def check_groups_config(content: object, *, source: str = "config") -> GroupsConfig:
+    """Check a config.
+
+    Args:
+        content: JSON data: group name -> keys.
+        source: what to call it in an error.
+
+    Returns:
+        The groups.
+
+    Raises:
+        ValueError: an unknown key, a missing one, a value of a wrong type; a group name that HDF5 takes for a path; no
+            group at all.
+
+    Example:
+        >>> check_groups_config({"input": {"type": "volume", "files": "fa.nii.gz"}})["input"].files
+        ('fa.nii.gz',)
+        >>> check_groups_config({"input": {"type": "volume", "file": "fa.nii.gz", "files": "fa.nii.gz"}})
+        Traceback (most recent call last):
+        ...
+        ValueError: config: group 'input': unknown key 'file'. Known: type, files, standardization, std_mask
+    """
+    try:
+        groups = _ADAPTER.validate_json(json.dumps(content))  # strict about Python data means: dataclasses only
+    except ValidationError as error:
+        raise ValueError(f"{source}: " + "; ".join(_describe(problem) for problem in error.errors())) from None
+    if not groups:
+        raise ValueError(f"{source}: expected at least one group, received none")
+    for name in groups:
+        if not name or "/" in name or name in (".", ".."):
+            raise ValueError(f"{source}: group {name!r}: expected a name without '/', as HDF5 takes that for a path")
+    return groups
+
+
+def _require_files(files: tuple[str, ...]) -> None:
+    if not files or not all(files):
+        raise ValueError("files: expected at least one file, received none")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the key {name!r} comes {names.count(name)} times")
+    return dict(pairs)
+
+
+def _describe(problem: Mapping[str, Any]) -> str:
+    """One problem in words: the group, the key, what was expected, what came."""
+    location = [str(part) for part in problem["loc"]]
+    keys = location[2:]  # after the group's name comes the type by which pydantic chose
+    place = f"group {location[0]!r}: " if location else ""
+    received = repr(problem["input"])
+    received = received if len(received) <= 60 else received[:57] + "..."
+    kind = problem["type"]
+    if kind == "union_tag_not_found":
+        return f"{place}type: expected 'volume' or 'streamlines', received none"
+    if kind == "union_tag_invalid":
+        return f"{place}type: expected 'volume' or 'streamlines', received {problem['ctx']['tag']!r}"
+    if kind == "value_error":
+        return place + str(problem["ctx"]["error"])
+    if kind in ("missing", "missing_argument"):
+        return f"{place}{'.'.join(keys)}: expected, but missing"
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        owner = VolumeGroup if location[1] == "volume" else StreamlineGroup
+        known = ", ".join(field.name for field in fields(owner))
+        return f"{place}unknown key {keys[-1]!r}. Known: {known}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{place}{'.'.join(keys)}{': ' if keys else ''}{message}, received {received}"

@@ -1,0 +1,101 @@
+"""The connectivity matrix that belongs to a group of streamlines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwiml_func.data.creation_config import StreamlineGroup
+from dwiml_func.data.creation_files import GroupFiles
+from dwiml_func.data.creation_grid import Grid
+from dwiml_func.data.creation_volumes import load_labels
+
+if TYPE_CHECKING:
+    import h5py
+
+__all__ = ["Connectivity", "load_connectivity", "write_connectivity"]
+
+
+class Connectivity(NamedTuple):
+    """Which regions streamlines connect.
+
+    Args:
+        matrix: (N, N) bool.
+        blocs: blocs along each axis of the volume, N = their product; or None.
+        labels: (X, Y, Z) labels of the regions; or None.
+
+    Example:
+        >>> Connectivity(np.eye(8) > 0, blocs=(2, 2, 2)).labels is None
+        True
+    """
+
+    matrix: NDArray[np.bool_]
+    blocs: tuple[int, int, int] | None = None
+    labels: NDArray[np.int64] | None = None
+
+
+def load_connectivity(group: StreamlineGroup, found: GroupFiles, expected: Grid | None) -> Connectivity | None:
+    """Read a group's connectivity matrix, as the config asks.
+
+    Args:
+        group: the config.
+        found: its files.
+        expected: the subject's grid.
+
+    Returns:
+        The connectivity; None when the config asks for none, or its files are missing and may be.
+
+    Raises:
+        ValueError: the matrix cannot be read, is not square, holds NaN, or does not have one row a bloc; the labels are
+            no labels or lie on another grid. The line names subject, group and file.
+
+    Example:
+        >>> load_connectivity(StreamlineGroup(files=("a.trk",)), GroupFiles(()), None) is None
+        True
+    """
+    source = found.matrix
+    if source is None or (group.connectivity_labels is not None and found.labels is None):
+        return None
+    try:
+        values = np.load(source.path, allow_pickle=False)
+    except Exception as error:  # numpy raises of many kinds about damaged files
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}: cannot be read as a matrix in .npy ({reason})") from error
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+        raise ValueError(f"{source}: expected a matrix of numbers in .npy")
+    if values.ndim != 2 or values.shape[0] != values.shape[1]:
+        raise ValueError(f"{source}: a matrix of shape {values.shape}. Expected a square one")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{source}: the matrix holds NaN or infinite values. Expected finite values only")
+    blocs = group.connectivity_nb_blocs
+    if blocs is not None and len(values) != np.prod(blocs):
+        raise ValueError(
+            f"{source}: a matrix of {len(values)} rows. Expected {np.prod(blocs)}, one for each of "
+            f"{' x '.join(map(str, blocs))} blocs"
+        )
+    labels = None if found.labels is None else load_labels(found.labels, expected)
+    return Connectivity(values > 0, blocs, labels)
+
+
+def write_connectivity(group: h5py.Group, connectivity: Connectivity) -> None:
+    """Write the connectivity beside the streamlines it belongs to, in the reference's layout.
+
+    Args:
+        group: the streamlines' group in an open file.
+        connectivity: what to write.
+
+    Example:
+        >>> import h5py
+        >>> with h5py.File("any", "w", driver="core", backing_store=False) as file:
+        ...     write_connectivity(file.create_group("streamlines"), Connectivity(np.eye(8) > 0, blocs=(2, 2, 2)))
+        ...     file["streamlines"].attrs["connectivity_nb_blocs"].tolist()
+        [2, 2, 2]
+    """
+    group.create_dataset("connectivity_matrix", data=connectivity.matrix)
+    group.attrs["connectivity_matrix_type"] = "from_blocs" if connectivity.labels is None else "from_labels"
+    if connectivity.blocs is not None:
+        group.attrs["connectivity_nb_blocs"] = connectivity.blocs
+    if connectivity.labels is not None:
+        group.create_dataset("connectivity_label_volume", data=connectivity.labels)

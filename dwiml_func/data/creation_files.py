@@ -1,0 +1,191 @@
+"""Which subjects and which files a dataset is made from: everything is looked up before anything is read."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dwiml_func.data.creation_config import GroupsConfig, VolumeGroup
+
+__all__ = ["GroupFiles", "Source", "find_files", "read_subjects", "require_subjects"]
+
+
+class Source(NamedTuple):
+    """Where something comes from, in every error.
+
+    Args:
+        subject: the subject's name.
+        group: the group's name.
+        path: the file.
+
+    Example:
+        >>> print(Source("anna", "input", Path("fa.nii.gz")))
+        subject 'anna', group 'input', file fa.nii.gz
+    """
+
+    subject: str
+    group: str
+    path: Path
+
+    def __str__(self) -> str:
+        return f"subject {self.subject!r}, group {self.group!r}, file {self.path}"
+
+
+class GroupFiles(NamedTuple):
+    """The files of one group of one subject.
+
+    Args:
+        files: what is joined into the group.
+        masks: of a volume, the masks that say which voxels are measured for the standardisation.
+        matrix: of streamlines, the connectivity matrix.
+        labels: of streamlines, the volume of labels.
+
+    Example:
+        >>> GroupFiles((Source("anna", "input", Path("fa.nii.gz")),)).matrix is None
+        True
+    """
+
+    files: tuple[Source, ...]
+    masks: tuple[Source, ...] = ()
+    matrix: Source | None = None
+    labels: Source | None = None
+
+
+def read_subjects(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Read a list of subjects.
+
+    Args:
+        path: a text file, one subject a line; empty lines are passed over.
+
+    Returns:
+        The names in the file's order.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no text.
+
+    Example:
+        >>> read_subjects("/nowhere/training.txt")
+        Traceback (most recent call last):
+        FileNotFoundError: The list of subjects does not exist: /nowhere/training.txt
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"The list of subjects does not exist: {path}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: expected a list of subjects, one a line. Received bytes that are no UTF-8") from None
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+def require_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Check that every subject stands once in one subset and has a folder.
+
+    Args:
+        folder: where the subjects' folders are.
+        subsets: subset -> names.
+
+    Returns:
+        All subjects.
+
+    Raises:
+        FileNotFoundError: the folder, or a subject's folder, does not exist.
+        ValueError: no subjects, a subject twice, or a name that is no folder's.
+
+    Example:
+        >>> require_subjects(Path("/"), {"training": ["anna"], "validation": ["anna"]})
+        Traceback (most recent call last):
+        ValueError: Subject 'anna' is in two subsets, training and validation. Expected each subject in one
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The folder of subjects does not exist: {folder}")
+    subset_of: dict[str, str] = {}
+    for subset, names in subsets.items():
+        for name in names:
+            if subset_of.get(name) == subset:
+                raise ValueError(f"Subject {name!r} is listed twice in the {subset} subset. Remove one of them")
+            if name in subset_of:
+                raise ValueError(
+                    f"Subject {name!r} is in two subsets, {subset_of[name]} and {subset}. Expected each subject in one"
+                )
+            if "/" in name or name in (".", ".."):
+                raise ValueError(f"Subject {name!r} of the {subset} subset: expected the name of a folder in {folder}")
+            subset_of[name] = subset
+    if not subset_of:
+        raise ValueError(f"No subjects: the {', '.join(subsets)} subsets are all empty. List at least one subject")
+    missing = [name for name in subset_of if not (folder / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(subset_of)} subjects have no folder in {folder}: {', '.join(map(repr, missing))}"
+        )
+    return tuple(subset_of)
+
+
+def find_files(
+    folder: Path, subject: str, groups: GroupsConfig, *, enforce_presence: bool = True
+) -> tuple[dict[str, GroupFiles], list[str]]:
+    """Find the files of a subject.
+
+    Args:
+        folder: where the subjects' folders are.
+        subject: the subject.
+        groups: the config.
+        enforce_presence: fail when a file is missing; otherwise the file, and a group left without any, is passed over.
+
+    Returns:
+        Group -> files, in the config's order, and one line for every file that is missing.
+
+    Raises:
+        FileNotFoundError: files are missing and `enforce_presence`; the line names the first and their number.
+        ValueError: two entries of a group give the same file.
+
+    Example:
+        >>> find_files(Path("/nowhere"), "anna", {"input": VolumeGroup(files=("fa.nii.gz",))})
+        Traceback (most recent call last):
+        FileNotFoundError: subject 'anna', group 'input', file /nowhere/anna/fa.nii.gz: the file does not exist
+    """
+    missing: list[str] = []
+
+    def matching(group: str, patterns: Sequence[str]) -> tuple[Source, ...]:
+        found: list[Source] = []
+        for pattern in patterns:
+            path = folder / subject / pattern
+            if path.is_file():
+                matches = [path]
+            else:
+                names = glob.glob(pattern, root_dir=folder / subject) if glob.has_magic(pattern) else []
+                matches = [folder / subject / name for name in sorted(names)]
+            matches = [match for match in matches if match.is_file()]
+            if not matches:
+                reason = "no file matches" if glob.has_magic(pattern) else "the file does not exist"
+                missing.append(f"{Source(subject, group, path)}: {reason}")
+            found += [Source(subject, group, match) for match in matches]
+        for number, source in enumerate(found):
+            if source in found[:number]:
+                raise ValueError(f"{source}: two entries of the config give this file. Expected each file once")
+        return tuple(found)
+
+    def one(group: str, name: str | None) -> Source | None:
+        found = () if name is None else matching(group, [name])
+        if len(found) > 1:
+            raise ValueError(f"{found[1]}: {name!r} also gives {found[0].path}. Expected one file")
+        return found[0] if found else None
+
+    result: dict[str, GroupFiles] = {}
+    for name, group in groups.items():
+        files = matching(name, group.files)
+        if isinstance(group, VolumeGroup):
+            found = GroupFiles(files, masks=matching(name, group.std_mask))
+        else:
+            matrix, labels = one(name, group.connectivity_matrix), one(name, group.connectivity_labels)
+            found = GroupFiles(files, matrix=matrix, labels=labels)
+        if files:
+            result[name] = found
+    if missing and enforce_presence:
+        more = f" (and {len(missing) - 1} more files of this subject are missing)" if len(missing) > 1 else ""
+        raise FileNotFoundError(missing[0] + more)
+    return result, missing

@@ -1,0 +1,214 @@
+"""From TRK, TCK and TRX files to the streamlines of one group of one subject, on the grid of its volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwiml_func.data.creation_files import Source
+from dwiml_func.data.creation_grid import Grid, grid_difference, grid_of, to_voxel
+from dwiml_func.data.creation_resampling import compress, lengths_mm, resample, steps_for
+from dwiml_func.data.resampling import Resampling
+
+__all__ = ["Tractogram", "load_streamlines"]
+
+_EDGE = 1e-3  # voxels by which a point may leave the grid: what files of float32 make of a point on its face
+
+
+class Tractogram(NamedTuple):
+    """Streamlines, flat.
+
+    Args:
+        points: (P, 3) float64, RAS mm from a file, voxel space with corner origin from `load_streamlines`.
+        offsets: (S + 1,) from 0 to P.
+        per_streamline: name -> (S, K).
+        grid: the file's own grid, None for TCK; from `load_streamlines`, the grid of the points.
+
+    Example:
+        >>> Tractogram(np.zeros((2, 3)), np.array([0, 2]), {}, None).offsets.tolist()
+        [0, 2]
+    """
+
+    points: NDArray[np.float64]
+    offsets: NDArray[np.int64]
+    per_streamline: dict[str, NDArray]
+    grid: Grid | None
+
+
+def load_streamlines(
+    files: Sequence[Source],
+    *,
+    expected: Grid | None = None,
+    dps_keys: Sequence[str] = (),
+    resampling: Resampling | None = None,
+    remove_invalid: bool = False,
+    note: Callable[[str], None] = lambda line: None,
+) -> Tractogram:
+    """Read the tractograms of a group, one after the other.
+
+    A streamline is invalid when it leaves the grid, has a point that is NaN or infinite, or has no length (fewer than
+    two points, or all in one place): there is no direction to learn.
+
+    Args:
+        files: TRK, TCK or TRX.
+        expected: the grid of the subject's volumes; None: that of the first file.
+        dps_keys: names of data per streamline to keep.
+        resampling: how streamlines are sampled anew, in mm; None leaves their points as they are.
+        remove_invalid: leave out invalid streamlines.
+        note: told, in one line, when streamlines were left out.
+
+    Returns:
+        All streamlines, in voxel space with corner origin, and their grid.
+
+    Raises:
+        ValueError: a file cannot be read, is empty, lies on another grid, has invalid streamlines (unless removed), or
+            lacks data per streamline; a TCK without a grid. The line names subject, group and file.
+
+    Example:
+        >>> load_streamlines([Source("anna", "streamlines", Path("af.trk"))])  # doctest: +SKIP
+    """
+    parts: list[Tractogram] = []
+    for source in files:
+        tractogram = _read(source, dps_keys)
+        grid = _common_grid(source, tractogram.grid, expected)
+        expected = grid
+        tractogram = _valid_only(source, tractogram, grid, remove_invalid=remove_invalid, note=note)
+        tractogram = _resampled(tractogram, resampling or Resampling())
+        parts.append(tractogram._replace(points=to_voxel(tractogram.points, grid.affine)))
+    if sum(len(part.offsets) - 1 for part in parts) == 0:
+        raise ValueError(f"{files[0]}: no valid streamline is left in the group. Correct the files")
+    for key in dps_keys:
+        widths = [part.per_streamline[key].shape[1] for part in parts]
+        if len(set(widths)) > 1:
+            raise ValueError(f"{files[0]}: data per streamline {key!r} has {widths} values in the group's files")
+    ends = np.cumsum([0, *(len(part.points) for part in parts)])
+    return Tractogram(
+        np.concatenate([part.points for part in parts]),
+        np.concatenate([[0], *(part.offsets[1:] + end for part, end in zip(parts, ends[:-1], strict=True))]),
+        {key: np.concatenate([part.per_streamline[key] for part in parts]) for key in dps_keys},
+        expected,
+    )
+
+
+def _read(source: Source, dps_keys: Sequence[str]) -> Tractogram:
+    suffix = source.path.suffix.lower()
+    readers = {".trk": _read_nibabel, ".tck": _read_nibabel, ".trx": _read_trx}
+    if suffix not in readers:
+        raise ValueError(f"{source}: expected a tractogram, .trk, .tck or .trx")
+    try:
+        tractogram = readers[suffix](source)
+    except Exception as error:  # the readers raise of many kinds about damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{source}: cannot be read as {suffix[1:].upper()} ({reason})") from error
+    if len(tractogram.offsets) == 1:
+        raise ValueError(f"{source}: an empty tractogram. Expected streamlines")
+    missing = [key for key in dps_keys if key not in tractogram.per_streamline]
+    if missing:
+        known = ", ".join(tractogram.per_streamline) or "none"
+        raise ValueError(f"{source}: no data per streamline named {', '.join(missing)}. The file has: {known}")
+    return tractogram._replace(per_streamline={key: tractogram.per_streamline[key] for key in dps_keys})
+
+
+def _read_nibabel(source: Source) -> Tractogram:
+    import nibabel as nib
+
+    # Reading to the end overwrites the number in the header by what was found, however early the file ends.
+    declared = int(nib.streamlines.load(source.path, lazy_load=True).header.get("nb_streamlines", 0))
+    file = nib.streamlines.load(source.path)
+    if declared not in (0, len(file.streamlines)):
+        raise ValueError(f"the header promises {declared} streamlines, the file ends after {len(file.streamlines)}")
+    is_trk = source.path.suffix.lower() == ".trk"
+    grid = grid_of(file.header["voxel_to_rasmm"], file.header["dimensions"]) if is_trk else None
+    return _flat(file.streamlines, file.tractogram.data_per_streamline, grid)
+
+
+def _read_trx(source: Source) -> Tractogram:
+    from trx import trx_file_memmap  # half a second to import
+
+    file: Any = trx_file_memmap.load(str(source.path))
+    try:
+        grid = grid_of(file.header["VOXEL_TO_RASMM"], file.header["DIMENSIONS"])
+        if len(file.streamlines) == 0:
+            return Tractogram(np.empty((0, 3)), np.zeros(1, dtype=np.int64), {}, grid)
+        return _flat(file.streamlines, file.data_per_streamline, grid)
+    finally:
+        file.close()
+
+
+def _flat(sequence: Any, per_streamline: Any, grid: Grid | None) -> Tractogram:
+    packed = sequence.copy()  # back to back and in order
+    lengths = np.asarray(packed._lengths, dtype=np.int64)
+    points = np.asarray(packed._data, dtype=np.float64).reshape(-1, 3)
+    tables = {key: np.array(per_streamline[key]).reshape(len(lengths), -1) for key in per_streamline}
+    return Tractogram(points, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), tables, grid)
+
+
+def _common_grid(source: Source, own: Grid | None, expected: Grid | None) -> Grid:
+    if own is not None and expected is not None:
+        difference = grid_difference(own, expected)
+        if difference is not None:
+            raise ValueError(f"{source}: {difference}, as the subject's volumes (or its first tractogram) have")
+    grid = expected or own
+    if grid is None:
+        raise ValueError(f"{source}: a TCK file does not say on which grid it lies. Add a group of type 'volume'")
+    return grid
+
+
+def _valid_only(
+    source: Source, tractogram: Tractogram, grid: Grid, *, remove_invalid: bool, note: Callable[[str], None]
+) -> Tractogram:
+    num = len(tractogram.offsets) - 1
+    streamline = np.repeat(np.arange(num), np.diff(tractogram.offsets))
+    voxel = to_voxel(tractogram.points, grid.affine)
+    not_finite = ~np.isfinite(voxel).all(axis=1)
+    leaves = ((voxel < -_EDGE) | (voxel > np.array(grid.shape) + _EDGE)).any(axis=1)
+    moves = np.zeros(len(voxel), dtype=bool)
+    moves[1:] = (np.diff(tractogram.points, axis=0) != 0).any(axis=1)
+    moves[tractogram.offsets[:-1][np.diff(tractogram.offsets) > 0]] = False  # the way from one streamline to the next
+    damaged = np.bincount(streamline, not_finite, num) > 0
+    outside = (np.bincount(streamline, leaves, num) > 0) & ~damaged
+    short = (np.bincount(streamline, moves, num) == 0) & ~damaged & ~outside
+    invalid = damaged | outside | short
+    if not invalid.any():
+        return tractogram
+    size = " x ".join(map(str, grid.shape))
+    reasons = [
+        f"{np.count_nonzero(which)} {what}"
+        for which, what in (
+            (outside, f"outside the volume of {size} voxels"),
+            (damaged, "with NaN or infinite points"),
+            (short, "of no length"),
+        )
+        if which.any()
+    ]
+    found = f"{np.count_nonzero(invalid)} of {num} streamlines are invalid: {', '.join(reasons)}"
+    if not remove_invalid:
+        raise ValueError(f"{source}: {found}. Correct the file, or leave them out with --remove-invalid")
+    note(f"{source}: {found}. They are left out")
+    kept = ~invalid
+    return Tractogram(
+        tractogram.points[kept[streamline]],
+        np.concatenate([[0], np.cumsum(np.diff(tractogram.offsets)[kept])]),
+        {key: values[kept] for key, values in tractogram.per_streamline.items()},
+        tractogram.grid,
+    )
+
+
+def _resampled(tractogram: Tractogram, resampling: Resampling) -> Tractogram:
+    """The streamlines with other points, in mm as they came."""
+    points, offsets = tractogram.points, tractogram.offsets
+    if len(offsets) == 1 or resampling == Resampling():
+        return tractogram
+    if resampling.compress is not None:
+        points, offsets = compress(points, offsets, resampling.compress)
+        return tractogram._replace(points=points, offsets=offsets)
+    if resampling.nb_points is not None:
+        num_steps = np.full(len(offsets) - 1, resampling.nb_points - 1)
+    else:
+        assert resampling.step_size is not None
+        num_steps = steps_for(lengths_mm(points, offsets), resampling.step_size)
+    points, offsets = resample(points, offsets, num_steps)
+    return tractogram._replace(points=points, offsets=offsets)

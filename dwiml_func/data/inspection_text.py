@@ -1,0 +1,139 @@
+"""An inspection in words: tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dwiml_func.data.inspection import Inspection
+from dwiml_func.data.inspection_groups import StreamlineSummary, VolumeSummary
+
+__all__ = ["format_inspection"]
+
+_NUM_PROBLEMS = 50  # lines of problems, at most
+
+
+def format_inspection(inspection: Inspection) -> str:
+    """The text of `dwiml-func info`.
+
+    Args:
+        inspection: what to tell.
+
+    Returns:
+        Lines of text: the file, its subjects, a table for each group, and what is wrong.
+
+    Example:
+        >>> from pathlib import Path
+        >>> subsets = {"training": ("anna",), "validation": (), "testing": ()}
+        >>> empty = Inspection(path=Path("a.hdf5"), num_bytes=2048, attributes={}, subsets=subsets, subjects={},
+        ...                    problems=("subject 'anna': listed, but not in the file",))
+        >>> print(format_inspection(empty))
+        a.hdf5  0.0 MB
+        training     1 subject   anna
+        validation   0 subjects
+        testing      0 subjects
+        points       as they came
+        <BLANKLINE>
+        1 PROBLEM
+          subject 'anna': listed, but not in the file
+    """
+    lines = [f"{inspection.path}  {inspection.num_bytes / 1e6:.1f} MB{_date(inspection)}"]
+    lines += [f"{subset:<12} {_count(len(names), 'subject'):<10}  {_shortened(names)}".rstrip()
+              for subset, names in inspection.subsets.items()]  # fmt: skip
+    lines.append(f"{'points':<12} {_reshaping(inspection.attributes)}")
+    subset_of = {name: subset for subset, names in inspection.subsets.items() for name in names}
+    for group in dict.fromkeys(name for groups in inspection.subjects.values() for name in groups):
+        of_group = {subject: groups[group] for subject, groups in inspection.subjects.items() if group in groups}
+        volumes = {subject: found for subject, found in of_group.items() if isinstance(found, VolumeSummary)}
+        streamlines = {subject: found for subject, found in of_group.items() if isinstance(found, StreamlineSummary)}
+        if volumes:
+            lines += ["", f"{group} (volume)", *_volume_table(volumes, subset_of)]
+        if streamlines:
+            lines += ["", f"{group} (streamlines)", *_streamline_table(streamlines, subset_of)]
+    lines.append("")
+    if not inspection.problems:
+        return "\n".join([*lines, "No problem found."])
+    lines.append(_count(len(inspection.problems), "PROBLEM", plural="PROBLEMS"))
+    lines += [f"  {problem}" for problem in inspection.problems[:_NUM_PROBLEMS]]
+    if len(inspection.problems) > _NUM_PROBLEMS:
+        lines.append(f"  and {len(inspection.problems) - _NUM_PROBLEMS} more")
+    return "\n".join(lines)
+
+
+def _date(inspection: Inspection) -> str:
+    date = inspection.attributes.get("data_and_time", "Not recorded")
+    return "" if date == "Not recorded" else f", made {date}"
+
+
+def _count(number: int, singular: str, *, plural: str | None = None) -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
+def _shortened(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _reshaping(attributes: dict[str, str]) -> str:
+    said = {name: text for name, text in attributes.items() if not text.startswith("Not defined")}
+    if "step_size" in said:
+        return f"resampled to a step of {said['step_size']} mm"
+    if "nb_points" in said:
+        return f"resampled to {said['nb_points']} points a streamline"
+    if "compress" in said:
+        return f"compressed to within {said['compress']} mm"
+    return "as they came"
+
+
+def _volume_table(volumes: dict[str, VolumeSummary], subset_of: dict[str, str]) -> list[str]:
+    rows = [["subject", "subset", "X x Y x Z", "features", "voxel mm", "axes"]]
+    for subject, summary in volumes.items():
+        shape = summary.shape or ()
+        size, features = " x ".join(map(str, shape[:3])), str(shape[3]) if len(shape) == 4 else "?"
+        rows.append([subject, subset_of.get(subject, "none"), size or "?", features, *_axes(summary)])
+    return _table(rows, right={3})
+
+
+def _axes(summary: VolumeSummary) -> list[str]:
+    if summary.grid is None:
+        return ["?", "?"]
+    from nibabel.affines import voxel_sizes
+    from nibabel.orientations import aff2axcodes
+
+    sizes = " x ".join(f"{size:.4g}" for size in voxel_sizes(summary.grid.affine))
+    return [sizes, "".join(code or "?" for code in aff2axcodes(summary.grid.affine))]
+
+
+def _streamline_table(streamlines: dict[str, StreamlineSummary], subset_of: dict[str, str]) -> list[str]:
+    head = ["subject", "subset", "streamlines", "points", "length mm: mean", "std", "min", "max"]
+    rows = [[*head, "step mm: mean", "min", "max"]]
+    for subject, summary in streamlines.items():
+        rows.append([subject, subset_of.get(subject, "none"), *_measures([summary])])
+    if len(streamlines) > 1:
+        rows.append(["all", "", *_measures(list(streamlines.values()))])
+    extras = dict.fromkeys(extra for summary in streamlines.values() for extra in summary.extras)
+    return _table(rows, right=set(range(2, 11))) + [f"  with {extra}" for extra in extras]
+
+
+def _measures(summaries: list[StreamlineSummary]) -> list[str]:
+    lengths = np.concatenate([np.empty(0), *(found.lengths for found in summaries if found.lengths is not None)])
+    steps = [found.steps for found in summaries if found.steps is not None]
+    counts = [sum(summary.num_streamlines for summary in summaries), sum(summary.num_points for summary in summaries)]
+    texts = [f"{count:,}" for count in counts]
+    texts += [f"{f(lengths):.1f}" for f in (np.mean, np.std, np.min, np.max)] if len(lengths) else ["?"] * 4
+    if not steps:
+        return texts + ["?"] * 3
+    mean = sum(found.total for found in steps) / sum(found.number for found in steps)
+    ends = min(found.least for found in steps), max(found.greatest for found in steps)
+    return texts + [f"{value:.3f}" for value in (mean, *ends)]
+
+
+def _table(rows: list[list[str]], *, right: set[int]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  " + "  ".join(
+            text.rjust(width) if column in right else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]  # fmt: skip

@@ -1,0 +1,287 @@
+"""Volumes and streamlines that stay in the HDF5 file until a batch needs them.
+
+Each process opens files of its own, a few at most, and keeps volumes up to a number of bytes. Both belong to the
+process: what is pickled, or inherited by a fork, is only where the data are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from dwiml_func.data.dataset import DatasetIndex
+from dwiml_func.data.hdf5_layout import read_volume, refuse_any
+from dwiml_func.data.hdf5_rows import RowReader, address_of, read_bytes
+from dwiml_func.data.streamlines import Streamlines, offsets_of
+
+if TYPE_CHECKING:
+    import h5py
+
+__all__ = ["LazyStreamlines", "LazyVolumes", "parse_bytes"]
+
+_MOST_OPEN_FILES = 8
+_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
+_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
+
+
+def parse_bytes(size: str | int) -> int:
+    """Read a number of bytes.
+
+    Args:
+        size: bytes, or text such as "2GB" (10**9 each) or "512 MiB" (2**20 each).
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: it is no such text, or negative.
+
+    Example:
+        >>> parse_bytes("2GB"), parse_bytes("1.5 MiB"), parse_bytes(0)
+        (2000000000, 1572864, 0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Z]*)", str(size).strip().upper())
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f"cache_size: expected bytes, such as 2GB, 500MB or 512MiB. Received: {size!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+class _FileVersion(NamedTuple):
+    """A file as it was when the dataset was opened: another process must not read another one under its name."""
+
+    path: Path
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> _FileVersion:
+        path = path.absolute()
+        status = path.stat()
+        return cls(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class _ProcessStore:
+    """What one process holds: open files, and volumes in the order of their last use."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.files: OrderedDict[_FileVersion, h5py.File] = OrderedDict()
+        self.volumes: OrderedDict[tuple[_FileVersion, str, str], Tensor] = OrderedDict()
+        self.volume_bytes = 0
+
+    @contextmanager
+    def opened(self, version: _FileVersion) -> Iterator[h5py.File]:
+        """The open file; no other thread reads meanwhile."""
+        import h5py
+
+        with self.lock:
+            if version not in self.files:
+                if _FileVersion.of(version.path) != version:
+                    raise ValueError(f"The HDF5 file has changed since it was opened: {version.path}. Open it again")
+                while len(self.files) >= _MOST_OPEN_FILES:
+                    self.files.popitem(last=False)[1].close()
+                self.files[version] = h5py.File(version.path, "r")
+            self.files.move_to_end(version)
+            try:
+                yield self.files[version]
+            except (OSError, RuntimeError, KeyError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(
+                    f"The HDF5 file is truncated or damaged: {version.path} ({reason}). Copy or create it anew"
+                ) from error
+
+    def volume(self, version: _FileVersion, subject: str, group: str, num_bytes: int, budget: int) -> Tensor:
+        """A volume, read if need be after so many others were let go that the budget holds."""
+        key = (version, subject, group)
+        with self.lock:
+            if key not in self.volumes:
+                while self.volumes and self.volume_bytes + num_bytes > budget:
+                    self.volume_bytes -= self.volumes.popitem(last=False)[1].nbytes
+                with self.opened(version) as file:
+                    volume = torch.from_numpy(read_volume(_known_group(file, subject, group)))
+                if num_bytes > budget:
+                    return volume
+                self.volumes[key] = volume
+                self.volume_bytes += num_bytes
+            self.volumes.move_to_end(key)
+            return self.volumes[key]
+
+
+_store = _ProcessStore()
+_inherited: list[_ProcessStore] = []
+
+
+def _start_afresh() -> None:
+    """In a forked child: HDF5 handles of the parent must be neither used nor closed, and its lock may be held."""
+    global _store
+    _inherited.append(_store)
+    _store.volumes = OrderedDict()
+    _store = _ProcessStore()
+
+
+os.register_at_fork(after_in_child=_start_afresh)
+
+
+class LazyVolumes:
+    """The input volumes of all subjects, by row. A process keeps those used last, up to a number of bytes.
+
+    Args:
+        path: the HDF5 file.
+        subjects: names, by row.
+        group_name: of the subjects' groups of type `volume`.
+        shapes: (X, Y, Z, F) of each subject's volume.
+        cache_bytes: most bytes of volumes, of all lazy datasets together, that a process keeps. A larger volume is read
+            again for every batch.
+
+    Example:
+        >>> volumes = open_dataset("data.hdf5", lazy=True, cache_size="4GB").volumes  # doctest: +SKIP
+        >>> volumes[0].shape  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        subjects: tuple[str, ...],
+        group_name: str,
+        shapes: tuple[tuple[int, int, int, int], ...],
+        cache_bytes: int,
+    ) -> None:
+        self._version = _FileVersion.of(path)
+        self._subjects = subjects
+        self._group_name = group_name
+        self._shapes = shapes
+        self._cache_bytes = cache_bytes
+
+    @property
+    def num_features(self) -> int:
+        """F, the same for all; 0 without subjects."""
+        return self._shapes[0][3] if self._shapes else 0
+
+    def __len__(self) -> int:
+        return len(self._subjects)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: int) -> Tensor:
+        num_bytes = 4 * int(np.prod(self._shapes[row], dtype=np.int64))
+        return _store.volume(self._version, self._subjects[row], self._group_name, num_bytes, self._cache_bytes)
+
+
+class LazyStreamlines:
+    """The streamlines of all subjects, by id. `select` reads those it is asked for and no others.
+
+    Args:
+        path: the HDF5 file.
+        index: subjects and their numbers of streamlines.
+        group_name: of the subjects' groups of type `streamlines`.
+        starts: (S,) int64, each streamline's first row among its subject's stored points.
+        lengths: (S,) int64, points a streamline.
+
+    Example:
+        >>> lines = open_dataset("data.hdf5", lazy=True).streamlines  # doctest: +SKIP
+        >>> lines.select([7, 3]).points.shape  # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path, index: DatasetIndex, group_name: str, starts: Tensor, lengths: Tensor) -> None:
+        self._version = _FileVersion.of(path)
+        self._index = index
+        self._group_name = group_name
+        self._starts = starts
+        self._lengths = lengths
+        self._addresses: dict[int, int | None] = {}  # by subject, where in the file its points lie as plain bytes
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) int64, points a streamline."""
+        return self._lengths
+
+    @property
+    def offsets(self) -> Tensor:
+        """(S + 1,) int64, of the points of all streamlines."""
+        return offsets_of(self._lengths)
+
+    @property
+    def points(self) -> Tensor:
+        """(P, 3) float32: all points, read now."""
+        return self.select(np.arange(len(self))).points
+
+    def to_list(self) -> list[Tensor]:
+        """One (N_i, 3) tensor a streamline, read now."""
+        return self.select(np.arange(len(self))).to_list()
+
+    def select(self, ids: Tensor | ArrayLike) -> Streamlines:
+        """Read streamlines, in the order asked for.
+
+        Args:
+            ids: (S',) integers, each 0 <= id < S.
+
+        Returns:
+            A set of S' streamlines in memory, the same bytes as those of a dataset that was read at once.
+
+        Raises:
+            IndexError: an id is out of range.
+            ValueError: a point is NaN or infinite; the file is damaged, or has changed since the dataset was opened.
+        """
+        numbers = np.asarray(ids, dtype=np.int64)
+        lengths = self._lengths[torch.from_numpy(numbers.copy())]
+        offsets = offsets_of(lengths)
+        points = np.empty((int(offsets[-1]), 3), dtype=np.float32)
+        subjects = self._index.subject_of(numbers)
+        starts = self._starts.numpy()[numbers]
+        places, sizes = offsets.tolist(), lengths.tolist()
+        # In the order of the file, and each subject's group is looked up once.
+        order = np.lexsort([starts, subjects]).tolist()
+        with _store.opened(self._version) as file:
+            subject, read = -1, None
+            for i in order:
+                if read is None or subjects[i] != subject:
+                    subject = int(subjects[i])
+                    read = self._reader(file, subject, points)
+                read(int(starts[i]), sizes[i], places[i])
+            if not np.isfinite(points).all():
+                self._refuse(file, numbers, subjects, offsets.numpy(), points)
+        return Streamlines(torch.from_numpy(points), offsets)
+
+    def _reader(self, file: h5py.File, subject: int, out: np.ndarray) -> Callable[[int, int, int], None]:
+        """What reads rows of a subject's points: `read(start, num, place)`."""
+        if subject not in self._addresses:
+            points: Any = _known_group(file, self._index.subjects[subject], self._group_name)["data"]
+            self._addresses[subject] = address_of(file, points)
+        address = self._addresses[subject]
+        if address is not None:
+            return partial(read_bytes, file, file.id.get_vfd_handle(), address, out)
+        points = _known_group(file, self._index.subjects[subject], self._group_name)["data"]
+        return RowReader(points, out).read
+
+    def _refuse(self, file: h5py.File, ids: Any, subjects: Any, offsets: Any, points: Any) -> None:
+        """Say which of the streamlines read is not finite: its subject, and its number among the subject's."""
+        bad = np.logical_or.reduceat(~np.isfinite(points).all(axis=1), offsets[:-1])
+        subject = int(subjects[np.argmax(bad)])
+        numbers = self._index.num_streamlines
+        marked = np.zeros(numbers[subject], dtype=bool)
+        marked[(ids - numbers[:subject].sum())[bad & (subjects == subject)]] = True
+        group = _known_group(file, self._index.subjects[subject], self._group_name)
+        refuse_any(group, marked, "with NaN or infinite points")
+
+
+def _known_group(file: h5py.File, subject: str, name: str) -> h5py.Group:
+    """A group that was checked when the dataset was opened."""
+    group: Any = file[f"{subject}/{name}"]
+    return group

@@ -1,0 +1,305 @@
+"""Creating datasets: what is written is what the files hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from creation_cases import AFFINE, CONFIG, SHAPE, make_folder, make_subject, save_lines, save_volume, some_lines
+from nibabel.affines import apply_affine, voxel_sizes
+from nibabel.orientations import aff2axcodes
+
+from dwiml_func.cli.main import main
+from dwiml_func.data.creation import create_dataset
+from dwiml_func.data.creation_config import check_groups_config
+from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.resampling import Resampling
+
+File: Any = h5py.File
+
+
+def to_mm(points: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Voxel space, corner origin -> RAS mm."""
+    return apply_affine(affine, points.astype(np.float64) - 0.5)
+
+
+def create(tmp_path: Path, config: dict[str, Any], names: tuple[str, ...] = ("s1",), **options: Any) -> Path:
+    out = tmp_path / "out.hdf5"
+    create_dataset(tmp_path / "subjects", check_groups_config(config), out, training=names, **options)
+    return out
+
+
+@pytest.mark.parametrize("suffix", [".trk", ".tck", ".trx"])
+def test_streamlines_come_back_as_dipy_loads_them(tmp_path, suffix):
+    from dipy.io.streamline import load_tractogram
+
+    subject = make_subject(tmp_path / "subjects", "s1")
+    save_lines(subject / f"lines{suffix}", some_lines(50, 3))
+    config = {"input": CONFIG["input"], "streamlines": {"type": "streamlines", "files": f"lines{suffix}"}}
+    dataset = open_dataset(create(tmp_path, config))
+    loaded: Any = load_tractogram(str(subject / f"lines{suffix}"), str(subject / "dwi.nii.gz"))
+    expected = loaded.streamlines
+    assert len(expected) == 50
+    with File(tmp_path / "out.hdf5") as file:
+        affine = file["s1/streamlines"].attrs["affine"]
+    for received, line in zip(dataset.streamlines.to_list(), expected, strict=True):
+        assert np.abs(to_mm(received.numpy(), affine) - line).max() < 1e-4
+
+
+def test_the_affine_of_the_tests_is_rotated_anisotropic_and_flipped():
+    assert np.linalg.det(AFFINE[:3, :3]) < 0
+    np.testing.assert_allclose(voxel_sizes(AFFINE), [2, 1.5, 3])
+    assert np.count_nonzero(np.abs(AFFINE[:3, :3]) > 0.1) > 6
+
+
+def test_several_files_are_joined_in_the_order_of_their_names_with_their_data_per_streamline(tmp_path):
+    subject = make_subject(tmp_path / "subjects", "s1")
+    lines = {name: some_lines(number, number) for name, number in (("a", 4), ("b", 2), ("c", 3))}
+    for name, of_file in lines.items():
+        weights = np.full((len(of_file), 2), ord(name), np.float32)
+        tables = {"weight": weights, "other": weights[:, :1]}
+        save_lines(subject / "more" / f"{name}.{'trx' if name == 'c' else 'trk'}", of_file, per_streamline=tables)
+    config = {
+        "input": CONFIG["input"],
+        "streamlines": {"type": "streamlines", "files": ["more/c.trx", "more/*.trk"], "dps_keys": "weight"},
+    }
+    create(tmp_path, config)
+    with File(tmp_path / "out.hdf5") as file:
+        group = file["s1/streamlines"]
+        assert list(group["data_per_streamline"]) == ["weight"]
+        assert group["data_per_streamline/weight"][:, 1].tolist() == [ord("c")] * 3 + [ord("a")] * 4 + [ord("b")] * 2
+        expected = [*lines["c"], *lines["a"], *lines["b"]]
+        assert group["lengths"][:].tolist() == [len(line) for line in expected]
+        assert np.abs(to_mm(group["data"][:], group.attrs["affine"]) - np.concatenate(expected)).max() < 1e-4
+        lengths = [np.linalg.norm(np.diff(line, axis=0), axis=1).sum() for line in expected]
+        np.testing.assert_allclose(group["euclidean_lengths"][:], lengths, rtol=1e-5)
+
+
+def test_the_file_has_the_attributes_of_the_layout(tmp_path):
+    make_subject(tmp_path / "subjects", "s1")
+    make_subject(tmp_path / "subjects", "s2", seed=5)
+    groups = check_groups_config(CONFIG)
+    options: dict[str, Any] = {"validation": ["s2"], "resampling": Resampling(step_size=0.7), "date": "then"}
+    create_dataset(tmp_path / "subjects", groups, tmp_path / "out.hdf5", training=["s1"], **options)
+    with File(tmp_path / "out.hdf5") as file:
+        assert list(file.attrs["training_subjs"]) == ["s1"]
+        assert list(file.attrs["validation_subjs"]) == ["s2"]
+        assert file.attrs["testing_subjs"].size == 0
+        assert file.attrs["step_size"] == 0.7
+        assert file.attrs["nb_points"] == "Not defined by user"
+        assert "'standardization': 'all'" in file.attrs["groups_config"]
+        assert set(file["s1"]) == {"input", "streamlines", "wm_mask"}
+        assert file["s1/wm_mask/data"].shape == (*SHAPE, 1)
+        assert file["s1/streamlines"].attrs["voxel_order"] == "".join(aff2axcodes(AFFINE))
+    first = (tmp_path / "out.hdf5").read_bytes()
+    create_dataset(tmp_path / "subjects", groups, tmp_path / "out.hdf5", training=["s1"], overwrite=True, **options)
+    assert (tmp_path / "out.hdf5").read_bytes() == first
+
+
+def test_the_layout_is_that_of_a_file_of_the_reference(tmp_path):
+    make_folder(tmp_path)
+    out = create(tmp_path, CONFIG, ("s1", "s2"), resampling=Resampling(step_size=0.5))
+
+    def layout(file: Any) -> dict[str, object]:
+        found: dict[str, object] = {f"@{name}": type(value) for name, value in file.attrs.items()}
+        for name, group in file[next(iter(file))].items():
+            for key, value in group.attrs.items():
+                if not key.startswith("standardization"):  # ours alone: how to undo it
+                    found[f"{name}@{key}"] = getattr(value, "dtype", type(value))
+            for key, item in group.items():
+                found[f"{name}/{key}"] = (item.dtype, item.ndim) if hasattr(item, "ndim") else "group"
+        return found
+
+    with File(out) as ours, File(Path(__file__).parent / "data" / "phantom.hdf5") as theirs:
+        assert layout(ours) == layout(theirs)
+
+
+def test_streamlines_can_be_resampled_or_compressed(tmp_path):
+    from dipy.tracking.streamlinespeed import compress_streamlines, set_number_of_points
+
+    subject = make_subject(tmp_path / "subjects", "s1")
+    save_lines(subject / "lines.trk", some_lines(20, 3))
+    lines = [line.astype(np.float64) for line in nib.streamlines.load(subject / "lines.trk").streamlines]
+    config = {"streamlines": {"type": "streamlines", "files": "lines.trk"}}
+    lengths = [np.linalg.norm(np.diff(line, axis=0), axis=1).sum() for line in lines]
+    by_step = [set_number_of_points(line, max(1, round(n / 0.8)) + 1) for line, n in zip(lines, lengths, strict=True)]
+    for resampling, expected in (
+        (Resampling(step_size=0.8), by_step),
+        (Resampling(nb_points=9), [set_number_of_points(line, 9) for line in lines]),
+        (Resampling(compress=0.05), compress_streamlines(lines, tol_error=0.05)),
+    ):
+        out = create(tmp_path, config, resampling=resampling, overwrite=True)
+        with File(out) as file:
+            group = file["s1/streamlines"]
+            assert group["lengths"][:].tolist() == [len(line) for line in expected]
+            assert np.abs(to_mm(group["data"][:], group.attrs["affine"]) - np.concatenate(list(expected))).max() < 1e-4
+    assert sum(map(len, expected)) < sum(map(len, lines))
+
+
+def test_without_volumes_the_grid_is_that_of_the_tractogram(tmp_path):
+    make_subject(tmp_path / "subjects", "s1")
+    out = create(tmp_path, {"streamlines": CONFIG["streamlines"]})
+    with File(out) as file:
+        np.testing.assert_allclose(file["s1/streamlines"].attrs["affine"], AFFINE, atol=1e-5)
+        assert tuple(file["s1/streamlines"].attrs["dimensions"]) == SHAPE
+
+
+@pytest.mark.parametrize("blocs", [2, [2], [2, 3, 4]])
+def test_a_connectivity_matrix_of_blocs_is_kept(tmp_path, blocs):
+    subject = make_subject(tmp_path / "subjects", "s1")
+    three = blocs if isinstance(blocs, list) and len(blocs) == 3 else [2, 2, 2]
+    matrix = np.arange(np.prod(three) ** 2).reshape(np.prod(three), -1) % 3
+    np.save(subject / "matrix.npy", matrix)
+    lines = {**CONFIG["streamlines"], "connectivity_matrix": "matrix.npy", "connectivity_nb_blocs": blocs}
+    with File(create(tmp_path, {"streamlines": lines})) as file:
+        group = file["s1/streamlines"]
+        assert group.attrs["connectivity_matrix_type"] == "from_blocs"
+        assert group.attrs["connectivity_nb_blocs"].tolist() == three
+        np.testing.assert_array_equal(group["connectivity_matrix"][:], matrix > 0)
+        assert group["connectivity_matrix"].dtype == bool
+
+
+def test_a_connectivity_matrix_of_labels_is_kept_with_its_labels(tmp_path):
+    subject = make_subject(tmp_path / "subjects", "s1")
+    labels = np.arange(np.prod(SHAPE)).reshape(SHAPE).astype(np.int16) % 5
+    save_volume(subject / "labels.nii.gz", labels)
+    np.save(subject / "matrix.npy", np.eye(5))
+    keys = {"connectivity_matrix": "matrix.npy", "connectivity_labels": "labels.nii.gz"}
+    with File(create(tmp_path, {"streamlines": {**CONFIG["streamlines"], **keys}})) as file:
+        group = file["s1/streamlines"]
+        assert group.attrs["connectivity_matrix_type"] == "from_labels"
+        np.testing.assert_array_equal(group["connectivity_label_volume"][:], labels)
+        assert "connectivity_nb_blocs" not in group.attrs
+
+
+def test_missing_files_are_passed_over_only_when_asked(tmp_path):
+    subject = make_subject(tmp_path / "subjects", "s1")
+    (subject / "mask.nii.gz").unlink()
+    config = {"input": {"type": "volume", "files": ["dwi.nii.gz", "mask.nii.gz"]}, "wm": CONFIG["wm_mask"]}
+    with pytest.raises(FileNotFoundError, match=r"subject 's1', group 'input', file .*mask.nii.gz: .*1 more"):
+        create(tmp_path, config)
+    groups = check_groups_config(config)
+    options: dict[str, Any] = {"training": ["s1"], "enforce_files_presence": False}
+    notes = create_dataset(tmp_path / "subjects", groups, tmp_path / "out.hdf5", **options)
+    assert [note.partition(", file")[0] for note in notes] == [
+        "subject 's1', group 'input'",
+        "subject 's1', group 'wm'",
+    ]
+    with File(tmp_path / "out.hdf5") as file:
+        assert list(file["s1"]) == ["input"]
+        assert file["s1/input/data"].shape[3] == 4
+
+
+def test_nothing_of_earlier_subjects_stays_in_memory(tmp_path):
+    import tracemalloc
+
+    names = tuple(f"s{number}" for number in range(6))
+    volume = np.random.default_rng(0).normal(size=(40, 40, 40, 10)).astype(np.float32)
+    for name in names:
+        save_volume(tmp_path / "subjects" / name / "dwi.nii", volume)
+    config = {"input": {"type": "volume", "files": "dwi.nii", "standardization": "independent"}}
+    peaks = []
+    for number in (1, 6):
+        tracemalloc.start()
+        create(tmp_path, config, names[:number], overwrite=True)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.3 * peaks[0]
+    assert peaks[0] > volume.nbytes
+
+
+@pytest.mark.soak
+@pytest.mark.filterwarnings("ignore:The legacy descoteaux07:PendingDeprecationWarning")
+def test_a_real_scan_with_streamlines_tracked_on_it_goes_there_and_back(tmp_path):
+    """dipy's small_64D.nii, real diffusion MRI with an oblique affine, as its wheel ships it."""
+    from importlib.resources import files
+
+    from dipy.core.gradients import gradient_table
+    from dipy.data import default_sphere
+    from dipy.direction import DeterministicMaximumDirectionGetter
+    from dipy.io.stateful_tractogram import Space, StatefulTractogram
+    from dipy.io.streamline import load_tractogram, save_tractogram
+    from dipy.reconst.dti import TensorModel, fractional_anisotropy
+    from dipy.reconst.shm import CsaOdfModel
+    from dipy.tracking.local_tracking import LocalTracking
+    from dipy.tracking.stopping_criterion import ThresholdStoppingCriterion
+    from dipy.tracking.streamline import Streamlines
+    from dipy.tracking.utils import random_seeds_from_mask
+
+    data_folder: Any = files("dipy") / "data" / "files"
+    image: Any = nib.load(data_folder / "small_64D.nii")
+    data = image.get_fdata(dtype=np.float32)
+    bvals, bvecs = (np.load(data_folder / f"small_64D.{name}.npy") for name in ("bvals", "gradients"))
+    table = gradient_table(bvals, bvecs=bvecs, b0_threshold=50)
+    anisotropy = np.nan_to_num(fractional_anisotropy(TensorModel(table).fit(data).evals))
+    peaks = CsaOdfModel(table, sh_order_max=4).fit(data, mask=anisotropy > 0.1)
+    getter = DeterministicMaximumDirectionGetter.from_shcoeff(
+        peaks.shm_coeff, max_angle=45.0, sphere=default_sphere, sh_to_pmf=True
+    )
+    seeds = random_seeds_from_mask(anisotropy > 0.1, image.affine, seeds_count=8, random_seed=1)
+    tracking: Any = LocalTracking(
+        getter, ThresholdStoppingCriterion(anisotropy, 0.1), seeds, image.affine, step_size=0.5, random_seed=1
+    )
+    tracked: Any = Streamlines(line for line in tracking if len(line) > 5)
+    subject = tmp_path / "subjects" / "s1"
+    subject.mkdir(parents=True)
+    nib.save(image, subject / "dwi.nii")
+    sft: Any = StatefulTractogram(tracked, image, Space.RASMM)
+    sft.remove_invalid_streamlines()
+    num = len(sft)
+    assert num > 10_000
+    save_tractogram(sft, str(subject / "lines.trk"))
+    config = {
+        "input": {"type": "volume", "files": ["dwi.nii"], "standardization": "all"},
+        "streamlines": {"type": "streamlines", "files": ["lines.trk"]},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "train.txt").write_text("s1\n")
+    paths = [str(tmp_path / name) for name in ("subjects", "config.json", "out.hdf5", "train.txt")]
+    assert main(["create-hdf5", *paths[:3], "--training-subjects", paths[3]]) == 0
+    assert main(["info", paths[2]]) == 0
+    dataset = open_dataset(paths[2])
+    assert len(dataset.streamlines) == num
+    expected: Any = load_tractogram(str(subject / "lines.trk"), "same")
+    points = to_mm(dataset.streamlines.points.numpy(), image.affine)
+    assert np.abs(points - expected.streamlines.get_data()).max() < 1e-4
+    with File(tmp_path / "out.hdf5") as file:
+        attributes = file["s1/input"].attrs
+        back = file["s1/input/data"][:] * attributes["standardization_std"] + attributes["standardization_mean"]
+    np.testing.assert_allclose(back, data, atol=1e-2)
+    options = ["--max-epochs", "2", "--max-batches-per-epoch-training", "5", "--rnn-layer-sizes", "16"]
+    assert main(["train", str(tmp_path), "run", paths[2], *options]) == 0
+    assert np.isfinite(np.load(tmp_path / "run" / "logs" / "train_loss_monitor_per_epoch.npy")).all()
+    assert torch.isfinite(dataset.streamlines.points).all()
+
+
+def test_an_interruption_leaves_nothing(tmp_path, capfd, monkeypatch):
+    arguments = make_folder(tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dwiml_func.data.creation.load_streamlines", interrupt)
+    assert main(["create-hdf5", *arguments]) == 130
+    assert capfd.readouterr().err == "dwiml-func create-hdf5: interrupted. No file was written.\n"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_command_says_what_it_wrote(tmp_path, capfd):
+    arguments = make_folder(tmp_path)
+    assert main(["create-hdf5", *arguments, "--compress", "--enforce-files-presence"]) == 0
+    printed = capfd.readouterr()
+    assert "1 training, 1 validation, 0 testing subjects" in printed.out
+    assert printed.err == ""  # no bar without a terminal
+    with File(tmp_path / "out.hdf5") as file:
+        assert file.attrs["compress"] == 0.01
+        assert list(file.attrs["validation_subjs"]) == ["s2"]
+    assert main(["info", str(tmp_path / "out.hdf5")]) == 0
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG

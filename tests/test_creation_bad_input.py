@@ -1,0 +1,345 @@
+"""Bad input to create-hdf5: one line that names subject, group and file, exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+from creation_cases import AFFINE, CONFIG, SHAPE, make_folder, save_lines, save_volume, some_lines
+from nibabel.affines import apply_affine
+
+from dwiml_func.cli.main import main
+
+File: Any = h5py.File
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_folder(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def refused(folder: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run create-hdf5 and return its one line of error; no file may have appeared."""
+
+    def run(*options: str, arguments: list[str] | None = None) -> str:
+        before = sorted(folder.rglob("*"))
+        if arguments is None:
+            paths = [str(folder / name) for name in ("subjects", "config.json", "out.hdf5")]
+            lists = ["--training-subjs", str(folder / "train.txt"), "--validation-subjects", str(folder / "valid.txt")]
+            arguments = [*paths, *lists]
+        assert main(["create-hdf5", *arguments, *options]) == 2
+        printed = capfd.readouterr()
+        assert printed.out == ""
+        assert printed.err.count("\n") == 1, printed.err
+        assert sorted(folder.rglob("*")) == before
+        return printed.err
+
+    return run
+
+
+def set_config(folder: Path, **groups: dict[str, Any] | None) -> None:
+    merged = {name: group for name, group in {**CONFIG, **groups}.items() if group is not None}
+    (folder / "config.json").write_text(json.dumps(merged))
+
+
+def place(group: str, name: str, subject: str = "s2") -> str:
+    return rf"subject '{subject}', group '{group}', file [^ ]*/{subject}/{re.escape(name)}: "
+
+
+def edit_volume(path: Path, change: Callable[[np.ndarray], object]) -> None:
+    data = nib.load(path).get_fdata(dtype=np.float32)  # type: ignore[attr-defined]
+    change(data)
+    save_volume(path, data)
+
+
+def test_a_missing_file_is_named_before_anything_is_read(folder, refused):
+    (folder / "subjects" / "s2" / "dwi.nii.gz").unlink()
+    (folder / "subjects" / "s1" / "dwi.nii.gz").write_bytes(b"")  # would fail first if it were read
+    assert re.search(place("input", "dwi.nii.gz") + "the file does not exist", refused())
+
+
+def test_a_wildcard_that_matches_nothing_is_named(folder, refused):
+    for path in (folder / "subjects" / "s2" / "bundles").iterdir():
+        path.unlink()
+    assert re.search(place("streamlines", "bundles/*.trk") + "no file matches", refused())
+
+
+def test_missing_subjects_are_named(folder, refused):
+    (folder / "valid.txt").write_text("s2\nnobody\nnoone\n")
+    assert "2 of 4 subjects have no folder in" in (line := refused())
+    assert "'nobody', 'noone'" in line
+
+
+@pytest.mark.parametrize(
+    ("training", "validation", "message"),
+    [
+        ("s1\ns1\n", "s2\n", "Subject 's1' is listed twice in the training subset"),
+        ("s1\n", "s1\n", "Subject 's1' is in two subsets, training and validation"),
+        ("\n", "", "No subjects"),
+        ("../subjects/s1", "", "expected the name of a folder"),
+    ],
+)
+def test_subjects_stand_once(folder, refused, training, validation, message):
+    (folder / "train.txt").write_text(training)
+    (folder / "valid.txt").write_text(validation)
+    assert message in refused()
+
+
+def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
+    good = [str(folder / name) for name in ("subjects", "config.json", "out.hdf5")]
+    lists = ["--training-subjs", str(folder / "train.txt")]
+    assert "list of subjects does not exist" in refused(arguments=[*good, "--training-subjs", str(folder / "no.txt")])
+    assert "config file does not exist" in refused(arguments=[good[0], str(folder / "no.json"), good[2], *lists])
+    assert "folder of subjects does not exist" in refused(arguments=[str(folder / "no"), *good[1:], *lists])
+    assert "No subjects" in refused(arguments=good)
+    assert "Create it, or choose another path" in refused(arguments=[*good[:2], str(folder / "no" / "a.hdf5"), *lists])
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"files": ["a"]}, "group 'x': type: expected 'volume' or 'streamlines', received none"),
+        ({"type": "image", "files": ["a"]}, "group 'x': type: expected 'volume' or 'streamlines', received 'image'"),
+        ({"type": "volume"}, "group 'x': files: expected, but missing"),
+        ({"type": "volume", "files": []}, "group 'x': files: expected at least one file"),
+        ({"type": "volume", "files": "a", "colour": 1}, "group 'x': unknown key 'colour'. Known: type, files"),
+        ({"type": "volume", "files": 3}, "group 'x': files: .*received 3"),
+        ({"type": "volume", "files": [3]}, "group 'x': files.0: .*received 3"),
+        ({"type": "volume", "files": "a", "standardization": "some"}, "group 'x': standardization: .*received 'some'"),
+        ({"type": "volume", "files": "a", "dps_keys": "b"}, "group 'x': unknown key 'dps_keys'"),
+        ({"type": "streamlines", "files": "a", "standardization": "all"}, "unknown key 'standardization'"),
+        (
+            {"type": "streamlines", "files": "a", "connectivity_matrix": "m.npy"},
+            "connectivity_matrix: .*received neither",
+        ),
+        (
+            {
+                "type": "streamlines",
+                "files": "a",
+                "connectivity_matrix": "m.npy",
+                "connectivity_nb_blocs": 2,
+                "connectivity_labels": "l.nii",
+            },
+            "connectivity_matrix: .*received both",
+        ),
+        ({"type": "streamlines", "files": "a", "connectivity_nb_blocs": 2}, "expected a connectivity_matrix"),
+    ],
+)
+def test_a_config_is_read_strictly(folder, refused, group, message):
+    set_config(folder, x=group)
+    assert re.search(message, refused())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected JSON"),
+        ('{"a": {"type": "volume", "files": "a"}, "a": {"type": "volume", "files": "b"}}', "'a' comes 2 times"),
+        ("{}", "at least one group"),
+        ("[1]", "expected|should be"),
+        ('{"a/b": {"type": "volume", "files": "a"}}', "without '/'"),
+    ],
+)
+def test_a_config_that_is_no_config_is_refused(folder, refused, text, message):
+    (folder / "config.json").write_text(text)
+    assert re.search(message, refused())
+
+
+def test_nan_and_infinity_in_a_volume_are_counted(folder, refused):
+    def damage(data: np.ndarray) -> None:
+        data[0, 0, 0] = np.nan
+        data[1, 1, 1, 0] = -np.inf
+
+    edit_volume(folder / "subjects" / "s2" / "dwi.nii.gz", damage)
+    assert re.search(place("input", "dwi.nii.gz") + "5 of 4320 values are NaN or infinite", refused())
+
+
+@pytest.mark.parametrize("change", ["shape", "affine"])
+def test_volumes_of_one_group_lie_on_one_grid(folder, refused, change):
+    shape = (12, 10, 8) if change == "shape" else SHAPE
+    affine = AFFINE.copy()
+    if change == "affine":
+        affine[0, 3] += 0.01
+    save_volume(folder / "subjects" / "s2" / "fa.nii.gz", np.ones(shape, np.float32), affine)
+    set_config(folder, input={"type": "volume", "files": ["dwi.nii.gz", "fa.nii.gz"]})
+    words = (
+        "a grid of 12 x 10 x 8 voxels, expected 12 x 10 x 9" if change == "shape" else r"the affine .*10\.01.*expected"
+    )
+    assert re.search(place("input", "fa.nii.gz") + words, refused())
+    set_config(folder, other={"type": "volume", "files": "fa.nii.gz"})
+    assert re.search(place("other", "fa.nii.gz") + words + ".*as the subject's first volume group", refused())
+    set_config(folder, input={**CONFIG["input"], "std_mask": "fa.nii.gz"})
+    assert re.search(place("input", "fa.nii.gz") + words, refused())
+
+
+@pytest.mark.parametrize("standardization", ["none", "all"])
+def test_a_mask_is_no_input(folder, refused, standardization):
+    set_config(folder, input={"type": "volume", "files": "mask.nii.gz", "standardization": standardization})
+    assert re.search(place("input", "mask.nii.gz", "s1") + "a 3-D mask", refused())
+
+
+def test_subjects_have_the_same_number_of_features(folder, refused):
+    save_volume(folder / "subjects" / "s2" / "dwi.nii.gz", np.ones((*SHAPE, 3), np.float32))
+    assert re.search(place("input", "dwi.nii.gz") + "3 features in the group, but subject 's1' has 4", refused())
+
+
+@pytest.mark.parametrize("shape", [SHAPE[:2], (*SHAPE, 2, 2)])
+def test_a_volume_has_three_or_four_axes(folder, refused, shape):
+    save_volume(folder / "subjects" / "s2" / "dwi.nii.gz", np.ones(shape, np.float32))
+    assert re.search(place("input", "dwi.nii.gz") + r"a volume of shape \(", refused())
+
+
+def test_an_empty_mask_is_refused(folder, refused):
+    save_volume(folder / "subjects" / "s2" / "mask.nii.gz", np.zeros(SHAPE, np.uint8))
+    assert re.search(place("input", "dwi.nii.gz") + "no voxel in its std_mask", refused())
+
+
+@pytest.mark.parametrize("name", ["dwi.nii.gz", "bundles/a.trk", "bundles/c.tck", "bundles/d.trx", "matrix.npy"])
+@pytest.mark.parametrize("keep", [0, 50, 0.6, 0.99])
+def test_a_truncated_file_is_named(folder, refused, name, keep):
+    subject = folder / "subjects" / "s2"
+    for one in ("s1", "s2"):
+        save_lines(folder / "subjects" / one / "bundles" / "c.tck", some_lines(5))
+        save_lines(folder / "subjects" / one / "bundles" / "d.trx", some_lines(5))
+        np.save(folder / "subjects" / one / "matrix.npy", np.ones((8, 8)))
+    keys = {"connectivity_matrix": "matrix.npy", "connectivity_nb_blocs": 2}
+    set_config(folder, streamlines={"type": "streamlines", "files": "bundles/*", **keys})
+    content = (subject / name).read_bytes()
+    (subject / name).write_bytes(content[: keep if keep == 0 or keep > 1 else int(keep * len(content))])
+    assert re.search(place("input" if name == "dwi.nii.gz" else "streamlines", name) + "cannot be read as", refused())
+
+
+def test_a_file_of_another_kind_is_named(folder, refused):
+    (folder / "subjects" / "s1" / "dwi.txt").write_text("1 2 3")
+    set_config(folder, input={"type": "volume", "files": "dwi.txt"}, wm_mask=None)
+    (folder / "valid.txt").write_text("")
+    assert re.search(place("input", "dwi.txt", "s1") + "expected a NIfTI file", refused())
+    set_config(folder, streamlines={"type": "streamlines", "files": "dwi.txt"})
+    assert re.search(place("streamlines", "dwi.txt", "s1") + "expected a tractogram", refused())
+
+
+@pytest.mark.parametrize("suffix", [".trk", ".trx"])
+@pytest.mark.parametrize("change", ["shape", "affine"])
+def test_a_tractogram_of_another_space_is_named(folder, refused, suffix, change):
+    shape, affine = ((12, 10, 10), AFFINE) if change == "shape" else (SHAPE, AFFINE + np.eye(4)[:, [3, 0, 1, 2]] * 0.01)
+    save_lines(folder / "subjects" / "s2" / "bundles" / f"a{suffix}", some_lines(5), affine=affine, shape=shape)
+    set_config(folder, streamlines={"type": "streamlines", "files": ["bundles/*"]})
+    words = "a grid of 12 x 10 x 10 voxels, expected 12 x 10 x 9" if change == "shape" else "the affine .*expected"
+    assert re.search(place("streamlines", f"bundles/a{suffix}") + words, refused())
+
+
+@pytest.mark.parametrize("suffix", [".trk", ".tck", ".trx"])
+def test_an_empty_tractogram_is_named(folder, refused, suffix):
+    name = f"bundles/empty{suffix}"
+    for one in ("s1", "s2"):
+        save_lines(folder / "subjects" / one / name, some_lines(2) if one == "s1" else [])
+    set_config(folder, streamlines={"type": "streamlines", "files": "bundles/*"})
+    assert re.search(place("streamlines", name) + "an empty tractogram", refused())
+
+
+def test_a_tck_needs_a_volume(folder, refused):
+    for one in ("s1", "s2"):
+        save_lines(folder / "subjects" / one / "lines.tck", some_lines(2))
+    (folder / "config.json").write_text(json.dumps({"s": {"type": "streamlines", "files": "lines.tck"}}))
+    assert re.search(place("s", "lines.tck", "s1") + "a TCK file does not say on which grid it lies", refused())
+
+
+def test_data_per_streamline_that_is_not_there_is_named(folder, refused):
+    set_config(folder, streamlines={**CONFIG["streamlines"], "dps_keys": ["weight"]})
+    expected = place("streamlines", "bundles/a.trk", "s1") + "no data per streamline named weight. The file has: none"
+    assert re.search(expected, refused())
+
+
+def test_a_matrix_fits_its_blocs(folder, refused):
+    for one, size in (("s1", 8), ("s2", 7)):
+        np.save(folder / "subjects" / one / "m.npy", np.ones((size, size)))
+    keys = {"connectivity_matrix": "m.npy", "connectivity_nb_blocs": 2}
+    set_config(folder, streamlines={**CONFIG["streamlines"], **keys})
+    assert re.search(place("streamlines", "m.npy") + "a matrix of 7 rows. Expected 8", refused())
+    np.save(folder / "subjects" / "s2" / "m.npy", np.ones((8, 7)))
+    assert "Expected a square one" in refused()
+
+
+def test_a_file_given_twice_is_named(folder, refused):
+    set_config(folder, streamlines={"type": "streamlines", "files": ["bundles/a.trk", "bundles/*.trk"]})
+    assert re.search(place("streamlines", "bundles/a.trk", "s1") + "two entries", refused())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--step-size", "0.5", "--nb-points", "12"], "at most one of step_size, nb_points and compress"),
+        (["--step-size", "0"], "step_size"),
+        (["--nb-points", "1"], "nb_points"),
+        (["--compress", "-1"], "compress"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(refused, options, message):
+    assert message in refused(*options)
+
+
+def invalid_lines() -> list[np.ndarray]:
+    outside = apply_affine(AFFINE, [[5, 5, 5], [5, 5, 9.2]])
+    infinite = apply_affine(AFFINE, [[5, 5, 5], [5, np.nan, 5]])
+    point, still = apply_affine(AFFINE, [[5, 5, 5]]), apply_affine(AFFINE, [[5, 5, 5], [5, 5, 5]])
+    one, two, three = some_lines(3, 7)
+    return [line.astype(np.float32) for line in (one, outside, infinite, two, point, still, outside, three)]
+
+
+def test_invalid_streamlines_are_counted_or_removed(folder, refused, capfd):
+    save_lines(folder / "subjects" / "s2" / "bundles" / "c.trk", invalid_lines())
+    found = (
+        place("streamlines", "bundles/c.trk")
+        + "5 of 8 streamlines are invalid: 2 outside the volume of 12 x 10 x 9 voxels, 1 with NaN or infinite points, "
+        + "2 of no length"
+    )
+    assert re.search(found + r"\. Correct the file, or leave them out with --remove-invalid", refused())
+    paths = [str(folder / name) for name in ("subjects", "config.json", "out.hdf5")]
+    assert main(["create-hdf5", *paths, "--training-subjs", str(folder / "valid.txt"), "--remove-invalid"]) == 0
+    assert re.search(found + r"\. They are left out\.\n$", capfd.readouterr().err)
+    with File(folder / "out.hdf5") as file:
+        kept = [*some_lines(7, 10), *some_lines(3, 11), *some_lines(3, 7)]
+        assert file["s2/streamlines/lengths"][:].tolist() == [len(line) for line in kept]
+    assert main(["info", paths[2]]) == 0
+
+
+def test_a_group_without_a_valid_streamline_is_refused(folder, refused):
+    for path in (folder / "subjects" / "s2" / "bundles").iterdir():
+        path.unlink()
+    save_lines(folder / "subjects" / "s2" / "bundles" / "c.trk", invalid_lines()[1:3])
+    assert re.search(place("streamlines", "bundles/c.trk") + "no valid streamline is left", refused("--remove-invalid"))
+
+
+def test_an_existing_file_stays_unless_it_shall_be_replaced(folder, refused):
+    (folder / "out.hdf5").write_text("old")
+    assert "The file exists" in refused()
+    (folder / "subjects" / "s2" / "dwi.nii.gz").write_bytes(b"")
+    assert "cannot be read as NIfTI" in refused("--overwrite")
+    assert (folder / "out.hdf5").read_text() == "old"
+
+
+@pytest.mark.parametrize("limit", [1_000, 30_000, 70_000])
+def test_a_full_disk_leaves_nothing(folder, limit):
+    arguments = make_folder(folder)
+    before = sorted(folder.rglob("*"))
+    code = (
+        "import resource, sys; from dwiml_func.cli.main import main; import dwiml_func.data.creation;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-B", "-c", code, "create-hdf5", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert re.search(r"out\.hdf5: cannot be written, .*[Dd]isk", done.stderr), done.stderr
+    assert sorted(folder.rglob("*")) == before

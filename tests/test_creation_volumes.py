@@ -1,0 +1,102 @@
+"""Volumes of a new dataset: joined and standardised as the reference does it, without its rounding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from creation_cases import SHAPE, make_subject, save_volume
+
+from dwiml_func.data.creation_config import Standardization
+from dwiml_func.data.creation_files import Source
+from dwiml_func.data.creation_volumes import Volume, load_labels, load_volume, standardize
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> Path:
+    return make_subject(tmp_path, "s1")
+
+
+def load(subject: Path, names: list[str], standardization: Standardization, masks: tuple[str, ...] = ()) -> Volume:
+    files, masks_at = ([Source("s1", "input", subject / name) for name in group] for group in (names, masks))
+    return load_volume(files, standardization=standardization, masks=masks_at)
+
+
+def raw(subject: Path, *names: str) -> np.ndarray:
+    return load(subject, list(names), "none").data.astype(np.float64)
+
+
+FILES = ["dwi.nii.gz", "fa.nii.gz", "t1.nii.gz"]
+
+
+def test_none_joins_files_along_their_features(subject):
+    volume = load(subject, FILES, "none")
+    assert volume.data.shape == (*SHAPE, 6)
+    assert volume.mean is None
+    np.testing.assert_array_equal(volume.data[..., 4:5], load(subject, ["fa.nii.gz"], "none").data)
+    np.testing.assert_array_equal(volume.data[..., 5:6], load(subject, ["t1.nii.gz"], "none").data)
+
+
+@pytest.mark.parametrize("masks", [(), ("mask.nii.gz",), ("mask.nii.gz", "gm.nii.gz")])
+@pytest.mark.parametrize("standardization", ["all", "independent", "per_file"])
+def test_standardised_data_is_that_of_the_definition(subject, standardization, masks):
+    data = raw(subject, *FILES)
+    union = np.zeros(SHAPE, bool)
+    for name in masks:
+        union |= raw(subject, name)[..., 0] > 0
+    expected = np.empty_like(data)
+    parts = {"all": [slice(0, 6)], "per_file": [slice(0, 4), slice(4, 5), slice(5, 6)]}
+    for part in parts.get(standardization, [slice(k, k + 1) for k in range(6)]):
+        mask = union if masks else (data[..., part] != 0).all(axis=-1)
+        if standardization == "independent" and not masks:
+            mask = (data != 0).all(axis=-1)
+        measured = data[..., part][mask]
+        expected[..., part] = (data[..., part] - measured.mean()) / measured.std()
+    volume = load(subject, FILES, standardization, masks)
+    np.testing.assert_allclose(volume.data, expected, rtol=1e-4, atol=1e-4)
+    assert volume.mean is not None
+    assert volume.std is not None
+    np.testing.assert_allclose(volume.data * volume.std + volume.mean, data, rtol=1e-4, atol=1e-3)
+
+
+def test_without_a_mask_voxels_with_a_zero_are_not_measured(subject):
+    data = raw(subject, "t1.nii.gz").astype(np.float32)
+    data[:6] = 0
+    save_volume(subject / "t1.nii.gz", data[..., 0])
+    volume = load(subject, ["t1.nii.gz"], "all")
+    assert abs(volume.data[6:].mean(dtype=np.float64)) < 1e-5
+    assert abs(volume.data[6:].std(dtype=np.float64) - 1) < 1e-5
+
+
+def test_a_constant_feature_is_shifted_and_not_blown_up():
+    data = np.random.default_rng(0).normal(size=(4, 4, 4, 2)).astype(np.float32)
+    data[..., 1] = 7
+    data[0, 0, 0, 1] = 9
+    mask = np.ones((4, 4, 4), bool)
+    mask[0, 0, 0] = False
+    mean, std = standardize(data, mask, independent=True, source=Source("s", "g", Path("f")))
+    assert mean[1] == 7
+    assert std[1] == 1
+    assert data[0, 0, 0, 1] == 2
+    assert (data[mask][:, 1] == 0).all()
+
+
+def test_means_of_large_values_are_exact():
+    data = np.full((60, 60, 60, 1), 16_777_216, np.float32)
+    data[::2] += 4
+    mean, std = standardize(data, None, independent=False, source=Source("s", "g", Path("f")))
+    assert mean == 16_777_218
+    assert std == 2
+
+
+def test_labels_are_whole_numbers(subject):
+    labels = Source("s1", "streamlines", subject / "labels.nii.gz")
+    save_volume(labels.path, np.full(SHAPE, 3, np.int16))
+    assert load_labels(labels, None).max() == 3
+    save_volume(labels.path, np.full(SHAPE, 0.5, np.float32))
+    with pytest.raises(ValueError, match=r"subject 's1', group 'streamlines', file .*labels.nii.gz: expected labels"):
+        load_labels(labels, None)
+    save_volume(labels.path, np.full((*SHAPE, 2), 1, np.int16))
+    with pytest.raises(ValueError, match="Expected \\(X, Y, Z\\)"):
+        load_labels(labels, None)

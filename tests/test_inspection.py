@@ -1,0 +1,169 @@
+"""`dwiml-func info`: says what is there, and everything that is wrong."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from dwiml_func.cli.main import main
+from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.inspection import inspect_dataset
+from dwiml_func.data.inspection_groups import StreamlineSummary
+from dwiml_func.data.inspection_text import format_inspection
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+Edit = Callable[[Callable[[Any], object]], Path]
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Edit:
+    """A copy of the phantom, changed by a function of the open file."""
+
+    def edit(change: Callable[[Any], object]) -> Path:
+        path = tmp_path / "edited.hdf5"
+        shutil.copy(PHANTOM, path)
+        with h5py.File(path, "r+") as file:
+            change(file)
+        return path
+
+    return edit
+
+
+def test_a_file_of_the_reference_is_told_and_has_no_problem(capfd):
+    assert main(["info", str(PHANTOM)]) == 0
+    text = capfd.readouterr().out
+    assert re.search(r"^training +2 subjects +subj0, subj1$", text, re.MULTILINE)
+    assert re.search(r"^validation +1 subject +subj2$", text, re.MULTILINE)
+    assert "resampled to a step of 0.5 mm" in text
+    assert re.search(r"^ +subj0 +training +24 x 24 x 24 +6 +1 x 1 x 1 +RAS$", text, re.MULTILINE)
+    assert re.search(r"^ +subj0 +training +48 +2,255 +23.2 .* 0.504 ", text, re.MULTILINE)
+    assert re.search(r"^ +all +144 +6,234 ", text, re.MULTILINE)
+    assert text.endswith("No problem found.\n")
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_measures_are_those_of_the_streamlines(tmp_path):
+    affine = np.array([[0.0, -2, 0, 10], [3, 0, 0, -5], [0, 0, 4, 1], [0, 0, 0, 1]])
+    points = np.array([[1.0, 1, 1], [2, 1, 1], [2, 2, 1], [5, 5, 5], [5, 5, 6]])
+    with new_dataset(tmp_path / "a.hdf5", training=["a"], groups_config={}, date="") as file:
+        subject = file.create_group("a")
+        tables = {"weight": np.ones((2, 1))}
+        write_streamlines(
+            subject, "s", points, np.array([0, 3, 5]), affine=affine, dimensions=(9, 9, 9), data_per_streamline=tables
+        )
+        write_volume(subject, "input", np.zeros((9, 9, 9, 2)), affine)
+    inspection = inspect_dataset(tmp_path / "a.hdf5")
+    assert inspection.problems == ()
+    summary = inspection.subjects["a"]["s"]
+    assert isinstance(summary, StreamlineSummary)
+    assert (summary.num_streamlines, summary.num_points) == (2, 5)
+    assert summary.lengths is not None
+    assert summary.steps is not None
+    assert summary.lengths.tolist() == [5, 4]
+    assert summary.steps == (3, 9, 3, 2, 4)
+    assert "with data per streamline 'weight'" in format_inspection(inspection)
+
+
+def set_value(name: str, index: object, value: object) -> Callable[[Any], object]:
+    return lambda file: file[name].__setitem__(index, value)
+
+
+def replace(name: str, data: object) -> Callable[[Any], object]:
+    def change(file: Any) -> None:
+        del file[name]
+        file[name] = data
+
+    return change
+
+
+def attribute(place: str, name: str, value: object) -> Callable[[Any], object]:
+    return lambda file: file[place].attrs.__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (attribute("/", "training_subjs", ["subj0"]), "subject 'subj1': in the file, but in no subset"),
+        (attribute("/", "training_subjs", np.array([])), "The file lists no training subjects"),
+        (attribute("/", "training_subjs", ["subj0", "subj1", "x"]), "subject 'x': listed, but not in the file"),
+        (attribute("/", "training_subjs", ["subj0", "subj1", "subj0"]), "subject 'subj0': listed twice"),
+        (attribute("/", "testing_subjs", ["subj0"]), "subject 'subj0': in two subsets, training and testing"),
+        (lambda file: file.pop("subj1/input"), "subject 'subj1': no group 'input'"),
+        (attribute("subj1/input", "type", "image"), "subject 'subj1', group 'input': type 'image', expected"),
+        (set_value("subj1/input/data", (0, 0, 0, 0), np.nan), "group 'input': 1 of 82944 values are NaN"),
+        (attribute("subj1/input", "nb_features", 7), "nb_features is 7, but the data has 6"),
+        (replace("subj1/input/data", np.zeros((24, 24, 24))), r"'input': data of shape \(24, 24, 24\)"),
+        (replace("subj1/input/data", np.zeros((24, 24, 24, 5))), "subjects 'subj1' and 'subj0', .*5 and 6 features"),
+        (replace("subj1/wm_mask/data", np.zeros((24, 24, 23, 1))), "a grid of 24 x 24 x 23 voxels, expected 24"),
+        (attribute("subj1/streamlines", "affine", np.diag([2.0, 2, 2, 1])), "the affine .*, as group 'input' has"),
+        (lambda file: file["subj1/streamlines"].attrs.pop("affine"), "no attribute 'affine'"),
+        (attribute("subj1/streamlines", "space", "Space.RASMM"), "'space' is Space.RASMM, expected Space.VOX"),
+        (attribute("subj1/streamlines", "origin", "Origin.NIFTI"), "'origin' is Origin.NIFTI"),
+        (lambda file: file.pop("subj1/streamlines/offsets"), "no dataset 'offsets'"),
+        (set_value("subj1/streamlines/offsets", 47, 99_999), "1 of 48 streamlines lie outside the 1982 points"),
+        (set_value("subj1/streamlines/lengths", 5, -1), "1 of 48 streamlines have fewer than two points"),
+        (set_value("subj1/streamlines/data", 0, np.inf), "1 of 48 streamlines have NaN or infinite points"),
+        (set_value("subj1/streamlines/data", 0, -3), "1 of 48 streamlines leave the grid of 24 x 24 x 24 voxels"),
+        (set_value("subj1/streamlines/euclidean_lengths", 3, 1), "1 of 48 streamlines have another length"),
+        (replace("subj1/streamlines/lengths", np.zeros(3, int)), "expected one of each a streamline"),
+        (replace("subj1/streamlines/lengths", np.zeros(48)), "'lengths' is of dtype float64, expected integers"),
+        (
+            replace("subj1/streamlines/data_per_streamline/w", np.zeros((3, 1))),
+            r"'w' has shape \(3, 1\), exp.*48",
+        ),
+        (
+            lambda file: file.create_dataset("subj1/t/data", (9, 9, 9, 9), "f4").parent.attrs.update(type="volume"),
+            "has 0 of its",
+        ),
+        (attribute("/", "step_size", 2.0), "a median step of 0.508 mm, but the file's step_size is 2 mm"),
+    ],
+)
+def test_what_is_wrong_is_told(edited, capfd, change, problem):
+    def tolerant(file: Any) -> None:
+        if "data_per_streamline/w" in problem or "'w'" in problem:
+            file["subj1/streamlines/data_per_streamline/w"] = 0
+        change(file)
+
+    assert main(["info", str(edited(tolerant))]) == 1
+    text = capfd.readouterr().out
+    assert re.search(r"^\d+ PROBLEMS?$", text, re.MULTILINE)
+    assert re.search(problem, text.split("PROBLEM")[1]), text
+
+
+def test_all_problems_are_told_and_many_are_shortened(edited, capfd):
+    def change(file: Any) -> None:
+        file["subj0/input/data"][0] = np.nan
+        file["subj1/streamlines/offsets"][0] = -1
+        file.attrs["testing_subjs"] = [f"missing{number}" for number in range(60)]
+
+    assert main(["info", str(edited(change))]) == 1
+    text = capfd.readouterr().out
+    assert "62 PROBLEMS" in text
+    assert "and 12 more" in text
+    assert max(map(len, text.splitlines())) <= 160
+
+
+@pytest.mark.parametrize("keep", [0, 100, 0.3, 0.999])
+def test_a_truncated_file_is_one_line_and_exit_code_2(tmp_path, capfd, keep):
+    content = PHANTOM.read_bytes()
+    path = tmp_path / "cut.hdf5"
+    path.write_bytes(content[: int(keep * len(content)) if 0 < keep < 1 else int(keep)])
+    assert main(["info", str(path)]) == 2
+    printed = capfd.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert "cut.hdf5 is " + ("no HDF5 file" if keep == 0 else "truncated or damaged") in printed.err
+
+
+def test_a_missing_file_is_named(tmp_path, capfd):
+    assert main(["info", str(tmp_path / "no.hdf5")]) == 2
+    assert "does not exist" in capfd.readouterr().err
+    assert main(["info", str(tmp_path)]) == 2
+    assert "not a file" in capfd.readouterr().err
