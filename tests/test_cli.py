@@ -89,25 +89,55 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         "dropout": "0.1",
         "dg-key": "cosine-regression",
         "dg-dropout": "0.2",
-        "batch-size-training": "50",
-        "batch-size-validation": "30",
+        "batch-size-training": "500",
+        "batch-size-validation": "300",
+        "batch-size-units": "length_mm",
+        "nb-streamlines-per-chunk": "64",
+        "nb-subjects-per-batch": "1",
+        "cycles": "3",
         "max-batches-per-epoch-training": "2",
         "max-batches-per-epoch-validation": "1",
         "processes": "0",
+        "step-size": "0.75",
+        "noise-gaussian-size-forward": "0.02",
+        "noise-gaussian-size-loss": "0.03",
+        "split-ratio": "0.3",
+        "reverse-ratio": "0.4",
         "input-group-name": "wm_mask",
         "streamline-group-name": "streamlines",
         "interpolation": "trilinear-corner",
+        "neighborhood-type": "axes",
+        "neighborhood-radius": "1",
+        "neighborhood-resolution": "0.5",
+        "cache-size": "1GB",
     }
     flat = [part for name, value in options.items() for part in (f"--{name}", value)]
     monkeypatch.chdir(PHANTOM.parent)
-    assert cli("train", folder, "new", "phantom.hdf5", *flat).code == 0
+    assert cli("train", folder, "new", "phantom.hdf5", *flat, "--lazy").code == 0
     config = read_config(folder / "new")
     assert config == RunConfig(
         hdf5_file=str(PHANTOM),  # absolute, wherever the command was given
-        data=DataConfig(input_group_name="wm_mask", interpolation="trilinear-corner"),
+        data=DataConfig(
+            input_group_name="wm_mask",
+            interpolation="trilinear-corner",
+            neighborhood_type="axes",
+            neighborhood_radius=1,
+            neighborhood_resolution=0.5,
+            lazy=True,
+            cache_size="1GB",
+        ),
         batches=BatchConfig(
-            batch_size_training=50,
-            batch_size_validation=30,
+            batch_size_training=500,
+            batch_size_validation=300,
+            batch_size_units="length_mm",
+            nb_streamlines_per_chunk=64,
+            nb_subjects_per_batch=1,
+            cycles=3,
+            step_size=0.75,
+            noise_gaussian_size_forward=0.02,
+            noise_gaussian_size_loss=0.03,
+            split_ratio=0.3,
+            reverse_ratio=0.4,
             max_batches_per_epoch_training=2,
             max_batches_per_epoch_validation=1,
         ),
@@ -125,7 +155,8 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
     )
     parts = (config.data, config.batches, config.model, config.training)
     fields = {field.name for part in parts for field in dataclasses.fields(part)}
-    assert {name.replace("-", "_") for name in options} | {"use_gpu"} == fields  # no option was left out above
+    excluded = {"use_gpu", "nb_points", "compress"}  # no device here, and one way of resampling at a time
+    assert {name.replace("-", "_") for name in options} | {"lazy"} | excluded == fields  # none was left out above
 
     manifest = json.loads((folder / "new" / "checkpoint" / "1" / "manifest.json").read_text())
     assert config_from_json(json.dumps(manifest["config"])) == config
@@ -177,8 +208,8 @@ def test_help_has_purpose_options_defaults_and_an_example(cli, command):
     assert f"usage: dwiml-func {command}" in outcome.out
     assert f"Example: dwiml-func {command} " in outcome.out
     assert "--help" in outcome.out
-    if command != "digest":
-        assert "(default: " in outcome.out
+    for option in re.findall(r"^│ (--[a-z-]+ .*?)(?=^│ --|^╰)", outcome.out, flags=re.MULTILINE | re.DOTALL):
+        assert re.search(r"\(default: |\(required\)", option)
     assert len(outcome.out.split("\n\n")[1]) > 40  # the purpose
 
 

@@ -34,7 +34,7 @@ from dwiml_func.experiment import (
 from dwiml_func.leaf_store import SnapshotError
 from dwiml_func.models.model_directory import load_model
 from dwiml_func.snapshot import latest_digest, list_snapshots, restore
-from dwiml_func.wiring import _OnDevice, prepare
+from dwiml_func.wiring import prepare
 from dwiml_func.writers.npy import epoch_arrays
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -434,8 +434,8 @@ def test_a_damaged_config_is_refused_by_name(copy, content):
     assert contents(copy) == before
 
 
-def test_batches_on_another_device_are_as_many_and_arrive_there():
-    setup = prepare(CONFIG)
-    moved = _OnDevice(setup.train(Key(1234), 0, 1), torch.device("meta"))  # type: ignore[arg-type]
-    assert len(moved) == 2
-    assert [batch.points.device.type for batch in moved] == ["meta", "meta"]
+def test_batches_on_another_device_are_as_many_and_arrive_there(monkeypatch):
+    monkeypatch.setattr("dwiml_func.wiring._device", lambda training: torch.device("meta"))
+    batches: Any = prepare(CONFIG).train(Key(1234), 0, 1)
+    assert len(batches) == 2
+    assert [batch.points.device.type for batch in batches] == ["meta", "meta"]

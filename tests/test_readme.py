@@ -27,18 +27,22 @@ def _run(*command: str, folder: Path) -> str:
 
 
 def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
-    (script,) = _blocks("python", "Compose your own loop")
+    script, pieces = _blocks("python", "Compose your own loop")
     assert len([line for line in script.splitlines() if line.strip()]) <= 30
     experiments = tmp_path / "experiments"
     experiments.mkdir()
     shutil.copy(PHANTOM, experiments / "example_data.hdf5")
     (tmp_path / "script.py").write_text(script)
+    (tmp_path / "pieces.py").write_text(pieces)
 
     printed = _run(sys.executable, "script.py", folder=tmp_path)
     again = _run(sys.executable, "script.py", folder=tmp_path)
     command = [sys.executable, "-m", "dwiml_func", "train", "experiments", "command"]
     _run(*command, "experiments/example_data.hdf5", *["--max-epochs", "3", "--nb-previous-dirs", "1"], folder=tmp_path)
 
+    assert re.fullmatch(
+        r"\d+ batches; \d+ streamlines in the first; \(5, 6\)\n", _run(sys.executable, "pieces.py", folder=tmp_path)
+    )
     assert [line.split()[0] for line in printed.splitlines()] == ["1", "2", "3"]
     assert again == ""  # the run is restored, and has no epoch left
     digests = [

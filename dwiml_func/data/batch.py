@@ -73,6 +73,7 @@ class StreamlineBatch:
             A batch on that device; tensors that are there already are shared.
 
         Example:
+            >>> from dwiml_func.data.streamlines import Streamlines
             >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]])
             >>> one = torch.zeros(1, dtype=torch.int64)
             >>> batch = StreamlineBatch(
