@@ -38,11 +38,14 @@ class Setup:
         state: the first state.
         train: training batches, for `train_and_validate`.
         valid: validation batches; None where the dataset has no validation subjects.
+        evaluation: batches, never augmented, to judge a finished model on: of the validation subjects or, where there
+            are none, of the training subjects.
         step: `train_step` with loss, optimizer and clipping bound.
         eval_step: `eval_step` with the loss bound.
         nb_features: features of the model's input at a point, neighbours included.
         training_set: the training subjects.
         validation_set: the validation subjects, possibly none.
+        evaluation_set: those of `evaluation`.
 
     Example:
         >>> state, metrics = setup.step(setup.state, batch, lr=0.001)  # doctest: +SKIP
@@ -52,11 +55,13 @@ class Setup:
     state: TrainState
     train: Batches
     valid: Batches | None
+    evaluation: Batches
     step: Callable[..., tuple[TrainState, Metrics]]
     eval_step: Callable[[TrainState, Any], Metrics]
     nb_features: int
     training_set: StreamlineDataset
     validation_set: StreamlineDataset
+    evaluation_set: StreamlineDataset
 
 
 def prepare(config: RunConfig) -> Setup:
@@ -107,22 +112,26 @@ def prepare(config: RunConfig) -> Setup:
         parts = (training_set, training_sampler, training_loader)
         return load(*parts, key=plan, augment_key=augment, epoch=epoch, start_batch=start_batch)
 
-    def valid(key: Key, epoch: int, start_batch: int) -> Any:
+    evaluation_set = validation_set if validation_set.index.num_total else training_set
+
+    def evaluation(key: Key, epoch: int, start_batch: int) -> Any:
         # The same plan at every epoch: a capped validation then sees the same streamlines, and losses compare.
         plan = fold_in(key, Stream.VALID_PLAN)
-        return load(validation_set, validation_sampler, validation_loader, key=plan, epoch=0, start_batch=start_batch)
+        return load(evaluation_set, validation_sampler, validation_loader, key=plan, epoch=0, start_batch=start_batch)
 
     step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, clip_grad=config.training.clip_grad, donate=True)
     return Setup(
         config=config,
         state=init_state(model.to(device), optimizer, seed=key),
         train=train,
-        valid=valid if validation_set.index.num_total else None,
+        valid=evaluation if evaluation_set is validation_set else None,
+        evaluation=evaluation,
         step=step,
         eval_step=partial(eval_step, loss_fn=loss_fn),
         nb_features=training_loader.num_inputs(training_set),
         training_set=training_set,
         validation_set=validation_set,
+        evaluation_set=evaluation_set,
     )
 
 

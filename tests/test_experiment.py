@@ -439,3 +439,13 @@ def test_batches_on_another_device_are_as_many_and_arrive_there(monkeypatch):
     batches: Any = prepare(CONFIG).train(Key(1234), 0, 1)
     assert len(batches) == 2
     assert [batch.points.device.type for batch in batches] == ["meta", "meta"]
+
+
+def test_a_model_is_never_judged_on_augmented_streamlines(tmp_path):
+    augmented = replace(BATCHES, split_ratio=1.0, noise_gaussian_size_forward=0.01)
+    setup = prepare(replace(CONFIG, hdf5_file=str(without_validation(tmp_path)), batches=augmented))
+    assert setup.evaluation_set is setup.training_set
+    assert sum(len(batch) for batch in setup.train(Key(1234), 0, 0)) > 96
+    batches = list(setup.evaluation(Key(1234), 0, 0))
+    assert sum(len(batch) for batch in batches) == 96
+    assert all(batch.noisy_points is None for batch in batches)

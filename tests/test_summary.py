@@ -50,7 +50,7 @@ def test_the_summary_equals_an_independent_computation(cli, experiments):
     best = history[1]
     assert f"Best epoch 2: training loss {best['train']['loss']:.4f}, " in text
     assert f"validation loss {best['valid']['loss']:.4f}\n" in text
-    assert f"on the validation subjects, at the {counted.sum()} points of 48 streamlines" in text
+    assert f"on the validation subjects,\nat the {counted.sum()} points of 48 streamlines" in text
     shown = {name: float(value) for name, value in re.findall(r"^  ([a-z ]+?) +([\d.]+) deg", text, re.MULTILINE)}
     assert shown == pytest.approx(
         {"model": model, "principal direction": along, "keep going straight": straight}, abs=0.006
@@ -92,7 +92,7 @@ def test_the_summary_says_better_worse_or_not_known():
     text = format_summary([report(), report(epoch=2)], evaluation(), subset="training")
     assert "Finished after 2 epochs, 3.5 minutes." in text
     assert "Best epoch 1: training loss 0.2500\n" in text
-    assert "on the training subjects, at the 7 points of 2 streamlines" in text
+    assert "on the training subjects,\nat the 7 points of 2 streamlines" in text
     assert re.search(r"principal direction +15\.50 deg  \(the model is 5\.50 deg better\)", text)
     assert re.search(r"keep going straight +4\.00 deg  \(the model is 6\.00 deg worse\)", text)
     unknown = format_summary([report(stop="patience")], evaluation(principal_direction=None), subset="validation")

@@ -16,7 +16,7 @@ __all__ = ["format_summary", "print_summary"]
 
 
 def print_summary(directory: Path, setup: Setup, history: Sequence[EpochReport]) -> None:
-    """Evaluate the best model on the validation subjects and print the summary.
+    """Evaluate the best model on the validation subjects, or else the training ones, and print the summary.
 
     Args:
         directory: the experiment.
@@ -29,12 +29,10 @@ def print_summary(directory: Path, setup: Setup, history: Sequence[EpochReport])
     if history[-1].best.epoch is None:
         print("No epoch had a finite loss: there is no best model.")
         return
-    dataset, batches = setup.validation_set, setup.valid
-    if batches is None:
-        dataset, batches = setup.training_set, setup.train
+    dataset = setup.evaluation_set
     model = load_model(directory / "best_model").module  # on the CPU, wherever it was trained
-    on_cpu = (batch.to(torch.device("cpu")) for batch in batches(setup.state.key, 0, 0))
-    evaluation = evaluate_directions(model, on_cpu, dataset.input_attributes, num_features=dataset.num_features)
+    batches = (batch.to(torch.device("cpu")) for batch in setup.evaluation(setup.state.key, 0, 0))
+    evaluation = evaluate_directions(model, batches, dataset.input_attributes, num_features=dataset.num_features)
     print(format_summary(history, evaluation, subset=dataset.subset))
 
 
@@ -60,8 +58,9 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
         f"{reason.capitalize()} after {last.epoch} epochs, {minutes:.1f} minutes.",
         f"Best epoch {best.epoch}: training loss {best.train['loss']:.4f}"
         + (f", validation loss {best.valid['loss']:.4f}" if best.valid else ""),
-        f"Mean angular error of the best model on the {subset} subjects, at the {evaluation.num_points} points of "
-        f"{evaluation.num_streamlines} streamlines that have a previous direction:",
+        f"Mean angular error of the best model on the {subset} subjects,",
+        f"at the {evaluation.num_points} points of {evaluation.num_streamlines} streamlines that have a previous "
+        "direction:",
         f"  model                {evaluation.model:6.2f} deg",
     ]
     for name, value in (
