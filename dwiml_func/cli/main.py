@@ -55,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _fail(f"{program}: {' '.join(str(error).split())}", 2)
     except KeyboardInterrupt:
-        return _fail(f"{program}: interrupted. The last snapshot stands.", 130)
+        trains = command in ("train", "resume")
+        return _fail(f"{program}: interrupted.{' The last snapshot stands.' if trains else ''}", 130)
 
 
 def resume_training_from_checkpoint() -> int:
