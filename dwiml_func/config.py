@@ -10,11 +10,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
+from dwiml_func.cadence import Cadence, parse_cadence
 from dwiml_func.config_checks import STRICT, require, shown
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.schedule import parse_learning_rate
 
-__all__ = ["BatchConfig", "DataConfig", "ModelConfig", "RunConfig", "TrainingConfig", "config_from_json"]
+__all__ = [
+    "BatchConfig",
+    "DataConfig",
+    "ModelConfig",
+    "Origin",
+    "RunConfig",
+    "SnapshotConfig",
+    "TrainingConfig",
+    "config_from_json",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +118,57 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SnapshotConfig:
+    """When snapshots are saved, and which are kept. It cannot change the training.
+
+    Raises:
+        ValueError: a value out of range, or of another form.
+
+    Example:
+        >>> SnapshotConfig(checkpoint_every="50batches").cadence
+        Cadence(number=50, unit='batch')
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    checkpoint_every: str = "1epoch"
+    """How often to save a snapshot: "50batches" or "10minutes" (and at each epoch's end), "3epochs" (and at a best)."""
+    keep: int | Literal["all"] = 2
+    """How many of the latest snapshots at an epoch's end to keep, besides that of the best epoch; or all."""
+
+    def __post_init__(self) -> None:
+        if self.keep != "all":
+            require("keep", self.keep, at_least=1)
+        _ = self.cadence
+
+    @property
+    def cadence(self) -> Cadence:
+        """How often to save."""
+        return parse_cadence(self.checkpoint_every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a forked run came from.
+
+    Args:
+        experiment: the directory it was forked from.
+        snapshot: the name of the snapshot.
+        digest: the digest of the state that it took over.
+
+    Example:
+        >>> Origin(experiment="experiments/a", snapshot="3", digest="0" * 64).snapshot
+        '3'
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    experiment: str
+    snapshot: str
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A run, complete: enough to start it again.
 
@@ -117,6 +178,8 @@ class RunConfig:
         batches: how batches are made.
         model: the model.
         training: the training.
+        snapshots: when snapshots are saved.
+        origin: where a forked run came from; None for one that began by itself.
 
     Example:
         >>> config = RunConfig(hdf5_file="data.hdf5")
@@ -131,6 +194,8 @@ class RunConfig:
     batches: BatchConfig = field(default_factory=BatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    origin: Origin | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON data.

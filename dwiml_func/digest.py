@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from dwiml_func.metrics import Sum
 from dwiml_func.rng import Key
 from dwiml_func.state import TrainState, refuse_donated
 
-__all__ = ["leaf_digest", "state_digest", "state_leaves", "state_numbers", "tensor_bytes"]
+__all__ = ["leaf_differences", "leaf_digest", "state_digest", "state_leaves", "state_numbers", "tensor_bytes"]
 
 
 def state_leaves(state: TrainState) -> dict[str, Tensor]:
@@ -147,3 +148,34 @@ def combine_digests(leaves: dict[str, str], numbers: dict[str, Any]) -> str:
     """The state's digest from those of its leaves and its numbers; floats count to the last bit."""
     text = json.dumps({"leaves": leaves, "numbers": numbers}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def leaf_differences(table: Sequence[Mapping[str, Any]], like: Mapping[str, Tensor]) -> list[str]:
+    """What a table of recorded leaves lacks, has too much, or has with another shape or dtype.
+
+    Args:
+        table: rows with `name`, `shape` and `dtype`.
+        like: the leaves to expect.
+
+    Returns:
+        A text for each difference, with both values, sorted by name.
+
+    Example:
+        >>> leaf_differences([{"name": "a", "shape": [2], "dtype": "torch.float64"}], {"a": torch.zeros(3)})
+        ['a: float64 (2,) in the snapshot, float32 (3,) expected']
+    """
+    saved = {row["name"]: _describe(row["shape"], row["dtype"]) for row in table}
+    expected = {name: _describe(leaf.shape, str(leaf.dtype)) for name, leaf in like.items()}
+    lines = []
+    for name in sorted(saved.keys() | expected.keys()):
+        if name not in expected:
+            lines.append(f"{name}: {saved[name]} in the snapshot, not expected")
+        elif name not in saved:
+            lines.append(f"{name}: not in the snapshot, {expected[name]} expected")
+        elif saved[name] != expected[name]:
+            lines.append(f"{name}: {saved[name]} in the snapshot, {expected[name]} expected")
+    return lines
+
+
+def _describe(shape: Sequence[int], dtype: str) -> str:
+    return f"{dtype.removeprefix('torch.')} {tuple(shape)}"

@@ -1,16 +1,20 @@
 """Tensors on disk: a directory with the arrays (by orbax) and a `manifest.json` that says what they must be.
 
 The only module that imports orbax, which brings jax and is imported when first used. Orbax restores other shapes and
-dtypes than asked for without a word, does not notice a flipped byte in an array, and about a damaged file prints
-tracebacks from its threads. So the manifest holds a SHA-256 of every file, checked before orbax sees them, a table of
-names, shapes, dtypes and SHA-256 digests, checked on what orbax gives, and a SHA-256 of the manifest itself.
+dtypes than asked for without a word, does not notice a flipped byte in an array, and about a damaged file or a full
+disk prints tracebacks from its threads. So the disk's space is taken before orbax writes; and the manifest holds a
+SHA-256 of every file, checked before orbax sees them, and a table of names, shapes, dtypes and SHA-256 digests, checked
+on what orbax gives.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import platform
+import math
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,22 +26,10 @@ from torch import Tensor
 
 from dwiml_func.atomic import atomic_directory
 from dwiml_func.digest import combine_digests, leaf_digest, tensor_bytes
+from dwiml_func.environment import environment
+from dwiml_func.manifest import FORMAT, DamagedError, SnapshotError, manifest_text, read_manifest
 
-__all__ = ["SnapshotError", "load_leaves", "read_manifest", "save_leaves"]
-
-FORMAT = 1
-"""Version of the layout; readers refuse a later one."""
-
-
-class SnapshotError(ValueError):
-    """A snapshot that is damaged, or does not fit the state it is restored into.
-
-    Example:
-        >>> raise SnapshotError("params/weight is damaged")
-        Traceback (most recent call last):
-        ...
-        dwiml_func.leaf_store.SnapshotError: params/weight is damaged
-    """
+__all__ = ["DamagedError", "SnapshotError", "load_leaves", "read_manifest", "save_leaves"]
 
 
 def save_leaves(
@@ -46,16 +38,24 @@ def save_leaves(
     facts: Mapping[str, Any],
     *,
     numbers: Mapping[str, Any] | None = None,
+    leaf_digests: Mapping[str, str] | None = None,
     manifest_name: str = "manifest.json",
 ) -> None:
     """Write tensors and facts as one directory: `leaves/` by orbax, and `manifest.json` with a table of the leaves.
 
+    It may run in any thread, and seldom keeps the others from running. The tensors must not change meanwhile.
+
     Args:
-        path: the directory; it appears by one rename, and replaces one that stands there.
+        path: the directory; it appears in one step, after its bytes are on the disk, and replaces what stands there.
         leaves: tensors by name.
-        facts: JSON data for the manifest.
-        numbers: what enters the digest besides the leaves.
+        facts: JSON data for the manifest. An `environment` among them replaces that of this process.
+        numbers: what enters the digest besides the leaves, as `dwiml_func.digest.state_numbers` gives it.
+        leaf_digests: what `dwiml_func.digest.leaf_digest` gives for each leaf, if it is known.
         manifest_name: the manifest's file name.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to; nothing is left of the attempt.
+        TypeError, ValueError: the facts are no JSON, or cannot be in a manifest.
 
     Example:
         >>> import tempfile
@@ -64,29 +64,27 @@ def save_leaves(
         ...     load_leaves(Path(parent) / "a")
         {'x/y.z': tensor([1., 1.])}
     """
-    import orbax.checkpoint as ocp
-
+    digests = {name: leaf_digest(leaf) for name, leaf in leaves.items()} if leaf_digests is None else leaf_digests
     table = [
-        {"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": leaf_digest(leaf)}
+        {"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digests[name]}
         for name, leaf in leaves.items()
     ]
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "digest": combine_digests({row["name"]: row["sha256"] for row in table}, dict(numbers or {})),
+        "environment": environment({str(leaf.device) for leaf in leaves.values()}),
         **facts,
-        "environment": _environment(ocp.__version__, leaves),
+        **({} if numbers is None else {"numbers": numbers}),
         "leaves": table,
     }
-    arrays = {_escape(name): tensor_bytes(leaf) for name, leaf in leaves.items() if leaf.numel()}
+    arrays = {_escape(name): tensor_bytes(leaf).view(_Lent) for name, leaf in leaves.items() if leaf.numel()}
     with atomic_directory(path) as temporary:
+        _reserve(temporary, sum(array.nbytes for array in arrays.values()) + 2 * len(json.dumps(manifest)))
         if arrays:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                checkpointer.save((temporary / "leaves").absolute(), args=ocp.args.PyTreeSave(arrays))
+            _write_arrays(temporary / "leaves", arrays)
         files = sorted(file for file in temporary.rglob("*") if file.is_file())
         manifest["files"] = {file.relative_to(temporary).as_posix(): _file_digest(file) for file in files}
-        manifest = json.loads(json.dumps(manifest))  # as it will be read, for the checksum
-        content = json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1)
-        (temporary / manifest_name).write_text(content)
+        (temporary / manifest_name).write_text(manifest_text(manifest))
 
 
 def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -97,10 +95,11 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
         manifest: its manifest, if already read.
 
     Returns:
-        Tensors by name, on the CPU.
+        Tensors by name, on the CPU. Their digests are those of the manifest's table.
 
     Raises:
-        SnapshotError: something is missing or damaged.
+        FileNotFoundError: there is no such directory.
+        DamagedError: something is missing or damaged.
 
     Example:
         >>> load_leaves(Path("/no/such/snapshot"))
@@ -110,74 +109,98 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
     """
     manifest = read_manifest(path) if manifest is None else manifest
     table = manifest["leaves"]
-    for name, digest in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise SnapshotError(f"{path} is damaged: it has no file {name}.")
-        if _file_digest(file) != digest:
-            raise SnapshotError(f"{path} is damaged: {name} does not have the bytes that were written.")
-    import orbax.checkpoint as ocp
-
-    stored = {_escape(row["name"]): ocp.RestoreArgs(restore_type=np.ndarray) for row in table if 0 not in row["shape"]}
-    arrays: Mapping[str, np.ndarray] = {}
-    if stored:
-        try:
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                args = ocp.args.PyTreeRestore(item=dict.fromkeys(stored, 0), restore_args=stored)
-                arrays = checkpointer.restore((path / "leaves").absolute(), args=args)
-        except Exception as error:  # orbax and tensorstore raise many kinds, with long texts
-            raise SnapshotError(f"{path} cannot be read by orbax-checkpoint {ocp.__version__}: {error}") from error
+    _check_files(path, manifest)
+    arrays = _read_arrays(path, [row for row in table if 0 not in row["shape"]])
     leaves = {}
     for row in table:
-        dtype = getattr(torch, row["dtype"].removeprefix("torch."))
-        if 0 in row["shape"]:
-            leaf = torch.zeros(row["shape"], dtype=dtype)
-        else:
-            array = np.array(arrays[_escape(row["name"])])  # a copy: the memory is tensorstore's
-            leaf = torch.from_numpy(array).view(dtype).reshape(row["shape"])
+        leaf = torch.empty(row["shape"], dtype=getattr(torch, row["dtype"].removeprefix("torch.")))
+        if leaf.numel():
+            tensor_bytes(leaf)[...] = arrays.pop(_escape(row["name"]))  # a copy: torch's own memory is aligned
         if leaf_digest(leaf) != row["sha256"]:
-            raise SnapshotError(f"{path} is damaged: {row['name']} does not have the bytes that were saved.")
+            raise DamagedError(f"{path} is damaged: {row['name']} does not have the bytes that were saved.")
         leaves[row["name"]] = leaf
     return leaves
 
 
-def read_manifest(path: Path, manifest_name: str = "manifest.json") -> dict[str, Any]:
-    """Read a manifest, without the tensors and without orbax.
+class _Lent(np.ndarray):
+    """An array that orbax need not copy before it writes: nobody changes it meanwhile."""
 
-    Args:
-        path: the directory.
-        manifest_name: the manifest's file name.
+    def __deepcopy__(self, memo: dict[int, Any] | None = None, /) -> _Lent:
+        return self
 
-    Returns:
-        The manifest.
 
-    Raises:
-        FileNotFoundError: there is none.
-        SnapshotError: it is no manifest, or was written by a later version.
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    import orbax.checkpoint as ocp
 
-    Example:
-        >>> read_manifest(Path("/no/such/snapshot"))
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: No manifest.json in /no/such/snapshot.
-    """
+    try:  # what is written are floats that hardly compress: that took most of the time for a tenth of the bytes
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(arrays)))
+    except OSError:
+        raise
+    except Exception as error:  # orbax and tensorstore raise many kinds, with long texts
+        number = re.search(r"os_error_code='([0-9]+)'", str(error))
+        text = f"orbax-checkpoint {ocp.__version__} cannot write: {_one_line(error)}"
+        raise OSError(int(number[1]) if number else errno.EIO, text, str(path)) from error
+
+
+def _read_arrays(path: Path, table: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """The arrays of a table's rows by escaped name, with its shapes, and with its dtypes where numpy has them."""
+    if not table:
+        return {}
+    import orbax.checkpoint as ocp
+
+    expected = {_escape(row["name"]): (tuple(row["shape"]), _stored_dtype(row["dtype"])) for row in table}
+    leaves = (path / "leaves").absolute()
     try:
-        manifest = json.loads((path / manifest_name).read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"No {manifest_name} in {path}.") from None
-    except (ValueError, RecursionError) as error:
-        raise SnapshotError(f"{path} is damaged: {manifest_name} is no JSON ({error}).") from None
-    if not isinstance(manifest, dict) or "format" not in manifest:
-        raise SnapshotError(f"{path} is damaged: {manifest_name} lacks what a manifest holds.")
-    if manifest["format"] != FORMAT:
-        raise SnapshotError(f"{path} has format {manifest['format']!r}; this version reads format {FORMAT}.")
-    if manifest.pop("checksum", None) != _checksum(manifest):
-        raise SnapshotError(f"{path} is damaged: {manifest_name} does not hold what was written.")
-    return manifest
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(leaves).item_metadata.tree
+            stored = {name: (tuple(tree[name].shape), np.dtype(tree[name].dtype)) for name in expected}
+            if stored == expected:
+                args = ocp.args.PyTreeRestore(
+                    item=dict.fromkeys(expected, 0),
+                    restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected},
+                )
+                return dict(checkpointer.restore(leaves, args=args))
+    except MemoryError:
+        raise
+    except Exception as error:
+        text = f"{path} cannot be read by orbax-checkpoint {ocp.__version__}: {_one_line(error)}"
+        raise DamagedError(text) from error
+    name = next(row["name"] for row in table if stored[_escape(row["name"])] != expected[_escape(row["name"])])
+    raise DamagedError(f"{path} is damaged: {name} does not have the bytes that were saved.")
 
 
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Check the digest of every file, and that there are no more bytes than can be of use."""
+    needed = sum(math.prod(row["shape"]) * _stored_dtype(row["dtype"]).itemsize for row in manifest["leaves"])
+    found = 0
+    for name, digest in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedError(f"{path} is damaged: it has no file {name}.")
+        found += file.stat().st_size
+        if found > 2 * needed + _SLACK or _file_digest(file) != digest:
+            raise DamagedError(f"{path} is damaged: {name} does not have the bytes that were written.")
+    if needed > 1000 * found + _SLACK:  # compressed arrays of an earlier version were never that much smaller
+        raise DamagedError(f"{path} is damaged: its manifest tells of {needed} bytes, its files have {found}.")
+
+
+_SLACK = 1 << 24
+
+
+def _reserve(directory: Path, num_bytes: int) -> None:
+    """Take the disk's space and give it back: a full disk is noticed here, in one clear error."""
+    file = directory / "reserved"
+    descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, num_bytes + (num_bytes >> 6) + (1 << 17))
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a file system that cannot reserve
+            raise
+    finally:
+        os.close(descriptor)
+        file.unlink()
 
 
 def _file_digest(file: Path) -> str:
@@ -185,20 +208,15 @@ def _file_digest(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
+def _stored_dtype(name: str) -> np.dtype:
+    return tensor_bytes(torch.empty(0, dtype=getattr(torch, name.removeprefix("torch.")))).dtype
+
+
 def _escape(name: str) -> str:
     """Orbax takes dots and slashes in a name for structure, and lets names that differ only in them collide."""
     return quote(name, safe="").replace(".", "%2E")
 
 
-def _environment(orbax_version: str, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
-    from dwiml_func import __version__
-
-    return {
-        "dwiml_func": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "orbax-checkpoint": orbax_version,
-        "python": platform.python_version(),
-        "devices": sorted({str(leaf.device) for leaf in leaves.values()}),
-        "num_threads": torch.get_num_threads(),
-    }
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."

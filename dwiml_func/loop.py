@@ -52,6 +52,7 @@ class EpochReport:
         stop: why the run ends after this epoch: "max_epochs" or "patience"; None when it goes on.
         train_minutes: duration of the training part, in minutes, since the start or the last resume.
         valid_minutes: duration of the validation part, in minutes.
+        digest: SHA-256 of the state after the epoch, in a history that was restored from a snapshot; None before.
 
     Example:
         >>> report = EpochReport(
@@ -72,6 +73,7 @@ class EpochReport:
     stop: Literal["max_epochs", "patience"] | None
     train_minutes: float
     valid_minutes: float
+    digest: str | None = None
 
     @property
     def monitored_loss(self) -> float:

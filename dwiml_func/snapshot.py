@@ -1,7 +1,7 @@
 """Snapshots of a run on disk: `checkpoint/<epoch>[-<batch>]/`, each whole or absent.
 
-A snapshot holds the state, the reports of all epochs so far, the run's config and the versions of what wrote it. Its
-`manifest.json` is readable without the tensors.
+A snapshot holds the state, the reports of all epochs so far, the run's config, and what wrote it. Its `manifest.json`
+is readable without the tensors.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from dwiml_func.best import Best
-from dwiml_func.digest import combine_digests, leaf_digest, numbers_to_fields, state_leaves, state_numbers
-from dwiml_func.leaf_store import SnapshotError, load_leaves, read_manifest, save_leaves
+from dwiml_func.digest import (
+    combine_digests,
+    leaf_differences,
+    leaf_digest,
+    numbers_to_fields,
+    state_leaves,
+    state_numbers,
+)
+from dwiml_func.history import fill_digests, history_from_json, history_to_json
+from dwiml_func.leaf_store import DamagedError, SnapshotError, load_leaves, read_manifest, save_leaves
 from dwiml_func.loop import EpochReport
 from dwiml_func.state import TrainState
 
@@ -25,7 +30,9 @@ __all__ = [
     "Snapshot",
     "latest_digest",
     "list_snapshots",
+    "read_record",
     "restore",
+    "restore_newest",
     "restore_or",
     "save",
 ]
@@ -36,18 +43,24 @@ class Snapshot:
     """A restored snapshot.
 
     Args:
+        name: its name, such as "3" (after three epochs) or "3-50" (and fifty batches of the fourth).
         state: the run.
-        history: the reports of all epochs up to it.
+        history: the reports of all epochs up to it, with their digests.
         config: what was recorded as the run's config.
+        environment: what wrote it: versions, processor, number of threads, devices.
+        data: the fingerprint of the data, as it was given to `save`.
 
     Example:
         >>> Snapshot.__slots__
-        ('state', 'history', 'config')
+        ('name', 'state', 'history', 'config', 'environment', 'data')
     """
 
+    name: str
     state: TrainState
     history: tuple[EpochReport, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -56,6 +69,7 @@ def save(
     history: Sequence[EpochReport] = (),
     *,
     config: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
     keep: int | None = 2,
 ) -> Path:
     """Write a snapshot of a run, and remove older ones.
@@ -63,9 +77,12 @@ def save(
     Args:
         directory: the experiment; snapshots go to its sub-folder `checkpoint`, made where needed.
         state: the run.
-        history: the reports of all epochs so far.
+        history: the reports of all epochs so far. Digests that they lack are taken from the snapshots before, and from
+            the state itself.
         config: JSON data to record, e.g. the run's config.
-        keep: how many of the latest snapshots stay, besides that of the best epoch; None keeps all.
+        data: a fingerprint of the data to record.
+        keep: how many of the latest snapshots at an epoch's end stay, besides that of the best epoch and the latest two
+            within the epoch under way; None keeps all.
 
     Returns:
         The snapshot's directory. It appears by one rename, after its bytes are on the disk.
@@ -81,15 +98,18 @@ def save(
     """
     folder = Path(directory) / "checkpoint"
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = state_numbers(state)
+    numbers, leaves = state_numbers(state), state_leaves(state)
+    leaf_digests = {name: leaf_digest(leaf) for name, leaf in leaves.items()}
+    digest = combine_digests(leaf_digests, numbers) if state.batch == 0 else None
     facts = {
         "numbers": numbers,
-        "history": [asdict(report) | {"best": report.best._asdict()} for report in history],
+        "history": history_to_json(fill_digests(history, _earlier_history(directory), state.epoch, digest)),
         "config": dict(config or {}),
+        "data": dict(data or {}),
     }
-    path = folder / _name(state)
-    save_leaves(path, state_leaves(state), facts, numbers=numbers)
-    _remove_old(folder, keep, state)
+    path = folder / snapshot_name(state)
+    save_leaves(path, leaves, facts, numbers=numbers, leaf_digests=leaf_digests)
+    _remove_old(directory, keep, state)
     return path
 
 
@@ -107,7 +127,8 @@ def restore(directory: str | Path, like: TrainState, *, name: str | None = None)
 
     Raises:
         FileNotFoundError: there is no snapshot, or none of that name.
-        SnapshotError: it is damaged, or differs from `like`; the message lists every difference, with both values.
+        DamagedError: it is damaged.
+        SnapshotError: it differs from `like`; the message lists every difference, with both values.
 
     Example:
         >>> import tempfile, torch
@@ -120,7 +141,7 @@ def restore(directory: str | Path, like: TrainState, *, name: str | None = None)
     """
     path = _snapshot_path(directory, name)
     manifest = read_manifest(path)
-    differences = _differences(manifest["leaves"], state_leaves(like))
+    differences = leaf_differences(manifest["leaves"], state_leaves(like))
     fields = numbers_to_fields(manifest["numbers"])
     if fields["key"] != like.key:
         differences.append(f"key: {fields['key']} in the snapshot, {like.key} expected")
@@ -136,12 +157,54 @@ def restore(directory: str | Path, like: TrainState, *, name: str | None = None)
         },
         **fields,
     )
-    history = tuple(_report(report) for report in manifest["history"])
-    return Snapshot(state=state, history=history, config=manifest["config"])
+    return Snapshot(
+        name=path.name,
+        state=state,
+        history=history_from_json(manifest["history"]),
+        config=manifest["config"],
+        environment=manifest["environment"],
+        data=manifest.get("data", {}),
+    )
+
+
+def restore_newest(directory: str | Path, like: TrainState) -> tuple[Snapshot, list[str]]:
+    """Restore the newest snapshot that is not damaged.
+
+    Args:
+        directory: the experiment.
+        like: as for `restore`.
+
+    Returns:
+        The snapshot, and the names of newer ones that are damaged.
+
+    Raises:
+        FileNotFoundError: there is no snapshot.
+        DamagedError: all are damaged; the message names each.
+        SnapshotError: the newest sound one differs from `like`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dwiml_func import init_state, sgd
+        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     _ = save(directory, state.replace(epoch=1))
+        ...     (save(directory, state.replace(epoch=2)) / "manifest.json").unlink()
+        ...     snapshot, damaged = restore_newest(directory, state)
+        ...     snapshot.name, damaged
+        ('1', ['2'])
+    """
+    _snapshot_path(directory, None)
+    problems: dict[str, DamagedError] = {}
+    for name in reversed(list_snapshots(directory)):
+        try:
+            return restore(directory, like, name=name), list(problems)
+        except DamagedError as error:
+            problems[name] = error
+    raise DamagedError(f"Every snapshot is damaged. {' '.join(map(str, problems.values()))}")
 
 
 def restore_or(directory: str | Path, state: TrainState) -> tuple[TrainState, tuple[EpochReport, ...]]:
-    """The latest snapshot of a run, or, where there is none yet, the state that is given.
+    """The newest sound snapshot of a run, or, where there is none yet, the state that is given.
 
     Args:
         directory: the experiment; it need not exist.
@@ -151,7 +214,7 @@ def restore_or(directory: str | Path, state: TrainState) -> tuple[TrainState, tu
         The state to go on from and the reports of the epochs so far.
 
     Raises:
-        SnapshotError: as `restore`.
+        SnapshotError: as `restore_newest`.
 
     Example:
         >>> import torch
@@ -162,7 +225,7 @@ def restore_or(directory: str | Path, state: TrainState) -> tuple[TrainState, tu
     """
     if not list_snapshots(directory):
         return state, ()
-    snapshot = restore(directory, state)
+    snapshot, _ = restore_newest(directory, state)
     return snapshot.state, snapshot.history
 
 
@@ -213,6 +276,44 @@ def latest_digest(directory: str | Path) -> str:
     return combine_digests(leaves, manifest["numbers"])
 
 
+def read_record(directory: str | Path, name: str | None = None) -> dict[str, Any]:
+    """Read what a snapshot says of itself, without its tensors.
+
+    Args:
+        directory: the experiment.
+        name: which snapshot; None takes the newest whose manifest is not damaged.
+
+    Returns:
+        The manifest: `digest`, `numbers`, `history`, `config`, `environment`, `data` and more.
+
+    Raises:
+        FileNotFoundError: there is no snapshot, or none of that name.
+        DamagedError: the manifest is damaged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dwiml_func import init_state, sgd
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     _ = save(directory, init_state(torch.nn.Linear(1, 1), sgd(), seed=0), config={"a": 1})
+        ...     read_record(directory)["config"]
+        {'a': 1}
+    """
+    if name is not None:
+        return read_manifest(_snapshot_path(directory, name))
+    newest = _snapshot_path(directory, None)
+    for name in reversed(list_snapshots(directory)):
+        try:
+            return read_manifest(newest.parent / name)
+        except DamagedError:
+            continue
+    return read_manifest(newest)
+
+
+def snapshot_name(state: TrainState) -> str:
+    """The name of a state's snapshot: epochs done and, within an epoch, batches done."""
+    return f"{state.epoch}-{state.batch}" if state.batch else str(state.epoch)
+
+
 def _snapshot_path(directory: str | Path, name: str | None) -> Path:
     names = list_snapshots(directory)
     folder = Path(directory) / "checkpoint"
@@ -224,41 +325,26 @@ def _snapshot_path(directory: str | Path, name: str | None) -> Path:
     return folder / name
 
 
-def _name(state: TrainState) -> str:
-    return f"{state.epoch}-{state.batch}" if state.batch else str(state.epoch)
-
-
 def _position(name: str) -> tuple[int, int] | None:
-    """Epoch and batch of a snapshot's name; None for a name that `_name` does not give."""
+    """Epoch and batch of a snapshot's name; None for a name that `snapshot_name` does not give."""
     match = re.fullmatch(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?", name)
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
-def _remove_old(folder: Path, keep: int | None, state: TrainState) -> None:
-    names = list_snapshots(folder.parent)
-    if keep is not None:
-        for name in names[: -max(keep, 1)]:
-            if name != str(state.best.epoch):
-                shutil.rmtree(folder / name)
+def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
+    try:
+        return history_from_json(read_record(directory)["history"])
+    except (FileNotFoundError, SnapshotError):
+        return ()
 
 
-def _differences(table: Sequence[Mapping[str, Any]], like: Mapping[str, Tensor]) -> list[str]:
-    saved = {row["name"]: (tuple(row["shape"]), row["dtype"]) for row in table}
-    expected = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in like.items()}
-    lines = []
-    for name in sorted(saved.keys() | expected.keys()):
-        if name not in expected:
-            lines.append(f"{name}: {_describe(saved[name])} in the snapshot, not expected")
-        elif name not in saved:
-            lines.append(f"{name}: not in the snapshot, {_describe(expected[name])} expected")
-        elif saved[name] != expected[name]:
-            lines.append(f"{name}: {_describe(saved[name])} in the snapshot, {_describe(expected[name])} expected")
-    return lines
-
-
-def _describe(leaf: tuple[tuple[int, ...], str]) -> str:
-    return f"{leaf[1].removeprefix('torch.')} {leaf[0]}"
-
-
-def _report(data: Mapping[str, Any]) -> EpochReport:
-    return EpochReport(**{**data, "best": Best(**data["best"])})
+def _remove_old(directory: str | Path, keep: int | None, state: TrainState) -> None:
+    if keep is None:
+        return
+    names = list_snapshots(directory)
+    ends = [name for name in names if "-" not in name]
+    within = [name for name in names if name.startswith(f"{state.epoch}-")] if state.batch else []
+    kept = {*ends[-max(keep, 1) :], str(state.best.epoch), *within[-2:]}
+    for name in names:
+        if name not in kept:
+            shutil.rmtree(Path(directory) / "checkpoint" / name)

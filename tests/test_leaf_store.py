@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dwiml_func import leaf_store
-from dwiml_func.digest import leaf_digest
-from dwiml_func.leaf_store import SnapshotError, load_leaves, read_manifest, save_leaves
+from dwiml_func.digest import combine_digests, leaf_digest
+from dwiml_func.leaf_store import DamagedError, SnapshotError, load_leaves, read_manifest, save_leaves
+from dwiml_func.manifest import manifest_checksum
 
 ODD = {
     "number": torch.tensor(2.5),
@@ -45,6 +45,16 @@ COLLIDING = ("a", "a.b", "a/b", "a/b/c", "a%2Fb", "a%2Eb", "a%", ".", "..", "/",
 """Names that orbax or a file system may take for one another, or for a structure."""
 
 
+NUMBERS = {
+    "key": {"seed": 1, "path": []},
+    "step": 7,
+    "epoch": 3,
+    "batch": 0,
+    "sums": {},
+    "best": {"value": 0.5, "epoch": 2, "num_bad_epochs": 1},
+}
+
+
 def same(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> bool:
     return list(loaded) == list(saved) and all(
         loaded[name].dtype == leaf.dtype
@@ -55,16 +65,18 @@ def same(loaded: dict[str, Tensor], saved: dict[str, Tensor]) -> bool:
 
 
 def edit_manifest(path: Path, edit: Callable[[dict], object], name: str = "manifest.json") -> None:
-    """Change a manifest as one who means it: with the right checksum."""
+    """Change a manifest as one who means it: with the right digest and checksum."""
     manifest = read_manifest(path, name)
     edit(manifest)
-    (path / name).write_text(json.dumps(manifest | {"checksum": leaf_store._checksum(manifest)}))
+    digests = {row["name"]: row["sha256"] for row in manifest["leaves"]}
+    manifest["digest"] = combine_digests(digests, manifest.get("numbers", {}))
+    (path / name).write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store") / "leaves_of_a_run"
-    save_leaves(path, {"weight": torch.arange(1000.0), "bias": torch.zeros(3)}, {"epoch": 3}, numbers={"step": 7})
+    save_leaves(path, {"weight": torch.arange(1000.0), "bias": torch.zeros(3)}, {"epoch": 3}, numbers=NUMBERS)
     return path
 
 
@@ -123,8 +135,8 @@ def test_the_manifest_tells_what_is_stored(saved):
 
 def test_the_digest_is_of_leaves_and_numbers_not_of_facts(saved, tmp_path):
     leaves = {"bias": torch.zeros(3), "weight": torch.arange(1000.0)}
-    save_leaves(tmp_path / "same", leaves, {"epoch": 4, "more": None}, numbers={"step": 7})
-    save_leaves(tmp_path / "other", leaves, {"epoch": 3}, numbers={"step": 8})
+    save_leaves(tmp_path / "same", leaves, {"epoch": 4, "more": None}, numbers=NUMBERS)
+    save_leaves(tmp_path / "other", leaves, {"epoch": 3}, numbers=NUMBERS | {"step": 8})
     digests = [read_manifest(path)["digest"] for path in (saved, tmp_path / "same", tmp_path / "other")]
     assert digests[0] == digests[1] != digests[2]
 
@@ -140,7 +152,7 @@ def test_a_flipped_bit_in_any_file_is_noticed(damaged, capfd):
         for place in sorted({0, len(content) // 3, len(content) // 2, len(content) - 1} if content else ()):
             for mask in (1, 0x20):
                 file.write_bytes(content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :])
-                with pytest.raises(SnapshotError) as raised:
+                with pytest.raises(DamagedError) as raised:
                     load_leaves(damaged)
                 assert str(damaged) in str(raised.value)
                 assert "\n" not in str(raised.value)
@@ -154,14 +166,14 @@ def test_a_truncated_or_deleted_file_is_noticed(damaged, capfd):
         name, content = file.relative_to(damaged).as_posix(), file.read_bytes()
         for length in {0, len(content) // 2, len(content) - 1} if content else ():
             file.write_bytes(content[:length])
-            with pytest.raises(SnapshotError, match=r"damaged.*" + name.replace(".", r"\.")):
+            with pytest.raises(DamagedError, match=r"damaged.*" + name.replace(".", r"\.")):
                 load_leaves(damaged)
         file.unlink()
-        with pytest.raises((SnapshotError, FileNotFoundError), match=name):
+        with pytest.raises(DamagedError, match=name):
             load_leaves(damaged)
         file.write_bytes(content)
     shutil.rmtree(damaged / "leaves")
-    with pytest.raises(SnapshotError, match="has no file leaves/"):
+    with pytest.raises(DamagedError, match="has no file leaves/"):
         load_leaves(damaged)
     assert capfd.readouterr().err == ""
 
@@ -170,7 +182,7 @@ def test_files_of_another_store_are_noticed(damaged, tmp_path):
     save_leaves(tmp_path / "other", {"weight": torch.ones(1000), "bias": torch.zeros(3)}, {"epoch": 3})
     shutil.rmtree(damaged / "leaves")
     shutil.copytree(tmp_path / "other" / "leaves", damaged / "leaves")
-    with pytest.raises(SnapshotError, match="damaged"):
+    with pytest.raises(DamagedError, match="damaged"):
         load_leaves(damaged)
 
 
@@ -178,13 +190,13 @@ def test_files_of_another_store_are_noticed(damaged, tmp_path):
 def test_what_orbax_gives_is_checked_against_the_table(damaged, field):
     wrong = {"shape": [1000, 1], "dtype": "torch.int32", "sha256": "0" * 64}
     edit_manifest(damaged, lambda manifest: manifest["leaves"][0].update({field: wrong[field]}))
-    with pytest.raises(SnapshotError, match="weight does not have the bytes that were saved"):
+    with pytest.raises(DamagedError, match="weight does not have the bytes that were saved"):
         load_leaves(damaged)
 
 
 def test_a_leaf_that_orbax_does_not_have_is_an_error(damaged):
     edit_manifest(damaged, lambda manifest: manifest["leaves"][0].update(name="wait"))
-    with pytest.raises(SnapshotError, match="cannot be read by orbax-checkpoint"):
+    with pytest.raises(DamagedError, match="cannot be read by orbax-checkpoint"):
         load_leaves(damaged)
 
 
@@ -222,11 +234,13 @@ def test_a_changed_fact_is_noticed(damaged):
     assert read_manifest(damaged)["epoch"] == 3
 
 
-def test_a_missing_manifest_is_a_missing_store(tmp_path):
+def test_a_directory_without_its_manifest_is_damaged_and_a_missing_one_is_missing(tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path, tmp_path / "nothing", tmp_path / "file"):
+    for path in (tmp_path / "nothing", tmp_path / "file"):
         with pytest.raises(FileNotFoundError, match=r"No model\.json in "):
             read_manifest(path, "model.json")
+    with pytest.raises(DamagedError, match=r"damaged: it has no model\.json"):
+        read_manifest(tmp_path, "model.json")
 
 
 def test_a_store_replaces_an_older_one(damaged):
@@ -235,7 +249,9 @@ def test_a_store_replaces_an_older_one(damaged):
     assert len(list(damaged.parent.iterdir())) == 1
 
 
-@pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.write_text", "dwiml_func.leaf_store._file_digest"])
+@pytest.mark.parametrize(
+    "broken", ["os.fsync", "os.posix_fallocate", "pathlib.Path.write_text", "dwiml_func.leaf_store._file_digest"]
+)
 def test_a_write_that_fails_leaves_what_was_there(saved, damaged, monkeypatch, broken):
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")

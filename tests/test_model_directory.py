@@ -17,7 +17,8 @@ from dwiml_func.config import ModelConfig
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.hdf5 import open_dataset
-from dwiml_func.leaf_store import SnapshotError, _checksum, read_manifest
+from dwiml_func.leaf_store import SnapshotError, read_manifest
+from dwiml_func.manifest import manifest_checksum
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.models.model_directory import build_model, load_model, save_model
 
@@ -112,7 +113,7 @@ def test_a_damaged_model_is_refused(saved):
 
 def test_a_model_of_another_class_is_refused(saved):
     manifest = read_manifest(saved, "model.json") | {"class": "Transformer"}
-    (saved / "model.json").write_text(json.dumps(manifest | {"checksum": _checksum(manifest)}))
+    (saved / "model.json").write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
     with pytest.raises(ValueError, match="class 'Transformer'; expected 'Learn2Track'"):
         load_model(saved)
 

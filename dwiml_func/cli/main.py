@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
 
+from dwiml_func.interruption import TrainingStopped
 from dwiml_func.step import NonFiniteError
 
 __all__ = ["main", "resume_training_from_checkpoint"]
@@ -17,6 +19,9 @@ COMMANDS = {
     "create-hdf5": "Make an HDF5 dataset of NIfTI files and tractograms.",
     "info": "Print what an HDF5 dataset holds, and what is wrong with it.",
     "digest": "Print the SHA-256 of an experiment's latest training state.",
+    "verify": "Train an epoch of an experiment again, and compare it with the record bit for bit.",
+    "diff": "Tell what differs between two experiments, and from which epoch on.",
+    "fork": "Begin a new experiment from a snapshot of another one, with other options.",
 }
 
 
@@ -27,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes `sys.argv`.
 
     Returns:
-        The exit code: 0 when all went well, 1 when training broke off, 2 when the command could not start, 130 after
-        Ctrl-C.
+        The exit code: 0 when all went well; 1 when training broke off, or a comparison found a difference; 2 when the
+        command could not start; 130 after Ctrl-C and 143 after SIGTERM, with the run saved.
 
     Example:
         >>> main(["no-such-command"])
@@ -50,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     program = f"dwiml-func {command}"
     try:
         return module.run(arguments[1:], program)
+    except TrainingStopped as stopped:
+        return _fail(_stopped(stopped, program), stopped.exit_code)
     except NonFiniteError as error:
         return _fail(f"{program}: {error}", 1)
     except (ValueError, OSError) as error:
@@ -86,6 +93,12 @@ def _help() -> str:
             "Example: dwiml-func train experiments first_run",
         ]
     )
+
+
+def _stopped(stopped: TrainingStopped, program: str) -> str:
+    place = shlex.join([str(stopped.directory.parent), stopped.directory.name])
+    saved = "before its first batch" if stopped.name is None else f"and saved as snapshot {stopped.name}"
+    return f"{program}: stopped by {stopped.signal.name} {saved}. To go on: dwiml-func resume {place}"
 
 
 def _fail(message: str, code: int) -> int:

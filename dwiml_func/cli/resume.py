@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.train import train_with_progress
-from dwiml_func.experiment import experiment_directory, resume_experiment
+from dwiml_func.experiment import experiment_directory, read_config
+from dwiml_func.lock import experiment_lock
+from dwiml_func.resumption import resume_experiment
 
 __all__ = ["ResumeOptions", "run"]
 
@@ -32,6 +34,12 @@ class ResumeOptions:
     """Replaces the patience."""
     hdf5_file: str | None = None
     """Replaces the dataset's path, for a dataset that has moved."""
+    processes: int | None = None
+    """Replaces the number of processes that load batches. The results are the same."""
+    checkpoint_every: str | None = None
+    """Replaces how often snapshots are saved. The results are the same."""
+    keep: int | Literal["all"] | None = None
+    """Replaces how many snapshots at an epoch's end are kept."""
 
 
 def run(arguments: Sequence[str], program: str) -> int:
@@ -52,11 +60,16 @@ def run(arguments: Sequence[str], program: str) -> int:
     """
     options = parse(ResumeOptions, arguments, program)
     directory = experiment_directory(options.experiments_path, options.experiment_name)
-    setup, state, history = resume_experiment(
-        directory,
-        new_max_epochs=options.new_max_epochs,
-        new_patience=options.new_patience,
-        hdf5_file=options.hdf5_file,
-    )
-    train_with_progress(directory, setup, state, history)
+    read_config(directory)  # before the lock makes a file there
+    with experiment_lock(directory):
+        setup, state, history = resume_experiment(
+            directory,
+            new_max_epochs=options.new_max_epochs,
+            new_patience=options.new_patience,
+            hdf5_file=options.hdf5_file,
+            processes=options.processes,
+            checkpoint_every=options.checkpoint_every,
+            keep=options.keep,
+        )
+        train_with_progress(directory, setup, state, history)
     return 0

@@ -11,12 +11,16 @@ from typing import Annotated
 
 import tyro
 
+from dwiml_func.atomic import remove_leftovers
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.summary import print_summary
-from dwiml_func.config import BatchConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig
-from dwiml_func.experiment import check_new_experiment, create_experiment, run_experiment
+from dwiml_func.config import BatchConfig, DataConfig, ModelConfig, RunConfig, SnapshotConfig, TrainingConfig
+from dwiml_func.experiment import check_new_experiment, create_experiment
+from dwiml_func.interruption import stop_on_signals
+from dwiml_func.lock import experiment_lock
 from dwiml_func.loop import EpochReport
 from dwiml_func.state import TrainState
+from dwiml_func.training_run import run_experiment
 from dwiml_func.wiring import Setup, prepare
 from dwiml_func.writers.progress import Progress
 
@@ -51,6 +55,7 @@ class TrainOptions:
     model: ModelConfig = field(default_factory=ModelConfig)
     batches: BatchConfig = field(default_factory=BatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
 
 
 def run(arguments: Sequence[str], program: str) -> int:
@@ -77,17 +82,22 @@ def run(arguments: Sequence[str], program: str) -> int:
             TrainOptions, [*EXAMPLE_OPTIONS, *arguments], program
         )  # of an option given twice the last counts
         print(f"Example data, with {shlex.join(EXAMPLE_OPTIONS)} unless given otherwise", flush=True)
-        hdf5_file = _example_data(Path(options.experiments_path))
+        with experiment_lock(options.experiments_path, wait=True):
+            hdf5_file = _example_data(Path(options.experiments_path))
     config = RunConfig(
         hdf5_file=str(Path(hdf5_file).absolute()),
         data=options.data,
         batches=options.batches,
         model=options.model,
         training=options.training,
+        snapshots=options.snapshots,
     )
     setup = prepare(config)
-    directory = create_experiment(options.experiments_path, options.experiment_name, config)
-    train_with_progress(directory, setup, setup.state, ())
+    with experiment_lock(options.experiments_path, wait=True):
+        remove_leftovers(options.experiments_path)
+        directory = create_experiment(options.experiments_path, options.experiment_name, config)
+    with experiment_lock(directory):
+        train_with_progress(directory, setup, setup.state, ())
     return 0
 
 
@@ -100,6 +110,9 @@ def train_with_progress(directory: Path, setup: Setup, state: TrainState, histor
         state: where to go on from.
         history: the reports so far.
 
+    Raises:
+        TrainingStopped: a signal asked for it; the run is saved up to the last batch.
+
     Example:
         >>> train_with_progress(directory, setup, setup.state, ())  # doctest: +SKIP
     """
@@ -110,9 +123,13 @@ def train_with_progress(directory: Path, setup: Setup, state: TrainState, histor
         valid=progress.track(setup.valid, "validation") if setup.valid else None,
     )
     _print_start(directory, setup, state)
-    for report in run_experiment(directory, tracked, state=state, history=history, on_batch=progress.on_batch):
-        progress.report(report)
-        history = (*history, report)
+    with stop_on_signals() as stop:
+        reports = run_experiment(
+            directory, tracked, state=state, history=history, on_batch=progress.on_batch, stop=stop
+        )
+        for report in reports:
+            progress.report(report)
+            history = (*history, report)
     print_summary(directory, setup, history)
 
 

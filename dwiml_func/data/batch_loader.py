@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.context
+import signal
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -241,6 +242,7 @@ def epoch_batches(
         # iter() draws a seed for the workers, from torch's global generator unless it is given one. Nothing here
         # draws from the workers' generators.
         generator=torch.Generator(),
+        worker_init_fn=_ignore_signals,
     )
 
 
@@ -259,6 +261,12 @@ class _EpochRequests(Dataset[Any]):  # torch types a loader by its dataset, not 
     def __getitem__(self, position: int) -> BatchRequest:
         batch = self.start_batch + position
         return BatchRequest(self.plan[batch], self.key, self.epoch, batch)
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C, and SIGTERM to a whole job, reach the workers too; the training process decides when they end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _warn_of_large_noise(dataset: StreamlineDataset, spec: LoaderSpec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 import torch
 
 from dwiml_func.config import ModelConfig
+from dwiml_func.config_checks import require, shown
+from dwiml_func.digest import leaf_differences
 from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
+from dwiml_func.manifest import DamagedError, first_problem
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import TrainState
@@ -84,7 +88,8 @@ def load_model(path: str | Path) -> LoadedModel:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, or no model directory.
+        DamagedError: it is damaged.
+        ValueError: it holds another class of model.
 
     Example:
         >>> load_model("/no/such/model")
@@ -93,11 +98,26 @@ def load_model(path: str | Path) -> LoadedModel:
         FileNotFoundError: No model.json in /no/such/model.
     """
     path = Path(path)
-    facts = read_manifest(path, MANIFEST)
-    if facts.get("class") != "Learn2Track":
-        raise ValueError(f"{path} holds a model of class {facts.get('class')!r}; expected 'Learn2Track'.")
-    options = {**facts["options"], "rnn_layer_sizes": tuple(facts["options"]["rnn_layer_sizes"])}
+    if not (path / MANIFEST).is_file():
+        raise FileNotFoundError(f"No {MANIFEST} in {path}.")
+    facts = read_manifest(path, MANIFEST, needs=("class", "options", "nb_features"))
+    if facts["class"] != "Learn2Track":
+        raise ValueError(f"{path} holds a model of class {shown(facts['class'])}; expected 'Learn2Track'.")
+    import pydantic
+
+    try:
+        config = pydantic.TypeAdapter(ModelConfig).validate_json(json.dumps(facts["options"]))
+        require("nb_features", facts["nb_features"], at_least=1)
+        with torch_rng(Key(0)), torch.device("meta"):  # sizes alone: whatever the options say, this takes no memory
+            expected = build_model(config, nb_features=facts["nb_features"]).state_dict()
+    except (ValueError, TypeError) as error:
+        raise DamagedError(
+            f"{path} is damaged: {MANIFEST} has no options of a model ({first_problem(error)})."
+        ) from None
+    if differences := leaf_differences(facts["leaves"], expected):
+        raise DamagedError(f"{path} is damaged: its tensors are not those of its options: {'; '.join(differences)}.")
+    leaves = load_leaves(path, facts)
     with torch_rng(Key(0)):  # the draws are overwritten; the caller's generator must not move
-        module = build_model(ModelConfig(**options), nb_features=facts["nb_features"])
-    module.load_state_dict(load_leaves(path, facts))
+        module = build_model(config, nb_features=facts["nb_features"])
+    module.load_state_dict(leaves)
     return LoadedModel(module=module.eval(), facts=facts)

@@ -1,0 +1,69 @@
+"""An experiment's `best_model/`: written at each best epoch, and made whole again after a crash."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from dwiml_func.leaf_store import SnapshotError, load_leaves, read_manifest
+from dwiml_func.models.model_directory import MANIFEST, save_model
+from dwiml_func.snapshot import restore
+from dwiml_func.state import TrainState
+from dwiml_func.wiring import Setup
+
+__all__ = ["mend_best_model", "save_best_model"]
+
+
+def save_best_model(directory: Path, setup: Setup, state: TrainState) -> None:
+    """Write the model of a best epoch.
+
+    Args:
+        directory: the experiment.
+        setup: its parts.
+        state: the run after that epoch.
+
+    Example:
+        >>> save_best_model(directory, setup, state)  # doctest: +SKIP
+    """
+    data = setup.config.data
+    facts = {"interpolation": data.interpolation, "loss": state.best.value}
+    for option in ("neighborhood_type", "neighborhood_radius", "neighborhood_resolution"):
+        facts[option] = getattr(data, option)
+    save_model(directory / "best_model", state, setup.config.model, nb_features=setup.nb_features, facts=facts)
+
+
+def mend_best_model(directory: Path, setup: Setup, state: TrainState) -> None:
+    """Write the best model again from its snapshot where a crash came between the two, or where it is damaged.
+
+    Args:
+        directory: the experiment.
+        setup: its parts.
+        state: the run, whose best epoch counts.
+
+    Example:
+        >>> mend_best_model(directory, setup, state)  # doctest: +SKIP
+    """
+    best, path = state.best.epoch, directory / "best_model"
+    if best is None or _epoch_written(path) == best:
+        return
+    try:
+        best_state = restore(directory, setup.state, name=str(best)).state
+    except (FileNotFoundError, SnapshotError) as error:
+        logging.getLogger(__name__).warning(
+            "%s is not the model of the best epoch, %d, and cannot be written again: %s The next better epoch will.",
+            path,
+            best,
+            error,
+        )
+        return
+    save_best_model(directory, setup, best_state)
+
+
+def _epoch_written(path: Path) -> int | None:
+    """The epoch whose model stands there, whole."""
+    try:
+        facts = read_manifest(path, MANIFEST)
+        load_leaves(path, facts)
+    except (FileNotFoundError, SnapshotError):
+        return None
+    return facts.get("epoch")

@@ -1,0 +1,94 @@
+"""Stopping a run at a batch's end when a signal asks for it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+__all__ = ["StopRequest", "TrainingStopped", "stop_on_signals"]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(slots=True)
+class StopRequest:
+    """Whether a run should stop.
+
+    Args:
+        signal: the signal that asked for it; None while nothing did.
+
+    Example:
+        >>> StopRequest().signal is None
+        True
+    """
+
+    signal: signal.Signals | None = None
+
+
+class TrainingStopped(Exception):
+    """A run stopped because it was asked to; its state is saved.
+
+    Args:
+        signal: the signal that asked for it.
+        directory: the experiment.
+        name: the name of the newest snapshot; None when there is none.
+
+    Example:
+        >>> TrainingStopped(signal.SIGTERM, Path("experiments/a"), "3-17").exit_code
+        143
+    """
+
+    def __init__(self, signal: signal.Signals, directory: Path, name: str | None) -> None:
+        super().__init__(f"stopped by {signal.name}")
+        self.signal = signal
+        self.directory = directory
+        self.name = name
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of a program that a signal ended: 128 and the signal's number."""
+        return 128 + self.signal
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGINT (Ctrl-C) or SIGTERM within the block into a request; a second one acts as usual.
+
+    Yields:
+        The request, to look at after each batch. Outside the main thread, where Python cannot handle signals, it stays
+        empty.
+
+    Example:
+        >>> with stop_on_signals() as stop:
+        ...     signal.raise_signal(signal.SIGINT)
+        ...     stop.signal.name
+        'SIGINT'
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, _: FrameType | None) -> None:
+        restore()
+        request.signal = signal.Signals(number)
+        # Not print: the signal may have come while standard error was being written to.
+        os.write(2, b"\nStopping after the batch under way, to save it. Once more stops at once.\n")
+
+    for number in _SIGNALS:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        restore()

@@ -1,0 +1,150 @@
+"""Going on with an experiment from its newest sound snapshot."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dwiml_func.atomic import atomic_write, remove_leftovers
+from dwiml_func.best_model import mend_best_model
+from dwiml_func.config import RunConfig, TrainingConfig
+from dwiml_func.data.fingerprint import same_file
+from dwiml_func.experiment import read_config
+from dwiml_func.loop import EpochReport
+from dwiml_func.snapshot import Snapshot, list_snapshots, restore_newest
+from dwiml_func.state import TrainState
+from dwiml_func.wiring import Setup, prepare
+from dwiml_func.writers.npy import write_npy
+
+__all__ = ["refuse_to_continue", "resume_experiment"]
+
+_log = logging.getLogger(__name__)
+
+
+def resume_experiment(
+    directory: Path,
+    *,
+    new_max_epochs: int | None = None,
+    new_patience: int | None = None,
+    hdf5_file: str | None = None,
+    processes: int | None = None,
+    checkpoint_every: str | None = None,
+    keep: int | str | None = None,
+) -> tuple[Setup, TrainState, tuple[EpochReport, ...]]:
+    """Make ready to go on with an experiment, from its newest sound snapshot or, where there is none, from the start.
+
+    Removes what a crash left behind, writes logs and best model again where it came between them, and sets damaged
+    snapshots aside, as `checkpoint/<name>.damaged`. Hold the experiment's lock, see `dwiml_func.lock`.
+
+    Args:
+        directory: the experiment.
+        new_max_epochs: replaces the number of epochs.
+        new_patience: replaces the patience.
+        hdf5_file: replaces the dataset's path, for data that has moved.
+        processes: replaces the number of processes that load batches.
+        checkpoint_every: replaces how often snapshots are saved.
+        keep: replaces how many snapshots are kept.
+
+    Returns:
+        The parts, the state and the history for `run_experiment`.
+
+    Raises:
+        FileNotFoundError: there is no such experiment, or no dataset.
+        ValueError: the run had ended, and would end again at once; or something on disk does not fit; or the dataset is
+            not the one that the run was trained on.
+
+    Example:
+        >>> setup, state, history = resume_experiment(directory, new_max_epochs=20)  # doctest: +SKIP
+    """
+    config = read_config(directory)
+    changed = replace(
+        config,
+        hdf5_file=str(Path(hdf5_file).absolute()) if hdf5_file else config.hdf5_file,
+        training=_changed(config.training, max_epochs=new_max_epochs, patience=new_patience),
+        batches=_changed(config.batches, processes=processes),
+        snapshots=_changed(config.snapshots, checkpoint_every=checkpoint_every, keep=keep),
+    )
+    setup = prepare(changed)
+    state, history, damaged = setup.state, (), []
+    if list_snapshots(directory):
+        snapshot, damaged = restore_newest(directory, setup.state)
+        _refuse_other_data(snapshot, changed)
+        state, history = snapshot.state, snapshot.history
+        for name in damaged:
+            _log.warning("Snapshot %s is damaged; going on from %s.", directory / "checkpoint" / name, snapshot.name)
+        refuse_to_continue(state, config.training, new_max_epochs=new_max_epochs, new_patience=new_patience)
+    for folder in (directory, directory / "checkpoint", directory / "logs"):
+        remove_leftovers(folder)
+    for name in damaged:
+        _set_aside(directory / "checkpoint" / name)
+    if changed != config:
+        atomic_write(directory / "config.json", changed.to_json())
+    if history:
+        mend_best_model(directory, setup, state)
+        _write_logs(directory, history)
+    return setup, state, history
+
+
+def refuse_to_continue(
+    state: TrainState, training: TrainingConfig, *, new_max_epochs: int | None, new_patience: int | None
+) -> None:
+    """Refuse to go on with a run that had ended and would end again at once.
+
+    Args:
+        state: the run.
+        training: its config before the new values.
+        new_max_epochs: a new number of epochs, or None.
+        new_patience: a new patience, or None.
+
+    Raises:
+        ValueError: early stopping or the number of epochs ended the run, and still would.
+    """
+    bad, done = state.best.num_bad_epochs, state.epoch
+    if new_patience is None and training.patience is not None and bad >= training.patience:
+        raise ValueError(
+            f"This run was stopped early: patience {training.patience} was reached after epoch {done}, with {bad} "
+            f"epochs in a row without improvement. To go on, give --new-patience of at least {bad + 1}."
+        )
+    if new_patience is not None and bad >= new_patience:
+        raise ValueError(
+            f"This run has had {bad} epochs in a row without improvement after epoch {done}, so a new patience of "
+            f"{new_patience} would stop it at once. Give --new-patience of at least {bad + 1}."
+        )
+    if new_max_epochs is None and done >= training.max_epochs:
+        raise ValueError(
+            f"This run has done all of its {training.max_epochs} epochs. "
+            f"To go on, give --new-max-epochs of at least {done + 1}."
+        )
+    if new_max_epochs is not None and done >= new_max_epochs:
+        raise ValueError(
+            f"This run has done {done} epochs already, so a new maximum of {new_max_epochs} would stop it at once. "
+            f"Give --new-max-epochs of at least {done + 1}."
+        )
+
+
+def _changed(part: Any, **values: Any) -> Any:
+    return replace(part, **{name: value for name, value in values.items() if value is not None})
+
+
+def _refuse_other_data(snapshot: Snapshot, config: RunConfig) -> None:
+    if snapshot.data and not same_file(snapshot.data, config.hdf5_file):
+        raise ValueError(
+            f"{config.hdf5_file} is not the dataset that this run was trained on: its bytes differ. Expected the same "
+            f"data, so that the run goes on to the same bits. To train on other data, use dwiml-func fork."
+        )
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def _write_logs(directory: Path, history: tuple[EpochReport, ...]) -> None:
+    try:
+        write_npy(directory, history)
+    except OSError as error:
+        _log.warning("Logs of %s were not written: %s. Training goes on.", directory, error)

@@ -1,0 +1,146 @@
+"""Saving snapshots in a thread of its own, while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from dwiml_func.loop import EpochReport
+from dwiml_func.snapshot import save
+from dwiml_func.state import TrainState, refuse_donated
+
+__all__ = ["Saver", "copy_to_host"]
+
+
+class Saver:
+    """Saves snapshots of a run in the background, one after the other.
+
+    The training thread waits only while the state is copied, so a later step may reuse the state's memory. An error of
+    a save is raised by the next call, and at the end.
+
+    Args:
+        directory: the experiment.
+        config: JSON data to record, e.g. the run's config.
+        data: gives the fingerprint of the data to record; called in the background.
+        keep: as for `dwiml_func.snapshot.save`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dwiml_func import init_state, sgd
+        >>> from dwiml_func.snapshot import list_snapshots
+        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     with Saver(directory) as saver:
+        ...         saver.save(state)
+        ...     list_snapshots(directory)
+        ['0']
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        config: Mapping[str, Any] | None = None,
+        data: Callable[[], Mapping[str, Any]] | None = None,
+        keep: int | None = 2,
+    ) -> None:
+        self._directory = directory
+        self._config = config
+        self._data = data
+        self._keep = keep
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(
+        self,
+        state: TrainState,
+        history: Sequence[EpochReport] = (),
+        *,
+        then: Callable[[TrainState], None] | None = None,
+    ) -> None:
+        """Copy a state, and begin to save it. Waits for the save before, if that is still under way.
+
+        Args:
+            state: the run. It may be donated to a step afterwards.
+            history: the reports of all epochs so far.
+            then: called in the background with the copy, once the snapshot is on the disk.
+
+        Raises:
+            OSError, ValueError: an earlier save failed.
+        """
+        self.wait()
+        copied, reports = copy_to_host(state), tuple(history)
+
+        def work() -> None:
+            try:
+                data = self._data() if self._data else None
+                save(self._directory, copied, reports, config=self._config, data=data, keep=self._keep)
+                if then is not None:
+                    then(copied)
+            except BaseException as error:
+                self._error = error
+
+        # A daemon: a second Ctrl-C must not wait for it, and a save that was cut off leaves no snapshot behind.
+        self._thread = threading.Thread(target=work, name="saver", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being saved.
+
+        Raises:
+            OSError, ValueError: a save failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            return
+        try:
+            self.wait()
+        except BaseException as failure:
+            if error is None or kind is GeneratorExit:
+                raise
+            error.add_note(f"Besides, the last snapshot could not be saved: {failure}")
+
+
+def copy_to_host(state: TrainState) -> TrainState:
+    """Copy every tensor of a state into new memory on the CPU.
+
+    Args:
+        state: the run.
+
+    Returns:
+        A state that shares no memory with it.
+
+    Raises:
+        RuntimeError: the state was donated to a step.
+
+    Example:
+        >>> import torch
+        >>> from dwiml_func import init_state, sgd
+        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
+        >>> copy_to_host(state).params["weight"].data_ptr() == state.params["weight"].data_ptr()
+        False
+    """
+    refuse_donated(state)
+    return state.replace(
+        params={name: tensor.detach().to("cpu", copy=True) for name, tensor in state.params.items()},
+        buffers={name: tensor.detach().to("cpu", copy=True) for name, tensor in state.buffers.items()},
+        opt_state={
+            kind: {name: tensor.to("cpu", copy=True) for name, tensor in moments.items()}
+            for kind, moments in state.opt_state.items()
+        },
+    )

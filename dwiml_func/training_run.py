@@ -1,0 +1,211 @@
+"""A run in its experiment's directory: the loop, with snapshots, the best model and logs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dwiml_func.best_model import save_best_model
+from dwiml_func.data.fingerprint import FingerprintInBackground
+from dwiml_func.interruption import StopRequest, TrainingStopped
+from dwiml_func.loop import EpochReport, train_and_validate
+from dwiml_func.metrics import Metrics
+from dwiml_func.rng import Key
+from dwiml_func.saver import Saver
+from dwiml_func.schedule import per_epoch
+from dwiml_func.snapshot import list_snapshots, snapshot_name
+from dwiml_func.state import TrainState
+from dwiml_func.wiring import Setup
+from dwiml_func.writers.npy import write_npy
+from dwiml_func.writers.parameters import write_parameters
+
+__all__ = ["LogWriter", "run_experiment"]
+
+LogWriter = Callable[[Path, Sequence[EpochReport]], None]
+"""`write(directory, history)`: writes logs of an experiment from the reports of all epochs so far."""
+
+
+def run_experiment(
+    directory: Path,
+    setup: Setup,
+    *,
+    state: TrainState | None = None,
+    history: Sequence[EpochReport] = (),
+    on_batch: Callable[[TrainState, Metrics], None] | None = None,
+    writers: Sequence[LogWriter] = (write_npy,),
+    stop: StopRequest | None = None,
+) -> Iterator[EpochReport]:
+    """Train; save snapshots as the config says and, with each that ends an epoch, the best model and the logs.
+
+    Snapshots, best model and logs are written in the background, in this order, so that a crash leaves none of them
+    ahead of the snapshot. Sets torch's number of threads. Hold the experiment's lock, see `dwiml_func.lock`.
+
+    Args:
+        directory: the experiment.
+        setup: its parts.
+        state: where to go on from; None starts at the beginning.
+        history: the reports of the epochs before `state`.
+        on_batch: called after each training batch, e.g. by a progress bar.
+        writers: what writes the logs. One that fails is warned of once, and cannot stop the training.
+        stop: looked at after each batch; see `dwiml_func.interruption.stop_on_signals`.
+
+    Yields:
+        Each epoch's report. After the last, everything is on disk.
+
+    Raises:
+        TrainingStopped: `stop` asked for it; the run is saved up to the last batch.
+        NonFiniteError: a loss or gradient was not finite; the last snapshot stands.
+        OSError: a snapshot could not be saved; the one before stands.
+
+    Example:
+        >>> for report in run_experiment(directory, prepare(config)):  # doctest: +SKIP
+        ...     print(report.epoch, report.monitored_loss)
+    """
+    config = setup.config
+    _set_num_threads(config.training.num_threads)
+    write_parameters(directory, config, nb_features=setup.nb_features, now=datetime.now())
+    stop = StopRequest() if stop is None else stop
+    keep = None if config.snapshots.keep == "all" else config.snapshots.keep
+    fingerprint = FingerprintInBackground(config.hdf5_file)
+    with Saver(directory, config=config.to_dict(), data=fingerprint.result, keep=keep) as saver:
+        run = _Run(directory, setup, saver, tuple(history), stop, on_batch, _Quiet(writers))
+        try:
+            yield from run.epochs(setup.state if state is None else state)
+        except Exception:
+            if stop.signal is None:
+                raise
+            # Not only `_Stop`: a signal to the whole process group may have ended a loader's workers too.
+            name = run.save_position()
+            saver.wait()
+            names = list_snapshots(directory)
+            raise TrainingStopped(stop.signal, directory, name or (names[-1] if names else None)) from None
+
+
+class _Stop(Exception):
+    """Leaves the loop; it is no error."""
+
+
+class _Run:
+    """The position of a run between its loop and its saver."""
+
+    def __init__(
+        self,
+        directory: Path,
+        setup: Setup,
+        saver: Saver,
+        history: tuple[EpochReport, ...],
+        stop: StopRequest,
+        on_batch: Callable[[TrainState, Metrics], None] | None,
+        write: LogWriter,
+    ) -> None:
+        self._directory = directory
+        self._setup = setup
+        self._saver = saver
+        self._history = history
+        self._stop = stop
+        self._on_batch = on_batch
+        self._write = write
+        self._cadence = setup.config.snapshots.cadence
+        self._unsaved: TrainState | None = None  # the state after the last batch, where no snapshot has it
+        self._saved_at = time.monotonic()
+
+    def epochs(self, state: TrainState) -> Iterator[EpochReport]:
+        setup, training = self._setup, self._setup.config.training
+        epochs = train_and_validate(
+            state,
+            train=setup.train,
+            step=setup.step,
+            valid=None if setup.valid is None else self._stoppable(setup.valid),
+            eval_step=setup.eval_step if setup.valid else None,
+            learning_rate=per_epoch(training.learning_rates),
+            max_epochs=training.max_epochs,
+            patience=training.patience,
+            patience_delta=training.patience_delta,
+            on_batch=self._after_batch,
+        )
+        for state, report in epochs:
+            self._history = (*self._history, report)
+            stopping = self._stop.signal is not None and report.stop is None
+            if self._cadence.due_after_epoch(report.epoch) or report.is_best or report.stop or stopping:
+                self._save(state, then=self._after_save(report, self._history))
+            else:
+                self._unsaved = state
+            yield report
+            if stopping:
+                raise _Stop
+
+    def save_position(self) -> str | None:
+        """Save the state after the last batch, unless it is saved already; returns the snapshot's name."""
+        state = self._unsaved
+        if state is None:
+            return None
+        self._save(state)
+        return snapshot_name(state)
+
+    def _after_batch(self, state: TrainState, metrics: Metrics) -> None:
+        self._unsaved = state
+        if self._on_batch is not None:
+            self._on_batch(state, metrics)
+        if self._stop.signal is not None:
+            raise _Stop
+        if self._cadence.due_within_epoch(batch=state.batch, seconds=time.monotonic() - self._saved_at):
+            self._save(state)
+
+    def _save(self, state: TrainState, then: Callable[[TrainState], None] | None = None) -> None:
+        self._saver.save(state, self._history, then=then)
+        self._unsaved = None
+        self._saved_at = time.monotonic()
+
+    def _after_save(self, report: EpochReport, history: Sequence[EpochReport]) -> Callable[[TrainState], None]:
+        def then(state: TrainState) -> None:
+            if report.is_best:
+                save_best_model(self._directory, self._setup, state)
+            self._write(self._directory, history)
+
+        return then
+
+    def _stoppable(self, batches: Callable[[Key, int, int], Iterable[Any]]) -> Callable[[Key, int, int], Iterator[Any]]:
+        def stoppable(key: Key, epoch: int, start_batch: int) -> Iterator[Any]:
+            for batch in batches(key, epoch, start_batch):
+                if self._stop.signal is not None:
+                    raise _Stop
+                yield batch
+
+        return stoppable
+
+
+class _Quiet:
+    """All writers as one; each that fails is warned of once."""
+
+    def __init__(self, writers: Sequence[LogWriter]) -> None:
+        self._writers = writers
+        self._failed: set[int] = set()
+
+    def __call__(self, directory: Path, history: Sequence[EpochReport]) -> None:
+        for number, write in enumerate(self._writers):
+            try:
+                write(directory, history)
+            except Exception as error:
+                if number not in self._failed:
+                    logging.getLogger(__name__).warning(
+                        "Logs of %s were not written: %s. Training goes on; the next resume writes them.",
+                        directory,
+                        error,
+                    )
+                self._failed.add(number)
+
+
+def _set_num_threads(wanted: int) -> None:
+    torch.set_num_threads(wanted)
+    if torch.get_num_threads() != wanted:
+        logging.getLogger(__name__).warning(
+            "This run was made for %d threads, torch gives %d: results will be close, not equal to the bit.",
+            wanted,
+            torch.get_num_threads(),
+        )

@@ -1,0 +1,78 @@
+"""Real runs in processes of their own, and what must be equal between two of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dwiml_func.digest import combine_digests
+from dwiml_func.leaf_store import load_leaves, read_manifest
+from dwiml_func.models.model_directory import MANIFEST
+from dwiml_func.snapshot import latest_digest, read_record
+
+DATA = Path(__file__).parent / "data" / "phantom.hdf5"
+
+STOCHASTIC = (
+    *("--rnn-layer-sizes", "8", "6"),
+    *("--dropout", "0.3"),
+    *("--nb-previous-dirs", "1"),
+    *("--noise-gaussian-size-forward", "0.05"),
+    *("--noise-gaussian-size-loss", "0.05"),
+    *("--reverse-ratio", "0.5"),
+    *("--split-ratio", "0.3"),
+    *("--batch-size-training", "24"),
+    *("--batch-size-validation", "24"),
+)
+"""Options of a small run in which everything is random that can be: 4 training and 2 validation batches an epoch."""
+
+DURATIONS = ("training_time_monitor_duration.npy", "validation_time_monitor_duration.npy")
+
+
+def command(*arguments: object) -> list[str]:
+    """A `dwiml-func` command, to run in a process."""
+    return [sys.executable, "-m", "dwiml_func", *map(str, arguments)]
+
+
+def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, which must be good."""
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def train(folder: Path, name: str, *options: object, epochs: int = 2) -> Path:
+    """Train a small run to its end in a process of its own."""
+    run_command("train", folder, name, DATA, *STOCHASTIC, "--max-epochs", epochs, *options)
+    return folder / name
+
+
+def results(directory: Path) -> dict[str, Any]:
+    """All that a run has come to, durations aside."""
+    manifest = read_manifest(directory / "best_model", MANIFEST)
+    load_leaves(directory / "best_model", manifest)
+    history = [
+        {name: value for name, value in report.items() if not name.endswith("_minutes")}
+        for report in read_record(directory)["history"]
+    ]
+    logs = sorted(path for path in (directory / "logs").iterdir() if path.name not in DURATIONS)
+    return {
+        "digest": latest_digest(directory),
+        "history": history,
+        "best_model": combine_digests({row["name"]: row["sha256"] for row in manifest["leaves"]}, {}),
+        "best_epoch_losses": (directory / "best_epoch_losses.json").read_bytes(),
+        **{path.name: path.read_bytes() for path in logs},
+    }
+
+
+def files(directory: Path) -> list[str]:
+    """Every file of an experiment; orbax chooses names of its own for the arrays."""
+    names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+    return sorted(name for name in names if "/leaves/" not in name)
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> Sequence[str]:
+    """What differs between two results."""
+    return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]

@@ -1,0 +1,82 @@
+"""Runs that are killed at any moment, again and again, end as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results, run_command, train
+
+from dwiml_func.snapshot import list_snapshots
+
+pytestmark = pytest.mark.soak
+
+EPOCHS = 40
+OPTIONS = (*STOCHASTIC, "--max-epochs", EPOCHS, "--checkpoint-every", "1batches")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("uninterrupted"), "run", epochs=EPOCHS)
+
+
+def _is_saving(directory: Path) -> bool:
+    return any(any((directory / part).glob(".tmp-*")) for part in ("checkpoint", ".", "logs"))
+
+
+def _start_and_kill(arguments: list[str], directory: Path, draws: random.Random) -> bool:
+    """Kill a process at a random moment: a third at any time from its start on, the others during a save.
+
+    Returns whether it was saving.
+    """
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        saving = False
+        if draws.random() < 1 / 3:
+            _wait(process, draws.uniform(0, 4))
+        else:
+            for _ in range(draws.randint(1, 6)):
+                while process.poll() is None and not _is_saving(directory):
+                    pass
+                while process.poll() is None and _is_saving(directory) and draws.random() < 0.9:
+                    pass
+            _wait(process, draws.uniform(0, 0.02))
+            saving = _is_saving(directory)
+        assert process.poll() in (None, 0), process.stderr and process.stderr.read()
+        process.kill()
+        process.wait()
+    assert process.returncode in (-signal.SIGKILL, 0)
+    return saving
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    try:
+        process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return
+
+
+@pytest.mark.parametrize(
+    ("seed", "num_kills", "processes"), [(1, 20, 0), (2, 20, 0), (3, 20, 0), (4, 20, 2)], ids=lambda value: str(value)
+)
+def test_killed_at_random_moments(
+    uninterrupted: Path, tmp_path: Path, seed: int, num_kills: int, processes: int
+) -> None:
+    draws, directory = random.Random(seed), tmp_path / "run"
+    num_saving, seen = 0, set()
+    for _ in range(num_kills):
+        if (directory / "config.json").exists():
+            arguments = command("resume", tmp_path, "run")
+        else:
+            arguments = command("train", tmp_path, "run", DATA, *OPTIONS, "--processes", processes)
+        num_saving += _start_and_kill(arguments, directory, draws)
+        seen.update(list_snapshots(directory)[-1:])
+    assert num_saving >= num_kills // 5, "the kills missed the saves: the test is not worth its name"
+    assert len(seen) >= num_kills // 4, "the run did not move on between the kills"
+    assert str(EPOCHS) not in seen, "the run ended before the last kill"
+    run_command("resume", tmp_path, "run", "--checkpoint-every", "1epoch")
+    assert differences(results(directory), results(uninterrupted)) == []
+    assert files(directory) == files(uninterrupted)
+    assert list(tmp_path.iterdir()) == [directory]

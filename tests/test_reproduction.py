@@ -1,0 +1,183 @@
+"""The same bits, whatever may differ between two runs of one config: every run is a process of its own."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import pytest
+from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results, run_command, train
+
+from dwiml_func.experiment import create_experiment, read_config
+from dwiml_func.snapshot import list_snapshots, read_record
+
+pytestmark = pytest.mark.soak
+
+EPOCHS = 2
+BATCHES = 4
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("uninterrupted"), "run")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--processes", "1"),
+        ("--processes", "2"),
+        ("--processes", "4"),
+        ("--lazy",),
+        ("--lazy", "--processes", "2"),
+        ("--checkpoint-every", "1batches"),
+        ("--checkpoint-every", "3batches", "--keep", "all"),
+        ("--checkpoint-every", "0.001minutes"),
+        ("--checkpoint-every", "2epochs"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_cannot_change_the_results(uninterrupted: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    assert differences(results(train(tmp_path, "run", *options)), results(uninterrupted)) == []
+
+
+def test_other_seeds_give_other_results(uninterrupted: Path, tmp_path: Path) -> None:
+    assert "digest" in differences(results(train(tmp_path, "run", "--rng", "7")), results(uninterrupted))
+
+
+STEP_BY_STEP = """
+import sys
+from pathlib import Path
+from dwiml_func.interruption import StopRequest, TrainingStopped
+from dwiml_func.lock import experiment_lock
+from dwiml_func.resumption import resume_experiment
+from dwiml_func.training_run import run_experiment
+import signal
+
+directory, where, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+with experiment_lock(directory):
+    setup, state, history = resume_experiment(directory, processes=processes)
+    stop = StopRequest()
+    def request(*_):
+        stop.signal = signal.SIGTERM
+    if where == "validation":
+        evaluate = setup.eval_step
+        def eval_step(state, batch):
+            request()
+            return evaluate(state, batch)
+        import dataclasses
+        setup = dataclasses.replace(setup, eval_step=eval_step)
+    on_batch = request if where == "batch" else None
+    try:
+        for report in run_experiment(directory, setup, state=state, history=history, on_batch=on_batch, stop=stop):
+            pass
+    except TrainingStopped as stopped:
+        print(stopped.name)
+"""
+
+
+def _go_on(directory: Path, where: str, processes: int = 0) -> str:
+    """Resume in a new process, stop after a batch or within the validation; returns the snapshot's name."""
+    arguments = [sys.executable, "-c", STEP_BY_STEP, str(directory), where, str(processes)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_stopped_and_resumed_at_every_batch(uninterrupted: Path, tmp_path: Path) -> None:
+    """One run, stopped at every position once, and twice within a validation: on its first batch and on its last."""
+    directory = create_experiment(tmp_path, "run", read_config(uninterrupted))
+    names = []
+    for epoch in range(EPOCHS):
+        for batch in range(BATCHES):
+            names.append(_go_on(directory, "batch", processes=batch % 2))
+            assert names[-1] == f"{epoch}-{batch + 1}"
+        assert _go_on(directory, "validation") == f"{epoch}-{BATCHES}"
+    run_command("resume", tmp_path, "run", "--checkpoint-every", "1epoch")
+    assert differences(results(directory), results(uninterrupted)) == []
+    assert files(directory) == files(uninterrupted)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_stopped_twice_and_resumed_with_another_cadence(uninterrupted: Path, tmp_path: Path, processes: int) -> None:
+    directory = create_experiment(tmp_path, "run", read_config(uninterrupted))
+    assert _go_on(directory, "batch", processes) == "0-1"
+    assert _go_on(directory, "batch", processes) == "0-2"
+    run_command("resume", tmp_path, "run", "--checkpoint-every", "3batches", "--processes", processes)
+    assert differences(results(directory), results(uninterrupted)) == []
+
+
+WITHOUT = """
+import dataclasses, sys
+from pathlib import Path
+from dwiml_func.experiment import create_experiment, read_config
+from dwiml_func.training_run import run_experiment
+from dwiml_func.wiring import prepare
+
+folder, source, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+config = read_config(source)
+setup = prepare(config)
+if what == "validation":
+    setup = dataclasses.replace(setup, valid=None)
+writers = {"writers": ()} if what == "writers" else {}
+for report in run_experiment(create_experiment(folder, "run", config), setup, **writers):
+    pass
+"""
+
+
+def _train_without(folder: Path, source: Path, what: str) -> Path:
+    arguments = [sys.executable, "-c", WITHOUT, str(folder), str(source), what]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_without_writers(uninterrupted: Path, tmp_path: Path) -> None:
+    directory = _train_without(tmp_path, uninterrupted, "writers")
+    assert not (directory / "logs").exists()
+    assert read_record(directory)["digest"] == read_record(uninterrupted)["digest"]
+
+
+def test_without_validation_the_leaves_are_equal(uninterrupted: Path, tmp_path: Path) -> None:
+    directory = _train_without(tmp_path, uninterrupted, "validation")
+    record = read_record(directory)
+    assert record["leaves"] == read_record(uninterrupted)["leaves"]
+    assert all(report["valid"] == {} for report in record["history"])
+
+
+def test_with_progress_bars_on_a_terminal(uninterrupted: Path, tmp_path: Path) -> None:
+    arguments = command("train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS)
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 100))
+    seen: list[bytes] = []
+
+    def read() -> None:
+        while True:
+            try:
+                seen.append(os.read(terminal, 65536))
+            except OSError:  # the other end is closed
+                return
+
+    with subprocess.Popen(arguments, stdin=end, stdout=end, stderr=end) as process:
+        os.close(end)
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert process.wait(timeout=300) == 0
+        reader.join()
+    os.close(terminal)
+    assert b"Epoch 1/2 training" in b"".join(seen)  # the bars were there
+    assert differences(results(tmp_path / "run"), results(uninterrupted)) == []
+
+
+def test_the_record_has_the_digest_of_every_epoch(tmp_path: Path) -> None:
+    directory = train(tmp_path, "run", "--keep", "all", epochs=3)
+    record = read_record(directory)
+    assert list_snapshots(directory) == ["1", "2", "3"]
+    assert [report["digest"] for report in record["history"]] == [
+        read_record(directory, name)["digest"] for name in ("1", "2", "3")
+    ]
