@@ -6,23 +6,14 @@ all that the readers use is checked for type and range as well, before any other
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from dwiml_func.best import Best
-from dwiml_func.config_checks import require, shown
-from dwiml_func.digest import combine_digests
-from dwiml_func.loop import EpochReport
-from dwiml_func.rng import Key
+from dwiml_func.config_checks import shown
+from dwiml_func.manifest_schema import check_manifest, first_problem
 
 __all__ = [
     "FORMAT",
@@ -39,10 +30,6 @@ FORMAT = 1
 
 _MAX_BYTES = 1 << 25  # some 100,000 leaves, or 40,000 epochs
 _MAX_NESTED = 1 << 19  # lists and dicts: text of any length could make a thousand times its size of them
-_MAX_DEPTH = 64
-_MAX_NUMEL = 1 << 48
-_COUNT_END = 1 << 128
-_STRICT = {"extra": "forbid", "strict": True}
 
 
 class SnapshotError(ValueError):
@@ -65,77 +52,6 @@ class DamagedError(SnapshotError):
         ...
         dwiml_func.manifest.DamagedError: experiments/a/checkpoint/3 is damaged: it has no manifest.json.
     """
-
-
-@dataclass(frozen=True)
-class _Leaf:
-    __pydantic_config__: ClassVar = _STRICT
-
-    name: str
-    shape: list[int]
-    dtype: str
-    sha256: str
-
-    def __post_init__(self) -> None:
-        if len(self.shape) > 64 or not all(0 <= size < _MAX_NUMEL for size in self.shape):
-            raise ValueError(f"shape: expected sizes of at least 0, received {shown(self.shape)}")
-        if math.prod(size for size in self.shape if size) >= _MAX_NUMEL:
-            raise ValueError(f"shape: expected a tensor that fits into memory, received {shown(self.shape)}")
-        if self.dtype not in _dtypes():
-            raise ValueError(f"dtype: expected one of torch's, received {shown(self.dtype)}")
-        _require_digest("sha256", self.sha256)
-
-
-@dataclass(frozen=True)
-class _Numbers:
-    __pydantic_config__: ClassVar = _STRICT
-
-    key: Key
-    step: int
-    epoch: int
-    batch: int
-    sums: dict[str, tuple[float, float]]
-    best: Best
-
-    def __post_init__(self) -> None:
-        require("key.seed", self.key.seed, at_least=0, below=1 << 64)
-        for part in self.key.path:
-            require("key.path", part, at_least=0, below=_COUNT_END)
-        for name in ("step", "epoch", "batch"):
-            require(name, getattr(self, name), at_least=0, below=_COUNT_END)
-        _check_best(self.best)
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    """What the readers rely on. A manifest may hold further facts."""
-
-    __pydantic_config__: ClassVar = {"extra": "ignore", "strict": True}
-
-    format: int
-    digest: str
-    environment: dict[str, Any]
-    leaves: list[_Leaf]
-    files: dict[str, str]
-    numbers: _Numbers | None = None
-    history: list[EpochReport] | None = None
-    config: dict[str, Any] | None = None
-    data: dict[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        _require_digest("digest", self.digest)
-        names = [leaf.name for leaf in self.leaves]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"leaves: expected different names, received {shown(twice)} twice")
-        for name, digest in self.files.items():
-            if not _is_inside(name):
-                raise ValueError(f"files: expected paths below 'leaves/', received {shown(name)}")
-            _require_digest(f"files.{name}", digest)
-        if not self.files and any(0 not in leaf.shape for leaf in self.leaves):
-            raise ValueError("files: expected those of the leaves, received none")
-        for report in self.history or ():
-            _check_report(report)
 
 
 def read_manifest(path: Path, manifest_name: str = "manifest.json", *, needs: Sequence[str] = ()) -> dict[str, Any]:
@@ -178,7 +94,7 @@ def read_manifest(path: Path, manifest_name: str = "manifest.json", *, needs: Se
     if not is_whole:
         raise DamagedError(f"{path} is damaged: {manifest_name} does not hold what was written.")
     try:
-        _check(manifest, content, needs)
+        check_manifest(manifest, content, needs)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: {manifest_name}: {first_problem(error)}.") from None
     return manifest
@@ -210,7 +126,7 @@ def manifest_text(manifest: Mapping[str, Any]) -> str:
     try:
         if _is_too_large(content):
             raise ValueError(f"{len(content)} bytes are too many")
-        _check(manifest, content, ())
+        check_manifest(manifest, content, ())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"Cannot be recorded: {first_problem(error)}.") from None
     return text
@@ -252,103 +168,3 @@ def _checksum_or_none(manifest: Mapping[str, Any]) -> str | None:
         return manifest_checksum(manifest)
     except (ValueError, RecursionError):
         return ""
-
-
-def _check(manifest: Mapping[str, Any], content: bytes, needs: Sequence[str]) -> None:
-    """Raise ValueError where a manifest is not as it is written."""
-    _adapter().validate_json(content)
-    missing = [key for key in needs if manifest.get(key) is None]
-    if missing:
-        raise ValueError(f"expected {', '.join(missing)}, received nothing")
-    for key, value in manifest.items():
-        if key not in ("leaves", "files", "history", "numbers"):
-            _check_plain(key, value)
-    digests = {row["name"]: row["sha256"] for row in manifest["leaves"]}
-    if manifest["digest"] != combine_digests(digests, manifest.get("numbers") or {}):
-        raise ValueError("its digest is not that of its leaves and numbers")
-
-
-@functools.cache
-def _adapter() -> Any:
-    import pydantic
-
-    return pydantic.TypeAdapter(_Manifest)
-
-
-@functools.cache
-def _dtypes() -> frozenset[str]:
-    return frozenset(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype))
-
-
-def _check_plain(key: str, value: Any) -> None:
-    """Free facts: no integer beyond 64 bits and no depth, so that whoever shows or copies them is safe."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > _MAX_DEPTH:
-            raise ValueError(f"{key}: expected at most {_MAX_DEPTH} levels, received more")
-        for item in level:
-            if isinstance(item, int) and not -(1 << 63) <= item < 1 << 64:
-                raise ValueError(f"{key}: expected integers of at most 64 bits, received {shown(item)}")
-        lists = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
-        level = [item for items in lists for item in items]
-
-
-def _check_best(best: Best) -> None:
-    if math.isnan(best.value):
-        raise ValueError("best.value: expected a number, received nan")
-    require("best.num_bad_epochs", best.num_bad_epochs, at_least=0, below=_COUNT_END)
-    if best.epoch is not None:
-        require("best.epoch", best.epoch, at_least=0, below=_COUNT_END)
-
-
-def _check_report(report: EpochReport) -> None:
-    for name in ("epoch", "num_batches"):
-        require(f"history.{name}", getattr(report, name), at_least=0, below=_COUNT_END)
-    for name in ("learning_rate", "num_points", "train_minutes", "valid_minutes"):
-        require(f"history.{name}", float(getattr(report, name)))
-    if report.digest is not None:
-        _require_digest("history.digest", report.digest)
-    _check_best(report.best)
-
-
-def _require_digest(name: str, digest: str) -> None:
-    if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise ValueError(f"{name}: expected 64 hexadecimal digits, received {shown(digest)}")
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return (
-        name.isprintable()
-        and "\\" not in name
-        and str(path) == name
-        and path.parts[0] == "leaves"
-        and (len(path.parts) > 1 and ".." not in path.parts)
-    )
-
-
-def first_problem(error: Exception) -> str:
-    """The first problem that an error of pydantic, or another, tells of.
-
-    Args:
-        error: the error.
-
-    Returns:
-        One line without a full stop.
-
-    Example:
-        >>> first_problem(ValueError("a is wrong."))
-        'a is wrong'
-    """
-    import pydantic
-
-    if not isinstance(error, pydantic.ValidationError):
-        return " ".join(str(error).split()).rstrip(".")
-    problem = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "value_error":
-        text = str(problem.get("ctx", {}).get("error", problem["msg"]))
-    else:
-        text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, received {shown(problem['input'])}"
-    return " ".join(f"{place}: {text}".split() if place else text.split()).rstrip(".")

@@ -14,7 +14,8 @@ from dwiml_func.config import ModelConfig
 from dwiml_func.config_checks import require, shown
 from dwiml_func.digest import leaf_differences
 from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
-from dwiml_func.manifest import DamagedError, first_problem
+from dwiml_func.manifest import DamagedError
+from dwiml_func.manifest_schema import first_problem
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import TrainState
