@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from dwiml_func.models.rnn_packed import packed_scan
 from dwiml_func.models.rnn_scan import State, Weights, plain_scan
 
 __all__ = ["RecurrentLayer", "StackedRNN"]
@@ -103,7 +104,8 @@ class RecurrentLayer(torch.nn.Module):
         if state is None:
             zeros = x.new_zeros(batch_sizes[0], self.hidden_size)
             state = (zeros,) * _NUM_STATES[self.rnn_key]
-        return plain_scan(self.rnn_key, x, batch_sizes, self.weights, state)
+        scan = plain_scan if torch.compiler.is_compiling() else packed_scan
+        return scan(self.rnn_key, x, batch_sizes, self.weights, state)
 
 
 class StackedRNN(torch.nn.Module):
