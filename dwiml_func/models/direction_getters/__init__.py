@@ -9,14 +9,28 @@ from typing import Any
 
 from dwiml_func.models.direction_getters.cosine_regression import CosineRegression
 from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
+from dwiml_func.models.direction_getters.fisher_von_mises import FisherVonMises
+from dwiml_func.models.direction_getters.fisher_von_mises_mixture import FisherVonMisesMixture
+from dwiml_func.models.direction_getters.gaussian import Gaussian
+from dwiml_func.models.direction_getters.gaussian_mixture import GaussianMixture
 from dwiml_func.models.direction_getters.l2_regression import CosinePlusL2Regression, L2Regression
+from dwiml_func.models.direction_getters.sphere_classification import (
+    SmoothSphereClassification,
+    SphereClassification,
+)
 
 __all__ = [
     "DIRECTION_GETTERS",
     "CosinePlusL2Regression",
     "CosineRegression",
     "DirectionGetter",
+    "FisherVonMises",
+    "FisherVonMisesMixture",
+    "Gaussian",
+    "GaussianMixture",
     "L2Regression",
+    "SmoothSphereClassification",
+    "SphereClassification",
     "make_direction_getter",
 ]
 
@@ -26,6 +40,12 @@ DIRECTION_GETTERS: dict[str, type[DirectionGetter]] = {
         CosineRegression,
         L2Regression,
         CosinePlusL2Regression,
+        SphereClassification,
+        SmoothSphereClassification,
+        Gaussian,
+        GaussianMixture,
+        FisherVonMises,
+        FisherVonMisesMixture,
     )
 }
 """The getters by their keys on the command line."""
