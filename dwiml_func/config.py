@@ -12,46 +12,10 @@ from typing import Any, ClassVar, Literal
 
 from dwiml_func.config_checks import STRICT, require, shown
 from dwiml_func.data.config import BatchConfig, DataConfig
+from dwiml_func.models.config import ModelConfig, require_fitting_data
 from dwiml_func.schedule import parse_learning_rate
 
 __all__ = ["BatchConfig", "DataConfig", "ModelConfig", "RunConfig", "TrainingConfig", "config_from_json"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The Learn2Track model.
-
-    Raises:
-        ValueError: a number out of range.
-
-    Example:
-        >>> ModelConfig().rnn_layer_sizes
-        (100, 100)
-    """
-
-    __pydantic_config__: ClassVar = STRICT
-
-    rnn_key: Literal["lstm", "gru"] = "lstm"
-    """Recurrent unit."""
-    rnn_layer_sizes: tuple[int, ...] = (100, 100)
-    """Hidden size of each recurrent layer."""
-    nb_previous_dirs: int = 0
-    """Previous directions given to the model at each point, beside the input."""
-    dropout: float = 0.0
-    """Probability of dropping a value between recurrent layers, and in the embeddings."""
-    dg_key: Literal["cosine-regression"] = "cosine-regression"
-    """Direction getter: the last layers, and the loss."""
-    dg_dropout: float = 0.0
-    """Probability of dropping a value inside the direction getter."""
-
-    def __post_init__(self) -> None:
-        if not self.rnn_layer_sizes:
-            raise ValueError("rnn_layer_sizes: expected at least one layer, received none.")
-        for size in self.rnn_layer_sizes:
-            require("rnn_layer_sizes", size, at_least=1)
-        require("nb_previous_dirs", self.nb_previous_dirs, at_least=0)
-        for name in ("dropout", "dg_dropout"):
-            require(name, getattr(self, name), at_least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +82,9 @@ class RunConfig:
         model: the model.
         training: the training.
 
+    Raises:
+        ValueError: the model cannot learn from such data.
+
     Example:
         >>> config = RunConfig(hdf5_file="data.hdf5")
         >>> config_from_json(config.to_json()) == config
@@ -131,6 +98,9 @@ class RunConfig:
     batches: BatchConfig = field(default_factory=BatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        require_fitting_data(self.model, self.data, self.batches)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON data.

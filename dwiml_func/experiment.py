@@ -268,11 +268,8 @@ def refuse_to_continue(
 
 
 def _save_best_model(directory: Path, setup: Setup, state: TrainState) -> None:
-    data = setup.config.data
-    facts = {"interpolation": data.interpolation, "loss": state.best.value}
-    for option in ("neighborhood_type", "neighborhood_radius", "neighborhood_resolution"):
-        facts[option] = getattr(data, option)
-    save_model(directory / "best_model", state, setup.config.model, nb_features=setup.nb_features, facts=facts)
+    facts = {"loss": state.best.value}
+    save_model(directory / "best_model", state, setup.config, nb_features=setup.nb_features, facts=facts)
 
 
 def _mend_best_model(directory: Path, setup: Setup, state: TrainState) -> None:

@@ -16,6 +16,9 @@ COMMANDS = {
     "example-data": "Write the built-in example data as an HDF5 dataset.",
     "create-hdf5": "Make an HDF5 dataset of NIfTI files and tractograms.",
     "info": "Print what an HDF5 dataset holds, and what is wrong with it.",
+    "evaluate": "Print a model's loss and angular error on a subset of a dataset, beside two baselines.",
+    "import-reference": "Make a model directory of a model that dwi_ml trained.",
+    "export-reference": "Write a model for dwi_ml's scripts.",
     "digest": "Print the SHA-256 of an experiment's latest training state.",
 }
 
