@@ -25,11 +25,8 @@ def save_best_model(directory: Path, setup: Setup, state: TrainState) -> None:
     Example:
         >>> save_best_model(directory, setup, state)  # doctest: +SKIP
     """
-    data = setup.config.data
-    facts = {"interpolation": data.interpolation, "loss": state.best.value}
-    for option in ("neighborhood_type", "neighborhood_radius", "neighborhood_resolution"):
-        facts[option] = getattr(data, option)
-    save_model(directory / "best_model", state, setup.config.model, nb_features=setup.nb_features, facts=facts)
+    facts = {"loss": state.best.value}
+    save_model(directory / "best_model", state, setup.config, nb_features=setup.nb_features, facts=facts)
 
 
 def mend_best_model(directory: Path, setup: Setup, state: TrainState) -> None:

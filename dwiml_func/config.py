@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from dwiml_func.cadence import Cadence, parse_cadence
 from dwiml_func.config_checks import STRICT, require, shown
 from dwiml_func.data.config import BatchConfig, DataConfig
+from dwiml_func.models.config import ModelConfig, require_fitting_data
 from dwiml_func.schedule import parse_learning_rate
 
 __all__ = [
@@ -25,43 +26,6 @@ __all__ = [
     "TrainingConfig",
     "config_from_json",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The Learn2Track model.
-
-    Raises:
-        ValueError: a number out of range.
-
-    Example:
-        >>> ModelConfig().rnn_layer_sizes
-        (100, 100)
-    """
-
-    __pydantic_config__: ClassVar = STRICT
-
-    rnn_key: Literal["lstm", "gru"] = "lstm"
-    """Recurrent unit."""
-    rnn_layer_sizes: tuple[int, ...] = (100, 100)
-    """Hidden size of each recurrent layer."""
-    nb_previous_dirs: int = 0
-    """Previous directions given to the model at each point, beside the input."""
-    dropout: float = 0.0
-    """Probability of dropping a value between recurrent layers, and in the embeddings."""
-    dg_key: Literal["cosine-regression"] = "cosine-regression"
-    """Direction getter: the last layers, and the loss."""
-    dg_dropout: float = 0.0
-    """Probability of dropping a value inside the direction getter."""
-
-    def __post_init__(self) -> None:
-        if not self.rnn_layer_sizes:
-            raise ValueError("rnn_layer_sizes: expected at least one layer, received none.")
-        for size in self.rnn_layer_sizes:
-            require("rnn_layer_sizes", size, at_least=1)
-        require("nb_previous_dirs", self.nb_previous_dirs, at_least=0)
-        for name in ("dropout", "dg_dropout"):
-            require(name, getattr(self, name), at_least=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +145,9 @@ class RunConfig:
         snapshots: when snapshots are saved.
         origin: where a forked run came from; None for one that began by itself.
 
+    Raises:
+        ValueError: the model cannot learn from such data.
+
     Example:
         >>> config = RunConfig(hdf5_file="data.hdf5")
         >>> config_from_json(config.to_json()) == config
@@ -196,6 +163,9 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
     origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        require_fitting_data(self.model, self.data, self.batches)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON data.

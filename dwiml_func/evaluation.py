@@ -1,4 +1,4 @@
-"""How well a model predicts directions, beside two baselines that need no training."""
+"""How well a model does: its loss, and its angular error beside two baselines that need no training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.batch_loader import epoch_batches
+from dwiml_func.data.batch_sampler import SamplerSpec
+from dwiml_func.data.dataset import StreamlineDataset
+from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.streamlines import directions
+from dwiml_func.metrics import Metrics, add_metrics, read_means, weighted_sum
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
+from dwiml_func.models.model_directory import LoadedModel
+from dwiml_func.rng import Key
+from dwiml_func.wiring import loader_spec, require_usable
 
-__all__ = ["Evaluation", "evaluate_directions"]
+__all__ = ["Evaluation", "ModelEvaluation", "evaluate_directions", "evaluate_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,4 +94,80 @@ def evaluate_directions(
         principal_direction=means["principal_direction"] if has_principal else None,
         num_points=num_points,
         num_streamlines=num_streamlines,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelEvaluation:
+    """What a model does on a whole subset of a dataset.
+
+    Args:
+        loss: mean over `num_points`, of the model's direction getter.
+        num_points: points that have a next direction and, with EOS, the last ones.
+        num_streamlines: number of streamlines.
+        angular_error: mean angle in degrees to the true direction, over all points that have a next direction.
+        compared: the same beside the baselines, at the points where those give a direction too.
+
+    Example:
+        >>> ModelEvaluation.__slots__[:3]
+        ('loss', 'num_points', 'num_streamlines')
+    """
+
+    loss: float
+    num_points: int
+    num_streamlines: int
+    angular_error: float
+    compared: Evaluation
+
+
+def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size: int = 100) -> ModelEvaluation:
+    """Run a model on all streamlines of a dataset, as it was trained: interpolation, neighbourhood, resampling, EOS.
+
+    Streamlines are not augmented.
+
+    Args:
+        model: the model.
+        dataset: what to run it on.
+        batch_size: streamlines at a time. It changes the last bits at most.
+
+    Returns:
+        The means.
+
+    Raises:
+        ValueError: the dataset has no streamlines, or the model cannot use it.
+
+    Example:
+        >>> evaluate_model(load_model("best_model"), open_dataset("data.hdf5", "testing")).loss  # doctest: +SKIP
+    """
+    module = model.module
+    if dataset.index.num_total == 0:
+        raise ValueError(f"{dataset.path} has no streamlines of {dataset.subset} subjects to evaluate on.")
+    if dataset.num_features != module.nb_features:
+        raise ValueError(
+            f"The model reads {module.nb_features} features a voxel, and the input volumes of {dataset.path} have "
+            f"{dataset.num_features}. Evaluate on the volumes it was trained on (see --input-group-name)."
+        )
+    require_usable(dataset, model.config)
+    sampler = SamplerSpec(batch_size=batch_size)
+    batches = Prefetched(epoch_batches(dataset, sampler, loader_spec(model.config), key=Key(0), epoch=0))
+    sums: Metrics = {}
+
+    def predict(batch: StreamlineBatch) -> Tensor:
+        nonlocal sums
+        outputs, true = module(batch), directions(batch.points, batch.offsets)
+        loss = module.direction_getter.loss(outputs, batch.at_inputs(true), batch.is_last)
+        predicted = module.direction_getter.directions(batch.at_directions(outputs))
+        error = angular_error(predicted, true).mean()
+        new = {"loss": weighted_sum(*loss), "angular_error": weighted_sum(error, batch.num_directions)}
+        sums = add_metrics(sums, new)
+        return predicted
+
+    compared = evaluate_directions(predict, batches, dataset.input_attributes, num_features=dataset.num_features)
+    means = read_means(sums)
+    return ModelEvaluation(
+        loss=means["loss"],
+        num_points=int(sums["loss"].weight),
+        num_streamlines=compared.num_streamlines,
+        angular_error=means["angular_error"],
+        compared=compared,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -52,7 +51,11 @@ def value_and_grad(
         _check_loss(out.loss)
         tensors = list(leaves.values())
         grads = torch.autograd.grad(out.loss, tensors, allow_unused=True, materialize_grads=True)
-        detached = LossOut(out.loss.detach(), out.weight, _detach(out.buffers), _detach(out.aux))
+        aux = {
+            name: (_detached(mean[0]), _detached(mean[1])) if isinstance(mean, tuple) else _detached(mean)
+            for name, mean in out.aux.items()
+        }
+        detached = LossOut(out.loss.detach(), out.weight, {name: _detached(b) for name, b in out.buffers.items()}, aux)
         return detached, dict(zip(leaves, grads, strict=True))
     if engine == "func":
         plain_weight: list[int] = []  # grad_and_value hands tensors through, and nothing else
@@ -115,8 +118,8 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tenso
     return dict(zip(grads, scaled, strict=True)), norm, norm * factor
 
 
-def _detach(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return {name: tensor.detach() if tensor.requires_grad else tensor for name, tensor in tensors.items()}
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _check_loss(loss: Tensor) -> None:

@@ -23,7 +23,8 @@ class LossOut(NamedTuple):
         loss: () tensor, the mean over what `weight` counts.
         weight: number of points behind the mean.
         buffers: the buffers after the batch, by name.
-        aux: further () means with the same weight, e.g. `{"angular_error": ...}`; nothing is differentiated.
+        aux: further () means, e.g. `{"angular_error": ...}`; nothing is differentiated. A mean over another number of
+            points than `weight` is a pair of () tensors, (mean, its own weight).
 
     Example:
         >>> LossOut(torch.tensor(0.5), 10, {}, {}).weight
@@ -33,7 +34,7 @@ class LossOut(NamedTuple):
     loss: Tensor
     weight: Tensor | int
     buffers: Buffers
-    aux: Mapping[str, Tensor]
+    aux: Mapping[str, Tensor | tuple[Tensor, Tensor]]
 
 
 class LossFn(Protocol):
@@ -59,7 +60,7 @@ def module_loss(module: torch.nn.Module, compute_batch_loss: BatchLoss, *, stoch
         module: the model. Its structure is copied; neither its tensors nor its training flag are touched.
         compute_batch_loss: called as `compute_batch_loss(model, batch)`, where `model` behaves like `module` with the
             given parameters and buffers. Returns the mean loss, the number of points behind it and, optionally, a dict
-            of further means.
+            of further means, each alone or as a pair (mean, weight).
         stochastic: whether the model may draw random numbers. True seeds torch's generators from the key and restores
             them afterwards (some 10 microseconds); False leaves them alone, for models that draw nothing.
 
@@ -97,9 +98,18 @@ def module_loss(module: torch.nn.Module, compute_batch_loss: BatchLoss, *, stoch
             )
         aux = out[2] if len(out) == 3 else {}
         new_buffers = {name: tensors[name].detach() for name in buffers}
-        return LossOut(out[0], out[1], new_buffers, {name: mean.detach() for name, mean in aux.items()})
+        return LossOut(out[0], out[1], new_buffers, {name: _detached(mean) for name, mean in aux.items()})
 
     return loss_fn
+
+
+def _detached(mean: Tensor | tuple[Tensor, Tensor | float]) -> Tensor | tuple[Tensor, Tensor]:
+    if not isinstance(mean, tuple):
+        return mean.detach()
+    value, weight = mean
+    # A tensor also of a number: torch.func hands tensors through, and nothing else.
+    weight = weight.detach() if isinstance(weight, Tensor) else value.new_full((), weight, dtype=torch.float64)
+    return value.detach(), weight
 
 
 class _StatelessModule:

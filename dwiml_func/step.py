@@ -149,7 +149,8 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
 def _loss_metrics(out: LossOut) -> dict[str, Sum]:
     if taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm"}:
         raise ValueError(f"Further means of a loss cannot be called {', '.join(sorted(taken))}: the step's own are.")
-    return {name: weighted_sum(mean, out.weight) for name, mean in {"loss": out.loss, **out.aux}.items()}
+    means = {"loss": out.loss, **out.aux}
+    return {name: weighted_sum(*(m if isinstance(m, tuple) else (m, out.weight))) for name, m in means.items()}
 
 
 def _raise_if_not_finite(state: TrainState, batch: Any, loss: Tensor, norm: Tensor) -> None:

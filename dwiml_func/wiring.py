@@ -16,17 +16,20 @@ from dwiml_func.data.batch_loader import LoaderSpec, epoch_batches
 from dwiml_func.data.batch_sampler import SamplerSpec
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.neighborhood import require_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
+from dwiml_func.data.resampling import Resampling
 from dwiml_func.loop import Batches
 from dwiml_func.loss import module_loss
 from dwiml_func.metrics import Metrics
+from dwiml_func.models.config import require_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.models.model_directory import build_model
 from dwiml_func.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import eval_step, train_step
 
-__all__ = ["Setup", "prepare"]
+__all__ = ["Setup", "loader_spec", "prepare", "require_usable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,7 @@ class Setup:
             are none, of the training subjects.
         step: `train_step` with loss, optimizer and clipping bound.
         eval_step: `eval_step` with the loss bound.
-        nb_features: features of the model's input at a point, neighbours included.
+        nb_features: features of the input volume at a point.
         training_set: the training subjects.
         validation_set: the validation subjects, possibly none.
         evaluation_set: those of `evaluation`.
@@ -88,15 +91,13 @@ def prepare(config: RunConfig) -> Setup:
     storage = {"lazy": config.data.lazy, "cache_size": config.data.cache_size}
     training_set = open_dataset(config.hdf5_file, "training", **groups, **storage)
     validation_set = open_dataset(config.hdf5_file, "validation", **groups, **storage)
-    validation_loader = LoaderSpec(
-        interpolation=config.data.interpolation,
-        neighborhood=config.data.neighborhood,
-        resampling=config.batches.resampling,
-    )
+    require_usable(training_set, config)
+    require_usable(validation_set, config)
+    validation_loader = loader_spec(config)
     training_loader = replace(validation_loader, augmentation=config.batches.augmentation)
     key = Key(config.training.rng)
     with torch_rng(fold_in(key, Stream.INIT)):
-        model = build_model(config.model, nb_features=training_loader.num_inputs(training_set))
+        model = build_model(config.model, nb_features=training_set.num_features, neighborhood=config.data.neighborhood)
     loss_fn = module_loss(model, compute_batch_loss)
     optimizer = _optimizer(config.training)
     training_sampler = _sampler_spec(
@@ -128,11 +129,52 @@ def prepare(config: RunConfig) -> Setup:
         evaluation=evaluation,
         step=step,
         eval_step=partial(eval_step, loss_fn=loss_fn),
-        nb_features=training_loader.num_inputs(training_set),
+        nb_features=training_set.num_features,
         training_set=training_set,
         validation_set=validation_set,
         evaluation_set=evaluation_set,
     )
+
+
+def loader_spec(config: RunConfig) -> LoaderSpec:
+    """How batches are made that are not augmented: for validation and evaluation.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        The spec.
+
+    Example:
+        >>> loader_spec(RunConfig(hdf5_file="data.hdf5")).interpolation
+        'trilinear'
+    """
+    return LoaderSpec(
+        interpolation=config.data.interpolation,
+        neighborhood=config.data.neighborhood,
+        resampling=config.batches.resampling,
+        add_eos=config.model.add_eos,
+    )
+
+
+def require_usable(dataset: StreamlineDataset, config: RunConfig) -> None:
+    """Refuse a dataset that the model cannot use.
+
+    Args:
+        dataset: what was opened.
+        config: the run's config.
+
+    Raises:
+        ValueError: its voxels are not cubes and there is a neighbourhood; or it was made of compressed streamlines,
+            which the direction getter cannot use.
+
+    Example:
+        >>> require_usable(dataset, config)  # doctest: +SKIP
+    """
+    if config.data.neighborhood is not None:
+        require_cubic_voxels(dataset.voxel_sizes, dataset.index.subjects)
+    if dataset.resampling.compress is not None and config.batches.resampling == Resampling():
+        require_getter_for_compressed(config.model.dg_key, f"{dataset.path} was compressed when it was made")
 
 
 def _sampler_spec(batches: BatchConfig, batch_size: int, max_batches: int) -> SamplerSpec:

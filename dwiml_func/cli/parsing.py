@@ -7,11 +7,12 @@ import io
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
-__all__ = ["parse"]
+__all__ = ["new_folder", "parse"]
 
 T = TypeVar("T")
 
@@ -57,6 +58,35 @@ def parse(description: type[T], arguments: Sequence[str], program: str) -> T:
         if message.startswith("Missing"):  # tyro names what it misses, but not what it got, e.g. a name like an option
             message += f" Received: {shlex.join(arguments) or 'nothing'}"
         raise ValueError(message) from None
+
+
+def new_folder(path: str) -> Path:
+    """A folder that a command is about to make.
+
+    Args:
+        path: as the user gave it.
+
+    Returns:
+        The path, at which nothing stands yet.
+
+    Raises:
+        ValueError: something stands there.
+        FileNotFoundError: its parent is no folder.
+
+    Example:
+        >>> new_folder("/no/such/folder/model")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: '/no/such/folder' is not a folder. Create it, or choose another place for 'model'.
+    """
+    folder = Path(path)
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{path!r} exists. Choose the name of a new folder.")
+    if not folder.parent.is_dir():
+        raise FileNotFoundError(
+            f"{str(folder.parent)!r} is not a folder. Create it, or choose another place for {folder.name!r}."
+        )
+    return folder
 
 
 def _one_line(boxed: str) -> str:

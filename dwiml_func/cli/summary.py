@@ -32,7 +32,9 @@ def print_summary(directory: Path, setup: Setup, history: Sequence[EpochReport])
     dataset = setup.evaluation_set
     model = load_model(directory / "best_model").module  # on the CPU, wherever it was trained
     batches = (batch.to(torch.device("cpu")) for batch in setup.evaluation(setup.state.key, 0, 0))
-    evaluation = evaluate_directions(model, batches, dataset.input_attributes, num_features=dataset.num_features)
+    evaluation = evaluate_directions(
+        model.directions, batches, dataset.input_attributes, num_features=dataset.num_features
+    )
     print(format_summary(history, evaluation, subset=dataset.subset))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from dwiml_func.data.streamlines import input_offsets, input_rows
+
 __all__ = ["StreamlineBatch"]
 
 
@@ -19,8 +21,9 @@ class StreamlineBatch:
         offsets: (S + 1,) int64, of `points`.
         subject: (S,) int64, each streamline's row in `dataset.index.subjects`.
         ids: (S,) int64, each streamline's number in the whole dataset.
-        inputs: (P - S, F) float32, the subject's input volume interpolated at all points but the last of each
-            streamline.
+        inputs: (N, F) float32, the subject's input volume interpolated along the streamlines. N = P - S: at all points
+            but the last of each streamline, those that have a next direction. N = P: at every point, for models that
+            learn where streamlines end (EOS), see `LoaderSpec.add_eos`.
         noisy_points, noisy_targets: (P, 3) float32, the points with the noise that the model shall see, and with that
             of the targets; None where there is none.
 
@@ -49,8 +52,79 @@ class StreamlineBatch:
 
     @property
     def num_points(self) -> int:
-        """P - S: the points that have a next direction, which is the weight of the batch in every mean."""
+        """N, the rows of `inputs`, which is the weight of the batch in every mean over points."""
+        return len(self.inputs)
+
+    @property
+    def num_directions(self) -> int:
+        """P - S: the points that have a next direction."""
         return len(self.points) - len(self)
+
+    @property
+    def has_last_points(self) -> bool:
+        """Whether `inputs` has a row at the last point of each streamline too."""
+        return len(self.inputs) == len(self.points)
+
+    @property
+    def is_last(self) -> Tensor | None:
+        """(N,) bool, which rows of `inputs` are the last of their streamline; None where the last have no row."""
+        if not self.has_last_points:
+            return None
+        is_last = torch.zeros(len(self.points), dtype=torch.bool, device=self.points.device)
+        is_last[self.offsets[1:] - 1] = True
+        return is_last
+
+    @property
+    def input_offsets(self) -> Tensor:
+        """(S + 1,) int64, of `inputs`."""
+        return self.offsets if self.has_last_points else input_offsets(self.offsets)
+
+    def at_directions(self, rows: Tensor) -> Tensor:
+        """Of values at the rows of `inputs`, those at points that have a next direction.
+
+        Args:
+            rows: (N, ...), one row for each of `inputs`.
+
+        Returns:
+            (P - S, ...), in the same order; `rows` itself where the last points have no row.
+
+        Example:
+            >>> from dwiml_func.data.streamlines import Streamlines
+            >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]])
+            >>> one = torch.zeros(1, dtype=torch.int64)
+            >>> batch = StreamlineBatch(
+            ...     points=lines.points, offsets=lines.offsets, subject=one, ids=one, inputs=torch.zeros(2, 6)
+            ... )
+            >>> batch.is_last, batch.at_directions(torch.tensor([5, 7]))
+            (tensor([False,  True]), tensor([5]))
+        """
+        if not self.has_last_points:
+            return rows
+        return rows.index_select(0, input_rows(self.offsets, len(self.points)))
+
+    def at_inputs(self, directions: Tensor) -> Tensor:
+        """Directions at the rows of `inputs`: zeros at the last points, where those have rows.
+
+        Args:
+            directions: (P - S, ...), one row for each point that has a next direction.
+
+        Returns:
+            (N, ...); `directions` itself where the last points have no row.
+
+        Example:
+            >>> from dwiml_func.data.streamlines import Streamlines
+            >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]])
+            >>> one = torch.zeros(1, dtype=torch.int64)
+            >>> batch = StreamlineBatch(
+            ...     points=lines.points, offsets=lines.offsets, subject=one, ids=one, inputs=torch.zeros(2, 6)
+            ... )
+            >>> batch.at_inputs(torch.ones(1, 3)).tolist()
+            [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+        """
+        if not self.has_last_points:
+            return directions
+        zeros = directions.new_zeros(len(self.points), *directions.shape[1:])
+        return zeros.index_copy(0, input_rows(self.offsets, len(self.points)), directions)
 
     @property
     def forward_points(self) -> Tensor:

@@ -65,6 +65,7 @@ class LoaderSpec:
         neighborhood: where around each point the volume is read too; None for the point alone.
         resampling: how streamlines are sampled; what the file has already is not done again.
         augmentation: for training batches only; validation takes a spec without.
+        add_eos: read the volume at the last point of each streamline too, for models that learn the end of streamlines.
 
     Raises:
         ValueError: the interpolation is none of those.
@@ -78,6 +79,7 @@ class LoaderSpec:
     neighborhood: Neighborhood | None = None
     resampling: Resampling = field(default_factory=Resampling)
     augmentation: Augmentation = field(default_factory=Augmentation)
+    add_eos: bool = False
 
     def __post_init__(self) -> None:
         require_mode(self.interpolation)
@@ -151,14 +153,16 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
 
 
 def _inputs(lines: Streamlines, subject: Tensor, dataset: StreamlineDataset, spec: LoaderSpec) -> Tensor:
-    """(P - S, F): each subject's volume along its streamlines, at all points but the last of each."""
+    """(N, F): each subject's volume along its streamlines, with `add_eos` at all points, else at all but the last."""
     # index_select and index_copy_ move whole rows, several times faster than indexing with brackets.
-    points = lines.points.index_select(0, input_rows(lines.offsets, len(lines.points)))
+    points, lengths = lines.points, lines.lengths
+    if not spec.add_eos:
+        points, lengths = points.index_select(0, input_rows(lines.offsets, len(points))), lengths - 1
     interpolated = partial(interpolate_neighborhood, neighborhood=spec.neighborhood, mode=spec.interpolation)
     numbers = subject.unique().tolist()
     if len(numbers) == 1:
         return interpolated(dataset.volumes[numbers[0]], points)
-    subject_of_point = subject.repeat_interleave(lines.lengths - 1)
+    subject_of_point = subject.repeat_interleave(lengths)
     inputs = torch.empty(len(points), spec.num_inputs(dataset))
     for number in numbers:
         rows = (subject_of_point == number).nonzero()[:, 0]

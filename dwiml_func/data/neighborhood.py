@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,7 +13,13 @@ from torch import Tensor
 
 from dwiml_func.data.interpolation import Interpolation, interpolate
 
-__all__ = ["Neighborhood", "NeighborhoodType", "interpolate_neighborhood", "neighborhood_vectors"]
+__all__ = [
+    "Neighborhood",
+    "NeighborhoodType",
+    "interpolate_neighborhood",
+    "neighborhood_vectors",
+    "require_cubic_voxels",
+]
 
 NeighborhoodType = Literal["axes", "grid"]
 """A kind of neighbourhood, by name."""
@@ -106,3 +113,30 @@ def interpolate_neighborhood(
     around = (points[:, None, :] + vectors).reshape(-1, 3)
     num_features = volume.shape[-1] * neighborhood.num_points
     return interpolate(volume, around, mode=mode).reshape(len(points), num_features)
+
+
+def require_cubic_voxels(voxel_sizes: Tensor, subjects: Sequence[str]) -> None:
+    """Refuse voxels that are not cubes: steps counted in voxels would not go equally far along the three axes.
+
+    Args:
+        voxel_sizes: (num_subjects, 3) float, mm.
+        subjects: names.
+
+    Raises:
+        ValueError: the sides of a subject's voxels differ by more than a thousandth.
+
+    Source: dwi_ml, `neighborhood.py`, which asks for this and does not check it.
+
+    Example:
+        >>> require_cubic_voxels(torch.tensor([[2.0, 2.0, 3.0]]), ["anna"])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: A neighbourhood counts its steps in voxels, so it needs cubic voxels. Received: 2 x 2 x 3 mm ...
+    """
+    for subject, sizes in zip(subjects, voxel_sizes.tolist(), strict=True):
+        if max(sizes) > 1.001 * min(sizes):
+            shown = " x ".join(f"{size:.4g}" for size in sizes)
+            raise ValueError(
+                f"A neighbourhood counts its steps in voxels, so it needs cubic voxels. Received: {shown} mm "
+                f"({subject}). Resample the volume to cubic voxels, or leave the neighbourhood out"
+            )

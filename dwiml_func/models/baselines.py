@@ -69,7 +69,7 @@ def keep_straight(batch: StreamlineBatch) -> tuple[Tensor, Tensor]:
     """
     dir_offsets = input_offsets(batch.offsets)
     previous = previous_directions(directions(batch.points, batch.offsets), dir_offsets, 1)
-    valid = torch.ones(batch.num_points, dtype=torch.bool, device=batch.points.device)
+    valid = torch.ones(batch.num_directions, dtype=torch.bool, device=batch.points.device)
     starts, ends = dir_offsets[:-1], dir_offsets[1:]
     valid[starts[starts < ends]] = False  # a streamline of one point has no row
     return previous, valid
@@ -130,7 +130,7 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
 
     std = tensor(input_attributes.get("standardization_std", 1.0))
     mean = tensor(input_attributes.get("standardization_mean", 0.0))
-    signal = (batch.inputs * std + mean) @ tensor(basis).T
+    signal = (batch.at_directions(batch.inputs) * std + mean) @ tensor(basis).T
     # -log S = g' D g, linear in D's six entries (xx, yy, zz, xy, xz, yz) with b = 1.
     x, y, z = g.T
     design = np.stack([x * x, y * y, z * z, 2 * x * y, 2 * x * z, 2 * y * z], axis=1)

@@ -5,40 +5,56 @@ Source: Poulin et al., "Learn to Track: Deep Learning for Tractography", MICCAI 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.streamlines import directions, input_offsets, previous_directions
+from dwiml_func.data.neighborhood import Neighborhood
+from dwiml_func.data.streamlines import directions, previous_directions
 from dwiml_func.models.baselines import angular_error
-from dwiml_func.models.direction_getters import DIRECTION_GETTERS
+from dwiml_func.models.direction_getters import make_direction_getter
+from dwiml_func.models.embeddings import CNNEmbedding, make_embedding
 from dwiml_func.models.packing import packed_layout
 from dwiml_func.models.rnn import StackedRNN
 
 __all__ = ["Learn2Track", "compute_batch_loss"]
 
+_LEAST_LENGTH = 1e-8  # shorter previous directions are normalised as if they had this length: to almost nothing
+
 
 class Learn2Track(torch.nn.Module):
-    """Recurrent layers on the input volume and the previous directions, then a direction getter.
+    """Embeddings of the input volume and of the previous directions, recurrent layers, then a direction getter.
 
-    Parameters have the names they have in dwi_ml, so that its model states load as they are.
+    Options and parameters have the names they have in dwi_ml, so that its model states load as they are.
 
     Args:
         nb_features: features of the input volume at a point.
+        neighborhood: where around each point the inputs are read too; None for the point alone.
+        input_embedding_key: "no_embedding", "nn_embedding" (a linear layer and ReLU) or "cnn_embedding" (convolutions
+            over a grid neighbourhood).
+        input_embedded_size: for nn_embedding: its features.
+        nb_cnn_filters, kernel_size: for cnn_embedding: channels and kernel of each layer.
+        nb_previous_dirs: how many previous directions (voxel space, zeros where the streamline had not begun) follow
+            the embedded inputs.
+        prev_dirs_embedding_key: "no_embedding" or "nn_embedding".
+        prev_dirs_embedded_size: for nn_embedding: features of all previous directions together.
+        normalize_prev_dirs: bring previous directions to unit length; those without length stay zero.
         rnn_key: "lstm" or "gru".
         rnn_layer_sizes: features of each recurrent layer.
-        nb_previous_dirs: how many previous directions (voxel space, not normalised, zeros where the streamline had not
-            begun) follow the input's features.
+        use_skip_connection: every recurrent layer reads the embedded inputs too, and the direction getter reads the
+            outputs of all layers and the embedded inputs.
+        use_layer_normalization: layer normalisation after each recurrent layer.
         dropout: probability, 0 <= dropout < 1, of dropping a value when training: between recurrent layers and, where
-            there are previous directions, in the recurrent layers' input.
+            there is an embedding or are previous directions, in the recurrent layers' input.
         dg_key: a key of `DIRECTION_GETTERS`.
-        dg_dropout: the same probability inside the direction getter.
+        dg_args: the direction getter's options, see `make_direction_getter`: `dropout`, `add_eos`, ...
 
     Raises:
-        ValueError: an argument is not one of those above.
+        ValueError: an argument is not one of those above, or belongs to another embedding or direction getter.
 
     Example:
         >>> model = Learn2Track(28, rnn_layer_sizes=(16, 12), nb_previous_dirs=1)
@@ -50,38 +66,95 @@ class Learn2Track(torch.nn.Module):
         self,
         nb_features: int,
         *,
+        neighborhood: Neighborhood | None = None,
+        input_embedding_key: str = "no_embedding",
+        input_embedded_size: int | None = None,
+        nb_cnn_filters: Sequence[int] | None = None,
+        kernel_size: Sequence[int] | None = None,
+        nb_previous_dirs: int = 0,
+        prev_dirs_embedding_key: str = "no_embedding",
+        prev_dirs_embedded_size: int | None = None,
+        normalize_prev_dirs: bool = False,
         rnn_key: str = "lstm",
         rnn_layer_sizes: Sequence[int] = (100, 100),
-        nb_previous_dirs: int = 0,
+        use_skip_connection: bool = False,
+        use_layer_normalization: bool = False,
         dropout: float = 0.0,
         dg_key: str = "cosine-regression",
-        dg_dropout: float = 0.0,
+        dg_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if nb_features < 1:
             raise ValueError(f"Expected nb_features of at least 1. Received: {nb_features}")
         if nb_previous_dirs < 0:
             raise ValueError(f"Expected nb_previous_dirs of at least 0. Received: {nb_previous_dirs}")
-        if dg_key not in DIRECTION_GETTERS:
-            raise ValueError(f"Expected a dg_key among {', '.join(DIRECTION_GETTERS)}. Received: {dg_key!r}")
         self.nb_features = nb_features
+        self.input_size = nb_features * (neighborhood.num_points if neighborhood else 1)
         self.nb_previous_dirs = nb_previous_dirs
+        self.normalize_prev_dirs = normalize_prev_dirs
         self.dropout = dropout
-        self.rnn_model = StackedRNN(rnn_key, nb_features + 3 * nb_previous_dirs, rnn_layer_sizes, dropout)
-        self.direction_getter = DIRECTION_GETTERS[dg_key](self.rnn_model.output_size, dropout=dg_dropout)
+        # Made in dwi_ml's order.
+        self.prev_dirs_embedding = None
+        rnn_input_size = 0
+        if nb_previous_dirs > 0:
+            self.prev_dirs_embedding = make_embedding(
+                prev_dirs_embedding_key, 3 * nb_previous_dirs, prev_dirs_embedded_size
+            )
+            rnn_input_size = self.prev_dirs_embedding.output_size
+        elif prev_dirs_embedding_key != "no_embedding" or prev_dirs_embedded_size is not None or normalize_prev_dirs:
+            raise ValueError(
+                "prev_dirs_embedding_key, prev_dirs_embedded_size and normalize_prev_dirs belong to previous "
+                "directions. Expected nb_previous_dirs of at least 1 beside them. Received: 0"
+            )
+        if input_embedding_key == "cnn_embedding":
+            if neighborhood is None or neighborhood.type != "grid" or input_embedded_size is not None:
+                raise ValueError(
+                    "cnn_embedding: expected a neighborhood of type grid and no input_embedded_size. "
+                    f"Received: {neighborhood} and {input_embedded_size}"
+                )
+            self.input_embedding_layer = CNNEmbedding(
+                nb_features,
+                radius=neighborhood.radius,
+                nb_filters=nb_cnn_filters or (),
+                kernel_sizes=kernel_size or (),
+            )
+        elif nb_cnn_filters is not None or kernel_size is not None:
+            raise ValueError(
+                "nb_cnn_filters and kernel_size belong to cnn_embedding. "
+                f"Received: {nb_cnn_filters} and {kernel_size} with {input_embedding_key!r}"
+            )
+        else:
+            self.input_embedding_layer = make_embedding(input_embedding_key, self.input_size, input_embedded_size)
+        rnn_input_size += self.input_embedding_layer.output_size
+        self._drops_inputs = nb_previous_dirs > 0 or input_embedding_key != "no_embedding"
+        self.rnn_model = StackedRNN(
+            rnn_key,
+            rnn_input_size,
+            rnn_layer_sizes,
+            dropout,
+            use_skip_connection=use_skip_connection,
+            use_layer_normalization=use_layer_normalization,
+        )
+        self.direction_getter = make_direction_getter(dg_key, self.rnn_model.output_size, **(dg_args or {}))
+
+    @property
+    def add_eos(self) -> bool:
+        """Whether the model learns where streamlines end, and so reads the inputs at their last points too."""
+        return self.direction_getter.add_eos
 
     def forward(self, batch: StreamlineBatch) -> Tensor:
-        """Predict at every point that has a next direction, from the streamline up to that point.
+        """Predict at every point of the batch's inputs, from the streamline up to that point.
 
         Args:
-            batch: S streamlines, N = P - S points that have a next direction, F features.
+            batch: S streamlines, with inputs at N points: those that have a next direction, or with `add_eos` all.
 
         Returns:
             (N, K), in the order of `batch.inputs`: the direction getter's outputs (for cosine regression directions in
             voxel space).
 
         Raises:
-            ValueError: the batch does not have the model's number of features, or no point has a next direction.
+            ValueError: the batch does not have the model's number of features, or inputs at other points; or it has
+                inputs at no point.
 
         Example:
             >>> one = torch.zeros(1, dtype=torch.int64)
@@ -91,34 +164,100 @@ class Learn2Track(torch.nn.Module):
             >>> Learn2Track(6, nb_previous_dirs=2)(batch).shape
             torch.Size([4, 3])
         """
-        x = batch.inputs
-        if x.shape[1] != self.nb_features:
+        self._check(batch)
+        offsets = batch.input_offsets
+        previous = None
+        if self.nb_previous_dirs > 0:
+            # With EOS the last points have rows too. Nothing comes after them, so the zeros there are never read.
+            dirs = batch.at_inputs(directions(batch.forward_points, batch.offsets))
+            previous = previous_directions(self._normalized(dirs), offsets, self.nb_previous_dirs)
+        layout = packed_layout(offsets)
+        features = self.rnn_model(layout.pack(self._embedded(batch.inputs, previous)), layout.batch_sizes)
+        return layout.unpack(self.direction_getter(features))
+
+    def directions(self, batch: StreamlineBatch) -> Tensor:
+        """Predict the direction at every point that has a next one.
+
+        Args:
+            batch: S streamlines, P points, as in `forward`.
+
+        Returns:
+            (P - S, 3), voxel space, of any length: the directions that deterministic tracking takes.
+
+        Raises:
+            ValueError: as in `forward`.
+
+        Example:
+            >>> model.directions(batch)  # doctest: +SKIP
+        """
+        return self.direction_getter.directions(batch.at_directions(self(batch)))
+
+    def run_step(
+        self, inputs: Tensor, dirs: Tensor, state: Sequence[tuple[Tensor, ...]] | None = None
+    ) -> tuple[Tensor, Sequence[tuple[Tensor, ...]]]:
+        """Go one point further along S streamlines, for tracking.
+
+        Args:
+            inputs: (S, input_size) float, the input volume at (and around) the streamlines' newest points.
+            dirs: (S, 3 * nb_previous_dirs) float, voxel space, the directions that led there, the latest first, zeros
+                where there was none.
+            state: the carried state, from the step before; None at the streamlines' first points. To drop streamlines,
+                index the rows of all of its tensors.
+
+        Returns:
+            outputs (S, K), of the direction getter; and the new state, tensors of S rows for each recurrent layer.
+
+        Example:
+            >>> model = Learn2Track(6, rnn_layer_sizes=(4,)).eval()
+            >>> outputs, state = model.run_step(torch.zeros(2, 6), torch.zeros(2, 0))
+            >>> outputs, state = model.run_step(torch.zeros(2, 6), torch.zeros(2, 0), state)
+            >>> outputs.shape
+            torch.Size([2, 3])
+        """
+        previous = None
+        if self.nb_previous_dirs > 0:
+            previous = self._normalized(dirs.reshape(-1, 3)).reshape(dirs.shape)
+        features, state = self.rnn_model.run(self._embedded(inputs, previous), [len(inputs)], state)
+        return self.direction_getter(features), state
+
+    def _embedded(self, inputs: Tensor, previous: Tensor | None) -> Tensor:
+        x = self.input_embedding_layer(inputs)
+        if previous is not None and self.prev_dirs_embedding is not None:
+            x = torch.cat([x, self.prev_dirs_embedding(previous)], dim=1)
+        return dropout(x, self.dropout, self.training) if self._drops_inputs else x
+
+    def _normalized(self, dirs: Tensor) -> Tensor:
+        if not self.normalize_prev_dirs:
+            return dirs
+        return dirs / dirs.norm(dim=-1, keepdim=True).clamp(min=_LEAST_LENGTH)
+
+    def _check(self, batch: StreamlineBatch) -> None:
+        if batch.inputs.shape[1] != self.input_size:
             raise ValueError(
-                f"Expected a batch with {self.nb_features} input features, those the model was made for. "
-                f"Received: {x.shape[1]}. Use the input volume that the model was trained on"
+                f"Expected a batch with {self.input_size} input features, those the model was made for. "
+                f"Received: {batch.inputs.shape[1]}. Use the input volume that the model was trained on"
             )
         if batch.num_points == 0:
             raise ValueError("Expected a batch with streamlines of two points or more. Received: none")
-        offsets = input_offsets(batch.offsets)
-        if self.nb_previous_dirs > 0:
-            dirs = directions(batch.forward_points, batch.offsets)
-            x = torch.cat([x, previous_directions(dirs, offsets, self.nb_previous_dirs)], dim=1)
-            x = dropout(x, self.dropout, self.training)
-        layout = packed_layout(offsets)
-        features = self.rnn_model(layout.pack(x), layout.batch_sizes)
-        return layout.unpack(self.direction_getter(features))
+        if batch.has_last_points != self.add_eos:
+            expected = "all points" if self.add_eos else "all points but the last of each streamline"
+            raise ValueError(
+                f"Expected a batch with inputs at {expected}. Received: {batch.num_points} rows for "
+                f"{len(batch.points)} points. Load it with LoaderSpec(add_eos={self.add_eos})"
+            )
 
 
-def compute_batch_loss(model: Learn2Track, batch: StreamlineBatch) -> tuple[Tensor, int, dict[str, Tensor]]:
+def compute_batch_loss(model: Learn2Track, batch: StreamlineBatch) -> tuple[Tensor, int, dict[str, Any]]:
     """The loss of a batch, in the form that `dwiml_func.loss.module_loss` takes.
 
     Args:
         model: the model, in training or in evaluation mode.
-        batch: S streamlines, N = P - S points that have a next direction.
+        batch: S streamlines, with inputs at N of their P points.
 
     Returns:
         The mean over the N points of the direction getter's loss; N; and `{"angular_error": ...}`, the mean angle in
-        degrees between predicted and true directions, without gradient.
+        degrees between predicted and true directions at the P - S points that have a next direction, without gradient.
+        With EOS, where N is P, the latter is a pair: the mean, and its own weight P - S.
 
     Example:
         >>> one = torch.zeros(1, dtype=torch.int64)
@@ -129,8 +268,10 @@ def compute_batch_loss(model: Learn2Track, batch: StreamlineBatch) -> tuple[Tens
         >>> loss.shape, weight, list(aux)
         (torch.Size([]), 4, ['angular_error'])
     """
-    targets = directions(batch.target_points, batch.offsets)
     outputs = model(batch)
-    loss = model.direction_getter.losses(outputs, targets).mean()
-    predictions = model.direction_getter.directions(outputs.detach())
-    return loss, batch.num_points, {"angular_error": angular_error(predictions, targets).mean()}
+    getter = model.direction_getter
+    true_directions = directions(batch.target_points, batch.offsets)
+    loss, weight = getter.loss(outputs, batch.at_inputs(true_directions), batch.is_last)
+    predicted = getter.directions(batch.at_directions(outputs.detach()))
+    error = angular_error(predicted, true_directions).mean()
+    return loss, weight, {"angular_error": (error, batch.num_directions) if batch.has_last_points else error}

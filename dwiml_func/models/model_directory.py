@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dwiml_func.config import ModelConfig
-from dwiml_func.config_checks import require, shown
+from dwiml_func.config import ModelConfig, RunConfig, config_from_json
+from dwiml_func.config_checks import shown
+from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.digest import leaf_differences
 from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
 from dwiml_func.manifest import DamagedError
@@ -20,9 +23,15 @@ from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import TrainState
 
-__all__ = ["LoadedModel", "build_model", "load_model", "save_model"]
+__all__ = ["LoadedModel", "build_model", "fill_model", "find_model", "load_model", "save_model"]
 
 MANIFEST = "model.json"
+_LAYOUT = 2  # of the facts in the manifest
+_DATA_FACTS = (
+    *("input_group_name", "streamline_group_name", "interpolation"),
+    *("neighborhood_type", "neighborhood_radius", "neighborhood_resolution"),
+)
+_BATCH_FACTS = ("step_size", "nb_points", "compress")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,23 +40,27 @@ class LoadedModel:
 
     Args:
         module: the model, in evaluation mode.
-        facts: what was recorded with it: `class`, `options`, `epoch`, `interpolation`, ...
+        config: what the model is and what data it is for: the options of the model, of the data and of resampling.
+            Further ones were not recorded and have their defaults, and the dataset has no name.
+        facts: what was recorded with it: `class`, `nb_features`, `options`, `epoch`, ...
 
     Example:
         >>> LoadedModel.__slots__
-        ('module', 'facts')
+        ('module', 'config', 'facts')
     """
 
-    module: torch.nn.Module
+    module: Learn2Track
+    config: RunConfig
     facts: Mapping[str, Any]
 
 
-def build_model(config: ModelConfig, *, nb_features: int) -> Learn2Track:
+def build_model(config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None) -> Learn2Track:
     """Make a model from its options, with parameters drawn from torch's generator.
 
     Args:
         config: the options.
         nb_features: features of the input volume at a point.
+        neighborhood: where around each point the volume is read too.
 
     Returns:
         A new module.
@@ -55,25 +68,27 @@ def build_model(config: ModelConfig, *, nb_features: int) -> Learn2Track:
     Example:
         >>> build_model(ModelConfig(rnn_layer_sizes=(4,)), nb_features=3)(batch)  # doctest: +SKIP
     """
-    return Learn2Track(nb_features, **asdict(config))
+    return Learn2Track(nb_features, neighborhood=neighborhood, **config.arguments)
 
 
 def save_model(
-    path: str | Path, state: TrainState, config: ModelConfig, *, nb_features: int, facts: Mapping[str, Any]
+    path: str | Path, state: TrainState, config: RunConfig, *, nb_features: int, facts: Mapping[str, Any]
 ) -> None:
-    """Write a state's parameters and buffers, and what it takes to build the module again.
+    """Write a state's parameters and buffers, and what it takes to build the module again and to feed it.
 
     Args:
         path: the directory; it appears by one rename, and replaces one that stands there.
         state: the run.
-        config: the model's options.
+        config: the run's config, of which the options of the model, the data and the resampling are recorded.
         nb_features: features of the input volume at a point.
-        facts: further JSON data, e.g. the interpolation that the model was trained with.
+        facts: further JSON data, e.g. the loss.
 
     Example:
-        >>> save_model("best_model", state, config.model, nb_features=28, facts={})  # doctest: +SKIP
+        >>> save_model("best_model", state, config, nb_features=28, facts={})  # doctest: +SKIP
     """
-    described = {"class": "Learn2Track", "nb_features": nb_features, "options": asdict(config)}
+    described = {"class": "Learn2Track", "layout": _LAYOUT, "nb_features": nb_features, "options": asdict(config.model)}
+    described |= {name: getattr(config.data, name) for name in _DATA_FACTS}
+    described |= {name: getattr(config.batches, name) for name in _BATCH_FACTS}
     leaves = {**state.params, **state.buffers}
     save_leaves(Path(path), leaves, described | {"epoch": state.epoch, **facts}, manifest_name=MANIFEST)
 
@@ -85,12 +100,12 @@ def load_model(path: str | Path) -> LoadedModel:
         path: a directory that `save_model` wrote.
 
     Returns:
-        The module and the recorded facts.
+        The module, its config and the recorded facts.
 
     Raises:
         FileNotFoundError: there is none.
         DamagedError: it is damaged.
-        ValueError: it holds another class of model.
+        ValueError: it holds another class of model, or is of an older layout.
 
     Example:
         >>> load_model("/no/such/model")
@@ -104,21 +119,101 @@ def load_model(path: str | Path) -> LoadedModel:
     facts = read_manifest(path, MANIFEST, needs=("class", "options", "nb_features"))
     if facts["class"] != "Learn2Track":
         raise ValueError(f"{path} holds a model of class {shown(facts['class'])}; expected 'Learn2Track'.")
-    import pydantic
-
+    if facts.get("layout") != _LAYOUT:
+        raise ValueError(
+            f"{path} has layout {facts.get('layout', 1)} of model directories; this version reads layout {_LAYOUT}. "
+            f"Read it with the version of dwiml_func that wrote it, or train the model again."
+        )
+    read_manifest(path, MANIFEST, needs=(*_DATA_FACTS, *_BATCH_FACTS))
+    recorded = {
+        "hdf5_file": "",
+        "model": facts["options"],
+        "data": {name: facts[name] for name in _DATA_FACTS},
+        "batches": {name: facts[name] for name in _BATCH_FACTS},
+    }
+    build = partial(_build, nb_features=facts["nb_features"])
     try:
-        config = pydantic.TypeAdapter(ModelConfig).validate_json(json.dumps(facts["options"]))
-        require("nb_features", facts["nb_features"], at_least=1)
-        with torch_rng(Key(0)), torch.device("meta"):  # sizes alone: whatever the options say, this takes no memory
-            expected = build_model(config, nb_features=facts["nb_features"]).state_dict()
+        config = config_from_json(json.dumps(recorded), source=str(path / MANIFEST))
+        with torch.device("meta"):  # sizes alone: whatever the options say, this takes no memory
+            expected = build(config).state_dict()
     except (ValueError, TypeError) as error:
         raise DamagedError(
             f"{path} is damaged: {MANIFEST} has no options of a model ({first_problem(error)})."
         ) from None
     if differences := leaf_differences(facts["leaves"], expected):
         raise DamagedError(f"{path} is damaged: its tensors are not those of its options: {'; '.join(differences)}.")
-    leaves = load_leaves(path, facts)
+    module = build(config)
+    fill_model(module, load_leaves(path, facts), source=str(path))
+    return LoadedModel(module=module.eval(), config=config, facts=facts)
+
+
+def _build(config: RunConfig, nb_features: int) -> Learn2Track:
     with torch_rng(Key(0)):  # the draws are overwritten; the caller's generator must not move
-        module = build_model(config, nb_features=facts["nb_features"])
-    module.load_state_dict(leaves)
-    return LoadedModel(module=module.eval(), facts=facts)
+        return build_model(config.model, nb_features=nb_features, neighborhood=config.data.neighborhood)
+
+
+def fill_model(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Copy tensors into a module, after all of them were found to fit.
+
+    Args:
+        module: what to fill.
+        tensors: by name, one for each parameter and buffer of the module's state.
+        source: what to call the tensors in an error.
+
+    Raises:
+        ValueError: names or shapes differ, or a value is not finite; one line says all of it.
+
+    Example:
+        >>> tensors = {"weight": torch.ones(1, 3), "b": torch.ones(1)}
+        >>> fill_model(torch.nn.Linear(2, 1), tensors, source="state")
+        Traceback (most recent call last):
+        ...
+        ValueError: state does not fit the model: no bias; unexpected b; weight of shape (1, 3), expected (1, 2).
+    """
+    expected = module.state_dict()
+    problems = [f"no {name}" for name in expected if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in expected]
+    for name in [name for name in expected if name in tensors]:
+        if tensors[name].shape != expected[name].shape:
+            shapes = tuple(tensors[name].shape), tuple(expected[name].shape)
+            problems.append(f"{name} of shape {shapes[0]}, expected {shapes[1]}")
+        elif tensors[name].is_floating_point() != expected[name].is_floating_point():
+            problems.append(f"{name} of type {tensors[name].dtype}, expected {expected[name].dtype}")
+        elif not tensors[name].isfinite().all():
+            problems.append(f"{name} with values that are not finite")
+    if problems:
+        raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
+    module.load_state_dict(dict(tensors))
+
+
+def find_model(path: str | Path) -> Path:
+    """Find the model directory that a user means by a folder: the folder itself, or its best model.
+
+    Args:
+        path: a model directory, or an experiment.
+
+    Returns:
+        The model directory.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is neither; what it is instead, if that can be told.
+
+    Example:
+        >>> find_model("/no/such/model")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: '/no/such/model' is not a folder. Expected a model directory or an experiment.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} is not a folder. Expected a model directory or an experiment.")
+    for folder in (path, path / "best_model"):
+        if (folder / MANIFEST).is_file():
+            return folder
+    for folder in (path, path / "best_model"):
+        if (folder / "model_state.pkl").is_file():
+            raise ValueError(f"{str(folder)!r} holds a model of dwi_ml. First run dwiml-func import-reference on it.")
+    if (path / "config.json").is_file():
+        raise ValueError(f"Experiment {str(path)!r} has no best model yet. Train it for an epoch.")
+    raise ValueError(f"{str(path)!r} is neither a model directory (no {MANIFEST}) nor an experiment (no config.json).")

@@ -1,24 +1,23 @@
-"""Stacked LSTM or GRU layers of any sizes, as a scan over the packed layout in plain torch operations.
-
-On CPU, `torch.nn.LSTM` on a packed sequence has a backward that grows with the square of the length, and it does not
-run under `torch.func`. Here every operation of a time step has a gradient of that time step's size, so the scan is
-linear in the number of points, and it runs under `torch.autograd`, `torch.func.grad` and `torch.func.vmap`.
-"""
+"""Stacked LSTM or GRU layers of any sizes, over the packed layout."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, linear
+from torch.nn.functional import dropout
+
+from dwiml_func.models.rnn_packed import packed_scan
+from dwiml_func.models.rnn_scan import State, Weights, plain_scan
 
 __all__ = ["RecurrentLayer", "StackedRNN"]
 
-_State = tuple[Tensor, ...]  # of the sequences that still run; the first tensor is the output
-_Cell = Callable[[Tensor, _State], _State]
+_NUM_STATES = {"lstm": 2, "gru": 1}  # tensors in the carried state
+_NUM_GATES = {"lstm": 4, "gru": 3}
 
 
 class RecurrentLayer(torch.nn.Module):
@@ -32,9 +31,6 @@ class RecurrentLayer(torch.nn.Module):
     Raises:
         ValueError: the key is neither, or a size is below 1.
 
-    Source: the equations in the documentation of `torch.nn.LSTM` (Hochreiter and Schmidhuber, 1997, with forget gates)
-        and of `torch.nn.GRU` (Cho et al., 2014, with the reset gate after the matrix product).
-
     Example:
         >>> layer = RecurrentLayer("gru", 2, 3)
         >>> layer(torch.zeros(5, 2), [3, 1, 1]).shape
@@ -43,22 +39,33 @@ class RecurrentLayer(torch.nn.Module):
 
     def __init__(self, rnn_key: str, input_size: int, hidden_size: int) -> None:
         super().__init__()
-        if rnn_key not in _SCANS:
-            raise ValueError(f"Expected an rnn_key among {', '.join(_SCANS)}. Received: {rnn_key!r}")
+        if rnn_key not in _NUM_GATES:
+            raise ValueError(f"Expected an rnn_key among {', '.join(_NUM_GATES)}. Received: {rnn_key!r}")
         if input_size < 1 or hidden_size < 1:
             raise ValueError(f"Expected layer sizes of at least 1. Received: {input_size} to {hidden_size}")
         self.rnn_key = rnn_key
-        num_gates, _ = _SCANS[rnn_key]
+        self.hidden_size = hidden_size
+        num_rows = _NUM_GATES[rnn_key] * hidden_size
         bound = 1 / math.sqrt(hidden_size)
 
         def parameter(*shape: int) -> torch.nn.Parameter:
             return torch.nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
         # Made in torch's order, so that a seed gives torch's values.
-        self.weight_ih_l0 = parameter(num_gates * hidden_size, input_size)
-        self.weight_hh_l0 = parameter(num_gates * hidden_size, hidden_size)
-        self.bias_ih_l0 = parameter(num_gates * hidden_size)
-        self.bias_hh_l0 = parameter(num_gates * hidden_size)
+        self.weight_ih_l0 = parameter(num_rows, input_size)
+        self.weight_hh_l0 = parameter(num_rows, hidden_size)
+        self.bias_ih_l0 = parameter(num_rows)
+        self.bias_hh_l0 = parameter(num_rows)
+
+    @property
+    def weights(self) -> Weights:
+        """The four parameters, in torch's order.
+
+        Example:
+            >>> [tuple(weight.shape) for weight in RecurrentLayer("gru", 2, 3).weights]
+            [(9, 2), (9, 3), (9,), (9,)]
+        """
+        return self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
 
     def forward(self, x: Tensor, batch_sizes: Sequence[int]) -> Tensor:
         """Run the layer over all time steps, from a state of zeros.
@@ -74,43 +81,84 @@ class RecurrentLayer(torch.nn.Module):
             >>> RecurrentLayer("lstm", 2, 3)(torch.zeros(4, 2), [2, 2]).shape
             torch.Size([4, 3])
         """
-        _, scan = _SCANS[self.rnn_key]
-        return scan(x, batch_sizes, self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0)
+        return self.run(x, batch_sizes)[0]
+
+    def run(self, x: Tensor, batch_sizes: Sequence[int], state: State | None = None) -> tuple[Tensor, State]:
+        """Run the layer over all time steps, from a given state, and return the last one too.
+
+        Args:
+            x: (P, input_size) float, packed.
+            batch_sizes: rows of each time step; they do not increase and add up to P, which is at least 1.
+            state: of the S = batch_sizes[0] sequences before their first row: (h,) for GRU, (h, c) for LSTM, each
+                (S, hidden_size). None stands for zeros.
+
+        Returns:
+            The outputs (P, hidden_size), packed, and the state of each sequence after its last row.
+
+        Example:
+            >>> layer = RecurrentLayer("gru", 2, 3)
+            >>> outputs, (hidden,) = layer.run(torch.zeros(4, 2), [2, 2])
+            >>> torch.equal(hidden, outputs[2:])
+            True
+        """
+        if state is None:
+            zeros = x.new_zeros(batch_sizes[0], self.hidden_size)
+            state = (zeros,) * _NUM_STATES[self.rnn_key]
+        scan = plain_scan if torch.compiler.is_compiling() else packed_scan
+        return scan(self.rnn_key, x, batch_sizes, self.weights, state)
 
 
 class StackedRNN(torch.nn.Module):
-    """Recurrent layers on top of each other; between two of them dropout, then ReLU.
+    """Recurrent layers on top of each other; after each layer its normalization, and between two dropout, then ReLU.
 
     Args:
         rnn_key: "lstm" or "gru".
         input_size: features of an input row.
         layer_sizes: features of each layer's output.
         dropout: probability of dropping a value between layers when training, 0 <= dropout < 1.
+        use_skip_connection: every layer after the first receives the input too, after the output of the layer below;
+            the output of the stack is the outputs of all layers, as the next layer receives them, then the input.
+        use_layer_normalization: normalize the features of each layer's output, the last one's too.
 
     Raises:
         ValueError: an argument is not one of those above.
 
-    Source: dwi_ml, `stacked_rnn.py` (which layers, in which order, under which parameter names).
+    Source: dwi_ml, `stacked_rnn.py` (which layers, in which order, under which parameter names). Skip connections are
+        those of Graves, arXiv:1308.0850; layer normalization is that of Ba et al., arXiv:1607.06450.
 
     Example:
-        >>> rnn = StackedRNN("lstm", 4, (8, 6))
+        >>> rnn = StackedRNN("lstm", 4, (8, 6), use_skip_connection=True)
         >>> rnn.output_size, rnn(torch.zeros(5, 4), [3, 1, 1]).shape
-        (6, torch.Size([5, 6]))
+        (18, torch.Size([5, 18]))
     """
 
-    def __init__(self, rnn_key: str, input_size: int, layer_sizes: Sequence[int], dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        rnn_key: str,
+        input_size: int,
+        layer_sizes: Sequence[int],
+        dropout: float = 0.0,
+        *,
+        use_skip_connection: bool = False,
+        use_layer_normalization: bool = False,
+    ) -> None:
         super().__init__()
         if len(layer_sizes) == 0:
             raise ValueError("Expected the size of at least one recurrent layer. Received: none")
         if not 0 <= dropout < 1:
             raise ValueError(f"Expected a dropout of at least 0 and below 1. Received: {dropout}")
         self.input_size = input_size
-        self.output_size = layer_sizes[-1]
+        self.output_size = sum(layer_sizes) + input_size if use_skip_connection else layer_sizes[-1]
         self.dropout = dropout
-        self._names = [f"rnn_{number}" for number in range(len(layer_sizes))]
-        sizes = pairwise([input_size, *layer_sizes])
-        for name, (layer_input_size, layer_size) in zip(self._names, sizes, strict=True):
-            self.add_module(name, RecurrentLayer(rnn_key, layer_input_size, layer_size))
+        self.use_skip_connection = use_skip_connection
+        self.use_layer_normalization = use_layer_normalization
+        self.num_layers = len(layer_sizes)
+        num_skipped = input_size if use_skip_connection else 0
+        sizes = pairwise([input_size - num_skipped, *layer_sizes])
+        for number, (size_below, layer_size) in enumerate(sizes):
+            self.add_module(f"rnn_{number}", RecurrentLayer(rnn_key, size_below + num_skipped, layer_size))
+            if use_layer_normalization:
+                self.add_module(f"layer_norm_{number}", torch.nn.LayerNorm(layer_size))
 
     def forward(self, x: Tensor, batch_sizes: Sequence[int]) -> Tensor:
         """Run all layers over all time steps, from states of zeros.
@@ -129,6 +177,56 @@ class StackedRNN(torch.nn.Module):
             >>> StackedRNN("gru", 4, (8,))(torch.zeros(3, 4), [2, 1]).shape
             torch.Size([3, 8])
         """
+        return self.run(x, batch_sizes)[0]
+
+    def run(
+        self, x: Tensor, batch_sizes: Sequence[int], state: Sequence[State] | None = None
+    ) -> tuple[Tensor, tuple[State, ...]]:
+        """Run all layers over all time steps, from given states, and return the last ones too.
+
+        A sequence in pieces, each from the state that the piece before it returned, gives what the whole sequence
+        gives. When sequences end between two pieces, keep the rows of the state that go on.
+
+        Args:
+            x: (P, input_size) float, packed, see `dwiml_func.models.packing`.
+            batch_sizes: rows of each time step; they do not increase and add up to P, which is at least 1.
+            state: for each layer the state of the S = batch_sizes[0] sequences before their first row: (h,) for GRU,
+                (h, c) for LSTM, each (S, that layer's size). None stands for zeros.
+
+        Returns:
+            The outputs (P, output_size), packed, and for each layer the state of each sequence after its last row.
+
+        Raises:
+            ValueError: `x` does not have `input_size` columns, or the batch sizes or the state do not fit.
+
+        Example:
+            >>> rnn = StackedRNN("lstm", 4, (8, 6)).eval()
+            >>> whole = rnn(torch.ones(6, 4), [2, 2, 2])
+            >>> first, state = rnn.run(torch.ones(2, 4), [2])
+            >>> rest, state = rnn.run(torch.ones(4, 4), [2, 2], state)
+            >>> torch.allclose(torch.cat([first, rest]), whole)
+            True
+        """
+        self._check_rows(x, batch_sizes)
+        layers = [cast(RecurrentLayer, self.get_submodule(f"rnn_{number}")) for number in range(self.num_layers)]
+        if state is not None:
+            _check_state(layers, batch_sizes[0], state)
+        inputs, outputs, last_states = x, [], []
+        for number, layer in enumerate(layers):
+            x, last_state = layer.run(x, batch_sizes, None if state is None else state[number])
+            last_states.append(last_state)
+            if self.use_layer_normalization:
+                x = self.get_submodule(f"layer_norm_{number}")(x)
+            if number + 1 < self.num_layers:
+                x = dropout(x, self.dropout, self.training).relu()
+            outputs.append(x)
+            if self.use_skip_connection:
+                x = torch.cat([x, inputs], dim=1)
+        if self.use_skip_connection:
+            x = torch.cat([*outputs, inputs], dim=1)
+        return x, tuple(last_states)
+
+    def _check_rows(self, x: Tensor, batch_sizes: Sequence[int]) -> None:
         if x.ndim != 2 or x.shape[1] != self.input_size:
             raise ValueError(f"Expected x of shape (P, {self.input_size}). Received: {tuple(x.shape)}")
         if sum(batch_sizes) != len(x) or any(now > before for before, now in pairwise([len(x), *batch_sizes, 1])):
@@ -136,59 +234,10 @@ class StackedRNN(torch.nn.Module):
                 f"Expected batch sizes of at least 1 that do not increase and add up to {len(x)}, the rows of x. "
                 f"Received: {list(batch_sizes)}"
             )
-        for number, name in enumerate(self._names):
-            if number > 0:
-                x = dropout(x, self.dropout, self.training).relu()
-            x = self.get_submodule(name)(x, batch_sizes)
-        return x
 
 
-def _scan(cell: _Cell, rows: Tensor, batch_sizes: Sequence[int], state: _State) -> Tensor:
-    """Fold a cell over the time steps of packed rows; returns the outputs of all steps, packed."""
-    outputs = []
-    num_running = batch_sizes[0]
-    # One split and one cat: their gradients are one cat and views. Slicing step by step would fill P rows a step.
-    for num_rows, step_rows in zip(batch_sizes, rows.split(batch_sizes), strict=True):
-        if num_rows < num_running:
-            state = tuple(part[:num_rows] for part in state)
-            num_running = num_rows
-        state = cell(step_rows, state)
-        outputs.append(state[0])
-    return torch.cat(outputs)
-
-
-def _scan_lstm(
-    x: Tensor, batch_sizes: Sequence[int], weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor
-) -> Tensor:
-    projected = linear(x, weight_ih, bias_ih + bias_hh)  # the input's share of the gates, all time steps in one GEMM
-    recurrent = weight_hh.t()
-
-    def cell(rows: Tensor, state: _State) -> _State:
-        hidden, memory = state
-        input_gate, forget_gate, candidate, output_gate = torch.addmm(rows, hidden, recurrent).chunk(4, dim=1)
-        memory = torch.addcmul(forget_gate.sigmoid() * memory, input_gate.sigmoid(), candidate.tanh())
-        return output_gate.sigmoid() * memory.tanh(), memory
-
-    zeros = projected.new_zeros(batch_sizes[0], weight_hh.shape[1])
-    return _scan(cell, projected, batch_sizes, (zeros, zeros))
-
-
-def _scan_gru(
-    x: Tensor, batch_sizes: Sequence[int], weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor, bias_hh: Tensor
-) -> Tensor:
-    projected = linear(x, weight_ih, bias_ih)
-    hidden_size = weight_hh.shape[1]
-
-    def cell(rows: Tensor, state: _State) -> _State:
-        (hidden,) = state
-        # The reset gate scales the hidden state's share of the candidate, so the two shares are not added before.
-        gate_rows, candidate_rows = rows.split([2 * hidden_size, hidden_size], dim=1)
-        gates, candidate = linear(hidden, weight_hh, bias_hh).split([2 * hidden_size, hidden_size], dim=1)
-        reset, update = (gate_rows + gates).sigmoid().chunk(2, dim=1)
-        candidate = torch.addcmul(candidate_rows, reset, candidate).tanh()
-        return (torch.lerp(candidate, hidden, update),)
-
-    return _scan(cell, projected, batch_sizes, (projected.new_zeros(batch_sizes[0], hidden_size),))
-
-
-_SCANS = {"lstm": (4, _scan_lstm), "gru": (3, _scan_gru)}  # number of gates, and how to run them
+def _check_state(layers: Sequence[RecurrentLayer], num_sequences: int, state: Sequence[State]) -> None:
+    expected = [[(num_sequences, layer.hidden_size)] * _NUM_STATES[layer.rnn_key] for layer in layers]
+    received = [[tuple(part.shape) for part in layer_state] for layer_state in state]
+    if received != expected:
+        raise ValueError(f"Expected a state of shapes {expected}, a list for each layer. Received: {received}")

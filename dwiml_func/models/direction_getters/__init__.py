@@ -1,16 +1,95 @@
 """Direction getters: the last layers of a model, which turn its features into directions, and the loss of those.
 
-Each stands in a module of its own; `DIRECTION_GETTERS` has them by key.
+Each family stands in a module of its own; `DIRECTION_GETTERS` has them by key, and `make_direction_getter` makes one.
 """
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from typing import Any
 
 from dwiml_func.models.direction_getters.cosine_regression import CosineRegression
 from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
+from dwiml_func.models.direction_getters.fisher_von_mises import FisherVonMises
+from dwiml_func.models.direction_getters.fisher_von_mises_mixture import FisherVonMisesMixture
+from dwiml_func.models.direction_getters.gaussian import Gaussian
+from dwiml_func.models.direction_getters.gaussian_mixture import GaussianMixture
+from dwiml_func.models.direction_getters.l2_regression import CosinePlusL2Regression, L2Regression
+from dwiml_func.models.direction_getters.sphere_classification import (
+    SmoothSphereClassification,
+    SphereClassification,
+)
 
-__all__ = ["DIRECTION_GETTERS", "CosineRegression", "DirectionGetter"]
+__all__ = [
+    "DIRECTION_GETTERS",
+    "CosinePlusL2Regression",
+    "CosineRegression",
+    "DirectionGetter",
+    "FisherVonMises",
+    "FisherVonMisesMixture",
+    "Gaussian",
+    "GaussianMixture",
+    "L2Regression",
+    "SmoothSphereClassification",
+    "SphereClassification",
+    "make_direction_getter",
+]
 
-DIRECTION_GETTERS: dict[str, Callable[..., DirectionGetter]] = {
-    "cosine-regression": CosineRegression,
+DIRECTION_GETTERS: dict[str, type[DirectionGetter]] = {
+    getter.key: getter
+    for getter in (
+        CosineRegression,
+        L2Regression,
+        CosinePlusL2Regression,
+        SphereClassification,
+        SmoothSphereClassification,
+        Gaussian,
+        GaussianMixture,
+        FisherVonMises,
+        FisherVonMisesMixture,
+    )
 }
-"""The getters by their keys on the command line: `DIRECTION_GETTERS[dg_key](input_size, dropout=...)`."""
+"""The getters by their keys on the command line."""
+
+
+def make_direction_getter(
+    dg_key: str,
+    input_size: int,
+    *,
+    dropout: float = 0.0,
+    add_eos: bool = False,
+    eos_weight: float = 1.0,
+    **options: Any,
+) -> DirectionGetter:
+    """Make a direction getter from its key and its options, which are dwi_ml's `dg_key` and `dg_args`.
+
+    Args:
+        dg_key: a key of `DIRECTION_GETTERS`.
+        input_size: features at a point.
+        dropout: probability of dropping a value between the layers when training, 0 <= dropout < 1.
+        add_eos: learn where streamlines end.
+        eos_weight: weight of the EOS loss beside that of the direction.
+        **options: the getter's further options, those in its `option_names`.
+
+    Returns:
+        A new module, with parameters drawn from torch's generator.
+
+    Raises:
+        ValueError: there is no such getter, it does not have such an option, or an argument is out of range.
+
+    Example:
+        >>> make_direction_getter("l2-regression", 100, normalize_targets=1.0).output_size
+        3
+        >>> make_direction_getter("cosine-regression", 100, nb_gaussians=3)
+        Traceback (most recent call last):
+        ...
+        ValueError: cosine-regression has no option nb_gaussians. Its options: normalize_targets, normalize_outputs
+    """
+    if dg_key not in DIRECTION_GETTERS:
+        raise ValueError(f"Expected a dg_key among {', '.join(DIRECTION_GETTERS)}. Received: {dg_key!r}")
+    getter = DIRECTION_GETTERS[dg_key]
+    unknown = [name for name in options if name not in getter.option_names]
+    if unknown:
+        known = ", ".join(getter.option_names) or "none beside dropout, add_eos and eos_weight"
+        raise ValueError(f"{dg_key} has no option {', '.join(unknown)}. Its options: {known}")
+    arguments: dict[str, Any] = {"dropout": dropout, "add_eos": add_eos, "eos_weight": eos_weight, **options}
+    return getter(input_size, **arguments)

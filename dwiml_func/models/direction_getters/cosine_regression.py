@@ -2,87 +2,56 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
-from dwiml_func.models.direction_getters.two_layer_network import TwoLayerNetwork
+from dwiml_func.models.direction_getters.regression import Regression
 
-__all__ = ["CosineRegression"]
+__all__ = ["CosineRegression", "cosine_losses"]
 
 _LEAST_LENGTH = 1e-8  # shorter vectors count as having this length
 
 
-class CosineRegression(DirectionGetter):
-    """A two-layer network that gives x, y and z; its loss is 1 - cos of the angle to the true direction.
+class CosineRegression(Regression):
+    """Regression with the loss `cosine_losses`: 1 - cos of the angle to the true direction.
 
-    Args:
-        input_size: features at a point.
-        dropout: probability of dropping a value between the layers when training, 0 <= dropout < 1.
-
-    Raises:
-        ValueError: dropout is out of range.
+    The arguments are those of `Regression`; `normalize_targets` changes nothing here but rounding.
 
     Example:
-        >>> import torch
         >>> getter = CosineRegression(100)
         >>> getter(torch.zeros(7, 100)).shape
         torch.Size([7, 3])
+        >>> targets = torch.tensor([[0.0, 2, 0], [0, -5, 0], [0, 0, 0]])
+        >>> getter.losses(torch.tensor([[0.0, 1, 0]]).expand(3, 3), targets).tolist()
+        [0.0, 2.0, 1.0]
     """
 
-    def __init__(self, input_size: int, *, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.layers = TwoLayerNetwork(input_size, 3, dropout)
+    key = "cosine-regression"
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Compute directions.
+    def _compare(self, directions: Tensor, targets: Tensor) -> Tensor:
+        return cosine_losses(directions, targets)
 
-        Args:
-            features: (N, input_size) float.
 
-        Returns:
-            (N, 3), voxel space, of any length.
+def cosine_losses(directions: Tensor, targets: Tensor) -> Tensor:
+    """Compare directions by angle.
 
-        Example:
-            >>> import torch
-            >>> CosineRegression(6)(torch.zeros(2, 6)).shape
-            torch.Size([2, 3])
-        """
-        return self.layers(features)
+    Args:
+        directions: (N, 3) float, of any length.
+        targets: (N, 3) float, of any length.
 
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Compare directions with the true ones.
+    Returns:
+        (N,), 1 - u.v / (|u| |v|), where lengths below 1e-8 count as 1e-8: 0 for equal directions, 2 for opposite
+        ones, 1 where a vector has no length. A target without length has no gradient. At a direction that is exactly
+        zero, where 1 - cos has no derivative and the formula's would be 1e8 long, the gradient is the unit vector away
+        from the target; the value is the formula's.
 
-        Args:
-            outputs: (N, 3) float, of any length.
-            targets: (N, 3) float, of any length.
+    Source: dwi_ml, `direction_getter_models.py`; `torch.nn.functional.cosine_similarity`.
 
-        Returns:
-            (N,), 1 - u.v / (|u| |v|), where lengths below 1e-8 count as 1e-8: 0 for equal directions, 2 for opposite
-            ones, 1 where a vector has no length. A target without length has no gradient.
-
-        Source: dwi_ml, `direction_getter_models.py`; `torch.nn.functional.cosine_similarity`.
-
-        Example:
-            >>> import torch
-            >>> targets = torch.tensor([[0.0, 2, 0], [0, -5, 0], [0, 0, 0]])
-            >>> CosineRegression(6).losses(torch.tensor([[0.0, 1, 0]]).expand(3, 3), targets).tolist()
-            [0.0, 2.0, 1.0]
-        """
-        return 1 - cosine_similarity(outputs, targets, dim=-1, eps=_LEAST_LENGTH)
-
-    def directions(self, outputs: Tensor) -> Tensor:
-        """The outputs are directions.
-
-        Args:
-            outputs: (N, 3) float.
-
-        Returns:
-            (N, 3), `outputs` itself.
-
-        Example:
-            >>> import torch
-            >>> CosineRegression(6).directions(torch.tensor([[0.0, 2.0, 0.0]]))
-            tensor([[0., 2., 0.]])
-        """
-        return outputs
+    Example:
+        >>> cosine_losses(torch.tensor([[3.0, 0, 0], [0, 0, 0]]), torch.tensor([[1.0, 0, 0], [1, 0, 0]]))
+        tensor([0., 1.])
+    """
+    is_zero = (directions == 0).all(dim=-1, keepdim=True)
+    directions = torch.where(is_zero, directions * _LEAST_LENGTH, directions)
+    return 1 - cosine_similarity(directions, targets, dim=-1, eps=_LEAST_LENGTH)

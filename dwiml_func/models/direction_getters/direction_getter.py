@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from dwiml_func.rng import Key
 
 __all__ = ["DirectionGetter"]
 
@@ -13,14 +20,56 @@ __all__ = ["DirectionGetter"]
 class DirectionGetter(torch.nn.Module, ABC):
     """Turns features at points into outputs, and knows what the outputs mean: their loss, and their direction.
 
-    The losses and the directions are functions of the outputs alone; only `forward` uses parameters. So a loss can be
-    taken of outputs that came from `torch.func.functional_call`.
+    The losses, directions and samples are functions of the outputs alone; only `forward` uses parameters. So a loss can
+    be taken of outputs that came from `torch.func.functional_call`.
+
+    With `add_eos` the model learns too where streamlines end (EOS, end of streamline): the last column of the outputs
+    is the logit of "this is the last point", and every point of a streamline has a row, the last included. Without it,
+    the last point has no row, for it has no next direction.
+
+    Args:
+        input_size: features at a point.
+        add_eos: learn where streamlines end.
+        eos_weight: weight of the EOS loss beside that of the direction; at least 0. Without effect unless `add_eos`.
+
+    Attributes:
+        key: its name on the command line and in dwi_ml's `parameters.json`.
+        supports_compressed: whether it can learn from streamlines whose steps differ in length.
+        is_probabilistic: whether it has a distribution of directions to sample from.
+        option_defaults: its further options, named as in dwi_ml's `dg_args`, with their defaults.
+        option_names: the names of these.
+        output_size: columns of the outputs, K.
+
+    Raises:
+        ValueError: an argument is out of range.
 
     Example:
         >>> from dwiml_func.models.direction_getters import CosineRegression
-        >>> isinstance(CosineRegression(100), DirectionGetter)
-        True
+        >>> getter = CosineRegression(100, add_eos=True)
+        >>> isinstance(getter, DirectionGetter), getter.key, getter.option_names, getter.output_size
+        (True, 'cosine-regression', ('normalize_targets', 'normalize_outputs'), 4)
     """
+
+    key: ClassVar[str]
+    supports_compressed: ClassVar[bool] = False
+    is_probabilistic: ClassVar[bool] = True
+    option_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    option_names: ClassVar[tuple[str, ...]] = ()
+    output_size: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.option_names = tuple(cls.option_defaults)
+
+    def __init__(self, input_size: int, *, add_eos: bool = False, eos_weight: float = 1.0) -> None:
+        super().__init__()
+        if input_size < 1:
+            raise ValueError(f"Expected an input_size of at least 1. Received: {input_size}")
+        if not (math.isfinite(eos_weight) and eos_weight >= 0):
+            raise ValueError(f"Expected a finite eos_weight of at least 0. Received: {eos_weight}")
+        self.input_size = input_size
+        self.add_eos = add_eos
+        self.eos_weight = eos_weight
 
     @abstractmethod
     def forward(self, features: Tensor) -> Tensor:
@@ -30,24 +79,69 @@ class DirectionGetter(torch.nn.Module, ABC):
             features: (N, input_size) float, N points of any streamlines.
 
         Returns:
-            (N, K); the subclass says what the columns are.
+            (N, K); the subclass says what the columns are. With `add_eos` the last is the logit of EOS.
         """
 
-    @abstractmethod
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Compare outputs with the true directions.
+    def losses(self, outputs: Tensor, targets: Tensor, is_last: Tensor | None = None) -> Tensor:
+        """Compare outputs with the true directions and, with `add_eos`, with the true ends of the streamlines.
 
         Args:
-            outputs: (N, K), from `forward`.
-            targets: (N, 3) float, voxel space, the direction to the next point, not normalised.
+            outputs: (N, K) float, from `forward`.
+            targets: (N, 3) float, voxel space, the direction to the next point, not normalised; zeros at the last point
+                of a streamline, which has a row with `add_eos` only.
+            is_last: (N,) bool, the last points; given with `add_eos` and only then.
 
         Returns:
-            (N,), the loss at each point.
+            (N,), the loss at each point: that of the direction (the subclass says which) plus, with `add_eos`,
+            `eos_weight` times the binary cross-entropy of EOS. The last points count in both: their direction's loss is
+            that of the target (0, 0, 0), as in dwi_ml.
+
+        Raises:
+            ValueError: `outputs` or `targets` have another number of columns, or `is_last` is missing or too much.
+
+        Source: dwi_ml, `direction_getter_models.py`. There the cross-entropy is taken of a rounded sigmoid, and clamped
+            at 100: confident mistakes (a logit above about 15 before the end) cost up to 100 and have no gradient. Here
+            it is taken of the logit, which costs the logit itself.
+
+        Example:
+            >>> from dwiml_func.models.direction_getters import CosineRegression
+            >>> outputs = torch.tensor([[3.0, 0, 0, -2], [3, 0, 0, 2]])
+            >>> targets, is_last = torch.tensor([[1.0, 0, 0], [0, 0, 0]]), torch.tensor([False, True])
+            >>> CosineRegression(6, add_eos=True).losses(outputs, targets, is_last)  # 1.0 of the last: any direction
+            tensor([0.1269, 1.1269])
         """
+        self._check_rows(outputs, targets, is_last)
+        losses = self._direction_losses(outputs, targets)
+        if is_last is None:
+            return losses
+        eos = binary_cross_entropy_with_logits(outputs[..., -1], is_last.to(outputs.dtype), reduction="none")
+        return losses + self.eos_weight * eos
+
+    def loss(self, outputs: Tensor, targets: Tensor, is_last: Tensor | None = None) -> tuple[Tensor, int]:
+        """The mean of `losses`, and what it is the mean of.
+
+        Args:
+            outputs: (N, K), as in `losses`.
+            targets: (N, 3), as in `losses`.
+            is_last: (N,) bool, as in `losses`.
+
+        Returns:
+            mean: (), over all N rows: all points with `add_eos`, else all points but the last of each streamline.
+            weight: N.
+
+        Raises:
+            ValueError: as in `losses`.
+
+        Example:
+            >>> from dwiml_func.models.direction_getters import CosineRegression
+            >>> CosineRegression(6).loss(torch.tensor([[1.0, 0, 0]]), torch.tensor([[-1.0, 0, 0]]))
+            (tensor(2.), 1)
+        """
+        return self.losses(outputs, targets, is_last).mean(), outputs.shape[0]
 
     @abstractmethod
     def directions(self, outputs: Tensor) -> Tensor:
-        """The most likely direction at each point.
+        """The direction at each point that deterministic tracking takes.
 
         Args:
             outputs: (N, K), from `forward`.
@@ -55,3 +149,65 @@ class DirectionGetter(torch.nn.Module, ABC):
         Returns:
             (N, 3), voxel space, of any length.
         """
+
+    def sample(self, outputs: Tensor, key: Key) -> Tensor:
+        """Draw a direction at each point, for probabilistic tracking.
+
+        Args:
+            outputs: (N, K), from `forward`.
+            key: the draw's address: the same key gives the same directions (on one kind of device).
+
+        Returns:
+            (N, 3), voxel space, without gradient.
+
+        Raises:
+            ValueError: the getter has no distribution to draw from.
+
+        Example:
+            >>> from dwiml_func.models.direction_getters import CosineRegression
+            >>> CosineRegression(6).sample(torch.zeros(1, 3), Key(0))
+            Traceback (most recent call last):
+            ...
+            ValueError: cosine-regression has no distribution of directions to draw from. Use `directions`
+        """
+        raise ValueError(f"{self.key} has no distribution of directions to draw from. Use `directions`")
+
+    def eos_probability(self, outputs: Tensor) -> Tensor:
+        """The probability that a point is its streamline's last.
+
+        Args:
+            outputs: (N, K), from `forward`.
+
+        Returns:
+            (N,), 0 to 1.
+
+        Raises:
+            ValueError: the getter was made without `add_eos`.
+
+        Example:
+            >>> from dwiml_func.models.direction_getters import CosineRegression
+            >>> CosineRegression(6, add_eos=True).eos_probability(torch.zeros(2, 4))
+            tensor([0.5000, 0.5000])
+        """
+        if not self.add_eos:
+            raise ValueError("This direction getter does not learn where streamlines end. Make it with add_eos=True")
+        return self._eos_probability(outputs)
+
+    def _direction_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(N,), the loss of the direction alone."""
+        raise NotImplementedError
+
+    def _eos_probability(self, outputs: Tensor) -> Tensor:
+        return outputs[..., -1].sigmoid()
+
+    def _check_rows(self, outputs: Tensor, targets: Tensor, is_last: Tensor | None) -> None:
+        if outputs.shape[-1] != self.output_size or targets.shape != (*outputs.shape[:-1], 3):
+            raise ValueError(
+                f"Expected outputs (N, {self.output_size}) and targets (N, 3). "
+                f"Received: {tuple(outputs.shape)} and {tuple(targets.shape)}"
+            )
+        if self.add_eos != (is_last is not None):
+            expected = "with add_eos: which points are the last" if self.add_eos else "None without add_eos"
+            raise ValueError(f"Expected is_last {expected}. Received: {'None' if is_last is None else 'a tensor'}")
+        if is_last is not None and is_last.shape != outputs.shape[:-1]:
+            raise ValueError(f"Expected is_last {tuple(outputs.shape[:-1])}. Received: {tuple(is_last.shape)}")

@@ -1,0 +1,121 @@
+"""`dwiml-func evaluate`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from dwiml_func.cli.parsing import parse
+from dwiml_func.config_checks import require
+from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.evaluation import ModelEvaluation, evaluate_model
+from dwiml_func.models.model_directory import find_model, load_model
+
+__all__ = ["EvaluateOptions", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Print a model's loss and angular error over all streamlines of a subset, not augmented, read and resampled as the
+    model was trained, beside the errors of two baselines.
+
+    Example: dwiml-func evaluate experiments/first_run data.hdf5 --subset testing
+    """
+
+    model_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_OR_EXPERIMENT_DIR")]
+    """An experiment, whose best model is taken, or a model directory."""
+    hdf5_file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="HDF5_FILE")]
+    """The dataset."""
+    subset: Literal["training", "validation", "testing"] = "validation"
+    """Which of its subjects."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+    input_group_name: str | None = None
+    """Name of the input volume's group. None: that of the model's training."""
+    streamline_group_name: str | None = None
+    """Name of the streamlines' group. None: that of the model's training."""
+    batch_size: int = 100
+    """Streamlines at a time."""
+    lazy: bool = False
+    """Read streamlines and volumes from the file when a batch needs them. The results are the same."""
+    cache_size: str = "2GB"
+    """With lazy: how much memory to keep volumes in."""
+    num_threads: int = 1
+    """CPU threads of the computation."""
+
+    def __post_init__(self) -> None:
+        require("batch_size", self.batch_size, at_least=1)
+        require("num_threads", self.num_threads, at_least=1)
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError, OSError: there is no such model or dataset, or they do not fit.
+
+    Example:
+        >>> run(["experiments/first_run", "data.hdf5"], "dwiml-func evaluate")  # doctest: +SKIP
+    """
+    options = parse(EvaluateOptions, arguments, program)
+    torch.set_num_threads(options.num_threads)
+    model = load_model(find_model(options.model_dir))
+    dataset = open_dataset(
+        options.hdf5_file,
+        options.subset,
+        input_group_name=options.input_group_name or model.config.data.input_group_name,
+        streamline_group_name=options.streamline_group_name or model.config.data.streamline_group_name,
+        lazy=options.lazy,
+        cache_size=options.cache_size,
+    )
+    result = evaluate_model(model, dataset, batch_size=options.batch_size)
+    if options.json:
+        print(json.dumps({"subset": options.subset, **_json(asdict(result))}))
+    else:
+        print(_text(result, options.subset, len(dataset.index.subjects)))
+    return 0
+
+
+def _json(values: dict[str, Any]) -> dict[str, Any]:
+    """The same, with null for what is not a number: JSON has no NaN."""
+    return {
+        name: _json(value) if isinstance(value, dict) else None if _is_nan(value) else value
+        for name, value in values.items()
+    }
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _text(result: ModelEvaluation, subset: str, num_subjects: int) -> str:
+    compared = result.compared
+    principal = compared.principal_direction
+    lines = [
+        f"{result.num_streamlines} streamlines of {num_subjects} {subset} subjects",
+        f"Mean loss at {result.num_points} points: {result.loss:.6g}",
+        f"Mean angular error at all points that have a next direction: {result.angular_error:.2f} deg",
+        f"Mean angular error at the {compared.num_points} points that have a previous direction too:",
+        f"  model                {compared.model:6.2f} deg",
+        "  principal direction  "
+        + (
+            "not known: the input does not say that it holds spherical harmonics of a signal"
+            if principal is None
+            else f"{principal:6.2f} deg"
+        ),
+        f"  keep going straight  {compared.keep_straight:6.2f} deg",
+    ]
+    return "\n".join(lines)

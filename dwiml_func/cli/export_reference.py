@@ -1,0 +1,59 @@
+"""`dwiml-func export-reference`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from dwiml_func.cli.parsing import new_folder, parse
+from dwiml_func.models.model_directory import find_model, load_model
+from dwiml_func.models.reference_format import shift_warning, write_reference
+
+__all__ = ["ExportOptions", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a model in dwi_ml's files, for its scripts to track with and to look at. They expect it in a folder called
+    best_model. Train with --interpolation trilinear-corner for that, which is how they read volumes.
+
+    Example: dwiml-func export-reference experiments/first_run exported/best_model
+    """
+
+    experiment_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_DIR")]
+    """An experiment, whose best model is taken, or a model directory."""
+    out_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")]
+    """The new folder."""
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError, OSError: there is no such model, dwi_ml cannot run it, or the new folder cannot be made.
+
+    Example:
+        >>> run(["experiments/first_run", "exported"], "dwiml-func export-reference")  # doctest: +SKIP
+    """
+    options = parse(ExportOptions, arguments, program)
+    out_dir = new_folder(options.out_dir)
+    path = find_model(options.experiment_dir)
+    model = load_model(path)
+    experiment = path.parent if path.name == "best_model" else path
+    write_reference(out_dir, model, experiment_name=experiment.resolve().name)
+    warning = shift_warning(model.config)
+    if warning is not None:
+        print(f"{program}: warning: {warning}", file=sys.stderr)
+    print(out_dir)
+    return 0

@@ -1,0 +1,59 @@
+"""`dwiml-func import-reference`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from dwiml_func.cli.parsing import new_folder, parse
+from dwiml_func.models.model_directory import save_model
+from dwiml_func.models.reference_format import read_reference
+from dwiml_func.optim import sgd
+from dwiml_func.state import init_state
+
+__all__ = ["ImportOptions", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Make a model directory of a Learn2Track model that dwi_ml trained. It reads volumes as dwi_ml does
+    (trilinear-corner), so that it gives dwi_ml's losses.
+
+    Example: dwiml-func import-reference dwi_ml_experiment/best_model imported
+    """
+
+    best_model_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BEST_MODEL_DIR")]
+    """dwi_ml's folder best_model, with parameters.json and model_state.pkl."""
+    out_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")]
+    """The new folder."""
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError, OSError: there is no such model, it does not fit together, or the new folder cannot be made.
+
+    Example:
+        >>> run(["best_model", "imported"], "dwiml-func import-reference")  # doctest: +SKIP
+    """
+    options = parse(ImportOptions, arguments, program)
+    out_dir = new_folder(options.out_dir)
+    reference = read_reference(options.best_model_dir)
+    state = init_state(reference.module, sgd(), seed=0)
+    facts = {"epoch": None, "reference_parameters": dict(reference.parameters)}
+    save_model(out_dir, state, reference.config, nb_features=reference.module.nb_features, facts=facts)
+    model = reference.config.model
+    num_parameters = sum(parameter.numel() for parameter in reference.module.parameters())
+    print(f"{out_dir}: {model.dg_key}{' with EOS' if model.add_eos else ''}, {num_parameters} parameters")
+    return 0

@@ -1,0 +1,170 @@
+"""Learn a distribution on the sphere of directions: that of Fisher and von Mises, with a mean and a concentration."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
+from dwiml_func.models.direction_getters.two_layer_network import TwoLayerNetwork
+from dwiml_func.models.direction_getters.unit_vectors import unit_vectors
+from dwiml_func.rng import Key, torch_rng
+
+__all__ = ["LARGEST_KAPPA", "FisherVonMises", "draw_fisher_von_mises", "fisher_von_mises_log_density"]
+
+LARGEST_KAPPA = 20.0
+"""The concentration that the networks' sigmoid can reach, as in dwi_ml: most directions lie within 20 degrees."""
+
+_LOG_2PI = math.log(2 * math.pi)
+_SMALL = 0.3  # below, the series of log(sinh k / k) is exact to 1e-13, and differences of 1 / k would lose digits
+
+
+class FisherVonMises(DirectionGetter):
+    """Two two-layer networks, for the mean direction and for the concentration kappa; the loss is -log density.
+
+    The true directions are normalised. Kappa is 20 times a sigmoid.
+
+    Args:
+        input_size: features at a point.
+        dropout: probability of dropping a value between the layers when training, 0 <= dropout < 1.
+        add_eos: learn where streamlines end.
+        eos_weight: weight of the EOS loss beside that of the direction.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: dwi_ml, `direction_getter_models.py`, `fisher_von_mises.py` and `formulas_fisher_gaussian.rst`. There
+        e^k - e^-k counts as at least 1e-5, so that the loss grows without bound for kappa below 5e-6; here the density
+        becomes uniform. A true direction without length before the last point costs -log C here (see
+        `fisher_von_mises_log_density`), and not-a-number there.
+
+    Example:
+        >>> getter = FisherVonMises(100)
+        >>> getter(torch.zeros(7, 100)).shape
+        torch.Size([7, 4])
+    """
+
+    key = "fisher-von-mises"
+
+    def __init__(
+        self, input_size: int, *, dropout: float = 0.0, add_eos: bool = False, eos_weight: float = 1.0
+    ) -> None:
+        super().__init__(input_size, add_eos=add_eos, eos_weight=eos_weight)
+        self.output_size = 4 + add_eos
+        self.layers_mean = TwoLayerNetwork(input_size, 3 + add_eos, dropout)
+        self.layers_kappa = TwoLayerNetwork(input_size, 1, dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Compute the distribution at each point.
+
+        Args:
+            features: (N, input_size) float.
+
+        Returns:
+            (N, 4): mean x, y, z, a unit vector in voxel space; kappa, 0 to 20. With `add_eos` (N, 5), the last the
+            logit of EOS.
+
+        Example:
+            >>> FisherVonMises(6, add_eos=True)(torch.zeros(2, 6)).shape
+            torch.Size([2, 5])
+        """
+        means = self.layers_mean(features)
+        kappas = LARGEST_KAPPA * self.layers_kappa(features).sigmoid()
+        return torch.cat([unit_vectors(means[..., :3]), kappas, means[..., 3:]], dim=-1)
+
+    def directions(self, outputs: Tensor) -> Tensor:
+        """The means.
+
+        Args:
+            outputs: (N, 4) or (N, 5) float, from `forward`.
+
+        Returns:
+            (N, 3), voxel space, unit vectors.
+
+        Example:
+            >>> FisherVonMises(6).directions(torch.tensor([[0.0, 1, 0, 7]]))
+            tensor([[0., 1., 0.]])
+        """
+        return outputs[..., :3]
+
+    def sample(self, outputs: Tensor, key: Key) -> Tensor:
+        """Draw a direction from each point's distribution.
+
+        Args:
+            outputs: (N, 4) or (N, 5) float, from `forward`.
+            key: the draw's address.
+
+        Returns:
+            (N, 3), voxel space, unit vectors.
+
+        Example:
+            >>> outputs = torch.tensor([[0.0, 1, 0, 20]])
+            >>> FisherVonMises(6).sample(outputs, Key(0))[0, 1] > 0.5
+            tensor(True)
+        """
+        with torch_rng(key):
+            return draw_fisher_von_mises(outputs.detach()[..., :3], outputs.detach()[..., 3])
+
+    def _direction_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return -fisher_von_mises_log_density(unit_vectors(targets), outputs[..., :3], outputs[..., 3])
+
+
+def fisher_von_mises_log_density(directions: Tensor, means: Tensor, kappas: Tensor) -> Tensor:
+    """The logarithm of the density on the unit sphere, per steradian.
+
+    Args:
+        directions: (..., 3) float, unit vectors, or zeros: these get log C.
+        means: (..., 3) float, unit vectors.
+        kappas: (...) float, the concentrations, at least 0; 0 is the uniform distribution.
+
+    Returns:
+        (...), log C + kappa * (mean . direction) with C = kappa / (2π (e^kappa - e^-kappa)). Value and gradient are
+        finite, and exact to rounding, for every kappa that float32 has.
+
+    Source: dwi_ml, `formulas_fisher_gaussian.rst`.
+
+    Example:
+        >>> z = torch.tensor([0.0, 0, 1])
+        >>> fisher_von_mises_log_density(z, z, torch.tensor([0.0, 1e-6, 10, 1e6])).exp()  # first 1 / 4π
+        tensor([7.9577e-02, 7.9578e-02, 1.5915e+00, 1.5915e+05])
+    """
+    return _log_peak(kappas) + kappas * ((means * directions).sum(dim=-1) - 1)
+
+
+def draw_fisher_von_mises(means: Tensor, kappas: Tensor) -> Tensor:
+    """Draw directions with torch's generator: the cosine to the mean by its inverse distribution function.
+
+    Args:
+        means: (..., 3) float, unit vectors.
+        kappas: (...) float, the concentrations, at least 0.
+
+    Returns:
+        (..., 3), unit vectors.
+
+    Source: W. Jakob, "Numerically stable sampling of the von Mises-Fisher distribution on S² (and other tricks)", 2012.
+
+    Example:
+        >>> draw_fisher_von_mises(torch.tensor([0.0, 0, 1]), torch.tensor(1e12)).round(decimals=3).abs()
+        tensor([0., 0., 1.])
+    """
+    kappas = kappas.clamp(min=1e-6)  # as good as uniform, and no division by zero
+    one_less_cosine = -torch.log1p((1 - torch.rand_like(kappas)) * torch.expm1(-2 * kappas)) / kappas
+    one_less_cosine = one_less_cosine.clamp(max=2)[..., None]  # infinite where e^(-2 kappa) underflows
+    noise = torch.randn_like(means)
+    across = unit_vectors(noise - (noise * means).sum(dim=-1, keepdim=True) * means)
+    sine = (one_less_cosine * (2 - one_less_cosine)).sqrt()
+    return unit_vectors((1 - one_less_cosine) * means + sine * across)
+
+
+def _log_peak(kappas: Tensor) -> Tensor:
+    """The log density at the mean, log(k / (2π (1 - e^-2k))), by its series where kappa is small."""
+    is_small = kappas < _SMALL
+    small, large = torch.where(is_small, kappas, 0.0), torch.where(is_small, 1.0, kappas)  # no 0 / 0 in a gradient
+    square = small.square()
+    # log(sinh k / k) = k²/6 - k⁴/180 + k⁶/2835 - k⁸/37800 + k¹⁰/467775 - ...
+    series = square * (1 / 6 - square * (1 / 180 - square * (1 / 2835 - square * (1 / 37800 - square / 467775))))
+    of_small = small - math.log(2) - series
+    of_large = torch.log(large) - torch.log1p(-torch.exp(-2 * large))
+    return torch.where(is_small, of_small, of_large) - _LOG_2PI

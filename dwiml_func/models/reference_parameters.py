@@ -1,0 +1,207 @@
+"""dwi_ml's `parameters.json` of a Learn2Track model, and the config that says the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dwiml_func.config import RunConfig, config_from_json
+from dwiml_func.config_checks import shown
+from dwiml_func.models.direction_getters import DIRECTION_GETTERS
+
+__all__ = ["config_of", "parameters_of"]
+
+_SAME = (  # options of the model that have one name and one meaning on both sides
+    *("input_embedding_key", "kernel_size", "nb_cnn_filters", "dg_key", "nb_previous_dirs"),
+    *("rnn_key", "rnn_layer_sizes", "use_skip_connection", "use_layer_normalization", "dropout"),
+)
+_REQUIRED = (
+    *("experiment_name", "step_size", "compress_lines", "nb_features", "input_embedded_size", "dg_args"),
+    *("prev_dirs_embedding_key", "prev_dirs_embedded_size", "normalize_prev_dirs"),
+    *_SAME,
+)
+_OPTIONAL = ("nb_points", "neighborhood_type", "neighborhood_radius", "neighborhood_resolution")
+_GETTER_ARGUMENTS = {  # in dg_args, and in our config
+    "dropout": "dg_dropout",
+    "add_eos": "add_eos",
+    "eos_weight": "eos_weight",
+    "nb_gaussians": "dg_nb_gaussians",
+    "n_cluster": "dg_nb_clusters",
+    "sphere": "dg_sphere",
+    "entropy_weight": "add_entropy_to_gauss",
+    "normalize_targets": "normalize_targets",
+    "normalize_outputs": "normalize_outputs",
+}
+_CANNOT_RUN = ("gaussian-mixture", "fisher-von-mises-mixture")  # its forward pass fails, or is not implemented
+
+
+def config_of(parameters: Any, *, source: str) -> tuple[RunConfig, int]:
+    """The config of a model, from its parameters in dwi_ml.
+
+    What has no effect there is left out: options of previous directions where there are none, a neighbourhood's radius
+    where there is no neighbourhood, a weight of EOS without EOS.
+
+    Args:
+        parameters: what `parameters.json` holds.
+        source: what to call it in an error.
+
+    Returns:
+        The config: the options of the model, of resampling and of neighbourhoods, and the interpolation
+        "trilinear-corner"; no dataset. And the features of the input volume at a point.
+
+    Raises:
+        ValueError: keys are missing or unknown, or a value is none that dwi_ml would take, or one that we do not.
+
+    Example:
+        >>> config_of({"rnn_key": "lstm"}, source="parameters.json")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: parameters.json: missing: experiment_name, step_size, compress_lines, ...
+    """
+    _check_keys(parameters, source)
+    model = {name: parameters[name] for name in _SAME}
+    if parameters["input_embedding_key"] != "no_embedding":
+        model["input_embedded_size"] = parameters["input_embedded_size"]
+    model |= _previous_directions(parameters, source) | _getter_options(parameters)
+    neighborhood = {}
+    if parameters.get("neighborhood_type") is not None:
+        neighborhood = {name: parameters.get(name) for name in _OPTIONAL if name.startswith("neighborhood")}
+    described = {
+        "hdf5_file": "",
+        "model": model,
+        "data": {"interpolation": "trilinear-corner", **neighborhood},
+        "batches": {  # dwi_ml takes 0 and false for not given
+            "step_size": parameters["step_size"] or None,
+            "compress": parameters["compress_lines"] or None,
+            "nb_points": parameters.get("nb_points") or None,
+        },
+    }
+    config = config_from_json(json.dumps(described), source=source)
+    nb_features = parameters["nb_features"]
+    if not (isinstance(nb_features, int) and nb_features >= 1):
+        raise ValueError(f"{source}: nb_features: expected an integer of at least 1, received {shown(nb_features)}.")
+    if config.model.input_embedding_key == "cnn_embedding":
+        _require_whole_grid(config, source)
+    return config, nb_features
+
+
+def parameters_of(config: RunConfig, *, nb_features: int, experiment_name: str) -> dict[str, Any]:
+    """The parameters of a model as dwi_ml writes them, in its order.
+
+    Args:
+        config: the model's config.
+        nb_features: features of the input volume at a point.
+        experiment_name: its name.
+
+    Returns:
+        What `parameters.json` shall hold.
+
+    Raises:
+        ValueError: the model has a direction getter that dwi_ml cannot run.
+
+    Example:
+        >>> parameters_of(RunConfig(hdf5_file=""), nb_features=28, experiment_name="a")["dg_args"]["add_eos"]
+        False
+    """
+    model, data, batches = config.model, config.data, config.batches
+    if model.dg_key in _CANNOT_RUN:
+        raise ValueError(f"dwi_ml has {model.dg_key}, but cannot run it. Export a model with another direction getter.")
+    options = DIRECTION_GETTERS[model.dg_key].option_names
+    dg_args = {"dropout": model.dg_dropout, "add_eos": model.add_eos, "eos_weight": model.dg_args["eos_weight"]}
+    for name in ("sphere", "entropy_weight"):  # dwi_ml leaves them out where they have their default
+        if name in model.dg_args:
+            dg_args[name] = model.dg_args[name]
+    for name in ("normalize_targets", "normalize_outputs"):
+        if name in options:
+            dg_args[name] = getattr(model, name)
+    embedded_size = model.prev_dirs_embedded_size
+    if model.nb_previous_dirs > 0 and model.prev_dirs_embedding_key == "no_embedding":
+        embedded_size = 3 * model.nb_previous_dirs
+    return {
+        "experiment_name": experiment_name,
+        "step_size": batches.step_size,
+        "compress_lines": batches.compress,
+        "nb_points": batches.nb_points,
+        "input_embedding_key": model.input_embedding_key,
+        "input_embedded_size": model.input_embedded_size,
+        "kernel_size": _listed(model.kernel_size),
+        "nb_cnn_filters": _listed(model.nb_cnn_filters),
+        "neighborhood_type": data.neighborhood_type,
+        "neighborhood_radius": data.neighborhood_radius,
+        "neighborhood_resolution": data.neighborhood_resolution,
+        "dg_key": model.dg_key,
+        "dg_args": dg_args,
+        "nb_previous_dirs": model.nb_previous_dirs,
+        "prev_dirs_embedding_key": model.prev_dirs_embedding_key,
+        "prev_dirs_embedded_size": embedded_size,
+        "normalize_prev_dirs": model.normalize_prev_dirs,
+        "nb_features": nb_features,
+        "rnn_key": model.rnn_key,
+        "rnn_layer_sizes": _listed(model.rnn_layer_sizes),
+        "use_skip_connection": model.use_skip_connection,
+        "use_layer_normalization": model.use_layer_normalization,
+        "dropout": float(model.dropout),  # its StackedRNN refuses an integer
+    }
+
+
+def _check_keys(parameters: Any, source: str) -> None:
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"{source}: expected names and values, received {shown(parameters)}.")
+    dg_args = parameters.get("dg_args")
+    if not isinstance(dg_args, Mapping | None):
+        raise ValueError(f"{source}: dg_args: expected names and values, received {shown(dg_args)}.")
+    missing = [name for name in _REQUIRED if name not in parameters]
+    unknown = [name for name in parameters if name not in (*_REQUIRED, *_OPTIONAL)]
+    unknown += [f"dg_args.{name}" for name in dg_args or () if name not in _GETTER_ARGUMENTS]
+    if missing or unknown:
+        parts = [f"{kind}: {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
+        raise ValueError(f"{source}: {'; '.join(parts)}. Expected the parameters of a Learn2Track model of dwi_ml.")
+
+
+def _previous_directions(parameters: Mapping[str, Any], source: str) -> dict[str, Any]:
+    num, size = parameters["nb_previous_dirs"], parameters["prev_dirs_embedded_size"]
+    if num == 0:
+        return {}
+    key = parameters["prev_dirs_embedding_key"] or "no_embedding"
+    if key == "no_embedding":
+        if isinstance(num, int) and size not in (None, 3 * num):
+            raise ValueError(
+                f"{source}: prev_dirs_embedded_size: expected {3 * num} for {num} previous directions without "
+                f"embedding, received {shown(size)}."
+            )
+        size = None
+    return {
+        "prev_dirs_embedding_key": key,
+        "prev_dirs_embedded_size": size,
+        "normalize_prev_dirs": parameters["normalize_prev_dirs"],
+    }
+
+
+def _getter_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    options = {_GETTER_ARGUMENTS[name]: value for name, value in (parameters["dg_args"] or {}).items()}
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in ("normalize_outputs", "add_entropy_to_gauss"):  # 0 and false: not done
+        if not options.get(name, True):
+            del options[name]
+    one = isinstance(parameters["dg_key"], str) and parameters["dg_key"].endswith("classification")
+    if not options.get("add_eos") or (one and options.get("eos_weight") == 1):
+        options.pop("eos_weight", None)
+    return options
+
+
+def _require_whole_grid(config: RunConfig, source: str) -> None:
+    """Refuse grids that dwi_ml, which divides float32 coordinates and cuts off, does not put together again."""
+    radius, resolution = config.data.neighborhood_radius or 0, config.data.neighborhood_resolution or 1.0
+    steps = torch.arange(-radius, radius + 1)
+    if not torch.equal(((steps.double() * resolution).float() / resolution).long(), steps):
+        raise ValueError(
+            f"{source}: with a resolution of {resolution} and a radius of {radius}, dwi_ml's rounding leaves points of "
+            f"the grid empty under its convolutions. A model that was trained so cannot be imported."
+        )
+
+
+def _listed(sizes: tuple[int, ...] | None) -> list[int] | None:
+    return None if sizes is None else list(sizes)

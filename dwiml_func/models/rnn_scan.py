@@ -1,0 +1,103 @@
+"""LSTM and GRU as a scan over the packed layout in plain torch operations, which every torch transform can take apart.
+
+On CPU, `torch.nn.LSTM` on a packed sequence has a backward that grows with the square of the length, and it does not
+run under `torch.func`. Here every operation of a time step has a gradient of that time step's size, so the scan is
+linear in the number of points, and it runs under `torch.autograd` at any order, `torch.func.vmap`, `torch.func.jvp`
+and `torch.compile`. `rnn_packed` is faster where only first gradients are wanted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+__all__ = ["State", "Weights", "plain_scan"]
+
+State = tuple[Tensor, ...]
+"""What a layer carries from row to row: (h,) for GRU, (h, c) for LSTM, each (S, H), a row for each sequence."""
+
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]
+"""weight_ih (G H, F), weight_hh (G H, H), bias_ih (G H,), bias_hh (G H,); G is 4 for LSTM, 3 for GRU."""
+
+_Cell = Callable[[Tensor, State], State]
+
+
+def plain_scan(
+    rnn_key: str, x: Tensor, batch_sizes: Sequence[int], weights: Weights, state: State
+) -> tuple[Tensor, State]:
+    """Run one layer over all time steps.
+
+    Args:
+        rnn_key: "lstm" or "gru".
+        x: (P, F) float, packed.
+        batch_sizes: T numbers, rows of each time step; they do not increase and add up to P. The first is S.
+        weights: the layer's, gates in torch's order (LSTM: input, forget, candidate, output; GRU: reset, update,
+            candidate).
+        state: of the S sequences before their first row.
+
+    Returns:
+        The outputs (P, H), packed, and the state of the S sequences, each after its own last row.
+
+    Source: the equations in the documentation of `torch.nn.LSTM` (Hochreiter and Schmidhuber, 1997, with forget gates)
+        and of `torch.nn.GRU` (Cho et al., 2014, with the reset gate after the matrix product).
+
+    Example:
+        >>> weights = (torch.zeros(6, 3), torch.zeros(6, 2), torch.zeros(6), torch.zeros(6))
+        >>> outputs, (hidden,) = plain_scan("gru", torch.zeros(3, 3), [2, 1], weights, (torch.ones(2, 2),))
+        >>> outputs[:, 0], hidden[:, 0]
+        (tensor([0.5000, 0.5000, 0.2500]), tensor([0.2500, 0.5000]))
+    """
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    if rnn_key == "lstm":
+        # The input's share of the gates, all time steps in one matrix product.
+        rows, cell = linear(x, weight_ih, bias_ih + bias_hh), _lstm_cell(weight_hh)
+    else:
+        rows, cell = linear(x, weight_ih, bias_ih), _gru_cell(weight_hh, bias_hh)
+    return _scan(cell, rows, batch_sizes, state)
+
+
+def _scan(cell: _Cell, rows: Tensor, batch_sizes: Sequence[int], state: State) -> tuple[Tensor, State]:
+    """Fold a cell over the time steps of packed rows."""
+    outputs = []
+    ended = []  # states of sequences that have no more rows; those that end last come first in the layout
+    num_running = batch_sizes[0]
+    # One split and one cat: their gradients are one cat and views. Slicing step by step would fill P rows a step.
+    for num_rows, step_rows in zip(batch_sizes, rows.split(list(batch_sizes)), strict=True):
+        if num_rows < num_running:
+            ended.append([part[num_rows:] for part in state])
+            state = tuple(part[:num_rows] for part in state)
+            num_running = num_rows
+        state = cell(step_rows, state)
+        outputs.append(state[0])
+    last = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True)) if ended else state
+    return torch.cat(outputs), last
+
+
+def _lstm_cell(weight_hh: Tensor) -> _Cell:
+    recurrent = weight_hh.t()
+
+    def cell(rows: Tensor, state: State) -> State:
+        hidden, memory = state
+        input_gate, forget_gate, candidate, output_gate = torch.addmm(rows, hidden, recurrent).chunk(4, dim=1)
+        memory = torch.addcmul(forget_gate.sigmoid() * memory, input_gate.sigmoid(), candidate.tanh())
+        return output_gate.sigmoid() * memory.tanh(), memory
+
+    return cell
+
+
+def _gru_cell(weight_hh: Tensor, bias_hh: Tensor) -> _Cell:
+    hidden_size = weight_hh.shape[1]
+
+    def cell(rows: Tensor, state: State) -> State:
+        (hidden,) = state
+        # The reset gate scales the hidden state's share of the candidate, so the two shares are not added before.
+        gate_rows, candidate_rows = rows.split([2 * hidden_size, hidden_size], dim=1)
+        gates, candidate = linear(hidden, weight_hh, bias_hh).split([2 * hidden_size, hidden_size], dim=1)
+        reset, update = (gate_rows + gates).sigmoid().chunk(2, dim=1)
+        candidate = torch.addcmul(candidate_rows, reset, candidate).tanh()
+        return (torch.lerp(candidate, hidden, update),)
+
+    return cell
