@@ -170,3 +170,154 @@ def test_remove_leftovers_touches_nothing_else(tmp_path):
     assert names(tmp_path) == [".hidden", "keep"]
     assert names(keep) == [".tmp-deeper"]
     remove_leftovers(tmp_path / "no such folder")
+
+
+KILLED = """
+import importlib.util, os, pathlib, shutil, sys
+spec = importlib.util.spec_from_file_location("atomic", sys.argv[1])
+atomic = importlib.util.module_from_spec(spec); spec.loader.exec_module(atomic)
+place, kill_at = pathlib.Path(sys.argv[2]), int(sys.argv[3])
+if sys.argv[4] == "without exchange":
+    atomic._exchange = lambda first, second: False
+seen = 0
+def deadly(module, name):
+    original = getattr(module, name)
+    def call(*arguments, **options):
+        global seen
+        seen += 1
+        if seen == kill_at:
+            os.kill(os.getpid(), 9)
+        return original(*arguments, **options)
+    setattr(module, name, call)
+for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
+    deadly(os, name)
+if sys.argv[4] != "without exchange":
+    deadly(atomic, "_exchange")
+with atomic.atomic_directory(place / "run") as directory:
+    (directory / "deep").mkdir()
+    (directory / "deep" / "a.txt").write_text("new")
+    (directory / "b.txt").write_text("new")
+atomic.atomic_write(place / "c.txt", "new")
+atomic.atomic_remove(place / "gone")
+print(seen)
+"""
+"""Dies before the system call of a number; the calls are those that a reader could notice."""
+
+
+@pytest.mark.parametrize("kind", ["with exchange", "without exchange"])
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_what_remove_leftovers_mends(tmp_path, kind):
+    def run(place: Path, kill_at: int) -> subprocess.CompletedProcess[str]:
+        place.mkdir()
+        fill(place / "run", "old")
+        (place / "run" / "b.txt").write_text("old")
+        atomic_write(place / "c.txt", "old")
+        fill(place / "gone", "old")
+        command = [sys.executable, "-c", KILLED, atomic.__file__, str(place), str(kill_at), kind]
+        return subprocess.run(command, check=False, text=True, capture_output=True)
+
+    whole = run(tmp_path / "whole", 0)
+    assert whole.returncode == 0, whole.stderr
+    assert names(tmp_path / "whole") == ["c.txt", "run"]
+    seen = []
+    for kill_at in range(1, int(whole.stdout) + 1):
+        place = tmp_path / str(kill_at)
+        assert run(place, kill_at).returncode == -9
+        if kind == "with exchange":
+            assert (place / "run").is_dir()  # for a reader who comes before anyone has tidied up
+        remove_leftovers(place)
+        assert set(names(place)) <= {"c.txt", "run", "gone"}
+        texts = {(place / "run" / "deep" / "a.txt").read_text(), (place / "run" / "b.txt").read_text()}
+        assert texts in ({"old"}, {"new"})
+        if (place / "gone").exists():
+            assert names(place / "gone" / "deep") == ["a.txt"]
+        seen.append((texts.pop(), (place / "c.txt").read_text(), (place / "gone").exists()))
+    assert len(seen) > 15
+    assert set(seen) == {("old", "old", True), ("new", "old", True), ("new", "new", True), ("new", "new", False)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="swaps two names in one step on Linux alone")
+def test_a_reader_finds_a_whole_directory_at_any_moment(tmp_path):
+    fill(tmp_path / "run", "0")
+    script = (
+        "import pathlib, sys\n"
+        "place = pathlib.Path(sys.argv[1]); reads = 0; print('ready', flush=True)\n"
+        "while not (place / 'stop').exists() or not reads:\n"
+        "    int((place / 'run' / 'deep' / 'a.txt').read_text()); reads += 1\n"
+        "print(reads)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "ready\n"
+        for number in range(300):
+            fill(tmp_path / "run", str(number))
+        (tmp_path / "stop").touch()
+        assert int(reader.stdout.readline()) > 0
+    assert reader.returncode == 0
+
+
+def test_what_is_replaced_may_be_a_link_or_a_file(tmp_path):
+    fill(tmp_path / "elsewhere", "kept")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "file").touch()
+    for name in ("link", "dangling", "file"):
+        fill(tmp_path / name, "new")
+        assert (tmp_path / name / "deep" / "a.txt").read_text() == "new"
+        assert not (tmp_path / name).is_symlink()
+    assert (tmp_path / "elsewhere" / "deep" / "a.txt").read_text() == "kept"
+    assert names(tmp_path) == ["dangling", "elsewhere", "file", "link"]
+
+
+def test_a_full_disk_is_told_with_the_place_and_leaves_nothing(tmp_path):
+    script = (
+        "import os, resource, signal, sys; from pathlib import Path\n"
+        "from dwiml_func.atomic import atomic_directory, atomic_write\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "place = Path(sys.argv[1])\n"
+        "def directory():\n"
+        "    with atomic_directory(place / 'run') as folder:\n"
+        "        (folder / 'a').write_bytes(bytes(2000))\n"
+        "for write in (lambda: atomic_write(place / 'a.npy', bytes(2000)), directory):\n"
+        "    try:\n"
+        "        write()\n"
+        "    except OSError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, text=True, capture_output=True)
+    first, second = done.stdout.splitlines()
+    assert first == f"[Errno 27] File too large: '{tmp_path}/a.npy'"
+    assert second == f"[Errno 27] File too large: '{tmp_path}/run'"
+    assert names(tmp_path) == []
+
+
+def test_a_place_that_cannot_hold_anything_is_told_by_name(tmp_path):
+    (tmp_path / "file").touch()
+    for write in (lambda path: atomic_write(path, "a"), lambda path: fill(path, "a")):
+        with pytest.raises(NotADirectoryError, match="file/"):
+            write(tmp_path / "file" / "run")
+        with pytest.raises(FileNotFoundError, match="nothing/"):
+            write(tmp_path / "nothing" / "run")
+    assert names(tmp_path) == ["file"]
+
+
+def test_leftovers_of_one_name_are_told_from_those_of_others(tmp_path):
+    for name in (".tmp-a-0123abcd", ".tmp-a-b-0123abcd", ".tmp-ab-0123abcd", ".tmp-a-0123abcd-0123abcd", ".tmp-a-"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".old-a").mkdir()
+    (tmp_path / ".old-b").mkdir()
+    remove_leftovers(tmp_path, "a")
+    assert names(tmp_path) == [
+        ".old-b", ".tmp-a-", ".tmp-a-0123abcd-0123abcd", ".tmp-a-b-0123abcd", ".tmp-ab-0123abcd", "a",
+    ]  # fmt: skip
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_other_threads_make_files_with_the_usual_rights_meanwhile(tmp_path, monkeypatch):
+    def changed(mask: int) -> int:
+        raise AssertionError(f"the process's umask was set to {mask}")
+
+    monkeypatch.setattr(os, "umask", changed)
+    fill(tmp_path / "run", "a")
+    atomic_write(tmp_path / "a.txt", "a")

@@ -216,11 +216,14 @@ def test_a_damaged_config_is_refused_on_resume(cli, experiments, content, named)
     assert contents(experiments) == before
 
 
-def test_a_damaged_snapshot_is_refused_on_resume_and_by_digest(cli, experiments):
-    (data,) = (experiments / "run" / "checkpoint" / "3" / "leaves" / "d").iterdir()
-    data.write_bytes(data.read_bytes()[:-1])
+def test_a_run_of_which_every_snapshot_is_damaged_is_refused_on_resume_and_by_digest(cli, experiments):
+    for name in ("2", "3"):
+        (data,) = (experiments / "run" / "checkpoint" / name / "leaves" / "d").iterdir()
+        data.write_bytes(data.read_bytes()[:-1])
     before = contents(experiments)
-    cli("resume", experiments, "run", "--new-patience", "9").check_refusal("checkpoint/3 is damaged", data.name)
+    cli("resume", experiments, "run", "--new-patience", "9").check_refusal(
+        "Every snapshot is damaged", "checkpoint/2 is damaged", "checkpoint/3 is damaged", data.name
+    )
     cli("digest", experiments / "run").check_refusal("checkpoint/3 is damaged", data.name)
     assert contents(experiments) == before
 

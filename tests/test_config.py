@@ -98,10 +98,17 @@ def test_the_defaults_are_the_references():
         "max_batches_per_epoch_validation": 1000,
         "processes": 0,
     }
-    assert dataclasses.asdict(config.model) == {
+    model = {
+        name: value
+        for name, value in dataclasses.asdict(config.model).items()
+        if value is not None and value is not False
+    }
+    assert model == {
+        "input_embedding_key": "no_embedding",
+        "nb_previous_dirs": 0,
+        "prev_dirs_embedding_key": "no_embedding",
         "rnn_key": "lstm",
         "rnn_layer_sizes": (100, 100),
-        "nb_previous_dirs": 0,
         "dropout": 0.0,
         "dg_key": "cosine-regression",
         "dg_dropout": 0.0,

@@ -98,10 +98,12 @@ def test_everything_the_loss_returns_comes_back_detached(engine, weight):
         return LossOut(total * 2, weight, {"b": buffers["b"] + total}, {"total": total})
 
     out, grads = value_and_grad(loss_fn, {"w": torch.ones(2)}, {"b": torch.ones(())}, None, key=Key(0), engine=engine)
-    assert (float(out.loss), float(out.buffers["b"]), float(out.aux["total"])) == (4.0, 3.0, 2.0)
+    total = out.aux["total"]
+    assert isinstance(total, torch.Tensor)
+    assert (float(out.loss), float(out.buffers["b"]), float(total)) == (4.0, 3.0, 2.0)
     assert type(out.weight) is type(weight)
     assert out.weight == weight
-    for tensor in (out.loss, out.buffers["b"], out.aux["total"], grads["w"]):
+    for tensor in (out.loss, out.buffers["b"], total, grads["w"]):
         assert not tensor.requires_grad
         assert tensor.grad_fn is None
 

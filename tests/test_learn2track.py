@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.hdf5 import open_dataset
 from dwiml_func.data.streamlines import directions, input_offsets, offsets_of
+from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 DATA = Path(__file__).parent / "data"
@@ -52,7 +54,7 @@ def _by_streamline(predictions: Tensor, batch: StreamlineBatch) -> list[Tensor]:
     return list(predictions.split(input_offsets(batch.offsets).diff().tolist()))
 
 
-def _model(nb_previous_dirs: int = 2, **options: float | str) -> Learn2Track:
+def _model(nb_previous_dirs: int = 2, **options: Any) -> Learn2Track:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return Learn2Track(F, rnn_layer_sizes=(8, 6), nb_previous_dirs=nb_previous_dirs, **options)  # pyright: ignore[reportArgumentType]
@@ -67,7 +69,7 @@ def test_the_loss_of_a_model_that_dwi_ml_trained_is_the_one_that_it_reported() -
         nb_previous_dirs=facts["nb_previous_dirs"],
         dropout=facts["dropout"],
         dg_key=facts["dg_key"],
-        dg_dropout=facts["dg_args"]["dropout"],
+        dg_args=facts["dg_args"],
     )
     model.load_state_dict(torch.load(DATA / "cos" / "model_state.pkl", weights_only=True), strict=True)
     dataset = open_dataset(DATA / "phantom.hdf5", "validation")
@@ -141,7 +143,7 @@ def test_a_streamline_of_one_point_takes_part_without_a_prediction() -> None:
 
 def test_dropout_acts_only_in_training() -> None:
     batch = _batch()
-    model, without = _model(dropout=0.5, dg_dropout=0.5), _model()
+    model, without = _model(dropout=0.5, dg_args={"dropout": 0.5}), _model()
     assert torch.equal(model.eval()(batch), without(batch))
     model.train()
     assert not torch.equal(model(batch), model(batch))
@@ -226,8 +228,8 @@ def test_training_on_one_batch_learns_it() -> None:
         ({"rnn_layer_sizes": ()}, "Expected the size of at least one recurrent layer. Received: none"),
         ({"rnn_layer_sizes": (0,)}, "Expected layer sizes of at least 1. Received: 4 to 0"),
         ({"dropout": 1.0}, "Expected a dropout of at least 0 and below 1. Received: 1.0"),
-        ({"dg_dropout": -0.5}, "Expected a dropout of at least 0 and below 1. Received: -0.5"),
-        ({"dg_key": "cosine"}, "Expected a dg_key among cosine-regression. Received: 'cosine'"),
+        ({"dg_args": {"dropout": -0.5}}, "Expected a dropout of at least 0 and below 1. Received: -0.5"),
+        ({"dg_key": "cosine"}, f"Expected a dg_key among {', '.join(DIRECTION_GETTERS)}. Received: 'cosine'"),
     ],
 )
 def test_wrong_options_are_named(options: dict, message: str) -> None:

@@ -183,8 +183,10 @@ def test_further_means_come_back_detached(batch):
 
     out = module_loss(model, compute_batch_loss)(params, {}, batch, key=Key(0), train=True)
     assert isinstance(out, LossOut)
-    assert not out.aux["root"].requires_grad
-    assert torch.equal(out.aux["root"], out.loss.detach().sqrt())
+    root = out.aux["root"]
+    assert isinstance(root, torch.Tensor)
+    assert not root.requires_grad
+    assert torch.equal(root, out.loss.detach().sqrt())
 
 
 def test_no_tensor_of_a_call_is_kept_alive(batch):

@@ -24,7 +24,6 @@ COMMANDS = {
     "digest": "Print the SHA-256 of an experiment's latest training state.",
     "verify": "Train an epoch of an experiment again, and compare it with the record bit for bit.",
     "diff": "Tell what differs between two experiments, and from which epoch on.",
-    "fork": "Begin a new experiment from a snapshot of another one, with other options.",
 }
 
 

@@ -124,7 +124,8 @@ def load_model(path: str | Path) -> LoadedModel:
             f"{path} has layout {facts.get('layout', 1)} of model directories; this version reads layout {_LAYOUT}. "
             f"Read it with the version of dwiml_func that wrote it, or train the model again."
         )
-    read_manifest(path, MANIFEST, needs=(*_DATA_FACTS, *_BATCH_FACTS))
+    if missing := [name for name in (*_DATA_FACTS, *_BATCH_FACTS) if name not in facts]:
+        raise DamagedError(f"{path} is damaged: {MANIFEST} lacks {', '.join(missing)}.")
     recorded = {
         "hdf5_file": "",
         "model": facts["options"],

@@ -1,0 +1,292 @@
+"""Train an epoch of an experiment again, and compare it with the record bit for bit. Nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwiml_func.bit_difference import bit_difference
+from dwiml_func.comparison import differences, report_differences, report_values
+from dwiml_func.config import RunConfig
+from dwiml_func.data.fingerprint import fingerprint
+from dwiml_func.digest import leaf_differences, state_digest, state_leaves, state_numbers
+from dwiml_func.environment import environment, environment_differences
+from dwiml_func.experiment import read_config
+from dwiml_func.leaf_store import load_leaves
+from dwiml_func.loop import Batches, EpochReport, train_and_validate
+from dwiml_func.manifest import DamagedError
+from dwiml_func.record import Record, newest_record
+from dwiml_func.schedule import per_epoch
+from dwiml_func.snapshot import list_snapshots, read_record, restore
+from dwiml_func.state import TrainState
+from dwiml_func.step import NonFiniteError
+from dwiml_func.wiring import Setup, prepare
+
+__all__ = ["Verification", "verify_epoch"]
+
+_LABELS = ("recorded", "replayed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """What a replay showed.
+
+    Args:
+        epoch: the epoch; 1 is the first.
+        start: where the replay began: the name of a snapshot, or None for the first state of all.
+        digest: on record for the state after the epoch; None where none is.
+        num_values: numbers of the epoch's report that were compared.
+        problems: a text for each thing that is not as recorded.
+        surroundings: a text for each difference of environment or config, which may be why.
+
+    Example:
+        >>> verify_epoch("experiments/first_run").problems  # doctest: +SKIP
+        ()
+    """
+
+    epoch: int
+    start: str | None
+    digest: str | None
+    num_values: int
+    problems: tuple[str, ...]
+    surroundings: tuple[str, ...]
+
+
+def verify_epoch(
+    directory: str | Path,
+    *,
+    epoch: int | None = None,
+    hdf5_file: str | None = None,
+    track: Callable[[Batches, str], Batches] = lambda batches, label: batches,
+) -> Verification:
+    """Train an epoch again from the snapshot before it, or the nearest one before that, and compare.
+
+    The config is that of `config.json`, the number of threads the recorded one; it is put back afterwards. Compared
+    with the record are the state's digest, every metric, the digest of the state that the replay began from, the
+    snapshot after the epoch, where there is one, and the data file.
+
+    Args:
+        directory: the experiment.
+        epoch: which epoch; None takes the last on record.
+        hdf5_file: where the dataset is, if it has moved.
+        track: wraps a source of batches under the label "training" or "validation", e.g. for a progress bar.
+
+    Returns:
+        What is not as recorded.
+
+    Raises:
+        FileNotFoundError: there is no such experiment, or no dataset.
+        ValueError: the epoch is not on record, or was trained in the experiment that this one was forked from; or
+            nothing is left to replay it from.
+
+    Example:
+        >>> verify_epoch("/no/such/experiment")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: '/no/such/experiment' is not an experiment: it has no config.json.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    record = newest_record(directory)
+    if record is None or not record.history:
+        raise ValueError(f"{directory} has no epoch on record yet. Expected one that has been finished and saved.")
+    reports = {report.epoch: report for report in record.history}
+    epoch = record.history[-1].epoch if epoch is None else epoch
+    if epoch not in reports:
+        raise ValueError(f"Epoch {epoch} of {directory} is not on record. Expected one of 1 to {max(reports)}.")
+    _refuse_epochs_of_origin(config, epoch)
+    replayed_config = replace(config, hdf5_file=str(Path(hdf5_file).absolute())) if hdf5_file else config
+
+    problems = list(record.damaged)
+    after = _Snapshot(directory, epoch)
+    problems += after.problems
+    recorded_environment = after.environment or record.environment
+    surroundings = differences(record.config, config.to_dict(), ("recorded", "in config.json"))
+    data_problems = _data_problems(record, replayed_config.hdf5_file)
+    start = None
+    with _num_threads(recorded_environment.get("num_threads"), default=config.training.num_threads):
+        devices: set[str] = set()
+        try:
+            setup = prepare(replayed_config)
+            devices = {str(leaf.device) for leaf in state_leaves(setup.state).values()}
+            state, start, damaged = _start(directory, config, setup, epoch)
+            problems += damaged
+            problems += _start_problems(state, start, reports)
+            problems += _replay_problems(state, setup, track, reports, epoch, after)
+        except (ValueError, NonFiniteError) as error:
+            if isinstance(error, _NothingLeft) or not (data_problems or surroundings or problems):
+                raise
+            problems.append(f"the replay is not possible: {error}")
+        changes = environment_differences(recorded_environment, environment(devices))
+    return Verification(
+        epoch=epoch,
+        start=start,
+        digest=reports[epoch].digest,
+        num_values=len(report_values(reports[epoch])),
+        problems=(*problems, *data_problems),
+        surroundings=(
+            *(f"environment: {text}" for text in changes),
+            *(f"config: {text}" for text in surroundings),
+        ),
+    )
+
+
+class _NothingLeft(ValueError):
+    pass
+
+
+class _Snapshot:
+    """The snapshot after the epoch, if there is one: what it records, and its leaves from the bytes on disk."""
+
+    def __init__(self, directory: Path, epoch: int) -> None:
+        self.name = str(epoch)
+        self.manifest: dict[str, Any] = {}
+        self.leaves: dict[str, Tensor] | None = None
+        self.problems: list[str] = []
+        if self.name not in list_snapshots(directory):
+            return
+        try:
+            self.manifest = read_record(directory, self.name)
+            self.leaves = load_leaves(directory / "checkpoint" / self.name, self.manifest)
+        except DamagedError as error:
+            self.problems.append(str(error))
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        return self.manifest.get("environment", {})
+
+
+def _refuse_epochs_of_origin(config: RunConfig, epoch: int) -> None:
+    if config.origin is None:
+        return
+    forked = int(config.origin.snapshot.partition("-")[0])
+    if epoch <= forked:
+        raise ValueError(
+            f"Epoch {epoch} was trained before this run was forked, after epoch {forked}, "
+            f"from {config.origin.experiment}. Verify it there."
+        )
+
+
+def _start(directory: Path, config: RunConfig, setup: Setup, epoch: int) -> tuple[TrainState, str | None, list[str]]:
+    """The newest sound state at the end of an epoch before this one, its snapshot's name, and what is damaged."""
+    names = list_snapshots(directory)
+    candidates = [name for name in reversed(names) if "-" not in name and int(name) < epoch]
+    if config.origin is not None and config.origin.snapshot in names and config.origin.snapshot not in candidates:
+        candidates.append(config.origin.snapshot)  # within an epoch
+    damaged = []
+    for name in candidates:
+        try:
+            state = restore(directory, setup.state, name=name).state
+            if state.epoch < epoch:
+                return state, name, damaged
+            damaged.append(f"Snapshot {name} of {directory} is of epoch {state.epoch}.")
+        except DamagedError as error:
+            damaged.append(str(error))
+    if config.origin is None:
+        return setup.state, None, damaged
+    raise _NothingLeft(
+        f"{directory} has no sound snapshot before epoch {epoch} to replay it from. "
+        f"Expected one between epochs {config.origin.snapshot}, where it was forked, and {epoch - 1}: "
+        f"runs with --keep all keep every one."
+    )
+
+
+def _start_problems(state: TrainState, start: str | None, reports: Mapping[int, EpochReport]) -> list[str]:
+    recorded = reports[state.epoch].digest if state.epoch in reports and not state.batch else None
+    found = state_digest(state)
+    if recorded in (None, found):
+        return []
+    return [f"snapshot {start}, where the replay began: digest {recorded} recorded, {found} found"]
+
+
+def _replay_problems(
+    state: TrainState,
+    setup: Setup,
+    track: Callable[[Batches, str], Batches],
+    reports: Mapping[int, EpochReport],
+    epoch: int,
+    after: _Snapshot,
+) -> list[str]:
+    training = setup.config.training
+    epochs = train_and_validate(
+        state,
+        train=track(setup.train, "training"),
+        step=setup.step,
+        valid=track(setup.valid, "validation") if setup.valid else None,
+        eval_step=setup.eval_step if setup.valid else None,
+        learning_rate=per_epoch(training.learning_rates),
+        max_epochs=epoch,  # and no patience: the recorded run went that far, whatever its options were then
+        patience_delta=training.patience_delta,
+    )
+    problems: list[str] = []
+    for state, report in epochs:
+        recorded, digest = reports[report.epoch], state_digest(state)
+        metrics = report_differences(recorded, report, _LABELS)
+        if report.epoch == epoch:
+            return [*problems, *_state_problems(state, digest, recorded, after), *metrics]
+        if not problems and (metrics or recorded.digest not in (None, digest)):
+            problems.append(f"epoch {report.epoch}, on the way, is not as recorded either")
+    raise AssertionError("the state to start from is before the epoch")
+
+
+def _state_problems(state: TrainState, digest: str, recorded: EpochReport, after: _Snapshot) -> list[str]:
+    """The first leaf that differs, where it is known, and the digests."""
+    problems = []
+    if after.leaves is not None and after.manifest["digest"] != digest:
+        problems += _first_leaf(after.leaves, state_leaves(state), after.name)
+        problems += differences(
+            after.manifest["numbers"], state_numbers(state), (f"in snapshot {after.name}", "replayed")
+        )
+    if recorded.digest not in (None, digest):
+        problems.append(f"digest of the state: {recorded.digest} recorded, {digest} replayed")
+        if after.leaves is None:
+            problems.append(f"which leaf differs is not known, for there is no sound snapshot {after.name}")
+    if after.leaves is not None and recorded.digest not in (None, after.manifest["digest"]):
+        problems.append(
+            f"digest of snapshot {after.name}: {recorded.digest} recorded, {after.manifest['digest']} found"
+        )
+    return problems
+
+
+def _first_leaf(stored: Mapping[str, Tensor], replayed: Mapping[str, Tensor], name: str) -> list[str]:
+    table = [{"name": leaf, "shape": list(tensor.shape), "dtype": str(tensor.dtype)} for leaf, tensor in stored.items()]
+    if lines := leaf_differences(table, replayed):
+        return lines
+    found = {leaf: bit_difference(stored[leaf], tensor) for leaf, tensor in replayed.items()}
+    differing = [(leaf, difference) for leaf, difference in found.items() if difference is not None]
+    if not differing:
+        return []
+    leaf, one = differing[0]
+    return [
+        f"first leaf that differs: {leaf}, {one.num_different} of {one.num_values} values, by {one.largest:.3g} "
+        f"at most; the first at {list(one.first)}: {one.values[0]} in snapshot {name}, {one.values[1]} replayed, "
+        f"{one.ulps} ulp apart ({len(differing)} of {len(found)} leaves differ)"
+    ]
+
+
+def _data_problems(record: Record, hdf5_file: str) -> list[str]:
+    if not record.data:
+        return []
+    if not Path(hdf5_file).is_file():
+        raise FileNotFoundError(f"No dataset {hdf5_file}. If it has moved, say where it is (--hdf5-file).")
+    found = fingerprint(hdf5_file)
+    recorded = {name: record.data[name] for name in ("size", "sha256") if name in record.data}
+    lines = differences(recorded, {name: found[name] for name in recorded}, ("recorded", "now"))
+    return [f"data file {hdf5_file}: {text}" for text in lines]
+
+
+@contextmanager
+def _num_threads(recorded: Any, *, default: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    known = isinstance(recorded, int) and 1 <= recorded <= 1 << 12
+    torch.set_num_threads(recorded if known else default)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

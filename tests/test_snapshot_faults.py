@@ -1,0 +1,304 @@
+"""Claims about faults: damage is named and passed over; a full or closed disk costs no snapshot that was there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dwiml_func import TrainState, adam, init_state
+from dwiml_func.digest import state_digest
+from dwiml_func.leaf_store import DamagedError
+from dwiml_func.models.model_directory import load_model
+from dwiml_func.saver import Saver
+from dwiml_func.snapshot import latest_digest, list_snapshots, restore, restore_newest, save
+
+
+def run_at(epoch: int) -> TrainState:
+    generator = torch.Generator().manual_seed(epoch)
+    state = init_state(torch.nn.Linear(20, 10), adam(), seed=3)
+    params = {name: torch.randn(p.shape, generator=generator) for name, p in state.params.items()}
+    return state.replace(params=params, epoch=epoch, step=7 * epoch)
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("faults") / "run"
+    for epoch in (1, 2):
+        save(directory, run_at(epoch), config={"epochs": epoch})
+    return directory
+
+
+@pytest.fixture
+def damaged(two_epochs: Path, tmp_path: Path) -> Path:
+    """A copy to damage: the directory of the newest snapshot."""
+    return Path(shutil.copytree(two_epochs, tmp_path / "run")) / "checkpoint" / "2"
+
+
+def files_of(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def check_passed_over(snapshot: Path, file: Path) -> None:
+    """The snapshot is refused by the name of the file, and the one before is restored as it was."""
+    directory = snapshot.parent.parent
+    with pytest.raises(DamagedError) as raised:
+        restore(directory, run_at(0))
+    message = str(raised.value)
+    assert message.startswith(f"{snapshot} ")
+    assert file.relative_to(snapshot).as_posix() in message or "has format" in message
+    assert "\n" not in message
+    found, names = restore_newest(directory, run_at(0))
+    assert (found.name, names, found.config) == ("1", ["2"], {"epochs": 1})
+    assert state_digest(found.state) == state_digest(run_at(1))
+    with pytest.raises(DamagedError):
+        latest_digest(directory)
+
+
+def test_each_file_cut_short_or_gone_is_named_and_passed_over(damaged, capfd):
+    assert len(files_of(damaged)) > 5
+    for file in files_of(damaged):
+        content = file.read_bytes()
+        for length in sorted({0, 1, len(content) // 2, len(content) - 1}):
+            file.write_bytes(content[:length])
+            check_passed_over(damaged, file)
+        file.write_bytes(content + b"\0")
+        check_passed_over(damaged, file)
+        file.unlink()
+        check_passed_over(damaged, file)
+        file.mkdir()
+        check_passed_over(damaged, file)
+        file.rmdir()
+        file.write_bytes(content)
+    assert state_digest(restore(damaged.parent.parent, run_at(0)).state) == state_digest(run_at(2))
+    assert capfd.readouterr().err == ""  # orbax's threads would print tracebacks
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_a_flipped_bit_anywhere_is_named_and_passed_over(two_epochs, data, tmp_path_factory):
+    newest = two_epochs / "checkpoint" / "2"
+    file = data.draw(st.sampled_from(files_of(newest)), "file")
+    content = bytearray(file.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1) | st.sampled_from([0, len(content) - 1]), "place")
+    content[place] ^= 1 << data.draw(st.integers(0, 7), "bit")
+    copy = Path(shutil.copytree(two_epochs, tmp_path_factory.mktemp("flip") / "run")) / "checkpoint" / "2"
+    (copy / file.relative_to(newest)).write_bytes(content)
+    check_passed_over(copy, copy / file.relative_to(newest))
+
+
+def test_a_missing_folder_of_leaves_and_an_empty_snapshot_are_passed_over(damaged):
+    shutil.rmtree(damaged / "leaves")
+    check_passed_over(damaged, damaged / "leaves" / "_CHECKPOINT_METADATA")
+    shutil.rmtree(damaged)
+    damaged.mkdir()
+    check_passed_over(damaged, damaged / "manifest.json")
+
+
+def test_when_all_are_damaged_each_is_named(damaged):
+    for name in ("1", "2"):
+        (damaged.parent / name / "manifest.json").write_text("{}")
+    with pytest.raises(DamagedError, match=r"checkpoint/2 is damaged.*checkpoint/1 is damaged"):
+        restore_newest(damaged.parent.parent, run_at(0))
+
+
+def test_files_swapped_between_two_snapshots_are_noticed(damaged):
+    for file in files_of(damaged):
+        other = damaged.parent / "1" / file.relative_to(damaged)
+        if file.name == "manifest.json" or not other.is_file() or other.read_bytes() == file.read_bytes():
+            continue
+        content = file.read_bytes()
+        shutil.copy(other, file)
+        check_passed_over(damaged, file)
+        file.write_bytes(content)
+    shutil.copy(damaged.parent / "1" / "manifest.json", damaged / "manifest.json")
+    with pytest.raises(DamagedError, match="checkpoint/2 is damaged"):
+        restore(damaged.parent.parent, run_at(0))
+
+
+def test_a_best_model_with_any_file_damaged_does_not_load(experiments):
+    model = experiments / "run" / "best_model"
+    before = load_model(model).module.state_dict()
+    for file in files_of(model):
+        content = file.read_bytes()
+        for place in {0, len(content) // 3, len(content) - 1}:
+            file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+            with pytest.raises(DamagedError, match=str(model)):
+                load_model(model)
+        file.unlink()
+        with pytest.raises((DamagedError, FileNotFoundError), match=str(model)):
+            load_model(model)
+        file.write_bytes(content)
+    assert all(torch.equal(before[name], value) for name, value in load_model(model).module.state_dict().items())
+
+
+FULL = """
+import resource, signal, sys
+import orbax.checkpoint
+from pathlib import Path
+sys.path[:0] = [sys.argv[2]]
+from test_snapshot_faults import run_at
+from dwiml_func import leaf_store
+from dwiml_func.saver import Saver
+if sys.argv[4] == "unreserved":
+    leaf_store._reserve = lambda directory, num_bytes: None
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limit = int(sys.argv[3])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+saver = Saver(sys.argv[1])
+saver.save(run_at(3))
+try:
+    saver.save(run_at(4))
+except OSError as error:
+    print(error)
+"""
+"""Saves twice in the background where no file may be longer than a limit; prints the error of the first."""
+
+
+def save_on_full_disk(directory: Path, limit: int, kind: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-X",
+        "dev",
+        "-W",
+        "error",
+        "-c",
+        FULL,
+        directory,
+        Path(__file__).parent,
+        str(limit),
+        kind,
+    ]
+    return subprocess.run(command, check=False, text=True, capture_output=True)
+
+
+def check_untouched(directory: Path) -> None:
+    assert list_snapshots(directory) == ["1", "2"]
+    assert sorted(entry.name for entry in (directory / "checkpoint").iterdir()) == ["1", "2"]
+    assert state_digest(restore(directory, run_at(0)).state) == state_digest(run_at(2))
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 5000, 100_000])
+def test_a_disk_that_fills_up_costs_nothing_that_was_there(two_epochs, tmp_path, limit):
+    directory = Path(shutil.copytree(two_epochs, tmp_path / "run"))
+    done = save_on_full_disk(directory, limit, "reserved")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"[Errno 27] File too large: '{directory}/checkpoint/3'\n"
+    check_untouched(directory)
+
+
+@pytest.mark.parametrize("limit", [1, 100, 500, 1000])
+def test_a_disk_that_fills_up_in_the_middle_costs_nothing_either(two_epochs, tmp_path, limit):
+    directory = Path(shutil.copytree(two_epochs, tmp_path / "run"))
+    done = save_on_full_disk(directory, limit, "unreserved")  # orbax's own threads tell of it at length
+    assert done.returncode == 0
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("[Errno 27] ")
+    assert f"{directory}/checkpoint/3" in line or f"{directory}/checkpoint/.tmp-3-" in line
+    check_untouched(directory)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 256 kB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk]
+    try:
+        mounted = subprocess.run(command, check=False, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("disks cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_small_disk_runs_full_and_goes_on_when_there_is_room(small_disk):
+    save(small_disk / "run", run_at(1))
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 20_000))
+    with Saver(small_disk / "run") as saver:
+        saver.save(run_at(2))
+        with pytest.raises(OSError, match=r"No space left on device: '.*/run/checkpoint/2'"):
+            saver.wait()
+        assert [entry.name for entry in (small_disk / "run" / "checkpoint").iterdir()] == ["1"]
+        assert state_digest(restore(small_disk / "run", run_at(0)).state) == state_digest(run_at(1))
+        filler.unlink()
+        saver.save(run_at(3))
+    assert state_digest(restore(small_disk / "run", run_at(0)).state) == state_digest(run_at(3))
+
+
+@pytest.fixture
+def closed(two_epochs: Path) -> Iterator[Path]:
+    """A run in a directory that may be read and not written to, root's powers laid down."""
+    with tempfile.TemporaryDirectory() as parent:
+        Path(parent).chmod(0o755)
+        directory = Path(shutil.copytree(two_epochs, Path(parent) / "run"))
+        folders = [directory, *(folder for folder in directory.rglob("*") if folder.is_dir())]
+        for folder in folders:
+            folder.chmod(0o555)
+        is_root = os.geteuid() == 0
+        if is_root:
+            os.seteuid(65534)
+        try:
+            yield directory
+        finally:
+            if is_root:
+                os.seteuid(0)
+            for folder in folders:
+                folder.chmod(0o755)
+
+
+def test_a_directory_that_is_read_only_is_named_and_can_be_read(closed):
+    with pytest.raises(PermissionError, match=str(closed)):
+        save(closed, run_at(3))
+    saver = Saver(closed)
+    saver.save(run_at(3))
+    with pytest.raises(PermissionError, match=str(closed)):
+        saver.save(run_at(4))
+    check_untouched(closed)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "checkpoint").touch()
+    with pytest.raises(FileExistsError, match="checkpoint"):
+        save(tmp_path, run_at(1))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.soak
+def test_a_run_on_a_full_disk_stops_with_an_error_and_goes_on_to_the_same_digest_later(experiments):
+    """The run of the fixture had stopped early, so that it can go on."""
+
+    def resume(directory: Path, limit: int | None) -> subprocess.CompletedProcess[str]:
+        code = "import signal, sys; from dwiml_func.cli.main import main\n"
+        if limit is not None:
+            code += "import resource; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+        code += "sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "resume", directory, "run", "--new-patience", "9"]
+        return subprocess.run([*command, "--new-max-epochs", "5"], check=False, text=True, capture_output=True)
+
+    whole = Path(shutil.copytree(experiments, experiments.parent / "whole"))
+    assert resume(whole, None).returncode == 0
+    for limit in (3000, 12_000):
+        newest = list_snapshots(experiments / "run")[-1]
+        stopped = resume(experiments, limit)
+        assert stopped.returncode != 0
+        assert "File too large" in stopped.stderr.splitlines()[-1]
+        assert list_snapshots(experiments / "run")[-1] == newest
+        left = [path for path in experiments.rglob(".*") if path.name.startswith((".tmp", ".old"))]
+        assert left == []
+    assert resume(experiments, None).returncode == 0
+    assert latest_digest(experiments / "run") == latest_digest(whole / "run")
