@@ -128,11 +128,12 @@ def test_a_path_that_is_no_folder_is_refused(tmp_path):
 
 def test_after_the_last_report_everything_is_on_disk(tmp_path):
     directory = create_experiment(tmp_path, "run", CONFIG)
-    seen, batches = [], []
-    for report in run_experiment(
-        directory, prepare(CONFIG), on_batch=lambda state, metrics: batches.append((state.epoch, state.batch))
-    ):
-        seen.append(report)
+    batches = []
+    seen = list(
+        run_experiment(
+            directory, prepare(CONFIG), on_batch=lambda state, metrics: batches.append((state.epoch, state.batch))
+        )
+    )
     state, history = restored(directory)
     assert without_digests(history) == tuple(seen)
     assert history[-1].digest == latest_digest(directory)
