@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("uninterrupted"), "run", epochs=EPOCHS)
 
 
-def _is_saving(directory: Path) -> bool:
-    return any(any((directory / part).glob(".tmp-*")) for part in ("checkpoint", ".", "logs"))
+def _unfinished(directory: Path) -> set[Path]:
+    return set((directory / "checkpoint").glob(".tmp-*"))
 
 
 def _start_and_kill(arguments: list[str], directory: Path, draws: random.Random) -> bool:
@@ -32,23 +33,32 @@ def _start_and_kill(arguments: list[str], directory: Path, draws: random.Random)
 
     Returns whether it was saving.
     """
+    left = _unfinished(directory)  # by the kill before
+
+    def is_saving() -> bool:
+        return not _unfinished(directory) <= left
+
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         saving = False
         if draws.random() < 1 / 3:
             _wait(process, draws.uniform(0, 4))
         else:
-            for _ in range(draws.randint(1, 6)):
-                while process.poll() is None and not _is_saving(directory):
-                    pass
-                while process.poll() is None and _is_saving(directory) and draws.random() < 0.9:
-                    pass
-            _wait(process, draws.uniform(0, 0.02))
-            saving = _is_saving(directory)
+            for _ in range(draws.randint(0, 5)):  # saves that come to their end
+                _wait_while(lambda: not is_saving(), process)
+                _wait_while(is_saving, process)
+            _wait_while(lambda: not is_saving(), process)
+            _wait(process, draws.uniform(0, 0.05))
+            saving = is_saving()
         assert process.poll() in (None, 0), process.stderr and process.stderr.read()
         process.kill()
         process.wait()
     assert process.returncode in (-signal.SIGKILL, 0)
     return saving
+
+
+def _wait_while(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None and condition():
+        _wait(process, 0.0005)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:

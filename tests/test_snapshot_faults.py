@@ -260,16 +260,6 @@ def closed(two_epochs: Path) -> Iterator[Path]:
                 folder.chmod(0o755)
 
 
-def test_a_directory_that_is_read_only_is_named_and_can_be_read(closed):
-    with pytest.raises(PermissionError, match=str(closed)):
-        save(closed, run_at(3))
-    saver = Saver(closed)
-    saver.save(run_at(3))
-    with pytest.raises(PermissionError, match=str(closed)):
-        saver.save(run_at(4))
-    check_untouched(closed)
-
-
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "checkpoint").touch()
     with pytest.raises(FileExistsError, match="checkpoint"):
