@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_directory", "atomic_remove", "atomic_write", "remove_leftovers"]
+__all__ = ["atomic_directory", "atomic_remove", "atomic_write", "make_directory", "remove_leftovers"]
 
 _PREFIX = ".tmp-"  # what a crash leaves behind begins with this; no reader looks at such names
 _OLD = ".old-"  # what stood in a place that is being replaced, where the system cannot swap two names in one step
@@ -87,6 +87,7 @@ def atomic_write(path: str | Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _fsync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         _name_place(error, path)
@@ -114,6 +115,26 @@ def atomic_remove(path: str | Path) -> None:
     temporary = _temporary(path)
     path.rename(temporary)
     _remove(temporary)
+
+
+def make_directory(path: str | Path) -> None:
+    """Make a directory with those above it, such that a loss of power does not take it away again.
+
+    Args:
+        path: the directory; it may be there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     make_directory(Path(parent) / "a" / "b")
+        ...     (Path(parent) / "a" / "b").is_dir()
+        True
+    """
+    path = Path(path)
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        _fsync(place.parent)
 
 
 def remove_leftovers(directory: str | Path, name: str | None = None) -> None:

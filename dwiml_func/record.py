@@ -9,10 +9,44 @@ from typing import Any
 
 from dwiml_func.history import history_from_json
 from dwiml_func.loop import EpochReport
-from dwiml_func.manifest import DamagedError
-from dwiml_func.snapshot import list_snapshots, read_record
+from dwiml_func.manifest import DamagedError, read_manifest
+from dwiml_func.snapshot_names import list_snapshots, snapshot_path
 
-__all__ = ["Record", "newest_record"]
+__all__ = ["Record", "newest_record", "read_record"]
+
+
+def read_record(directory: str | Path, name: str | None = None) -> dict[str, Any]:
+    """Read what a snapshot says of itself, without its tensors.
+
+    Args:
+        directory: the experiment.
+        name: which snapshot; None takes the newest whose manifest is not damaged.
+
+    Returns:
+        The manifest: `digest`, `numbers`, `history`, `config`, `environment`, `data` and more.
+
+    Raises:
+        FileNotFoundError: there is no snapshot, or none of that name.
+        DamagedError: the manifest is damaged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from dwiml_func import init_state, sgd
+        >>> from dwiml_func.snapshot import save
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     _ = save(directory, init_state(torch.nn.Linear(1, 1), sgd(), seed=0), config={"a": 1})
+        ...     read_record(directory)["config"]
+        {'a': 1}
+    """
+    if name is not None:
+        return read_manifest(snapshot_path(directory, name))
+    newest = snapshot_path(directory, None)
+    for name in reversed(list_snapshots(directory)):
+        try:
+            return read_manifest(newest.parent / name)
+        except DamagedError:
+            continue
+    return read_manifest(newest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +25,7 @@ class Saver:
         directory: the experiment.
         config: JSON data to record, e.g. the run's config.
         data: gives the fingerprint of the data to record; called in the background.
-        keep: as for `dwiml_func.snapshot.save`.
+        keep, keep_always: as for `dwiml_func.snapshot.save`.
 
     Example:
         >>> import tempfile, torch
@@ -46,11 +46,13 @@ class Saver:
         config: Mapping[str, Any] | None = None,
         data: Callable[[], Mapping[str, Any]] | None = None,
         keep: int | None = 2,
+        keep_always: Collection[str] = (),
     ) -> None:
         self._directory = directory
         self._config = config
         self._data = data
         self._keep = keep
+        self._keep_always = tuple(keep_always)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -77,7 +79,15 @@ class Saver:
         def work() -> None:
             try:
                 data = self._data() if self._data else None
-                save(self._directory, copied, reports, config=self._config, data=data, keep=self._keep)
+                save(
+                    self._directory,
+                    copied,
+                    reports,
+                    config=self._config,
+                    data=data,
+                    keep=self._keep,
+                    keep_always=self._keep_always,
+                )
                 if then is not None:
                     then(copied)
             except BaseException as error:

@@ -6,13 +6,12 @@ is readable without the tensors.
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dwiml_func.atomic import atomic_remove, make_directory
 from dwiml_func.digest import (
     combine_digests,
     leaf_differences,
@@ -24,6 +23,8 @@ from dwiml_func.digest import (
 from dwiml_func.history import fill_digests, history_from_json, history_to_json
 from dwiml_func.leaf_store import DamagedError, SnapshotError, load_leaves, read_manifest, save_leaves
 from dwiml_func.loop import EpochReport
+from dwiml_func.record import read_record
+from dwiml_func.snapshot_names import list_snapshots, snapshot_name, snapshot_path
 from dwiml_func.state import TrainState
 
 __all__ = [
@@ -71,6 +72,7 @@ def save(
     config: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     keep: int | None = 2,
+    keep_always: Collection[str] = (),
 ) -> Path:
     """Write a snapshot of a run, and remove older ones.
 
@@ -83,6 +85,7 @@ def save(
         data: a fingerprint of the data to record.
         keep: how many of the latest snapshots at an epoch's end stay, besides that of the best epoch and the latest two
             within the epoch under way; None keeps all.
+        keep_always: names of snapshots that stay whatever `keep` is.
 
     Returns:
         The snapshot's directory. It appears by one rename, after its bytes are on the disk.
@@ -97,7 +100,7 @@ def save(
         ('0', ['0'])
     """
     folder = Path(directory) / "checkpoint"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_directory(folder)
     numbers, leaves = state_numbers(state), state_leaves(state)
     leaf_digests = {name: leaf_digest(leaf) for name, leaf in leaves.items()}
     digest = combine_digests(leaf_digests, numbers) if state.batch == 0 else None
@@ -109,7 +112,8 @@ def save(
     }
     path = folder / snapshot_name(state)
     save_leaves(path, leaves, facts, numbers=numbers, leaf_digests=leaf_digests)
-    _remove_old(directory, keep, state)
+    if keep is not None:
+        _remove_old(directory, state, keep, keep_always)
     return path
 
 
@@ -139,7 +143,7 @@ def restore(directory: str | Path, like: TrainState, *, name: str | None = None)
         ...     restore(directory, state).state.epoch
         3
     """
-    path = _snapshot_path(directory, name)
+    path = snapshot_path(directory, name)
     manifest = read_manifest(path)
     differences = leaf_differences(manifest["leaves"], state_leaves(like))
     fields = numbers_to_fields(manifest["numbers"])
@@ -193,7 +197,7 @@ def restore_newest(directory: str | Path, like: TrainState) -> tuple[Snapshot, l
         ...     snapshot.name, damaged
         ('1', ['2'])
     """
-    _snapshot_path(directory, None)
+    snapshot_path(directory, None)
     problems: dict[str, DamagedError] = {}
     for name in reversed(list_snapshots(directory)):
         try:
@@ -229,25 +233,6 @@ def restore_or(directory: str | Path, state: TrainState) -> tuple[TrainState, tu
     return snapshot.state, snapshot.history
 
 
-def list_snapshots(directory: str | Path) -> list[str]:
-    """Names of the snapshots of an experiment, oldest first.
-
-    Args:
-        directory: the experiment; it need not exist.
-
-    Returns:
-        Names such as "3" (after three epochs) or "3-50" (and fifty batches of the fourth).
-
-    Example:
-        >>> list_snapshots("/no/such/run")
-        []
-    """
-    folder = Path(directory) / "checkpoint"
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
-    positions = {name: position for name in names if (position := _position(name)) is not None}
-    return sorted(positions, key=positions.__getitem__)
-
-
 def latest_digest(directory: str | Path) -> str:
     """The digest of an experiment's latest state, computed from the bytes on disk.
 
@@ -270,65 +255,10 @@ def latest_digest(directory: str | Path) -> str:
         ...     latest_digest(directory) == digest.state_digest(state)
         True
     """
-    path = _snapshot_path(directory, None)
+    path = snapshot_path(directory, None)
     manifest = read_manifest(path)
     leaves = {name: leaf_digest(leaf) for name, leaf in load_leaves(path, manifest).items()}
     return combine_digests(leaves, manifest["numbers"])
-
-
-def read_record(directory: str | Path, name: str | None = None) -> dict[str, Any]:
-    """Read what a snapshot says of itself, without its tensors.
-
-    Args:
-        directory: the experiment.
-        name: which snapshot; None takes the newest whose manifest is not damaged.
-
-    Returns:
-        The manifest: `digest`, `numbers`, `history`, `config`, `environment`, `data` and more.
-
-    Raises:
-        FileNotFoundError: there is no snapshot, or none of that name.
-        DamagedError: the manifest is damaged.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from dwiml_func import init_state, sgd
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     _ = save(directory, init_state(torch.nn.Linear(1, 1), sgd(), seed=0), config={"a": 1})
-        ...     read_record(directory)["config"]
-        {'a': 1}
-    """
-    if name is not None:
-        return read_manifest(_snapshot_path(directory, name))
-    newest = _snapshot_path(directory, None)
-    for name in reversed(list_snapshots(directory)):
-        try:
-            return read_manifest(newest.parent / name)
-        except DamagedError:
-            continue
-    return read_manifest(newest)
-
-
-def snapshot_name(state: TrainState) -> str:
-    """The name of a state's snapshot: epochs done and, within an epoch, batches done."""
-    return f"{state.epoch}-{state.batch}" if state.batch else str(state.epoch)
-
-
-def _snapshot_path(directory: str | Path, name: str | None) -> Path:
-    names = list_snapshots(directory)
-    folder = Path(directory) / "checkpoint"
-    if not names:
-        raise FileNotFoundError(f"No snapshot in {folder}. Has an epoch been finished there?")
-    name = names[-1] if name is None else name
-    if name not in names:
-        raise FileNotFoundError(f"No snapshot {name!r} in {folder}. There are: {', '.join(names)}.")
-    return folder / name
-
-
-def _position(name: str) -> tuple[int, int] | None:
-    """Epoch and batch of a snapshot's name; None for a name that `snapshot_name` does not give."""
-    match = re.fullmatch(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?", name)
-    return (int(match[1]), int(match[2] or 0)) if match else None
 
 
 def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
@@ -338,13 +268,11 @@ def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
         return ()
 
 
-def _remove_old(directory: str | Path, keep: int | None, state: TrainState) -> None:
-    if keep is None:
-        return
+def _remove_old(directory: str | Path, state: TrainState, keep: int, keep_always: Collection[str]) -> None:
     names = list_snapshots(directory)
     ends = [name for name in names if "-" not in name]
     within = [name for name in names if name.startswith(f"{state.epoch}-")] if state.batch else []
-    kept = {*ends[-max(keep, 1) :], str(state.best.epoch), *within[-2:]}
+    kept = {*ends[-max(keep, 1) :], str(state.best.epoch), *within[-2:], *keep_always}
     for name in names:
         if name not in kept:
-            shutil.rmtree(Path(directory) / "checkpoint" / name)
+            atomic_remove(Path(directory) / "checkpoint" / name)

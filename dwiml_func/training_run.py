@@ -19,7 +19,7 @@ from dwiml_func.metrics import Metrics
 from dwiml_func.rng import Key
 from dwiml_func.saver import Saver
 from dwiml_func.schedule import per_epoch
-from dwiml_func.snapshot import list_snapshots, snapshot_name
+from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.state import TrainState
 from dwiml_func.wiring import Setup
 from dwiml_func.writers.npy import write_npy
