@@ -7,19 +7,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dwiml_func.list_arithmetic import arithmetic_for
 from dwiml_func.loss import LossFn, LossOut
 from dwiml_func.rng import Key
 from dwiml_func.state import Buffers, Params
+from dwiml_func.transforms import is_transformed
 
 __all__ = ["Engine", "clip_by_global_norm", "global_norm", "value_and_grad"]
 
 Engine = Literal["autograd", "func"]
-"""`"autograd"`: torch.autograd.grad on detached leaves, the default. `"func"`: torch.func.grad_and_value, which
-composes with torch.func.vmap and jacrev, and costs more, since it always builds a graph of the backward pass."""
+"""`"autograd"`: torch.autograd.grad on detached leaves, which nothing can be differentiated through. `"func"`:
+torch.func.grad_and_value, which composes with torch.func.grad, vmap and jacrev and with a graph around it, and costs
+more, since it always builds a graph of the backward pass."""
 
 
 def value_and_grad(
-    loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, engine: Engine = "autograd"
+    loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, engine: Engine | None = None
 ) -> tuple[LossOut, dict[str, Tensor]]:
     """Evaluate a loss in training mode, and its gradient with respect to the parameters.
 
@@ -29,7 +32,8 @@ def value_and_grad(
         buffers: other tensors, by name.
         batch: what the loss takes.
         key: the draws of the model.
-        engine: which of torch's engines computes the gradient.
+        engine: which of torch's engines computes the gradient. None takes "func" under a transform of torch.func and
+            where parameters carry a graph, so that gradients of gradients are right, and "autograd" elsewhere.
 
     Returns:
         The loss's output, detached, and gradients by name, zero where the loss does not depend on a parameter.
@@ -44,6 +48,8 @@ def value_and_grad(
         >>> grads["w"]
         tensor([2., 3.])
     """
+    if engine is None:
+        engine = "func" if _is_differentiated(params) else "autograd"
     if engine == "autograd":
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
         with torch.enable_grad():
@@ -88,7 +94,8 @@ def global_norm(grads: Params) -> Tensor:
         >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
         tensor(5.)
     """
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads.values()))))
+    tensors = list(grads.values())
+    return torch.linalg.vector_norm(torch.stack(list(arithmetic_for(tensors)("norm", tensors))))
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tensor], Tensor, Tensor]:
@@ -114,8 +121,15 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tenso
         raise ValueError(f"Expected a gradient norm to clip at above 0, or None not to clip. Received: {max_norm}")
     norm = global_norm(grads)
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    scaled = torch._foreach_mul(list(grads.values()), factor)
+    tensors = list(grads.values())
+    scaled = arithmetic_for(tensors)("mul", tensors, factor)
     return dict(zip(grads, scaled, strict=True)), norm, norm * factor
+
+
+def _is_differentiated(params: Params) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return is_transformed() or any(tensor.requires_grad for tensor in params.values())
 
 
 def _detached(tensor: Tensor) -> Tensor:

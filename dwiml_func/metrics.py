@@ -2,7 +2,8 @@
 
 A mean over batches of unequal size is wrong unless it is weighted; a sum of (total, weight) pairs is right in any
 grouping. Totals are float64. On the CPU they are Python floats, because reading a tensor there costs nothing and adding
-floats costs less than adding tensors; on other devices they stay tensors, so that no step waits for the device.
+floats costs less than adding tensors; on other devices they stay tensors, so that no step waits for the device, and so
+they do under torch.func and torch.compile.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from dwiml_func.transforms import is_transformed
 
 __all__ = ["Metrics", "Sum", "add_metrics", "read_means", "weighted_sum"]
 
@@ -44,7 +47,7 @@ def weighted_sum(mean: float | Tensor, weight: float | Tensor) -> Sum:
         weight: what stands behind the mean, e.g. the number of points.
 
     Returns:
-        The sum, in float64. A tensor on the CPU is read; one on another device is not.
+        The sum, in float64. A tensor on the CPU is read; one on another device or under a transform is not.
 
     Example:
         >>> weighted_sum(torch.tensor(0.5), 4)
@@ -96,6 +99,6 @@ def read_means(metrics: Metrics) -> dict[str, float]:
 
 def _float64(value: float | Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
-        on_cpu = value.device.type == "cpu" and not torch.compiler.is_compiling()
-        return float(value.item()) if on_cpu else value.detach().to(torch.float64)
+        readable = value.device.type == "cpu" and not is_transformed()
+        return float(value.item()) if readable else value.detach().to(torch.float64)
     return float(value)

@@ -1,25 +1,28 @@
 """Optimizers as pairs of pure functions, in the arithmetic of `torch.optim`, to the bit.
 
-The kernels are written out of place on torch's horizontally fused (`_foreach_`) operations, so that an update needs no
-copy of the old values, costs a handful of calls whatever the number of tensors, and can be differentiated through.
-With `donate=True` the same operations run in place.
+The formulas are written once, on lists of tensors. Plain numbers and tensors go through torch's horizontally fused
+(`_foreach_`) operations, which cost a handful of calls whatever the number of tensors, and run in place on donated
+memory. What is differentiated, mapped or compiled goes through the same operations tensor by tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dwiml_func.list_arithmetic import Arithmetic, Number, Tensors, arithmetic_for
 from dwiml_func.state import OptState, Params
 
 __all__ = ["Optimizer", "adam", "adamw", "radam", "sgd"]
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
-Kernel = Callable[[Tensors, Tensors, dict[str, Tensors], float, int, bool], tuple[Tensors, dict[str, Tensors]]]
-"""(grads, params, moments, lr, step, donate) -> (new params, new moments), all lists in one order of names."""
+Kernel = Callable[
+    [Arithmetic, Tensors, Tensors, dict[str, Tensors], Number, Number, bool], tuple[Tensors, dict[str, Tensors]]
+]
+"""(arithmetic, grads, params, moments, lr, step, donate) -> (new params, new moments), lists in one order of names."""
 
 
 class Optimizer(NamedTuple):
@@ -28,7 +31,9 @@ class Optimizer(NamedTuple):
     Args:
         init: `init(params) -> opt_state`, moments of zeros.
         update: `update(grads, opt_state, params, *, lr, step, donate=False) -> (params, opt_state)`. `step` is the
-            number of updates done before this one. With `donate=True` the memory of `opt_state` and `params` is reused.
+            number of updates done before this one. `lr` and `step` are numbers or () tensors, and the result can be
+            differentiated with respect to `lr` and to a `weight_decay` that the optimizer was made with as a tensor.
+            With `donate=True` the memory of `opt_state` and `params` is reused, where numbers and tensors are plain.
 
     Example:
         >>> params = {"w": torch.ones(2)}
@@ -42,7 +47,7 @@ class Optimizer(NamedTuple):
     update: Callable[..., tuple[dict[str, Tensor], OptState]]
 
 
-def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False) -> Optimizer:
+def sgd(*, momentum: float = 0.0, weight_decay: Number = 0.0, nesterov: bool = False) -> Optimizer:
     """Stochastic gradient descent, as `torch.optim.SGD`.
 
     Args:
@@ -64,24 +69,27 @@ def sgd(*, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = Fa
     if nesterov and momentum == 0:
         raise ValueError("Expected a momentum above 0 with nesterov=True. Received: momentum=0")
 
-    def kernel(grads, params, moments, lr, step, donate):
-        if weight_decay:
-            grads = torch._foreach_add(grads, params, alpha=weight_decay)
+    def kernel(run, grads, params, moments, lr, step, donate):
+        if _is_not_zero(weight_decay):
+            grads = run("add", grads, params, alpha=weight_decay)
         if momentum:
-            buffers = moments["momentum_buffer"]
-            if step == 0:  # torch starts from the first gradient; 0 * momentum + grad would turn -0.0 into 0.0
-                buffers = torch._foreach_clone(grads)
+            # torch starts from the first gradient; 0 * momentum + grad would turn -0.0 into 0.0
+            is_first, old = step == 0, moments["momentum_buffer"]
+            if isinstance(is_first, Tensor):
+                running = run("add", run("mul", old, momentum), grads)
+                buffers = [torch.where(is_first, grad, sum_) for grad, sum_ in zip(grads, running, strict=True)]
+            elif is_first:
+                buffers = run("clone", grads)
             else:
-                buffers = _foreach("mul", donate, buffers, momentum)
-                torch._foreach_add_(buffers, grads)
+                buffers = run("add", run("mul", old, momentum, reuse=donate), grads, reuse=True)
             moments = {"momentum_buffer": buffers}
-            grads = torch._foreach_add(grads, buffers, alpha=momentum) if nesterov else buffers
-        return _foreach("add", donate, params, grads, alpha=-lr), moments
+            grads = run("add", grads, buffers, alpha=momentum) if nesterov else buffers
+        return run("add", params, grads, alpha=-lr, reuse=donate), moments
 
-    return _optimizer(("momentum_buffer",) if momentum else (), kernel)
+    return _optimizer(("momentum_buffer",) if momentum else (), kernel, weight_decay)
 
 
-def adam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
+def adam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.0) -> Optimizer:
     """Adam (Kingma and Ba, 2015, arXiv:1412.6980), as `torch.optim.Adam`.
 
     Args:
@@ -102,15 +110,15 @@ def adam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_
     """
     _check(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
-    def kernel(grads, params, moments, lr, step, donate):
-        if weight_decay:
-            grads = torch._foreach_add(grads, params, alpha=weight_decay)
-        return _adam_kernel(grads, params, moments, lr, step, donate, beta1, beta2, eps)
+    def kernel(run, grads, params, moments, lr, step, donate):
+        if _is_not_zero(weight_decay):
+            grads = run("add", grads, params, alpha=weight_decay)
+        return _adam_kernel(run, grads, params, moments, lr, step, donate, beta1, beta2, eps)
 
-    return _optimizer(("exp_avg", "exp_avg_sq"), kernel)
+    return _optimizer(("exp_avg", "exp_avg_sq"), kernel, weight_decay)
 
 
-def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.01) -> Optimizer:
+def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.01) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019, arXiv:1711.05101), as `torch.optim.AdamW`.
 
     Args:
@@ -131,15 +139,15 @@ def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
     """
     _check(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
-    def kernel(grads, params, moments, lr, step, donate):
-        if weight_decay:
-            params = _foreach("mul", donate, params, 1 - lr * weight_decay)
-        return _adam_kernel(grads, params, moments, lr, step, donate, beta1, beta2, eps)
+    def kernel(run, grads, params, moments, lr, step, donate):
+        if _is_not_zero(weight_decay):
+            params = run("mul", params, 1 - lr * weight_decay, reuse=donate)
+        return _adam_kernel(run, grads, params, moments, lr, step, donate, beta1, beta2, eps)
 
-    return _optimizer(("exp_avg", "exp_avg_sq"), kernel)
+    return _optimizer(("exp_avg", "exp_avg_sq"), kernel, weight_decay)
 
 
-def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
+def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.0) -> Optimizer:
     """Rectified Adam (Liu et al., 2020, arXiv:1908.03265), as `torch.optim.RAdam`.
 
     Args:
@@ -160,83 +168,90 @@ def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
     """
     _check(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
-    def kernel(grads, params, moments, lr, step, donate):
-        if weight_decay:
-            grads = torch._foreach_add(grads, params, alpha=weight_decay)
-        means, squares = _update_moments(grads, moments, donate, beta1, beta2)
+    def kernel(run, grads, params, moments, lr, step, donate):
+        if _is_not_zero(weight_decay):
+            grads = run("add", grads, params, alpha=weight_decay)
+        means, squares = _update_moments(run, grads, moments, donate, beta1, beta2)
         count = step + 1
         correction1, correction2 = 1 - beta1**count, 1 - beta2**count
         rho_inf = 2 / (1 - beta2) - 1
         rho = rho_inf - 2 * count * beta2**count / correction2
-        changes = torch._foreach_mul(torch._foreach_div(means, correction1), lr)
-        if rho > 5.0:  # the variance of the adaptive rate is tractable: section 3.3 of the paper
+        changes = run("mul", run("div", means, correction1), lr)
+        adapts = rho > 5.0  # the variance of the adaptive rate is tractable: section 3.3 of the paper
+        if isinstance(adapts, Tensor):
+            rho = torch.where(adapts, rho, 6.0)  # the root below is of a positive number in either case
+        if isinstance(adapts, Tensor) or adapts:
             rectify = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
-            rates = torch._foreach_reciprocal(torch._foreach_add(torch._foreach_sqrt(squares), eps))
-            changes = torch._foreach_mul(changes, torch._foreach_mul(rates, correction2**0.5))
-            changes = torch._foreach_mul(changes, rectify)
-        params = _foreach("add", donate, params, changes, alpha=-1.0)
+            rates = run("reciprocal", run("add", run("sqrt", squares), eps))
+            adapted = run("mul", run("mul", changes, run("mul", rates, correction2**0.5)), rectify)
+            if isinstance(adapts, Tensor):
+                adapted = [torch.where(adapts, new, old) for new, old in zip(adapted, changes, strict=True)]
+            changes = adapted
+        params = run("add", params, changes, alpha=-1.0, reuse=donate)
         return params, {"exp_avg": means, "exp_avg_sq": squares}
 
-    return _optimizer(("exp_avg", "exp_avg_sq"), kernel)
+    return _optimizer(("exp_avg", "exp_avg_sq"), kernel, weight_decay)
 
 
 def _adam_kernel(
+    run: Arithmetic,
     grads: Tensors,
     params: Tensors,
     moments: dict[str, Tensors],
-    lr: float,
-    step: int,
+    lr: Number,
+    step: Number,
     donate: bool,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> tuple[Tensors, dict[str, Tensors]]:
-    means, squares = _update_moments(grads, moments, donate, beta1, beta2)
+    means, squares = _update_moments(run, grads, moments, donate, beta1, beta2)
     step_size = lr / (1 - beta1 ** (step + 1))
-    roots = torch._foreach_div(torch._foreach_sqrt(squares), (1 - beta2 ** (step + 1)) ** 0.5)
-    torch._foreach_add_(roots, eps)
-    params = _foreach("addcdiv", donate, params, means, roots, value=-step_size)
+    roots = run("div", run("sqrt", squares), (1 - beta2 ** (step + 1)) ** 0.5)
+    roots = run("add", roots, eps, reuse=True)
+    params = run("addcdiv", params, means, roots, value=-step_size, reuse=donate)
     return params, {"exp_avg": means, "exp_avg_sq": squares}
 
 
 def _update_moments(
-    grads: Tensors, moments: dict[str, Tensors], donate: bool, beta1: float, beta2: float
+    run: Arithmetic, grads: Tensors, moments: dict[str, Tensors], donate: bool, beta1: float, beta2: float
 ) -> tuple[Tensors, Tensors]:
-    means = _foreach("lerp", donate, moments["exp_avg"], grads, 1 - beta1)
-    squares = _foreach("mul", donate, moments["exp_avg_sq"], beta2)
-    torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+    means = run("lerp", moments["exp_avg"], grads, 1 - beta1, reuse=donate)
+    squares = run("mul", moments["exp_avg_sq"], beta2, reuse=donate)
+    squares = run("addcmul", squares, grads, grads, 1 - beta2, reuse=True)
     return means, squares
 
 
-def _foreach(name: str, donate: bool, tensors: Tensors, *args: object, **kwargs: object) -> Tensors:
-    """Run a `_foreach_` operation: in place on donated memory, out of place otherwise."""
-    if donate:
-        getattr(torch, f"_foreach_{name}_")(tensors, *args, **kwargs)
-        return tensors
-    return getattr(torch, f"_foreach_{name}")(tensors, *args, **kwargs)
-
-
-def _optimizer(kinds: Iterable[str], kernel: Kernel) -> Optimizer:
+def _optimizer(kinds: Iterable[str], kernel: Kernel, weight_decay: Number) -> Optimizer:
     kinds = tuple(kinds)
 
     def init(params: Params) -> OptState:
         return {kind: {name: torch.zeros_like(p) for name, p in params.items()} for kind in kinds}
 
     def update(
-        grads: Params, opt_state: OptState, params: Params, *, lr: float, step: int, donate: bool = False
+        grads: Params, opt_state: OptState, params: Params, *, lr: Number, step: Number, donate: bool = False
     ) -> tuple[dict[str, Tensor], OptState]:
         names = list(params)
         moments: dict[str, Tensors] = {kind: [opt_state[kind][name] for name in names] for kind in kinds}
-        ordered = [grads[name] for name in names]
-        values, moments = kernel(ordered, [params[name] for name in names], moments, lr, step, donate)
+        ordered, old = [grads[name] for name in names], [params[name] for name in names]
+        run = arithmetic_for(chain(old, ordered, *moments.values()), lr, step, weight_decay)
+        if isinstance(step, Tensor):
+            step = step.to(torch.float64)  # bias corrections lose half their digits in float32
+        values, moments = kernel(run, ordered, old, moments, lr, step, donate)
         new_state = {kind: dict(zip(names, moments[kind], strict=True)) for kind in kinds}
         return dict(zip(names, values, strict=True)), new_state
 
     return Optimizer(init, update)
 
 
-def _check(**values: float) -> None:
+def _is_not_zero(number: Number) -> bool:
+    return isinstance(number, Tensor) or number != 0
+
+
+def _check(**values: Number) -> None:
     for name, value in values.items():
+        if isinstance(value, Tensor):  # it may stand for many values, or for none yet
+            continue
         is_decay_rate = name in ("beta1", "beta2")
         if not (0 <= value < 1 if is_decay_rate else 0 <= value < float("inf")):
             expected = "0 <= value < 1" if is_decay_rate else "a finite value of at least 0"

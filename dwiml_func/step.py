@@ -15,6 +15,7 @@ from dwiml_func.metrics import Metrics, Sum, add_metrics, weighted_sum
 from dwiml_func.optim import Optimizer
 from dwiml_func.rng import Stream, fold_in
 from dwiml_func.state import TrainState, mark_donated, refuse_donated
+from dwiml_func.transforms import is_transformed
 
 __all__ = ["NON_FINITE", "NonFiniteError", "eval_step", "train_step"]
 
@@ -39,10 +40,10 @@ def train_step(
     *,
     loss_fn: LossFn,
     optimizer: Optimizer,
-    lr: float,
+    lr: float | Tensor,
     clip_grad: float | None = None,
     donate: bool = False,
-    engine: Engine = "autograd",
+    engine: Engine | None = None,
     non_finite: Literal["raise", "defer"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimizer step.
@@ -52,13 +53,13 @@ def train_step(
         batch: what the loss takes. If it has an attribute `ids`, an error names them.
         loss_fn: the loss, see `dwiml_func.loss`.
         optimizer: an init/update pair, see `dwiml_func.optim`.
-        lr: learning rate.
+        lr: learning rate, a number or a () tensor.
         clip_grad: largest global gradient norm; None does not clip.
         donate: reuse the memory of `state`, which must not be used afterwards (doing so raises an error).
-        engine: `"autograd"` or `"func"`, see `dwiml_func.gradients`.
+        engine: `"autograd"` or `"func"`, see `dwiml_func.gradients`; None takes what fits.
         non_finite: `"raise"` looks at the loss and the gradient norm at once, which waits for the device; `"defer"`
             leaves parameters, buffers and moments as they were, on the device, and `epoch_fn` raises at its end.
-            None raises on the CPU and defers elsewhere.
+            None raises on the CPU, and defers elsewhere and under transforms of torch.func.
 
     Returns:
         The run after the step, and the batch's sums: `loss` and the loss's further means, weighted by points, and
@@ -91,7 +92,9 @@ def train_step(
     metrics["unclipped_grad_norm"] = weighted_sum(norm, 1)
     metrics["grad_norm"] = weighted_sum(clipped_norm, 1)
 
-    defer = out.loss.device.type != "cpu" if non_finite is None else non_finite == "defer"
+    defer = non_finite == "defer"
+    if non_finite is None:
+        defer = out.loss.device.type != "cpu" or is_transformed()
     if not defer:
         _raise_if_not_finite(state, batch, out.loss, norm)
     params, opt_state = optimizer.update(

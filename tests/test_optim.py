@@ -19,7 +19,7 @@ def some_tensors(seed: int, dtype: torch.dtype, size: float = 1.0) -> dict[str, 
     return {name: torch.randn(shape, generator=generator, dtype=dtype) * size for name, shape in SHAPES.items()}
 
 
-def make_pair(kind, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0) -> tuple[Optimizer, partial]:
+def make_pair(kind, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay: float | Tensor = 0.0) -> tuple[Optimizer, partial]:
     if kind in ("sgd", "momentum", "nesterov"):
         momentum = 0.0 if kind == "sgd" else beta1 or 0.5
         options = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": kind == "nesterov"}
@@ -267,3 +267,94 @@ def test_sgd_names_a_value_out_of_range(options):
 def test_nesterov_needs_momentum():
     with pytest.raises(ValueError, match="Expected a momentum above 0 with nesterov=True"):
         sgd(nesterov=True)
+
+
+def run_steps(optimizer: Optimizer, lr, steps, dtype=torch.float64):
+    params = some_tensors(0, dtype)
+    opt_state = optimizer.init(params)
+    for number, step in enumerate(steps):
+        params, opt_state = optimizer.update(some_tensors(number + 1, dtype), opt_state, params, lr=lr, step=step)
+    return params, opt_state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensors_for_numbers_change_rounding_only(kind, dtype):
+    numbers, moments = run_steps(make_pair(kind, weight_decay=0.1)[0], 0.05, range(8), dtype)
+    decay, rate = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
+    tensors, tensor_moments = run_steps(make_pair(kind, weight_decay=decay)[0], rate, torch.arange(8), dtype)
+    torch.testing.assert_close(tensors, numbers)
+    torch.testing.assert_close(tensor_moments, moments)
+    for name in SHAPES:
+        assert tensors[name].dtype == dtype
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
+@pytest.mark.parametrize("kind", KINDS)
+def test_learning_rate_and_weight_decay_have_gradients(kind):
+    def params_after(lr: Tensor, weight_decay: Tensor) -> Tensor:
+        params, _ = run_steps(make_pair(kind, weight_decay=weight_decay)[0], lr, range(7))
+        return torch.cat([tensor.flatten() for tensor in params.values()])
+
+    numbers = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.05, 0.1)]
+    assert torch.autograd.gradcheck(params_after, numbers)
+    # The tensors of a test come from a generator: the same for each direction.
+    forwards = torch.func.jacfwd(params_after, argnums=(0, 1), randomness="same")(*numbers)
+    backwards = torch.autograd.functional.jacobian(params_after, tuple(numbers))
+    torch.testing.assert_close(forwards, backwards)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_updates_can_be_mapped_over_learning_rates_weight_decays_and_parameters(kind):
+    start, factors = some_tensors(0, torch.float32), [some_tensors(step + 1, torch.float32) for step in range(7)]
+
+    def params_after(lr, weight_decay, scale):
+        optimizer = make_pair(kind, weight_decay=weight_decay)[0]
+        params = {name: tensor * scale for name, tensor in start.items()}
+        opt_state = optimizer.init(params)
+        for step in range(7):
+            grads = {name: params[name] * tensor for name, tensor in factors[step].items()}
+            params, opt_state = optimizer.update(grads, opt_state, params, lr=lr, step=step)
+        return params
+
+    values = (0.05, 0.01), (0.1, 0.0), (1.0, 2.0)
+    mapped = torch.func.vmap(params_after)(*(torch.tensor(each) for each in values))
+    for number, arguments in enumerate(zip(*values, strict=True)):
+        one = {name: tensor[number] for name, tensor in mapped.items()}
+        torch.testing.assert_close(one, params_after(*arguments))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_update_compiles_once_for_all_steps_and_learning_rates(kind):
+    optimizer, _ = make_pair(kind, weight_decay=0.1)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(optimizer.update, fullgraph=True, backend=count)
+    params = some_tensors(0, torch.float64)
+    opt_state = optimizer.init(params)
+    for step in range(8):
+        lr = torch.tensor(0.05 / (step + 1), dtype=torch.float64)
+        arguments = (some_tensors(step + 1, torch.float64), opt_state, params)
+        expected = optimizer.update(*arguments, lr=float(lr), step=step)
+        actual = compiled(*arguments, lr=lr, step=torch.tensor(step))
+        torch.testing.assert_close(actual, expected)
+        params, opt_state = actual
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("make", [adam, adamw, radam])
+def test_a_gradient_of_zero_can_be_differentiated_through(make):
+    # The root of the second moment has an infinite slope at zero; a ReLU that is off gives gradients of zero.
+    def step(grad: Tensor) -> Tensor:
+        optimizer, params = make(), {"w": torch.ones(2, dtype=torch.float64)}
+        return optimizer.update({"w": grad}, optimizer.init(params), params, lr=0.1, step=9)[0]["w"]
+
+    grad = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    [slope] = torch.func.jacrev(step)(grad).diagonal()[:1]
+    tiny = torch.tensor([1e-13, 0.0], dtype=torch.float64)  # far below eps
+    expected = (step(grad + tiny) - step(grad - tiny))[0] / 2e-13
+    torch.testing.assert_close(slope, expected, rtol=1e-2, atol=0)
