@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from dwiml_func.config_checks import shown
+
 __all__ = ["Cadence", "parse_cadence"]
 
 _FORM = re.compile(
@@ -85,5 +87,6 @@ def parse_cadence(text: str) -> Cadence:
         if number.is_integer():
             return Cadence(int(number), "batch" if match["batch"] else "epoch")
     raise ValueError(
-        f"checkpoint_every: expected a number and a unit, such as 50batches, 10minutes or 1epoch, received {text!r}."
+        f"checkpoint_every: expected a number and a unit, such as 50batches, 10minutes or 1epoch, "
+        f"received {shown(text)}."
     )

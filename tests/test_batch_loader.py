@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.data import batch_loader
+from dwiml_func.data import workers
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
@@ -224,7 +224,7 @@ def test_fifty_batches_have_the_same_bytes_lazily_and_made_ahead_in_a_thread(laz
 @pytest.mark.parametrize("lazily", [False, True])
 def test_fifty_batches_have_the_same_bytes_where_workers_are_spawned(lazily, expected_fifty, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
-    assert batch_loader._worker_context().get_start_method() == "spawn"
+    assert workers._context("").get_start_method() == "spawn"
     assert fifty_batches(lazily, 1) == expected_fifty
 
 

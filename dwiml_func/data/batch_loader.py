@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.context
-import signal
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +28,7 @@ from dwiml_func.data.interpolation import Interpolation, require_mode
 from dwiml_func.data.neighborhood import Neighborhood, interpolate_neighborhood
 from dwiml_func.data.resampling import Resampling, resample_streamlines
 from dwiml_func.data.streamlines import Streamlines, input_rows
+from dwiml_func.data.workers import WorkerLoader
 from dwiml_func.rng import Key
 
 __all__ = ["BatchRequest", "LoaderSpec", "epoch_batches", "load_batch"]
@@ -237,17 +235,7 @@ def epoch_batches(
     requests = _EpochRequests(plan, epoch, start_batch, augment_key)
     collate_fn: Any = partial(load_batch, dataset=dataset, spec=loader_spec)  # torch expects it to take a list
     num_workers = min(num_workers, len(requests))
-    return DataLoader(
-        requests,
-        batch_size=None,
-        collate_fn=collate_fn,
-        num_workers=num_workers,
-        multiprocessing_context=_worker_context() if num_workers > 0 else None,
-        # iter() draws a seed for the workers, from torch's global generator unless it is given one. Nothing here
-        # draws from the workers' generators.
-        generator=torch.Generator(),
-        worker_init_fn=_ignore_signals,
-    )
+    return WorkerLoader(requests, batch_size=None, collate_fn=collate_fn, num_workers=num_workers, preload=__name__)
 
 
 class _EpochRequests(Dataset[Any]):  # torch types a loader by its dataset, not by what collate_fn makes of it
@@ -267,12 +255,6 @@ class _EpochRequests(Dataset[Any]):  # torch types a loader by its dataset, not 
         return BatchRequest(self.plan[batch], self.key, self.epoch, batch)
 
 
-def _ignore_signals(_: int) -> None:
-    """Ctrl-C, and SIGTERM to a whole job, reach the workers too; the training process decides when they end."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _warn_of_large_noise(dataset: StreamlineDataset, spec: LoaderSpec) -> None:
     """Warn where noise may turn steps around. Their size is the one asked for, the file's, or the mean."""
     if not spec.augmentation.draws or dataset.index.num_total == 0:
@@ -287,13 +269,3 @@ def _warn_of_large_noise(dataset: StreamlineDataset, spec: LoaderSpec) -> None:
     message = spec.augmentation.too_large_for(step / dataset.voxel_sizes.max().item())
     if message is not None:
         warnings.warn(message, stacklevel=3)
-
-
-def _worker_context() -> multiprocessing.context.BaseContext:
-    """How workers start. Not by fork from this process: unsafe once a library (JAX, under orbax) runs threads."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    # The server imports torch once, then each worker of each epoch starts in 0.1 s instead of 1.5 s.
-    context.set_forkserver_preload([__name__])
-    return context

@@ -1,0 +1,75 @@
+"""A torch DataLoader whose workers start safely, leave the global random state alone, and ignore signals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.context
+import signal
+from multiprocessing import resource_tracker
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+__all__ = ["WorkerLoader"]
+
+T_co = TypeVar("T_co", covariant=True)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class WorkerLoader(DataLoader[T_co]):
+    """A DataLoader for programs that stop on signals.
+
+    Ctrl-C, and SIGTERM to a whole job, reach the workers too; the process that iterates decides when they end. So they,
+    and the server that forks them, do not hear these signals, from their start on.
+
+    Args:
+        dataset: as for DataLoader.
+        num_workers: processes that load ahead; 0 loads in this one.
+        preload: a module that the server imports before it forks workers.
+        options: as for DataLoader.
+
+    Example:
+        >>> list(WorkerLoader([1, 2, 3], batch_size=None))
+        [1, 2, 3]
+    """
+
+    def __init__(
+        self, dataset: Dataset[T_co], *, num_workers: int = 0, preload: str = __name__, **options: Any
+    ) -> None:
+        super().__init__(
+            dataset,
+            num_workers=num_workers,
+            multiprocessing_context=_context(preload) if num_workers > 0 else None,
+            # iter() draws a seed for the workers, from torch's global generator unless it is given one.
+            generator=torch.Generator(),
+            worker_init_fn=_ignore_signals,
+            **options,
+        )
+
+    def __iter__(self) -> Any:
+        if self.num_workers == 0:
+            return super().__iter__()
+        resource_tracker.ensure_running()  # to start it later would take the mask away
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # the new processes inherit it
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # what came meanwhile is handled now
+
+
+def _ignore_signals(_: int) -> None:
+    """For workers of a server that other code has started."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _context(preload: str) -> multiprocessing.context.BaseContext:
+    """How workers start. Not by fork from this process: unsafe once a library (JAX, under orbax) runs threads."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # The server imports torch once, then each worker of each epoch starts in 0.1 s instead of 1.5 s.
+    context.set_forkserver_preload([preload])
+    return context

@@ -1,0 +1,93 @@
+"""Claims about a run's history on record: it comes back as it was, and digests are those of states that were saved."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dwiml_func import EpochReport
+from dwiml_func.best import Best
+from dwiml_func.history import fill_digests, history_from_json, history_to_json
+
+FLOATS = st.floats() | st.sampled_from([0.1 + 0.2, 5e-324, -0.0, math.nan, math.inf])
+METRICS = st.dictionaries(st.text(max_size=8), FLOATS, max_size=3)
+REPORTS = st.builds(
+    EpochReport,
+    epoch=st.integers(0, 2**70),
+    learning_rate=FLOATS,
+    train=METRICS,
+    valid=METRICS,
+    num_batches=st.integers(0, 2**40),
+    num_points=FLOATS,
+    best=st.builds(Best, FLOATS, st.none() | st.integers(1, 9), st.integers(0, 9)),
+    is_best=st.booleans(),
+    stop=st.sampled_from([None, "max_epochs", "patience"]),
+    train_minutes=FLOATS,
+    valid_minutes=FLOATS,
+    digest=st.none() | st.just("0" * 64),
+)
+
+
+@settings(max_examples=30)
+@given(st.lists(REPORTS, max_size=3))
+def test_every_bit_comes_back_through_json_text(history):
+    read = history_from_json(json.loads(json.dumps(history_to_json(history))))
+    assert repr(read) == repr(tuple(history))  # as text: NaN is not equal to itself, and -0.0 equals 0.0
+
+
+def test_what_is_no_report_is_an_error():
+    (data,) = history_to_json([report(1)])
+    without = {name: value for name, value in data.items() if name != "epoch"}
+    for bad in ({**data, "colour": 1}, without):
+        with pytest.raises(TypeError):
+            history_from_json([bad])
+
+
+def report(epoch: int, digest: str | None = None, **changes: Any) -> EpochReport:
+    values = EpochReport(
+        epoch=epoch,
+        learning_rate=0.1,
+        train={"loss": math.nan, "grad_norm": 1.0},
+        valid={},
+        num_batches=3,
+        num_points=30.0,
+        best=Best(),
+        is_best=False,
+        stop=None,
+        train_minutes=0.1,
+        valid_minutes=0.0,
+        digest=digest,
+    )
+    return replace(values, **changes)
+
+
+def digests(history: tuple[EpochReport, ...]) -> list[str | None]:
+    return [entry.digest for entry in history]
+
+
+def test_digests_of_before_stay_and_the_new_one_is_added():
+    earlier = (report(1, "a"), report(2, "b"))
+    assert digests(fill_digests((report(1), report(2), report(3)), earlier, 3, "c")) == ["a", "b", "c"]
+    assert digests(fill_digests((report(1, "a"), report(2, "b"), report(3)), (), 3, "c")) == ["a", "b", "c"]
+
+
+def test_within_an_epoch_no_report_gets_the_digest_of_the_state():
+    assert digests(fill_digests((report(1), report(2)), (report(1, "a"),), 2, None)) == ["a", None]
+
+
+def test_an_epoch_that_came_out_otherwise_does_not_get_the_digest_of_the_earlier_one():
+    """As after going on from an older snapshot with other options."""
+    earlier = (report(1, "a"), report(2, "b"), report(3, "c"))
+    again = (report(1), report(2, learning_rate=0.2), report(3))
+    assert digests(fill_digests(again, earlier, 9, None)) == ["a", None, "c"]
+    assert digests(fill_digests((report(2), report(3)), earlier, 9, None)) == [None, None]  # other places
+
+
+def test_the_state_that_is_saved_counts_more_than_what_was_recorded():
+    assert digests(fill_digests((report(1, "old"),), (report(1, "older"),), 1, "new")) == ["new"]

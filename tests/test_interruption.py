@@ -1,0 +1,213 @@
+"""Claims about signals: the batch under way is finished and saved, the printed command goes on to the same bits."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import pytest
+from reproduction_cases import DATA, STOCHASTIC, differences, files, results
+
+from dwiml_func.interruption import TrainingStopped, stop_on_signals
+from dwiml_func.snapshot import list_snapshots
+
+OPTIONS = (*STOCHASTIC, "--max-epochs", "2")  # of 4 training and 2 validation batches each
+
+GATED = """
+import dataclasses, sys, threading
+from dwiml_func import saver
+from dwiml_func.cli import train
+from dwiml_func.cli.main import main
+
+place, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+count = 0
+
+def gated(function):
+    def call(*args, **kwargs):
+        global count
+        count += 1
+        if count == number:
+            print("gate", flush=True)
+            sys.stdin.readline()
+        return function(*args, **kwargs)
+    return call
+
+def starting(batches):
+    def start(*args):
+        loader = batches(*args)
+        return (batch for batch in gated(lambda workers: workers)(iter(loader)))
+    return start
+
+def hang(*args, **kwargs):
+    print("gate", flush=True)
+    threading.Event().wait()
+
+prepare = train.prepare
+if place == "prepare":
+    train.prepare = gated(prepare)
+elif place == "save":
+    saver.save = hang
+else:
+    def prepare_gated(config):
+        setup = prepare(config)
+        gate = starting if place == "train" else gated
+        return dataclasses.replace(setup, **{place: gate(getattr(setup, place))})
+    train.prepare = prepare_gated
+sys.exit(main(arguments))
+"""
+"""The program, which in the middle of a call, or as soon as workers were told to start, prints `gate` and waits for a
+line; or hangs in its first save."""
+
+
+def read_to(pipe: IO[str] | None, text: str) -> str:
+    """Read lines up to one that has the text; returns it."""
+    assert pipe is not None
+    for line in pipe:
+        if text in line:
+            return line
+    raise AssertionError(f"the process ended without {text!r}")
+
+
+@contextmanager
+def gated(folder: Path, place: str, number: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A training process in a process group of its own that has come to its gate."""
+    command = [sys.executable, "-c", GATED, place, str(number)]
+    with subprocess.Popen(
+        [*command, "train", str(folder), "run", str(DATA), *OPTIONS, *options],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        watchdog = threading.Timer(120, process.kill)  # a failure, instead of a test without an end
+        watchdog.start()
+        try:
+            read_to(process.stdout, "gate")
+            yield process
+        finally:
+            process.kill()
+            watchdog.cancel()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from dwiml_func.cli.main import main
+
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert main(["train", str(folder), "run", str(DATA), *OPTIONS]) == 0
+    return folder / "run"
+
+
+def check_same_end(directory: Path, uninterrupted: Path) -> None:
+    assert differences(results(directory), results(uninterrupted)) == []
+    assert files(directory) == files(uninterrupted)  # no lock, and nothing half-written
+    assert list(directory.parent.iterdir()) == [directory]
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "call", "processes", "snapshot"),
+    [
+        (signal.SIGTERM, "eval_step", 1, "0", "0-4"),
+        (signal.SIGTERM, "step", 6, "2", "1-2"),
+        (signal.SIGINT, "train", 1, "2", "0-1"),
+    ],
+    ids=["SIGTERM in validation", "SIGTERM with workers", "Ctrl-C while workers start"],
+)
+def test_a_signal_saves_the_batch_under_way_and_the_printed_command_goes_on_to_the_same_bits(
+    cli, uninterrupted, tmp_path, number, place, call, processes, snapshot
+):
+    """The signal goes to the whole group, as Ctrl-C on a terminal and many schedulers' SIGTERM do."""
+    with gated(tmp_path, place, call, "--processes", processes) as process:
+        os.killpg(process.pid, number)
+        read_to(process.stderr, "Stopping after the batch under way")
+        out, err = process.communicate("go on\n")
+    assert process.returncode == 128 + number
+    (line,) = err.splitlines()
+    assert f"stopped by {number.name} and saved as snapshot {snapshot}. To go on: dwiml-func resume " in line
+    assert "Finished" not in out
+    assert list_snapshots(tmp_path / "run")[-1] == snapshot
+    program, *arguments = shlex.split(line.partition("To go on: ")[2])
+    assert program == "dwiml-func"
+    assert cli(*arguments, "--processes", "0").code == 0
+    check_same_end(tmp_path / "run", uninterrupted)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_last_snapshot_stands(cli, uninterrupted, tmp_path):
+    with gated(tmp_path, "step", 6, "--checkpoint-every", "1batches") as process:
+        os.killpg(process.pid, signal.SIGINT)
+        read_to(process.stderr, "Stopping after the batch under way")
+        os.killpg(process.pid, signal.SIGINT)  # while the batch is under way: nobody lets it through the gate
+        err = process.communicate()[1]
+    assert process.returncode == 130
+    assert err == "dwiml-func train: interrupted. The last snapshot stands.\n"
+    assert list_snapshots(tmp_path / "run")[-1] in ("1", "1-1")  # the latter may have been under way
+    assert cli("resume", tmp_path, "run", "--checkpoint-every", "1epoch").code == 0
+    check_same_end(tmp_path / "run", uninterrupted)
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path):
+    with gated(tmp_path, "save", 1) as process:  # a disk that never answers
+        process.send_signal(signal.SIGINT)
+        read_to(process.stderr, "Stopping after the batch under way")
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+    assert process.returncode == 130
+    assert list_snapshots(tmp_path / "run") == []
+
+
+def test_ctrl_c_before_the_training_is_one_line(tmp_path):
+    with gated(tmp_path, "prepare", 1) as process:
+        process.send_signal(signal.SIGINT)
+        err = process.communicate()[1]
+    assert process.returncode == 130
+    assert err == "dwiml-func train: interrupted. The last snapshot stands.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_a_request_and_the_handlers_of_before_come_back_with_it(capfd, number):
+    seen: list[int] = []
+    before = signal.signal(number, lambda received, _: seen.append(received))
+    try:
+        own = signal.getsignal(number)
+        with stop_on_signals() as stop:
+            assert stop.signal is None
+            signal.raise_signal(number)
+            assert (stop.signal, seen) == (number, [])
+            signal.raise_signal(number)
+            assert seen == [number]
+        assert signal.getsignal(number) is own
+        with stop_on_signals() as again:
+            pass
+        assert (again.signal, signal.getsignal(number)) == (None, own)
+    finally:
+        signal.signal(number, before)
+    assert capfd.readouterr().err.count("Stopping after the batch under way") == 1
+
+
+def test_outside_the_main_thread_the_handlers_are_left_alone():
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    inside: list[object] = []
+
+    def work() -> None:
+        with stop_on_signals() as stop:
+            inside.extend([stop.signal, *(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [None, *handlers]
+
+
+def test_the_exit_codes_are_those_a_shell_expects(tmp_path):
+    stopped = [TrainingStopped(number, tmp_path, None) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert [error.exit_code for error in stopped] == [130, 143]

@@ -1,0 +1,140 @@
+"""Claims about the lock: one process in a directory at a time, told at once, and free when its holder is gone."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import platform
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from dwiml_func.lock import LockedError, experiment_lock, is_locked
+
+HOLD = """
+import sys
+from dwiml_func.lock import experiment_lock
+with experiment_lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def test_a_second_process_is_refused_at_once_and_a_killed_holder_leaves_no_lock(cli, experiments):
+    directory = experiments / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert is_locked(directory)
+        before = contents(experiments)
+        cli("resume", experiments, "run", "--new-patience", "9").check_refusal(
+            f"{directory} is in use by process {holder.pid} on {platform.node()}", "wait for it or stop it"
+        )
+        assert contents(experiments) == before
+        assert cli("digest", directory).code == 0  # to read is free
+        holder.kill()
+    assert (directory / ".lock").exists()  # it had no time to clear up
+    assert not is_locked(directory)
+    assert cli("resume", experiments, "run", "--new-patience", "9", "--new-max-epochs", "4").code == 0
+    assert not (directory / ".lock").exists()
+
+
+def test_within_the_block_another_is_refused_and_after_it_not_even_after_an_error(tmp_path):
+    def fail_within() -> None:
+        with experiment_lock(tmp_path):
+            with pytest.raises(LockedError, match=f"process {os.getpid()} on "), experiment_lock(tmp_path):
+                pass
+            assert is_locked(tmp_path)  # the refused one has not cleared it away
+            raise RuntimeError("within")
+
+    with pytest.raises(RuntimeError, match="within"):
+        fail_within()
+    assert not is_locked(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_those_that_wait_come_in_one_by_one(tmp_path):
+    """Each holder removes the lock's file, so that the waiting ones meet files that are no longer the lock."""
+    inside, most, rounds = 0, 0, []
+
+    def work(number: int) -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with experiment_lock(tmp_path, wait=True):
+                inside += 1
+                most = max(most, inside)
+                rounds.append(number)
+                inside -= 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    with experiment_lock(tmp_path):
+        for thread in threads:
+            thread.start()
+        assert rounds == []
+    for thread in threads:
+        thread.join()
+    assert (most, len(rounds)) == (1, 120)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_was_removed_between_opening_and_locking_is_no_lock(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, 0
+
+    def overtaken(descriptor: int, operation: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            (tmp_path / ".lock").unlink()  # the last holder leaves
+            if_new = os.open(tmp_path / ".lock", os.O_CREAT | os.O_RDWR)  # and the next one comes
+            os.close(if_new)
+        flock(descriptor, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", overtaken)
+        with experiment_lock(tmp_path):
+            assert calls == 2
+            assert is_locked(tmp_path)
+
+
+def test_loading_processes_do_not_keep_the_lock_of_a_killed_run(tmp_path):
+    with experiment_lock(tmp_path):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    with child:
+        assert not is_locked(tmp_path)  # though the child, were it to have inherited it, is alive
+        child.kill()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_locks_is_warned_of_and_does_not_stop_the_run(tmp_path, monkeypatch, caplog, number):
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with experiment_lock(tmp_path):
+        assert not is_locked(tmp_path)
+    (record,) = caplog.records
+    assert f"{tmp_path} is on a file system without locks" in record.getMessage()
+
+
+def test_another_error_of_the_lock_is_an_error_and_leaves_no_open_file(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("fcntl.flock", fail)
+    with pytest.raises(OSError, match="Input/output error"), experiment_lock(tmp_path):
+        pass
+    with pytest.raises(FileNotFoundError), experiment_lock(tmp_path / "nothing"):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == before

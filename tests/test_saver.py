@@ -1,0 +1,208 @@
+"""Claims about saving in the background: the bytes of the moment, in order, and no error lost."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dwiml_func import TrainState, adam, init_state, module_loss, sgd, train_step
+from dwiml_func.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.digest import state_digest, state_leaves
+from dwiml_func.experiment import create_experiment
+from dwiml_func.models.model_directory import load_model
+from dwiml_func.saver import Saver, copy_to_host
+from dwiml_func.snapshot import list_snapshots, restore
+from dwiml_func.snapshot import save as save_snapshot
+from dwiml_func.training_run import run_experiment
+from dwiml_func.wiring import prepare
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+SAVE = "dwiml_func.saver.save"
+
+
+def state_at(epoch: int) -> TrainState:
+    state = init_state(torch.nn.Linear(2, 1), sgd(), seed=0)
+    return state.replace(params={name: torch.full_like(p, epoch) for name, p in state.params.items()}, epoch=epoch)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Saves begin to write only when this is set."""
+    go = threading.Event()
+
+    def save(*args: Any, **kwargs: Any) -> Path:
+        assert go.wait(60)
+        return save_snapshot(*args, **kwargs)
+
+    monkeypatch.setattr(SAVE, save)
+    return go
+
+
+def test_a_donated_state_that_is_written_over_is_saved_as_it_was(tmp_path, held):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+    step = partial(train_step, loss_fn=loss_fn, optimizer=adam(), lr=0.1, donate=True)
+    state, batch = init_state(model, adam(), seed=1), torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    state, _ = step(state, batch)
+    digest, memory = state_digest(state), {leaf.data_ptr() for leaf in state_leaves(state).values()}
+    with Saver(tmp_path) as saver:
+        saver.save(state)
+        later, _ = step(state, batch)
+        assert memory & {leaf.data_ptr() for leaf in state_leaves(later).values()}  # the step reused it
+        for leaf in state_leaves(later).values():
+            leaf.fill_(torch.nan if leaf.is_floating_point() else -1)
+        held.set()
+    assert state_digest(restore(tmp_path, init_state(model, adam(), seed=1)).state) == digest
+
+
+def test_the_copy_shares_no_memory_and_a_donated_state_has_none(tmp_path):
+    model = torch.nn.BatchNorm1d(2)
+    state = init_state(model, adam(), seed=0)
+    copied = copy_to_host(state)
+    assert state_digest(copied) == state_digest(state)
+    assert not {leaf.data_ptr() for leaf in state_leaves(copied).values()} & {
+        leaf.data_ptr() for leaf in state_leaves(state).values()
+    }
+    loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+    train_step(state, torch.randn(4, 2), loss_fn=loss_fn, optimizer=adam(), lr=0.1, donate=True)
+    with pytest.raises(RuntimeError, match="donated to the update after step 0"):
+        Saver(tmp_path).save(state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_save_at_a_time_in_the_order_of_the_calls(tmp_path, monkeypatch):
+    seen: list[tuple[str, int]] = []
+
+    def save(directory: Path, state: TrainState, *_: Any, **__: Any) -> None:
+        seen.append(("begin", state.epoch))
+        seen.append(("end", state.epoch))
+
+    monkeypatch.setattr(SAVE, save)
+    with Saver(tmp_path) as saver:
+        for epoch in range(20):
+            saver.save(state_at(epoch), then=lambda state: seen.append(("then", state.epoch)))
+    assert seen == [(what, epoch) for epoch in range(20) for what in ("begin", "end", "then")]
+
+
+def test_the_training_thread_goes_on_while_a_snapshot_is_written(tmp_path, held):
+    with Saver(tmp_path) as saver:
+        saver.save(state_at(1))
+        assert list_snapshots(tmp_path) == []
+        held.set()
+    assert list_snapshots(tmp_path) == ["1"]
+
+
+def fail_at(*epochs: int) -> Any:
+    def save(directory: Path, state: TrainState, *args: Any, **kwargs: Any) -> Path:
+        if state.epoch in epochs:
+            raise OSError(28, f"no space for {state.epoch}")
+        return save_snapshot(directory, state, *args, **kwargs)
+
+    return save
+
+
+def test_an_error_surfaces_at_the_next_save_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(SAVE, fail_at(1))
+    with Saver(tmp_path) as saver:
+        saver.save(state_at(1))
+        with pytest.raises(OSError, match="no space for 1"):
+            saver.save(state_at(2))
+        saver.save(state_at(3))  # the caller may go on
+    assert list_snapshots(tmp_path) == ["3"]
+
+
+def test_an_error_surfaces_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(SAVE, fail_at(2))
+
+    def run() -> None:
+        with Saver(tmp_path) as saver:
+            saver.save(state_at(1))
+            saver.save(state_at(2))
+
+    with pytest.raises(OSError, match="no space for 2"):
+        run()
+    assert list_snapshots(tmp_path) == ["1"]
+
+
+def test_an_error_after_the_snapshot_surfaces_too_and_the_snapshot_stands(tmp_path):
+    def then(_: TrainState) -> None:
+        raise ValueError("no best model")
+
+    saver = Saver(tmp_path)
+    saver.save(state_at(1), then=then)
+    with pytest.raises(ValueError, match="no best model"):
+        saver.wait()
+    assert list_snapshots(tmp_path) == ["1"]
+
+
+def test_the_error_of_the_training_goes_first_and_tells_of_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(SAVE, fail_at(1))
+
+    def run() -> None:
+        with Saver(tmp_path) as saver:
+            saver.save(state_at(1))
+            raise ZeroDivisionError("of the training")
+
+    with pytest.raises(ZeroDivisionError, match="of the training") as raised:
+        run()
+    (note,) = raised.value.__notes__
+    assert "the last snapshot could not be saved: [Errno 28] no space for 1" in note
+
+
+def test_a_ctrl_c_does_not_wait_for_the_disk(tmp_path, held):
+    def run() -> None:
+        with Saver(tmp_path) as saver:
+            saver.save(state_at(1))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert list_snapshots(tmp_path) == []
+    held.set()
+    for thread in threading.enumerate():
+        if thread.name == "saver":
+            thread.join()
+
+
+def test_snapshot_then_best_model_then_logs(tmp_path, monkeypatch):
+    """Each is on the disk before the next begins, so that a crash leaves neither model nor logs ahead of the state."""
+    config = RunConfig(
+        hdf5_file=str(PHANTOM),
+        model=ModelConfig(rnn_layer_sizes=(4,)),
+        batches=BatchConfig(batch_size_training=96, batch_size_validation=48),
+        training=TrainingConfig(max_epochs=2, learning_rate=("0.01*1", "1e-30")),
+    )
+    directory = create_experiment(tmp_path, "run", config)
+    seen: list[tuple[str, list[str], int | None, list[int]]] = []
+
+    def note(what: str) -> None:
+        model, log = directory / "best_model", directory / "logs" / "train_loss_monitor_per_epoch.npy"
+        best = load_model(model).facts["epoch"] if model.exists() else None
+        seen.append((what, list_snapshots(directory), best, [len(np.load(log))] if log.exists() else []))
+
+    def observed(what: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            note(what)
+            return function(*args, **kwargs)
+
+        return call
+
+    from dwiml_func import training_run
+    from dwiml_func.writers.npy import write_npy
+
+    monkeypatch.setattr(SAVE, observed("snapshot", save_snapshot))
+    monkeypatch.setattr(training_run, "save_best_model", observed("best", training_run.save_best_model))
+    list(run_experiment(directory, prepare(config), writers=(observed("logs", write_npy),)))
+    assert seen == [
+        ("snapshot", [], None, []),
+        ("best", ["1"], None, []),
+        ("logs", ["1"], 1, []),
+        ("snapshot", ["1"], 1, [1]),
+        ("logs", ["1", "2"], 1, [1]),  # the second epoch learns nothing, so it is not the best
+    ]
