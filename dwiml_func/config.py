@@ -45,7 +45,7 @@ class TrainingConfig:
     max_epochs: int = 100
     """Epochs after which training ends."""
     patience: int | None = None
-    """Epochs in a row without improvement after which training ends; none: it goes on."""
+    """Epochs in a row without improvement after which training ends. None: it goes on."""
     patience_delta: float = 1e-6
     """Least decrease of the monitored loss that counts as an improvement."""
     optimizer: Literal["Adam", "AdamW", "RAdam", "SGD"] = "Adam"
@@ -55,7 +55,7 @@ class TrainingConfig:
     weight_decay: float = 0.01
     """L2 penalty on the parameters (AdamW: decoupled)."""
     clip_grad: float | None = None
-    """Largest norm of the gradient; larger ones are scaled down to it."""
+    """Largest norm of the gradient; larger ones are scaled down to it. None: no limit."""
     rng: int = 1234
     """Seed of everything random."""
     use_gpu: bool = False

@@ -57,7 +57,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         (["--dropout", "1"], ["dropout", "received 1.0"]),
         (["--rnn-key", "rnn"], ["--rnn-key", "'rnn'", "'lstm', 'gru'"]),
         (["--rnn-layer-sizes"], ["rnn_layer_sizes", "received none"]),
-        (["--colour", "red"], ["--colour", "red"]),
+        (["--colour", "red"], ["--colour", "--help"]),
         (["--Max-epochs", "3"], ["--Max-epochs", "--max-epochs"]),
         (["one_argument_too_many"], ["one_argument_too_many"]),
         (["--input-group-name", "signal"], [str(PHANTOM), "'signal'", "'subj0'", "input (volume)"]),

@@ -19,6 +19,11 @@ from dwiml_func.data.resampling import Resampling
 __all__ = ["CreateHdf5Options", "run"]
 
 _WITHOUT_VALUE = {"--enforce-files-presence": "True", "--compress": "0.01"}  # what an option means that stands alone
+_SUBJECTS = {
+    "Subjects": ("training_subjs", "validation_subjs", "testing_subjs"),
+    "Streamlines": ("step_size", "nb_points", "compress", "remove_invalid"),
+    "Files": ("enforce_files_presence", "skip_enforce_files_presence", "overwrite"),
+}
 _NUM_NOTES = 10  # lines about what was left out, at most
 
 
@@ -31,7 +36,7 @@ class CreateHdf5Options:
     "standardization" is "all", "independent", "per_file" or "none"; streamlines may have "dps_keys", and
     "connectivity_matrix" with "connectivity_nb_blocs" or "connectivity_labels".
 
-    Example: dwiml-func create-hdf5 subjects config.json data.hdf5 --training-subjs train.txt --validation-subjs val.txt
+    Example: dwiml-func create-hdf5 subjects config.json data.hdf5 --training-subjs train.txt
     """
 
     folder: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FOLDER")]
@@ -41,17 +46,18 @@ class CreateHdf5Options:
     out_hdf5: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT.hdf5")]
     """Where the dataset shall appear."""
     training_subjs: Annotated[str | None, tyro.conf.arg(metavar="FILE", aliases=["--training-subjects"])] = None
-    """Text file with the training subjects, one a line."""
+    """Text file with the training subjects, one a line. None: no subjects."""
     validation_subjs: Annotated[str | None, tyro.conf.arg(metavar="FILE", aliases=["--validation-subjects"])] = None
-    """Text file with the validation subjects."""
+    """Text file with the validation subjects. None: no subjects."""
     testing_subjs: Annotated[str | None, tyro.conf.arg(metavar="FILE", aliases=["--testing-subjects"])] = None
-    """Text file with the testing subjects."""
+    """Text file with the testing subjects. None: no subjects."""
     step_size: Annotated[float | None, tyro.conf.arg(metavar="MM")] = None
-    """Resample streamlines to this distance between points, in mm."""
+    """Resample streamlines to this distance between points, in mm. None: points as in the tractograms."""
     nb_points: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Resample streamlines to this number of points."""
+    """Resample streamlines to this number of points. None: points as in the tractograms."""
     compress: Annotated[float | None, tyro.conf.arg(metavar="MM")] = None
-    """Leave out points that lie within this distance of a straight line, in mm; alone it means 0.01."""
+    """Leave out points that lie within this distance of a straight line, in mm; alone it means 0.01. None: points as in
+    the tractograms."""
     remove_invalid: bool = False
     """Leave out streamlines that leave the volume, have NaN points or have no length; otherwise they are an error."""
     enforce_files_presence: tyro.conf.FlagConversionOff[bool] = True
@@ -78,7 +84,7 @@ def run(arguments: Sequence[str], program: str) -> int:
     Example:
         >>> run(["subjects", "config.json", "data.hdf5"], "dwiml-func create-hdf5")  # doctest: +SKIP
     """
-    options = parse(CreateHdf5Options, _with_values(arguments), program)
+    options = parse(CreateHdf5Options, _with_values(arguments), program, subjects=_SUBJECTS)
     lists = {
         "training": options.training_subjs,
         "validation": options.validation_subjs,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import shlex
 import sys
 from collections.abc import Sequence
 
+from dwiml_func.cli.messages import MESSAGE_OPTIONS, messages, take_verbosity
+from dwiml_func.cli.parsing import nearest
 from dwiml_func.interruption import TrainingStopped
 from dwiml_func.step import NonFiniteError
 
@@ -26,6 +30,16 @@ COMMANDS = {
     "diff": "Tell what differs between two experiments, and from which epoch on.",
 }
 
+_OPTIONS = (("--help, -h", "Print this, or a command's help."), ("--version", "Print the version."))
+_CLOSED_PIPE = 141  # as a program that SIGPIPE ends
+_EXIT_CODES = {
+    "0": "All went well.",
+    "1": "Training broke off, a comparison found a difference, or a dataset is wrong.",
+    "2": "The command could not start, or could not go on; a line tells why.",
+    "130": "Ctrl-C. A training is saved up to its last batch.",
+    "143": "SIGTERM, the same.",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
@@ -41,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         >>> main(["no-such-command"])
         2
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbosity, arguments = take_verbosity(sys.argv[1:] if arguments is None else arguments)
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help"):
         print(_help())
@@ -52,20 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     if command not in COMMANDS:
-        return _fail(f"dwiml-func: unknown command {command!r}. Expected one of: {', '.join(COMMANDS)}.", 2)
-    module = importlib.import_module(f"dwiml_func.cli.{command.replace('-', '_')}")
+        hint = nearest(command.lower(), COMMANDS)
+        return _fail(f"dwiml-func: unknown command {command!r}.{hint} Expected one of: {', '.join(COMMANDS)}.", 2)
     program = f"dwiml-func {command}"
-    try:
-        return module.run(arguments[1:], program)
-    except TrainingStopped as stopped:
-        return _fail(_stopped(stopped, program), stopped.exit_code)
-    except NonFiniteError as error:
-        return _fail(f"{program}: {error}", 1)
-    except (ValueError, OSError) as error:
-        return _fail(f"{program}: {' '.join(str(error).split())}", 2)
-    except KeyboardInterrupt:
-        trains = command in ("train", "resume")
-        return _fail(f"{program}: interrupted.{' The last snapshot stands.' if trains else ''}", 130)
+    with messages(program, verbosity):
+        return _run(command, arguments[1:], program)
 
 
 def resume_training_from_checkpoint() -> int:
@@ -80,6 +85,29 @@ def resume_training_from_checkpoint() -> int:
     return main(["resume", *sys.argv[1:]])
 
 
+def _run(command: str, arguments: Sequence[str], program: str) -> int:
+    trains = command in ("train", "resume")
+    try:
+        module = importlib.import_module(f"dwiml_func.cli.{command.replace('-', '_')}")
+        code = module.run(arguments, program)
+        sys.stdout.flush()  # while a closed pipe can still be told
+        return code
+    except TrainingStopped as stopped:
+        return _fail(_stopped(stopped, program), stopped.exit_code)
+    except NonFiniteError as error:
+        return _fail(f"{program}: {error}", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
+        if trains and "--help" not in arguments:
+            print(f"{program}: what read the output has closed it. The last snapshot stands.", file=sys.stderr)
+        return _CLOSED_PIPE
+    except (ValueError, OSError) as error:
+        logging.getLogger(__name__).debug("", exc_info=error)
+        return _fail(f"{program}: {' '.join(str(error).split())}", 2)
+    except KeyboardInterrupt:
+        return _fail(f"{program}: interrupted.{' The last snapshot stands.' if trains else ''}", 130)
+
+
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items()]
@@ -89,10 +117,19 @@ def _help() -> str:
             "",
             "Functional training of tractography models.",
             "",
+            "Commands:",
             *lines,
             "",
+            "Options:",
+            *(f"  {flags:<{width}}  {text}" for flags, text in (*MESSAGE_OPTIONS, *_OPTIONS)),
+            "",
+            "Exit codes:",
+            *(f"  {code:<{width}}  {text}" for code, text in _EXIT_CODES.items()),
+            "",
+            "Example:",
+            "  dwiml-func train experiments first_run",
+            "",
             "dwiml-func COMMAND --help tells the options of a command.",
-            "Example: dwiml-func train experiments first_run",
         ]
     )
 

@@ -29,17 +29,17 @@ class ResumeOptions:
     experiment_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_NAME")]
     """Name of the experiment."""
     new_max_epochs: int | None = None
-    """Replaces the number of epochs, counted from the very start."""
+    """New number of epochs, counted from the very start. None: as before."""
     new_patience: int | None = None
-    """Replaces the patience."""
+    """New patience, in epochs. None: as before."""
     hdf5_file: str | None = None
-    """Replaces the dataset's path, for a dataset that has moved."""
+    """New path of the dataset, if it has moved; its bytes must be the same. None: as before."""
     processes: int | None = None
-    """Replaces the number of processes that load batches. The results are the same."""
+    """New number of processes that load batches. The results are the same. None: as before."""
     checkpoint_every: str | None = None
-    """Replaces how often snapshots are saved. The results are the same."""
+    """How often to save a snapshot from now on. The results are the same. None: as before."""
     keep: int | Literal["all"] | None = None
-    """Replaces how many snapshots at an epoch's end are kept."""
+    """How many snapshots at an epoch's end to keep from now on, or all. None: as before."""
 
 
 def run(arguments: Sequence[str], program: str) -> int:

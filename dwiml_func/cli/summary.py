@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dwiml_func.cli.messages import say
 from dwiml_func.evaluation import Evaluation, evaluate_directions
 from dwiml_func.loop import EpochReport
 from dwiml_func.models.model_directory import load_model
@@ -35,6 +36,7 @@ def print_summary(directory: Path, setup: Setup, history: Sequence[EpochReport])
     evaluation = evaluate_directions(
         model.directions, batches, dataset.input_attributes, num_features=dataset.num_features
     )
+    say("")
     print(format_summary(history, evaluation, subset=dataset.subset))
 
 
@@ -56,7 +58,6 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
     minutes = sum(report.train_minutes + report.valid_minutes for report in history)
     reason = {"patience": "stopped early", "max_epochs": "finished", None: "stopped"}[last.stop]
     lines = [
-        "",
         f"{reason.capitalize()} after {last.epoch} epochs, {minutes:.1f} minutes.",
         f"Best epoch {best.epoch}: training loss {best.train['loss']:.4f}"
         + (f", validation loss {best.valid['loss']:.4f}" if best.valid else ""),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from dwiml_func.atomic import remove_leftovers
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli.messages import is_quiet, say
+from dwiml_func.cli.parsing import parse, value_of
+from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions, read_config_part
 from dwiml_func.cli.summary import print_summary
-from dwiml_func.config import BatchConfig, DataConfig, ModelConfig, RunConfig, SnapshotConfig, TrainingConfig
+from dwiml_func.environment import environment
 from dwiml_func.experiment import check_new_experiment, create_experiment
 from dwiml_func.interruption import stop_on_signals
 from dwiml_func.lock import experiment_lock
@@ -36,13 +40,15 @@ EXAMPLE_OPTIONS = (
 )
 """Options of a run on the example data, where others are not given: the defaults are made for far larger data sets."""
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(RunOptions):
     """Train a Learn2Track model. Every epoch ends with a snapshot in EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, from
     which `dwiml-func resume` goes on; the best epoch's model is kept in best_model, the logs in logs.
 
-    Example: dwiml-func train experiments first_run data.hdf5 --learning-rate "0.001*3 0.0001" --patience 10
+    Example: dwiml-func train experiments second_run data.hdf5 --patience 10 --dropout 0.2
     """
 
     experiments_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENTS_PATH")]
@@ -50,12 +56,13 @@ class TrainOptions:
     experiment_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_NAME")]
     """Name of the new experiment."""
     hdf5_file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[HDF5_FILE]")] = None
-    """The dataset. None: the built-in example data, made once and kept in EXPERIMENTS_PATH, with options to suit."""
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    batches: BatchConfig = field(default_factory=BatchConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    """The dataset. None: that of --config or else the built-in example data, made once and kept in EXPERIMENTS_PATH,
+    with options to suit."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE.json")] = None
+    """Take the options from a run's config.json, or from a file with a part of it; those of the command line come on
+    top. None: no file."""
+    dry_run: bool = False
+    """Print the complete config as JSON, and on standard error what the data are; train and write nothing."""
 
 
 def run(arguments: Sequence[str], program: str) -> int:
@@ -74,24 +81,18 @@ def run(arguments: Sequence[str], program: str) -> int:
     Example:
         >>> run(["experiments", "first_run"], "dwiml-func train")  # doctest: +SKIP
     """
-    options = parse(TrainOptions, arguments, program)
-    check_new_experiment(options.experiments_path, options.experiment_name)
-    hdf5_file = options.hdf5_file
-    if hdf5_file is None:
-        options = parse(
-            TrainOptions, [*EXAMPLE_OPTIONS, *arguments], program
-        )  # of an option given twice the last counts
-        print(f"Example data, with {shlex.join(EXAMPLE_OPTIONS)} unless given otherwise", flush=True)
-        with experiment_lock(options.experiments_path, wait=True):
-            hdf5_file = _example_data(Path(options.experiments_path))
-    config = RunConfig(
-        hdf5_file=str(Path(hdf5_file).absolute()),
-        data=options.data,
-        batches=options.batches,
-        model=options.model,
-        training=options.training,
-        snapshots=options.snapshots,
-    )
+    options = _read_options(arguments, program)
+    directory = check_new_experiment(options.experiments_path, options.experiment_name)
+    example = Path(options.experiments_path, EXAMPLE_FILE)
+    config = options.to_config(options.hdf5_file or example)
+    if options.dry_run:
+        print(config.to_json(), end="")
+        is_there = options.hdf5_file is not None or example.exists()
+        print(_describe(directory, prepare(config)) if is_there else f"{example} would be made.", file=sys.stderr)
+        return 0
+    if options.hdf5_file is None:
+        say(f"Example data, with {shlex.join(EXAMPLE_OPTIONS)} unless given otherwise")
+        _make_example_data(example)
     setup = prepare(config)
     with experiment_lock(options.experiments_path, wait=True):
         remove_leftovers(options.experiments_path)
@@ -116,39 +117,54 @@ def train_with_progress(directory: Path, setup: Setup, state: TrainState, histor
     Example:
         >>> train_with_progress(directory, setup, setup.state, ())  # doctest: +SKIP
     """
-    progress = Progress(max_epochs=setup.config.training.max_epochs)
-    tracked = replace(
-        setup,
-        train=progress.track(setup.train, "training"),
-        valid=progress.track(setup.valid, "validation") if setup.valid else None,
-    )
-    _print_start(directory, setup, state)
+    progress = None if is_quiet() else Progress(max_epochs=setup.config.training.max_epochs)
+    if progress is not None:
+        valid = None if setup.valid is None else progress.track(setup.valid, "validation")
+        setup = replace(setup, train=progress.track(setup.train, "training"), valid=valid)
+    say(_describe(directory, setup))
+    _log.debug("%s", ", ".join(f"{name} {value}" for name, value in environment().items() if name != "num_threads"))
     with stop_on_signals() as stop:
-        reports = run_experiment(
-            directory, tracked, state=state, history=history, on_batch=progress.on_batch, stop=stop
-        )
-        for report in reports:
-            progress.report(report)
+        on_batch = None if progress is None else progress.on_batch
+        for report in run_experiment(directory, setup, state=state, history=history, on_batch=on_batch, stop=stop):
             history = (*history, report)
+            if progress is not None:
+                progress.report(report)
     print_summary(directory, setup, history)
 
 
-def _print_start(directory: Path, setup: Setup, state: TrainState) -> None:
+def _read_options(arguments: Sequence[str], program: str) -> TrainOptions:
+    """The options of the command line, on top of those of --config, on top of those that suit the data."""
+    path = value_of("--config", arguments)
+
+    def read(base: RunOptions) -> TrainOptions:
+        base, hdf5_file = (base, None) if path is None else read_config_part(path, base)
+        parts = {part.name: getattr(base, part.name) for part in fields(RunOptions)}
+        default = TrainOptions(
+            experiments_path=tyro.MISSING, experiment_name=tyro.MISSING, hdf5_file=hdf5_file, **parts
+        )
+        return parse(TrainOptions, arguments, program, default=default, subjects=RUN_SUBJECTS)
+
+    with contextlib.suppress(ValueError, OSError):  # what is wrong shows again below
+        options = read(parse(RunOptions, EXAMPLE_OPTIONS, program))
+        if options.hdf5_file is None:
+            return options
+    return read(RunOptions())
+
+
+def _describe(directory: Path, setup: Setup) -> str:
     training, validation = setup.training_set.index, setup.validation_set.index
-    num_parameters = sum(tensor.numel() for tensor in state.params.values())
-    print(
+    num_parameters = sum(tensor.numel() for tensor in setup.state.params.values())
+    return (
         f"{directory}: {training.num_total} streamlines of {len(training.subjects)} training subjects, "
         f"{validation.num_total} of {len(validation.subjects)} validation subjects, "
-        f"{setup.training_set.num_features} features, {num_parameters} parameters",
-        flush=True,
+        f"{setup.training_set.num_features} features, {num_parameters} parameters"
     )
 
 
-def _example_data(experiments_path: Path) -> Path:
-    path = experiments_path / EXAMPLE_FILE
-    if not path.exists():
-        from dwiml_func.data.example import make_example_data
+def _make_example_data(path: Path) -> None:
+    with experiment_lock(path.parent, wait=True):
+        if not path.exists():
+            from dwiml_func.data.example import make_example_data
 
-        print(f"Making the example data, once: {path}", file=sys.stderr)
-        make_example_data(path)
-    return path
+            say(f"Making the example data, once: {path}")
+            make_example_data(path)

@@ -33,7 +33,7 @@ class VerifyOptions:
     epoch: int | None = None
     """Which epoch; 1 is the first. None: the last one on record."""
     hdf5_file: str | None = None
-    """Where the dataset is, if it has moved."""
+    """Where the dataset is, if it has moved. None: where it was."""
 
 
 def run(arguments: Sequence[str], program: str) -> int:

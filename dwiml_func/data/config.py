@@ -35,7 +35,7 @@ class DataConfig:
     interpolation: Literal["nearest", "trilinear", "trilinear-corner"] = "trilinear"
     """How the volume is read between voxel centres. "trilinear-corner" is the reference's, half a voxel off."""
     neighborhood_type: Literal["axes", "grid"] | None = None
-    """Points around each point where the volume is read too: on the axes, or on a cubic grid."""
+    """Points around each point where the volume is read too: on the axes, or on a cubic grid. None: nowhere else."""
     neighborhood_radius: int | None = None
     """How many steps away from the point. axes: 1 reads 7 points, 2 reads 13; grid: 27, 125."""
     neighborhood_resolution: float | None = None
@@ -96,11 +96,11 @@ class BatchConfig:
     processes: int = 0
     """Processes that load batches ahead; 0 loads them in a thread of the training process. The results are the same."""
     step_size: float | None = None
-    """Resample streamlines to steps of about this size, in mm."""
+    """Resample streamlines to steps of about this size, in mm. None: points as in the dataset."""
     nb_points: int | None = None
-    """Resample streamlines to this number of points."""
+    """Resample streamlines to this number of points. None: points as in the dataset."""
     compress: float | None = None
-    """Remove points of streamlines that this allows to, in mm."""
+    """Remove points that lie within this distance of a straight line, in mm. None: points as in the dataset."""
     noise_gaussian_size_forward: float = 0.0
     """Standard deviation, in voxels, of noise on the points that training gives the model as previous directions."""
     noise_gaussian_size_loss: float = 0.0

@@ -17,7 +17,7 @@ _OneWithoutValue = Annotated[
     float | None,
     PrimitiveConstructorSpec(
         nargs=(0, 1),
-        metavar="[FLOAT]",
+        metavar="[X]",
         instance_from_str=lambda strings: float(strings[0]) if strings else 1.0,
         is_instance=lambda value: isinstance(value, float),
         str_from_instance=lambda value: [str(value)],
@@ -98,15 +98,15 @@ class ModelConfig:
     dg_sphere: str | None = None
     """With classification: the sphere of dipy whose points are the classes. None: symmetric724."""
     add_entropy_to_gauss: _OneWithoutValue = None
-    """With gaussian: subtract the entropy from the loss, with this weight; alone: 1."""
+    """With gaussian: subtract the entropy from the loss, with this weight; alone: 1. None: it is not."""
     dg_nb_gaussians: int | None = None
     """With gaussian-mixture: number of Gaussians. None: 3."""
     dg_nb_clusters: int | None = None
     """With fisher-von-mises-mixture: number of distributions. None: 3."""
     normalize_targets: _OneWithoutValue = None
-    """With regression and gaussian: bring the true directions to this length; alone: 1."""
+    """With regression and gaussian: bring the true directions to this length; alone: 1. None: they are not."""
     normalize_outputs: _OneWithoutValue = None
-    """With regression: bring the predicted directions to this length; alone: 1."""
+    """With regression: bring the predicted directions to this length; alone: 1. None: they are not."""
     add_eos: bool = False
     """Learn too where streamlines end (EOS)."""
     eos_weight: float | None = None

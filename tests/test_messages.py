@@ -1,0 +1,66 @@
+"""Claims about what commands say of their work: quiet, verbose, and warnings of one line."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from dwiml_func.cli.messages import Verbosity, messages, say
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+TINY = ("--rnn-layer-sizes", "4", "--batch-size-training", "40", "--max-epochs", "1")
+
+
+def test_quiet_leaves_the_results_only(cli, tmp_path: Path) -> None:
+    outcome = cli("train", tmp_path, "quiet", PHANTOM, *TINY, "-q")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith("Finished after 1 epochs")
+    normal = cli("train", tmp_path, "normal", PHANTOM, *TINY)
+    assert normal.out.endswith(re.sub(r"[\d.]+ minutes", "0.0 minutes", outcome.out))
+    assert "Epoch 1/1" in normal.out
+    assert cli("--quiet", "digest", tmp_path / "quiet").out == cli("digest", tmp_path / "normal").out
+
+
+def test_verbose_tells_what_computes_and_where_an_error_comes_from(cli, tmp_path: Path) -> None:
+    outcome = cli("train", tmp_path, "new", PHANTOM, *TINY, "--verbose")
+    assert outcome.code == 0
+    assert re.search(r"^dwiml-func train: \d\d:\d\d:\d\d debug dwiml_func\S*: .*torch \d", outcome.err, re.MULTILINE)
+    failed = cli("digest", tmp_path / "nothing", "-v")
+    assert failed.code == 2
+    assert "Traceback" in failed.err
+    assert failed.err.splitlines()[-1] == cli("digest", tmp_path / "nothing").err.strip()
+
+
+def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        with messages("dwiml-func train", Verbosity.QUIET):
+            warnings.warn("the noise is\nlarge", stacklevel=1)
+            logging.getLogger("dwiml_func.saver").warning("The disk is %s.", "full")
+            logging.getLogger("dwiml_func.saver").debug("not shown")
+            say("not shown")
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "dwiml-func train: warning: the noise is large\ndwiml-func train: warning: The disk is full.\n"
+    )
+
+
+def test_what_messages_set_is_put_back() -> None:
+    root, package = logging.getLogger(), logging.getLogger("dwiml_func")
+    before = (list(root.handlers), package.level, warnings.showwarning)
+    with messages("dwiml-func", Verbosity.VERBOSE):
+        assert len(root.handlers) == len(before[0]) + 1
+    assert (list(root.handlers), package.level, warnings.showwarning) == before
+
+
+def test_an_output_that_is_closed_ends_a_command_without_a_traceback() -> None:
+    command = f"{sys.executable} -m dwiml_func train --help | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,0 +1,89 @@
+"""Claims about where the options of a run come from: the command line, --config, and what suits the data."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dwiml_func.config import Origin, config_from_json
+from dwiml_func.experiment import read_config
+from dwiml_func.snapshot import latest_digest
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "experiments"
+    path.mkdir()
+    return path
+
+
+def test_a_run_is_trained_again_from_its_config_alone(cli, experiments: Path) -> None:
+    outcome = cli("train", experiments, "again", "--config", experiments / "run" / "config.json")
+    assert outcome.code == 0
+    assert read_config(experiments / "again") == read_config(experiments / "run")
+    assert latest_digest(experiments / "again") == latest_digest(experiments / "run")
+
+
+def test_the_command_line_counts_before_the_config_and_the_config_before_the_defaults(cli, folder: Path) -> None:
+    part = folder.parent / "part.json"
+    options = {"training": {"max_epochs": 7, "rng": 5}, "batches": {"nb_subjects_per_batch": 2}, "origin": None}
+    part.write_text(json.dumps(options))
+    arguments = ("--config", part, "--max-epochs", "3", "--cycles", "4")
+    config = config_from_json(cli("train", folder, "new", PHANTOM, *arguments, "--dry-run").out)
+    assert (config.training.max_epochs, config.training.rng, config.training.weight_decay) == (3, 5, 0.01)
+    assert (config.batches.nb_subjects_per_batch, config.batches.cycles) == (2, 4)
+    example = config_from_json(cli("train", folder, "new", *arguments, "--dry-run").out)
+    assert (example.training.max_epochs, example.training.rng, example.training.weight_decay) == (3, 5, 0.0)
+    assert example.hdf5_file == str(folder / "example_data.hdf5")
+
+
+def test_the_options_that_suit_the_example_data_are_there_before_the_others_are_checked(cli, folder: Path) -> None:
+    config = config_from_json(cli("train", folder, "new", "--normalize-prev-dirs", "--dry-run").out)
+    assert config.model.nb_previous_dirs == 1
+    cli("train", folder, "new", PHANTOM, "--normalize-prev-dirs").check_refusal("nb_previous_dirs")
+
+
+def test_a_dry_run_prints_what_the_run_would_record_and_writes_nothing(cli, experiments: Path) -> None:
+    before = sorted(experiments.rglob("*"))
+    run = experiments / "run" / "config.json"
+    outcome = cli("train", experiments, "new", "--config", run, "--dry-run")
+    assert outcome.code == 0
+    assert outcome.out == run.read_text()
+    assert outcome.err.startswith(f"{experiments / 'new'}: 96 streamlines of 2 training subjects, 48 of 1 validation")
+    example = cli("train", experiments, "new", "--dry-run")
+    assert (example.code, example.err) == (0, f"{experiments / 'example_data.hdf5'} would be made.\n")
+    cli("train", experiments, "run", "--config", run, "--dry-run").check_refusal("'run' exists")
+    assert sorted(experiments.rglob("*")) == before
+
+
+def test_a_new_run_has_no_origin(cli, folder: Path) -> None:
+    path = folder.parent / "config.json"
+    shutil.copy(PHANTOM, folder / "example_data.hdf5")
+    origin = Origin(experiment="experiments/a", snapshot="3", digest="0" * 64)
+    path.write_text(json.dumps({"origin": vars(origin)}))
+    assert config_from_json(cli("train", folder, "new", "--config", path, "--dry-run").out).origin is None
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"colour": 3}', "colour: unexpected keyword argument, received 3"),
+        ('{"training": {"max_epoch": 3}}', "training.max_epoch: unexpected keyword argument"),
+        ('{"training": 3}', "training"),
+        ('{"training": {"max_epochs": "3"}}', "training.max_epochs"),
+        ('{"training": {"max_epochs": 0}}', "received 0"),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused(cli, folder: Path, text: str, named: str) -> None:
+    path = folder.parent / "bad.json"
+    path.write_text(text)
+    cli("train", folder, "new", PHANTOM, "--config", path).check_refusal("--config", named)
+    cli("train", folder, "new", PHANTOM, "--config", folder).check_refusal("--config", "is not a file")
+    assert list(folder.iterdir()) == []
