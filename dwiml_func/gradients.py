@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,12 +13,31 @@ from dwiml_func.rng import Key
 from dwiml_func.state import Buffers, Params
 from dwiml_func.transforms import is_transformed
 
-__all__ = ["Engine", "clip_by_global_norm", "global_norm", "value_and_grad"]
+__all__ = ["Engine", "ValueAndGrad", "clip_by_global_norm", "global_norm", "value_and_grad"]
 
 Engine = Literal["autograd", "func"]
 """`"autograd"`: torch.autograd.grad on detached leaves, which nothing can be differentiated through. `"func"`:
 torch.func.grad_and_value, which composes with torch.func.grad, vmap and jacrev and with a graph around it, and costs
 more, since it always builds a graph of the backward pass."""
+
+
+class ValueAndGrad(Protocol):
+    """A function with the signature of `value_and_grad`, for `train_step`.
+
+    Example:
+        >>> gradient_fn: ValueAndGrad = value_and_grad
+    """
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        params: Params,
+        buffers: Buffers,
+        batch: Any,
+        *,
+        key: Key,
+        engine: Engine | None = None,
+    ) -> tuple[LossOut, dict[str, Tensor]]: ...
 
 
 def value_and_grad(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dwiml_func.gradients import Engine, clip_by_global_norm, global_norm, value_and_grad
+from dwiml_func.gradients import Engine, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
 from dwiml_func.loss import LossFn, LossOut
 from dwiml_func.metrics import Metrics, Sum, add_metrics, weighted_sum
 from dwiml_func.optim import Optimizer
@@ -44,6 +44,7 @@ def train_step(
     clip_grad: float | None = None,
     donate: bool = False,
     engine: Engine | None = None,
+    gradient_fn: ValueAndGrad = value_and_grad,
     non_finite: Literal["raise", "defer"] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimizer step.
@@ -57,6 +58,7 @@ def train_step(
         clip_grad: largest global gradient norm; None does not clip.
         donate: reuse the memory of `state`, which must not be used afterwards (doing so raises an error).
         engine: `"autograd"` or `"func"`, see `dwiml_func.gradients`; None takes what fits.
+        gradient_fn: evaluates loss and gradients, e.g. `sharded_value_and_grad(peers)` for batches cut into shards.
         non_finite: `"raise"` looks at the loss and the gradient norm at once, which waits for the device; `"defer"`
             leaves parameters, buffers and moments as they were, on the device, and `epoch_fn` raises at its end.
             None raises on the CPU, and defers elsewhere and under transforms of torch.func.
@@ -83,7 +85,7 @@ def train_step(
     """
     refuse_donated(state)
     key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
-    out, grads = value_and_grad(loss_fn, state.params, state.buffers, batch, key=key, engine=engine)
+    out, grads = gradient_fn(loss_fn, state.params, state.buffers, batch, key=key, engine=engine)
     if clip_grad is None:
         norm = clipped_norm = global_norm(grads)
     else:

@@ -1,0 +1,81 @@
+"""The processes of a run that `torchrun` started, over torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from dwiml_func.sharding import ALONE, Peers
+
+__all__ = ["PeerLostError", "process_group"]
+
+_TIMEOUT = timedelta(minutes=10)  # for one that hangs; one that dies closes its connections, which shows at once
+
+
+class PeerLostError(RuntimeError):
+    """Another process of the run has ended, so that this one cannot go on.
+
+    Example:
+        >>> raise PeerLostError("gone")
+        Traceback (most recent call last):
+        ...
+        dwiml_func.process_group.PeerLostError: gone
+    """
+
+
+@contextmanager
+def process_group(device: str = "cpu", *, environment: Mapping[str, str] = os.environ) -> Iterator[Peers]:
+    """Join the other processes that `torchrun` started, while the block runs.
+
+    Args:
+        device: "cpu" (over gloo) or "cuda" (over NCCL, each process on the device of its local rank).
+        environment: where `torchrun` says which process this is: RANK, WORLD_SIZE, LOCAL_RANK and the address.
+
+    Yields:
+        The processes; one alone where `torchrun` did not start this one.
+
+    Raises:
+        PeerLostError: in the block, at an exchange: another process has ended.
+
+    Example:
+        >>> with process_group(environment={}) as peers:
+        ...     peers.size
+        1
+    """
+    if int(environment.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    import torch.distributed as dist
+
+    if device == "cuda":
+        torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        yield _Group(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+class _Group:
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank = rank
+        self.size = size
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        import torch.distributed as dist
+
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        try:
+            dist.all_gather(gathered, tensor.contiguous())
+        except RuntimeError as error:
+            raise PeerLostError(
+                f"Another of the {self.size} processes of this run has ended, or does not answer. The last snapshot "
+                "stands: see what that process printed, then resume with any number of processes that divides the "
+                "number of shards."
+            ) from error
+        return gathered

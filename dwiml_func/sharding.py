@@ -1,0 +1,239 @@
+"""Gradients of a batch that is cut into shards, added in a fixed order, whoever computes which shard.
+
+Floating-point sums depend on their order. A batch is therefore cut into a number of shards that belongs to the run,
+not to the machine; sums over shards are taken along one binary tree; and each process computes whole branches of it.
+So 1, 2 or 4 processes give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dwiml_func.gradients import Engine, ValueAndGrad, value_and_grad
+from dwiml_func.loss import LossFn, LossOut
+from dwiml_func.rng import Key, fold_in
+from dwiml_func.state import Buffers, Params
+
+__all__ = ["ALONE", "Peers", "require_shards", "sharded_loss", "sharded_value_and_grad"]
+
+
+class Peers(Protocol):
+    """The processes that train together, each with the same state and the same batches.
+
+    Example:
+        >>> ALONE.rank, ALONE.size, ALONE.gather(torch.ones(1))
+        (0, 1, [tensor([1.])])
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        ...
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors that all processes give, of one shape and dtype, in the order of ranks."""
+        ...
+
+
+class _Alone:
+    rank = 0
+    size = 1
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+
+ALONE: Peers = _Alone()
+"""One process that trains by itself."""
+
+
+def sharded_value_and_grad(peers: Peers = ALONE) -> ValueAndGrad:
+    """What `value_and_grad` computes, for batches that are cut into shards.
+
+    Args:
+        peers: the processes that share the work; their number divides that of the shards.
+
+    Returns:
+        A function for `train_step(..., gradient_fn=...)`. Its batch is a sequence of shards, None where one is empty;
+        the first is not. Shard i draws from `fold_in(key, i)`. Gradients and means are those of the whole batch, its
+        shards weighted by their points. Buffers that a model changes are taken from shard 0, as
+        `torch.nn.parallel.DistributedDataParallel` takes those of its first process.
+
+    Raises:
+        ValueError: (when called) the number of shards does not fit that of the processes, or no shard has a point.
+
+    Example:
+        >>> def loss_fn(params, buffers, batch, *, key, train):
+        ...     return LossOut((params["w"] * batch).mean(), len(batch), buffers, {})
+        >>> shards = [torch.tensor([1.0]), torch.tensor([2.0, 3.0])]
+        >>> out, grads = sharded_value_and_grad()(loss_fn, {"w": torch.ones(())}, {}, shards, key=Key(0))
+        >>> out.loss.item(), out.weight.item(), grads["w"].item()
+        (2.0, 3.0, 2.0)
+    """
+
+    def function(
+        loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, engine: Engine = "autograd"
+    ) -> tuple[LossOut, dict[str, Tensor]]:
+        def evaluate(shard: Any, number: int, is_empty: bool) -> _Part:
+            out, grads = value_and_grad(loss_fn, params, buffers, shard, key=fold_in(key, number), engine=engine)
+            return _part(out, buffers, grads, is_empty)
+
+        out, total = _over_shards(batch, evaluate, buffers, peers)
+        return out, {
+            name: grad
+            for dtype, flat in total.gradients.items()
+            for name, grad in _unflattened(flat.div_(total.numbers[2].to(dtype)), params, dtype)
+        }
+
+    return function
+
+
+def sharded_loss(loss_fn: LossFn, peers: Peers = ALONE) -> LossFn:
+    """A loss function for batches that are cut into shards, for `eval_step`.
+
+    Args:
+        loss_fn: the loss of one shard.
+        peers: the processes that share the work.
+
+    Returns:
+        A loss function, as `sharded_value_and_grad` without gradients.
+
+    Example:
+        >>> def loss_fn(params, buffers, batch, *, key, train):
+        ...     return LossOut(batch.mean(), len(batch), buffers, {})
+        >>> shards = [torch.tensor([1.0]), torch.tensor([2.0, 3.0])]
+        >>> sharded_loss(loss_fn)({}, {}, shards, key=Key(0), train=False).loss.item()
+        2.0
+    """
+
+    def function(params: Params, buffers: Buffers, batch: Any, *, key: Key, train: bool) -> LossOut:
+        def evaluate(shard: Any, number: int, is_empty: bool) -> _Part:
+            out = loss_fn(params, buffers, shard, key=fold_in(key, number), train=train)
+            return _part(out, buffers, {}, is_empty)
+
+        return _over_shards(batch, evaluate, buffers, peers)[0]
+
+    return function
+
+
+def require_shards(num_shards: int, peers: Peers) -> None:
+    """Refuse a number of processes that cannot share the shards evenly.
+
+    Args:
+        num_shards: shards of a batch.
+        peers: the processes.
+
+    Raises:
+        ValueError: the number of processes does not divide that of the shards.
+
+    Example:
+        >>> require_shards(4, ALONE)
+    """
+    if num_shards < 1 or num_shards % peers.size:
+        fitting = [size for size in range(1, num_shards + 1) if num_shards % size == 0]
+        raise ValueError(
+            f"{peers.size} processes cannot share {num_shards} shards a batch evenly. Expected one of "
+            f"{', '.join(map(str, fitting)) or 'no number'} of processes, or another num_shards."
+        )
+
+
+class _Part(NamedTuple):
+    """Sums over some shards: what is added along the tree."""
+
+    gradients: dict[torch.dtype, Tensor]  # flat, of the total loss: means times weights
+    numbers: (
+        Tensor  # (1 + 2 M,) float64: whether buffers changed; total and weight of the loss, and of each further mean
+    )
+    names: tuple[str, ...]  # of the further means
+    buffers: Buffers  # of the first of the shards
+
+
+def _part(out: LossOut, buffers: Buffers, grads: Mapping[str, Tensor], is_empty: bool) -> _Part:
+    pairs = [mean if isinstance(mean, tuple) else (mean, out.weight) for mean in (out.loss, *out.aux.values())]
+    like = out.loss.detach()
+    means = torch.stack([mean.detach().to(torch.float64) for mean, _ in pairs])
+    weights = torch.stack([torch.as_tensor(weight, dtype=torch.float64, device=like.device) for _, weight in pairs])
+    changed = any(not torch.equal(buffers[name], new) for name, new in out.buffers.items())
+    if is_empty:
+        weights, changed = torch.zeros_like(weights), False
+    totals = torch.where(weights > 0, means * weights, 0.0)  # a mean over nothing is NaN
+    numbers = torch.stack([totals, weights], dim=1).flatten()
+    numbers = torch.cat([numbers.new_tensor([float(changed)]), numbers])
+    dtypes = dict.fromkeys(grad.dtype for grad in grads.values())
+    flat = {
+        dtype: torch.cat([g.flatten() for g in grads.values() if g.dtype == dtype]).mul_(weights[0].to(dtype))
+        for dtype in dtypes
+    }
+    return _Part(flat, numbers, tuple(out.aux), out.buffers)
+
+
+def _over_shards(
+    batch: Sequence[Any], evaluate: Callable[[Any, int, bool], _Part], buffers: Buffers, peers: Peers
+) -> tuple[LossOut, _Part]:
+    """Evaluate this process's shards, exchange the sums, and add them up."""
+    require_shards(len(batch), peers)
+    block = len(batch) // peers.size
+    branch = block & -block  # the largest power of two that divides it: so many shards are a whole branch of the tree
+    first = peers.rank * block
+
+    def evaluated(number: int) -> _Part:
+        # The first shard stands in for an empty one, with no weight, so that all processes know the names of the means.
+        is_empty = batch[number] is None
+        return evaluate(batch[0] if is_empty else batch[number], number, is_empty)
+
+    branches = [
+        _tree([partial(evaluated, number) for number in range(start, start + branch)])
+        for start in range(first, first + block, branch)
+    ]
+    gathered = _exchange(branches, peers)
+    total = _tree([partial(lambda part: part, part) for part in gathered])
+    changed, loss, weight, *rest = total.numbers.unbind()
+    if not float(weight) > 0:
+        raise ValueError("Expected a batch with at least one point. Received: shards without any.")
+    if float(changed) > 0:
+        buffers = {name: peers.gather(tensor)[0] for name, tensor in branches[0].buffers.items()}
+    aux = {name: (rest[2 * i] / rest[2 * i + 1], rest[2 * i + 1]) for i, name in enumerate(total.names)}
+    return LossOut(loss / weight, weight, buffers, aux), total
+
+
+def _exchange(branches: Sequence[_Part], peers: Peers) -> list[_Part]:
+    """The sums of all branches of all processes, in the order of shards."""
+    if peers.size == 1:
+        return list(branches)
+    numbers = torch.cat(peers.gather(torch.stack([part.numbers for part in branches])))
+    flats = {
+        dtype: torch.cat(peers.gather(torch.stack([part.gradients[dtype] for part in branches])))
+        for dtype in branches[0].gradients
+    }
+    like = branches[0]
+    return [
+        like._replace(numbers=row, gradients={dtype: flat[index] for dtype, flat in flats.items()})
+        for index, row in enumerate(numbers)
+    ]
+
+
+def _tree(leaves: Sequence[Callable[[], _Part]]) -> _Part:
+    """The sum of what leaves give: of neighbours in pairs, then of neighbouring pairs, and so on."""
+    if len(leaves) == 1:
+        return leaves[0]()
+    middle = 1 << (len(leaves) - 1).bit_length() - 1  # whole branches to the left, what is left over to the right
+    left, right = _tree(leaves[:middle]), _tree(leaves[middle:])
+    for dtype, flat in left.gradients.items():
+        flat.add_(right.gradients[dtype])
+    return left._replace(numbers=left.numbers + right.numbers)
+
+
+def _unflattened(flat: Tensor, params: Params, dtype: torch.dtype) -> list[tuple[str, Tensor]]:
+    like = {name: tensor for name, tensor in params.items() if tensor.dtype == dtype}
+    pieces = flat.split([tensor.numel() for tensor in like.values()])
+    return [(name, piece.view(tensor.shape)) for (name, tensor), piece in zip(like.items(), pieces, strict=True)]
