@@ -62,6 +62,9 @@ class TrainingConfig:
     """Train on the CUDA device."""
     num_threads: int = 1
     """CPU threads of the computation. Another number gives other last bits, so it is the run's, not the machine's."""
+    num_shards: int = 1
+    """Parts that each batch is cut into. Under torchrun the processes share them, and any number of processes that
+    divides this one gives the same bits."""
 
     def __post_init__(self) -> None:
         require("max_epochs", self.max_epochs, at_least=1)
@@ -72,6 +75,7 @@ class TrainingConfig:
         if self.clip_grad is not None:
             require("clip_grad", self.clip_grad, above=0)
         require("num_threads", self.num_threads, at_least=1)
+        require("num_shards", self.num_shards, at_least=1)
         require("rng", self.rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import torch
+
+from dwiml_func.sharding import ALONE, Peers
+
 __all__ = ["StopRequest", "TrainingStopped", "stop_on_signals"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -22,13 +26,27 @@ class StopRequest:
 
     Args:
         signal: the signal that asked for it; None while nothing did.
+        peers: the processes that train together; when one is asked to stop, all do.
 
     Example:
-        >>> StopRequest().signal is None
-        True
+        >>> StopRequest().agreed()
+        False
     """
 
     signal: signal.Signals | None = None
+    peers: Peers = ALONE
+
+    def agreed(self) -> bool:
+        """Whether this process, or another that trains with it, was asked to stop.
+
+        Returns:
+            The same in all processes. They all call it at the same points of the run.
+        """
+        if self.peers.size > 1:
+            asked = torch.tensor([0 if self.signal is None else int(self.signal)])
+            number = max(int(given) for given in self.peers.gather(asked))
+            self.signal = signal.Signals(number) if number else None
+        return self.signal is not None
 
 
 class TrainingStopped(Exception):
@@ -57,8 +75,11 @@ class TrainingStopped(Exception):
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(peers: Peers = ALONE) -> Iterator[StopRequest]:
     """Turn the first SIGINT (Ctrl-C) or SIGTERM within the block into a request; a second one acts as usual.
+
+    Args:
+        peers: the processes that train together.
 
     Yields:
         The request, to look at after each batch. Outside the main thread, where Python cannot handle signals, it stays
@@ -70,7 +91,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         ...     stop.signal.name
         'SIGINT'
     """
-    request = StopRequest()
+    request = StopRequest(peers=peers)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dwiml_func.sharding import ALONE, Peers
 
-__all__ = ["PeerLostError", "process_group"]
+__all__ = ["PeerLostError", "in_turn", "process_group", "rank_in"]
+
+T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=10)  # for one that hangs; one that dies closes its connections, which shows at once
 
@@ -33,7 +36,7 @@ def process_group(device: str = "cpu", *, environment: Mapping[str, str] = os.en
     """Join the other processes that `torchrun` started, while the block runs.
 
     Args:
-        device: "cpu" (over gloo) or "cuda" (over NCCL, each process on the device of its local rank).
+        device: "cpu" (over gloo) or "cuda" (over NCCL too, each process on the device of its local rank).
         environment: where `torchrun` says which process this is: RANK, WORLD_SIZE, LOCAL_RANK and the address.
 
     Yields:
@@ -54,11 +57,53 @@ def process_group(device: str = "cpu", *, environment: Mapping[str, str] = os.en
 
     if device == "cuda":
         torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield _Group(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def rank_in(environment: Mapping[str, str] = os.environ) -> int:
+    """This process's number among those that `torchrun` started.
+
+    Args:
+        environment: where `torchrun` says so.
+
+    Returns:
+        The number, from 0; 0 where `torchrun` did not start it.
+
+    Example:
+        >>> rank_in({}), rank_in({"RANK": "3"})
+        (0, 3)
+    """
+    return int(environment.get("RANK", "0"))
+
+
+def in_turn(peers: Peers, function: Callable[[], T]) -> T:
+    """Call a function in the first process, which may write what the others read, and then in the others.
+
+    Args:
+        peers: the processes.
+        function: what to call.
+
+    Returns:
+        What the function returned in this process, once it has returned in all.
+
+    Raises:
+        PeerLostError: another process has ended.
+
+    Example:
+        >>> in_turn(ALONE, lambda: 3)
+        3
+    """
+    if peers.rank > 0:
+        peers.gather(torch.zeros(1))  # the first has called it
+    result = function()
+    if peers.rank == 0:
+        peers.gather(torch.zeros(1))
+    peers.gather(torch.zeros(1))  # all have
+    return result
 
 
 class _Group:

@@ -14,6 +14,7 @@ from dwiml_func.config import RunConfig, TrainingConfig
 from dwiml_func.data.fingerprint import same_file
 from dwiml_func.experiment import read_config
 from dwiml_func.loop import EpochReport
+from dwiml_func.sharding import ALONE, Peers
 from dwiml_func.snapshot import Snapshot, list_snapshots, restore_newest
 from dwiml_func.state import TrainState
 from dwiml_func.wiring import Setup, prepare
@@ -33,6 +34,7 @@ def resume_experiment(
     processes: int | None = None,
     checkpoint_every: str | None = None,
     keep: int | str | None = None,
+    peers: Peers = ALONE,
 ) -> tuple[Setup, TrainState, tuple[EpochReport, ...]]:
     """Make ready to go on with an experiment, from its newest sound snapshot or, where there is none, from the start.
 
@@ -47,6 +49,7 @@ def resume_experiment(
         processes: replaces the number of processes that load batches.
         checkpoint_every: replaces how often snapshots are saved.
         keep: replaces how many snapshots are kept.
+        peers: the processes that train together. Only the first writes; the others call this after it.
 
     Returns:
         The parts, the state and the history for `run_experiment`.
@@ -67,7 +70,7 @@ def resume_experiment(
         batches=_changed(config.batches, processes=processes),
         snapshots=_changed(config.snapshots, checkpoint_every=checkpoint_every, keep=keep),
     )
-    setup = prepare(changed)
+    setup = prepare(changed, peers)
     state, history, damaged = setup.state, (), []
     if list_snapshots(directory):
         snapshot, damaged = restore_newest(directory, setup.state)
@@ -76,6 +79,8 @@ def resume_experiment(
         for name in damaged:
             _log.warning("Snapshot %s is damaged; going on from %s.", directory / "checkpoint" / name, snapshot.name)
         refuse_to_continue(state, config.training, new_max_epochs=new_max_epochs, new_patience=new_patience)
+    if peers.rank > 0:
+        return setup, state, history
     for folder in (directory, directory / "checkpoint", directory / "logs"):
         remove_leftovers(folder)
     for name in damaged:

@@ -12,7 +12,7 @@ from dwiml_func.loop import EpochReport
 from dwiml_func.snapshot import save
 from dwiml_func.state import TrainState, refuse_donated
 
-__all__ = ["Saver", "copy_to_host"]
+__all__ = ["NoSaver", "Saver", "copy_to_host"]
 
 
 class Saver:
@@ -124,6 +124,39 @@ class Saver:
             if error is None or kind is GeneratorExit:
                 raise
             error.add_note(f"Besides, the last snapshot could not be saved: {failure}")
+
+
+class NoSaver:
+    """Stands where a `Saver` would, and saves nothing: for all processes but the first of those that train together.
+
+    Example:
+        >>> with NoSaver() as saver:
+        ...     saver.wait()
+    """
+
+    def save(
+        self,
+        state: TrainState,
+        history: Sequence[EpochReport] = (),
+        *,
+        then: Callable[[TrainState], None] | None = None,
+    ) -> None:
+        """Do nothing.
+
+        Args:
+            state: not used.
+            history: not used.
+            then: not called.
+        """
+
+    def wait(self) -> None:
+        """Do nothing."""
+
+    def __enter__(self) -> NoSaver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def copy_to_host(state: TrainState) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,11 +14,13 @@ import torch
 
 from dwiml_func.best_model import save_best_model
 from dwiml_func.data.fingerprint import FingerprintInBackground
+from dwiml_func.digest import state_digest
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.loop import EpochReport, train_and_validate
 from dwiml_func.metrics import Metrics
+from dwiml_func.process_group import PeerLostError
 from dwiml_func.rng import Key
-from dwiml_func.saver import Saver
+from dwiml_func.saver import NoSaver, Saver
 from dwiml_func.schedule import per_epoch
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.state import TrainState
@@ -68,15 +71,19 @@ def run_experiment(
         ...     print(report.epoch, report.monitored_loss)
     """
     config = setup.config
+    state = setup.state if state is None else state
     _set_num_threads(config.training.num_threads)
-    write_parameters(directory, config, nb_features=setup.nb_features, now=datetime.now())
-    stop = StopRequest() if stop is None else stop
-    keep = None if config.snapshots.keep == "all" else config.snapshots.keep
-    fingerprint = FingerprintInBackground(config.hdf5_file)
-    with Saver(directory, config=config.to_dict(), data=fingerprint.result, keep=keep) as saver:
+    stop = StopRequest(peers=setup.peers) if stop is None else stop
+    if setup.peers.size > 1:
+        _require_same_start(setup, state)
+    if setup.peers.rank == 0:
+        write_parameters(directory, config, nb_features=setup.nb_features, now=datetime.now())
+    with _saver(directory, setup) as saver:
         run = _Run(directory, setup, saver, tuple(history), stop, on_batch, _Quiet(writers))
         try:
-            yield from run.epochs(setup.state if state is None else state)
+            yield from run.epochs(state)
+        except PeerLostError:
+            raise  # `stop` may be set: torchrun sends SIGTERM when one of its processes has ended
         except Exception:
             if stop.signal is None:
                 raise
@@ -85,6 +92,28 @@ def run_experiment(
             saver.wait()
             names = list_snapshots(directory)
             raise TrainingStopped(stop.signal, directory, name or (names[-1] if names else None)) from None
+
+
+def _saver(directory: Path, setup: Setup) -> Saver | NoSaver:
+    """Of several processes that train together, the first saves."""
+    if setup.peers.rank > 0:
+        return NoSaver()
+    config = setup.config
+    keep = None if config.snapshots.keep == "all" else config.snapshots.keep
+    data = FingerprintInBackground(config.hdf5_file).result
+    return Saver(directory, config=config.to_dict(), data=data, keep=keep)
+
+
+def _require_same_start(setup: Setup, state: TrainState) -> None:
+    """Refuse to train together with a process that has another config or state."""
+    text = setup.config.to_json() + state_digest(state)
+    digests = setup.peers.gather(torch.tensor(list(hashlib.sha256(text.encode()).digest())))
+    different = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
+    if different:
+        raise ValueError(
+            f"Processes {', '.join(map(str, different))} do not start from the config and state of process 0. "
+            "Expected the same command line, versions and snapshots in all of them."
+        )
 
 
 class _Stop(Exception):
@@ -98,7 +127,7 @@ class _Run:
         self,
         directory: Path,
         setup: Setup,
-        saver: Saver,
+        saver: Saver | NoSaver,
         history: tuple[EpochReport, ...],
         stop: StopRequest,
         on_batch: Callable[[TrainState, Metrics], None] | None,
@@ -131,7 +160,7 @@ class _Run:
         )
         for state, report in epochs:
             self._history = (*self._history, report)
-            stopping = self._stop.signal is not None and report.stop is None
+            stopping = self._stop.agreed() and report.stop is None
             if self._cadence.due_after_epoch(report.epoch) or report.is_best or report.stop or stopping:
                 self._save(state, then=self._after_save(report, self._history))
             else:
@@ -152,7 +181,7 @@ class _Run:
         self._unsaved = state
         if self._on_batch is not None:
             self._on_batch(state, metrics)
-        if self._stop.signal is not None:
+        if self._stop.agreed():
             raise _Stop
         if self._cadence.due_within_epoch(batch=state.batch, seconds=time.monotonic() - self._saved_at):
             self._save(state)
@@ -173,7 +202,7 @@ class _Run:
     def _stoppable(self, batches: Callable[[Key, int, int], Iterable[Any]]) -> Callable[[Key, int, int], Iterator[Any]]:
         def stoppable(key: Key, epoch: int, start_batch: int) -> Iterator[Any]:
             for batch in batches(key, epoch, start_batch):
-                if self._stop.signal is not None:
+                if self._stop.agreed():
                     raise _Stop
                 yield batch
 

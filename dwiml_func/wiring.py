@@ -19,6 +19,7 @@ from dwiml_func.data.hdf5 import open_dataset
 from dwiml_func.data.neighborhood import require_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.shards import ShardedBatch, cut_batch
 from dwiml_func.loop import Batches
 from dwiml_func.loss import module_loss
 from dwiml_func.metrics import Metrics
@@ -26,6 +27,7 @@ from dwiml_func.models.config import require_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.models.model_directory import build_model
 from dwiml_func.rng import Key, Stream, fold_in, torch_rng
+from dwiml_func.sharding import ALONE, Peers, require_shards, sharded_loss, sharded_value_and_grad
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import eval_step, train_step
 
@@ -49,6 +51,7 @@ class Setup:
         training_set: the training subjects.
         validation_set: the validation subjects, possibly none.
         evaluation_set: those of `evaluation`.
+        peers: the processes that train together.
 
     Example:
         >>> state, metrics = setup.step(setup.state, batch, lr=0.001)  # doctest: +SKIP
@@ -65,25 +68,28 @@ class Setup:
     training_set: StreamlineDataset
     validation_set: StreamlineDataset
     evaluation_set: StreamlineDataset
+    peers: Peers = ALONE
 
 
-def prepare(config: RunConfig) -> Setup:
+def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
     """Open the data and build the model, the optimizer and the steps of a run. Nothing is written.
 
     Args:
         config: the run's config.
+        peers: the processes that train together, see `dwiml_func.process_group`.
 
     Returns:
         The parts.
 
     Raises:
         FileNotFoundError, ValueError: the dataset is missing, damaged or lacks what the config asks for, or there is no
-            GPU for `use_gpu`.
+            GPU for `use_gpu`, or the processes cannot share the shards evenly.
 
     Example:
         >>> setup = prepare(RunConfig(hdf5_file="data.hdf5"))  # doctest: +SKIP
     """
     device = _device(config.training)
+    require_shards(config.training.num_shards, peers)
     groups = {
         "input_group_name": config.data.input_group_name,
         "streamline_group_name": config.data.streamline_group_name,
@@ -107,32 +113,39 @@ def prepare(config: RunConfig) -> Setup:
         config.batches, config.batches.batch_size_validation, config.batches.max_batches_per_epoch_validation
     )
     load = partial(_load, num_workers=config.batches.processes, device=device)
+    num_shards = config.training.num_shards
 
     def train(key: Key, epoch: int, start_batch: int) -> Any:
         plan, augment = fold_in(key, Stream.TRAIN_PLAN), fold_in(key, Stream.TRAIN_AUGMENT)
         parts = (training_set, training_sampler, training_loader)
-        return load(*parts, key=plan, augment_key=augment, epoch=epoch, start_batch=start_batch)
+        return load(*parts, key=plan, augment_key=augment, epoch=epoch, start_batch=start_batch, num_shards=num_shards)
 
     evaluation_set = validation_set if validation_set.index.num_total else training_set
 
-    def evaluation(key: Key, epoch: int, start_batch: int) -> Any:
+    def evaluation(key: Key, epoch: int, start_batch: int, num_shards: int = 1) -> Any:
         # The same plan at every epoch: a capped validation then sees the same streamlines, and losses compare.
+        parts = (evaluation_set, validation_sampler, validation_loader)
         plan = fold_in(key, Stream.VALID_PLAN)
-        return load(evaluation_set, validation_sampler, validation_loader, key=plan, epoch=0, start_batch=start_batch)
+        return load(*parts, key=plan, epoch=0, start_batch=start_batch, num_shards=num_shards)
 
     step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, clip_grad=config.training.clip_grad, donate=True)
+    eval_loss_fn = loss_fn
+    if num_shards > 1:
+        step = partial(step, gradient_fn=sharded_value_and_grad(peers))
+        eval_loss_fn = sharded_loss(loss_fn, peers)
     return Setup(
         config=config,
         state=init_state(model.to(device), optimizer, seed=key),
         train=train,
-        valid=evaluation if evaluation_set is validation_set else None,
+        valid=partial(evaluation, num_shards=num_shards) if evaluation_set is validation_set else None,
         evaluation=evaluation,
         step=step,
-        eval_step=partial(eval_step, loss_fn=loss_fn),
+        eval_step=partial(eval_step, loss_fn=eval_loss_fn),
         nb_features=training_set.num_features,
         training_set=training_set,
         validation_set=validation_set,
         evaluation_set=evaluation_set,
+        peers=peers,
     )
 
 
@@ -188,25 +201,27 @@ def _sampler_spec(batches: BatchConfig, batch_size: int, max_batches: int) -> Sa
     )
 
 
-def _load(*parts: Any, num_workers: int, device: torch.device, **place: Any) -> Any:
-    """The batches of an epoch, made ahead of the training and moved to its device; they can be counted."""
+def _load(*parts: Any, num_workers: int, device: torch.device, num_shards: int, **place: Any) -> Any:
+    """The batches of an epoch, made ahead of the training, cut into shards and moved to its device."""
     loader = epoch_batches(*parts, num_workers=num_workers, **place)
     batches = loader if num_workers > 0 else Prefetched(loader)
-    return batches if device.type == "cpu" else _OnDevice(batches, device)
+    if num_shards > 1:
+        batches = _Each(partial(cut_batch, num_shards=num_shards), batches)
+    return batches if device.type == "cpu" else _Each(lambda batch: batch.to(device, non_blocking=True), batches)
 
 
-class _OnDevice:
-    """The same batches on a device."""
+class _Each:
+    """What a function makes of each batch; they can be counted."""
 
-    def __init__(self, batches: SizedBatches[StreamlineBatch], device: torch.device) -> None:
+    def __init__(self, function: Callable[[Any], Any], batches: SizedBatches[Any]) -> None:
+        self._function = function
         self._batches = batches
-        self._device = device
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[StreamlineBatch]:
-        return (batch.to(self._device, non_blocking=True) for batch in self._batches)
+    def __iter__(self) -> Iterator[StreamlineBatch | ShardedBatch]:
+        return map(self._function, self._batches)
 
 
 def _device(training: TrainingConfig) -> torch.device:

@@ -9,9 +9,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dwiml_func.cli.messages import MESSAGE_OPTIONS, messages, take_verbosity
+from dwiml_func.cli.messages import MESSAGE_OPTIONS, Verbosity, messages, take_verbosity
 from dwiml_func.cli.parsing import nearest
 from dwiml_func.interruption import TrainingStopped
+from dwiml_func.process_group import PeerLostError, rank_in
 from dwiml_func.step import NonFiniteError
 
 __all__ = ["main", "resume_training_from_checkpoint"]
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = nearest(command.lower(), COMMANDS)
         return _fail(f"dwiml-func: unknown command {command!r}.{hint} Expected one of: {', '.join(COMMANDS)}.", 2)
     program = f"dwiml-func {command}"
+    if rank_in() > 0:  # of several processes that train together the first tells about it; each tells its own errors
+        program, verbosity = f"{program} (process {rank_in()})", Verbosity.QUIET
     with messages(program, verbosity):
         return _run(command, arguments[1:], program)
 
@@ -93,8 +96,8 @@ def _run(command: str, arguments: Sequence[str], program: str) -> int:
         sys.stdout.flush()  # while a closed pipe can still be told
         return code
     except TrainingStopped as stopped:
-        return _fail(_stopped(stopped, program), stopped.exit_code)
-    except NonFiniteError as error:
+        return stopped.exit_code if rank_in() > 0 else _fail(_stopped(stopped, program), stopped.exit_code)
+    except (NonFiniteError, PeerLostError) as error:
         return _fail(f"{program}: {error}", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import tyro
@@ -12,6 +14,7 @@ from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.train import train_with_progress
 from dwiml_func.experiment import experiment_directory, read_config
 from dwiml_func.lock import experiment_lock
+from dwiml_func.process_group import in_turn, process_group
 from dwiml_func.resumption import resume_experiment
 
 __all__ = ["ResumeOptions", "run"]
@@ -60,9 +63,10 @@ def run(arguments: Sequence[str], program: str) -> int:
     """
     options = parse(ResumeOptions, arguments, program)
     directory = experiment_directory(options.experiments_path, options.experiment_name)
-    read_config(directory)  # before the lock makes a file there
-    with experiment_lock(directory):
-        setup, state, history = resume_experiment(
+    use_gpu = read_config(directory).training.use_gpu  # before the lock makes a file there
+    with process_group("cuda" if use_gpu else "cpu") as peers:
+        resume = partial(
+            resume_experiment,
             directory,
             new_max_epochs=options.new_max_epochs,
             new_patience=options.new_patience,
@@ -70,6 +74,8 @@ def run(arguments: Sequence[str], program: str) -> int:
             processes=options.processes,
             checkpoint_every=options.checkpoint_every,
             keep=options.keep,
+            peers=peers,
         )
-        train_with_progress(directory, setup, state, history)
+        with experiment_lock(directory) if peers.rank == 0 else nullcontext():
+            train_with_progress(directory, *in_turn(peers, resume))
     return 0

@@ -19,10 +19,11 @@ from dwiml_func.cli.parsing import parse, value_of
 from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions, read_config_part
 from dwiml_func.cli.summary import print_summary
 from dwiml_func.environment import environment
-from dwiml_func.experiment import check_new_experiment, create_experiment
+from dwiml_func.experiment import check_new_experiment, create_experiment, experiment_directory
 from dwiml_func.interruption import stop_on_signals
 from dwiml_func.lock import experiment_lock
 from dwiml_func.loop import EpochReport
+from dwiml_func.process_group import process_group, rank_in
 from dwiml_func.state import TrainState
 from dwiml_func.training_run import run_experiment
 from dwiml_func.wiring import Setup, prepare
@@ -82,7 +83,9 @@ def run(arguments: Sequence[str], program: str) -> int:
         >>> run(["experiments", "first_run"], "dwiml-func train")  # doctest: +SKIP
     """
     options = _read_options(arguments, program)
-    directory = check_new_experiment(options.experiments_path, options.experiment_name)
+    directory = experiment_directory(options.experiments_path, options.experiment_name)
+    if rank_in() == 0:
+        check_new_experiment(options.experiments_path, options.experiment_name)
     example = Path(options.experiments_path, EXAMPLE_FILE)
     config = options.to_config(options.hdf5_file or example)
     if options.dry_run:
@@ -93,12 +96,16 @@ def run(arguments: Sequence[str], program: str) -> int:
     if options.hdf5_file is None:
         say(f"Example data, with {shlex.join(EXAMPLE_OPTIONS)} unless given otherwise")
         _make_example_data(example)
-    setup = prepare(config)
-    with experiment_lock(options.experiments_path, wait=True):
-        remove_leftovers(options.experiments_path)
-        directory = create_experiment(options.experiments_path, options.experiment_name, config)
-    with experiment_lock(directory):
-        train_with_progress(directory, setup, setup.state, ())
+    with process_group("cuda" if config.training.use_gpu else "cpu") as peers:
+        setup = prepare(config, peers)
+        if peers.rank > 0:  # the first process writes
+            train_with_progress(directory, setup, setup.state, ())
+            return 0
+        with experiment_lock(options.experiments_path, wait=True):
+            remove_leftovers(options.experiments_path)
+            create_experiment(options.experiments_path, options.experiment_name, config)
+        with experiment_lock(directory):
+            train_with_progress(directory, setup, setup.state, ())
     return 0
 
 
@@ -123,13 +130,14 @@ def train_with_progress(directory: Path, setup: Setup, state: TrainState, histor
         setup = replace(setup, train=progress.track(setup.train, "training"), valid=valid)
     say(_describe(directory, setup))
     _log.debug("%s", ", ".join(f"{name} {value}" for name, value in environment().items() if name != "num_threads"))
-    with stop_on_signals() as stop:
+    with stop_on_signals(setup.peers) as stop:
         on_batch = None if progress is None else progress.on_batch
         for report in run_experiment(directory, setup, state=state, history=history, on_batch=on_batch, stop=stop):
             history = (*history, report)
             if progress is not None:
                 progress.report(report)
-    print_summary(directory, setup, history)
+    if setup.peers.rank == 0:
+        print_summary(directory, setup, history)
 
 
 def _read_options(arguments: Sequence[str], program: str) -> TrainOptions:
