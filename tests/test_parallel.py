@@ -1,0 +1,119 @@
+"""Runs of several processes under torchrun: the same bits for any number, stopped together, resumed with any number."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results, train
+
+from dwiml_func.process_group import in_turn, process_group
+from dwiml_func.snapshot import list_snapshots
+
+pytestmark = pytest.mark.soak
+
+SHARDS = ("--num-shards", 4)
+EPOCHS = 3
+
+
+def _command(num_processes: int, *arguments: object) -> list[str]:
+    if num_processes == 1:
+        return command(*arguments)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
+    return [sys.executable, *launcher, "dwiml_func", *map(str, arguments)]
+
+
+def _run(num_processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(_command(num_processes, *arguments), capture_output=True, text=True, timeout=300)
+
+
+def _start(num_processes: int, folder: Path) -> subprocess.Popen[str]:
+    """A run that saves after every batch, once it is past its first epoch."""
+    options = (*STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS, "--checkpoint-every", "1batches")
+    arguments = _command(num_processes, "train", folder, "run", DATA, *options)
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not any(name.startswith("1-") for name in list_snapshots(folder / "run")):
+        _wait(process, 0.01)  # between two looks at the disk
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def _wait(process: subprocess.Popen[str], seconds: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+
+
+def _ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
+    """Process numbers by rank."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    environments = {child: Path(f"/proc/{child}/environ").read_bytes().split(b"\0") for child in children}
+    rows = ((variable.partition(b"="), child) for child, rows in environments.items() for variable in rows)
+    return {int(value): int(child) for (name, _, value), child in rows if name == b"RANK"}
+
+
+def _same(directory: Path, expected: Path) -> Sequence[str]:
+    assert files(directory) == files(expected)
+    return differences(results(directory), results(expected))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("alone"), "run", *SHARDS, epochs=EPOCHS)
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_any_number_of_processes_ends_with_the_same_bits_and_files(
+    alone: Path, tmp_path: Path, num_processes: int
+) -> None:
+    done = _run(num_processes, "train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Epoch 1/") == 1  # the first process prints, and no other
+    assert _same(tmp_path / "run", alone) == []
+
+
+def test_stopped_with_two_and_resumed_with_four_processes(alone: Path, tmp_path: Path) -> None:
+    with _start(2, tmp_path) as process:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert "stopped by SIGTERM and saved as snapshot 1-" in err
+    assert err.count("To go on: dwiml-func resume") == 1
+    done = _run(4, "resume", tmp_path, "run", "--checkpoint-every", "1epoch")
+    assert done.returncode == 0, done.stderr
+    assert _same(tmp_path / "run", alone) == []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_is_killed_ends_the_others_and_the_run_can_be_resumed(
+    alone: Path, tmp_path: Path, rank: int
+) -> None:
+    with _start(2, tmp_path) as process:
+        started = time.monotonic()
+        os.kill(_ranks_of(process)[rank], signal.SIGKILL)
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - started < 60
+    assert process.returncode != 0
+    assert "Another of the 2 processes of this run has ended" in err
+    assert "dwiml_func/cli" not in err  # no traceback of ours; torchrun prints its own
+    done = _run(1, "resume", tmp_path, "run", "--checkpoint-every", "1epoch")
+    assert done.returncode == 0, done.stderr
+    assert _same(tmp_path / "run", alone) == []
+
+
+def test_processes_that_cannot_share_the_shards_are_refused(tmp_path: Path) -> None:
+    done = _run(2, "train", tmp_path, "run", DATA, "--num-shards", 3)
+    assert done.returncode != 0
+    assert "2 processes cannot share 3 shards a batch evenly. Expected one of 1, 3 of processes" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_torchrun_a_process_is_alone() -> None:
+    with process_group(environment={"RANK": "0", "WORLD_SIZE": "1"}) as peers:
+        assert (peers.rank, peers.size) == (0, 1)
+        assert in_turn(peers, lambda: "called") == "called"
