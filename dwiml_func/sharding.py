@@ -82,7 +82,7 @@ def sharded_value_and_grad(peers: Peers = ALONE) -> ValueAndGrad:
     """
 
     def function(
-        loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, engine: Engine = "autograd"
+        loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, engine: Engine | None = None
     ) -> tuple[LossOut, dict[str, Tensor]]:
         def evaluate(shard: Any, number: int, is_empty: bool) -> _Part:
             out, grads = value_and_grad(loss_fn, params, buffers, shard, key=fold_in(key, number), engine=engine)
