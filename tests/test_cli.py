@@ -83,6 +83,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         "clip-grad": "0.25",
         "rng": str(2**64 - 1),
         "num-threads": "1",
+        "num-shards": "2",
         "rnn-key": "gru",
         "rnn-layer-sizes": "7",
         "nb-previous-dirs": "1",
@@ -151,6 +152,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
             weight_decay=0.125,
             clip_grad=0.25,
             rng=2**64 - 1,
+            num_shards=2,
         ),
     )
     parts = (config.data, config.batches, config.model, config.training)
