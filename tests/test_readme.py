@@ -65,3 +65,11 @@ def test_every_command_has_its_line_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text()
     missing = [command for command in COMMANDS if f"dwiml-func {command}" not in text]
     assert missing == []
+
+
+def test_the_example_of_gradients_through_training_gives_gradients(tmp_path: Path) -> None:
+    [script] = _blocks("python", "Gradients through training")
+    (tmp_path / "script.py").write_text(script)
+    printed = _run(sys.executable, "-W", "error", "script.py", folder=tmp_path).split()
+    assert len(printed) == 2
+    assert all(abs(float(number)) > 0 for number in printed)
