@@ -74,7 +74,7 @@ class TrainingConfig:
         require("weight_decay", self.weight_decay, at_least=0)
         if self.clip_grad is not None:
             require("clip_grad", self.clip_grad, above=0)
-        require("num_threads", self.num_threads, at_least=1)
+        require("num_threads", self.num_threads, at_least=1, below=1 << 12)
         require("num_shards", self.num_shards, at_least=1)
         require("rng", self.rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
@@ -210,9 +210,23 @@ def config_from_json(text: str | bytes, *, source: str = "config.json") -> RunCo
     import pydantic
 
     try:
-        return pydantic.TypeAdapter(RunConfig).validate_json(text)
+        config = pydantic.TypeAdapter(RunConfig).validate_json(text)
     except pydantic.ValidationError as error:
         raise ValueError(f"{source}: " + "; ".join(_describe(problem) for problem in error.errors())) from None
+    try:
+        json.loads(text, object_pairs_hook=_refuse_twice)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return config
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's readers take the last of two values and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"{shown(twice)} is there twice")
+    return found
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

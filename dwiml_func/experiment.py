@@ -9,6 +9,8 @@ from dwiml_func.config import RunConfig, config_from_json
 
 __all__ = ["check_new_experiment", "create_experiment", "experiment_directory", "read_config"]
 
+_MAX_BYTES = 1 << 20
+
 
 def create_experiment(experiments_path: str | Path, experiment_name: str, config: RunConfig) -> Path:
     """Make an experiment's directory, with its config in it.
@@ -106,4 +108,8 @@ def read_config(directory: Path) -> RunConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} is not an experiment: it has no config.json.")
-    return config_from_json(path.read_bytes(), source=str(path))
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"{path} is larger than any config.")
+    return config_from_json(content, source=str(path))

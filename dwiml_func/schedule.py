@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from dwiml_func.config_checks import shown
+
 __all__ = ["Schedule", "constant", "cosine", "parse_learning_rate", "per_epoch", "warm_up"]
 
 Schedule = Callable[[int], float]
@@ -72,7 +74,7 @@ def parse_learning_rate(text: str) -> tuple[float, ...]:
         (0.001, 0.001, 0.001, 0.0001)
     """
     expected = "Expected RATE, or RATE*EPOCHS ... RATE such as '0.001*3 0.0001'."
-    terms = text.split()
+    terms, given = text.split(), f"Learning rate {shown(text)}"
     if not terms:
         raise ValueError(f"Learning rate is empty. {expected}")
     rates: list[float] = []
@@ -82,13 +84,15 @@ def parse_learning_rate(text: str) -> tuple[float, ...]:
         try:
             value, count = float(rate), int(epochs) if star else 1
         except ValueError:
-            raise ValueError(f"Learning rate {text!r}: cannot read {term!r}. {expected}") from None
+            raise ValueError(f"{given}: cannot read {shown(term)}. {expected}") from None
         if not star and not is_last:
-            raise ValueError(f"Learning rate {text!r}: {term!r} has no number of epochs. {expected}")
+            raise ValueError(f"{given}: {shown(term)} has no number of epochs. {expected}")
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"Learning rate {text!r}: {term!r} is not a positive finite rate. {expected}")
+            raise ValueError(f"{given}: {shown(term)} is not a positive finite rate. {expected}")
         if not 1 <= count <= _MAX_EPOCHS:
-            raise ValueError(f"Learning rate {text!r}: {term!r} lasts {count} epochs, expected 1 to {_MAX_EPOCHS}.")
+            raise ValueError(f"{given}: {shown(term)} lasts {shown(count)} epochs, expected 1 to {_MAX_EPOCHS}.")
+        if len(rates) > _MAX_EPOCHS:
+            raise ValueError(f"{given}: more than {_MAX_EPOCHS} epochs before its end.")
         rates.extend([value] * count)
     return tuple(rates)
 

@@ -106,7 +106,11 @@ def _run(command: str, arguments: Sequence[str], program: str) -> int:
         return _CLOSED_PIPE
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("", exc_info=error)
-        return _fail(f"{program}: {' '.join(str(error).split())}", 2)
+        return _fail(f"{program}: {_one_line(str(error))}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):  # torch has no class for it
+            raise
+        return _fail(f"{program}: there is not enough memory. {_one_line(str(error))}", 2)
     except KeyboardInterrupt:
         return _fail(f"{program}: interrupted.{' The last snapshot stands.' if trains else ''}", 130)
 
@@ -141,6 +145,12 @@ def _stopped(stopped: TrainingStopped, program: str) -> str:
     place = shlex.join([str(stopped.directory.parent), stopped.directory.name])
     saved = "before its first batch" if stopped.name is None else f"and saved as snapshot {stopped.name}"
     return f"{program}: stopped by {stopped.signal.name} {saved}. To go on: dwiml-func resume {place}"
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks, and without control characters that a name may bring to the terminal."""
+    text = " ".join(text.split())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _fail(message: str, code: int) -> int:

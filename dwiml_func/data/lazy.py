@@ -6,6 +6,7 @@ process: what is pickled, or inherited by a fork, is only where the data are.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from dwiml_func.config_checks import shown
 from dwiml_func.data.dataset import DatasetIndex
 from dwiml_func.data.hdf5_layout import read_volume, refuse_any
 from dwiml_func.data.hdf5_rows import RowReader, address_of, read_bytes
@@ -53,9 +55,10 @@ def parse_bytes(size: str | int) -> int:
         (2000000000, 1572864, 0)
     """
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Z]*)", str(size).strip().upper())
-    if found is None or found[2] not in _UNITS:
-        raise ValueError(f"cache_size: expected bytes, such as 2GB, 500MB or 512MiB. Received: {size!r}")
-    return int(float(found[1]) * _UNITS[found[2]])
+    number = float(found[1]) if found else math.inf
+    if found is None or found[2] not in _UNITS or number == math.inf:
+        raise ValueError(f"cache_size: expected bytes, such as 2GB, 500MB or 512MiB. Received: {shown(size)}")
+    return int(number * _UNITS[found[2]])
 
 
 class _FileVersion(NamedTuple):

@@ -13,6 +13,8 @@ from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
 __all__ = ["ModelConfig", "require_fitting_data", "require_getter_for_compressed"]
 
+_MOST_LAYERS = 1000
+
 _OneWithoutValue = Annotated[
     float | None,
     PrimitiveConstructorSpec(
@@ -115,6 +117,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.rnn_layer_sizes:
             raise ValueError("rnn_layer_sizes: expected at least one layer, received none.")
+        if len(self.rnn_layer_sizes) > _MOST_LAYERS:
+            raise ValueError(
+                f"rnn_layer_sizes: expected at most {_MOST_LAYERS} layers, received {len(self.rnn_layer_sizes)}."
+            )
         for name in ("rnn_layer_sizes", "nb_cnn_filters", "kernel_size"):
             for size in getattr(self, name) or ():
                 require(name, size, at_least=1)
