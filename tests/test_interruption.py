@@ -5,112 +5,19 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 import pytest
-from reproduction_cases import DATA, STOCHASTIC, differences, files, results
+from gated_run import check_same_end, gated, read_to, train_whole
 
 from dwiml_func.interruption import TrainingStopped, stop_on_signals
 from dwiml_func.snapshot import list_snapshots
 
-OPTIONS = (*STOCHASTIC, "--max-epochs", "2")  # of 4 training and 2 validation batches each
-
-GATED = """
-import dataclasses, sys, threading
-from dwiml_func import saver
-from dwiml_func.cli import train
-from dwiml_func.cli.main import main
-
-place, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-count = 0
-
-def gated(function):
-    def call(*args, **kwargs):
-        global count
-        count += 1
-        if count == number:
-            print("gate", flush=True)
-            sys.stdin.readline()
-        return function(*args, **kwargs)
-    return call
-
-def starting(batches):
-    def start(*args):
-        loader = batches(*args)
-        return (batch for batch in gated(lambda workers: workers)(iter(loader)))
-    return start
-
-def hang(*args, **kwargs):
-    print("gate", flush=True)
-    threading.Event().wait()
-
-prepare = train.prepare
-if place == "prepare":
-    train.prepare = gated(prepare)
-elif place == "save":
-    saver.save = hang
-else:
-    def prepare_gated(config):
-        setup = prepare(config)
-        gate = starting if place == "train" else gated
-        return dataclasses.replace(setup, **{place: gate(getattr(setup, place))})
-    train.prepare = prepare_gated
-sys.exit(main(arguments))
-"""
-"""The program, which in the middle of a call, or as soon as workers were told to start, prints `gate` and waits for a
-line; or hangs in its first save."""
-
-
-def read_to(pipe: IO[str] | None, text: str) -> str:
-    """Read lines up to one that has the text; returns it."""
-    assert pipe is not None
-    for line in pipe:
-        if text in line:
-            return line
-    raise AssertionError(f"the process ended without {text!r}")
-
-
-@contextmanager
-def gated(folder: Path, place: str, number: int, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """A training process in a process group of its own that has come to its gate."""
-    command = [sys.executable, "-c", GATED, place, str(number)]
-    with subprocess.Popen(
-        [*command, "train", str(folder), "run", str(DATA), *OPTIONS, *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        watchdog = threading.Timer(120, process.kill)  # a failure, instead of a test without an end
-        watchdog.start()
-        try:
-            read_to(process.stdout, "gate")
-            yield process
-        finally:
-            process.kill()
-            watchdog.cancel()
-
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from dwiml_func.cli.main import main
-
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    assert main(["train", str(folder), "run", str(DATA), *OPTIONS]) == 0
-    return folder / "run"
-
-
-def check_same_end(directory: Path, uninterrupted: Path) -> None:
-    assert differences(results(directory), results(uninterrupted)) == []
-    assert files(directory) == files(uninterrupted)  # no lock, and nothing half-written
-    assert list(directory.parent.iterdir()) == [directory]
+    return train_whole(tmp_path_factory.mktemp("uninterrupted"))
 
 
 @pytest.mark.parametrize(

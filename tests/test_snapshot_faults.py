@@ -8,15 +8,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from gated_run import check_same_end, gated, train_whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func import TrainState, adam, init_state
 from dwiml_func.digest import state_digest
+from dwiml_func.experiment import read_config
 from dwiml_func.leaf_store import DamagedError
 from dwiml_func.models.model_directory import load_model
 from dwiml_func.saver import Saver
@@ -239,32 +242,87 @@ def test_a_small_disk_runs_full_and_goes_on_when_there_is_room(small_disk):
     assert state_digest(restore(small_disk / "run", run_at(0)).state) == state_digest(run_at(3))
 
 
-@pytest.fixture
-def closed(two_epochs: Path) -> Iterator[Path]:
-    """A run in a directory that may be read and not written to, root's powers laid down."""
-    with tempfile.TemporaryDirectory() as parent:
-        Path(parent).chmod(0o755)
-        directory = Path(shutil.copytree(two_epochs, Path(parent) / "run"))
-        folders = [directory, *(folder for folder in directory.rglob("*") if folder.is_dir())]
-        for folder in folders:
-            folder.chmod(0o555)
-        is_root = os.geteuid() == 0
-        if is_root:
-            os.seteuid(65534)
-        try:
-            yield directory
-        finally:
-            if is_root:
-                os.seteuid(0)
-            for folder in folders:
-                folder.chmod(0o755)
-
-
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     (tmp_path / "checkpoint").touch()
     with pytest.raises(FileExistsError, match="checkpoint"):
         save(tmp_path, run_at(1))
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+READ_ONLY = """
+import contextlib, io, sys
+from dwiml_func.cli.main import main
+for line in sys.stdin.read().splitlines():
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(line.split())
+    print(code, err.getvalue().strip().replace("\\n", " | "))
+"""
+"""Runs a command for each line; prints its exit code and what it wrote to standard error."""
+
+
+def without_roots_powers() -> list[str]:
+    """A prefix for commands that makes root as bound by the permissions of files as anybody."""
+    prefix = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        try:
+            done = subprocess.run([*prefix, "touch", f"{folder}/file"], check=False, capture_output=True)
+        except FileNotFoundError:
+            pytest.skip("root cannot lay down its powers here")
+        if done.returncode == 0:
+            pytest.skip("permissions of files do not bind here")
+    return prefix
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    folders = [folder, *(entry for entry in folder.rglob("*") if entry.is_dir())]
+    for entry in folders:
+        entry.chmod(0o555)
+    try:
+        yield
+    finally:
+        for entry in folders:
+            entry.chmod(0o755)
+
+
+def test_in_a_folder_that_cannot_be_written_to_what_writes_is_refused_in_one_line_and_what_reads_works(experiments):
+    run, data = experiments / "run", read_config(experiments / "run").hdf5_file
+    writing = [f"train {experiments} new {data}", f"resume {experiments} run --new-patience 9"]
+    reading = [f"digest {run}", f"verify {run}", f"diff {run} {run}", f"evaluate {run} {data}"]
+    before = {path: path.read_bytes() for path in experiments.rglob("*") if path.is_file()}
+    with read_only(experiments):
+        done = subprocess.run(
+            [*without_roots_powers(), sys.executable, "-c", READ_ONLY],
+            input="\n".join([*writing, *reading]),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"2 dwiml-func train: [Errno 13] Permission denied: '{experiments}/.lock'"
+    assert lines[1] == f"2 dwiml-func resume: [Errno 13] Permission denied: '{run}/.lock'"
+    assert lines[2:] == ["0 "] * len(reading)
+    assert {path: path.read_bytes() for path in experiments.rglob("*") if path.is_file()} == before
+
+
+def test_when_the_folder_of_snapshots_is_closed_the_run_stops_with_an_error_and_goes_on_to_the_same_bits(
+    cli, tmp_path, tmp_path_factory
+):
+    checkpoint = tmp_path / "run" / "checkpoint"
+    options = ("--checkpoint-every", "1batches")
+    with gated(tmp_path, "step", 6, *options, prefix=without_roots_powers()) as process, read_only(checkpoint):
+        last = list_snapshots(tmp_path / "run")[-1]
+        err = process.communicate("go on\n")[1]
+    assert process.returncode == 2
+    (line,) = err.splitlines()
+    assert line.startswith(f"dwiml-func train: [Errno 13] Permission denied: '{checkpoint}/")
+    assert last in ("1", "1-1")
+    assert list_snapshots(tmp_path / "run")[-1] == last
+    assert cli("resume", tmp_path, "run", "--checkpoint-every", "1epoch").code == 0
+    check_same_end(tmp_path / "run", train_whole(tmp_path_factory.mktemp("whole")))
 
 
 @pytest.mark.soak

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from dwiml_func import verification
 from dwiml_func.experiment import read_config
 from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
 
@@ -32,25 +35,89 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def test_a_run_is_replayed_to_the_same_bits(cli, run):
-    for epoch in ("1", "3"):
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def record(run: Path, name: str) -> dict[str, Any]:
+    return read_manifest(run / "checkpoint" / name)
+
+
+def save_again(run: Path, name: str, leaves: dict[str, torch.Tensor] | None = None, **facts: Any) -> None:
+    """Write a snapshot anew with digests that fit, as one who hides a fault would."""
+    path = run / "checkpoint" / name
+    manifest = read_manifest(path)
+    kept = {key: manifest[key] for key in ("history", "config", "data", "environment")}
+    save_leaves(path, leaves or load_leaves(path), kept | facts, numbers=manifest["numbers"])
+
+
+def test_a_run_is_replayed_to_the_same_bits_and_nothing_is_written(cli, run):
+    before = contents(run)
+    for epoch, start in [("1", "the first state"), ("3", "snapshot 2")]:
         outcome = cli("verify", run, "--epoch", epoch)
         assert (outcome.code, len(outcome.out.splitlines())) == (0, 1)
-        assert f"epoch {epoch}," in outcome.out
+        assert f"{run}: epoch {epoch}, replayed from {start}, is equal to the record bit for bit" in outcome.out
+        assert f"state {record(run, '3')['history'][int(epoch) - 1]['digest']}" in outcome.out
+    assert contents(run) == before
 
 
-def test_one_float_changed_by_one_ulp_is_found(cli, run):
-    path = run / "checkpoint" / "2"
-    manifest, leaves = read_manifest(path), load_leaves(path)
-    name = "params/rnn_model.rnn_0.weight_hh_l0"
-    flat = leaves[name].view(-1)
-    flat[5] = torch.nextafter(flat[5], torch.tensor(torch.inf))
-    facts = {key: manifest[key] for key in ("history", "config", "data", "environment")}
-    save_leaves(path, leaves, facts, numbers=manifest["numbers"])  # with digests that fit
+def test_one_float_changed_by_one_ulp_is_found_with_its_place(cli, run):
+    name, leaves = "params/rnn_model.rnn_0.weight_hh_l0", load_leaves(run / "checkpoint" / "2")
+    before = leaves[name].view(-1)[5].clone()
+    leaves[name].view(-1)[5] = after = torch.nextafter(before, torch.tensor(torch.inf))
+    recorded = record(run, "2")["digest"]
+    save_again(run, "2", leaves)
+    changed = record(run, "2")["digest"]
+
+    outcome = cli("verify", run, "--epoch", "2")  # the snapshot after the epoch
+    assert outcome.code == 1
+    assert outcome.out.splitlines() == [
+        f"{run}: epoch 2, replayed from the first state, is not as recorded.",
+        f"  first leaf that differs: {name}, 1 of 256 values, by {float(after - before):.3g} at most; the first at "
+        f"[0, 5]: {str(after.numpy()[()])} in snapshot 2, {str(before.numpy()[()])} replayed, "
+        f"1 ulp apart (1 of {len(leaves)} leaves differ)",
+        f"  digest of snapshot 2: {recorded} recorded, {changed} found",
+    ]
+
+    outcome = cli("verify", run)  # the snapshot that the replay begins from
+    assert outcome.code == 1
+    lines = outcome.out.splitlines()
+    assert lines[0] == f"{run}: epoch 3, replayed from snapshot 2, is not as recorded."
+    assert lines[1] == f"  snapshot 2, where the replay began: digest {recorded} recorded, {changed} found"
+    assert any(line.startswith("  first leaf that differs: ") and " ulp apart (" in line for line in lines)
+    assert any(line.startswith("  digest of the state: ") for line in lines)
+
+
+def test_what_differs_in_the_environment_is_told_with_or_without_a_fault(cli, run):
+    environment = record(run, "3")["environment"]
+    other = environment | {"torch": "1.0.0", "numpy": "1.0", "cpu_capability": "NONE"}
+    texts = [f"environment: {key}: {other[key]!r}, now {environment[key]!r}" for key in sorted(other)]
+    texts = [text for text in texts if any(f" {key}:" in text for key in ("torch", "numpy", "cpu_capability"))]
+    save_again(run, "3", environment=other)
+    outcome = cli("verify", run)
+    assert (outcome.code, len(outcome.out.splitlines())) == (0, 1)
+    assert outcome.out.endswith(f" (different: {'; '.join(texts)})\n")
+
+    leaves = load_leaves(run / "checkpoint" / "3")
+    leaves["opt_state/exp_avg/rnn_model.rnn_0.bias_hh_l0"][0] += 1
+    save_again(run, "3", leaves)
     outcome = cli("verify", run)
     assert outcome.code == 1
-    assert "Traceback" not in outcome.err
-    assert "params/" in outcome.out
+    assert (
+        "first leaf that differs: opt_state/exp_avg/rnn_model.rnn_0.bias_hh_l0, 1 of 32 values, by 1 at" in outcome.out
+    )
+    assert [line.strip() for line in outcome.out.splitlines()[-3:]] == texts
+
+
+def test_the_recorded_number_of_threads_is_set_for_the_replay_and_put_back(cli, run, monkeypatch):
+    save_again(run, "3", environment=record(run, "3")["environment"] | {"num_threads": 2})
+    seen, prepare = [], verification.prepare
+    monkeypatch.setattr(
+        verification, "prepare", lambda config: (seen.append(torch.get_num_threads()), prepare(config))[1]
+    )
+    before = torch.get_num_threads()
+    cli("verify", run)
+    assert (seen, torch.get_num_threads()) == ([2], before)
 
 
 def test_a_streamline_changed_in_the_data_is_found(cli, finished, tmp_path):
@@ -60,12 +127,15 @@ def test_a_streamline_changed_in_the_data_is_found(cli, finished, tmp_path):
         assert isinstance(points, h5py.Dataset)
         points[3] = points[3] + np.float32(0.25)
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    config = (run / "config.json").read_text()
-    (run / "config.json").write_text(config.replace(str(finished.parent / "data.hdf5"), str(data)))
-    outcome = cli("verify", run)
+    recorded = record(run, "3")["data"]["sha256"]
+    found = hashlib.sha256(data.read_bytes()).hexdigest()
+    outcome = cli("verify", run, "--hdf5-file", data)
     assert outcome.code == 1
-    assert "data" in outcome.out
-    cli("resume", tmp_path, "run", "--new-max-epochs", "4").check_refusal("not the dataset")
+    lines = outcome.out.splitlines()
+    assert lines[-1] == f'  data file {data}: sha256: "{recorded}" recorded, "{found}" now'
+    assert any(line.startswith("  train.loss: ") for line in lines)
+    assert any(line.startswith("  first leaf that differs: ") for line in lines)
+    cli("resume", tmp_path, "run", "--new-max-epochs", "4", "--hdf5-file", data).check_refusal("not the dataset")
 
 
 def test_a_changed_config_is_found(cli, run):
@@ -73,11 +143,33 @@ def test_a_changed_config_is_found(cli, run):
     (run / "config.json").write_text(config.replace('"reverse_ratio": 0.5', '"reverse_ratio": 0.25'))
     outcome = cli("verify", run)
     assert outcome.code == 1
-    assert "reverse_ratio" in outcome.out
+    lines = outcome.out.splitlines()
+    assert lines[-1] == "  config: batches.reverse_ratio: 0.5 recorded, 0.25 in config.json"
+    assert any(line.startswith("  first leaf that differs: ") for line in lines)
+    (run / "config.json").write_text(config.replace('"rnn_layer_sizes": [\n      8', '"rnn_layer_sizes": [\n      9'))
+    outcome = cli("verify", run)  # with which the state cannot even be restored
+    assert outcome.code == 1
+    assert "the replay is not possible: " in outcome.out
+    assert "config: model.rnn_layer_sizes: [8] recorded, [9] in config.json" in outcome.out
 
 
-def test_an_epoch_that_is_not_in_the_record_is_refused(cli, run):
-    cli("verify", run, "--epoch", "9").check_refusal("9")
+def test_a_damaged_snapshot_is_named_and_another_start_is_taken(cli, run):
+    (run / "checkpoint" / "2" / "leaves" / "_METADATA").unlink()
+    outcome = cli("verify", run)
+    assert outcome.code == 1
+    assert f"{run}/checkpoint/2 is damaged: it has no file leaves/_METADATA." in outcome.out
+    assert "replayed from the first state" in outcome.out
+    assert "digest" not in outcome.out  # the epoch itself came out as recorded
+
+
+def test_what_cannot_be_verified_is_refused_with_exit_code_2(cli, run, tmp_path):
+    for epoch in ("0", "-1", "4"):
+        cli("verify", run, "--epoch", epoch).check_refusal(f"Epoch {epoch} of {run} is not on record", "1 to 3")
+    cli("verify", run, "--epoch", "x").check_refusal("--epoch", "'x'")
+    cli("verify", tmp_path).check_refusal("is not an experiment")
+    cli("verify", run, "--hdf5-file", tmp_path / "none").check_refusal(str(tmp_path / "none"))
+    shutil.rmtree(run / "checkpoint")
+    cli("verify", run).check_refusal("no epoch on record yet")
 
 
 def test_diff_tells_the_first_epoch_that_differs(cli, run, tmp_path):
