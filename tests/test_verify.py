@@ -74,7 +74,7 @@ def test_one_float_changed_by_one_ulp_is_found_with_its_place(cli, run):
     assert outcome.out.splitlines() == [
         f"{run}: epoch 2, replayed from the first state, is not as recorded.",
         f"  first leaf that differs: {name}, 1 of 256 values, by {float(after - before):.3g} at most; the first at "
-        f"[0, 5]: {str(after.numpy()[()])} in snapshot 2, {str(before.numpy()[()])} replayed, "
+        f"[0, 5]: {after.numpy()[()]!s} in snapshot 2, {before.numpy()[()]!s} replayed, "
         f"1 ulp apart (1 of {len(leaves)} leaves differ)",
         f"  digest of snapshot 2: {recorded} recorded, {changed} found",
     ]

@@ -1,0 +1,55 @@
+"""Small experiments in this process, for the tests of what makes, trains and resumes them."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from dwiml_func import EpochReport, TrainState
+from dwiml_func.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment import create_experiment, read_config
+from dwiml_func.snapshot import restore
+from dwiml_func.training_run import run_experiment
+from dwiml_func.wiring import prepare
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+MODEL = ModelConfig(rnn_layer_sizes=(8,), dg_dropout=0.25)
+BATCHES = BatchConfig(batch_size_training=40, batch_size_validation=20)
+CONFIG = RunConfig(hdf5_file=str(PHANTOM), model=MODEL, batches=BATCHES, training=TrainingConfig(max_epochs=2))
+
+
+def trained(parent: Path, config: RunConfig, name: str = "run") -> Path:
+    directory = create_experiment(parent, name, config)
+    list(run_experiment(directory, prepare(config)))
+    return directory
+
+
+def restored(directory: Path) -> tuple[TrainState, tuple[EpochReport, ...]]:
+    snapshot = restore(directory, prepare(read_config(directory)).state)
+    return snapshot.state, snapshot.history
+
+
+def without_digests(history: tuple[EpochReport, ...]) -> tuple[EpochReport, ...]:
+    return tuple(replace(report, digest=None) for report in history)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+def without_validation(folder: Path) -> Path:
+    path = folder / "no_validation.hdf5"
+    shutil.copy(PHANTOM, path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["validation_subjs"] = np.array([], dtype=float)  # as the reference writes an empty list
+    return path
+
+
+def train_stopped_early(parent: Path) -> Path:
+    """Two epochs that learn and two that cannot: the best is epoch 2, and patience ends the run after epoch 4."""
+    rates = TrainingConfig(max_epochs=9, patience=2, learning_rate=("0.01*2", "1e-30"))
+    return trained(parent, replace(CONFIG, training=rates))

@@ -1,0 +1,217 @@
+"""Claims about how a run goes on: when it is refused, and what is mended first."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from experiment_cases import (
+    CONFIG,
+    PHANTOM,
+    contents,
+    restored,
+    train_stopped_early,
+    trained,
+    without_digests,
+)
+
+from dwiml_func.best import Best
+from dwiml_func.config import TrainingConfig
+from dwiml_func.experiment import create_experiment, read_config
+from dwiml_func.leaf_store import SnapshotError
+from dwiml_func.models.model_directory import load_model
+from dwiml_func.resumption import refuse_to_continue, resume_experiment
+from dwiml_func.snapshot import latest_digest, list_snapshots
+from dwiml_func.training_run import run_experiment
+from dwiml_func.wiring import prepare
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_stopped_early(tmp_path_factory.mktemp("early"))
+
+
+@pytest.fixture
+def copy(stopped_early: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped_early, tmp_path / "run"))
+
+
+REFUSALS: list[tuple[dict[str, Any], str]] = [
+    ({}, r"stopped early: patience 2 was reached after epoch 4, .*--new-patience of at least 3"),
+    ({"new_max_epochs": 20}, r"stopped early: patience 2 was reached after epoch 4"),
+    ({"new_patience": 1}, r"2 epochs in a row without improvement.*new patience of 1 .*at least 3"),
+    ({"new_patience": 2}, r"new patience of 2 would stop it at once"),
+    ({"new_patience": 9, "new_max_epochs": 3}, r"has done 4 epochs already, so a new maximum of 3 .*at least 5"),
+    ({"new_patience": 9, "new_max_epochs": 4}, r"a new maximum of 4 would stop it at once"),
+    ({"new_max_epochs": 0}, r"max_epochs: expected .* at least 1"),
+    ({"new_patience": -1}, r"patience: expected .* at least 1"),
+    ({"hdf5_file": "/no/such/file.hdf5"}, r"/no/such/file\.hdf5"),
+]
+
+
+@pytest.mark.parametrize(("values", "reason"), REFUSALS, ids=[str(values) for values, _ in REFUSALS])
+def test_a_run_that_would_end_at_once_is_refused_and_nothing_changes(copy, values, reason):
+    (copy / "checkpoint" / ".tmp-5-killed").mkdir()
+    (copy / "logs" / "train_loss_monitor_per_epoch.npy").unlink()
+    before = contents(copy)
+    with pytest.raises((ValueError, FileNotFoundError), match=reason) as raised:
+        resume_experiment(copy, **values)
+    assert "\n" not in str(raised.value)
+    assert contents(copy) == before
+    assert (copy / "checkpoint" / ".tmp-5-killed").exists()
+
+
+@pytest.mark.parametrize(
+    ("epoch", "bad", "max_epochs", "patience", "new_max_epochs", "new_patience", "refused"),
+    [
+        (4, 0, 9, None, None, None, None),
+        (9, 0, 9, None, None, None, "all of its 9 epochs.*at least 10"),
+        (9, 0, 9, None, 9, None, "9 epochs already"),
+        (9, 0, 9, None, 10, None, None),
+        (12, 0, 9, None, None, None, "all of its 9 epochs"),
+        (4, 1, 9, 2, None, None, None),
+        (4, 2, 9, 2, None, None, "stopped early"),
+        (4, 2, 9, 2, 20, None, "stopped early"),
+        (4, 2, 9, 2, None, 2, "new patience of 2"),
+        (4, 2, 9, 2, None, 3, None),
+        (4, 1, 9, 5, None, 1, "new patience of 1"),
+        (4, 3, 9, None, None, 3, "new patience of 3"),
+        (9, 2, 9, 2, None, None, "stopped early"),
+        (9, 2, 9, 2, None, 3, "all of its 9 epochs"),
+        (9, 2, 9, 2, 10, 3, None),
+    ],
+)
+def test_the_rules_of_refusal(epoch, bad, max_epochs, patience, new_max_epochs, new_patience, refused):
+    state = prepare(CONFIG).state.replace(epoch=epoch, best=Best(0.5, epoch - bad, bad))
+    training = TrainingConfig(max_epochs=max_epochs, patience=patience)
+
+    def check() -> None:
+        refuse_to_continue(state, training, new_max_epochs=new_max_epochs, new_patience=new_patience)
+
+    if refused is None:
+        check()
+    else:
+        with pytest.raises(ValueError, match=refused):
+            check()
+
+
+def test_after_new_values_the_run_goes_on_with_them(copy):
+    before = restored(copy)[1]
+    setup, state, history = resume_experiment(copy, new_max_epochs=6, new_patience=5)
+    assert history == before
+    assert state.epoch == 4
+    training = read_config(copy).training
+    assert (training.max_epochs, training.patience) == (6, 5)
+    assert training == replace(read_config(copy).training, max_epochs=6, patience=5)
+    reports = list(run_experiment(copy, setup, state=state, history=history))
+    assert [report.epoch for report in reports] == [5, 6]
+    assert reports[-1].best.epoch == 2  # the best of before the resume still counts
+    assert restored(copy)[1][: len(before)] == before
+    assert without_digests(restored(copy)[1]) == without_digests((*before, *reports))
+    assert list_snapshots(copy) == ["2", "5", "6"]
+    assert load_model(copy / "best_model").facts["epoch"] == 2
+    with pytest.raises(ValueError, match="all of its 6 epochs"):
+        resume_experiment(copy)
+
+
+def remove(copy: Path) -> None:
+    shutil.rmtree(copy / "best_model")
+
+
+def put_an_older_one(copy: Path) -> None:
+    """As after a crash between the snapshot of a best epoch and its best model."""
+    shutil.rmtree(copy / "best_model")
+    other = trained(copy.parent, replace(CONFIG, training=TrainingConfig(max_epochs=1)), "other")
+    shutil.copytree(other / "best_model", copy / "best_model")
+
+
+def damage(copy: Path) -> None:
+    (copy / "best_model" / "model.json").write_text("{")
+
+
+@pytest.mark.parametrize("spoil", [remove, put_an_older_one, damage])
+def test_a_best_model_that_is_not_the_best_epochs_is_mended(copy, spoil: Callable[[Path], None]):
+    before = load_model(copy / "best_model").module.state_dict()
+    spoil(copy)
+    resume_experiment(copy, new_patience=9)
+    loaded = load_model(copy / "best_model")
+    assert loaded.facts["epoch"] == 2
+    for name, tensor in loaded.module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_logs_and_leftovers_of_a_kill_are_mended(copy):
+    logs = {name: file for name, file in contents(copy).items() if name.startswith(("logs", "best_epoch"))}
+    for name in logs:
+        (copy / name).unlink()
+    np.save(copy / "logs" / "train_loss_monitor_per_epoch.npy", np.zeros(3))
+    for folder in (copy, copy / "checkpoint", copy / "logs"):
+        (folder / ".tmp-x-killed").mkdir()
+    resume_experiment(copy, new_patience=9)
+    after = contents(copy)
+    assert {name: after[name] for name in logs} == logs
+    assert not list(copy.rglob(".tmp-*"))
+
+
+def test_an_experiment_without_a_snapshot_starts_from_the_beginning(tmp_path):
+    whole = trained(tmp_path, CONFIG, "whole")
+    directory = create_experiment(tmp_path, "killed", CONFIG)
+    setup, state, history = resume_experiment(directory)
+    assert (state.epoch, history) == (0, ())
+    list(run_experiment(directory, setup, state=state, history=history))
+    assert latest_digest(directory) == latest_digest(whole)
+
+
+def test_data_that_moved_is_found_where_one_says(copy, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(PHANTOM, tmp_path / "elsewhere" / "data.hdf5")
+    monkeypatch.chdir(tmp_path)
+    setup, _, _ = resume_experiment(copy, new_patience=9, hdf5_file="elsewhere/data.hdf5")
+    assert setup.training_set.path == tmp_path / "elsewhere" / "data.hdf5"
+    monkeypatch.chdir("/")
+    assert read_config(copy).hdf5_file == str(tmp_path / "elsewhere" / "data.hdf5")
+    resume_experiment(copy)
+
+
+def test_data_of_another_width_is_refused_with_every_difference(copy, tmp_path):
+    path = tmp_path / "wide.hdf5"
+    shutil.copy(PHANTOM, path)
+    with h5py.File(path, "r+") as file:
+        for subject in ("subj0", "subj1", "subj2"):
+            group = file[subject]["input"]  # type: ignore[index]
+            wide = np.repeat(group["data"][()], 2, axis=3)  # type: ignore[index]
+            del group["data"]  # type: ignore[attr-defined]
+            group["data"] = wide  # type: ignore[index]
+    before = contents(copy)
+    with pytest.raises(SnapshotError, match="does not fit") as raised:
+        resume_experiment(copy, new_patience=9, hdf5_file=str(path))
+    assert "(32, 6) in the snapshot, float32 (32, 12) expected" in str(raised.value)
+    assert str(raised.value).count(" in the snapshot") == 3  # the weight and its two moments
+    assert contents(copy) == before
+
+
+def test_what_is_no_experiment_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(FileNotFoundError, match="is not an experiment: it has no config"):
+            resume_experiment(path)
+
+
+def test_a_damaged_snapshot_is_set_aside_and_the_run_goes_on_from_the_one_before_saying_so(copy, tmp_path, caplog):
+    (copy / "checkpoint" / "4" / "manifest.json").write_text("{}")
+    damaged = contents(copy / "checkpoint" / "4")
+    setup, state, history = resume_experiment(copy, new_patience=9, new_max_epochs=5)
+    assert (state.epoch, len(history)) == (3, 3)
+    (record,) = caplog.records
+    assert record.getMessage() == f"Snapshot {copy}/checkpoint/4 is damaged; going on from 3."
+    assert contents(copy / "checkpoint" / "4.damaged") == damaged
+    list(run_experiment(copy, setup, state=state, history=history))
+    whole = Path(shutil.copytree(copy, tmp_path / "again"))
+    assert list_snapshots(whole) == ["2", "4", "5"]
+    assert [report.digest for report in restored(copy)[1]][-1] == latest_digest(copy)
