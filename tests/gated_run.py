@@ -50,8 +50,8 @@ if place == "prepare":
 elif place == "save":
     saver.save = hang
 else:
-    def prepare_gated(config):
-        setup = prepare(config)
+    def prepare_gated(*args):
+        setup = prepare(*args)
         gate = starting if place == "train" else gated
         return dataclasses.replace(setup, **{place: gate(getattr(setup, place))})
     train.prepare = prepare_gated

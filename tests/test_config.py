@@ -89,6 +89,7 @@ def test_the_defaults_are_the_references():
         "rng": 1234,
         "use_gpu": False,
         "num_threads": 1,
+        "num_shards": 1,
     }
     batches = dataclasses.asdict(config.batches)
     assert batches == batches | {
