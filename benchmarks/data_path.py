@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import torch
 from dipy.io.stateful_tractogram import Origin, Space, StatefulTractogram
+from timing import interleaved, medians_of
 from torch import Tensor
 
 from dwiml_func import adam, init_state, module_loss, train_step
@@ -161,20 +162,6 @@ class PerStreamline:
         return (values * weights[..., None]).sum(dim=1)
 
 
-def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each variant. They take turns, in an order that rotates."""
-    names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for index in range(-3, rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            variants[name]()
-            if index >= 0:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
-
-
 def batches(path: Path, rounds: int) -> list[tuple[bool, str]]:
     """A batch of 100 streamlines: loaded, augmented, interpolated, beside a training step on it."""
     ids = np.random.default_rng(1).permutation(2000)[:100]
@@ -188,7 +175,7 @@ def batches(path: Path, rounds: int) -> list[tuple[bool, str]]:
         "per streamline, lazily": partial(PerStreamline(path, lazily=True).load, ids),
         "Learn2Track training step, LSTM 100+100": partial(make_step(), batch),
     }
-    medians = interleaved(variants, rounds)
+    medians = medians_of(interleaved(variants, rounds))
     print(f"a batch of 100 streamlines, {batch.num_points + 100} points, {FEATURES} features, 2 subjects, median")
     for name, seconds in medians.items():
         print(f"  {name:42} {1e3 * seconds:8.2f} ms")
@@ -235,7 +222,7 @@ def overlap(path: Path) -> None:
         "1 process": partial(epoch, 1, False),
         "2 processes": partial(epoch, 2, False),
     }
-    medians = interleaved(ways, 3)
+    medians = medians_of(interleaved(ways, 3))
     print(f"\nan epoch of 20 training steps, volumes read anew for each batch, {os.cpu_count()} cores")
     for name, seconds in medians.items():
         print(f"  {name:42} {seconds:8.2f} s")

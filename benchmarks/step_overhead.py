@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from timing import interleaved
 from torch import Tensor, nn
 
 from dwiml_func import adam, init_state, module_loss, train_step
@@ -36,7 +36,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
 
     variants = make_variants()
-    times = measure(variants, options.rounds)
+    times = interleaved(variants, options.rounds, warm_up=options.rounds // 10)
     ratios = print_table(times)
     print(f"\ntorch {torch.__version__}, {options.threads} thread(s), {options.rounds} interleaved rounds, one process")
     print(WHY)
@@ -94,22 +94,6 @@ def make_variants() -> dict[str, Callable[[], None]]:
         "donated, stochastic=False": ours(donate=True, stochastic=False),
         "pure, engine='func'": ours(engine="func"),
     }
-
-
-def measure(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step. The variants take turns, in an order that rotates, so that none has the better moments."""
-    names = list(variants)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    warm_up = rounds // 10
-    for index in range(-warm_up, rounds):
-        shift = index % len(names)
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            variants[name]()
-            elapsed = time.perf_counter() - start
-            if index >= 0:
-                times[name].append(elapsed)
-    return times
 
 
 def print_table(times: dict[str, list[float]]) -> dict[str, float]:

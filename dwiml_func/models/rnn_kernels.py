@@ -1,13 +1,15 @@
 """LSTM and GRU over the packed layout, values and gradients by hand, into buffers that are written in place.
 
-What does not depend on the recurrence is one operation over all rows: the input's share of the gates; in the backward
-the slopes of the gates and the gradients of the weights and of the input. A time step keeps one matrix product and a
-few short operations in place. These functions know nothing of autograd: `rnn_packed` gives them to it.
+What does not depend on the recurrence is one operation over the rows of many time steps: the input's share of the
+gates; in the backward the slopes of the gates and the gradients of the weights and of the input. A time step keeps one
+matrix product and a few short operations in place. All of it goes block by block, over as many time steps as fit a
+core's cache: over all rows at once the short operations would spend most of their time waiting for memory. These
+functions know nothing of autograd: `rnn_packed` gives them to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from dwiml_func.models.rnn_scan import State, Weights
 
 __all__ = ["KERNELS", "Gradients", "Kernel"]
+
+_BLOCK_ROWS = 512  # of 400 gates in float32 that is 0.8 MB
 
 # out = grad * y * (1 - y) and out = grad * (1 - y * y): one pass each, where a formula would take three.
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -40,7 +44,7 @@ class Kernel(NamedTuple):
 
     Args:
         forward: (x, batch_sizes, weights, state), those of `plain_scan`, to the outputs (P, H), the last state, and the
-            activations: two tensors of P rows which the backward needs.
+            activations: two tensors which the backward needs.
         backward: (x, batch_sizes, weights, state, outputs, activations, gradient of the outputs (P, H), gradients of
             the last state, whether x's gradient is wanted, whether the weights' are) to the gradients.
 
@@ -49,7 +53,7 @@ class Kernel(NamedTuple):
         >>> zeros = torch.zeros(2, 2)
         >>> outputs, last, activations = KERNELS["lstm"].forward(torch.ones(3, 3), [2, 1], weights, (zeros, zeros))
         >>> [tuple(activation.shape) for activation in activations]
-        [(3, 8), (3, 2)]
+        [(3, 8), (2, 3, 2)]
     """
 
     forward: Callable[[Tensor, Sequence[int], Weights, State], tuple[Tensor, State, tuple[Tensor, Tensor]]]
@@ -58,34 +62,42 @@ class Kernel(NamedTuple):
     ]
 
 
+class _Block(NamedTuple):
+    """Consecutive time steps, and their rows."""
+
+    steps: slice
+    rows: slice
+
+
 def _lstm_forward(
     x: Tensor, batch_sizes: Sequence[int], weights: Weights, state: State
 ) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     size = weight_hh.shape[1]
-    gates = torch.addmm(bias_ih + bias_hh, x, weight_ih.t())
-    cells, outputs = gates.new_empty(len(x), size), gates.new_empty(len(x), size)
-    recurrent = weight_hh.t().contiguous()  # a product of few rows is faster so
+    gates = x.new_empty(len(x), 4 * size)
+    outputs, cells_and_tanhs = x.new_empty(len(x), size), x.new_empty(2, len(x), size)
+    cells, tanhs = cells_and_tanhs
+    bias = bias_ih + bias_hh
+    for_input, for_hidden = weight_ih.t().contiguous(), weight_hh.t().contiguous()  # products are faster so
+    all_gates = _steps(batch_sizes, gates, gates[:, : 2 * size])
+    each_gate, results = _steps(batch_sizes, *gates.split(size, dim=1)), _steps(batch_sizes, cells, tanhs, outputs)
     hidden, cell = state
-    for rows, in_forget, in_gate, forget_gate, candidate, out_gate, new_cell, new_hidden in zip(
-        gates.split(batch_sizes),
-        gates[:, : 2 * size].split(batch_sizes),
-        *(column.split(batch_sizes) for column in gates.split(size, dim=1)),
-        cells.split(batch_sizes),
-        outputs.split(batch_sizes),
-        strict=True,
-    ):
-        num_rows = len(rows)
-        if num_rows < len(hidden):
-            hidden, cell = hidden[:num_rows], cell[:num_rows]
-        rows.addmm_(hidden, recurrent)
-        in_forget.sigmoid_()
-        candidate.tanh_()
-        out_gate.sigmoid_()
-        torch.mul(forget_gate, cell, out=new_cell).addcmul_(in_gate, candidate)
-        torch.tanh(new_cell, out=new_hidden).mul_(out_gate)
-        hidden, cell = new_hidden, new_cell
-    return outputs, (_last_rows(outputs, batch_sizes), _last_rows(cells, batch_sizes)), (gates, cells)
+    for steps, rows in _blocks(batch_sizes):
+        torch.addmm(bias, x[rows], for_input, out=gates[rows])
+        for (step_gates, in_forget), (in_gate, forget_gate, candidate, out_gate), (new_cell, tanh, new_hidden) in zip(
+            all_gates[steps], each_gate[steps], results[steps], strict=True
+        ):
+            if len(step_gates) < len(hidden):
+                hidden, cell = hidden[: len(step_gates)], cell[: len(step_gates)]
+            step_gates.addmm_(hidden, for_hidden)
+            in_forget.sigmoid_()
+            candidate.tanh_()
+            out_gate.sigmoid_()
+            torch.mul(forget_gate, cell, out=new_cell).addcmul_(in_gate, candidate)
+            torch.tanh(new_cell, out=tanh)
+            torch.mul(tanh, out_gate, out=new_hidden)
+            hidden, cell = new_hidden, new_cell
+    return outputs, (_last_rows(outputs, batch_sizes), _last_rows(cells, batch_sizes)), (gates, cells_and_tanhs)
 
 
 def _lstm_backward(
@@ -102,49 +114,50 @@ def _lstm_backward(
 ) -> Gradients:
     weight_ih, weight_hh, _, _ = weights
     size = weight_hh.shape[1]
-    gates, cells = activations
-    in_gate, forget_gate, candidate, out_gate = gates.split(size, dim=1)
-    # First the gates' slopes by the cell (input, forget, candidate) or by the hidden state (output), then in the loop
-    # multiplied in place by the gradient of that.
-    grad_gates = torch.empty_like(gates)
-    grad_in, grad_forget, grad_candidate, grad_out = grad_gates.split(size, dim=1)
-    slopes = cells.tanh()  # of the cell by the hidden state, below
-    _sigmoid_backward(candidate, in_gate, grad_input=grad_in)
-    _sigmoid_backward(_rows_before(cells, batch_sizes, state[1]), forget_gate, grad_input=grad_forget)
-    _tanh_backward(in_gate, candidate, grad_input=grad_candidate)
-    _sigmoid_backward(slopes, out_gate, grad_input=grad_out)
-    _tanh_backward(out_gate, slopes, grad_input=slopes)
-
+    gates, (cells, tanhs) = activations
+    blocks = _blocks(batch_sizes)
+    # First the slopes of the gates by the cell (input, forget, candidate) or by the hidden state (output), then in the
+    # loop multiplied in place by the gradient of that.
+    grad_gates = gates.new_empty(_most_rows(blocks), 4 * size)
+    slopes = gates.new_empty(len(grad_gates), size)  # of the cell by the hidden state
+    grad_x = x.new_empty(x.shape) if wants_x else None
+    grad_ih, grad_hh, grad_bias = (x.new_zeros(shape) for shape in ((x.shape[1], 4 * size), (size, 4 * size), 4 * size))
     grad_hidden = _with_last(grad_outputs, batch_sizes, grad_last[0])
-    grad_cell = grad_last[1].clone(memory_format=torch.contiguous_format)
+    grad_state, grad_cell = torch.zeros_like(state[0]), grad_last[1].clone(memory_format=torch.contiguous_format)
+    hidden_steps = _steps(batch_sizes, grad_hidden, gates[:, size : 2 * size])
+    hidden_before = _before(batch_sizes, [step for step, _ in hidden_steps], grad_state)
     running, running_of_three = grad_cell[:0], grad_cell[:0]
-    after = None  # the gates' gradients of the step after
-    for step_hidden, slope, by_cell, by_hidden, forget, step_gates in _backwards(
-        grad_hidden.split(batch_sizes),
-        slopes.split(batch_sizes),
-        grad_gates.unflatten(1, (4, size))[:, :3].split(batch_sizes),
-        grad_out.split(batch_sizes),
-        forget_gate.split(batch_sizes),
-        grad_gates.split(batch_sizes),
-    ):
-        if after is not None:
-            (step_hidden if len(after) == len(step_hidden) else step_hidden[: len(after)]).addmm_(after, weight_hh)
-        if len(running) < len(step_hidden):
-            running = grad_cell[: len(step_hidden)]
-            running_of_three = running.unsqueeze(1)
-        running.addcmul_(step_hidden, slope)
-        by_hidden.mul_(step_hidden)
-        by_cell.mul_(running_of_three)
-        running.mul_(forget)
-        after = step_gates
-    grad_state = (torch.mm(grad_gates[: batch_sizes[0]], weight_hh), grad_cell)
-
-    grad_weights = None
-    if wants_weights:
-        grad_bias = grad_gates.sum(0)
-        hidden = _rows_before(outputs, batch_sizes, state[0])
-        grad_weights = (grad_gates.t() @ x, grad_gates.t() @ hidden, grad_bias, grad_bias.clone())
-    return Gradients(grad_gates @ weight_ih if wants_x else None, grad_state, grad_weights)
+    for block in reversed(blocks):
+        steps, rows = block
+        in_gate, forget_gate, candidate, out_gate = gates[rows].split(size, dim=1)
+        step_sizes, num_rows = batch_sizes[steps], rows.stop - rows.start
+        block_grads, block_slopes = grad_gates[:num_rows], slopes[:num_rows]
+        grad_in, grad_forget, grad_candidate, grad_out = block_grads.split(size, dim=1)
+        _sigmoid_backward(candidate, in_gate, grad_input=grad_in)
+        _sigmoid_backward(_rows_before(cells, batch_sizes, block, state[1]), forget_gate, grad_input=grad_forget)
+        _tanh_backward(in_gate, candidate, grad_input=grad_candidate)
+        _sigmoid_backward(tanhs[rows], out_gate, grad_input=grad_out)
+        _tanh_backward(out_gate, tanhs[rows], grad_input=block_slopes)
+        inner = _steps(step_sizes, block_slopes, block_grads.unflatten(1, (4, size))[:, :3], grad_out, block_grads)
+        for (step_hidden, forget), before, (slope, by_cell, by_hidden, step_grads) in zip(
+            reversed(hidden_steps[steps]), reversed(hidden_before[steps]), reversed(inner), strict=True
+        ):
+            if len(running) < len(step_hidden):
+                running = grad_cell[: len(step_hidden)]
+                running_of_three = running.unsqueeze(1)
+            running.addcmul_(step_hidden, slope)
+            by_hidden.mul_(step_hidden)
+            by_cell.mul_(running_of_three)
+            running.mul_(forget)
+            before.addmm_(step_grads, weight_hh)
+        if grad_x is not None:
+            torch.mm(block_grads, weight_ih, out=grad_x[rows])
+        if wants_weights:
+            grad_ih.addmm_(x[rows].t(), block_grads)  # faster than its transpose
+            grad_hh.addmm_(_rows_before(outputs, batch_sizes, block, state[0]).t(), block_grads)
+            grad_bias += block_grads.sum(0)
+    grad_weights = (grad_ih.t().contiguous(), grad_hh.t().contiguous(), grad_bias, grad_bias.clone())
+    return Gradients(grad_x, (grad_state, grad_cell), grad_weights if wants_weights else None)
 
 
 def _gru_forward(
@@ -154,26 +167,22 @@ def _gru_forward(
     size = weight_hh.shape[1]
     bias = bias_ih.clone()
     bias[: 2 * size] += bias_hh[: 2 * size]
-    gates = torch.addmm(bias, x, weight_ih.t())
+    gates, outputs = x.new_empty(len(x), 3 * size), x.new_empty(len(x), size)
     shares = bias_hh[2 * size :].repeat(len(x), 1)  # the hidden state's shares of the candidates
-    outputs = gates.new_empty(len(x), size)
+    for_input = weight_ih.t().contiguous()  # products are faster so
     for_gates, for_candidate = (part.t().contiguous() for part in weight_hh.split([2 * size, size]))
+    all_steps = _steps(batch_sizes, gates[:, : 2 * size], *gates.split(size, dim=1), shares, outputs)
     (hidden,) = state
-    for reset_update, reset, update, candidate, share, new_hidden in zip(
-        gates[:, : 2 * size].split(batch_sizes),
-        *(column.split(batch_sizes) for column in gates.split(size, dim=1)),
-        shares.split(batch_sizes),
-        outputs.split(batch_sizes),
-        strict=True,
-    ):
-        num_rows = len(reset)
-        if num_rows < len(hidden):
-            hidden = hidden[:num_rows]
-        reset_update.addmm_(hidden, for_gates).sigmoid_()
-        share.addmm_(hidden, for_candidate)
-        candidate.addcmul_(reset, share).tanh_()
-        torch.lerp(candidate, hidden, update, out=new_hidden)
-        hidden = new_hidden
+    for steps, rows in _blocks(batch_sizes):
+        torch.addmm(bias, x[rows], for_input, out=gates[rows])
+        for reset_update, reset, update, candidate, share, new_hidden in all_steps[steps]:
+            if len(reset) < len(hidden):
+                hidden = hidden[: len(reset)]
+            reset_update.addmm_(hidden, for_gates).sigmoid_()
+            share.addmm_(hidden, for_candidate)
+            candidate.addcmul_(reset, share).tanh_()
+            torch.lerp(candidate, hidden, update, out=new_hidden)
+            hidden = new_hidden
     return outputs, (_last_rows(outputs, batch_sizes),), (gates, shares)
 
 
@@ -192,53 +201,87 @@ def _gru_backward(
     weight_ih, weight_hh, _, _ = weights
     size = weight_hh.shape[1]
     gates, shares = activations
-    reset, update, candidate = gates.split(size, dim=1)
-    before = _rows_before(outputs, batch_sizes, state[0])
+    blocks = _blocks(batch_sizes)
     # First the slopes of the reset gate, the update gate and the share by the hidden state, then in the loop multiplied
     # in place by its gradient.
-    grad_gates = torch.empty_like(gates)
-    grad_reset, grad_update, grad_share = grad_gates.split(size, dim=1)
-    slopes = 1 - update  # of the candidate, before its tanh
-    _tanh_backward(slopes, candidate, grad_input=slopes)
-    _sigmoid_backward(shares, reset, grad_input=grad_reset)
-    grad_reset.mul_(slopes)
-    _sigmoid_backward(before - candidate, update, grad_input=grad_update)
-    torch.mul(slopes, reset, out=grad_share)
-
+    grad_gates = gates.new_empty(_most_rows(blocks), 3 * size)
+    grad_x = x.new_empty(x.shape) if wants_x else None
+    grad_ih, grad_hh = x.new_zeros(x.shape[1], 3 * size), x.new_zeros(size, 3 * size)
+    grad_bias_ih, grad_bias_hh = x.new_zeros(3 * size), x.new_zeros(3 * size)
     grad_hidden = _with_last(grad_outputs, batch_sizes, grad_last[0])
     grad_state = torch.zeros_like(state[0])
-    steps = grad_hidden.split(batch_sizes)
-    for step_hidden, step_before, by_hidden, keep, step_gates in _backwards(
-        steps,
-        (grad_state, *steps[:-1]),
-        grad_gates.unflatten(1, (3, size)).split(batch_sizes),
-        update.split(batch_sizes),
-        grad_gates.split(batch_sizes),
-    ):
-        num_rows = len(step_hidden)
-        by_hidden.mul_(step_hidden.unsqueeze(1))
-        if num_rows < len(step_before):
-            step_before = step_before[:num_rows]
-        step_before.addcmul_(step_hidden, keep).addmm_(step_gates, weight_hh)
+    hidden_steps = _steps(batch_sizes, grad_hidden, gates[:, size : 2 * size])
+    hidden_before = _before(batch_sizes, [step for step, _ in hidden_steps], grad_state)
+    for block in reversed(blocks):
+        steps, rows = block
+        reset, update, candidate = gates[rows].split(size, dim=1)
+        before = _rows_before(outputs, batch_sizes, block, state[0])
+        block_grads = grad_gates[: len(before)]
+        grad_reset, grad_update, grad_share = block_grads.split(size, dim=1)
+        slopes = 1 - update  # of the candidate, before its tanh
+        _tanh_backward(slopes, candidate, grad_input=slopes)
+        _sigmoid_backward(shares[rows], reset, grad_input=grad_reset)
+        grad_reset.mul_(slopes)
+        _sigmoid_backward(before - candidate, update, grad_input=grad_update)
+        torch.mul(slopes, reset, out=grad_share)
+        inner = _steps(batch_sizes[steps], block_grads.unflatten(1, (3, size)), block_grads)
+        for (step_hidden, keep), step_before, (by_hidden, step_grads) in zip(
+            reversed(hidden_steps[steps]), reversed(hidden_before[steps]), reversed(inner), strict=True
+        ):
+            by_hidden.mul_(step_hidden.unsqueeze(1))
+            step_before.addcmul_(step_hidden, keep).addmm_(step_grads, weight_hh)
+        if wants_weights:
+            grad_hh.addmm_(before.t(), block_grads)  # faster than its transpose
+            grad_bias_hh += block_grads.sum(0)
+        torch.mul(
+            slopes, grad_hidden[rows], out=grad_share
+        )  # now of the candidate: the input's share has no reset gate
+        if wants_weights:
+            grad_ih.addmm_(x[rows].t(), block_grads)
+            grad_bias_ih += block_grads.sum(0)
+        if grad_x is not None:
+            torch.mm(block_grads, weight_ih, out=grad_x[rows])
+    grad_weights = (grad_ih.t().contiguous(), grad_hh.t().contiguous(), grad_bias_ih, grad_bias_hh)
+    return Gradients(grad_x, (grad_state,), grad_weights if wants_weights else None)
 
-    grad_weights_hh = grad_bias_hh = None
-    if wants_weights:
-        grad_weights_hh, grad_bias_hh = grad_gates.t() @ before, grad_gates.sum(0)
-    torch.mul(slopes, grad_hidden, out=grad_share)  # from here on of the candidate: the input's share has no reset gate
-    grad_weights = None
-    if grad_weights_hh is not None and grad_bias_hh is not None:
-        grad_weights = (grad_gates.t() @ x, grad_weights_hh, grad_gates.sum(0), grad_bias_hh)
-    return Gradients(grad_gates @ weight_ih if wants_x else None, (grad_state,), grad_weights)
+
+def _blocks(batch_sizes: Sequence[int]) -> list[_Block]:
+    """All time steps, in blocks of about `_BLOCK_ROWS` rows."""
+    blocks, first_step, first_row, end_row = [], 0, 0, 0
+    for step, num_rows in enumerate(batch_sizes):
+        end_row += num_rows
+        if end_row - first_row >= _BLOCK_ROWS or step + 1 == len(batch_sizes):
+            blocks.append(_Block(slice(first_step, step + 1), slice(first_row, end_row)))
+            first_step, first_row = step + 1, end_row
+    return blocks
 
 
-def _backwards(*steps: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(reversed(step) for step in steps), strict=True)
+def _most_rows(blocks: Sequence[_Block]) -> int:
+    return max(rows.stop - rows.start for _, rows in blocks)
 
 
-def _rows_before(rows: Tensor, batch_sizes: Sequence[int], first: Tensor) -> Tensor:
-    """For each packed row the row of its sequence one step before; `first` before the first step."""
-    steps = rows.split(batch_sizes)
-    return torch.cat([first, *(step[:num_rows] for step, num_rows in zip(steps, batch_sizes[1:], strict=False))])
+def _steps(batch_sizes: Sequence[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each tensor's rows at each time step."""
+    return list(zip(*(tensor.split(batch_sizes) for tensor in tensors), strict=True))
+
+
+def _before(batch_sizes: Sequence[int], steps: Sequence[Tensor], first: Tensor) -> list[Tensor]:
+    """At each time step the rows one step before, of the sequences that still run; `first` before the first step."""
+    pairs = zip((first, *steps), batch_sizes, strict=False)
+    return [step if len(step) == size else step[:size] for step, size in pairs]
+
+
+def _rows_before(rows: Tensor, batch_sizes: Sequence[int], block: _Block, first: Tensor) -> Tensor:
+    """For each packed row of a block the row of its sequence one step before; `first` before the first step."""
+    sizes, end_row = batch_sizes[block.steps], block.rows.stop - batch_sizes[block.steps.stop - 1]
+    if block.steps.start == 0:
+        return torch.cat(_before(sizes, rows[:end_row].split(sizes[:-1]), first))
+    size_before = batch_sizes[block.steps.start - 1]
+    rows = rows[block.rows.start - size_before : end_row]
+    if sizes[-1] == size_before:  # none ended
+        return rows
+    first, *steps = rows.split([size_before, *sizes[:-1]])
+    return torch.cat(_before(sizes, steps, first))
 
 
 def _last_rows(rows: Tensor, batch_sizes: Sequence[int]) -> Tensor:
