@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import cast
 
@@ -11,10 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from dwiml_func.models.rnn_native import native_scan
 from dwiml_func.models.rnn_packed import packed_scan
 from dwiml_func.models.rnn_scan import State, Weights, plain_scan
+from dwiml_func.transforms import is_transformed
 
 __all__ = ["RecurrentLayer", "StackedRNN"]
+
+Scan = Callable[[str, Tensor, Sequence[int], Weights, State], tuple[Tensor, State]]
+"""(rnn_key, x, batch_sizes, weights, state) to the outputs and the last state, see `plain_scan`."""
 
 _NUM_STATES = {"lstm": 2, "gru": 1}  # tensors in the carried state
 _NUM_GATES = {"lstm": 4, "gru": 3}
@@ -104,8 +109,16 @@ class RecurrentLayer(torch.nn.Module):
         if state is None:
             zeros = x.new_zeros(batch_sizes[0], self.hidden_size)
             state = (zeros,) * _NUM_STATES[self.rnn_key]
-        scan = plain_scan if torch.compiler.is_compiling() else packed_scan
-        return scan(self.rnn_key, x, batch_sizes, self.weights, state)
+        return _scan_for(x.device)(self.rnn_key, x, batch_sizes, self.weights, state)
+
+
+def _scan_for(device: torch.device) -> Scan:
+    """The fastest way to run a layer that works here."""
+    if torch.compiler.is_compiling():
+        return plain_scan
+    if device.type == "cuda" and torch.backends.cudnn.enabled and not is_transformed():
+        return native_scan
+    return packed_scan
 
 
 class StackedRNN(torch.nn.Module):

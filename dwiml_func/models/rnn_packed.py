@@ -152,8 +152,11 @@ class _Backward(Function):
 
 
 def _push_forward(function: Callable, primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple:
+    """The derivative along tangents, as the transpose of the transpose: forward mode within forward mode fails."""
     given = (torch.zeros_like(y) if tangent is None else tangent for tangent, y in zip(tangents, primals, strict=True))
-    return torch.func.jvp(function, tuple(primals), tuple(given))[1]
+    results, pull = _vjp(function, *primals)
+    _, push = _vjp(lambda *cotangents: pull(cotangents), *(torch.zeros_like(y) for y in results))
+    return push(tuple(given))
 
 
 def _vjp(function: Callable, *primals: Tensor) -> tuple[Any, Callable]:
