@@ -18,7 +18,6 @@ from dwiml_func.sharding import ALONE, Peers
 from dwiml_func.snapshot import Snapshot, list_snapshots, restore_newest
 from dwiml_func.state import TrainState
 from dwiml_func.wiring import Setup, prepare
-from dwiml_func.writers.npy import write_npy
 
 __all__ = ["refuse_to_continue", "resume_experiment"]
 
@@ -38,8 +37,8 @@ def resume_experiment(
 ) -> tuple[Setup, TrainState, tuple[EpochReport, ...]]:
     """Make ready to go on with an experiment, from its newest sound snapshot or, where there is none, from the start.
 
-    Removes what a crash left behind, writes logs and best model again where it came between them, and sets damaged
-    snapshots aside, as `checkpoint/<name>.damaged`. Hold the experiment's lock, see `dwiml_func.lock`.
+    Removes what a crash left behind, writes the best model again where it came before that, and sets damaged snapshots
+    aside, as `checkpoint/<name>.damaged`. Hold the experiment's lock, see `dwiml_func.lock`.
 
     Args:
         directory: the experiment.
@@ -89,7 +88,6 @@ def resume_experiment(
         atomic_write(directory / "config.json", changed.to_json())
     if history:
         mend_best_model(directory, setup, state)
-        _write_logs(directory, history)
     return setup, state, history
 
 
@@ -146,10 +144,3 @@ def _set_aside(path: Path) -> None:
     aside = path.with_name(f"{path.name}.damaged")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)
-
-
-def _write_logs(directory: Path, history: tuple[EpochReport, ...]) -> None:
-    try:
-        write_npy(directory, history)
-    except OSError as error:
-        _log.warning("Logs of %s were not written: %s. Training goes on.", directory, error)

@@ -25,13 +25,12 @@ from dwiml_func.schedule import per_epoch
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.state import TrainState
 from dwiml_func.wiring import Setup
-from dwiml_func.writers.npy import write_npy
+from dwiml_func.writers.jsonl import jsonl
+from dwiml_func.writers.npy import npy
 from dwiml_func.writers.parameters import write_parameters
+from dwiml_func.writers.writer import Writer, fan_out
 
-__all__ = ["LogWriter", "run_experiment"]
-
-LogWriter = Callable[[Path, Sequence[EpochReport]], None]
-"""`write(directory, history)`: writes logs of an experiment from the reports of all epochs so far."""
+__all__ = ["run_experiment"]
 
 
 def run_experiment(
@@ -41,13 +40,14 @@ def run_experiment(
     state: TrainState | None = None,
     history: Sequence[EpochReport] = (),
     on_batch: Callable[[TrainState, Metrics], None] | None = None,
-    writers: Sequence[LogWriter] = (write_npy,),
+    write: Writer | None = None,
     stop: StopRequest | None = None,
 ) -> Iterator[EpochReport]:
     """Train; save snapshots as the config says and, with each that ends an epoch, the best model and the logs.
 
     Snapshots, best model and logs are written in the background, in this order, so that a crash leaves none of them
-    ahead of the snapshot. Sets torch's number of threads. Hold the experiment's lock, see `dwiml_func.lock`.
+    ahead of the snapshot, and a resume writes what it left out. Sets torch's number of threads. Hold the experiment's
+    lock, see `dwiml_func.lock`.
 
     Args:
         directory: the experiment.
@@ -55,7 +55,8 @@ def run_experiment(
         state: where to go on from; None starts at the beginning.
         history: the reports of the epochs before `state`.
         on_batch: called after each training batch, e.g. by a progress bar.
-        writers: what writes the logs. One that fails is warned of once, and cannot stop the training.
+        write: writes the logs. It is given the history first, then each epoch whose snapshot is saved; an error of it
+            is warned of once, and cannot stop the training. None writes those of an experiment, `fan_out()` none.
         stop: looked at after each batch; see `dwiml_func.interruption.stop_on_signals`.
 
     Yields:
@@ -76,10 +77,13 @@ def run_experiment(
     stop = StopRequest(peers=setup.peers) if stop is None else stop
     if setup.peers.size > 1:
         _require_same_start(setup, state)
+    write = fan_out(*((npy(directory), jsonl(directory)) if write is None else (write,)))
     if setup.peers.rank == 0:
         write_parameters(directory, config, nb_features=setup.nb_features, now=datetime.now())
+        if history:
+            write(*history)
     with _saver(directory, setup) as saver:
-        run = _Run(directory, setup, saver, tuple(history), stop, on_batch, _Quiet(writers))
+        run = _Run(directory, setup, saver, tuple(history), stop, on_batch, write)
         try:
             yield from run.epochs(state)
         except PeerLostError:
@@ -131,7 +135,7 @@ class _Run:
         history: tuple[EpochReport, ...],
         stop: StopRequest,
         on_batch: Callable[[TrainState, Metrics], None] | None,
-        write: LogWriter,
+        write: Writer,
     ) -> None:
         self._directory = directory
         self._setup = setup
@@ -142,6 +146,7 @@ class _Run:
         self._write = write
         self._cadence = setup.config.snapshots.cadence
         self._unsaved: TrainState | None = None  # the state after the last batch, where no snapshot has it
+        self._unwritten: tuple[EpochReport, ...] = ()  # those of epochs that no snapshot has
         self._saved_at = time.monotonic()
 
     def epochs(self, state: TrainState) -> Iterator[EpochReport]:
@@ -160,9 +165,10 @@ class _Run:
         )
         for state, report in epochs:
             self._history = (*self._history, report)
+            self._unwritten = (*self._unwritten, report)
             stopping = self._stop.agreed() and report.stop is None
             if self._cadence.due_after_epoch(report.epoch) or report.is_best or report.stop or stopping:
-                self._save(state, then=self._after_save(report, self._history))
+                self._save(state, is_best=report.is_best)
             else:
                 self._unsaved = state
             yield report
@@ -186,18 +192,18 @@ class _Run:
         if self._cadence.due_within_epoch(batch=state.batch, seconds=time.monotonic() - self._saved_at):
             self._save(state)
 
-    def _save(self, state: TrainState, then: Callable[[TrainState], None] | None = None) -> None:
+    def _save(self, state: TrainState, *, is_best: bool = False) -> None:
+        reports, self._unwritten = self._unwritten, ()
+
+        def then(state: TrainState) -> None:
+            if is_best:
+                save_best_model(self._directory, self._setup, state)
+            if reports:
+                self._write(*reports)
+
         self._saver.save(state, self._history, then=then)
         self._unsaved = None
         self._saved_at = time.monotonic()
-
-    def _after_save(self, report: EpochReport, history: Sequence[EpochReport]) -> Callable[[TrainState], None]:
-        def then(state: TrainState) -> None:
-            if report.is_best:
-                save_best_model(self._directory, self._setup, state)
-            self._write(self._directory, history)
-
-        return then
 
     def _stoppable(self, batches: Callable[[Key, int, int], Iterable[Any]]) -> Callable[[Key, int, int], Iterator[Any]]:
         def stoppable(key: Key, epoch: int, start_batch: int) -> Iterator[Any]:
@@ -207,27 +213,6 @@ class _Run:
                 yield batch
 
         return stoppable
-
-
-class _Quiet:
-    """All writers as one; each that fails is warned of once."""
-
-    def __init__(self, writers: Sequence[LogWriter]) -> None:
-        self._writers = writers
-        self._failed: set[int] = set()
-
-    def __call__(self, directory: Path, history: Sequence[EpochReport]) -> None:
-        for number, write in enumerate(self._writers):
-            try:
-                write(directory, history)
-            except Exception as error:
-                if number not in self._failed:
-                    logging.getLogger(__name__).warning(
-                        "Logs of %s were not written: %s. Training goes on; the next resume writes them.",
-                        directory,
-                        error,
-                    )
-                self._failed.add(number)
 
 
 def _set_num_threads(wanted: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,14 +59,23 @@ def results(directory: Path) -> dict[str, Any]:
         {name: value for name, value in report.items() if not name.endswith("_minutes")}
         for report in read_record(directory)["history"]
     ]
-    logs = sorted(path for path in (directory / "logs").iterdir() if path.name not in DURATIONS)
     return {
         "digest": latest_digest(directory),
         "history": history,
         "best_model": combine_digests({row["name"]: row["sha256"] for row in manifest["leaves"]}, {}),
         "best_epoch_losses": (directory / "best_epoch_losses.json").read_bytes(),
-        **{path.name: path.read_bytes() for path in logs},
+        **logs(directory),
     }
+
+
+def logs(directory: Path) -> dict[str, Any]:
+    """What stands in each of a run's logs, durations aside."""
+    folder = directory / "logs"
+    arrays = {path.name: path.read_bytes() for path in folder.glob("*.npy") if path.name not in DURATIONS}
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [{name: value for name, value in json.loads(line).items() if "_minutes" not in name} for line in lines]
+    assert all(name in arrays or name in DURATIONS or name == "metrics.jsonl" for name in os.listdir(folder))
+    return {**arrays, "metrics.jsonl": rows}
 
 
 def files(directory: Path) -> list[str]:

@@ -6,14 +6,13 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from report_cases import report
 
-from dwiml_func import EpochReport
 from dwiml_func.best import Best
-from dwiml_func.writers.npy import epoch_arrays, write_npy
+from dwiml_func.writers.npy import epoch_arrays, npy
 
 REFERENCE_NAMES = {
     "train_loss_monitor_per_epoch",
@@ -24,23 +23,6 @@ REFERENCE_NAMES = {
     "validation_time_monitor_duration",
 }
 """Files that dwi_ml's trainer leaves in logs/, as its plotting scripts look for them."""
-
-
-def report(epoch: int, **changes: Any) -> EpochReport:
-    values: dict[str, Any] = {
-        "epoch": epoch,
-        "learning_rate": 0.1 / epoch,
-        "train": {"loss": 1.0 / epoch, "unclipped_grad_norm": 5.0 * epoch, "grad_norm": 1.0, "angular_error": 30.0},
-        "valid": {"loss": 2.0 / epoch, "angular_error": 40.0},
-        "num_batches": 3,
-        "num_points": 30.0,
-        "best": Best(2.0 / epoch, epoch, 0),
-        "is_best": True,
-        "stop": None,
-        "train_minutes": 0.25 * epoch,
-        "valid_minutes": 0.125,
-    }
-    return EpochReport(**values | changes)
 
 
 def logs(directory: Path) -> dict[str, np.ndarray]:
@@ -88,8 +70,9 @@ def test_without_validation_there_is_no_validation_loss():
 
 
 def test_every_call_writes_the_whole_history(tmp_path):
-    write_npy(tmp_path, [report(1)])
-    write_npy(tmp_path, [report(1), report(2)])
+    write = npy(tmp_path)
+    write(report(1))
+    write(report(2))
     written, expected = logs(tmp_path), epoch_arrays([report(1), report(2)])
     assert set(written) == set(expected)
     for name, array in expected.items():
@@ -99,31 +82,34 @@ def test_every_call_writes_the_whole_history(tmp_path):
 
 def test_the_losses_of_the_best_epoch_are_the_references_file(tmp_path):
     history = [report(1), report(2, best=Best(2.0, 1, 1), is_best=False)]
-    write_npy(tmp_path, history)
+    write = npy(tmp_path)
+    write(*history)
     text = (tmp_path / "best_epoch_losses.json").read_text()
     assert json.loads(text) == {"train_loss": 1.0, "valid_loss": 2.0}
-    write_npy(tmp_path, [*history, report(3)])
+    write(report(3))
     assert json.loads((tmp_path / "best_epoch_losses.json").read_text()) == {"train_loss": 1 / 3, "valid_loss": 2 / 3}
 
 
 def test_without_validation_the_best_epoch_has_no_validation_loss(tmp_path):
-    write_npy(tmp_path, [report(1, valid={})])
+    npy(tmp_path)(report(1, valid={}))
     assert json.loads((tmp_path / "best_epoch_losses.json").read_text()) == {"train_loss": 1.0, "valid_loss": None}
 
 
-@pytest.mark.parametrize("history", [[], [report(1, best=Best(num_bad_epochs=1), is_best=False)]], ids=["none", "bad"])
-def test_without_a_best_epoch_there_is_no_file_of_it(tmp_path, history):
-    write_npy(tmp_path, history)
+def test_without_a_best_epoch_there_is_no_file_of_it(tmp_path):
+    npy(tmp_path)(report(1, best=Best(num_bad_epochs=1), is_best=False))
     assert os.listdir(tmp_path) == ["logs"]
 
 
-def test_a_full_disk_leaves_the_older_logs(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_older_logs_until_there_is_space_again(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError("No space left on device")
 
-    write_npy(tmp_path, [report(1)])
+    write = npy(tmp_path)
+    write(report(1))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail)
         with pytest.raises(OSError, match="No space left"):
-            write_npy(tmp_path, [report(1), report(2)])
+            write(report(2))
     assert {array.shape for array in logs(tmp_path).values()} == {(1,)}
+    write(report(3))
+    assert {array.shape for array in logs(tmp_path).values()} == {(3,)}

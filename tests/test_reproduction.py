@@ -124,7 +124,8 @@ config = read_config(source)
 setup = prepare(config)
 if what == "validation":
     setup = dataclasses.replace(setup, valid=None)
-writers = {"writers": ()} if what == "writers" else {}
+from dwiml_func.writers.writer import fan_out
+writers = {"write": fan_out()} if what == "writers" else {}
 for report in run_experiment(create_experiment(folder, "run", config), setup, **writers):
     pass
 """

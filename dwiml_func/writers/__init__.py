@@ -1,1 +1,1 @@
-"""What is written about a run: logs, parameters, progress. Each writer is fed with `EpochReport`s."""
+"""What is written about a run: logs, parameters, progress. Writers are callables on `EpochReport`s, see `writer`."""

@@ -1,21 +1,20 @@
-"""Logs under the reference's file names, so that its plotting scripts read our runs.
-
-Every call writes all epochs anew from the history, which is part of the snapshot: logs are never out of step with it.
-"""
+"""Logs under the reference's file names, so that its plotting scripts read our runs."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dwiml_func.atomic import atomic_write
 from dwiml_func.loop import EpochReport
+from dwiml_func.writers.writer import Writer, from_history
 
-__all__ = ["epoch_arrays", "write_npy"]
+__all__ = ["epoch_arrays", "npy"]
 
 
 def epoch_arrays(history: Sequence[EpochReport]) -> dict[str, np.ndarray]:
@@ -48,25 +47,28 @@ def epoch_arrays(history: Sequence[EpochReport]) -> dict[str, np.ndarray]:
     return {name: np.array(values, dtype=np.float64) for name, values in arrays.items()}
 
 
-def write_npy(directory: str | Path, history: Sequence[EpochReport]) -> None:
-    """Write `logs/*.npy` and `best_epoch_losses.json` of an experiment.
+def npy(directory: str | Path) -> Writer:
+    """A writer of `logs/*.npy` and `best_epoch_losses.json`, written anew with every report.
 
     Args:
         directory: the experiment.
-        history: the reports of all epochs.
 
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
+    Returns:
+        The writer. It raises OSError when the disk is full, or the folder cannot be written to.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     write_npy(directory, [])
-        ...     len(list((Path(directory) / "logs").iterdir()))
-        3
+        ...     write = npy(directory)
+        ...     for state, report in train_and_validate(state, ...):  # doctest: +SKIP
+        ...         write(report)
     """
-    logs = Path(directory) / "logs"
-    logs.mkdir(exist_ok=True)
+    return from_history(partial(_write, Path(directory)))
+
+
+def _write(directory: Path, history: Sequence[EpochReport]) -> None:
+    logs = directory / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
     for name, array in epoch_arrays(history).items():
         content = io.BytesIO()
         np.save(content, array)
@@ -74,7 +76,7 @@ def write_npy(directory: str | Path, history: Sequence[EpochReport]) -> None:
     if history and history[-1].best.epoch is not None:
         best = history[history[-1].best.epoch - 1]
         losses = {"train_loss": best.train["loss"], "valid_loss": best.valid.get("loss")}
-        atomic_write(Path(directory) / "best_epoch_losses.json", json.dumps(losses, indent=4) + "\n")
+        atomic_write(directory / "best_epoch_losses.json", json.dumps(losses, indent=4) + "\n")
 
 
 def _metrics(means: object) -> list[str]:

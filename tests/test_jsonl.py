@@ -1,0 +1,56 @@
+"""Claims about `metrics.jsonl`: one object an epoch, strict JSON, always all of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from report_cases import report
+
+from dwiml_func.best import Best
+from dwiml_func.writers.jsonl import jsonl
+
+
+def rows(directory: Path) -> list[dict[str, object]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    text = (directory / "logs" / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def test_a_line_has_all_that_a_report_says_to_the_last_bit(tmp_path):
+    jsonl(tmp_path)(report(1), report(2), report(3))
+    assert rows(tmp_path)[2] == {
+        "epoch": 3,
+        "learning_rate": 0.1 / 3,
+        "train_loss": 1 / 3,
+        "train_unclipped_grad_norm": 15.0,
+        "train_grad_norm": 1.0,
+        "train_angular_error": 30.0,
+        "valid_loss": 2 / 3,
+        "valid_angular_error": 40.0,
+        "num_batches": 3,
+        "num_points": 30.0,
+        "best_epoch": 3,
+        "best_loss": 2 / 3,
+        "is_best": True,
+        "train_minutes": 0.75,
+        "valid_minutes": 0.125,
+    }
+
+
+def test_there_is_a_line_an_epoch(tmp_path):
+    write = jsonl(tmp_path)
+    write(report(1), report(2))
+    write(report(3))
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    jsonl(tmp_path)(report(1, train={"loss": math.inf}, valid={"loss": math.nan}, best=Best(), is_best=False))
+    (row,) = rows(tmp_path)
+    assert [row[name] for name in ("train_loss", "valid_loss", "best_loss", "best_epoch")] == [None] * 4
+    assert row["is_best"] is False

@@ -1,0 +1,131 @@
+"""Claims about writers: one that fails stops neither the training nor the others, and logs are whole again after it."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from report_cases import report
+
+from dwiml_func import init_state, module_loss, sgd, train_and_validate, train_step
+from dwiml_func.loop import EpochReport
+from dwiml_func.snapshot import restore_or, save
+from dwiml_func.writers.jsonl import jsonl
+from dwiml_func.writers.npy import npy
+from dwiml_func.writers.writer import Writer, fan_out, from_history
+
+
+class Failing:
+    """A writer that raises an error as long as it is told to."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error: Exception | None = error
+        self.seen: list[int] = []
+
+    def __call__(self, *reports: EpochReport) -> None:
+        self.seen += [one.epoch for one in reports]
+        if self.error is not None:
+            raise self.error
+
+
+def test_every_writer_gets_every_report_in_order():
+    seen: list[tuple[str, list[int]]] = []
+
+    def note(name: str, *reports: EpochReport) -> None:
+        seen.append((name, [one.epoch for one in reports]))
+
+    write = fan_out(partial(note, "a"), partial(note, "b"))
+    write(report(1), report(2))
+    write(report(3))
+    assert seen == [("a", [1, 2]), ("b", [1, 2]), ("a", [3]), ("b", [3])]
+
+
+def test_one_that_fails_is_warned_of_once_and_called_again_and_the_others_go_on(caplog):
+    failing, other = Failing(OSError(28, "No space left on device", "/logs/a.npy")), Failing(RuntimeError("not\nmine"))
+    seen: list[int] = []
+    write = fan_out(failing, lambda *reports: seen.append(reports[-1].epoch), other)
+    with caplog.at_level(logging.WARNING):
+        for epoch in (1, 2, 3):
+            write(report(epoch))
+    assert failing.seen == other.seen == seen == [1, 2, 3]
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "Logs were not written: [Errno 28] No space left on device: '/logs/a.npy'. Training goes on" in first
+    assert "RuntimeError: not mine. Training goes on" in second
+
+
+def test_ctrl_c_is_no_failure_of_a_writer():
+    def interrupt(*_: EpochReport) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fan_out(interrupt)(report(1))
+
+
+@pytest.mark.parametrize("nested", [fan_out(), fan_out(fan_out())])
+def test_none_is_a_writer_too(nested: Writer):
+    nested(report(1))
+
+
+def kept(*calls: tuple[EpochReport, ...]) -> list[list[int]]:
+    written: list[list[int]] = []
+    write = from_history(lambda history: written.append([one.num_batches for one in history]))
+    for reports in calls:
+        write(*reports)
+    return written
+
+
+def test_a_log_is_written_anew_from_all_epochs():
+    one, two, three = (report(epoch, num_batches=epoch) for epoch in (1, 2, 3))
+    assert kept((), (one,), (two, three)) == [[1], [1, 2, 3]]
+
+
+def test_an_epoch_that_is_done_again_takes_its_place_and_that_of_all_after_it():
+    history = [report(epoch, num_batches=epoch) for epoch in (1, 2, 3)]
+    assert kept((*history,), (report(2, num_batches=20),)) == [[1, 2, 3], [1, 20]]
+    assert kept((*history,), (*history[:2],)) == [[1, 2, 3], [1, 2]]
+
+
+def test_a_gap_is_refused_and_nothing_is_written():
+    written: list[object] = []
+    write = from_history(written.append)
+    with pytest.raises(ValueError, match=r"epoch 5 came after that of epoch 0.*write\(\*history\)"):
+        write(report(5))
+    assert written == []
+
+
+def train(directory: Path, *, killed_after: int | None = None) -> None:
+    """A loop of one's own, as the README has it; killed after an epoch's snapshot and before its logs."""
+    model = torch.nn.Linear(2, 1)
+    loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+    start, history = restore_or(directory, init_state(model, sgd(), seed=0))
+    write = fan_out(npy(directory), jsonl(directory))
+    write(*history)
+    for state, one in train_and_validate(
+        start,
+        train=lambda key, epoch, start_batch: [torch.ones(4, 2)] * (3 - start_batch),
+        step=partial(train_step, loss_fn=loss_fn, optimizer=sgd()),
+        learning_rate=0.1,
+        max_epochs=4,
+        clock=lambda: 0.0,
+    ):
+        history = (*history, one)
+        save(directory, state, history)
+        if one.epoch == killed_after:
+            return
+        write(one)
+
+
+def test_a_loop_of_ones_own_that_is_killed_and_starts_again_has_whole_logs(tmp_path):
+    torch.manual_seed(0)
+    train(tmp_path / "whole")
+    torch.manual_seed(0)
+    for epoch in (1, 3, None):
+        train(tmp_path / "killed", killed_after=epoch)
+    logs = [
+        {path.name: path.read_bytes() for path in (tmp_path / name / "logs").iterdir()} for name in ("whole", "killed")
+    ]
+    assert len(logs[0]["metrics.jsonl"].splitlines()) == 4
+    assert logs[0] == logs[1]
