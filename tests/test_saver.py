@@ -194,11 +194,11 @@ def test_snapshot_then_best_model_then_logs(tmp_path, monkeypatch):
         return call
 
     from dwiml_func import training_run
-    from dwiml_func.writers.npy import write_npy
+    from dwiml_func.writers.npy import npy
 
     monkeypatch.setattr(SAVE, observed("snapshot", save_snapshot))
     monkeypatch.setattr(training_run, "save_best_model", observed("best", training_run.save_best_model))
-    list(run_experiment(directory, prepare(config), writers=(observed("logs", write_npy),)))
+    list(run_experiment(directory, prepare(config), write=observed("logs", npy(directory))))
     assert seen == [
         ("snapshot", [], None, []),
         ("best", ["1"], None, []),
