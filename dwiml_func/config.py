@@ -19,6 +19,7 @@ from dwiml_func.schedule import parse_learning_rate
 __all__ = [
     "BatchConfig",
     "DataConfig",
+    "LoggingConfig",
     "ModelConfig",
     "Origin",
     "RunConfig",
@@ -116,6 +117,31 @@ class SnapshotConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is logged besides the files that every run has. It cannot change the training.
+
+    Example:
+        >>> LoggingConfig().uses_comet, LoggingConfig(comet_project="tracking").uses_comet
+        (False, True)
+    """
+
+    __pydantic_config__: ClassVar = STRICT
+
+    comet_workspace: str | None = None
+    """Comet workspace. With it or --comet-project, Comet logs the run: online with an API key (COMET_API_KEY, or
+    comet's config) and a network, else as an archive in logs/comet. None: the account's own."""
+    comet_project: str | None = None
+    """Comet project. None: Comet's project for runs without one."""
+    tensorboard: bool = False
+    """Write logs/tensorboard too; it needs the package tensorboard."""
+
+    @property
+    def uses_comet(self) -> bool:
+        """Whether Comet logs the run. An API key alone sends nothing."""
+        return self.comet_workspace is not None or self.comet_project is not None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """Where a forked run came from.
 
@@ -147,6 +173,7 @@ class RunConfig:
         model: the model.
         training: the training.
         snapshots: when snapshots are saved.
+        logging: what is logged besides the files that every run has.
         origin: where a forked run came from; None for one that began by itself.
 
     Raises:
@@ -166,6 +193,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     origin: Origin | None = None
 
     def __post_init__(self) -> None:

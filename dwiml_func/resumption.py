@@ -80,7 +80,7 @@ def resume_experiment(
         refuse_to_continue(state, config.training, new_max_epochs=new_max_epochs, new_patience=new_patience)
     if peers.rank > 0:
         return setup, state, history
-    for folder in (directory, directory / "checkpoint", directory / "logs"):
+    for folder in (directory, *(directory / name for name in ("checkpoint", "logs", "logs/comet", "logs/tensorboard"))):
         remove_leftovers(folder)
     for name in damaged:
         _set_aside(directory / "checkpoint" / name)

@@ -25,8 +25,7 @@ from dwiml_func.schedule import per_epoch
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.state import TrainState
 from dwiml_func.wiring import Setup
-from dwiml_func.writers.jsonl import jsonl
-from dwiml_func.writers.npy import npy
+from dwiml_func.writers.experiment import experiment_writer
 from dwiml_func.writers.parameters import write_parameters
 from dwiml_func.writers.writer import Writer, fan_out
 
@@ -77,7 +76,7 @@ def run_experiment(
     stop = StopRequest(peers=setup.peers) if stop is None else stop
     if setup.peers.size > 1:
         _require_same_start(setup, state)
-    write = fan_out(*((npy(directory), jsonl(directory)) if write is None else (write,)))
+    write = experiment_writer(directory, config) if write is None else fan_out(write)
     if setup.peers.rank == 0:
         write_parameters(directory, config, nb_features=setup.nb_features, now=datetime.now())
         if history:

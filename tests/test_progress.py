@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import sys
 import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from report_cases import report
 
-from dwiml_func import EpochReport, Key, TrainState, init_state, sgd
-from dwiml_func.best import Best
+from dwiml_func import Key, TrainState, init_state, sgd
+from dwiml_func.cli.messages import Verbosity, messages
 from dwiml_func.metrics import Sum
 from dwiml_func.writers.progress import Progress
 
+THREE = report(
+    3,
+    train={"loss": 0.12345, "angular_error": 30.0},
+    valid={"loss": 0.5, "angular_error": 12.34},
+    train_minutes=0.5,
+    valid_minutes=0.025,
+)
 
-def report(**changes: Any) -> EpochReport:
-    values: dict[str, Any] = {
-        "epoch": 3,
-        "learning_rate": 0.1,
-        "train": {"loss": 0.12345, "angular_error": 30.0},
-        "valid": {"loss": 0.5, "angular_error": 12.34},
-        "num_batches": 3,
-        "num_points": 30.0,
-        "best": Best(0.5, 3, 0),
-        "is_best": True,
-        "stop": None,
-        "train_minutes": 0.5,
-        "valid_minutes": 0.025,
-    }
-    return EpochReport(**values | changes)
+
+BATCH = {"loss": Sum(0.75, 1.0)}
 
 
 @pytest.fixture(scope="module")
@@ -84,23 +82,76 @@ def test_a_source_that_does_not_know_its_length_will_do():
 
 def test_a_terminal_shows_a_bar_with_the_loss_and_then_clears_it(state):
     progress = Progress(max_epochs=4)
-    tracked = progress.track(lambda key, epoch, start: list(range(start, 8)), "validation")
+    tracked = progress.track(lambda key, epoch, start: list(range(start, 8)), "training")
     with terminal() as shown:
         for batch in tracked(Key(0), 2, 6):
-            progress.on_batch(state, {})
-            progress._bar.refresh()
+            progress.on_batch(state, BATCH)
+            progress._batches.refresh()
             text = shown()
-            assert "Epoch 3/4 validation" in text
+            assert "Epoch 3/4 training" in text
             assert f"{batch}/8" in text  # a resumed epoch goes on where it was
             assert "loss 0.7500" in text
         assert shown().endswith(" \r")
 
 
+def test_the_speed_is_that_of_the_points_since_the_loss_was_last_read(state):
+    """Also after a resume within the epoch, whose earlier batches count for the loss but not for the speed."""
+    times = iter([0.0, 0.25, 0.5, 2.25])
+    progress, shown = Progress(max_epochs=1, clock=lambda: next(times)), []
+    tracked = progress.track(lambda key, epoch, start: [1, 2, 3], "training")
+    points, loss = 1000.0, 0.5
+    with terminal():
+        for _ in tracked(Key(0), 0, 0):
+            points, loss = points + 50.0, loss / 2
+            now = state.replace(sums={"loss": Sum(loss * points, points)})
+            progress.on_batch(now, {"loss": Sum(0.0, 50.0)})
+            shown.append(progress._batches.postfix)
+    # 50 points in the first quarter of a second; not read again; 100 points in two seconds
+    assert shown == ["loss 0.2500, 200 points/s", "loss 0.2500, 200 points/s", "loss 0.0625, 50 points/s"]
+
+
+class Unreadable:
+    """Stands for a tensor of a GPU, reading which would make the step wait."""
+
+    def __float__(self) -> float:
+        raise AssertionError("was read")
+
+
+def test_between_readings_no_sum_is_read(state):
+    times = iter([0.0, 1.0, 1.4])
+    progress = Progress(max_epochs=1, clock=lambda: next(times))
+    unreadable: Any = state.replace(sums={"loss": Sum(Unreadable(), Unreadable())})  # type: ignore[arg-type]
+    with terminal():
+        first, second = progress.track(lambda key, epoch, start: [state, unreadable], "training")(Key(0), 0, 0), BATCH
+        for one in first:
+            progress.on_batch(one, second)
+
+
+def test_off_a_terminal_no_sum_is_read(state):
+    progress = Progress(max_epochs=1)
+    unreadable: Any = state.replace(sums={"loss": Sum(Unreadable(), Unreadable())})  # type: ignore[arg-type]
+    for _ in progress.track(lambda key, epoch, start: [1], "training")(Key(0), 0, 0):
+        progress.on_batch(unreadable, {})
+
+
+def test_the_bar_of_epochs_stands_above_that_of_batches_and_says_what_is_left(state):
+    with terminal() as shown:
+        with Progress(max_epochs=4) as progress:
+            for _ in progress.track(lambda key, epoch, start: [1, 2], "training")(Key(0), 2, 0):
+                screen = shown()
+                if screen:
+                    assert re.search(r"Epochs:  50%.* 2/4 \[00:00<", screen)
+                    assert screen.index("Epochs:") < screen.index("\n") < screen.index("Epoch 3/4 training")
+            progress(THREE)
+            assert re.search(r"Epochs:  75%.*3/4 \[00:\d\d<00:\d\d, .*epoch.*, best loss 0\.6667\]", shown())
+        assert shown().endswith(" \r")  # nothing is left of it
+
+
 def test_a_pipe_gets_the_epochs_lines_only(capfd, state):
     progress = Progress(max_epochs=4)
     for _ in progress.track(lambda key, epoch, start: [1, 2], "training")(Key(0), 0, 0):
-        progress.on_batch(state, {})
-    progress.report(report())
+        progress.on_batch(state, BATCH)
+    progress(THREE)
     out, err = capfd.readouterr()
     assert out == "Epoch 3/4  training loss 0.1235  validation loss 0.5000  angular error 12.3 deg  31.5 s  best\n"
     assert err == ""
@@ -108,8 +159,8 @@ def test_a_pipe_gets_the_epochs_lines_only(capfd, state):
 
 def test_an_epoch_that_is_not_the_best_or_has_no_validation_says_no_such_thing(capsys):
     progress = Progress(max_epochs=4)
-    progress.report(report(is_best=False))
-    progress.report(report(valid={}, valid_minutes=0.0))
+    progress(replace(THREE, is_best=False))
+    progress(replace(THREE, valid={}, valid_minutes=0.0))
     lines = capsys.readouterr().out.splitlines()
     assert "best" not in lines[0]
     assert lines[1] == "Epoch 3/4  training loss 0.1235  30.0 s  best"
@@ -120,10 +171,22 @@ def test_a_line_is_there_at_once_also_in_a_pipe(monkeypatch):
     with os.fdopen(writing, "w") as stdout, os.fdopen(reading, "rb", buffering=0) as reader:
         os.set_blocking(reading, False)
         monkeypatch.setattr(sys, "stdout", stdout)
-        Progress(max_epochs=4).report(report())
+        Progress(max_epochs=4)(THREE)
         assert (reader.read(1000) or b"").startswith(b"Epoch 3/4")
         monkeypatch.undo()
 
 
 def test_callbacks_before_the_first_batch_do_nothing(state):
     Progress(max_epochs=1).on_batch(state, {})
+
+
+def test_a_log_line_does_not_tear_the_bars(state):
+    with terminal() as shown, messages("dwiml-func train", Verbosity.NORMAL), Progress(max_epochs=4) as progress:
+        for batch in progress.track(lambda key, epoch, start: [1, 2], "training")(Key(0), 2, 0):
+            progress.on_batch(state, BATCH)
+            logging.getLogger("dwiml_func").warning("line %d", batch)
+            screen = shown()
+            # the bars are wiped, the line has a row of its own, and the bars stand below it again
+            assert re.search(rf"\r[ \x1b\[A\r]*dwiml-func train: warning: line {batch}\r\n", screen), repr(screen)
+            after = screen[screen.index(f"line {batch}") :]
+            assert after.index("Epochs:") < after.index("Epoch 3/4 training")

@@ -29,6 +29,7 @@ COMMANDS = {
     "digest": "Print the SHA-256 of an experiment's latest training state.",
     "verify": "Train an epoch of an experiment again, and compare it with the record bit for bit.",
     "diff": "Tell what differs between two experiments, and from which epoch on.",
+    "send-to-comet": "Send an experiment's logs to Comet, or archive them for it.",
 }
 
 _OPTIONS = (("--help, -h", "Print this, or a command's help."), ("--version", "Print the version."))

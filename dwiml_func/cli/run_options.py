@@ -10,6 +10,7 @@ from pathlib import Path
 from dwiml_func.config import (
     BatchConfig,
     DataConfig,
+    LoggingConfig,
     ModelConfig,
     RunConfig,
     SnapshotConfig,
@@ -35,6 +36,7 @@ RUN_SUBJECTS: Mapping[str, tuple[str, ...]] = {
     "Data": ("data",),
     "Machine": ("use_gpu", "num_threads", "processes", "lazy", "cache_size"),
     "Snapshots": ("snapshots",),
+    "Logs": ("logging",),
 }
 """How the help groups the options of a run: titles, and names of options or of parts of the config."""
 
@@ -53,6 +55,7 @@ class RunOptions:
     batches: BatchConfig = field(default_factory=BatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
     snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def to_config(self, hdf5_file: str | Path) -> RunConfig:
         """The config of a run with these options.

@@ -130,12 +130,12 @@ def train_with_progress(directory: Path, setup: Setup, state: TrainState, histor
         setup = replace(setup, train=progress.track(setup.train, "training"), valid=valid)
     say(_describe(directory, setup))
     _log.debug("%s", ", ".join(f"{name} {value}" for name, value in environment().items() if name != "num_threads"))
-    with stop_on_signals(setup.peers) as stop:
+    with stop_on_signals(setup.peers) as stop, progress or contextlib.nullcontext():
         on_batch = None if progress is None else progress.on_batch
         for report in run_experiment(directory, setup, state=state, history=history, on_batch=on_batch, stop=stop):
             history = (*history, report)
             if progress is not None:
-                progress.report(report)
+                progress(report)
     if setup.peers.rank == 0:
         print_summary(directory, setup, history)
 

@@ -1,0 +1,275 @@
+"""Claims about Comet: every metric once, online and in archives, also after a kill; and training takes no harm."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comet_server import CometServer, comet_server
+from report_cases import report
+
+from dwiml_func.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment import create_experiment
+from dwiml_func.record import newest_record
+from dwiml_func.resumption import resume_experiment
+from dwiml_func.snapshot import latest_digest
+from dwiml_func.training_run import run_experiment
+from dwiml_func.wiring import prepare
+from dwiml_func.writers.comet import Comet, comet_key, comet_metrics
+from dwiml_func.writers.experiment import experiment_comet
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+CONFIG = RunConfig(
+    hdf5_file=str(PHANTOM),
+    model=ModelConfig(rnn_layer_sizes=(4,), dropout=0.0),
+    batches=BatchConfig(batch_size_training=40, batch_size_validation=48),
+    training=TrainingConfig(max_epochs=3, learning_rate=("0.01*2", "0.001")),
+    logging=LoggingConfig(comet_workspace="lab", comet_project="tracking"),
+)
+PATIENCE = 300.0  # a busy machine may take long to start a process
+
+Row = tuple[str | None, str, float, int, int]
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("COMET_API_KEY", "COMET_WORKSPACE", "COMET_PROJECT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COMET_CONFIG", str(tmp_path / "no.comet.config"))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[CometServer]:
+    with comet_server() as comet:
+        monkeypatch.setenv("COMET_API_KEY", "k" * 25)
+        monkeypatch.setenv("COMET_URL_OVERRIDE", f"{comet.address}/clientlib/")
+        yield comet
+
+
+def rows(*history: Any) -> Counter[Row]:
+    """What must have been logged: each metric once, the epoch being the step too."""
+    return Counter((*row, row[-1]) for one in history for row in comet_metrics(one))
+
+
+def logged(metrics: list[dict[str, Any]]) -> Counter[Row]:
+    """What was logged, but for the one metric that Comet adds itself."""
+    names = [(m.get("context"), m["metricName"], m["metricValue"], m["step"], m["epoch"]) for m in metrics]
+    return Counter(row for row in names if row[1] != "process duration")
+
+
+def read_archive(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """An archive's description, and its messages."""
+    with zipfile.ZipFile(path) as archive:
+        lines = archive.read("messages.json").decode().splitlines()
+        return json.loads(archive.read("experiment.json")), [json.loads(line) for line in lines]
+
+
+def archived(path: Path) -> tuple[Counter[Row], dict[str, Any], dict[str, Any]]:
+    """Metrics and parameters of an archive, and what it says of itself."""
+    facts, messages = read_archive(path)
+    payloads = [(message["type"], message["payload"]) for message in messages]
+    metrics = [row["metric"] | {"context": row.get("context")} for kind, row in payloads if kind == "metric_msg"]
+    given = [row.get("param") or row["params"] for kind, row in payloads if kind == "parameter_msg"]
+    parameters = {row["paramName"]: row["paramValue"] for row in given if row["source"] == "manual"}
+    others = {row["key"]: row["value"] for kind, row in payloads if kind == "log_other"}
+    return logged(metrics), parameters, facts | others
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_an_epochs_metrics_have_the_references_names_contexts_and_units():
+    assert comet_metrics(report(3)) == [
+        (None, "learning_rate", 0.1 / 3, 3),
+        ("train", "train_loss_monitor", 1 / 3, 3),
+        ("train", "unclipped_grad_norm_monitor", 15.0, 3),
+        ("train", "grad_norm_monitor", 1.0, 3),
+        ("train", "train_angular_error_monitor", 30.0, 3),
+        ("train", "training_time_monitor", 0.75, 3),
+        ("validate", "valid_local_loss_monitor", 2 / 3, 3),
+        ("validate", "valid_angular_error_monitor", 40.0, 3),
+        ("validate", "validation_time_monitor", 0.125, 3),
+        (None, "best_epoch", 3, 3),
+        (None, "best_loss", 2 / 3, 3),
+    ]
+    assert [context for context, *_ in comet_metrics(report(1, valid={}))].count("validate") == 0
+
+
+def test_a_run_has_one_key_for_ever_and_no_other_run_has_it():
+    key = comet_key(report(1))
+    assert comet_key(report(1, digest="0" * 64, stop="max_epochs")) == key  # as a snapshot has it
+    others = [comet_key(report(1, train_minutes=0.25 + 1e-12)), comet_key(report(1), branch="fork")]
+    assert len({key, *others}) == 3
+    assert key.isalnum()
+    assert 32 <= len(key) <= 50
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from dwiml_func.resumption import resume_experiment
+from dwiml_func.training_run import run_experiment
+
+def kill(state, metrics):
+    if (state.epoch, state.batch) == (1, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+directory = Path(sys.argv[1])
+setup, state, history = resume_experiment(directory, checkpoint_every="1batches")
+for report in run_experiment(directory, setup, state=state, history=history, on_batch=kill):
+    pass
+"""
+
+
+@pytest.mark.soak
+def test_the_archive_of_a_run_that_was_killed_within_an_epoch_and_resumed(tmp_path, caplog):
+    directory = create_experiment(tmp_path, "run", CONFIG)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(directory)], capture_output=True, timeout=600)
+    assert killed.returncode == -9
+    assert not list((directory / "logs").rglob("*.zip"))  # the run is not over
+    setup, state, history = resume_experiment(directory)
+    assert (state.epoch, bool(state.batch)) == (1, True)
+    reports = list(run_experiment(directory, setup, state=state, history=history))
+    history = (*history, *reports)
+    (archive,) = (directory / "logs" / "comet").iterdir()
+    metrics, parameters, facts = archived(archive)
+    assert metrics == rows(*history)
+    assert set(metrics.values()) == {1}
+    assert (facts["offline_id"], archive.stem) == (comet_key(history[0]), comet_key(history[0]))
+    assert (facts["workspace"], facts["project_name"], facts["Name"]) == ("lab", "tracking", "run")
+    assert parameters["learning_rate"] == "0.01*2 0.001"
+    assert parameters["batch_size_training"] == 40
+    assert parameters["rnn_layer_sizes"] == "4"
+    (warning,) = warnings_of(caplog)
+    assert "no API key was found" in warning
+    assert str(archive.parent) in warning
+    assert "comet_ml" not in sys.modules
+    check_send_again(directory, archive)
+
+
+def check_send_again(directory: Path, archive: Path) -> None:
+    """The archive of the recorded history is the one that the run left."""
+    before = archived(archive)
+    archive.unlink()
+    record = newest_record(directory)
+    assert record is not None
+    place = experiment_comet(directory, CONFIG, offline=True, patience=PATIENCE).send(*record.history)
+    assert place == str(archive)
+    assert archived(archive) == before
+
+
+def test_online_a_resumed_run_goes_on_in_the_same_experiment_and_nothing_is_sent_twice(tmp_path, server, caplog):
+    one, two, three = report(1), report(2), report(3, stop="max_epochs")
+    first = Comet(tmp_path, workspace="lab", project="tracking", parameters={"a": 1}, patience=PATIENCE)
+    key = comet_key(one)
+    assert first.send(one, two) == f"{server.address}/{key}"
+    assert logged(server.metrics[key]) == rows(one, two)
+    assert (server.projects[key], server.names[key]) == (("lab", "tracking"), tmp_path.name)
+    assert server.parameters[key]["a"] == 1
+    server.metrics[key] += server.metric_messages(comet_metrics(three)[:4])  # a kill came while epoch 3 was sent
+
+    resumed = Comet(tmp_path, workspace="lab", project="tracking", patience=PATIENCE)
+    resumed(one, two)
+    resumed(three)  # the last: it waits
+    assert logged(server.metrics[key]) == rows(one, two, three)
+    assert [kind for _, kind in server.handshakes] == ["add/run", "get/run"]
+    assert warnings_of(caplog) == []
+    assert not list(tmp_path.rglob("*.zip"))
+
+
+def test_a_key_without_a_network_makes_an_archive_with_the_key_that_the_run_has_online(tmp_path, monkeypatch, caplog):
+    with comet_server() as gone:
+        address = gone.address
+    monkeypatch.setenv("COMET_API_KEY", "k" * 25)
+    monkeypatch.setenv("COMET_URL_OVERRIDE", f"{address}/clientlib/")
+    place = Comet(tmp_path, patience=PATIENCE).send(report(1))
+    assert place is not None
+    assert archived(Path(place))[0] == rows(report(1))
+    assert Path(place).stem == comet_key(report(1))
+    (warning,) = warnings_of(caplog)
+    assert "127.0.0.1 cannot be reached" in warning
+
+
+def test_a_key_that_comet_refuses_makes_an_archive(tmp_path, server, caplog):
+    server.refuses = True
+    place = Comet(tmp_path, patience=PATIENCE).send(report(1))
+    assert place == str(tmp_path / "logs" / "comet" / f"{comet_key(report(1))}.zip")
+    (warning,) = warnings_of(caplog)
+    assert "Comet refused" in warning
+
+
+def test_a_report_given_twice_counts_once_in_an_archive(tmp_path):
+    comet = Comet(tmp_path, offline=True, patience=PATIENCE)
+    comet(report(1), report(2))
+    place = comet.send(report(1), report(2), report(3))
+    assert place is not None
+    assert archived(Path(place))[0] == rows(report(1), report(2), report(3))
+
+
+def test_without_its_first_epoch_a_run_is_not_known(tmp_path):
+    with pytest.raises(ValueError, match=r"was that of epoch 2.*write\(\*history\)"):
+        Comet(tmp_path)(report(2))
+
+
+BROKEN = {
+    "fails to import": "raise ImportError('broken')",
+    "raises": "class OfflineExperiment:\n    def __init__(self, **_):\n        raise RuntimeError('broken')",
+    "dies": "import os\nos._exit(3)",
+    "hangs at the end": (
+        "import threading\nclass OfflineExperiment:\n    def __init__(self, **_): pass\n    def end(self):\n"
+        "        threading.Event().wait()\n    set_name = log_parameters = log_metric = train = validate = "
+        "lambda self, *_, **__: __import__('contextlib').nullcontext()"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the run without Comet."""
+    config = replace(CONFIG, logging=LoggingConfig())
+    directory = create_experiment(tmp_path_factory.mktemp("plain"), "run", config)
+    list(run_experiment(directory, prepare(config)))
+    assert not (directory / "logs" / "comet").exists()
+    return latest_digest(directory)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_comet_costs_one_warning_and_changes_nothing(tmp_path, monkeypatch, caplog, digest, broken):
+    package = tmp_path / "broken" / "comet_ml"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(BROKEN[broken])
+    (package / "config.py").write_text(
+        "get_config = get_backend_address = lambda *_: None\nget_api_key = lambda *_: None\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    directory = create_experiment(tmp_path, "run", CONFIG)
+    comet = experiment_comet(directory, CONFIG, patience=2.0 if broken == "hangs at the end" else PATIENCE)
+    reports = list(run_experiment(directory, prepare(CONFIG), write=comet))
+    assert [one.epoch for one in reports] == [1, 2, 3]
+    assert latest_digest(directory) == digest
+    assert len(warnings_of(caplog)) == 1
+    assert not list(directory.rglob("*.zip"))
+
+
+def test_the_command_sends_a_finished_run(stopped_early, tmp_path, cli, server):
+    done = cli("send-to-comet", stopped_early / "run", "--comet-project", "tracking")
+    record = newest_record(stopped_early / "run")
+    assert record is not None
+    key = comet_key(record.history[0])
+    assert (done.code, done.out) == (0, f"{server.address}/{key}\n")
+    assert logged(server.metrics[key]) == rows(*record.history)
+
+
+def test_the_command_refuses_what_has_no_epoch(tmp_path, cli):
+    create_experiment(tmp_path, "run", CONFIG)
+    cli("send-to-comet", tmp_path / "run").check_refusal("no epoch on record yet")
