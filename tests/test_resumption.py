@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from experiment_cases import (
 from dwiml_func.best import Best
 from dwiml_func.config import TrainingConfig
 from dwiml_func.experiment import create_experiment, read_config
+from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.leaf_store import SnapshotError
 from dwiml_func.models.model_directory import load_model
 from dwiml_func.resumption import refuse_to_continue, resume_experiment
@@ -154,7 +156,9 @@ def test_logs_and_leftovers_of_a_kill_are_mended(copy):
     np.save(copy / "logs" / "train_loss_monitor_per_epoch.npy", np.zeros(3))
     for folder in (copy, copy / "checkpoint", copy / "logs"):
         (folder / ".tmp-x-killed").mkdir()
-    resume_experiment(copy, new_patience=9)
+    setup, state, history = resume_experiment(copy, new_patience=9)
+    with pytest.raises(TrainingStopped):  # after the first batch
+        list(run_experiment(copy, setup, state=state, history=history, stop=StopRequest(signal.SIGTERM)))
     after = contents(copy)
     assert {name: after[name] for name in logs} == logs
     assert not list(copy.rglob(".tmp-*"))
