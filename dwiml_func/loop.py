@@ -135,46 +135,77 @@ def train_and_validate(
     """
     if (valid is None) != (eval_step is None):
         raise ValueError("Expected valid and eval_step together. Received only one of them.")
-    if max_epochs < 1:
-        raise ValueError(f"Expected max_epochs of at least 1. Received: {max_epochs}")
-    if patience is not None and patience < 1:
-        raise ValueError(f"Expected patience of at least 1, or None. Received: {patience}")
-    if not (math.isfinite(patience_delta) and patience_delta >= 0):
-        raise ValueError(f"Expected a finite patience_delta of at least 0. Received: {patience_delta}")
+    check_options(max_epochs=max_epochs, patience=patience, patience_delta=patience_delta)
     schedule = learning_rate if callable(learning_rate) else constant(learning_rate)
 
     def epochs(state: TrainState) -> Iterator[tuple[TrainState, EpochReport]]:
         while state.epoch < max_epochs and not should_stop(state.best, patience):
-            lr, start = schedule(state.epoch), clock()
-            if not (math.isfinite(lr) and lr >= 0):
-                raise ValueError(f"Expected a learning rate that is finite and at least 0. Received: {lr}")
+            lr, start = checked_rate(schedule(state.epoch)), clock()
             batches = train(state.key, state.epoch, state.batch)
             state, train_sums = epoch_fn(state, batches, step=partial(step, lr=lr), on_batch=on_batch)
             train_end, valid_sums = clock(), {}
             if valid is not None and eval_step is not None:
                 batches = valid(state.key, state.epoch - 1, 0)
                 valid_sums = eval_epoch_fn(state, batches, step=eval_step)
-            train_means, valid_means = read_means(train_sums), read_means(valid_sums)
-            monitored = (valid_means or train_means)["loss"]
-            best = update_best(state.best, monitored, state.epoch, patience_delta=patience_delta)
-            state = state.replace(best=best)
-            out_of_patience = should_stop(best, patience)
-            stop = "patience" if out_of_patience else "max_epochs" if state.epoch >= max_epochs else None
-            yield (
-                state,
-                EpochReport(
-                    epoch=state.epoch,
-                    learning_rate=lr,
-                    train=train_means,
-                    valid=valid_means,
-                    num_batches=int(train_sums["grad_norm"].weight) if "grad_norm" in train_sums else 0,
-                    num_points=float(train_sums["loss"].weight),
-                    best=best,
-                    is_best=best.epoch == state.epoch,
-                    stop=stop,
-                    train_minutes=(train_end - start) / 60,
-                    valid_minutes=(clock() - train_end) / 60,
-                ),
+            report = judge_epoch(
+                state.best,
+                epoch=state.epoch,
+                learning_rate=lr,
+                train_sums=train_sums,
+                valid_sums=valid_sums,
+                max_epochs=max_epochs,
+                patience=patience,
+                patience_delta=patience_delta,
+                minutes=((train_end - start) / 60, (clock() - train_end) / 60),
             )
+            state = state.replace(best=report.best)
+            yield state, report
 
     return epochs(state)
+
+
+def judge_epoch(
+    best: Best,
+    *,
+    epoch: int,
+    learning_rate: float,
+    train_sums: Metrics,
+    valid_sums: Metrics,
+    max_epochs: int,
+    patience: int | None,
+    patience_delta: float,
+    minutes: tuple[float, float],
+) -> EpochReport:
+    """Report an epoch from its sums: the means, whether it is the best, whether the run ends."""
+    train_means, valid_means = read_means(train_sums), read_means(valid_sums)
+    best = update_best(best, (valid_means or train_means)["loss"], epoch, patience_delta=patience_delta)
+    return EpochReport(
+        epoch=epoch,
+        learning_rate=learning_rate,
+        train=train_means,
+        valid=valid_means,
+        num_batches=int(train_sums["grad_norm"].weight) if "grad_norm" in train_sums else 0,
+        num_points=float(train_sums["loss"].weight),
+        best=best,
+        is_best=best.epoch == epoch,
+        stop="patience" if should_stop(best, patience) else "max_epochs" if epoch >= max_epochs else None,
+        train_minutes=minutes[0],
+        valid_minutes=minutes[1],
+    )
+
+
+def check_options(*, max_epochs: int, patience: int | None, patience_delta: float) -> None:
+    """Refuse options of a loop that are out of range."""
+    if max_epochs < 1:
+        raise ValueError(f"Expected max_epochs of at least 1. Received: {max_epochs}")
+    if patience is not None and patience < 1:
+        raise ValueError(f"Expected patience of at least 1, or None. Received: {patience}")
+    if not (math.isfinite(patience_delta) and patience_delta >= 0):
+        raise ValueError(f"Expected a finite patience_delta of at least 0. Received: {patience_delta}")
+
+
+def checked_rate(lr: float) -> float:
+    """A learning rate, if it is one."""
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f"Expected a learning rate that is finite and at least 0. Received: {lr}")
+    return lr

@@ -120,9 +120,7 @@ def torch_rng(key: Key) -> Iterator[None]:
     packed = struct.pack(f"<Q{len(key.path)}I", key.seed, *key.path)
     # SeedSequence would do, but takes 60 microseconds inside a training step where this takes two.
     seed = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
-    generators = [torch.default_generator]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        generators.extend(torch.cuda.default_generators)
+    generators = default_generators()
     states = [generator.get_state() for generator in generators]
     try:
         for generator in generators:
@@ -131,3 +129,11 @@ def torch_rng(key: Key) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def default_generators() -> list[torch.Generator]:
+    """The generators that torch draws from where none is given: the CPU's and, once CUDA is in use, its devices'."""
+    generators = [torch.default_generator]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        generators.extend(torch.cuda.default_generators)
+    return generators

@@ -90,7 +90,7 @@ def train_step(
         norm = clipped_norm = global_norm(grads)
     else:
         grads, norm, clipped_norm = clip_by_global_norm(grads, clip_grad)
-    metrics = _loss_metrics(out)
+    metrics = loss_metrics(out)
     metrics["unclipped_grad_norm"] = weighted_sum(norm, 1)
     metrics["grad_norm"] = weighted_sum(clipped_norm, 1)
 
@@ -148,10 +148,11 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
     refuse_donated(state)
     key = fold_in(state.key, Stream.VALID_STEP, state.epoch, state.batch)
     with torch.no_grad():
-        return _loss_metrics(loss_fn(state.params, state.buffers, batch, key=key, train=False))
+        return loss_metrics(loss_fn(state.params, state.buffers, batch, key=key, train=False))
 
 
-def _loss_metrics(out: LossOut) -> dict[str, Sum]:
+def loss_metrics(out: LossOut) -> dict[str, Sum]:
+    """The sums of a loss's output: its own, and those of its further means."""
     if taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm"}:
         raise ValueError(f"Further means of a loss cannot be called {', '.join(sorted(taken))}: the step's own are.")
     means = {"loss": out.loss, **out.aux}

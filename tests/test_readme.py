@@ -26,6 +26,13 @@ def _run(*command: str, folder: Path) -> str:
     return done.stdout
 
 
+def test_the_script_of_an_ensemble_runs(tmp_path: Path) -> None:
+    (script,) = _blocks("python", "Many models at once")
+    (tmp_path / "script.py").write_text(script)
+    last = _run(sys.executable, "script.py", folder=tmp_path).splitlines()[-1]
+    assert re.fullmatch(r"10 \{0: \d[^ ]*, 1: \d[^ ]*, 2: \d[^ ]*\}", last)
+
+
 def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
     script, pieces = _blocks("python", "Compose your own loop")
     assert len([line for line in script.splitlines() if line.strip()]) <= 30

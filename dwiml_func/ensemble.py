@@ -1,0 +1,220 @@
+"""An ensemble: K runs of one model, side by side in one immutable value whose tensors have a leading model axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from dwiml_func.best import Best
+from dwiml_func.metrics import Metrics, Sum
+from dwiml_func.rng import Key
+from dwiml_func.state import Buffers, OptState, Params, TrainState, refuse_donated
+
+__all__ = ["EnsembleState", "member", "member_sums", "stack_states"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsembleState:
+    """K runs, whole: data only. Members that are active stand at the same step, epoch and batch.
+
+    A member that is not active has stopped, early or because its loss was not finite: its part of every tensor stays as
+    it was, and `done` says where that was.
+
+    Args:
+        params: trainable tensors by name, each (K, ...).
+        buffers: other tensors of the model by name, each (K, ...).
+        opt_state: moments of the optimizer, each (K, ...).
+        keys: each member's root key.
+        active: (K,) bool, the members that still train.
+        done: (K, 3) int64: steps, epochs, and batches of the epoch under way that each member has done.
+        step: optimizer updates that the active members have done.
+        epoch: epochs that they have finished.
+        batch: batches that they have done in the epoch under way; 0 at an epoch's boundary.
+        sums: metric sums of the epoch under way: totals and weights (K,) float64; zeros where there are none.
+        best: the best epoch so far of each member.
+
+    Example:
+        >>> from dwiml_func import init_state, sgd
+        >>> ensemble = stack_states([init_state(torch.nn.Linear(2, 1), sgd(), seed=seed) for seed in range(3)])
+        >>> len(ensemble), ensemble.params["weight"].shape
+        (3, torch.Size([3, 1, 2]))
+    """
+
+    params: Params
+    buffers: Buffers
+    opt_state: OptState
+    keys: tuple[Key, ...]
+    active: Tensor
+    done: Tensor
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    sums: Metrics = field(default_factory=dict)
+    best: tuple[Best, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def replace(self, **changes: object) -> EnsembleState:
+        """Return a copy in which the named fields have new values.
+
+        Args:
+            **changes: field names and their new values.
+
+        Returns:
+            The new ensemble; tensors are shared, not copied.
+        """
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None = None) -> EnsembleState:
+    """Make an ensemble of runs of the same model and optimizer.
+
+    Args:
+        states: one for each member, new or under way. Nothing in them is changed.
+        active: which members train on; these stand at the same step, epoch and batch. None: all.
+
+    Returns:
+        The ensemble; `member` takes it apart again, to the bit.
+
+    Raises:
+        ValueError: there is no state, or their tensors differ in name, shape, dtype or device, or the active ones
+            in position.
+        RuntimeError: a state was donated to a step.
+
+    Example:
+        >>> from dwiml_func import init_state, sgd
+        >>> state = init_state(torch.nn.Linear(2, 1), sgd(), seed=0)
+        >>> stack_states([state, state.replace(step=3)], active=[False, True]).step
+        3
+    """
+    if not states:
+        raise ValueError("Expected at least one state to make an ensemble of. Received none.")
+    active = [True] * len(states) if active is None else list(active)
+    if len(active) != len(states):
+        raise ValueError(f"Expected active to have a value for each of {len(states)} states. Received: {len(active)}")
+    for number, state in enumerate(states):
+        refuse_donated(state)
+        _require_alike(state, states[0], number)
+    done = [(state.step, state.epoch, state.batch) for state in states]
+    positions = {position for position, is_active in zip(done, active, strict=True) if is_active} or {max(done)}
+    if len(positions) > 1:
+        raise ValueError(
+            f"Expected active members at the same step, epoch and batch. Received: {sorted(positions)}. "
+            "Those that stay as they are have active=False."
+        )
+    ((step, epoch, batch),) = positions
+    device = next(iter(states[0].params.values())).device
+    return EnsembleState(
+        params=_stack([state.params for state in states]),
+        buffers=_stack([state.buffers for state in states]),
+        opt_state={kind: _stack([state.opt_state[kind] for state in states]) for kind in states[0].opt_state},
+        keys=tuple(state.key for state in states),
+        active=torch.tensor(active, device=device),
+        done=torch.tensor(done, device=device),
+        step=step,
+        epoch=epoch,
+        batch=batch,
+        sums=_stack_sums([state.sums for state in states], device),
+        best=tuple(state.best for state in states),
+    )
+
+
+def member(ensemble: EnsembleState, number: int) -> TrainState:
+    """Take a member out of an ensemble, as a state that an ordinary run can go on with. It waits for the device.
+
+    Args:
+        ensemble: the ensemble; it is not changed, and shares no memory with the result.
+        number: 0 <= number < K.
+
+    Returns:
+        The member's state. A member that has stopped stands where it stopped.
+
+    Raises:
+        IndexError: there is no such member.
+
+    Example:
+        >>> from dwiml_func import init_state, sgd
+        >>> state = init_state(torch.nn.Linear(2, 1), sgd(), seed=7)
+        >>> torch.equal(member(stack_states([state, state]), 1).params["weight"], state.params["weight"])
+        True
+    """
+    if not 0 <= number < len(ensemble):
+        raise IndexError(f"Expected a member from 0 to {len(ensemble) - 1}. Received: {number}")
+    step, epoch, batch = ensemble.done[number].tolist()
+    sums = {name: Sum(*(_own(part, number) for part in pair)) for name, pair in ensemble.sums.items()}
+    return TrainState(
+        params=_part(ensemble.params, number),
+        buffers=_part(ensemble.buffers, number),
+        opt_state={kind: _part(moments, number) for kind, moments in ensemble.opt_state.items()},
+        key=ensemble.keys[number],
+        step=step,
+        epoch=epoch,
+        batch=batch,
+        sums=sums if batch else {},
+        best=ensemble.best[number],
+    )
+
+
+def member_sums(sums: Metrics, num_members: int) -> list[dict[str, Sum]]:
+    """Take metric sums of an ensemble apart. It waits for the device.
+
+    Args:
+        sums: totals and weights (K,), as `ensemble_step` gives them.
+        num_members: K; asked for, since there may be no sums.
+
+    Returns:
+        The sums of each member, in Python's floats.
+
+    Example:
+        >>> member_sums({"loss": Sum(torch.tensor([6.0, 2.0]), torch.tensor([4.0, 4.0]))}, 2)[1]
+        {'loss': Sum(total=2.0, weight=4.0)}
+    """
+    read = {name: [torch.as_tensor(part).tolist() for part in pair] for name, pair in sums.items()}
+    return [{name: Sum(*(part[n] for part in pair)) for name, pair in read.items()} for n in range(num_members)]
+
+
+def _stack(leaves: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([own[name] for own in leaves]) for name in leaves[0]}
+
+
+def _part(leaves: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    return {name: leaf[number].clone() for name, leaf in leaves.items()}
+
+
+def _stack_sums(sums: Sequence[Metrics], device: torch.device) -> dict[str, Sum]:
+    def each(parts: Iterable[float | Tensor]) -> Tensor:
+        return torch.tensor([float(part) for part in parts], dtype=torch.float64, device=device)
+
+    names = dict.fromkeys(name for own in sums for name in own)
+    pairs = {name: [own.get(name, Sum(0.0, 0.0)) for own in sums] for name in names}
+    return {name: Sum(each(s.total for s in pair), each(s.weight for s in pair)) for name, pair in pairs.items()}
+
+
+def _own(part: float | Tensor, number: int) -> float | Tensor:
+    """A sum as an ordinary state has it: a float on the CPU, a tensor elsewhere."""
+    if not isinstance(part, Tensor):
+        return part
+    return part[number].item() if part.device.type == "cpu" else part[number].clone()
+
+
+def _require_alike(state: TrainState, first: TrainState, number: int) -> None:
+    one, other = _table(first), _table(state)
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            raise ValueError(
+                f"Expected states of the same model and optimizer. Received: {name} is {other.get(name, 'not there')} "
+                f"in member {number}, {one.get(name, 'not there')} in member 0."
+            )
+
+
+def _table(state: TrainState) -> dict[str, str]:
+    kinds = {"params": state.params, "buffers": state.buffers, **state.opt_state}
+    return {
+        f"{kind}/{name}": f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)} on {leaf.device}"
+        for kind, leaves in kinds.items()
+        for name, leaf in leaves.items()
+    }

@@ -1,0 +1,197 @@
+"""The training loop of an ensemble: a generator that yields the members and their reports once per epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dwiml_func.best import should_stop
+from dwiml_func.ensemble import EnsembleState, member_sums
+from dwiml_func.loop import Batches, EpochReport, check_options, checked_rate, judge_epoch
+from dwiml_func.metrics import Metrics, Sum, add_metrics
+from dwiml_func.schedule import Schedule, constant
+
+__all__ = ["EnsembleReport", "train_and_validate_ensemble"]
+
+
+class EnsembleStep(Protocol):
+    """`ensemble_step` with all but the learning rate bound.
+
+    Example:
+        >>> def step(ensemble, batch, *, lr):
+        ...     return ensemble, {}
+    """
+
+    def __call__(self, ensemble: EnsembleState, batch: Any, *, lr: float | Tensor) -> tuple[EnsembleState, Metrics]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnsembleReport:
+    """What one epoch brought.
+
+    Args:
+        epoch: number of epochs done by the members that finished this one; 1 is the first.
+        members: the reports of these members, by number. Durations are those of the whole ensemble.
+        failed: members that broke off in this epoch, by number, with where and why.
+
+    Example:
+        >>> EnsembleReport(epoch=1, members={}, failed={0: "The loss was not finite"}).failed
+        {0: 'The loss was not finite'}
+    """
+
+    epoch: int
+    members: Mapping[int, EpochReport]
+    failed: Mapping[int, str]
+
+
+def train_and_validate_ensemble(
+    ensemble: EnsembleState,
+    *,
+    train: Batches,
+    step: EnsembleStep,
+    valid: Batches | None = None,
+    eval_step: Callable[[EnsembleState, Any], Metrics] | None = None,
+    learning_rate: float | Schedule | Sequence[float | Schedule],
+    max_epochs: int,
+    patience: int | None = None,
+    patience_delta: float = 1e-6,
+    on_batch: Callable[[EnsembleState, Metrics], None] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
+    """Train and validate all members, epoch by epoch, each until `max_epochs` or until its own patience runs out.
+
+    A member's numbers are those of `train_and_validate` with its state, on the same batches. Once it has stopped, or
+    its loss or gradient was not finite, its tensors stay as they are to the last bit, and the others go on.
+
+    Args:
+        ensemble: where to start: `stack_states(...)`, also in the middle of an epoch.
+        train: `train(key, epoch, start_batch)` gives training batches for all, `key` being the first member's root key.
+        step: `step(ensemble, batch, lr=...)`, e.g. `partial(ensemble_step, loss_fn=..., optimizer=...)`.
+        valid, eval_step: as for `train_and_validate`, with `ensemble_eval_step`.
+        learning_rate: a number, or a function of the number of epochs done; or one for each member.
+        max_epochs, patience, patience_delta, clock: as for `train_and_validate`, of each member.
+        on_batch: called with the ensemble and the sums after each training batch.
+
+    Yields:
+        The ensemble after each epoch, and its report. Nothing is yielded when no member has an epoch left to do.
+
+    Raises:
+        ValueError: as `train_and_validate`, or there are not as many learning rates as members.
+
+    Example:
+        >>> from dwiml_func import init_state, module_loss, optim
+        >>> from dwiml_func.ensemble import stack_states
+        >>> from dwiml_func.ensemble_step import ensemble_step
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+        >>> step = partial(ensemble_step, loss_fn=loss_fn, optimizer=optim.sgd())
+        >>> ensemble = stack_states([init_state(model, optim.sgd(), seed=0)] * 2)
+        >>> epochs = train_and_validate_ensemble(
+        ...     ensemble, train=lambda *_: [torch.ones(4, 2)] * 3, step=step, learning_rate=[0.1, 0.01], max_epochs=2
+        ... )
+        >>> for ensemble, report in epochs:
+        ...     losses = [member.train["loss"] for member in report.members.values()]
+        ...     print(report.epoch, losses[0] < losses[1])
+        1 True
+        2 True
+    """
+    if (valid is None) != (eval_step is None):
+        raise ValueError("Expected valid and eval_step together. Received only one of them.")
+    check_options(max_epochs=max_epochs, patience=patience, patience_delta=patience_delta)
+    each = list(learning_rate) if isinstance(learning_rate, Sequence) else [learning_rate] * len(ensemble)
+    if len(each) != len(ensemble):
+        raise ValueError(f"Expected a learning rate for each of {len(ensemble)} members. Received: {len(each)}")
+    schedules = [rate if callable(rate) else constant(rate) for rate in each]
+
+    def epochs(ensemble: EnsembleState) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
+        ensemble = _without_patience(ensemble, patience)
+        while ensemble.epoch < max_epochs and any(running := ensemble.active.tolist()):
+            start = clock()
+            rates = [checked_rate(schedule(ensemble.epoch)) for schedule in schedules]
+            ensemble = _train(ensemble, train, partial(step, lr=_one_or_each(rates, ensemble)), on_batch)
+            still = ensemble.active.tolist()
+            failed = {n: _failure(ensemble, n) for n, ran in enumerate(running) if ran and not still[n]}
+            ensemble, sums = _close_epoch(ensemble)
+            train_end, train_sums, valid_sums = clock(), member_sums(sums, len(ensemble)), [{}] * len(ensemble)
+            if valid is not None and eval_step is not None:
+                valid_sums = member_sums(_evaluate(ensemble, valid, eval_step), len(ensemble))
+            reports = {
+                number: judge_epoch(
+                    ensemble.best[number],
+                    epoch=ensemble.epoch,
+                    learning_rate=rates[number],
+                    train_sums=train_sums[number],
+                    valid_sums=valid_sums[number],
+                    max_epochs=max_epochs,
+                    patience=patience,
+                    patience_delta=patience_delta,
+                    minutes=((train_end - start) / 60, (clock() - train_end) / 60),
+                )
+                for number, is_active in enumerate(still)
+                if is_active
+            }
+            best = tuple(reports[n].best if n in reports else best for n, best in enumerate(ensemble.best))
+            ensemble = _without_patience(ensemble.replace(best=best), patience)
+            yield ensemble, EnsembleReport(epoch=ensemble.epoch, members=reports, failed=failed)
+
+    return epochs(ensemble)
+
+
+def _train(
+    ensemble: EnsembleState,
+    train: Batches,
+    step: Callable[[EnsembleState, Any], tuple[EnsembleState, Metrics]],
+    on_batch: Callable[[EnsembleState, Metrics], None] | None,
+) -> EnsembleState:
+    for batch in train(ensemble.keys[0], ensemble.epoch, ensemble.batch):
+        ensemble, metrics = step(ensemble, batch)
+        if on_batch is not None:
+            on_batch(ensemble, metrics)
+    if ensemble.batch == 0:
+        raise ValueError(f"Epoch {ensemble.epoch + 1} has no batch. Expected at least one: is the data set empty?")
+    return ensemble
+
+
+def _evaluate(ensemble: EnsembleState, valid: Batches, eval_step: Callable[[EnsembleState, Any], Metrics]) -> Metrics:
+    sums: dict[str, Sum] = {}
+    for index, batch in enumerate(valid(ensemble.keys[0], ensemble.epoch - 1, 0)):
+        sums = add_metrics(sums, eval_step(ensemble.replace(batch=index), batch))
+    return sums
+
+
+def _one_or_each(rates: list[float], ensemble: EnsembleState) -> float | Tensor:
+    if len(set(rates)) == 1:
+        return rates[0]
+    return torch.tensor(rates, dtype=torch.float64, device=ensemble.active.device)
+
+
+def _without_patience(ensemble: EnsembleState, patience: int | None) -> EnsembleState:
+    """Members that are out of patience are no longer active."""
+    goes_on = torch.tensor([not should_stop(best, patience) for best in ensemble.best], device=ensemble.active.device)
+    return ensemble.replace(active=ensemble.active & goes_on)
+
+
+def _close_epoch(ensemble: EnsembleState) -> tuple[EnsembleState, Metrics]:
+    """The epoch's end for the active members; the others keep their place and their sums."""
+    active, place = ensemble.active, ensemble.done.new_tensor([ensemble.step, ensemble.epoch + 1, 0])
+    closed = ensemble.replace(
+        epoch=ensemble.epoch + 1,
+        batch=0,
+        done=torch.where(active[:, None], place, ensemble.done),
+        sums={name: Sum(*(torch.where(active, 0.0, part) for part in pair)) for name, pair in ensemble.sums.items()},
+    )
+    return closed, ensemble.sums
+
+
+def _failure(ensemble: EnsembleState, number: int) -> str:
+    step, epoch, batch = ensemble.done[number].tolist()
+    return (
+        f"The loss or the gradient was not finite in epoch {epoch + 1}, batch {batch} (step {step}). "
+        f"The member stays as it was before that step."
+    )

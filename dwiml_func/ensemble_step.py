@@ -1,0 +1,211 @@
+"""A training step and a validation step of an ensemble: the loss under `torch.func.vmap`, the rest on stacked tensors.
+
+Members share nothing, so the gradient of the sum of their losses is the gradient of each: one backward pass of
+`torch.autograd` over the mapped loss, which costs less than mapping `torch.func.grad`, since it builds no graph of the
+backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwiml_func.ensemble import EnsembleState
+from dwiml_func.loss import LossFn
+from dwiml_func.member_draws import member_draws
+from dwiml_func.metrics import Metrics, Sum, add_metrics
+from dwiml_func.optim import Optimizer
+from dwiml_func.rng import Stream, fold_in
+from dwiml_func.state import Buffers, OptState, Params
+from dwiml_func.step import loss_metrics
+
+__all__ = ["ensemble_eval_step", "ensemble_step"]
+
+
+def ensemble_step(
+    ensemble: EnsembleState,
+    batch: Any,
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer | Callable[..., Optimizer],
+    lr: float | Tensor,
+    weight_decay: Tensor | None = None,
+    clip_grad: float | None = None,
+) -> tuple[EnsembleState, Metrics]:
+    """Take one optimizer step with each active member, on the same batch.
+
+    What a member becomes is what `train_step` would make of it, but for the last bits: sums run in another order. Draws
+    are those of its own key, see `member_draws`; those that a loss makes by itself from the key it is given are those
+    of the first member's. A member whose loss or gradient norm is not finite stays as it was, and is no longer active.
+    Nothing waits for the device.
+
+    Args:
+        ensemble: K members before the step. Nothing in it is changed.
+        batch: what the loss takes.
+        loss_fn: the loss of one member, see `dwiml_func.loss`. It runs under `torch.func.vmap`.
+        optimizer: an init/update pair, elementwise as all of `dwiml_func.optim` are; with `weight_decay` what makes
+            one, such as `dwiml_func.adam`.
+        lr: learning rate, or (K,) one for each member.
+        weight_decay: (K,) one for each member, given to `optimizer`.
+        clip_grad: largest global norm of a member's gradient; None does not clip.
+
+    Returns:
+        The members after the step, and the batch's sums as `train_step` gives them, each (K,) float64: zeros for
+        members that took no step.
+
+    Raises:
+        ValueError: the loss is no scalar or does not depend on the parameters, or a number is out of range.
+
+    Example:
+        >>> from dwiml_func import init_state, module_loss, sgd
+        >>> from dwiml_func.ensemble import stack_states
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: ((model(x) - 1.0).square().mean(), len(x)))
+        >>> ensemble = stack_states([init_state(model, sgd(), seed=seed) for seed in range(2)])
+        >>> ensemble, metrics = ensemble_step(
+        ...     ensemble, torch.ones(4, 2), loss_fn=loss_fn, optimizer=sgd(), lr=torch.tensor([0.1, 0.0])
+        ... )
+        >>> ensemble.step, torch.equal(ensemble.params["weight"][1], model.weight), metrics["loss"].weight
+        (1, True, tensor([4., 4.], dtype=torch.float64))
+    """
+    if clip_grad is not None and not clip_grad > 0:
+        raise ValueError(f"Expected a gradient norm to clip at above 0, or None not to clip. Received: {clip_grad}")
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in ensemble.params.items()}
+    with torch.enable_grad():
+        losses, metrics, buffers = _evaluate(ensemble, leaves, batch, loss_fn, Stream.TRAIN_STEP)
+        if not losses.requires_grad:
+            raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
+        tensors = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    grads, norm, clipped_norm = _clipped(dict(zip(leaves, tensors, strict=True)), clip_grad)
+    params, opt_state = _updated(ensemble, grads, optimizer, lr, weight_decay)
+    one = torch.ones_like(norm, dtype=torch.float64)
+    metrics |= {"unclipped_grad_norm": Sum(norm.double(), one), "grad_norm": Sum(clipped_norm.double(), one)}
+
+    takes = ensemble.active & torch.isfinite(losses.detach()) & torch.isfinite(norm)
+    if takes.device.type != "cpu" or not takes.all():  # reading costs nothing on the CPU
+        params, buffers = _choose(takes, params, ensemble.params), _choose(takes, buffers, ensemble.buffers)
+        opt_state = {kind: _choose(takes, opt_state[kind], ensemble.opt_state[kind]) for kind in opt_state}
+        metrics = {name: Sum(*(torch.where(takes, part, 0.0) for part in pair)) for name, pair in metrics.items()}
+    new_ensemble = ensemble.replace(
+        params=params,
+        buffers=buffers,
+        opt_state=opt_state,
+        active=takes,
+        done=ensemble.done + torch.stack([takes, torch.zeros_like(takes), takes], dim=1),
+        step=ensemble.step + 1,
+        batch=ensemble.batch + 1,
+        sums=add_metrics(ensemble.sums, metrics),
+    )
+    return new_ensemble, metrics
+
+
+def ensemble_eval_step(ensemble: EnsembleState, batch: Any, *, loss_fn: LossFn) -> Metrics:
+    """Evaluate one batch with every member, without gradients, in evaluation mode.
+
+    Args:
+        ensemble: K members; nothing in it is changed. Draws, if the model makes any when evaluated, are those of each
+            member's key, `ensemble.epoch` and `ensemble.batch`.
+        batch: what the loss takes.
+        loss_fn: the loss of one member.
+
+    Returns:
+        The batch's sums as `eval_step` gives them, each (K,) float64; those of members that have stopped too.
+
+    Example:
+        >>> from dwiml_func import init_state, module_loss, sgd
+        >>> from dwiml_func.ensemble import stack_states
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: ((model(x) * 0.0 + 2.0).mean(), len(x)))
+        >>> ensemble = stack_states([init_state(model, sgd(), seed=seed) for seed in range(2)])
+        >>> ensemble_eval_step(ensemble, torch.ones(4, 2), loss_fn=loss_fn)["loss"].total
+        tensor([8., 8.], dtype=torch.float64)
+    """
+    with torch.no_grad():
+        return _evaluate(ensemble, ensemble.params, batch, loss_fn, Stream.VALID_STEP)[1]
+
+
+def _evaluate(
+    ensemble: EnsembleState, params: Params, batch: Any, loss_fn: LossFn, stream: Stream
+) -> tuple[Tensor, dict[str, Sum], Buffers]:
+    """The losses (K,), the sums (K,) and the buffers of all members after a batch."""
+    place = (stream, ensemble.epoch, ensemble.batch)
+    key, is_training = fold_in(ensemble.keys[0], *place), stream is Stream.TRAIN_STEP
+    numbers: dict[str, float] = {}  # weights that are no tensors: vmap hands tensors through, and nothing else
+
+    def one(params: Params, buffers: Buffers, index: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, ...]], Buffers]:
+        with member_draws(ensemble.keys, index, path=place):
+            out = loss_fn(params, buffers, batch, key=key, train=is_training)
+        if out.loss.dim() != 0:
+            shape = tuple(out.loss.shape)
+            raise ValueError(f"Expected a scalar loss, a mean over points. Received: a tensor of shape {shape}")
+        sums = loss_metrics(out)
+        numbers.update({name: own.weight for name, own in sums.items() if not isinstance(own.weight, Tensor)})
+        tensors = {name: tuple(part for part in own if isinstance(part, Tensor)) for name, own in sums.items()}
+        return out.loss, tensors, {name: buffer.detach() for name, buffer in out.buffers.items()}
+
+    index = torch.arange(len(ensemble), device=ensemble.active.device)
+    losses, tensors, buffers = torch.func.vmap(one)(dict(params), dict(ensemble.buffers), index)
+    weights = {number: torch.full_like(losses, number, dtype=torch.float64) for number in set(numbers.values())}
+    sums = {name: Sum(*pair, *([weights[numbers[name]]] if name in numbers else [])) for name, pair in tensors.items()}
+    return losses, sums, buffers
+
+
+def _clipped(grads: Params, clip_grad: float | None) -> tuple[Params, Tensor, Tensor]:
+    """`clip_by_global_norm` of each member: the gradients, the norms (K,) before and after."""
+    norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in grads.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    if clip_grad is None:
+        return grads, norm, norm
+    factor = torch.clamp(clip_grad / (norm + 1e-6), max=1.0)
+    return {name: grad * _along(factor, grad) for name, grad in grads.items()}, norm, norm * factor
+
+
+def _updated(
+    ensemble: EnsembleState,
+    grads: Params,
+    optimizer: Optimizer | Callable[..., Optimizer],
+    lr: float | Tensor,
+    weight_decay: Tensor | None,
+) -> tuple[Params, OptState]:
+    """The optimizer's update of all members at once, which is right since its arithmetic is elementwise."""
+    if isinstance(optimizer, Optimizer):
+        if weight_decay is not None:
+            raise ValueError("Expected what makes an optimizer, such as dwiml_func.adam, beside weight_decay.")
+        if not isinstance(lr, Tensor):
+            return optimizer.update(grads, ensemble.opt_state, ensemble.params, lr=lr, step=ensemble.step)
+    params: dict[str, Tensor] = {}
+    opt_state: dict[str, dict[str, Tensor]] = {kind: {} for kind in ensemble.opt_state}
+    alike: dict[Any, list[str]] = {}  # leaves that the members' numbers meet in one shape and dtype
+    for name, leaf in grads.items():
+        alike.setdefault((leaf.dim(), leaf.dtype), []).append(name)
+    for names in alike.values():
+        meeting = partial(_meeting, like=grads[names[0]])
+        decay = {} if weight_decay is None else {"weight_decay": meeting(weight_decay)}
+        made = optimizer if isinstance(optimizer, Optimizer) else optimizer(**decay)
+        moments = {kind: _some(own, names) for kind, own in ensemble.opt_state.items()}
+        values = (_some(grads, names), moments, _some(ensemble.params, names))
+        new_params, new_moments = made.update(*values, lr=meeting(lr), step=ensemble.step)
+        params |= new_params
+        opt_state = {kind: {**own, **new_moments[kind]} for kind, own in opt_state.items()}
+    return _some(params, grads), {kind: _some(own, grads) for kind, own in opt_state.items()}
+
+
+def _some(leaves: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    return {name: leaves[name] for name in names}
+
+
+def _meeting(number: float | Tensor, like: Tensor) -> float | Tensor:
+    return _along(number.to(like), like) if isinstance(number, Tensor) else number
+
+
+def _choose(takes: Tensor, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.where(_along(takes, leaf), leaf, old[name]) for name, leaf in new.items()}
+
+
+def _along(each: Tensor, leaf: Tensor) -> Tensor:
+    """A number (K,) for each member, in a shape that meets a leaf (K, ...)."""
+    return each.reshape(-1, *(1,) * (leaf.dim() - 1))

@@ -1,0 +1,352 @@
+"""Claims about ensembles: members equal separate runs, with the same draws; who stops stays as it is, to the byte."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dwiml_func.digest import leaf_digest, state_digest, state_leaves
+from dwiml_func.ensemble import EnsembleState, member, member_sums, stack_states
+from dwiml_func.ensemble_loop import EnsembleReport, train_and_validate_ensemble
+from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
+from dwiml_func.loop import EpochReport, train_and_validate
+from dwiml_func.loss import LossOut, module_loss
+from dwiml_func.metrics import read_means
+from dwiml_func.optim import adam, adamw, radam, sgd
+from dwiml_func.rng import Key, fold_in, numpy_rng, torch_rng
+from dwiml_func.state import TrainState, init_state
+from dwiml_func.step import NonFiniteError, eval_step, train_step
+
+OPTIMIZERS = {"sgd": partial(sgd, momentum=0.9), "adam": adam, "adamw": adamw, "radam": radam}
+SEEDS = (3, 4, 5)
+
+
+def mlp(seed: int) -> nn.Module:
+    """In float64. No bias before the batch norm: its gradient would be rounding alone, which Adam makes large."""
+    with torch_rng(Key(seed)):
+        layers = [nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2)]
+        return nn.Sequential(*layers).double()
+
+
+def batches(key: Key, epoch: int, start_batch: int) -> Iterable[tuple[Tensor, Tensor]]:
+    """Four batches of 6, 7, 8 and 9 rows, whoever asks."""
+    for number in range(start_batch, 4):
+        draws = numpy_rng(fold_in(Key(99), epoch, number)).normal(size=(6 + number, 6))
+        yield torch.from_numpy(draws[:, :4]), torch.from_numpy(draws[:, 4:])
+
+
+def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int, dict[str, Any]]:
+    out = model(batch[0])
+    return (out - batch[1]).square().mean(), len(batch[1]), {"size": (out.abs().mean(), 3)}
+
+
+LOSS = module_loss(mlp(0), squared_error)
+
+
+def alone(
+    state: TrainState, *, optimizer: Any, lr: float, clip_grad: float | None = None, max_epochs: int = 3, **options: Any
+) -> tuple[TrainState, list[EpochReport]]:
+    """A run of its own, to its end."""
+    step = partial(train_step, loss_fn=LOSS, optimizer=optimizer, clip_grad=clip_grad)
+    epochs = train_and_validate(
+        state,
+        train=batches,
+        valid=lambda key, epoch, start: batches(key, 1000, start),
+        step=step,
+        eval_step=partial(eval_step, loss_fn=LOSS),
+        learning_rate=lr,
+        max_epochs=max_epochs,
+        **options,
+    )
+    states, reports = zip(*epochs, strict=True)
+    return states[-1], list(reports)
+
+
+def together(
+    ensemble: EnsembleState,
+    *,
+    optimizer: Any,
+    lr: Any,
+    weight_decay: Tensor | None = None,
+    clip_grad: float | None = None,
+    max_epochs: int = 3,
+    **loop: Any,
+) -> tuple[EnsembleState, list[EnsembleReport]]:
+    """The same runs as an ensemble, to its end."""
+    options = {"optimizer": optimizer, "weight_decay": weight_decay, "clip_grad": clip_grad}
+    step = partial(ensemble_step, loss_fn=LOSS, **options)
+    epochs = train_and_validate_ensemble(
+        ensemble,
+        train=batches,
+        valid=lambda key, epoch, start: batches(key, 1000, start),
+        step=step,
+        eval_step=partial(ensemble_eval_step, loss_fn=LOSS),
+        learning_rate=lr,
+        max_epochs=max_epochs,
+        **loop,
+    )
+    ensembles, reports = zip(*epochs, strict=True)
+    return ensembles[-1], list(reports)
+
+
+def starts(seeds: Sequence[int] = SEEDS, optimizer: Any = None) -> list[TrainState]:
+    return [init_state(mlp(seed), optimizer or adam(), seed=seed) for seed in seeds]
+
+
+def assert_close(one: TrainState, other: TrainState, *, rel: float = 1e-10) -> None:
+    """Equal numbers; tensors and sums equal up to rounding."""
+    assert (one.key, one.step, one.epoch, one.batch) == (other.key, other.step, other.epoch, other.batch)
+    assert one.best[1:] == other.best[1:]
+    assert one.best.value == pytest.approx(other.best.value, rel=rel)
+    leaves, others = state_leaves(one), state_leaves(other)
+    assert leaves.keys() == others.keys()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(
+            leaf, others[name], rtol=rel, atol=rel, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert one.sums.keys() == other.sums.keys()
+    for name, pair in one.sums.items():
+        assert [float(part) for part in pair] == pytest.approx([float(part) for part in other.sums[name]], rel=rel)
+
+
+def assert_same_reports(ensemble: Sequence[EnsembleReport], number: int, reports: Sequence[EpochReport]) -> None:
+    own = [report.members[number] for report in ensemble if number in report.members]
+    assert len(own) == len(reports)
+    for one, other in zip(own, reports, strict=True):
+        for name in ("epoch", "learning_rate", "num_batches", "num_points", "is_best", "stop"):
+            assert getattr(one, name) == getattr(other, name)
+        assert one.train == pytest.approx(other.train, rel=1e-10)
+        assert one.valid == pytest.approx(other.valid, rel=1e-10)
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.5])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_seeds_are_separate_runs(name, clip_grad):
+    optimizer = OPTIMIZERS[name](weight_decay=0.01)
+    states = starts(optimizer=optimizer)
+    ensemble, reports = together(stack_states(states), optimizer=optimizer, lr=0.02, clip_grad=clip_grad)
+    for number, state in enumerate(states):
+        end, own = alone(state, optimizer=optimizer, lr=0.02, clip_grad=clip_grad)
+        assert_close(member(ensemble, number), end)
+        assert_same_reports(reports, number, own)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_learning_rates_and_weight_decays_are_separate_runs(name):
+    make = OPTIMIZERS[name]
+    rates, decays = [0.1, 0.01, lambda epoch: 0.05 / (epoch + 1)], [0.0, 0.1, 0.3]
+    states, each = starts((3, 3, 3), make()), torch.tensor(decays, dtype=torch.float64)
+    ensemble, reports = together(stack_states(states), optimizer=make, lr=rates, weight_decay=each, clip_grad=1.0)
+    for number, (state, lr, decay) in enumerate(zip(states, rates, decays, strict=True)):
+        end, own = alone(state, optimizer=make(weight_decay=decay), lr=lr, clip_grad=1.0)
+        assert_close(member(ensemble, number), end)
+        assert_same_reports(reports, number, own)
+
+
+def test_best_epochs_and_patience_are_each_members_own():
+    states, rates = starts(), [0.03, 1e-12, 0.2]
+    ensemble, reports = together(stack_states(states), optimizer=adam(), lr=rates, patience=2, max_epochs=9)
+    ends = [
+        alone(state, optimizer=adam(), lr=lr, patience=2, max_epochs=9) for state, lr in zip(states, rates, strict=True)
+    ]
+    assert len({len(own) for _, own in ends}) > 1  # they do not all stop together
+    assert {own[-1].stop for _, own in ends} == {"patience"}
+    for number, (end, own) in enumerate(ends):
+        assert_close(member(ensemble, number), end)
+        assert_same_reports(reports, number, own)
+
+
+def test_a_member_that_stopped_early_stays_as_it_is_to_the_byte():
+    rates = [0.03, 1e-12, 0.02]
+    step = partial(ensemble_step, loss_fn=LOSS, optimizer=adam())
+    digests: dict[int, str] = {}
+    ensemble = stack_states(starts())
+    epochs = train_and_validate_ensemble(
+        ensemble, train=batches, step=step, learning_rate=rates, patience=1, max_epochs=6
+    )
+    for ensemble, report in epochs:
+        digests |= {n: state_digest(member(ensemble, n)) for n, own in report.members.items() if own.stop}
+        for number, digest in digests.items():
+            assert state_digest(member(ensemble, number)) == digest
+    assert member(ensemble, 1).epoch < ensemble.epoch
+
+
+def exploding(params, buffers, batch, *, key, train):
+    """Not finite for who has the number 5, from the third batch of the second epoch on."""
+    x, y = batch
+    loss = (x @ params["w"] - y).square().mean()
+    bad = (buffers["count"] >= 6) & (buffers["number"] == 5)
+    return LossOut(loss * torch.where(bad, torch.inf, 1.0), len(x), {**buffers, "count": buffers["count"] + 1}, {})
+
+
+def test_a_member_that_is_not_finite_stays_as_it_was_and_is_named():
+    states = [
+        TrainState(
+            params={"w": torch.full((4, 2), 0.1 * number, dtype=torch.float64)},
+            buffers={"number": torch.tensor(number), "count": torch.tensor(0)},
+            opt_state={},
+            key=Key(number),
+        )
+        for number in (4, 5, 6)
+    ]
+    seen = []
+    loop: dict[str, Any] = {"train": batches, "learning_rate": 0.01, "max_epochs": 3}
+    step = partial(ensemble_step, loss_fn=exploding, optimizer=sgd())
+    epochs = train_and_validate_ensemble(
+        stack_states(states), step=step, on_batch=lambda ensemble, _: seen.append(ensemble), **loop
+    )
+    ensembles, reports = zip(*epochs, strict=True)
+    ensemble = ensembles[-1]
+    assert reports[0].failed == reports[2].failed == {}
+    assert "epoch 2, batch 2 (step 6)" in reports[1].failed[1]
+    assert [sorted(report.members) for report in reports] == [[0, 1, 2], [0, 2], [0, 2]]
+    assert state_digest(member(ensemble, 1)) == state_digest(member(seen[5], 1))
+
+    def run(state: TrainState) -> TrainState:
+        step = partial(train_step, loss_fn=exploding, optimizer=sgd())
+        last = [state]
+        for _, _ in train_and_validate(state, step=step, on_batch=lambda state, _: last.append(state), **loop):
+            pass
+        return last[-1]
+
+    with pytest.raises(NonFiniteError, match=r"epoch 2, batch 2 \(step 6\)"):
+        run(states[1])
+    for number in (0, 2):
+        end = run(states[number])
+        torch.testing.assert_close(member(ensemble, number).params, end.params, rtol=1e-12, atol=0)
+
+
+def test_an_ensemble_of_members_that_all_failed_ends():
+    state = init_state(mlp(0), sgd(), seed=0)
+    ensemble = stack_states([state.replace(params={n: p * torch.nan for n, p in state.params.items()})] * 2)
+    _, reports = together(ensemble, optimizer=sgd(), lr=0.1)
+    assert [sorted(report.failed) for report in reports] == [[0, 1]]
+    assert reports[0].members == {}
+
+
+@pytest.mark.parametrize("steps", [4, 6], ids=["at an epoch's end", "within an epoch"])
+def test_a_member_taken_out_goes_on_as_the_separate_run(steps):
+    states = starts()
+    run = Stopped(steps)
+    with pytest.raises(Stopped):
+        together(stack_states(states), optimizer=adam(), lr=0.02, on_batch=run)
+    for number, state in enumerate(states):
+        taken = member(run.last, number)
+        assert taken.step == steps
+        resumed, reports = alone(taken, optimizer=adam(), lr=0.02)
+        end, own = alone(state, optimizer=adam(), lr=0.02)
+        assert_close(resumed, end)
+        assert [report.train["loss"] for report in reports] == pytest.approx(
+            [report.train["loss"] for report in own[-len(reports) :]], rel=1e-10
+        )
+
+
+class Stopped(Exception):
+    """Raises itself after some batches, and has the ensemble then."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def __call__(self, ensemble: EnsembleState, metrics: Any) -> None:
+        self.last = ensemble
+        if ensemble.step == self.steps:
+            raise self
+
+
+@pytest.mark.parametrize("steps", [4, 6, 11])
+def test_an_ensemble_taken_apart_and_put_together_goes_on_to_the_same_bits(steps):
+    options: dict[str, Any] = {"optimizer": adam(), "lr": [0.03, 1e-12, 0.02], "patience": 1, "max_epochs": 5}
+    whole, _ = together(stack_states(starts()), **options)
+    run = Stopped(steps)
+    with pytest.raises(Stopped):
+        together(stack_states(starts()), on_batch=run, **options)
+    members = [member(run.last, number) for number in range(3)]
+    again = stack_states(members, active=run.last.active.tolist())
+    assert digests(again) == digests(run.last)
+    end, _ = together(again, **options)
+    assert digests(end) == digests(whole)
+    assert not end.active[1]
+
+
+def digests(ensemble: EnsembleState) -> list[str]:
+    return [state_digest(member(ensemble, number)) for number in range(len(ensemble))]
+
+
+def test_a_step_changes_nothing_that_came_in_and_no_global_state():
+    ensemble = stack_states(starts())
+    batch = next(iter(batches(Key(0), 0, 0)))
+    tensors = [*ensemble.params.values(), *ensemble.buffers.values(), ensemble.active, ensemble.done, *batch]
+    tensors += [leaf for moments in ensemble.opt_state.values() for leaf in moments.values()]
+    before = [(leaf._version, leaf_digest(leaf)) for leaf in tensors]
+    random = torch.get_rng_state()
+    step = partial(ensemble_step, loss_fn=LOSS, optimizer=adam, lr=torch.tensor([0.1, 0.2, 0.3]), clip_grad=0.1)
+    decays = torch.tensor([0.1, 0.2, 0.3])
+    one, other = (step(ensemble, batch, weight_decay=decays) for _ in range(2))
+    ensemble_eval_step(ensemble, batch, loss_fn=LOSS)
+    assert [(leaf._version, leaf_digest(leaf)) for leaf in tensors] == before
+    assert torch.equal(torch.get_rng_state(), random)
+    assert digests(one[0]) == digests(other[0])
+    assert not any(leaf.requires_grad for leaf in state_leaves(member(one[0], 0)).values())
+
+
+def test_sums_are_each_members_own():
+    ensemble = stack_states(starts())
+    ensemble = ensemble.replace(active=torch.tensor([True, False, True]))
+    batch = next(iter(batches(Key(0), 0, 0)))
+    after, metrics = ensemble_step(ensemble, batch, loss_fn=LOSS, optimizer=adam(), lr=0.1)
+    sums = member_sums(metrics, 3)
+    assert [own["loss"].weight for own in sums] == [6, 0, 6]
+    assert [own["size"].weight for own in sums] == [3, 0, 3]
+    for number, state in enumerate(starts()):
+        _, own = train_step(state, batch, loss_fn=LOSS, optimizer=adam(), lr=0.1)
+        if number != 1:
+            assert read_means(sums[number]) == pytest.approx(read_means(own), rel=1e-12)
+            assert member(after, number).sums == sums[number]
+    assert member(after, 1).sums == {}
+    assert member(after, 1).step == 0
+
+
+def test_members_that_do_not_fit_together_are_refused():
+    state = init_state(mlp(0), adam(), seed=0)
+    with pytest.raises(ValueError, match="at least one state"):
+        stack_states([])
+    with pytest.raises(ValueError, match=r"exp_avg/0.weight is not there in member 1, float64 \(8, 4\) on cpu"):
+        stack_states([state, init_state(mlp(0), sgd(), seed=0)])
+    with pytest.raises(ValueError, match=r"\[\(0, 0, 0\), \(1, 0, 1\)\]"):
+        stack_states([state, state.replace(step=1, batch=1)])
+    with pytest.raises(ValueError, match="a value for each of 1 states"):
+        stack_states([state], active=[True, False])
+    ensemble = stack_states([state, state])
+    with pytest.raises(IndexError, match="from 0 to 1"):
+        member(ensemble, 2)
+    batch = next(iter(batches(Key(0), 0, 0)))
+    with pytest.raises(ValueError, match="what makes an optimizer"):
+        ensemble_step(ensemble, batch, loss_fn=LOSS, optimizer=adam(), lr=0.1, weight_decay=torch.zeros(2))
+    with pytest.raises(ValueError, match="clip at above 0"):
+        ensemble_step(ensemble, batch, loss_fn=LOSS, optimizer=adam(), lr=0.1, clip_grad=0.0)
+    with pytest.raises(ValueError, match="each of 2 members"):
+        together(ensemble, optimizer=adam(), lr=[0.1])
+    with pytest.raises(ValueError, match="scalar loss"):
+        ensemble_step(ensemble, batch, loss_fn=rowwise, optimizer=adam(), lr=0.1)
+    with pytest.raises(ValueError, match="depends on the parameters"):
+        ensemble_step(ensemble, batch, loss_fn=constant, optimizer=adam(), lr=0.1)
+
+
+def rowwise(params, buffers, batch, *, key, train):
+    return LossOut(params["0.weight"].sum(0), 1, buffers, {})
+
+
+def constant(params, buffers, batch, *, key, train):
+    return LossOut(batch[0].sum(), 1, buffers, {})
+
+
+def test_a_member_shares_no_memory_with_the_ensemble():
+    ensemble = stack_states(starts())
+    taken = member(ensemble, 0)
+    before = digests(ensemble)
+    step = partial(train_step, loss_fn=LOSS, optimizer=adam(), lr=0.1, donate=True)
+    step(taken, next(iter(batches(Key(0), 0, 0))))
+    assert digests(ensemble) == before
