@@ -13,7 +13,7 @@ from dwiml_func.history import history_to_json
 from dwiml_func.loop import EpochReport
 from dwiml_func.record import Record, newest_record
 
-__all__ = ["Comparison", "compare_experiments", "differences", "report_differences"]
+__all__ = ["Comparison", "compare_experiments", "differences", "distinguishing", "report_differences"]
 
 _NOT_COMPARED = {"train_minutes", "valid_minutes", "stop", "digest"}  # when a run ended is no matter of its numbers
 
@@ -120,6 +120,25 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], labels: tuple[str, s
     return lines
 
 
+def distinguishing(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """What sets each of several configs apart.
+
+    Args:
+        configs: nested dicts; lists are compared as one value.
+
+    Returns:
+        For each config, the values that not all share, as text, by their keys with dots between them.
+
+    Example:
+        >>> distinguishing([{"model": {"dropout": 0.5, "size": 3}}, {"model": {"dropout": 0.25, "size": 3}}])
+        [{'model.dropout': '0.5'}, {'model.dropout': '0.25'}]
+    """
+    flat = [_flatten(config) for config in configs]
+    names = {name: None for config in flat for name in config}
+    different = [name for name in names if len({_shown(config.get(name)) for config in flat}) > 1]
+    return [{name: _plain(config.get(name)) for name in different} for config in flat]
+
+
 def report_differences(a: EpochReport, b: EpochReport, labels: tuple[str, str] = ("in A", "in B")) -> list[str]:
     """Compare what two epochs brought, bit for bit; durations, digests and why a run ended do not count.
 
@@ -153,6 +172,12 @@ def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return "none" if value is None else json.dumps(value)  # floats to the last bit, control characters escaped
+
+
+def _plain(value: Any) -> str:
+    """Without quotes and brackets."""
+    values = value if isinstance(value, list) else [value]
+    return " ".join(item if isinstance(item, str) else _shown(item) for item in values)
 
 
 def _compared(both: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.streamlines import directions
 from dwiml_func.metrics import Metrics, add_metrics, read_means, weighted_sum
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
-from dwiml_func.models.model_directory import LoadedModel
+from dwiml_func.models.model_directory import LoadedModel, load_model
 from dwiml_func.rng import Key
-from dwiml_func.wiring import loader_spec, require_usable
+from dwiml_func.wiring import Setup, loader_spec, require_usable
 
-__all__ = ["Evaluation", "ModelEvaluation", "evaluate_directions", "evaluate_model"]
+__all__ = ["Evaluation", "ModelEvaluation", "evaluate_best_model", "evaluate_directions", "evaluate_model"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,28 @@ def evaluate_directions(
         num_points=num_points,
         num_streamlines=num_streamlines,
     )
+
+
+def evaluate_best_model(directory: str | Path, setup: Setup) -> Evaluation:
+    """Compare an experiment's best model with the baselines on the batches that are there to judge it.
+
+    Args:
+        directory: the experiment.
+        setup: its parts.
+
+    Returns:
+        The errors, on the validation subjects or, where there are none, on the training subjects.
+
+    Raises:
+        ValueError, OSError: there is no best model, or it is damaged.
+
+    Example:
+        >>> evaluate_best_model("experiments/first_run", prepare(config)).model  # doctest: +SKIP
+    """
+    dataset = setup.evaluation_set
+    model = load_model(Path(directory) / "best_model").module  # on the CPU, wherever it was trained
+    batches = (batch.to(torch.device("cpu")) for batch in setup.evaluation(setup.state.key, 0, 0))
+    return evaluate_directions(model.directions, batches, dataset.input_attributes, num_features=dataset.num_features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

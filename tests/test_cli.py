@@ -162,7 +162,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         *("input_embedding_key", "input_embedded_size", "nb_cnn_filters", "kernel_size", "use_skip_connection"),
         *("prev_dirs_embedding_key", "prev_dirs_embedded_size", "normalize_prev_dirs", "use_layer_normalization"),
         *("dg_sphere", "add_entropy_to_gauss", "dg_nb_gaussians", "dg_nb_clusters", "add_eos", "eos_weight"),
-        *("normalize_targets", "normalize_outputs"),
+        *("normalize_targets", "normalize_outputs", "step_rule"),
     }
     assert {name.replace("-", "_") for name in options} | {"lazy"} | excluded == fields  # none was left out above
 

@@ -16,7 +16,7 @@ HEAVY = {"jax", "orbax", "comet_ml", "dipy", "h5py", "nibabel", "matplotlib", "s
 OUTER = ("data", "models", "writers", "cli")
 WIRING = {  # they join the core to what surrounds it
     *("config", "wiring", "experiment", "training_run", "resumption", "best_model"),
-    *("verification", "comparison", "evaluation", "__main__"),
+    *("verification", "comparison", "evaluation", "overview", "__main__"),
 }
 CORE = sorted(path for path in ROOT.glob("*.py") if path.stem not in WIRING)
 

@@ -24,6 +24,8 @@ COMMANDS = {
     "create-hdf5": "Make an HDF5 dataset of NIfTI files and tractograms.",
     "info": "Print what an HDF5 dataset holds, and what is wrong with it.",
     "evaluate": "Print a model's loss and angular error on a subset of a dataset, beside two baselines.",
+    "runs": "Print a table of experiments: how far each has come, and how good it is.",
+    "plot": "Draw losses, angular errors, gradients and speed of experiments, over each other.",
     "import-reference": "Make a model directory of a model that dwi_ml trained.",
     "export-reference": "Write a model for dwi_ml's scripts.",
     "digest": "Print the SHA-256 of an experiment's latest training state.",

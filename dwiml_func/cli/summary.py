@@ -3,41 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-
-from dwiml_func.cli.messages import say
-from dwiml_func.evaluation import Evaluation, evaluate_directions
+from dwiml_func.evaluation import Evaluation
 from dwiml_func.loop import EpochReport
-from dwiml_func.models.model_directory import load_model
-from dwiml_func.wiring import Setup
 
-__all__ = ["format_summary", "print_summary"]
-
-
-def print_summary(directory: Path, setup: Setup, history: Sequence[EpochReport]) -> None:
-    """Evaluate the best model on the validation subjects, or else the training ones, and print the summary.
-
-    Args:
-        directory: the experiment.
-        setup: its parts.
-        history: the reports of all epochs.
-
-    Example:
-        >>> print_summary(directory, setup, history)  # doctest: +SKIP
-    """
-    if history[-1].best.epoch is None:
-        print("No epoch had a finite loss: there is no best model.")
-        return
-    dataset = setup.evaluation_set
-    model = load_model(directory / "best_model").module  # on the CPU, wherever it was trained
-    batches = (batch.to(torch.device("cpu")) for batch in setup.evaluation(setup.state.key, 0, 0))
-    evaluation = evaluate_directions(
-        model.directions, batches, dataset.input_attributes, num_features=dataset.num_features
-    )
-    say("")
-    print(format_summary(history, evaluation, subset=dataset.subset))
+__all__ = ["format_summary"]
 
 
 def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, subset: str) -> str:

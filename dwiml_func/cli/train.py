@@ -17,8 +17,9 @@ from dwiml_func.atomic import remove_leftovers
 from dwiml_func.cli.messages import is_quiet, say
 from dwiml_func.cli.parsing import parse, value_of
 from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions, read_config_part
-from dwiml_func.cli.summary import print_summary
+from dwiml_func.cli.summary import format_summary
 from dwiml_func.environment import environment
+from dwiml_func.evaluation import evaluate_best_model
 from dwiml_func.experiment import check_new_experiment, create_experiment, experiment_directory
 from dwiml_func.interruption import stop_on_signals
 from dwiml_func.lock import experiment_lock
@@ -27,7 +28,9 @@ from dwiml_func.process_group import process_group, rank_in
 from dwiml_func.state import TrainState
 from dwiml_func.training_run import run_experiment
 from dwiml_func.wiring import Setup, prepare
+from dwiml_func.writers.evaluation_json import write_evaluation
 from dwiml_func.writers.progress import Progress
+from dwiml_func.writers.run_plots import leave_picture
 
 __all__ = ["TrainOptions", "run", "train_with_progress"]
 
@@ -47,7 +50,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
     """Train a Learn2Track model. Every epoch ends with a snapshot in EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, from
-    which `dwiml-func resume` goes on; the best epoch's model is kept in best_model, the logs in logs.
+    which `dwiml-func resume` goes on; the best epoch's model is kept in best_model, the logs in logs, a
+    picture in plots.
 
     Example: dwiml-func train experiments second_run data.hdf5 --patience 10 --dropout 0.2
     """
@@ -137,7 +141,23 @@ def train_with_progress(directory: Path, setup: Setup, state: TrainState, histor
             if progress is not None:
                 progress(report)
     if setup.peers.rank == 0:
-        print_summary(directory, setup, history)
+        _finish(directory, setup, history)
+
+
+def _finish(directory: Path, setup: Setup, history: tuple[EpochReport, ...]) -> None:
+    """Judge the best model, and leave what was found in the experiment: as numbers, as a picture and in words."""
+    best = history[-1].best.epoch
+    if best is None:
+        print("No epoch had a finite loss: there is no best model.")
+        return
+    evaluation, subset = evaluate_best_model(directory, setup), setup.evaluation_set.subset
+    try:
+        write_evaluation(directory, evaluation, epoch=best, subset=subset)
+    except OSError as error:
+        _log.warning("The evaluation was not written: %s", error)
+    leave_picture(directory)
+    say("")
+    print(format_summary(history, evaluation, subset=subset))
 
 
 def _read_options(arguments: Sequence[str], program: str) -> TrainOptions:

@@ -1,0 +1,64 @@
+"""`dwiml-func plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dwiml_func.cli.parsing import parse
+from dwiml_func.writers.plots import check_format, save_figure
+from dwiml_func.writers.run_plots import draw_experiments
+
+__all__ = ["PlotOptions", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Draw experiments over each other: losses with the best epoch, angular errors with the baselines, gradient norms
+    before and after clipping, learning rates, and points per second. The legend tells what differs in their options.
+
+    Example: dwiml-func plot experiments/first_run experiments/second_run --out runs.png
+    """
+
+    experiment_dirs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_DIR [EXPERIMENT_DIR ...]")
+    ]
+    """The experiments' folders."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """The picture; its name ends in .png, .svg or .pdf. None: plots/training.png of the experiment, or runs.png here
+    for several."""
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError, OSError: there is nothing to draw, or the picture cannot be written.
+
+    Example:
+        >>> run(["experiments/first_run"], "dwiml-func plot")  # doctest: +SKIP
+    """
+    options = parse(PlotOptions, arguments, program)
+    directories = options.experiment_dirs
+    if not directories:
+        raise ValueError("EXPERIMENT_DIR is missing. Received: nothing")
+    out = Path("runs.png" if options.out is None else options.out)
+    check_format(out)
+    figure = draw_experiments(directories)
+    if options.out is None and len(directories) == 1:
+        out = Path(directories[0], "plots", "training.png")
+        out.parent.mkdir(exist_ok=True)
+    save_figure(figure, out)
+    print(out)
+    return 0

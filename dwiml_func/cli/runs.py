@@ -1,0 +1,114 @@
+"""`dwiml-func runs`."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import tyro
+
+from dwiml_func.cli.parsing import parse
+from dwiml_func.overview import RunOverview, list_runs
+
+__all__ = ["RunsOptions", "format_runs", "run"]
+
+_WIDTH = 100
+_HEADINGS = ("name", "state", "epochs", "best loss", "at", "angle deg", "duration", "last change")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunsOptions:
+    """Print a table of the experiments in a folder: how far each has come, its best loss and in which epoch, the mean
+    angular error of the validation in that epoch, in degrees, and how long its epochs took. "running" means that a
+    process works in it at this moment.
+
+    Example: dwiml-func runs experiments
+    """
+
+    experiments_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENTS_PATH")]
+    """Folder of all experiments."""
+    json: bool = False
+    """Print a JSON list with an object for each and nothing else."""
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+
+    Example:
+        >>> run(["experiments"], "dwiml-func runs")  # doctest: +SKIP
+    """
+    options = parse(RunsOptions, arguments, program)
+    runs = list_runs(options.experiments_path)
+    if options.json:
+        rows = [{**asdict(run), "last_change": run.last_change.isoformat(timespec="seconds")} for run in runs]
+        print(json.dumps([{name: _json(value) for name, value in row.items()} for row in rows], indent=2))
+    else:
+        print(format_runs(runs) if runs else f"No experiments in {options.experiments_path}.")
+    return 0
+
+
+def format_runs(runs: Sequence[RunOverview]) -> str:
+    """Overviews as a table of at most 100 columns; long names are cut.
+
+    Args:
+        runs: the overviews.
+
+    Returns:
+        A line for each run below a line of headings, and below them what is damaged.
+
+    Example:
+        >>> print(format_runs([]))
+        name  state  epochs  best loss  at  angle deg  duration  last change
+    """
+    rows = [_HEADINGS, *(_row(run) for run in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
+    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    lines = []
+    for row in rows:
+        name = row[0] if len(row[0]) <= widths[0] else f"{row[0][: widths[0] - 3]}..."
+        numbers = (f"{cell:>{width}}" for cell, width in zip(row[2:], widths[2:], strict=True))
+        lines.append("  ".join([f"{name:<{widths[0]}}", f"{row[1]:<{widths[1]}}", *numbers]))
+    problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
+    wrapped = [
+        textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for text in problems
+    ]
+    return "\n".join([*lines, *([""] if wrapped else []), *wrapped])
+
+
+def _row(run: RunOverview) -> tuple[str, ...]:
+    return (
+        run.name if run.name.isprintable() else ascii(run.name),
+        run.state + (" (!)" if run.problems and run.state != "damaged" else ""),
+        f"{run.epochs}/{'?' if run.max_epochs is None else run.max_epochs}",
+        "-" if run.best_loss is None else f"{run.best_loss:.4f}",
+        "-" if run.best_epoch is None else str(run.best_epoch),
+        "-" if run.angular_error_deg is None else f"{run.angular_error_deg:.2f}",
+        _duration(run.minutes),
+        f"{run.last_change:%Y-%m-%d %H:%M}",
+    )
+
+
+def _duration(minutes: float) -> str:
+    if minutes < 1:
+        return f"{60 * minutes:.0f} s"
+    return f"{minutes:.1f} min" if minutes < 60 else f"{minutes / 60:.1f} h"
+
+
+def _json(value: object) -> object:
+    """The same, with null for what is not finite: JSON has no such numbers."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

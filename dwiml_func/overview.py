@@ -1,0 +1,125 @@
+"""What experiments there are in a folder, and how far each has come: read from configs and manifests alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from dwiml_func.config import TrainingConfig
+from dwiml_func.experiment import read_config
+from dwiml_func.lock import is_locked
+from dwiml_func.loop import EpochReport
+from dwiml_func.record import newest_record
+
+__all__ = ["RunOverview", "list_runs"]
+
+RunState = Literal["running", "finished", "stopped early", "interrupted", "damaged"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOverview:
+    """How far a run has come.
+
+    Args:
+        name: the experiment's name.
+        state: "running" while a process holds its lock; "damaged" where config or all snapshots cannot be read.
+        epochs: epochs done, as far as snapshots have them.
+        max_epochs: epochs to do; None where the config cannot be read.
+        best_epoch: the best epoch, if there is one.
+        best_loss: the monitored loss after it.
+        angular_error_deg: mean angular error of the validation in it, in degrees, if it is on record.
+        minutes: duration of all epochs, in minutes.
+        last_change: when anything in the experiment's folder or its snapshots changed last, local time.
+        problems: what is damaged, a sentence for each.
+
+    Example:
+        >>> RunOverview.__slots__[:2]
+        ('name', 'state')
+    """
+
+    name: str
+    state: RunState
+    epochs: int = 0
+    max_epochs: int | None = None
+    best_epoch: int | None = None
+    best_loss: float | None = None
+    angular_error_deg: float | None = None
+    minutes: float = 0.0
+    last_change: datetime
+    problems: tuple[str, ...] = ()
+
+
+def list_runs(experiments_path: str | Path) -> list[RunOverview]:
+    """Look at all experiments in a folder. Nothing is written, and no tensor is read.
+
+    Args:
+        experiments_path: the folder. What is no experiment in it, having no config.json, is passed over.
+
+    Returns:
+        An overview of each, sorted by name.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+
+    Example:
+        >>> list_runs("/no/such/folder")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: Experiments path '/no/such/folder' is not a folder.
+    """
+    folder = Path(experiments_path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Experiments path {str(experiments_path)!r} is not a folder.")
+    return [_overview(path) for path in sorted(folder.iterdir()) if (path / "config.json").is_file()]
+
+
+def _overview(directory: Path) -> RunOverview:
+    is_running = is_locked(directory)
+    try:
+        training = read_config(directory).training
+        record = newest_record(directory)
+    except (ValueError, OSError) as error:
+        problem = " ".join(str(error).split())
+        return RunOverview(
+            name=directory.name,
+            state="running" if is_running else "damaged",
+            last_change=_last_change(directory),
+            problems=(problem,),
+        )
+    history = record.history if record else ()
+    best = history[-1].best if history else None
+    at_best = history[best.epoch - 1] if best and best.epoch else None
+    return RunOverview(
+        name=directory.name,
+        state="running" if is_running else _state(training, history),
+        epochs=len(history),
+        max_epochs=training.max_epochs,
+        best_epoch=best.epoch if best else None,
+        best_loss=best.value if best and best.epoch else None,
+        angular_error_deg=at_best.valid.get("angular_error") if at_best else None,
+        minutes=sum(report.train_minutes + report.valid_minutes for report in history),
+        last_change=_last_change(directory),
+        problems=record.damaged if record else (),
+    )
+
+
+def _state(training: TrainingConfig, history: tuple[EpochReport, ...]) -> RunState:
+    """By config and position, for the last report tells why a run had ended before it was given more epochs."""
+    if len(history) >= training.max_epochs:
+        return "finished"
+    if history and training.patience is not None and history[-1].best.num_bad_epochs >= training.patience:
+        return "stopped early"
+    return "interrupted"
+
+
+def _last_change(directory: Path) -> datetime:
+    paths = [directory, *directory.glob("*"), *directory.glob("checkpoint/*")]
+    times = []
+    for path in paths:
+        try:
+            times.append(path.stat().st_mtime)
+        except OSError:  # a running process has just removed it
+            continue
+    return datetime.fromtimestamp(max(times, default=0.0))
