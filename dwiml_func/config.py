@@ -148,10 +148,11 @@ class Origin:
     Args:
         experiment: the directory it was forked from.
         snapshot: the name of the snapshot.
-        digest: the digest of the state that it took over.
+        digest: of the state in that snapshot.
+        start_digest: of the state with which the fork began; another one where moments, seed or best epoch began anew.
 
     Example:
-        >>> Origin(experiment="experiments/a", snapshot="3", digest="0" * 64).snapshot
+        >>> Origin(experiment="experiments/a", snapshot="3", digest="0" * 64, start_digest="0" * 64).snapshot
         '3'
     """
 
@@ -160,6 +161,7 @@ class Origin:
     experiment: str
     snapshot: str
     digest: str
+    start_digest: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from dwiml_func.atomic import atomic_directory
@@ -12,13 +13,20 @@ __all__ = ["check_new_experiment", "create_experiment", "experiment_directory", 
 _MAX_BYTES = 1 << 20
 
 
-def create_experiment(experiments_path: str | Path, experiment_name: str, config: RunConfig) -> Path:
-    """Make an experiment's directory, with its config in it.
+def create_experiment(
+    experiments_path: str | Path,
+    experiment_name: str,
+    config: RunConfig,
+    *,
+    fill: Callable[[Path], None] | None = None,
+) -> Path:
+    """Make an experiment's directory, with its config in it. It appears in one step.
 
     Args:
         experiments_path: folder of all experiments; it exists.
         experiment_name: name of the new folder in it.
         config: the run's config.
+        fill: called with the directory while it is still elsewhere, to write more into it.
 
     Returns:
         The experiment's directory.
@@ -36,6 +44,8 @@ def create_experiment(experiments_path: str | Path, experiment_name: str, config
     directory = check_new_experiment(experiments_path, experiment_name)
     with atomic_directory(directory, replace=False) as temporary:  # another process may have made it by now
         (temporary / "config.json").write_text(config.to_json())
+        if fill is not None:
+            fill(temporary)
     return directory
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dwiml_func.snapshot import Snapshot, list_snapshots, restore_newest
 from dwiml_func.state import TrainState
 from dwiml_func.wiring import Setup, prepare
 
-__all__ = ["refuse_to_continue", "resume_experiment"]
+__all__ = ["mend_experiment", "refuse_to_continue", "resume_experiment"]
 
 _log = logging.getLogger(__name__)
 
@@ -77,18 +78,35 @@ def resume_experiment(
         state, history = snapshot.state, snapshot.history
         for name in damaged:
             _log.warning("Snapshot %s is damaged; going on from %s.", directory / "checkpoint" / name, snapshot.name)
+    if peers.rank == 0:
+        mend_experiment(directory, setup, state, history)  # also a run that has ended: a crash may have come right then
+    if history:
         refuse_to_continue(state, config.training, new_max_epochs=new_max_epochs, new_patience=new_patience)
     if peers.rank > 0:
         return setup, state, history
-    for folder in (directory, *(directory / name for name in ("checkpoint", "logs", "logs/comet", "logs/tensorboard"))):
-        remove_leftovers(folder)
     for name in damaged:
         _set_aside(directory / "checkpoint" / name)
     if changed != config:
         atomic_write(directory / "config.json", changed.to_json())
+    return setup, state, history
+
+
+def mend_experiment(directory: Path, setup: Setup, state: TrainState, history: Sequence[EpochReport]) -> None:
+    """Remove what a crash left behind, and bring the best model up to date with the snapshot.
+
+    Args:
+        directory: the experiment.
+        setup: its parts.
+        state: the run, as restored.
+        history: the reports so far.
+
+    Example:
+        >>> mend_experiment(directory, setup, state, history)  # doctest: +SKIP
+    """
+    for folder in (directory, *(directory / name for name in ("checkpoint", "logs", "logs/comet", "logs/tensorboard"))):
+        remove_leftovers(folder)
     if history:
         mend_best_model(directory, setup, state)
-    return setup, state, history
 
 
 def refuse_to_continue(

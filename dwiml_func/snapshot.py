@@ -7,23 +7,16 @@ is readable without the tensors.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.atomic import atomic_remove, make_directory
-from dwiml_func.digest import (
-    combine_digests,
-    leaf_differences,
-    leaf_digest,
-    numbers_to_fields,
-    state_leaves,
-    state_numbers,
-)
-from dwiml_func.history import fill_digests, history_from_json, history_to_json
-from dwiml_func.leaf_store import DamagedError, SnapshotError, load_leaves, read_manifest, save_leaves
+from dwiml_func.atomic import atomic_remove
+from dwiml_func.digest import combine_digests, leaf_digest, state_leaves, state_numbers
+from dwiml_func.history import fill_digests, history_from_json
+from dwiml_func.leaf_store import DamagedError, SnapshotError, load_leaves, read_manifest
 from dwiml_func.loop import EpochReport
 from dwiml_func.record import read_record
+from dwiml_func.snapshot_io import Snapshot, restore, write_snapshot
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name, snapshot_path
 from dwiml_func.state import TrainState
 
@@ -36,32 +29,8 @@ __all__ = [
     "restore_newest",
     "restore_or",
     "save",
+    "write_snapshot",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
-    """A restored snapshot.
-
-    Args:
-        name: its name, such as "3" (after three epochs) or "3-50" (and fifty batches of the fourth).
-        state: the run.
-        history: the reports of all epochs up to it, with their digests.
-        config: what was recorded as the run's config.
-        environment: what wrote it: versions, processor, number of threads, devices.
-        data: the fingerprint of the data, as it was given to `save`.
-
-    Example:
-        >>> Snapshot.__slots__
-        ('name', 'state', 'history', 'config', 'environment', 'data')
-    """
-
-    name: str
-    state: TrainState
-    history: tuple[EpochReport, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -99,76 +68,19 @@ def save(
         ...     path.name, list_snapshots(directory)
         ('0', ['0'])
     """
-    folder = Path(directory) / "checkpoint"
-    make_directory(folder)
-    numbers, leaves = state_numbers(state), state_leaves(state)
-    leaf_digests = {name: leaf_digest(leaf) for name, leaf in leaves.items()}
-    digest = combine_digests(leaf_digests, numbers) if state.batch == 0 else None
-    facts = {
-        "numbers": numbers,
-        "history": history_to_json(fill_digests(history, _earlier_history(directory), state.epoch, digest)),
-        "config": dict(config or {}),
-        "data": dict(data or {}),
-    }
-    path = folder / snapshot_name(state)
-    save_leaves(path, leaves, facts, numbers=numbers, leaf_digests=leaf_digests)
+    leaf_digests = {name: leaf_digest(leaf) for name, leaf in state_leaves(state).items()}
+    digest = combine_digests(leaf_digests, state_numbers(state)) if state.batch == 0 else None
+    snapshot = Snapshot(
+        name=snapshot_name(state),
+        state=state,
+        history=fill_digests(history, _earlier_history(directory), state.epoch, digest),
+        config=config or {},
+        data=data or {},
+    )
+    path = write_snapshot(directory, snapshot, leaf_digests=leaf_digests)
     if keep is not None:
         _remove_old(directory, state, keep, keep_always)
     return path
-
-
-def restore(directory: str | Path, like: TrainState, *, name: str | None = None) -> Snapshot:
-    """Read a snapshot into a state of the same structure.
-
-    Args:
-        directory: the experiment.
-        like: a state with the names, shapes, dtypes, devices and key to expect, e.g. `init_state(...)` of the same
-            model, optimizer and seed.
-        name: which snapshot, e.g. "3" or "3-50"; None takes the latest.
-
-    Returns:
-        The snapshot; its tensors are on the devices of those of `like`.
-
-    Raises:
-        FileNotFoundError: there is no snapshot, or none of that name.
-        DamagedError: it is damaged.
-        SnapshotError: it differs from `like`; the message lists every difference, with both values.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from dwiml_func import init_state, sgd
-        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     _ = save(directory, state.replace(epoch=3))
-        ...     restore(directory, state).state.epoch
-        3
-    """
-    path = snapshot_path(directory, name)
-    manifest = read_manifest(path)
-    differences = leaf_differences(manifest["leaves"], state_leaves(like))
-    fields = numbers_to_fields(manifest["numbers"])
-    if fields["key"] != like.key:
-        differences.append(f"key: {fields['key']} in the snapshot, {like.key} expected")
-    if differences:
-        raise SnapshotError(f"Snapshot {path} does not fit the state to restore into: {'; '.join(differences)}.")
-    leaves = load_leaves(path, manifest)
-    state = TrainState(
-        params={name: leaves[f"params/{name}"].to(like.params[name].device) for name in like.params},
-        buffers={name: leaves[f"buffers/{name}"].to(like.buffers[name].device) for name in like.buffers},
-        opt_state={
-            kind: {name: leaves[f"opt_state/{kind}/{name}"].to(moments[name].device) for name in moments}
-            for kind, moments in like.opt_state.items()
-        },
-        **fields,
-    )
-    return Snapshot(
-        name=path.name,
-        state=state,
-        history=history_from_json(manifest["history"]),
-        config=manifest["config"],
-        environment=manifest["environment"],
-        data=manifest.get("data", {}),
-    )
 
 
 def restore_newest(directory: str | Path, like: TrainState) -> tuple[Snapshot, list[str]]:

@@ -104,7 +104,8 @@ def _saver(directory: Path, setup: Setup) -> Saver | NoSaver:
     config = setup.config
     keep = None if config.snapshots.keep == "all" else config.snapshots.keep
     data = FingerprintInBackground(config.hdf5_file).result
-    return Saver(directory, config=config.to_dict(), data=data, keep=keep)
+    began = () if config.origin is None else (config.origin.snapshot,)  # a fork cannot make its first state again
+    return Saver(directory, config=config.to_dict(), data=data, keep=keep, keep_always=began)
 
 
 def _require_same_start(setup: Setup, state: TrainState) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dwiml_func.bit_difference import bit_difference
 from dwiml_func.comparison import differences, report_differences, report_values
-from dwiml_func.config import RunConfig
+from dwiml_func.config import Origin, RunConfig
 from dwiml_func.data.fingerprint import fingerprint
 from dwiml_func.digest import leaf_differences, state_digest, state_leaves, state_numbers
 from dwiml_func.environment import environment, environment_differences
@@ -117,7 +117,7 @@ def verify_epoch(
             devices = {str(leaf.device) for leaf in state_leaves(setup.state).values()}
             state, start, damaged = _start(directory, config, setup, epoch)
             problems += damaged
-            problems += _start_problems(state, start, reports)
+            problems += _start_problems(state, start, reports, config.origin)
             problems += _replay_problems(state, setup, track, reports, epoch, after)
         except (ValueError, NonFiniteError) as error:
             if isinstance(error, _NothingLeft) or not (data_problems or surroundings or problems):
@@ -192,13 +192,17 @@ def _start(directory: Path, config: RunConfig, setup: Setup, epoch: int) -> tupl
         return setup.state, None, damaged
     raise _NothingLeft(
         f"{directory} has no sound snapshot before epoch {epoch} to replay it from. "
-        f"Expected one between epochs {config.origin.snapshot}, where it was forked, and {epoch - 1}: "
-        f"runs with --keep all keep every one."
+        f"Expected that of {config.origin.snapshot}, where it was forked, or a later one."
     )
 
 
-def _start_problems(state: TrainState, start: str | None, reports: Mapping[int, EpochReport]) -> list[str]:
-    recorded = reports[state.epoch].digest if state.epoch in reports and not state.batch else None
+def _start_problems(
+    state: TrainState, start: str | None, reports: Mapping[int, EpochReport], origin: Origin | None
+) -> list[str]:
+    if origin is not None and start == origin.snapshot:
+        recorded = origin.start_digest
+    else:
+        recorded = reports[state.epoch].digest if state.epoch in reports and not state.batch else None
     found = state_digest(state)
     if recorded in (None, found):
         return []

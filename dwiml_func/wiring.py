@@ -31,7 +31,7 @@ from dwiml_func.sharding import ALONE, Peers, require_shards, sharded_loss, shar
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import eval_step, train_step
 
-__all__ = ["Setup", "loader_spec", "prepare", "require_usable"]
+__all__ = ["Setup", "loader_spec", "make_optimizer", "prepare", "require_usable"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
     with torch_rng(fold_in(key, Stream.INIT)):
         model = build_model(config.model, nb_features=training_set.num_features, neighborhood=config.data.neighborhood)
     loss_fn = module_loss(model, compute_batch_loss)
-    optimizer = _optimizer(config.training)
+    optimizer = make_optimizer(config.training)
     training_sampler = _sampler_spec(
         config.batches, config.batches.batch_size_training, config.batches.max_batches_per_epoch_training
     )
@@ -147,6 +147,23 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
         evaluation_set=evaluation_set,
         peers=peers,
     )
+
+
+def make_optimizer(training: TrainingConfig) -> optim.Optimizer:
+    """The optimizer that a config asks for.
+
+    Args:
+        training: the training's options.
+
+    Returns:
+        The optimizer.
+
+    Example:
+        >>> sorted(make_optimizer(TrainingConfig()).init({}))
+        ['exp_avg', 'exp_avg_sq']
+    """
+    makers = {"Adam": optim.adam, "AdamW": optim.adamw, "RAdam": optim.radam, "SGD": optim.sgd}
+    return makers[training.optimizer](weight_decay=training.weight_decay)
 
 
 def loader_spec(config: RunConfig) -> LoaderSpec:
@@ -228,8 +245,3 @@ def _device(training: TrainingConfig) -> torch.device:
     if training.use_gpu and not torch.cuda.is_available():
         raise ValueError("--use-gpu: no CUDA device was found. Leave the option out to train on the CPU.")
     return torch.device("cuda" if training.use_gpu else "cpu")
-
-
-def _optimizer(training: TrainingConfig) -> optim.Optimizer:
-    makers = {"Adam": optim.adam, "AdamW": optim.adamw, "RAdam": optim.radam, "SGD": optim.sgd}
-    return makers[training.optimizer](weight_decay=training.weight_decay)

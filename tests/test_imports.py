@@ -15,7 +15,7 @@ ROOT = Path(dwiml_func.__file__).parent
 HEAVY = {"jax", "orbax", "comet_ml", "dipy", "h5py", "nibabel", "matplotlib", "scipy", "tqdm", "tyro"}
 OUTER = ("data", "models", "writers", "cli")
 WIRING = {  # they join the core to what surrounds it
-    *("config", "wiring", "experiment", "training_run", "resumption", "best_model"),
+    *("config", "wiring", "experiment", "training_run", "resumption", "forking", "best_model"),
     *("verification", "comparison", "evaluation", "overview", "__main__"),
 }
 CORE = sorted(path for path in ROOT.glob("*.py") if path.stem not in WIRING)

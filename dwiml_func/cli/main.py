@@ -20,6 +20,7 @@ __all__ = ["main", "resume_training_from_checkpoint"]
 COMMANDS = {
     "train": "Train a model on a dataset, or on the built-in example data.",
     "resume": "Go on with an experiment from its latest snapshot.",
+    "fork": "Train a new experiment from a snapshot of another one, with changed options.",
     "example-data": "Write the built-in example data as an HDF5 dataset.",
     "create-hdf5": "Make an HDF5 dataset of NIfTI files and tractograms.",
     "info": "Print what an HDF5 dataset holds, and what is wrong with it.",
@@ -92,7 +93,7 @@ def resume_training_from_checkpoint() -> int:
 
 
 def _run(command: str, arguments: Sequence[str], program: str) -> int:
-    trains = command in ("train", "resume")
+    trains = command in ("train", "resume", "fork")
     try:
         module = importlib.import_module(f"dwiml_func.cli.{command.replace('-', '_')}")
         code = module.run(arguments, program)

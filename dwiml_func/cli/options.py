@@ -80,11 +80,12 @@ def _options(description: type, part: str) -> Iterator[Option]:
         is_switch = kind is bool and tyro.conf.FlagConversionOff not in metadata
         aliases = [alias for entry in metadata for alias in getattr(entry, "aliases", None) or ()]
         named = [entry.metavar for entry in metadata if getattr(entry, "metavar", None)]
+        written = next((entry.name for entry in metadata if getattr(entry, "name", None)), field.name)
         text, _, without = texts.get(field.name, "").partition(" None: ")
         yield Option(
             name=field.name,
             part=part,
-            flags=() if is_positional else (f"--{field.name.replace('_', '-')}", *aliases),
+            flags=() if is_positional else (f"--{written.replace('_', '-')}", *aliases),
             value="" if is_switch else named[0] if named else _placeholder(kind),
             choices=_choices(kind),
             text=text,

@@ -71,6 +71,8 @@ def parse(
         print(format_help(description, program, subjects=subjects))
         raise SystemExit(0)
     options = {flag: option for option in list_options(description) for flag in option.flags}
+    # A switch that `default` turns on can be turned off
+    options |= {f"--no-{flag.removeprefix('--')}": option for flag, option in options.items() if not option.value}
     _refuse_unknown(options, given, program)
     errors = io.StringIO()
     try:
@@ -80,7 +82,7 @@ def parse(
                 args=list(arguments),
                 prog=program,
                 default=tyro.MISSING_NONPROP if default is None else default,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+                config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit:
         message = _one_line(errors.getvalue(), options)

@@ -1,0 +1,96 @@
+"""`dwiml-func fork`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dwiml_func.atomic import remove_leftovers
+from dwiml_func.cli.messages import say
+from dwiml_func.cli.parsing import parse
+from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions
+from dwiml_func.cli.train import train_with_progress
+from dwiml_func.comparison import differences
+from dwiml_func.experiment import check_new_experiment, experiment_directory, read_config
+from dwiml_func.forking import create_fork, prepare_fork
+from dwiml_func.lock import experiment_lock
+from dwiml_func.process_group import process_group, rank_in
+from dwiml_func.resumption import mend_experiment
+
+__all__ = ["ForkOptions", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkOptions(RunOptions):
+    """Train a new experiment, beside SOURCE_DIR, that begins with one of its snapshots. Options that are not given have
+    the source's values. Any can change that leaves the shapes of the model's tensors as they are; within an epoch, only
+    those of the training but the seed. Another optimizer begins with moments of zero. Epochs are counted on, for the
+    learning rate too.
+
+    Example: dwiml-func fork experiments/first_run slower --from 10 --learning-rate 0.0001 --max-epochs 50
+    """
+
+    source_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE_DIR")]
+    """Folder of the experiment to fork."""
+    new_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NEW_NAME")]
+    """Name of the new experiment."""
+    from_snapshot: Annotated[str | None, tyro.conf.arg(name="from", metavar="EPOCH")] = None
+    """Number of epochs after which to fork, or the name of any snapshot, such as 3-50. None: the latest."""
+    hdf5_file: str | None = None
+    """Another dataset. None: that of the source."""
+
+
+def run(arguments: Sequence[str], program: str) -> int:
+    """Run the command.
+
+    Args:
+        arguments: the command line.
+        program: the program's name in messages.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        ValueError, OSError: the command cannot start; nothing was written.
+
+    Example:
+        >>> run(["experiments/a", "b", "--learning-rate", "0.0001"], "dwiml-func fork")  # doctest: +SKIP
+    """
+    options = parse(ForkOptions, arguments, program, default=_defaults(arguments), subjects=RUN_SUBJECTS)
+    source = Path(options.source_dir)
+    recorded = read_config(source)
+    experiments_path = source.parent if source.name not in ("", "..") else source.resolve().parent
+    directory = experiment_directory(experiments_path, options.new_name)
+    if rank_in() == 0:
+        check_new_experiment(experiments_path, options.new_name)
+    config = options.to_config(options.hdf5_file or recorded.hdf5_file)
+    with process_group("cuda" if config.training.use_gpu else "cpu") as peers:
+        fork = prepare_fork(source, config, name=options.from_snapshot, peers=peers)
+        start = (directory, fork.setup, fork.snapshot.state, fork.snapshot.history)
+        if peers.rank > 0:  # the first process writes
+            train_with_progress(*start)
+            return 0
+        with experiment_lock(experiments_path, wait=True):
+            remove_leftovers(experiments_path)
+            create_fork(experiments_path, options.new_name, fork)
+        with experiment_lock(directory):
+            old, new = ({**each.to_dict(), "origin": None} for each in (recorded, config))
+            changes = (*differences(old, new, ("there", "here")), *fork.notes)
+            say("\n  ".join([f"{directory}: forked from {source}, snapshot {fork.snapshot.name}", *changes]))
+            mend_experiment(*start)
+            train_with_progress(*start)
+    return 0
+
+
+def _defaults(arguments: Sequence[str]) -> ForkOptions | None:
+    """The source's options as defaults, so that only those change that are given."""
+    source = next((text for text in arguments if (Path(text) / "config.json").is_file()), None)
+    if source is None:  # then the command line is wrong, or asks for help
+        return None
+    base = RunOptions.from_config(read_config(Path(source)))
+    parts = {part.name: getattr(base, part.name) for part in fields(RunOptions)}
+    return ForkOptions(source_dir=tyro.MISSING, new_name=tyro.MISSING, **parts)

@@ -1,0 +1,259 @@
+"""Claims about `fork`: it goes on as its source would have but for what was changed, and is whole or absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from reproduction_cases import DATA, STOCHASTIC, differences, results
+
+from dwiml_func.best import Best
+from dwiml_func.cli.main import main
+from dwiml_func.config import Origin
+from dwiml_func.data.fingerprint import fingerprint
+from dwiml_func.experiment import read_config
+from dwiml_func.forking import create_fork, prepare_fork
+from dwiml_func.history import history_from_json
+from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
+from dwiml_func.loop import EpochReport
+from dwiml_func.models.model_directory import load_model
+from dwiml_func.rng import Key
+from dwiml_func.snapshot import latest_digest, list_snapshots, read_record, restore
+from dwiml_func.wiring import prepare
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 epochs of 4 batches, with all its snapshots, also one within each epoch."""
+    folder = tmp_path_factory.mktemp("fork")
+    data = shutil.copy(DATA, folder / "data.hdf5")
+    options = (*STOCHASTIC, "--checkpoint-every", "3batches", "--keep", "all", "--max-epochs", "4")
+    assert main(["train", str(folder), "source", str(data), *options]) == 0
+    return folder / "source"
+
+
+@pytest.fixture
+def source(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "source"))
+
+
+def history(directory: Path) -> tuple[EpochReport, ...]:
+    return history_from_json(read_record(directory)["history"])
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def fork(cli: Callable[..., Any], source: Path, name: str, *options: object) -> Path:
+    outcome = cli("fork", source, name, *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    return source.parent / name
+
+
+@pytest.mark.parametrize("name", ["1", "2-3", "3"])
+def test_a_fork_without_changes_ends_as_its_source(cli, source, name):
+    before = tree(source)
+    same = fork(cli, source, "same", "--from", name)
+    assert differences(results(same), results(source)) == []
+    assert tree(source) == before
+    config = read_config(same)
+    digest = read_record(source, name)["digest"]
+    assert config.origin == Origin(experiment=str(source), snapshot=name, digest=digest, start_digest=digest)
+    assert dataclasses.replace(config, origin=None) == read_config(source)
+    assert name in list_snapshots(same)
+
+
+def test_another_learning_rate_makes_a_difference_from_that_epoch_on(cli, source):
+    # options first, and fewer snapshots kept than it takes to hold on to the first one by chance
+    outcome = cli("fork", "--learning-rate", "0.01", "--keep", "1", source, "faster", "--from", "2")
+    assert outcome.code == 0
+    faster = source.parent / "faster"
+    assert 'training.learning_rate: ["0.001"] there, ["0.01"] here' in outcome.out
+    assert [report.learning_rate for report in history(faster)] == [0.001, 0.001, 0.01, 0.01]
+    assert history(faster)[:2] == history(source)[:2]
+
+    outcome = cli("diff", source, faster)
+    assert outcome.code == 1
+    assert "states: first differ after epoch 3" in outcome.out
+    assert "metrics: first differ in epoch 3" in outcome.out
+
+    assert "2" in list_snapshots(faster)
+    outcome = cli("verify", faster, "--epoch", "3")
+    assert outcome.code == 0, outcome.out
+    assert "replayed from snapshot 2, is equal to the record bit for bit" in outcome.out
+    cli("verify", faster, "--epoch", "2").check_refusal("before this run was forked", str(source))
+
+
+def test_another_optimizer_begins_with_moments_of_zero(cli, source):
+    outcome = cli("fork", source, "other", "--from", "3", "--optimizer", "RAdam", "--rng", "5")
+    assert outcome.code == 0
+    assert "Optimizer RAdam instead of Adam: its moments begin at zero." in outcome.out
+    other = source.parent / "other"
+    setup = prepare(read_config(other))
+    start, taken = (
+        restore(place, setup.state.replace(key=Key(seed)), name="3").state
+        for place, seed in ((other, 5), (source, 1234))
+    )
+    assert start.step == 0 < taken.step
+    assert all(not moment.any() for moments in start.opt_state.values() for moment in moments.values())
+    assert all(torch.equal(start.params[name], taken.params[name]) for name in taken.params)
+    assert (start.best, start.epoch) == (taken.best, 3)
+    assert [report.digest for report in history(other)[:3]] == [report.digest for report in history(source)[:3]]
+    assert cli("verify", other).code == 0
+    assert restore(other, setup.state).state.step == taken.step // 3
+
+    # a start with other bytes, whose own digests fit, is not what was forked
+    path = other / "checkpoint" / "3"
+    manifest, leaves = read_manifest(path), load_leaves(path)
+    leaves["opt_state/exp_avg/rnn_model.rnn_0.bias_hh_l0"][0] = 1e-30
+    facts = {key: manifest[key] for key in ("history", "config", "data", "environment")}
+    save_leaves(path, leaves, facts, numbers=manifest["numbers"])
+    outcome = cli("verify", other)
+    assert outcome.code == 1
+    assert "snapshot 3, where the replay began: digest" in outcome.out
+
+
+def test_options_of_the_source_stay_unless_given(cli, source):
+    config = dataclasses.replace(read_config(source), model=dataclasses.replace(read_config(source).model, dropout=0.1))
+    fork(cli, source, "a", "--from", "3", "--dropout", "0.1", "--lazy")
+    a = read_config(source.parent / "a")
+    assert a.data.lazy
+    assert dataclasses.replace(a, origin=None, data=config.data) == config
+    b = read_config(fork(cli, source.parent / "a", "b", "--from", "3", "--no-lazy", "--max-epochs", "5"))
+    assert not b.data.lazy
+    assert b.model == a.model
+    assert len(history(source.parent / "b")) == 5
+    assert b.origin is not None
+    assert b.origin.experiment == str(source.parent / "a")
+
+
+def test_a_model_of_another_structure_is_refused_with_all_differences(cli, source):
+    before = tree(source.parent)
+    cli("fork", source, "wide", "--rnn-layer-sizes", "8", "7", "--max-epochs", "9").check_refusal(
+        *("params/rnn_model.rnn_1.weight_ih_l0: float32 (24, 8) in the snapshot, float32 (28, 8) expected"),
+        *("params/rnn_model.rnn_1.weight_hh_l0", "opt_state/exp_avg/rnn_model.rnn_1.bias_hh_l0"),
+        *("opt_state/exp_avg_sq/rnn_model.rnn_1.bias_hh_l0", "model.rnn_layer_sizes"),
+    )
+    assert tree(source.parent) == before
+
+
+def test_what_cannot_be_forked_is_refused_and_leaves_nothing(cli, source):
+    flip_a_byte(source / "checkpoint" / "2")
+    (source.parent / "empty").mkdir()
+    before = tree(source.parent)
+    cli("fork", source, "a", "--from", "7").check_refusal("No snapshot '7'", "There are:")
+    cli("fork", source, "a", "--from", "../source").check_refusal("No snapshot '../source'")
+    cli("fork", source, "a", "--from", "2").check_refusal(str(source / "checkpoint" / "2"), "damaged")
+    cli("fork", source, "source", "--from", "1").check_refusal("exists", "Choose another name")
+    cli("fork", source, "..", "--from", "1").check_refusal("'..'")
+    cli("fork", source.parent / "empty", "a").check_refusal("is not an experiment")
+    cli("fork", source.parent / "nowhere", "a").check_refusal("is not an experiment")
+    cli("fork", source).check_refusal("NEW_NAME")
+    cli("fork", source, "a", "--from", "1", "--max-epochs", "nine").check_refusal("--max-epochs")
+    cli("fork", source, "a").check_refusal("4 epochs done", "--max-epochs of at least 5")
+    cli("fork", source, "a", "--from", "2-3", "--batch-size-training", "9", "--rng", "1").check_refusal(
+        "within epoch 3", "batches.batch_size_training", "training.rng"
+    )
+    assert tree(source.parent) == before
+
+
+def test_without_a_name_the_newest_sound_snapshot_is_forked(cli, source):
+    end = latest_digest(source)
+    flip_a_byte(source / "checkpoint" / "4")
+    outcome = cli("fork", source, "a")
+    assert outcome.code == 0
+    assert "snapshot 3-3" in outcome.out
+    assert latest_digest(source.parent / "a") == end
+
+
+def test_a_fork_that_was_killed_before_its_first_save_is_resumed(cli, source):
+    other = fork(cli, source, "other", "--from", "3", "--learning-rate", "0.01")
+    config = dataclasses.replace(read_config(other), origin=None)
+    directory = create_fork(source.parent, "killed", prepare_fork(source, config, name="3"))
+    assert sorted(path.name for path in directory.iterdir()) == ["best_model", "checkpoint", "config.json"]
+    outcome = cli("resume", source.parent, "killed")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert differences(results(directory), results(other)) == []
+
+
+def test_a_fork_that_cannot_be_written_leaves_nothing(cli, source, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dwiml_func.forking.save_best_model", fail)
+    before = tree(source.parent)
+    cli("fork", source, "a", "--from", "3").check_refusal("No space left on device")
+    assert tree(source.parent) == before
+    assert sorted(path.name for path in source.parent.iterdir()) == ["source"]
+
+
+def test_the_best_epoch_begins_anew_with_another_loss(cli, source):
+    outcome = cli("fork", source, "other", "--from", "2", "--dg-key", "l2-regression")
+    assert outcome.code == 0
+    assert "begin anew: the monitored loss is another one with another model.dg_key." in outcome.out
+    other = source.parent / "other"
+    assert history(other)[1].best == history(source)[1].best
+    assert history(other)[2].best == Best(history(other)[2].monitored_loss, 3, 0)
+    assert load_model(other / "best_model").facts["epoch"] == history(other)[-1].best.epoch
+    assert cli("verify", other, "--epoch", "3").code == 0
+
+
+def test_the_best_epoch_begins_anew_where_its_model_is_gone(cli, stopped_early, tmp_path):
+    experiments = Path(shutil.copytree(stopped_early, tmp_path / "experiments"))
+    source = experiments / "run"  # best epoch 2 of 3
+    cli("fork", source, "a").check_refusal("1 epochs in a row without improvement", "--patience of at least 2")
+    kept = fork(cli, source, "kept", "--patience", "2", "--max-epochs", "4")
+    assert history(kept)[-1].best.epoch == load_model(kept / "best_model").facts["epoch"] == 2
+    assert "2" not in list_snapshots(kept)
+    shutil.rmtree(source / "checkpoint" / "2")
+    outcome = cli("fork", source, "anew", "--max-epochs", "4")
+    assert outcome.code == 0
+    assert "the model of the best one, 2, is gone" in outcome.out
+    assert load_model(experiments / "anew" / "best_model").facts["epoch"] == 4
+
+
+def test_other_data_are_taken_when_asked_for_and_noticed_when_not(cli, source):
+    data = Path(shutil.copy(DATA, source.parent / "other.hdf5"))
+    with h5py.File(data, "r+") as file:
+        points = file["subj0/streamlines/data"]
+        assert isinstance(points, h5py.Dataset)
+        points[3] = points[3] + np.float32(0.25)
+    outcome = cli("fork", source, "other", "--from", "3", "--hdf5-file", data)
+    assert outcome.code == 0
+    assert "with another hdf5_file" in outcome.out
+    found = read_record(source.parent / "other", "3")["data"]
+    assert found["sha256"] == fingerprint(data)["sha256"] != read_record(source, "3")["data"]["sha256"]
+    assert cli("verify", source.parent / "other").code == 0
+
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"hdf5_file": str(data)}))
+    cli("fork", source, "a", "--from", "3").check_refusal("its bytes differ", "--hdf5-file")
+
+
+def flip_a_byte(snapshot: Path) -> None:
+    file = max(
+        (path for path in (snapshot / "leaves").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_what_a_crash_after_the_last_epoch_left_unwritten_a_refused_resume_writes(cli, experiments):
+    run = experiments / "run"
+    whole = results(run)
+    shutil.rmtree(run / "best_model")
+    (run / "checkpoint" / ".tmp-3-00000000").mkdir()
+    cli("resume", experiments, "run").check_refusal("stopped early")
+    assert differences(results(run), whole) == []
+    assert not list(run.rglob(".tmp-*"))
