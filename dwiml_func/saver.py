@@ -8,6 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
+from dwiml_func.digest import state_leaves
 from dwiml_func.loop import EpochReport
 from dwiml_func.snapshot import save
 from dwiml_func.state import TrainState, refuse_donated
@@ -18,8 +21,9 @@ __all__ = ["NoSaver", "Saver", "copy_to_host"]
 class Saver:
     """Saves snapshots of a run in the background, one after the other.
 
-    The training thread waits only while the state is copied, so a later step may reuse the state's memory. An error of
-    a save is raised by the next call, and at the end.
+    The training thread waits only while the state is copied, so a later step may reuse the state's memory. The copy's
+    memory is kept for the next one: new memory would take most of that time. An error of a save is raised by the next
+    call, and at the end.
 
     Args:
         directory: the experiment.
@@ -53,6 +57,7 @@ class Saver:
         self._data = data
         self._keep = keep
         self._keep_always = tuple(keep_always)
+        self._copy: TrainState | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -68,13 +73,15 @@ class Saver:
         Args:
             state: the run. It may be donated to a step afterwards.
             history: the reports of all epochs so far.
-            then: called in the background with the copy, once the snapshot is on the disk.
+            then: called in the background with the copy, once the snapshot is on the disk. The copy holds until `then`
+                returns: the next save uses its memory again.
 
         Raises:
             OSError, ValueError: an earlier save failed.
         """
         self.wait()
-        copied, reports = copy_to_host(state), tuple(history)
+        copied, reports = copy_to_host(state, reuse=self._copy), tuple(history)
+        self._copy = copied
 
         def work() -> None:
             try:
@@ -159,11 +166,13 @@ class NoSaver:
         pass
 
 
-def copy_to_host(state: TrainState) -> TrainState:
-    """Copy every tensor of a state into new memory on the CPU.
+def copy_to_host(state: TrainState, *, reuse: TrainState | None = None) -> TrainState:
+    """Copy every tensor of a state into memory on the CPU.
 
     Args:
         state: the run.
+        reuse: an earlier copy, which is given up: its memory is written over for every tensor that still has the same
+            name, shape and dtype.
 
     Returns:
         A state that shares no memory with it.
@@ -179,11 +188,19 @@ def copy_to_host(state: TrainState) -> TrainState:
         False
     """
     refuse_donated(state)
+    old = {} if reuse is None else state_leaves(reuse)
+
+    def copy(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _copy(tensor.detach(), old.get(f"{group}/{name}")) for name, tensor in tensors.items()}
+
     return state.replace(
-        params={name: tensor.detach().to("cpu", copy=True) for name, tensor in state.params.items()},
-        buffers={name: tensor.detach().to("cpu", copy=True) for name, tensor in state.buffers.items()},
-        opt_state={
-            kind: {name: tensor.to("cpu", copy=True) for name, tensor in moments.items()}
-            for kind, moments in state.opt_state.items()
-        },
+        params=copy("params", state.params),
+        buffers=copy("buffers", state.buffers),
+        opt_state={kind: copy(f"opt_state/{kind}", moments) for kind, moments in state.opt_state.items()},
     )
+
+
+def _copy(tensor: Tensor, into: Tensor | None) -> Tensor:
+    if into is not None and (into.shape, into.dtype) == (tensor.shape, tensor.dtype):
+        return into.copy_(tensor)
+    return tensor.to("cpu", copy=True)

@@ -206,3 +206,26 @@ def test_snapshot_then_best_model_then_logs(tmp_path, monkeypatch):
         ("snapshot", ["1"], 1, [1]),
         ("logs", ["1", "2"], 1, [1]),  # the second epoch learns nothing, so it is not the best
     ]
+
+
+def test_the_memory_of_a_copy_is_used_again_where_it_fits():
+    model = torch.nn.BatchNorm1d(3)
+    one, other = init_state(model, adam(), seed=0), init_state(torch.nn.BatchNorm1d(3), sgd(), seed=0)
+    other = other.replace(params={"weight": torch.full((3,), 7.0), "bias": torch.ones(4)})
+    first = copy_to_host(one)
+    memory = {name: leaf.data_ptr() for name, leaf in state_leaves(first).items()}
+    second = copy_to_host(other, reuse=first)
+    reused = {name for name, leaf in state_leaves(second).items() if leaf.data_ptr() == memory[name]}
+    assert reused == {"params/weight", *(f"buffers/{name}" for name in other.buffers)}
+    assert state_digest(second) == state_digest(other)
+    assert not {leaf.data_ptr() for leaf in state_leaves(second).values()} & {
+        leaf.data_ptr() for leaf in state_leaves(other).values()
+    }
+
+
+def test_saves_that_share_memory_hold_each_its_own_values(tmp_path):
+    with Saver(tmp_path, keep=None) as saver:
+        for epoch in range(4):
+            saver.save(state_at(epoch))
+    for epoch in range(4):
+        assert state_digest(restore(tmp_path, state_at(9), name=str(epoch)).state) == state_digest(state_at(epoch))
