@@ -59,6 +59,20 @@ def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
     assert digests[0] == digests[1]
 
 
+def test_a_model_of_ones_own_is_short_and_learns(tmp_path: Path) -> None:
+    (script,) = _blocks("python", "Bring your own model")
+    own = re.search(r"^class .*?(?=^def batches_of)", script, flags=re.MULTILINE | re.DOTALL)
+    assert own is not None
+    assert len([line for line in own[0].splitlines() if line.strip()]) <= 20  # the module and its loss
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(PHANTOM, tmp_path / "experiments" / "example_data.hdf5")
+    (tmp_path / "script.py").write_text(script)
+    epochs = [line.split() for line in _run(sys.executable, "script.py", folder=tmp_path).splitlines()]
+    assert [epoch for epoch, _, _ in epochs] == ["1", "2", "3", "4", "5"]
+    assert float(epochs[-1][1]) < 0.9 * float(epochs[0][1])  # of the training
+    assert float(epochs[-1][2]) < float(epochs[0][2])  # of the validation
+
+
 def test_two_commands_do_all_the_set_up() -> None:
     blocks = _blocks("sh", "Set up")
     assert [len(block.splitlines()) for block in blocks] == [1, 1]

@@ -1,0 +1,169 @@
+"""`dwiml-func evaluate`: a model's loss and angular error over all streamlines of a subset."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
+from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.evaluation import evaluate_model
+from dwiml_func.models.learn2track import compute_batch_loss
+from dwiml_func.models.model_directory import find_model, load_model
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+NAMES = ["subset", "loss", "num_points", "num_streamlines", "angular_error", "compared"]
+
+
+def test_json_is_one_object_with_the_means_over_all_points(cli, stopped_early):
+    outcome = cli(
+        "evaluate", stopped_early / "run", stopped_early.parent / "data.hdf5", "--subset", "validation", "--json"
+    )
+    assert (outcome.code, outcome.err) == (0, "")
+    result = json.loads(outcome.out)
+    assert len(outcome.out.splitlines()) == 1
+    assert list(result) == NAMES
+    assert list(result["compared"]) == [
+        "model",
+        "keep_straight",
+        "principal_direction",
+        "num_points",
+        "num_streamlines",
+    ]
+
+    model = load_model(stopped_early / "run" / "best_model")
+    dataset = open_dataset(stopped_early.parent / "data.hdf5", "validation")
+    batch = load_batch(BatchRequest(np.arange(48), None, 0, 0), dataset=dataset, spec=LoaderSpec())
+    with torch.no_grad():
+        loss, weight, aux = compute_batch_loss(model.module, batch)
+    assert result["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert result["angular_error"] == pytest.approx(aux["angular_error"].item(), rel=1e-6)
+    assert (result["num_points"], result["num_streamlines"]) == (weight, 48)
+    assert result["compared"]["num_points"] == weight - 48  # the first points have no previous direction
+
+
+def test_text_says_the_same_numbers_in_words(cli, stopped_early):
+    arguments = ("evaluate", stopped_early / "run" / "best_model", stopped_early.parent / "data.hdf5")
+    result = json.loads(cli(*arguments, "--json").out)  # validation is the default
+    outcome = cli(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    compared = result["compared"]
+    assert outcome.out.splitlines() == [
+        "48 streamlines of 1 validation subjects",
+        f"Mean loss at {result['num_points']} points: {result['loss']:.6g}",
+        f"Mean angular error at all points that have a next direction: {result['angular_error']:.2f} deg",
+        f"Mean angular error at the {compared['num_points']} points that have a previous direction too:",
+        f"  model                {compared['model']:6.2f} deg",
+        f"  principal direction  {compared['principal_direction']:6.2f} deg",
+        f"  keep going straight  {compared['keep_straight']:6.2f} deg",
+    ]
+
+
+def test_without_harmonics_there_is_no_principal_direction_in_either_form(cli, stopped_early):
+    assert (
+        json.loads(cli("evaluate", stopped_early / "run", PHANTOM, "--json").out)["compared"]["principal_direction"]
+        is None
+    )
+    assert "principal direction  not known" in cli("evaluate", stopped_early / "run", PHANTOM).out
+
+
+@pytest.mark.parametrize("options", [["--batch-size", "7"], ["--lazy"], ["--lazy", "--cache-size", "1KB"]], ids=str)
+def test_batches_and_laziness_change_the_last_bits_at_most(cli, stopped_early, options):
+    whole = json.loads(cli("evaluate", stopped_early / "run", PHANTOM, "--json").out)
+    result = json.loads(cli("evaluate", stopped_early / "run", PHANTOM, "--json", *options).out)
+    assert result["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert (result["num_points"], result["num_streamlines"]) == (whole["num_points"], whole["num_streamlines"])
+
+
+def test_the_training_subset_is_both_its_subjects(cli, stopped_early):
+    outcome = cli("evaluate", stopped_early / "run", PHANTOM, "--subset", "training", "--json")
+    assert json.loads(outcome.out)["num_streamlines"] == 96
+    assert cli("evaluate", stopped_early / "run", PHANTOM, "--subset", "training").out.startswith("96 streamlines of 2")
+
+
+def test_what_is_not_a_number_is_null_in_json(cli, stopped_early, tmp_path):
+    data = shutil.copy(PHANTOM, tmp_path / "data.hdf5")
+    with h5py.File(data, "r+") as file:  # streamlines of two points have no point with a previous and a next direction
+        group = file["subj2/streamlines"]
+        assert isinstance(group, h5py.Group)
+        for name in ("lengths", "euclidean_lengths"):
+            values = group[name]
+            assert isinstance(values, h5py.Dataset)
+            values[...] = np.full(48, 2 if name == "lengths" else 0.5)
+        offsets = np.asarray(group["offsets"])
+        points = np.asarray(group["data"])[np.stack([offsets, offsets + 1], axis=1).ravel()]
+        del group["data"], group["offsets"]
+        group["data"], group["offsets"] = points, 2 * np.arange(48)
+    result = json.loads(cli("evaluate", stopped_early / "run", data, "--json").out)
+    assert math.isfinite(result["loss"])
+    assert result["num_points"] == 48
+    assert result["compared"]["model"] is None
+    assert "nan deg" in cli("evaluate", stopped_early / "run", data).out
+
+
+def test_the_function_gives_what_the_command_prints(cli, stopped_early):
+    result = evaluate_model(load_model(find_model(stopped_early / "run")), open_dataset(PHANTOM, "validation"))
+    printed = json.loads(cli("evaluate", stopped_early / "run", PHANTOM, "--json").out)
+    assert (result.loss, result.num_points) == (printed["loss"], printed["num_points"])
+
+
+def test_a_model_reads_the_points_around_as_it_was_trained_to(cli, tmp_path):
+    (tmp_path / "experiments").mkdir()
+    options = ["--max-epochs", "2", "--rnn-layer-sizes", "6", "--add-eos", "--nb-previous-dirs", "1", "--quiet"]
+    kinds = {
+        "axes": ["--input-embedding-key", "nn_embedding", "--input-embedded-size", "5"],
+        "grid": ["--input-embedding-key", "cnn_embedding", "--nb-cnn-filters", "4", "--kernel-size", "3"],
+    }
+    for kind, embedding in kinds.items():
+        place = ["--neighborhood-type", kind, "--neighborhood-radius", "1", "--neighborhood-resolution", "0.5"]
+        arguments = ("train", tmp_path / "experiments", kind, PHANTOM, *options, *place, *embedding)
+        assert cli(*arguments).code == 0
+        logs = tmp_path / "experiments" / kind / "logs"
+        reported = np.load(logs / "valid_local_loss_monitor_per_epoch.npy").min()
+        result = json.loads(cli("evaluate", tmp_path / "experiments" / kind, PHANTOM, "--json").out)
+        assert result["loss"] == pytest.approx(reported, rel=1e-6)
+        assert (result["num_points"], result["compared"]["num_points"]) == (1997, 1901)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["MODEL", "DATA", "--subset", "testing"], ["no streamlines of testing subjects", "DATA"]),
+        (["MODEL", "DATA", "--subset", "all"], ["--subset", "'all'"]),
+        (["MODEL", "DATA", "--batch-size", "0"], ["batch_size", "received 0"]),
+        (["MODEL", "DATA", "--num-threads", "0"], ["num_threads", "received 0"]),
+        (["MODEL", "DATA", "--input-group-name", "signal"], ["'signal'", "DATA"]),
+        (["MODEL", "DATA", "--input-group-name", "wm_mask"], ["The model reads 6 features", "have 1"]),
+        (["MODEL", "FOLDER/nothing.hdf5"], ["does not exist", "nothing.hdf5"]),
+        (["MODEL"], ["HDF5_FILE"]),
+        (["FOLDER/nothing", "DATA"], ["FOLDER/nothing", "is not a folder"]),
+        (["FOLDER", "DATA"], ["neither a model directory (no model.json) nor an experiment (no config.json)"]),
+        (["DATA", "DATA"], ["is not a folder"]),
+        (["REFERENCE", "DATA"], ["holds a model of dwi_ml", "dwiml-func import-reference"]),
+        (["NEW", "DATA"], ["has no best model yet"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_what_cannot_be_evaluated_is_refused_in_one_line(cli, stopped_early, tmp_path, arguments, named):
+    places = {
+        "MODEL": stopped_early / "run",
+        "DATA": PHANTOM,
+        "FOLDER": tmp_path,
+        "REFERENCE": PHANTOM.parent / "cos",
+        "NEW": tmp_path / "new",
+    }
+    (tmp_path / "new").mkdir()
+    shutil.copy(stopped_early / "run" / "config.json", tmp_path / "new")
+
+    def placed(text: str) -> str:
+        return re.sub("|".join(places), lambda match: str(places[match[0]]), text)
+
+    cli("evaluate", *map(placed, arguments)).check_refusal("dwiml-func evaluate: ", *map(placed, named))

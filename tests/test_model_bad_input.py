@@ -1,0 +1,184 @@
+"""Claims about models that cannot be: one clear line that names what is wrong, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+
+from dwiml_func.manifest import manifest_checksum
+from dwiml_func.models.direction_getters import DIRECTION_GETTERS
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+GETTER_OPTIONS = {  # on the command line, and the getters that they belong to
+    "--add-entropy-to-gauss": {"gaussian"},
+    "--dg-nb-gaussians": {"gaussian-mixture"},
+    "--dg-nb-clusters": {"fisher-von-mises-mixture"},
+    "--dg-sphere": {"sphere-classification", "smooth-sphere-classification"},
+    "--normalize-targets": {
+        *("cosine-regression", "l2-regression", "cosine-plus-l2-regression", "gaussian", "gaussian-mixture"),
+    },
+    "--normalize-outputs": {"cosine-regression", "l2-regression", "cosine-plus-l2-regression"},
+}
+COMPRESSIBLE = {"l2-regression", "gaussian", "gaussian-mixture"}
+GRID = ["--neighborhood-type", "grid", "--neighborhood-radius", "1", "--neighborhood-resolution", "1"]
+CNN = ["--input-embedding-key", "cnn_embedding", "--nb-cnn-filters", "4"]
+
+
+@pytest.fixture
+def refused(cli, tmp_path: Path) -> Callable[..., None]:
+    """Check that `train` refuses options, and writes nothing."""
+    (tmp_path / "experiments").mkdir()
+
+    def check(options: list[str], *named: str, data: Path = PHANTOM) -> None:
+        cli("train", tmp_path / "experiments", "new", data, *options).check_refusal("dwiml-func train: ", *named)
+        assert not any((tmp_path / "experiments").iterdir())
+
+    return check
+
+
+@pytest.mark.parametrize("option", GETTER_OPTIONS)
+def test_an_option_of_another_getter_is_an_error(refused, option):
+    value = "repulsion100" if option == "--dg-sphere" else "2"
+    for key in DIRECTION_GETTERS:
+        if key not in GETTER_OPTIONS[option]:
+            own = sorted(name[2:].replace("-", "_") for name, keys in GETTER_OPTIONS.items() if key in keys)
+            name = option[2:].replace("-", "_")
+            message = f"{name}: {key} has no such option. Its options: {', '.join(own) or 'none'}."
+            refused(["--dg-key", key, option, value], message)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--dg-key", "sphere-classification", "--add-eos", "--eos-weight", "2"], ["eos_weight", "one class among"]),
+        (
+            ["--dg-key", "smooth-sphere-classification", "--add-eos", "--eos-weight", "1"],
+            ["eos_weight", "received 1.0"],
+        ),
+        (["--eos-weight", "2"], ["eos_weight: expected add_eos beside it, received 2.0"]),
+        (["--add-eos", "--eos-weight", "-1"], ["eos_weight", "received -1.0"]),
+        (["--dg-key", "cosine"], ["--dg-key", "'cosine'", "cosine-regression"]),
+        (["--dg-key", "sphere-classification", "--dg-sphere", "round"], ["'round'", "symmetric724"]),
+        (["--dg-key", "gaussian-mixture", "--dg-nb-gaussians", "0"], ["dg_nb_gaussians", "received 0"]),
+        (["--normalize-targets", "0"], ["normalize_targets", "received 0.0"]),
+        (["--normalize-outputs", "inf"], ["normalize_outputs", "received inf"]),
+        (["--dg-dropout", "1"], ["dg_dropout", "received 1.0"]),
+        (["--input-embedding-key", "nn_embedding"], ["expected input_embedded_size beside it, got none"]),
+        (["--input-embedded-size", "4"], ["input_embedded_size", "received no_embedding"]),
+        (["--nb-cnn-filters", "4", "--kernel-size", "3"], ["nb_cnn_filters and kernel_size", "received no_embedding"]),
+        ([*CNN, "--kernel-size", "3"], ["expected neighborhood_type grid beside it, received None"]),
+        ([*CNN, *GRID], ["expected nb_cnn_filters and kernel_size beside it"]),
+        ([*CNN, *GRID, "--kernel-size", "3", "2"], ["as many of one as of the other", "(4,) and (3, 2)"]),
+        ([*CNN, *GRID, "--kernel-size", "4"], ["kernel_size", "3 points a side", "received (4,)"]),
+        (["--neighborhood-type", "axes"], ["expected all three or none"]),
+        ([*GRID, "--neighborhood-resolution", "0"], ["neighborhood_resolution", "0"]),
+        (["--normalize-prev-dirs"], ["expected nb_previous_dirs of at least 1 beside them, received 0"]),
+        (
+            ["--nb-previous-dirs", "1", "--prev-dirs-embedding-key", "nn_embedding"],
+            ["expected prev_dirs_embedded_size"],
+        ),
+        (["--step-rule", "up"], ["--step-rule", "'up'", "'nearest', 'dwi_ml'"]),
+    ],
+    ids=lambda value: " ".join(value)[-50:],
+)
+def test_options_that_make_no_model_are_refused(refused, options, named):
+    refused(options, *named)
+
+
+@pytest.mark.parametrize("key", sorted(set(DIRECTION_GETTERS) - COMPRESSIBLE))
+def test_compressed_streamlines_are_refused_for_getters_that_cannot_use_them(refused, tmp_path, key):
+    able = "l2-regression, gaussian, gaussian-mixture"
+    refused(["--dg-key", key, "--compress", "0.01"], "compress: ", key, "cannot learn from compressed", able)
+    data = Path(shutil.copy(PHANTOM, tmp_path / "compressed.hdf5"))
+    with h5py.File(data, "r+") as file:
+        file.attrs["compress"], file.attrs["step_size"] = 0.01, "Not defined by user"
+    refused(["--dg-key", key], str(data), "was compressed when it was made", key, able, data=data)
+
+
+@pytest.mark.parametrize("kind", ["axes", "grid"])
+def test_voxels_that_are_no_cubes_are_refused_with_neighbourhoods(cli, refused, tmp_path, kind):
+    data = Path(shutil.copy(PHANTOM, tmp_path / "long.hdf5"))
+    with h5py.File(data, "r+") as file:
+        for subject in ("subj0", "subj1", "subj2"):
+            file[f"{subject}/input"].attrs["voxres"] = [1.0, 1.0, 2.0]
+            file[f"{subject}/streamlines"].attrs["voxel_sizes"] = [1.0, 1.0, 2.0]
+            for group in ("input", "streamlines"):
+                affine: Any = file[f"{subject}/{group}"].attrs["affine"]
+                affine[2, 2] = 2.0
+                file[f"{subject}/{group}"].attrs["affine"] = affine
+    options = ["--neighborhood-type", kind, "--neighborhood-radius", "1", "--neighborhood-resolution", "1"]
+    refused(options, "needs cubic voxels", "1 x 1 x 2 mm", "subj0", data=data)
+    # A model that was trained on cubes is not evaluated on them either.
+    name = {"axes": "smooth_eos_axes_nn", "grid": "sphere_eos_cnn"}[kind]
+    assert cli("import-reference", PHANTOM.parent / "parity" / name, tmp_path / "model").code == 0
+    cli("evaluate", tmp_path / "model", data).check_refusal("needs cubic voxels", "1 x 1 x 2 mm", "subj2")
+
+
+def rewrite(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change a manifest, and make its checksum that of the change."""
+    manifest = json.loads((model / "model.json").read_text())
+    del manifest["checksum"]
+    change(manifest)
+    (model / "model.json").write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+
+
+@pytest.fixture
+def model(cli, tmp_path: Path) -> Path:
+    assert cli("import-reference", PHANTOM.parent / "cos", tmp_path / "model").code == 0
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda m: m.pop("options"), ["options"]),
+        (lambda m: m.pop("nb_features"), ["nb_features"]),
+        (lambda m: [m.pop("interpolation"), m.pop("step_size")], ["lacks interpolation, step_size"]),
+        (lambda m: m["options"].update(colour=1), ["options", "colour"]),
+        (lambda m: m["options"].update(dg_key="gaussian", normalize_outputs=1.0), ["normalize_outputs"]),
+        (lambda m: m.update(nb_features=-3), ["nb_features"]),
+        (
+            lambda m: m["options"].update(rnn_layer_sizes=[16, 10]),
+            [
+                *("rnn_model.rnn_1.weight_ih_l0", "rnn_model.rnn_1.weight_hh_l0", "rnn_model.rnn_1.bias_ih_l0"),
+                *("direction_getter.layers.0.weight", "direction_getter.layers.0.bias"),
+            ],
+        ),
+        (lambda m: m["options"].update(nb_previous_dirs=2), ["rnn_model.rnn_0.weight_ih_l0", "(64, 9)", "(64, 12)"]),
+        (
+            lambda m: m["options"].update(use_layer_normalization=True),
+            [f"rnn_model.layer_norm_{number}.{kind}" for number in (0, 1) for kind in ("weight", "bias")],
+        ),
+    ],
+    ids=[
+        "no options",
+        "no features",
+        "no facts",
+        "unknown",
+        "foreign",
+        "negative",
+        "sizes",
+        "inputs",
+        "missing tensors",
+    ],
+)
+def test_a_model_directory_that_does_not_hold_together_is_refused_with_all_that_is_wrong(cli, model, change, named):
+    rewrite(model, change)
+    cli("evaluate", model, PHANTOM).check_refusal(str(model), *named)
+
+
+def test_a_folder_of_something_else_is_no_model(cli, tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "model.json").write_text("not JSON")
+    for command in (
+        ("evaluate", tmp_path / "text", PHANTOM),
+        ("export-reference", tmp_path / "text", tmp_path / "out"),
+    ):
+        cli(*command).check_refusal(str(tmp_path / "text"))
+    assert not (tmp_path / "out").exists()
