@@ -48,6 +48,13 @@ def test_ends_stay_and_steps_come_closest_to_the_size(counts, seed, step_size):
     assert (closest[num_steps > 1] <= step_size / 3 + 1e-9).all()
 
 
+@given(st.lists(st.floats(0.01, 200), min_size=1, max_size=9), st.floats(0.05, 30))
+def test_by_dwi_mls_rule_there_are_as_many_points_as_steps_fit_rounded_up(lengths, step_size):
+    found = steps_for(np.array(lengths), step_size, "dwi_ml")
+    # Of scilpy's resample_streamlines_step_size: ceil(length / step_size) points, and two at least.
+    assert (found + 1).tolist() == [max(2, int(np.ceil(length / step_size))) for length in lengths]
+
+
 def test_a_million_points_are_resampled_without_a_loop():
     import time
 

@@ -1,47 +1,229 @@
-"""Models of dwi_ml: imported, they give the losses that it reported; exported, they are what they were."""
+"""Models of dwi_ml: imported, they give the losses that it reported; exported, they are what they were.
+
+The models in `data/parity` were made by dwi_ml's own classes at commit a1ee02d, on torch 2.13: its `Learn2TrackModel`
+with the options that stand in each `parameters.json`, 40 steps of `torch.optim.Adam` (learning rate 0.005, 16
+streamlines of subject subj0 a step, batches from its `DWIMLBatchLoaderOneInput`), then its `save_params_and_state`. The
+losses beside them are its `compute_loss(average_results=True)` of all streamlines of subj2, the validation subject of
+`phantom.hdf5`, in one batch of that loader, in evaluation mode.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from dwiml_func.models.reference_upgrade import upgraded_parameters
+
 DATA = Path(__file__).parent / "data"
-MODELS = ("cos", "sphere_eos", "gauss_eos")
+PARITY = DATA / "parity"
+MODELS = [DATA / name for name in ("cos", "sphere_eos", "gauss_eos")] + sorted(
+    folder for folder in PARITY.iterdir() if folder.is_dir()
+)
+by_name = pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 
 
-@pytest.fixture
-def imported(cli, request, tmp_path) -> Path:
-    assert cli("import-reference", DATA / request.param, tmp_path / "model").code == 0
-    return tmp_path / "model"
+def read_state(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "model_state.pkl", weights_only=True)
 
 
-@pytest.mark.parametrize(("imported", "name"), [(name, name) for name in MODELS], indirect=["imported"])
-def test_the_loss_is_the_one_that_dwi_ml_reported(cli, imported, name):
-    outcome = cli("evaluate", imported, DATA / "phantom.hdf5", "--subset", "validation", "--json")
-    result = json.loads(outcome.out)
-    expected = json.loads((DATA / "expected_losses.json").read_text())[name]
+def evaluated(cli, model: Path) -> dict[str, Any]:
+    outcome = cli("evaluate", model, DATA / "phantom.hdf5", "--subset", "validation", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    return json.loads(outcome.out)
+
+
+@by_name
+def test_the_loss_is_the_one_that_dwi_ml_reported(cli, folder, tmp_path):
+    assert cli("import-reference", folder, tmp_path / "model").code == 0
+    result = evaluated(cli, tmp_path / "model")
+    expected = json.loads((folder.parent / "expected_losses.json").read_text())[folder.name]
+    parameters = json.loads((folder / "parameters.json").read_text())
     assert result["loss"] == pytest.approx(expected, rel=1e-5)
-    assert (result["num_streamlines"], result["num_points"]) == (48, 1949 if name == "cos" else 1997)
+    num_points = 1997 if parameters["step_size"] == 0.5 else 1006  # the file has steps of 0.5 mm
+    last_points = 0 if parameters["dg_args"]["add_eos"] else 48
+    assert (result["num_streamlines"], result["num_points"]) == (48, num_points - last_points)
 
 
-@pytest.mark.parametrize(("imported", "name"), [(name, name) for name in MODELS], indirect=["imported"])
-def test_export_gives_back_what_was_imported(cli, imported, name, tmp_path):
-    assert cli("export-reference", imported, tmp_path / "exported").code == 0
+@by_name
+def test_export_gives_back_what_was_imported(cli, folder, tmp_path):
+    assert cli("import-reference", folder, tmp_path / "model").code == 0
+    assert cli("export-reference", tmp_path / "model", tmp_path / "exported").code == 0
     for file in ("parameters.json", "model_type.txt"):
-        before, after = (DATA / name / file).read_text(), (tmp_path / "exported" / file).read_text()
-        assert (json.loads(before) == json.loads(after)) if file.endswith("json") else (before.strip() == after.strip())
-    before, after = (
-        torch.load(folder / "model_state.pkl", weights_only=True) for folder in (DATA / name, tmp_path / "exported")
-    )
-    assert before.keys() == after.keys()
+        assert (tmp_path / "exported" / file).read_text() == (folder / file).read_text()
+    before, after = read_state(folder), read_state(tmp_path / "exported")
+    assert list(before) == list(after)  # in dwi_ml's order too
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_what_is_no_model_of_dwi_ml_is_refused(cli, tmp_path):
-    cli("import-reference", tmp_path / "nothing", tmp_path / "out").check_refusal(str(tmp_path / "nothing"))
-    (tmp_path / "empty").mkdir()
-    cli("import-reference", tmp_path / "empty", tmp_path / "out").check_refusal("parameters.json")
-    assert not (tmp_path / "out").exists()
+def copied(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A model of dwi_ml with other parameters."""
+    shutil.copytree(DATA / name, folder)
+    parameters = json.loads((folder / "parameters.json").read_text())
+    change(parameters)
+    (folder / "parameters.json").write_text(json.dumps(parameters))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "absent",
+    [
+        ["nb_points"],
+        ["neighborhood_type", "neighborhood_radius", "neighborhood_resolution"],
+        ["nb_points", "neighborhood_type", "neighborhood_radius", "neighborhood_resolution"],
+    ],
+)
+def test_keys_that_dwi_ml_can_do_without_may_be_absent_and_stay_so(cli, absent, tmp_path):
+    folder = copied(tmp_path / "cos", "cos", lambda parameters: [parameters.pop(name) for name in absent])
+    assert cli("import-reference", folder, tmp_path / "model").code == 0
+    assert evaluated(cli, tmp_path / "model")["loss"] == pytest.approx(0.9573483467102051, rel=1e-5)
+    assert cli("export-reference", tmp_path / "model", tmp_path / "exported").code == 0
+    written = json.loads((tmp_path / "exported" / "parameters.json").read_text())
+    assert written == json.loads((folder / "parameters.json").read_text())
+
+
+def make_old(parameters: dict[str, Any]) -> None:
+    """What older versions wrote, by the script with which dwi_ml brings them up to date."""
+    parameters["input_embedding_size"] = parameters.pop("input_embedded_size")
+    parameters["prev_dirs_embedding_size"] = parameters.pop("prev_dirs_embedded_size")
+    parameters["input_embedding_size_ratio"] = None
+    parameters["start_from_copy_prev"] = False
+    parameters["neighborhood_radius"] = [0.5, 1.0]
+    parameters["dg_args"] |= {"compress_loss": False, "compress_eps": 0.001, "weight_loss_with_angle": False}
+    for name in ("neighborhood_resolution", "nb_cnn_filters", "kernel_size", "nb_points"):
+        del parameters[name]
+
+
+def test_a_model_of_an_older_dwi_ml_is_imported_and_exported_for_the_present_one(cli, tmp_path):
+    name = "smooth_eos_axes_nn"
+    folder = copied(tmp_path / "old", f"parity/{name}", make_old)
+    state = {key.replace("embedding_layer.", "embedding."): value for key, value in read_state(folder).items()}
+    assert any(key.startswith("input_embedding.") for key in state)
+    torch.save(state, folder / "model_state.pkl")
+    assert cli("import-reference", folder, tmp_path / "model").code == 0
+    expected = json.loads((PARITY / "expected_losses.json").read_text())[name]
+    assert evaluated(cli, tmp_path / "model")["loss"] == pytest.approx(expected, rel=1e-5)
+    assert cli("export-reference", tmp_path / "model", tmp_path / "exported").code == 0
+    present = json.loads((PARITY / name / "parameters.json").read_text())
+    del present["nb_points"]
+    assert json.loads((tmp_path / "exported" / "parameters.json").read_text()) == present
+    assert list(read_state(tmp_path / "exported")) == list(read_state(PARITY / name))
+
+
+def test_parameters_of_the_present_dwi_ml_are_left_as_they_are():
+    for folder in MODELS:
+        parameters = json.loads((folder / "parameters.json").read_text())
+        assert list(upgraded_parameters(parameters).items()) == list(parameters.items())
+    assert upgraded_parameters([1]) == [1]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda p: p.update(start_from_copy_prev=True), ["unknown: start_from_copy_prev"]),
+        (lambda p: p.update(input_embedding_size_ratio=0.5), ["unknown: input_embedding_size_ratio"]),
+        (lambda p: p["dg_args"].update(compress_loss=True), ["unknown: dg_args.compress_loss"]),
+        (lambda p: p.update(colour="red", shape=3), ["unknown: colour, shape"]),
+        (
+            lambda p: [p.pop("rnn_key"), p.pop("dropout"), p.update(colour=1), p["dg_args"].update(flavour=2)],
+            ["missing: rnn_key, dropout; unknown: colour, dg_args.flavour"],
+        ),
+        (lambda p: p["dg_args"].update(nb_gaussians=3), ["nb_gaussians", "cosine-regression has no such option"]),
+        (lambda p: p.update(dg_args={"add_eos": False}, dg_key="cosine"), ["dg_key", "'cosine'"]),
+        (lambda p: p.update(neighborhood_radius=[0.5, 0.8], neighborhood_type="axes"), ["neighborhood_radius"]),
+        (lambda p: p.update(neighborhood_type="axes"), ["neighborhood_radius", "all three or none"]),
+        (lambda p: p.update(rnn_layer_sizes=[16, 0]), ["rnn_layer_sizes", "received 0"]),
+        (lambda p: p.update(rnn_layer_sizes="16"), ["rnn_layer_sizes", "'16'"]),
+        (lambda p: p.update(nb_features=None), ["nb_features", "None"]),
+        (lambda p: p.update(dg_args=[1]), ["dg_args: expected names and values, received [1]"]),
+        (lambda p: p.update(nb_points=20), ["step_size", "nb_points"]),
+        (lambda p: p.update(prev_dirs_embedded_size=4), ["prev_dirs_embedded_size: expected 3", "received 4"]),
+        (
+            lambda p: p.update(step_size=None, compress_lines=0.01),
+            ["compress", "cosine-regression cannot learn from compressed streamlines"],
+        ),
+    ],
+)
+def test_parameters_that_make_no_model_are_refused_by_name_and_value(cli, change, named, tmp_path):
+    folder = copied(tmp_path / "cos", "cos", change)
+    outcome = cli("import-reference", folder, tmp_path / "model")
+    outcome.check_refusal(str(folder / "parameters.json"), *named)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_eos_weight_of_a_classification_is_refused(cli, tmp_path):
+    folder = copied(tmp_path / "a", "sphere_eos", lambda p: p["dg_args"].update(eos_weight=0.5))
+    cli("import-reference", folder, tmp_path / "model").check_refusal("eos_weight", "sphere-classification", "0.5")
+
+
+def test_tensors_that_do_not_fit_are_refused_all_of_them_in_one_line(cli, tmp_path):
+    folder = copied(tmp_path / "cos", "cos", lambda _: None)
+    state = read_state(folder)
+    del state["rnn_model.rnn_0.bias_hh_l0"]
+    state["surplus"] = torch.zeros(1)
+    state["rnn_model.rnn_0.weight_ih_l0"] = torch.zeros(64, 7)
+    state["rnn_model.rnn_1.weight_hh_l0"] = torch.zeros(2)
+    state["direction_getter.layers.1.bias"] = torch.zeros(3, dtype=torch.int64)
+    state["direction_getter.layers.1.weight"][0, 0] = torch.nan
+    torch.save(state, folder / "model_state.pkl")
+    cli("import-reference", folder, tmp_path / "model").check_refusal(
+        str(folder / "model_state.pkl"),
+        "no rnn_model.rnn_0.bias_hh_l0",
+        "unexpected surplus",
+        "rnn_model.rnn_0.weight_ih_l0 of shape (64, 7), expected (64, 9)",
+        "rnn_model.rnn_1.weight_hh_l0 of shape (2,), expected (48, 12)",
+        "direction_getter.layers.1.bias of type torch.int64, expected torch.float32",
+        "direction_getter.layers.1.weight with values that are not finite",
+    )
+    assert not (tmp_path / "model").exists()
+
+
+def spoil_state(folder: Path) -> None:
+    (folder / "model_state.pkl").write_bytes(b"no zip file")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda folder: shutil.rmtree(folder), ["is not a folder", "best_model"]),
+        (lambda folder: (folder / "parameters.json").unlink(), ["has no parameters.json."]),
+        (lambda folder: [path.unlink() for path in folder.iterdir()], ["no parameters.json and no model_state.pkl"]),
+        (lambda folder: (folder / "parameters.json").write_text("{"), ["parameters.json is no JSON"]),
+        (lambda folder: (folder / "parameters.json").write_text("[1, 2]"), ["expected names and values", "[1, 2]"]),
+        (
+            lambda folder: (folder / "model_type.txt").write_text("TransformerSrcAndTgtModel"),
+            ["'TransformerSrcAndTgtModel'; expected 'Learn2TrackModel'"],
+        ),
+        (spoil_state, ["model_state.pkl cannot be read as tensors by name"]),
+        (lambda folder: torch.save([1], folder / "model_state.pkl"), ["does not hold tensors by name"]),
+        (lambda folder: torch.save({"a": 1}, folder / "model_state.pkl"), ["does not hold tensors by name"]),
+    ],
+)
+def test_what_is_no_model_of_dwi_ml_is_refused(cli, spoil, named, tmp_path):
+    shutil.copytree(DATA / "cos", tmp_path / "cos")
+    spoil(tmp_path / "cos")
+    cli("import-reference", tmp_path / "cos", tmp_path / "model").check_refusal(str(tmp_path / "cos"), *named)
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_folder_of_the_experiment_is_told_from_that_of_its_best_model(cli, tmp_path):
+    shutil.copytree(DATA / "cos", tmp_path / "experiment" / "best_model")
+    outcome = cli("import-reference", tmp_path / "experiment", tmp_path / "model")
+    outcome.check_refusal("no parameters.json", "Its folder best_model may be meant.")
+
+
+def test_code_in_a_model_state_is_not_run(cli, tmp_path):
+    shutil.copytree(DATA / "cos", tmp_path / "cos")
+
+    class Harmful:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "harm",)
+
+    torch.save({"a": Harmful()}, tmp_path / "cos" / "model_state.pkl")
+    cli("import-reference", tmp_path / "cos", tmp_path / "model").check_refusal("cannot be read as tensors by name")
+    assert not (tmp_path / "harm").exists()

@@ -69,6 +69,17 @@ def test_steps_are_measured_in_mm_along_each_axis():
     assert resample_streamlines(lines, sizes, Resampling(step_size=2.0)).lengths.tolist() == [4, 10]
 
 
+def test_dwi_mls_rule_makes_fewer_and_longer_steps():
+    lines, size = Streamlines.from_list([[[0, 0, 0], [6, 0, 0]]]), torch.ones(1, 3)
+    found = resample_streamlines(lines, size, Resampling(step_size=2.0, step_rule="dwi_ml"))
+    assert found.points[:, 0].tolist() == [0, 3, 6]
+    assert resample_streamlines(lines, size, Resampling(step_size=2.0)).points[:, 0].tolist() == [0, 2, 4, 6]
+
+
+def test_what_has_the_step_size_already_is_not_sampled_again_whatever_the_rule():
+    assert Resampling(step_size=2.0, step_rule="dwi_ml") == Resampling(step_size=2.0)
+
+
 @given(smooth_streamlines(), st.integers(2, 30))
 def test_every_streamline_gets_the_number_of_points_asked_for(drawn, nb_points):
     lines, sizes = drawn
@@ -94,6 +105,7 @@ def test_nothing_asked_for_is_nothing_done():
     [
         ({"step_size": 0.0}, "^step_size: .* above 0 mm. Received: 0.0$"),
         ({"step_size": float("nan")}, "^step_size: "),
+        ({"step_size": 1.0, "step_rule": "up"}, "^Expected a step_rule among nearest, dwi_ml. Received: 'up'$"),
         ({"nb_points": 1}, "^nb_points: .* at least 2. Received: 1$"),
         ({"compress": -1.0}, "^compress: "),
         ({"step_size": 1.0, "compress": 1.0}, "at most one of"),

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from dwiml_func.config_checks import STRICT, require
 from dwiml_func.data.augmentation import Augmentation
+from dwiml_func.data.creation_resampling import StepRule
 from dwiml_func.data.lazy import parse_bytes
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.data.resampling import Resampling
@@ -97,6 +98,8 @@ class BatchConfig:
     """Processes that load batches ahead; 0 loads them in a thread of the training process. The results are the same."""
     step_size: float | None = None
     """Resample streamlines to steps of about this size, in mm. None: points as in the dataset."""
+    step_rule: StepRule = "nearest"
+    """With step_size: make steps that come closest to it, or longer ones as dwi_ml does, for models to export."""
     nb_points: int | None = None
     """Resample streamlines to this number of points. None: points as in the dataset."""
     compress: float | None = None
@@ -126,7 +129,9 @@ class BatchConfig:
     @property
     def resampling(self) -> Resampling:
         """How streamlines are sampled."""
-        return Resampling(step_size=self.step_size, nb_points=self.nb_points, compress=self.compress)
+        return Resampling(
+            step_size=self.step_size, nb_points=self.nb_points, compress=self.compress, step_rule=self.step_rule
+        )
 
     @property
     def augmentation(self) -> Augmentation:

@@ -97,7 +97,9 @@ def create_dataset(
             **subsets,
             groups_config={name: _plain(group) for name, group in groups.items()},
             date=date or datetime.now().strftime("%d %B %Y %X"),
-            **asdict(resampling),
+            step_size=resampling.step_size,
+            nb_points=resampling.nb_points,
+            compress=resampling.compress,
             overwrite=overwrite,
         ) as file:
             num_features: dict[str, tuple[int, str]] = {}

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["compress", "lengths_mm", "resample", "steps_for"]
+__all__ = ["StepRule", "compress", "lengths_mm", "resample", "steps_for"]
+
+StepRule = Literal["nearest", "dwi_ml"]
+"""A way of counting steps, by name, see `steps_for`."""
 
 
 def compress(
@@ -50,21 +55,28 @@ def lengths_mm(points: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArr
     return travelled[offsets[1:] - 1] - travelled[offsets[:-1]]
 
 
-def steps_for(lengths: NDArray[np.float64], step_size: float) -> NDArray[np.int64]:
-    """Count the steps into which streamlines divide evenly, so that a step comes closest to the size asked for.
+def steps_for(lengths: NDArray[np.float64], step_size: float, rule: StepRule = "nearest") -> NDArray[np.int64]:
+    """Count the steps into which streamlines divide evenly.
 
     Args:
         lengths: (S,) in mm.
         step_size: in mm, above 0.
+        rule: "nearest": as many as make a step come closest to the size. "dwi_ml": there, and in scilpy, that is the
+            number of *points*, rounded up, so that the steps are fewer, and longer than asked for.
 
     Returns:
         (S,) numbers of steps, at least 1. The points are one more.
 
+    Source: scilpy, `resample_streamlines_step_size`, for "dwi_ml".
+
     Example:
         >>> steps_for(np.array([10.0, 10.4, 0.1]), 1.0).tolist()
         [10, 10, 1]
+        >>> steps_for(np.array([10.0, 10.4, 0.1]), 1.0, "dwi_ml").tolist()
+        [9, 10, 1]
     """
-    return np.maximum(1, np.rint(lengths / step_size)).astype(np.int64)
+    num_steps = np.rint(lengths / step_size) if rule == "nearest" else np.ceil(lengths / step_size) - 1
+    return np.maximum(1, num_steps).astype(np.int64)
 
 
 def resample(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dwiml_func.data.creation_resampling import compress, lengths_mm, resample, steps_for
+from dwiml_func.data.creation_resampling import StepRule, compress, lengths_mm, resample, steps_for
 from dwiml_func.data.streamlines import Streamlines
 
 __all__ = ["Resampling", "resample_streamlines"]
@@ -20,10 +21,11 @@ class Resampling:
     """A way of sampling streamlines: at most one of the three; none leaves them as they are.
 
     Args:
-        step_size: mm between points, above 0; each streamline is cut evenly, into the number of steps that comes
-            closest.
+        step_size: mm between points, above 0; each streamline is cut evenly, into steps of about this size.
         nb_points: points of each streamline, at least 2.
         compress: largest distance in mm, above 0, by which the curve may move when points are removed.
+        step_rule: how steps are counted, see `steps_for`. It does not make two ways of sampling unequal: streamlines
+            that have the step size already are not sampled again, whichever rule they were made by.
 
     Raises:
         ValueError: more than one is given, or a number is out of range.
@@ -36,11 +38,16 @@ class Resampling:
     step_size: float | None = None
     nb_points: int | None = None
     compress: float | None = None
+    step_rule: StepRule = field(default="nearest", compare=False)
 
     def __post_init__(self) -> None:
         given = {name: v for name in ("step_size", "nb_points", "compress") if (v := getattr(self, name)) is not None}
         if len(given) > 1:
             raise ValueError(f"Expected at most one of step_size, nb_points and compress. Received: {given}")
+        if self.step_rule not in get_args(StepRule):
+            raise ValueError(
+                f"Expected a step_rule among {', '.join(get_args(StepRule))}. Received: {self.step_rule!r}"
+            )
         for name, value in given.items():
             least = 2 if name == "nb_points" else 0
             if not (math.isfinite(value) and value >= least and value > 0):
@@ -73,7 +80,7 @@ def resample_streamlines(lines: Streamlines, voxel_sizes: Tensor, resampling: Re
         points, offsets = compress(points, offsets, resampling.compress)
     else:
         if resampling.step_size is not None:
-            num_steps = steps_for(lengths_mm(points, offsets), resampling.step_size)
+            num_steps = steps_for(lengths_mm(points, offsets), resampling.step_size, resampling.step_rule)
         else:
             num_steps = np.full(len(lines), (resampling.nb_points or 2) - 1)
         points, offsets = resample(points, offsets, num_steps)

@@ -93,19 +93,7 @@ class Learn2Track(torch.nn.Module):
         self.nb_previous_dirs = nb_previous_dirs
         self.normalize_prev_dirs = normalize_prev_dirs
         self.dropout = dropout
-        # Made in dwi_ml's order.
-        self.prev_dirs_embedding = None
-        rnn_input_size = 0
-        if nb_previous_dirs > 0:
-            self.prev_dirs_embedding = make_embedding(
-                prev_dirs_embedding_key, 3 * nb_previous_dirs, prev_dirs_embedded_size
-            )
-            rnn_input_size = self.prev_dirs_embedding.output_size
-        elif prev_dirs_embedding_key != "no_embedding" or prev_dirs_embedded_size is not None or normalize_prev_dirs:
-            raise ValueError(
-                "prev_dirs_embedding_key, prev_dirs_embedded_size and normalize_prev_dirs belong to previous "
-                "directions. Expected nb_previous_dirs of at least 1 beside them. Received: 0"
-            )
+        # Made in dwi_ml's order: the inputs' embedding, that of the previous directions, recurrent layers, getter.
         if input_embedding_key == "cnn_embedding":
             if neighborhood is None or neighborhood.type != "grid" or input_embedded_size is not None:
                 raise ValueError(
@@ -125,7 +113,18 @@ class Learn2Track(torch.nn.Module):
             )
         else:
             self.input_embedding_layer = make_embedding(input_embedding_key, self.input_size, input_embedded_size)
-        rnn_input_size += self.input_embedding_layer.output_size
+        rnn_input_size = self.input_embedding_layer.output_size
+        self.prev_dirs_embedding = None
+        if nb_previous_dirs > 0:
+            self.prev_dirs_embedding = make_embedding(
+                prev_dirs_embedding_key, 3 * nb_previous_dirs, prev_dirs_embedded_size
+            )
+            rnn_input_size += self.prev_dirs_embedding.output_size
+        elif prev_dirs_embedding_key != "no_embedding" or prev_dirs_embedded_size is not None or normalize_prev_dirs:
+            raise ValueError(
+                "prev_dirs_embedding_key, prev_dirs_embedded_size and normalize_prev_dirs belong to previous "
+                "directions. Expected nb_previous_dirs of at least 1 beside them. Received: 0"
+            )
         self._drops_inputs = nb_previous_dirs > 0 or input_embedding_key != "no_embedding"
         self.rnn_model = StackedRNN(
             rnn_key,

@@ -32,6 +32,7 @@ _DATA_FACTS = (
     *("neighborhood_type", "neighborhood_radius", "neighborhood_resolution"),
 )
 _BATCH_FACTS = ("step_size", "nb_points", "compress")
+_STEP_RULE = "step_rule"  # older directories do not have it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +89,7 @@ def save_model(
     """
     described = {"class": "Learn2Track", "layout": _LAYOUT, "nb_features": nb_features, "options": asdict(config.model)}
     described |= {name: getattr(config.data, name) for name in _DATA_FACTS}
-    described |= {name: getattr(config.batches, name) for name in _BATCH_FACTS}
+    described |= {name: getattr(config.batches, name) for name in (*_BATCH_FACTS, _STEP_RULE)}
     leaves = {**state.params, **state.buffers}
     save_leaves(Path(path), leaves, described | {"epoch": state.epoch, **facts}, manifest_name=MANIFEST)
 
@@ -130,7 +131,7 @@ def load_model(path: str | Path) -> LoadedModel:
         "hdf5_file": "",
         "model": facts["options"],
         "data": {name: facts[name] for name in _DATA_FACTS},
-        "batches": {name: facts[name] for name in _BATCH_FACTS},
+        "batches": {name: facts[name] for name in (*_BATCH_FACTS, _STEP_RULE) if name in facts},
     }
     build = partial(_build, nb_features=facts["nb_features"])
     try:

@@ -23,6 +23,7 @@ from dwiml_func.config import RunConfig
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.models.model_directory import LoadedModel, build_model, fill_model
 from dwiml_func.models.reference_parameters import config_of, parameters_of
+from dwiml_func.models.reference_upgrade import upgraded_parameters, upgraded_state
 from dwiml_func.rng import Key, torch_rng
 
 __all__ = ["ReferenceModel", "read_reference", "shift_warning", "write_reference"]
@@ -37,7 +38,7 @@ class ReferenceModel:
     Args:
         module: the model, in evaluation mode.
         config: what the model is and what data it is for, with the interpolation "trilinear-corner".
-        parameters: `parameters.json` as it stands there.
+        parameters: `parameters.json` as it stands there or, if an older dwi_ml wrote it, in today's names.
 
     Example:
         >>> ReferenceModel.__slots__
@@ -82,13 +83,13 @@ def read_reference(path: str | Path) -> ReferenceModel:
             raise ValueError(f"{str(path)!r} holds a model of type {model_type[:60]!r}; expected {MODEL_TYPE!r}.")
     source = str(path / "parameters.json")
     try:
-        parameters = json.loads((path / "parameters.json").read_bytes())
+        parameters = upgraded_parameters(json.loads((path / "parameters.json").read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is no JSON: {error}") from None
     config, nb_features = config_of(parameters, source=source)
     with torch_rng(Key(0)):  # the draws are overwritten; the caller's generator must not move
         module = build_model(config.model, nb_features=nb_features, neighborhood=config.data.neighborhood)
-    fill_model(module, _read_state(path / "model_state.pkl"), source=str(path / "model_state.pkl"))
+    fill_model(module, upgraded_state(_read_state(path / "model_state.pkl")), source=str(path / "model_state.pkl"))
     return ReferenceModel(module=module.eval(), config=config, parameters=parameters)
 
 

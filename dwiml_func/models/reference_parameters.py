@@ -49,8 +49,8 @@ def config_of(parameters: Any, *, source: str) -> tuple[RunConfig, int]:
         source: what to call it in an error.
 
     Returns:
-        The config: the options of the model, of resampling and of neighbourhoods, and the interpolation
-        "trilinear-corner"; no dataset. And the features of the input volume at a point.
+        The config: the options of the model, of resampling and of neighbourhoods, and dwi_ml's ways, the interpolation
+        "trilinear-corner" and its rule for steps; no dataset. And the features of the input volume at a point.
 
     Raises:
         ValueError: keys are missing or unknown, or a value is none that dwi_ml would take, or one that we do not.
@@ -77,6 +77,7 @@ def config_of(parameters: Any, *, source: str) -> tuple[RunConfig, int]:
             "step_size": parameters["step_size"] or None,
             "compress": parameters["compress_lines"] or None,
             "nb_points": parameters.get("nb_points") or None,
+            "step_rule": "dwi_ml",
         },
     }
     config = config_from_json(json.dumps(described), source=source)
