@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,12 @@ from torch import Tensor
 from dwiml_func.digest import state_leaves
 from dwiml_func.loop import EpochReport
 from dwiml_func.snapshot import save
+from dwiml_func.snapshot_names import snapshot_name
 from dwiml_func.state import TrainState, refuse_donated
 
 __all__ = ["NoSaver", "Saver", "copy_to_host"]
+
+_log = logging.getLogger(__name__)
 
 
 class Saver:
@@ -95,6 +99,7 @@ class Saver:
                     keep=self._keep,
                     keep_always=self._keep_always,
                 )
+                _log.debug("Snapshot %s saved in %s.", snapshot_name(copied), self._directory)
                 if then is not None:
                     then(copied)
             except BaseException as error:

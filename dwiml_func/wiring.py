@@ -26,6 +26,7 @@ from dwiml_func.metrics import Metrics
 from dwiml_func.models.config import require_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.models.model_directory import build_model
+from dwiml_func.models.model_size import require_memory
 from dwiml_func.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.sharding import ALONE, Peers, require_shards, sharded_loss, sharded_value_and_grad
 from dwiml_func.state import TrainState, init_state
@@ -102,8 +103,10 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
     validation_loader = loader_spec(config)
     training_loader = replace(validation_loader, augmentation=config.batches.augmentation)
     key = Key(config.training.rng)
+    shape = {"nb_features": training_set.num_features, "neighborhood": config.data.neighborhood}
+    require_memory(config.model, **shape)
     with torch_rng(fold_in(key, Stream.INIT)):
-        model = build_model(config.model, nb_features=training_set.num_features, neighborhood=config.data.neighborhood)
+        model = build_model(config.model, **shape)
     loss_fn = module_loss(model, compute_batch_loss)
     optimizer = make_optimizer(config.training)
     training_sampler = _sampler_spec(

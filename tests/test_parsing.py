@@ -35,6 +35,13 @@ def test_what_cannot_be_read_is_said_plainly(cli, tmp_path: Path, arguments: lis
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", [100_000, 10**9, 2**31 - 1])
+def test_layers_that_no_memory_holds_are_refused(cli, tmp_path: Path, size: int) -> None:
+    sizes = ("--rnn-layer-sizes", 8, size)
+    cli("train", tmp_path, "new", PHANTOM, *sizes).check_refusal(f"rnn_layer_sizes (8, {size})", "Choose smaller")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_after_two_dashes_nothing_is_an_option(cli, tmp_path: Path) -> None:
     cli("digest", "--", "--help").check_refusal("No snapshot in --help/checkpoint")
 

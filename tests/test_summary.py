@@ -46,7 +46,7 @@ def test_the_summary_equals_an_independent_computation(cli, experiments):
 
     history = json.loads((experiments / "run" / "checkpoint" / "4" / "manifest.json").read_text())["history"]
     text = outcome.out.split("\n\n")[1]
-    assert text.splitlines()[0].startswith("Finished after 4 epochs, 0.0 minutes")
+    assert text.splitlines()[0].startswith("Finished after 4 epochs, ")
     best = history[1]
     assert f"Best epoch 2: training loss {best['train']['loss']:.4f}, " in text
     assert f"validation loss {best['valid']['loss']:.4f}\n" in text

@@ -29,7 +29,7 @@ RUN_SUBJECTS: Mapping[str, tuple[str, ...]] = {
         *("normalize_targets", "normalize_outputs", "add_eos", "eos_weight"),
     ),
     "Batches": ("batches",),
-    "Resampling": ("step_size", "nb_points", "compress"),
+    "Resampling": ("step_size", "step_rule", "nb_points", "compress"),
     "Augmentation of training batches": (
         *("noise_gaussian_size_forward", "noise_gaussian_size_loss", "split_ratio", "reverse_ratio"),
     ),

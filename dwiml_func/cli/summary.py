@@ -28,7 +28,7 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
     minutes = sum(report.train_minutes + report.valid_minutes for report in history)
     reason = {"patience": "stopped early", "max_epochs": "finished", None: "stopped"}[last.stop]
     lines = [
-        f"{reason.capitalize()} after {last.epoch} epochs, {minutes:.1f} minutes.",
+        f"{reason.capitalize()} after {last.epoch} epoch{'s' * (last.epoch != 1)}, {_duration(minutes)}.",
         f"Best epoch {best.epoch}: training loss {best.train['loss']:.4f}"
         + (f", validation loss {best.valid['loss']:.4f}" if best.valid else ""),
         f"Mean angular error of the best model on the {subset} subjects,",
@@ -47,3 +47,7 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
             verdict = f"the model is {abs(gain):.2f} deg {'better' if gain > 0 else 'worse'}"
             lines.append(f"  {name}  {value:6.2f} deg  ({verdict})")
     return "\n".join(lines)
+
+
+def _duration(minutes: float) -> str:
+    return f"{60 * minutes:.1f} seconds" if minutes < 1 else f"{minutes:.1f} minutes"
