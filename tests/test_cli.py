@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from dwiml_func.cli.main import COMMANDS
-from dwiml_func.config import BatchConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig, config_from_json
+from dwiml_func.config import (
+    BatchConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    config_from_json,
+)
 from dwiml_func.experiment import read_config
 from dwiml_func.snapshot import latest_digest, list_snapshots
 
@@ -111,10 +119,13 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         "neighborhood-radius": "1",
         "neighborhood-resolution": "0.5",
         "cache-size": "1GB",
+        "comet-workspace": "lab",
+        "comet-project": "tracking",
     }
+    monkeypatch.delenv("COMET_API_KEY", raising=False)
     flat = [part for name, value in options.items() for part in (f"--{name}", value)]
     monkeypatch.chdir(PHANTOM.parent)
-    assert cli("train", folder, "new", "phantom.hdf5", *flat, "--lazy").code == 0
+    assert cli("train", folder, "new", "phantom.hdf5", *flat, "--lazy", "--tensorboard").code == 0
     config = read_config(folder / "new")
     assert config == RunConfig(
         hdf5_file=str(PHANTOM),  # absolute, wherever the command was given
@@ -154,8 +165,9 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
             rng=2**64 - 1,
             num_shards=2,
         ),
+        logging=LoggingConfig(comet_workspace="lab", comet_project="tracking", tensorboard=True),
     )
-    parts = (config.data, config.batches, config.model, config.training)
+    parts = (config.data, config.batches, config.model, config.training, config.logging)
     fields = {field.name for part in parts for field in dataclasses.fields(part)}
     excluded = {"use_gpu", "nb_points", "compress"}  # no device here, and one way of resampling at a time
     excluded |= {  # they go with other models than this one
@@ -164,7 +176,10 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         *("dg_sphere", "add_entropy_to_gauss", "dg_nb_gaussians", "dg_nb_clusters", "add_eos", "eos_weight"),
         *("normalize_targets", "normalize_outputs", "step_rule"),
     }
-    assert {name.replace("-", "_") for name in options} | {"lazy"} | excluded == fields  # none was left out above
+    assert {name.replace("-", "_") for name in options} | {
+        "lazy",
+        "tensorboard",
+    } | excluded == fields  # none was left out above
 
     manifest = json.loads((folder / "new" / "checkpoint" / "1" / "manifest.json").read_text())
     assert config_from_json(json.dumps(manifest["config"])) == config

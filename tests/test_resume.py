@@ -143,7 +143,10 @@ def test_loading_processes_and_a_terminal_change_nothing_but_the_bar(cli, tmp_pa
     text = shown.decode()
     assert "\rEpoch 1/1 training:" in text
     assert "\rEpoch 1/1 validation:" in text
-    assert "\n" not in text
+    assert "\rEpochs: 100%" in text
+    assert "points/s" in text
+    assert re.search(r"loss \d\.\d{4}", text)
+    assert text.count("\n") == text.count("\x1b[A")  # to the lower bar and back again: no line is left behind
     assert text.rsplit("\r", 2)[1].strip() == ""  # the last bar was wiped
 
 
