@@ -61,12 +61,13 @@ def atomic_directory(path: str | Path, *, replace: bool = True) -> Iterator[Path
         raise
 
 
-def atomic_write(path: str | Path, content: bytes | str) -> None:
+def atomic_write(path: str | Path, content: bytes | str, *, flush: bool = True) -> None:
     """Write a file beside its place, flush it, and rename it there.
 
     Args:
         path: the file; its parent exists. A file that stands there is replaced.
         content: what to write; text is encoded as UTF-8.
+        flush: whether to wait until it is on the disk. What can be made again need not survive a loss of power.
 
     Raises:
         OSError: the disk is full, or the directory cannot be written to; what stood there stays.
@@ -84,10 +85,12 @@ def atomic_write(path: str | Path, content: bytes | str) -> None:
     try:
         with temporary.open("xb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
-        _fsync(path.parent)
+        if flush:
+            _fsync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         _name_place(error, path)

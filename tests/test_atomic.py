@@ -321,3 +321,16 @@ def test_other_threads_make_files_with_the_usual_rights_meanwhile(tmp_path, monk
     monkeypatch.setattr(os, "umask", changed)
     fill(tmp_path / "run", "a")
     atomic_write(tmp_path / "a.txt", "a")
+
+
+def test_what_can_be_made_again_appears_whole_but_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError("the disk was waited for")
+
+    (tmp_path / "a").write_text("old")
+    monkeypatch.setattr(os, "fsync", fail)
+    atomic_write(tmp_path / "a", "new", flush=False)
+    assert (tmp_path / "a").read_text() == "new"
+    assert os.listdir(tmp_path) == ["a"]
+    with pytest.raises(OSError, match="waited for"):
+        atomic_write(tmp_path / "a", "newer")

@@ -107,7 +107,7 @@ def test_a_full_disk_leaves_the_older_logs_until_there_is_space_again(tmp_path, 
     write = npy(tmp_path)
     write(report(1))
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail)
+        patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="No space left"):
             write(report(2))
     assert {array.shape for array in logs(tmp_path).values()} == {(1,)}

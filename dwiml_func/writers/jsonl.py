@@ -69,4 +69,4 @@ def _write(directory: Path, history: Sequence[EpochReport]) -> None:
     logs = directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(epoch_row(report), allow_nan=False) + "\n" for report in history]
-    atomic_write(logs / "metrics.jsonl", "".join(lines))
+    atomic_write(logs / "metrics.jsonl", "".join(lines), flush=False)

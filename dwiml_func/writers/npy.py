@@ -72,11 +72,11 @@ def _write(directory: Path, history: Sequence[EpochReport]) -> None:
     for name, array in epoch_arrays(history).items():
         content = io.BytesIO()
         np.save(content, array)
-        atomic_write(logs / f"{name}.npy", content.getvalue())
+        atomic_write(logs / f"{name}.npy", content.getvalue(), flush=False)
     if history and history[-1].best.epoch is not None:
         best = history[history[-1].best.epoch - 1]
         losses = {"train_loss": best.train["loss"], "valid_loss": best.valid.get("loss")}
-        atomic_write(directory / "best_epoch_losses.json", json.dumps(losses, indent=4) + "\n")
+        atomic_write(directory / "best_epoch_losses.json", json.dumps(losses, indent=4) + "\n", flush=False)
 
 
 def _metrics(means: object) -> list[str]:

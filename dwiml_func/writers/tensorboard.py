@@ -81,7 +81,7 @@ class _EventFile:
                 old.unlink()
             self._start = time.time() - 60 * sum(_minutes(report) for report in history)
             self._path = self._folder / f"events.out.tfevents.{time.time_ns()}.dwiml_func"
-            atomic_write(self._path, self._records(history, 0))
+            atomic_write(self._path, self._records(history, 0), flush=False)
         self._written = history
 
     def _records(self, history: Sequence[EpochReport], first: int) -> bytes:
