@@ -86,7 +86,7 @@ def module_loss(module: torch.nn.Module, compute_batch_loss: BatchLoss, *, stoch
     def loss_fn(params: Params, buffers: Buffers, batch: Any, *, key: Key, train: bool) -> LossOut:
         # In-place updates of buffers (batch normalisation) must not reach the caller's tensors.
         tensors = {**params, **{name: tensor.clone() for name, tensor in buffers.items()}}
-        if stochastic:
+        if stochastic and not torch.compiler.is_compiling():  # a compiled step is seeded around its graph
             with torch_rng(key):
                 out = views[train](tensors, compute_batch_loss, batch)
         else:

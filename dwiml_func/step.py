@@ -86,19 +86,13 @@ def train_step(
     refuse_donated(state)
     key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
     out, grads = gradient_fn(loss_fn, state.params, state.buffers, batch, key=key, engine=engine)
-    if clip_grad is None:
-        norm = clipped_norm = global_norm(grads)
-    else:
-        grads, norm, clipped_norm = clip_by_global_norm(grads, clip_grad)
-    metrics = loss_metrics(out)
-    metrics["unclipped_grad_norm"] = weighted_sum(norm, 1)
-    metrics["grad_norm"] = weighted_sum(clipped_norm, 1)
+    grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
 
     defer = non_finite == "defer"
     if non_finite is None:
         defer = out.loss.device.type != "cpu" or is_transformed()
     if not defer:
-        _raise_if_not_finite(state, batch, out.loss, norm)
+        raise_if_not_finite(state, batch, out.loss.item(), norm.item())
     params, opt_state = optimizer.update(
         grads, state.opt_state, state.params, lr=lr, step=state.step, donate=donate and not defer
     )
@@ -151,6 +145,32 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
         return loss_metrics(loss_fn(state.params, state.buffers, batch, key=key, train=False))
 
 
+def clip_and_measure(
+    out: LossOut, grads: dict[str, Tensor], clip_grad: float | None
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Sum]]:
+    """Clip gradients, and sum up what a step reports.
+
+    Args:
+        out: what the loss returned.
+        grads: gradients by name.
+        clip_grad: largest global norm; None does not clip.
+
+    Returns:
+        The gradients to use, their norm before clipping, and the batch's sums.
+
+    Raises:
+        ValueError: the loss has a further mean of a name that the step itself uses.
+    """
+    if clip_grad is None:
+        norm = clipped_norm = global_norm(grads)
+    else:
+        grads, norm, clipped_norm = clip_by_global_norm(grads, clip_grad)
+    metrics = loss_metrics(out)
+    metrics["unclipped_grad_norm"] = weighted_sum(norm, 1)
+    metrics["grad_norm"] = weighted_sum(clipped_norm, 1)
+    return grads, norm, metrics
+
+
 def loss_metrics(out: LossOut) -> dict[str, Sum]:
     """The sums of a loss's output: its own, and those of its further means."""
     if taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm"}:
@@ -159,8 +179,19 @@ def loss_metrics(out: LossOut) -> dict[str, Sum]:
     return {name: weighted_sum(*(m if isinstance(m, tuple) else (m, out.weight))) for name, m in means.items()}
 
 
-def _raise_if_not_finite(state: TrainState, batch: Any, loss: Tensor, norm: Tensor) -> None:
-    for name, value in (("loss", loss.item()), ("gradient norm", norm.item())):
+def raise_if_not_finite(state: TrainState, batch: Any, loss: float, norm: float) -> None:
+    """Refuse a step whose loss or gradient norm is not finite.
+
+    Args:
+        state: the run before the step.
+        batch: the batch; if it has an attribute `ids`, the error names them.
+        loss: the batch's loss.
+        norm: the global norm of its gradient, before clipping.
+
+    Raises:
+        NonFiniteError: one of them is NaN or infinite.
+    """
+    for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"The {name} is {value} in epoch {state.epoch + 1}, batch {state.batch} (step {state.step})"

@@ -170,7 +170,7 @@ class Learn2Track(torch.nn.Module):
             # With EOS the last points have rows too. Nothing comes after them, so the zeros there are never read.
             dirs = batch.at_inputs(directions(batch.forward_points, batch.offsets))
             previous = previous_directions(self._normalized(dirs), offsets, self.nb_previous_dirs)
-        layout = packed_layout(offsets)
+        layout = packed_layout(offsets, batch.num_points)
         features = self.rnn_model(layout.pack(self._embedded(batch.inputs, previous)), layout.batch_sizes)
         return layout.unpack(self.direction_getter(features))
 
@@ -238,7 +238,7 @@ class Learn2Track(torch.nn.Module):
             )
         if batch.num_points == 0:
             raise ValueError("Expected a batch with streamlines of two points or more. Received: none")
-        if batch.has_last_points != self.add_eos:
+        if batch.num_points != (len(batch.points) if self.add_eos else batch.num_directions):
             expected = "all points" if self.add_eos else "all points but the last of each streamline"
             raise ValueError(
                 f"Expected a batch with inputs at {expected}. Received: {batch.num_points} rows for "

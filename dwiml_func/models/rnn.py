@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from dwiml_func.models.rnn_compiled import compiled_scan
 from dwiml_func.models.rnn_native import native_scan
 from dwiml_func.models.rnn_packed import packed_scan
 from dwiml_func.models.rnn_scan import State, Weights, plain_scan
@@ -20,6 +21,9 @@ __all__ = ["RecurrentLayer", "StackedRNN"]
 
 Scan = Callable[[str, Tensor, Sequence[int], Weights, State], tuple[Tensor, State]]
 """(rnn_key, x, batch_sizes, weights, state) to the outputs and the last state, see `plain_scan`."""
+
+BatchSizes = Sequence[int] | Tensor
+"""Rows of each time step; or, in a graph of torch.compile, (S,) int64: the sequences' lengths, longest first."""
 
 _NUM_STATES = {"lstm": 2, "gru": 1}  # tensors in the carried state
 _NUM_GATES = {"lstm": 4, "gru": 3}
@@ -72,7 +76,7 @@ class RecurrentLayer(torch.nn.Module):
         """
         return self.weight_ih_l0, self.weight_hh_l0, self.bias_ih_l0, self.bias_hh_l0
 
-    def forward(self, x: Tensor, batch_sizes: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, batch_sizes: BatchSizes) -> Tensor:
         """Run the layer over all time steps, from a state of zeros.
 
         Args:
@@ -88,7 +92,7 @@ class RecurrentLayer(torch.nn.Module):
         """
         return self.run(x, batch_sizes)[0]
 
-    def run(self, x: Tensor, batch_sizes: Sequence[int], state: State | None = None) -> tuple[Tensor, State]:
+    def run(self, x: Tensor, batch_sizes: BatchSizes, state: State | None = None) -> tuple[Tensor, State]:
         """Run the layer over all time steps, from a given state, and return the last one too.
 
         Args:
@@ -107,8 +111,10 @@ class RecurrentLayer(torch.nn.Module):
             True
         """
         if state is None:
-            zeros = x.new_zeros(batch_sizes[0], self.hidden_size)
+            zeros = x.new_zeros(_num_sequences(batch_sizes), self.hidden_size)
             state = (zeros,) * _NUM_STATES[self.rnn_key]
+        if isinstance(batch_sizes, Tensor):
+            return compiled_scan(self.rnn_key, x, batch_sizes, self.weights, state)
         return _scan_for(x.device)(self.rnn_key, x, batch_sizes, self.weights, state)
 
 
@@ -173,7 +179,7 @@ class StackedRNN(torch.nn.Module):
             if use_layer_normalization:
                 self.add_module(f"layer_norm_{number}", torch.nn.LayerNorm(layer_size))
 
-    def forward(self, x: Tensor, batch_sizes: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, batch_sizes: BatchSizes) -> Tensor:
         """Run all layers over all time steps, from states of zeros.
 
         Args:
@@ -193,7 +199,7 @@ class StackedRNN(torch.nn.Module):
         return self.run(x, batch_sizes)[0]
 
     def run(
-        self, x: Tensor, batch_sizes: Sequence[int], state: Sequence[State] | None = None
+        self, x: Tensor, batch_sizes: BatchSizes, state: Sequence[State] | None = None
     ) -> tuple[Tensor, tuple[State, ...]]:
         """Run all layers over all time steps, from given states, and return the last ones too.
 
@@ -223,7 +229,7 @@ class StackedRNN(torch.nn.Module):
         self._check_rows(x, batch_sizes)
         layers = [cast(RecurrentLayer, self.get_submodule(f"rnn_{number}")) for number in range(self.num_layers)]
         if state is not None:
-            _check_state(layers, batch_sizes[0], state)
+            _check_state(layers, _num_sequences(batch_sizes), state)
         inputs, outputs, last_states = x, [], []
         for number, layer in enumerate(layers):
             x, last_state = layer.run(x, batch_sizes, None if state is None else state[number])
@@ -239,14 +245,20 @@ class StackedRNN(torch.nn.Module):
             x = torch.cat([*outputs, inputs], dim=1)
         return x, tuple(last_states)
 
-    def _check_rows(self, x: Tensor, batch_sizes: Sequence[int]) -> None:
+    def _check_rows(self, x: Tensor, batch_sizes: BatchSizes) -> None:
         if x.ndim != 2 or x.shape[1] != self.input_size:
             raise ValueError(f"Expected x of shape (P, {self.input_size}). Received: {tuple(x.shape)}")
+        if isinstance(batch_sizes, Tensor):
+            return  # nothing can be read of a tensor while a graph is traced
         if sum(batch_sizes) != len(x) or any(now > before for before, now in pairwise([len(x), *batch_sizes, 1])):
             raise ValueError(
                 f"Expected batch sizes of at least 1 that do not increase and add up to {len(x)}, the rows of x. "
                 f"Received: {list(batch_sizes)}"
             )
+
+
+def _num_sequences(batch_sizes: BatchSizes) -> int:
+    return len(batch_sizes) if isinstance(batch_sizes, Tensor) else batch_sizes[0]
 
 
 def _check_state(layers: Sequence[RecurrentLayer], num_sequences: int, state: Sequence[State]) -> None:

@@ -58,4 +58,6 @@ def component(values: Tensor, index: Tensor) -> Tensor:
         tensor([[3, 4],
                 [5, 6]])
     """
-    return values.take_along_dim(index[..., None, None], dim=-2)[..., 0, :]
+    # Not take_along_dim: torch.compile would make a graph for each N.
+    rows = index[..., None, None].expand(*values.shape[:-2], 1, values.shape[-1])
+    return values.gather(-2, rows)[..., 0, :]

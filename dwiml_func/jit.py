@@ -1,0 +1,292 @@
+"""A training step as one compiled graph: gradients, clipping, optimizer and metrics, by torch.compile.
+
+What changes from step to step enters as tensors, so that one graph serves all steps. What is fixed (the loss and what
+it closes over, the optimizer, clipping) is read once, when the graph is made.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from dwiml_func.gradients import value_and_grad
+from dwiml_func.loss import LossFn
+from dwiml_func.metrics import Metrics, Sum, add_metrics
+from dwiml_func.optim import Optimizer
+from dwiml_func.rng import Stream, fold_in, torch_rng
+from dwiml_func.state import TrainState, mark_donated, refuse_donated
+from dwiml_func.step import NON_FINITE, clip_and_measure, raise_if_not_finite, train_step
+
+__all__ = ["JitStep", "jit_step"]
+
+_ARGUMENT = re.compile(r"$|(L\[')?(params|buffers|opt_state|batch|numbers)\b")  # of a guard's name; shapes have none
+_INDUCTOR = {
+    "fallback_random": True,  # torch's own generators draw, those that `torch_rng` seeds, as in an eager step
+    "cpp.enable_loop_tail_vec": False,  # how a loop ends would depend on the sizes of the batch that was compiled for
+}
+
+
+def jit_step(
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    clip_grad: float | None = None,
+    donate: bool = False,
+    non_finite: Literal["raise", "defer"] | None = None,
+    dynamic: bool = False,
+    max_compilations: int = 8,
+    backend: str = "inductor",
+) -> JitStep:
+    """Make a training step that runs as one compiled graph.
+
+    Args:
+        loss_fn, optimizer, clip_grad, donate, non_finite: those of `train_step`. The model's draws are those of an
+            eager step. The loss is traced, so it may not read values of tensors; a key it is handed cannot be used.
+        dynamic: whether the first size of each tensor in a batch may vary from batch to batch within one graph. False
+            compiles a graph for each combination of shapes.
+        max_compilations: graphs at most; a batch that would need one more turns compilation off.
+        backend: a backend of torch.compile.
+
+    Returns:
+        The step. The first call compiles, and those that bring a batch which no graph fits. Where the step cannot be
+        compiled as a whole it warns once, saying why, and every call is that of `train_step`.
+
+    Example:
+        >>> from dwiml_func import init_state, module_loss, sgd
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: ((model(x) - 1.0).square().mean(), len(x)))
+        >>> step = jit_step(loss_fn=loss_fn, optimizer=sgd(), backend="eager")
+        >>> state = init_state(model, sgd(), seed=0)
+        >>> for _ in range(3):
+        ...     state, metrics = step(state, torch.ones(4, 2), lr=0.1)
+        >>> state.step, sorted(metrics), step.num_compilations
+        (3, ['grad_norm', 'loss', 'unclipped_grad_norm'], 1)
+    """
+    eager = partial(
+        train_step, loss_fn=loss_fn, optimizer=optimizer, clip_grad=clip_grad, donate=donate, non_finite=non_finite
+    )
+    return JitStep(eager, dynamic=dynamic, max_compilations=max_compilations, backend=backend)
+
+
+class JitStep:
+    """A compiled step, made by `jit_step` and called as `step(state, batch, lr=lr)`.
+
+    Attributes:
+        num_compilations: graphs compiled so far.
+        compile_seconds: time of the calls that compiled them.
+        eager_reason: why steps run without a graph; None where they run compiled.
+
+    Example:
+        >>> step = jit_step(loss_fn=loss_fn, optimizer=optimizer)  # doctest: +SKIP
+        >>> state, metrics = step(state, batch, lr=0.001)  # doctest: +SKIP
+    """
+
+    def __init__(self, eager: partial[Any], *, dynamic: bool, max_compilations: int, backend: str) -> None:
+        if max_compilations < 1:
+            raise ValueError(f"Expected max_compilations of at least 1. Received: {max_compilations}")
+        self.num_compilations = 0
+        self.compile_seconds = 0.0
+        self.eager_reason: str | None = None
+        self._eager = eager
+        self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
+        self._dynamic = dynamic
+        self._backend = backend
+        self._shapes_seen: set[Any] = set()
+        self._graph = torch.compile(
+            _make_graph(**eager.keywords),
+            fullgraph=True,
+            dynamic=False,
+            backend=self._compile,  # type: ignore[arg-type]
+            options={"guard_filter_fn": _guards_of_arguments},
+            recompile_limit=max_compilations,
+            isolate_recompiles=True,
+        )
+
+    def __call__(self, state: TrainState, batch: Any, *, lr: float | Tensor) -> tuple[TrainState, Metrics]:
+        """Take one optimizer step.
+
+        Args:
+            state: the run before the step.
+            batch: what the loss takes.
+            lr: learning rate.
+
+        Returns:
+            The run after the step and the batch's sums, as `train_step` does.
+
+        Raises:
+            NonFiniteError: the loss or the gradient norm is NaN or infinite; the tensors of `state` are as they were.
+            RuntimeError: the state was donated to an earlier step.
+        """
+        refuse_donated(state)
+        if self.eager_reason is not None:
+            return self._eager(state, batch, lr=lr)
+        device = next(iter(state.params.values())).device
+        blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
+        numbers = _vector((lr, state.step, blocked), device)
+        shapes = tuple(tensor.shape for tensor in _tensors(batch))
+        run = self._graph if shapes in self._shapes_seen else self._run_new_shapes
+        with torch_rng(fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)):
+            results = run(state.params, state.buffers, state.opt_state, batch, numbers)
+        if results is None:
+            return self._eager(state, batch, lr=lr)
+        self._shapes_seen.add(shapes)
+        return self._finish(state, batch, *results)
+
+    def _run_new_shapes(self, params: Any, buffers: Any, opt_state: Any, batch: Any, numbers: Tensor) -> Any:
+        """Run a batch for which a graph may have to be made; None where none can be."""
+        from torch._dynamo import config as dynamo
+        from torch.fx.experimental import _config as symbolic_shapes
+
+        if self._dynamic:
+            for tensor in _tensors(batch):
+                if tensor.dim() > 0:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        num_before, start = self.num_compilations, time.perf_counter()
+        try:
+            # Python's numbers are constants. Sizes that happen to be equal in one batch are not taken for the same
+            # size, nor a size of 1 for a constant.
+            tracing = dynamo.patch(trace_autograd_ops=True, specialize_float=True)
+            with tracing, symbolic_shapes.patch(use_duck_shape=False, backed_size_oblivious=True):  # type: ignore[attr-defined]
+                return self._graph(params, buffers, opt_state, batch, numbers)
+        except Exception as error:
+            self.eager_reason = _shortened(error)
+            message = "Training steps run without compilation from here on: %s"
+            logging.getLogger(__name__).warning(message, self.eager_reason)
+            return None
+        finally:
+            if self.num_compilations > num_before:
+                self.compile_seconds += time.perf_counter() - start
+
+    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
+        self.num_compilations += 1
+        if self._backend == "inductor":
+            from torch._inductor.compile_fx import compile_fx
+
+            return compile_fx(graph, inputs, config_patches=_INDUCTOR)
+        return torch._dynamo.lookup_backend(self._backend)(graph, inputs)
+
+    def _finish(
+        self, state: TrainState, batch: Any, params: Any, buffers: Any, opt_state: Any, names: Any, values: Tensor
+    ) -> tuple[TrainState, Metrics]:
+        on_cpu = values.device.type == "cpu"
+        numbers = values.tolist() if on_cpu else values
+        loss, norm, is_first_bad, *_ = numbers
+        defer = not on_cpu if self._non_finite is None else self._non_finite == "defer"
+        if not defer:
+            raise_if_not_finite(state, batch, float(loss), float(norm))
+        metrics = {name: Sum(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names, start=2)}
+        if defer:
+            metrics[NON_FINITE] = Sum(is_first_bad * state.step, is_first_bad)
+        if self._donate:
+            params = dict(state.params)
+            opt_state = {kind: dict(moments) for kind, moments in state.opt_state.items()}
+        new_state = TrainState(
+            params=params,
+            buffers=buffers,
+            opt_state=opt_state,
+            key=state.key,
+            step=state.step + 1,
+            epoch=state.epoch,
+            batch=state.batch + 1,
+            sums=add_metrics(state.sums, metrics),
+            best=state.best,
+        )
+        if self._donate:
+            mark_donated(state)
+        return new_state, metrics
+
+
+def _make_graph(
+    loss_fn: LossFn, optimizer: Optimizer, clip_grad: float | None, donate: bool, **_: Any
+) -> Callable[..., tuple[Any, ...]]:
+    def graph(
+        params: dict[str, Tensor],
+        buffers: dict[str, Tensor],
+        opt_state: dict[str, dict[str, Tensor]],
+        batch: Any,
+        numbers: Tensor,
+    ) -> tuple[Any, ...]:
+        lr, step, blocked = numbers.unbind()
+        out, grads = value_and_grad(loss_fn, params, buffers, batch, key=_NO_KEY)  # type: ignore[arg-type]
+        grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
+        new_params, new_opt_state = optimizer.update(grads, opt_state, params, lr=lr, step=step)
+
+        # Tensors that are not finite are never committed; the caller looks afterwards, and says so.
+        is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
+        keep_old = is_bad | (blocked > 0)
+        new_params = _choose(keep_old, params, new_params)
+        new_opt_state = {kind: _choose(keep_old, opt_state[kind], new_opt_state[kind]) for kind in opt_state}
+        new_buffers = _choose(keep_old, buffers, out.buffers)
+        sums = [number for sum_ in metrics.values() for number in sum_]
+        scalars = (out.loss, norm, is_bad & (blocked == 0), torch.zeros_like(norm), *sums)
+        values = torch.stack([_as_float64(value, out.loss) for value in scalars])
+        if donate:
+            for old, new in ((params, new_params), *((opt_state[kind], new_opt_state[kind]) for kind in opt_state)):
+                for name, tensor in new.items():
+                    old[name].copy_(tensor)
+            return None, new_buffers, None, tuple(metrics), values
+        return new_params, new_buffers, new_opt_state, tuple(metrics), values
+
+    return graph
+
+
+def _choose(keep_old: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.where(keep_old, old[name], tensor) for name, tensor in new.items()}
+
+
+def _as_float64(value: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.float64)
+    return like.new_full((), value, dtype=torch.float64)
+
+
+def _vector(numbers: tuple[float | Tensor, ...], device: torch.device) -> Tensor:
+    if any(isinstance(number, Tensor) for number in numbers):
+        return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of a batch: a tensor, or tuples, lists, mappings and dataclasses of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors(part)
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _guards_of_arguments(guards: list[Any]) -> list[bool]:
+    """Which of torch's guards are looked at in each call: all of the arguments' and none of what is fixed."""
+    return [not guard.is_global and _ARGUMENT.match(guard.name) is not None for guard in guards]
+
+
+class _NoKey:
+    """Stands for a key in a graph, where its numbers would be frozen."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError("a key cannot be used in a compiled step")
+
+
+_NO_KEY = _NoKey()
+
+
+def _shortened(error: Exception) -> str:
+    """The first line of torch's explanation, and the place in the user's code."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    places = [line for line in lines if line.startswith('File "')]
+    place = f" ({places[-1]})" if places else ""
+    return f"{lines[0] if lines else type(error).__name__}{place}"

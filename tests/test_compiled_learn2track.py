@@ -1,0 +1,88 @@
+"""Claims about Learn2Track in a compiled step: one graph for batches of any length, whatever the direction getter."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from dwiml_func import Key, init_state, module_loss, sgd, train_step
+from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.streamlines import offsets_of
+from dwiml_func.jit import jit_step
+from dwiml_func.models.direction_getters import DIRECTION_GETTERS
+from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
+from dwiml_func.rng import torch_rng
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+NUM_FEATURES = 5
+
+
+def some_batch(number: int, num_streamlines: int, *, add_eos: bool = False) -> StreamlineBatch:
+    generator = torch.Generator().manual_seed(number)
+    lengths = torch.randint(2, 12, (num_streamlines,), generator=generator)
+    offsets = offsets_of(lengths)
+    num_points = int(offsets[-1])
+    steps = torch.randn(num_points, 3, generator=generator) * 0.3 + 1
+    num_inputs = num_points if add_eos else num_points - num_streamlines
+    return StreamlineBatch(
+        points=steps.cumsum(0),
+        offsets=offsets,
+        subject=torch.zeros(num_streamlines, dtype=torch.int64),
+        ids=torch.arange(num_streamlines),
+        inputs=torch.randn(num_inputs, NUM_FEATURES, generator=generator),
+    )
+
+
+def compare(model_options: dict, *, backend: str, sizes=(6, 3, 1)) -> None:
+    """Take steps of both kinds over batches of other sizes; states and sums agree, and one graph was compiled."""
+    add_eos = model_options.get("dg_args", {}).get("add_eos", False)
+    with torch_rng(Key(1)):
+        model = Learn2Track(NUM_FEATURES, rnn_layer_sizes=(6, 4), **model_options)
+    options = {"loss_fn": module_loss(model, compute_batch_loss), "optimizer": sgd(), "clip_grad": 1.0}
+    compiled, eager = jit_step(**options, dynamic=True, backend=backend), partial(train_step, **options)
+    actual = expected = init_state(model, sgd(), seed=0)
+    for number, size in enumerate(sizes):
+        batch = some_batch(number, size, add_eos=add_eos)
+        actual, sums = compiled(actual, batch, lr=0.1)
+        expected, expected_sums = eager(expected, batch, lr=0.1)
+        assert sums.keys() == expected_sums.keys()
+        for name in sums:
+            assert sums[name] == pytest.approx(expected_sums[name], rel=1e-4)
+    assert compiled.eager_reason is None
+    assert compiled.num_compilations == 1
+    torch.testing.assert_close(actual.params, expected.params)
+
+
+@pytest.mark.parametrize("dg_key", DIRECTION_GETTERS)
+def test_the_loss_of_every_direction_getter_is_traced_as_one_graph(dg_key):
+    compare({"dg_key": dg_key}, backend="eager")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rnn_key": "gru", "nb_previous_dirs": 2, "normalize_prev_dirs": True, "dropout": 0.3},
+        {"dg_args": {"add_eos": True}, "use_skip_connection": True, "use_layer_normalization": True},
+    ],
+    ids=["gru", "eos"],
+)
+def test_the_options_of_the_model_compile(options):
+    compare(options, backend="aot_eager")
+
+
+def test_code_made_by_inductor_trains_as_an_eager_step_does():
+    compare({"nb_previous_dirs": 1, "dropout": 0.2}, backend="inductor", sizes=(6, 3, 1, 20, 2))
+
+
+@pytest.mark.parametrize("rnn_key", ["lstm", "gru"])
+def test_what_the_compiler_is_told_of_the_recurrent_operators_is_what_they_do(rnn_key):
+    num_gates, num_states = {"lstm": (4, 2), "gru": (3, 1)}[rnn_key]
+    generator = torch.Generator().manual_seed(0)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    weights = [some(4 * num_gates, 3), some(4 * num_gates, 4), some(4 * num_gates), some(4 * num_gates)]
+    lengths, state = torch.tensor([3, 3, 1]), [some(3, 4) for _ in range(num_states)]
+    arguments = (rnn_key, some(7, 3), lengths, weights, state)
+    torch.library.opcheck(torch.ops.dwiml_func.rnn_forward.default, arguments)

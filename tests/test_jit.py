@@ -1,0 +1,215 @@
+"""Claims about `dwiml_func.jit`: what `train_step` computes, compiled once, for any step, batch and learning rate."""
+
+import logging
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
+from dwiml_func.jit import jit_step
+from dwiml_func.loss import LossOut
+from dwiml_func.rng import torch_rng
+from dwiml_func.step import NonFiniteError
+
+# Torch's own compiler stack warns of what it will change in itself.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+
+
+def squared_error(model, batch):
+    inputs, targets = batch
+    return (model(inputs) - targets).square().mean(), len(inputs), {"first_output": model(inputs)[0, 0]}
+
+
+def make_model(dropout: float = 0.0) -> torch.nn.Module:
+    with torch_rng(Key(5)):
+        return torch.nn.Sequential(
+            torch.nn.Linear(3, 6), torch.nn.Dropout(dropout), torch.nn.Tanh(), torch.nn.Linear(6, 1)
+        )
+
+
+def some_batch(number: int, size: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(size, 3, generator=generator), torch.randn(size, 1, generator=generator)
+
+
+def make_steps(model=None, compute_batch_loss=squared_error, optimizer=None, backend="aot_eager", **options):
+    """The first state, a compiled step and an eager one."""
+    model = make_model() if model is None else model
+    optimizer = adam() if optimizer is None else optimizer
+    loss_fn = module_loss(model, compute_batch_loss)
+    jit_options = {name: options.pop(name) for name in ("dynamic", "max_compilations") if name in options}
+    options = {"loss_fn": loss_fn, "optimizer": optimizer, **options}
+    compiled = jit_step(**options, **jit_options, backend=backend)
+    return init_state(model, optimizer, seed=3), compiled, partial(train_step, **options)
+
+
+def run(step, state, num_steps: int, sizes=(8,)):
+    metrics = []
+    for number in range(num_steps):
+        batch = some_batch(number, sizes[number % len(sizes)])
+        state, sums = step(state, batch, lr=0.1 / (number + 1))
+        metrics.append(sums)
+    return state, metrics
+
+
+def same_states(first, second) -> bool:
+    leaves = [
+        [*state.params.values(), *state.buffers.values(), *(t for m in state.opt_state.values() for t in m.values())]
+        for state in (first, second)
+    ]
+    return all(torch.equal(*pair) for pair in zip(*leaves, strict=True))
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.1])
+@pytest.mark.parametrize("optimizer", [sgd(momentum=0.9), adam(weight_decay=0.1), adamw(), radam()])
+def test_compiled_steps_are_those_of_train_step(optimizer, clip_grad):
+    start, compiled, eager = make_steps(make_model(0.5), optimizer=optimizer, clip_grad=clip_grad)
+    actual, actual_sums = run(compiled, start, 7)
+    expected, expected_sums = run(eager, start, 7)
+    assert compiled.num_compilations == 1
+    assert compiled.eager_reason is None
+    torch.testing.assert_close(actual.params, expected.params)
+    torch.testing.assert_close(actual.opt_state, expected.opt_state)
+    assert (actual.step, actual.batch, actual.epoch, actual.key) == (7, 7, 0, start.key)
+    for ours, theirs in zip([*actual_sums, actual.sums], [*expected_sums, expected.sums], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-7)
+
+
+def test_code_made_by_inductor_draws_what_an_eager_step_draws_and_leaves_the_generator_alone():
+    start, compiled, eager = make_steps(make_model(0.5), backend="inductor")
+    torch.manual_seed(1)
+    generator = torch.get_rng_state()
+    actual, sums = run(compiled, start, 4)
+    assert torch.equal(torch.get_rng_state(), generator)
+    expected, expected_sums = run(eager, start, 4)
+    assert compiled.num_compilations == 1
+    assert [s["loss"].total for s in sums] == pytest.approx([s["loss"].total for s in expected_sums], rel=1e-5)
+    torch.testing.assert_close(actual.params, expected.params)
+    torch.manual_seed(2)
+    again, _ = run(compiled, start, 4)
+    assert same_states(again, actual)
+
+
+def test_a_new_graph_goes_on_to_the_same_bits():
+    start, first, _ = make_steps(make_model(0.5), backend="inductor")
+    whole, _ = run(first, start, 5)
+    state, _ = run(first, start, 2)
+    _, second, _ = make_steps(make_model(0.5), backend="inductor")
+    for number in range(2, 5):
+        state, _ = second(state, some_batch(number), lr=0.1 / (number + 1))
+    assert same_states(state, whole)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_batches_of_all_sizes_share_one_dynamic_graph(donate):
+    start, compiled, eager = make_steps(dynamic=True, donate=donate)
+    copy = start.replace(
+        params={name: p.clone() for name, p in start.params.items()},
+        opt_state={kind: {name: t.clone() for name, t in m.items()} for kind, m in start.opt_state.items()},
+    )
+    sizes = (6, 8, 1, 3, 50, 2)
+    actual, sums = run(compiled, start, 12, sizes)
+    expected, _ = run(eager, copy, 12, sizes)
+    assert compiled.num_compilations == 1
+    assert [s["loss"].weight for s in sums[:6]] == list(sizes)
+    torch.testing.assert_close(actual.params, expected.params)
+
+
+def test_without_dynamic_shapes_each_shape_has_its_graph_up_to_a_limit(caplog):
+    start, compiled, eager = make_steps(max_compilations=2)
+    with caplog.at_level(logging.WARNING):
+        actual, _ = run(compiled, start, 9, sizes=(8, 4, 8, 2))
+    assert compiled.num_compilations == 2
+    assert compiled.eager_reason is not None
+    assert len([record for record in caplog.records if record.name == "dwiml_func.jit"]) == 1
+    expected, _ = run(eager, start, 9, sizes=(8, 4, 8, 2))
+    torch.testing.assert_close(actual.params, expected.params)
+
+
+def test_a_model_that_cannot_be_compiled_whole_says_where_it_breaks_and_runs_eagerly(caplog):
+    def reads_a_value(model, batch):
+        loss, weight, _ = squared_error(model, batch)
+        return (loss * 2 if loss.item() > 0.5 else loss), weight
+
+    start, compiled, eager = make_steps(compute_batch_loss=reads_a_value)
+    with caplog.at_level(logging.WARNING):
+        actual, _ = run(compiled, start, 4)
+    [record] = (record for record in caplog.records if record.name == "dwiml_func.jit")
+    assert "without compilation" in record.message
+    assert "test_jit.py" in record.message
+    assert "\n" not in record.message
+    assert compiled.num_compilations == 0
+    assert same_states(actual, run(eager, start, 4)[0])
+
+
+def test_a_loss_that_uses_its_key_runs_eagerly_instead_of_with_one_key_for_ever():
+    model = make_model()
+
+    def loss_fn(params, buffers, batch, *, key, train):
+        with torch_rng(key):
+            noise = torch.randn(())
+        return LossOut((params["0.weight"].sum() - noise).square(), 1, buffers, {})
+
+    start = init_state(model, sgd(), seed=0)
+    compiled = jit_step(loss_fn=loss_fn, optimizer=sgd(), backend="aot_eager")
+    actual, _ = run(compiled, start, 3)
+    assert compiled.eager_reason is not None
+    assert same_states(actual, run(partial(train_step, loss_fn=loss_fn, optimizer=sgd()), start, 3)[0])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_step_that_is_not_finite_is_refused_and_leaves_the_state_whole(donate):
+    start, compiled, _ = make_steps(donate=donate)
+    state, _ = run(compiled, start, 2)
+    kept = {name: p.clone() for name, p in state.params.items()}
+    moments = {name: t.clone() for name, t in state.opt_state["exp_avg"].items()}
+    inputs, targets = some_batch(9)
+    with pytest.raises(NonFiniteError, match=r"loss is inf in epoch 1, batch 2 \(step 2\)"):
+        compiled(state, (inputs, targets + math.inf), lr=0.1)
+    assert all(torch.equal(state.params[name], kept[name]) for name in kept)
+    assert all(torch.equal(state.opt_state["exp_avg"][name], moments[name]) for name in moments)
+    state, _ = compiled(state, (inputs, targets), lr=0.1)
+    assert state.step == 3
+
+
+def test_a_deferred_check_keeps_the_old_values_and_notes_the_first_step():
+    start, compiled, eager = make_steps(non_finite="defer")
+    results = []
+    for step in (compiled, eager):
+        state, _ = run(step, start, 2)
+        inputs, targets = some_batch(9)
+        for batch in ((inputs, targets * math.nan), (inputs, targets), (inputs, targets / 0)):
+            state, _ = step(state, batch, lr=0.1)
+        results.append(state)
+    actual, expected = results
+    torch.testing.assert_close(actual.params, expected.params)
+    assert [float(x) for x in actual.sums["non_finite"]] == [float(x) for x in expected.sums["non_finite"]] == [2, 1]
+
+
+def test_nothing_that_came_in_changes_without_donation():
+    start, compiled, _ = make_steps(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)))
+    tensors = [*start.params.values(), *start.buffers.values()]
+    before = [(tensor._version, tensor.clone()) for tensor in tensors]
+    state, _ = compiled(start, some_batch(0), lr=0.1)
+    assert [tensor._version for tensor in tensors] == [version for version, _ in before]
+    assert all(torch.equal(tensor, value) for tensor, (_, value) in zip(tensors, before, strict=True))
+    assert int(state.buffers["1.num_batches_tracked"]) == 2  # the loss calls the model twice
+
+
+def test_a_donated_state_gives_its_memory_and_cannot_be_used_again():
+    start, compiled, _ = make_steps(donate=True)
+    places = {name: p.data_ptr() for name, p in start.params.items()}
+    state, _ = compiled(start, some_batch(0), lr=0.1)
+    assert {name: p.data_ptr() for name, p in state.params.items()} == places
+    with pytest.raises(RuntimeError, match="donated"):
+        compiled(start, some_batch(0), lr=0.1)
+
+
+def test_a_limit_below_one_is_refused():
+    with pytest.raises(ValueError, match=r"Expected max_compilations of at least 1\. Received: 0"):
+        make_steps(max_compilations=0)
