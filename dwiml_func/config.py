@@ -63,6 +63,8 @@ class TrainingConfig:
     """Train on the CUDA device."""
     num_threads: int = 1
     """CPU threads of the computation. Another number gives other last bits, so it is the run's, not the machine's."""
+    compile: bool = False
+    """Compile the training step with torch.compile. Other last bits than without, and again the same ones each time."""
     num_shards: int = 1
     """Parts that each batch is cut into. Under torchrun the processes share them, and any number of processes that
     divides this one gives the same bits."""
@@ -77,6 +79,8 @@ class TrainingConfig:
             require("clip_grad", self.clip_grad, above=0)
         require("num_threads", self.num_threads, at_least=1, below=1 << 12)
         require("num_shards", self.num_shards, at_least=1)
+        if self.compile and self.num_shards > 1:
+            raise ValueError(f"compile: a step is compiled whole. Expected num_shards 1. Received: {self.num_shards}")
         require("rng", self.rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
 

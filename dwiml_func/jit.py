@@ -29,6 +29,7 @@ __all__ = ["JitStep", "jit_step"]
 
 _ARGUMENT = re.compile(r"$|(L\[')?(params|buffers|opt_state|batch|numbers)\b")  # of a guard's name; shapes have none
 _INDUCTOR = {
+    "fx_graph_cache": False,  # it does not know when an operator of this package changes
     "fallback_random": True,  # torch's own generators draw, those that `torch_rng` seeds, as in an eager step
     "cpp.enable_loop_tail_vec": False,  # how a loop ends would depend on the sizes of the batch that was compiled for
 }
@@ -83,6 +84,7 @@ class JitStep:
         num_compilations: graphs compiled so far.
         compile_seconds: time of the calls that compiled them.
         eager_reason: why steps run without a graph; None where they run compiled.
+        eager: the step without a graph.
 
     Example:
         >>> step = jit_step(loss_fn=loss_fn, optimizer=optimizer)  # doctest: +SKIP
@@ -95,7 +97,7 @@ class JitStep:
         self.num_compilations = 0
         self.compile_seconds = 0.0
         self.eager_reason: str | None = None
-        self._eager = eager
+        self.eager = eager
         self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
         self._dynamic = dynamic
         self._backend = backend
@@ -127,7 +129,7 @@ class JitStep:
         """
         refuse_donated(state)
         if self.eager_reason is not None:
-            return self._eager(state, batch, lr=lr)
+            return self.eager(state, batch, lr=lr)
         device = next(iter(state.params.values())).device
         blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
         numbers = _vector((lr, state.step, blocked), device)
@@ -136,13 +138,14 @@ class JitStep:
         with torch_rng(fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)):
             results = run(state.params, state.buffers, state.opt_state, batch, numbers)
         if results is None:
-            return self._eager(state, batch, lr=lr)
+            return self.eager(state, batch, lr=lr)
         self._shapes_seen.add(shapes)
         return self._finish(state, batch, *results)
 
     def _run_new_shapes(self, params: Any, buffers: Any, opt_state: Any, batch: Any, numbers: Tensor) -> Any:
         """Run a batch for which a graph may have to be made; None where none can be."""
         from torch._dynamo import config as dynamo
+        from torch._functorch import config as functorch
         from torch.fx.experimental import _config as symbolic_shapes
 
         if self._dynamic:
@@ -154,7 +157,8 @@ class JitStep:
             # Python's numbers are constants. Sizes that happen to be equal in one batch are not taken for the same
             # size, nor a size of 1 for a constant.
             tracing = dynamo.patch(trace_autograd_ops=True, specialize_float=True)
-            with tracing, symbolic_shapes.patch(use_duck_shape=False, backed_size_oblivious=True):  # type: ignore[attr-defined]
+            no_cache = functorch.patch(enable_autograd_cache=False)  # see _INDUCTOR
+            with no_cache, tracing, symbolic_shapes.patch(use_duck_shape=False, backed_size_oblivious=True):  # type: ignore[attr-defined]
                 return self._graph(params, buffers, opt_state, batch, numbers)
         except Exception as error:
             self.eager_reason = _shortened(error)

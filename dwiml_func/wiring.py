@@ -20,6 +20,7 @@ from dwiml_func.data.neighborhood import require_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import ShardedBatch, cut_batch
+from dwiml_func.jit import jit_step
 from dwiml_func.loop import Batches
 from dwiml_func.loss import module_loss
 from dwiml_func.metrics import Metrics
@@ -31,6 +32,7 @@ from dwiml_func.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.sharding import ALONE, Peers, require_shards, sharded_loss, sharded_value_and_grad
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import eval_step, train_step
+from dwiml_func.warm_step import WarmStep
 
 __all__ = ["Setup", "loader_spec", "make_optimizer", "prepare", "require_usable"]
 
@@ -46,7 +48,7 @@ class Setup:
         valid: validation batches; None where the dataset has no validation subjects.
         evaluation: batches, never augmented, to judge a finished model on: of the validation subjects or, where there
             are none, of the training subjects.
-        step: `train_step` with loss, optimizer and clipping bound.
+        step: `train_step` with loss, optimizer and clipping bound, or a compiled step.
         eval_step: `eval_step` with the loss bound.
         nb_features: features of the input volume at a point.
         training_set: the training subjects.
@@ -131,7 +133,17 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
         plan = fold_in(key, Stream.VALID_PLAN)
         return load(*parts, key=plan, epoch=0, start_batch=start_batch, num_shards=num_shards)
 
-    step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, clip_grad=config.training.clip_grad, donate=True)
+    parts_of_a_step = {"loss_fn": loss_fn, "optimizer": optimizer, "clip_grad": config.training.clip_grad}
+
+    def first_batch() -> StreamlineBatch:
+        plan, augment = fold_in(key, Stream.TRAIN_PLAN), fold_in(key, Stream.TRAIN_AUGMENT)
+        parts = (training_set, training_sampler, training_loader)
+        batches = epoch_batches(*parts, key=plan, augment_key=augment, epoch=0, start_batch=0, num_workers=0)
+        return next(iter(batches)).to(device)
+
+    step: Callable[..., tuple[TrainState, Metrics]] = partial(train_step, **parts_of_a_step, donate=True)
+    if config.training.compile:
+        step = WarmStep(jit_step(**parts_of_a_step, donate=True, dynamic=True), first_batch)
     eval_loss_fn = loss_fn
     if num_shards > 1:
         step = partial(step, gradient_fn=sharded_value_and_grad(peers))

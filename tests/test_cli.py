@@ -169,7 +169,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
     )
     parts = (config.data, config.batches, config.model, config.training, config.logging)
     fields = {field.name for part in parts for field in dataclasses.fields(part)}
-    excluded = {"use_gpu", "nb_points", "compress"}  # no device here, and one way of resampling at a time
+    excluded = {"use_gpu", "nb_points", "compress", "compile"}  # no device here; each goes without another option
     excluded |= {  # they go with other models than this one
         *("input_embedding_key", "input_embedded_size", "nb_cnn_filters", "kernel_size", "use_skip_connection"),
         *("prev_dirs_embedding_key", "prev_dirs_embedded_size", "normalize_prev_dirs", "use_layer_normalization"),

@@ -52,6 +52,7 @@ CONFIGS = st.builds(
         clip_grad=st.none() | st.floats(0, exclude_min=True, allow_infinity=False),
         rng=st.integers(0, 2**64 - 1),
         use_gpu=st.booleans(),
+        compile=st.booleans(),
         num_threads=st.integers(1, 4095),
     ),
 )
@@ -89,6 +90,7 @@ def test_the_defaults_are_the_references():
         "rng": 1234,
         "use_gpu": False,
         "num_threads": 1,
+        "compile": False,
         "num_shards": 1,
     }
     batches = dataclasses.asdict(config.batches)

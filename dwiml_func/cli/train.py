@@ -27,6 +27,7 @@ from dwiml_func.loop import EpochReport
 from dwiml_func.process_group import process_group, rank_in
 from dwiml_func.state import TrainState
 from dwiml_func.training_run import run_experiment
+from dwiml_func.warm_step import WarmStep
 from dwiml_func.wiring import Setup, prepare
 from dwiml_func.writers.evaluation_json import write_evaluation
 from dwiml_func.writers.progress import Progress
@@ -138,6 +139,7 @@ def train_with_progress(directory: Path, setup: Setup, state: TrainState, histor
         on_batch = None if progress is None else progress.on_batch
         for report in run_experiment(directory, setup, state=state, history=history, on_batch=on_batch, stop=stop):
             history = (*history, report)
+            _tell_compilation(setup)
             if progress is not None:
                 progress(report)
     if setup.peers.rank == 0:
@@ -158,6 +160,13 @@ def _finish(directory: Path, setup: Setup, history: tuple[EpochReport, ...]) -> 
     leave_picture(directory)
     say("")
     print(format_summary(history, evaluation, subset=subset))
+
+
+def _tell_compilation(setup: Setup) -> None:
+    """Print once what compilation cost and brings."""
+    if isinstance(setup.step, WarmStep) and setup.step.report is not None:
+        say(str(setup.step.report))
+        setup.step.report = None
 
 
 def _read_options(arguments: Sequence[str], program: str) -> TrainOptions:

@@ -1,0 +1,77 @@
+"""Claims about `train --compile`: resumed runs end with the bits of whole ones, and the gain is told."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dwiml_func import init_state, module_loss, sgd
+from dwiml_func.config import TrainingConfig
+from dwiml_func.jit import jit_step
+from dwiml_func.snapshot import latest_digest
+from dwiml_func.warm_step import CompilationReport, WarmStep
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+OPTIONS = (
+    *("--rnn-layer-sizes", "8", "--dropout", "0.25", "--nb-previous-dirs", "1", "--compile"),
+    *("--batch-size-training", "30", "--batch-size-validation", "20", "--learning-rate", "0.01*2 0.001"),
+)
+
+
+def run(*command: object, cache: Path) -> str:
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    program = [sys.executable, "-m", "dwiml_func", *map(str, command)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.soak
+def test_a_compiled_run_in_two_processes_without_a_shared_cache_ends_with_the_bits_of_one(tmp_path: Path) -> None:
+    out = run("train", tmp_path, "whole", PHANTOM, *OPTIONS, "--max-epochs", "3", cache=tmp_path / "first")
+    assert re.search(r"^Compiled in \d+\.\d s: a step takes [\d.]+ ms instead of [\d.]+ ms, ", out, re.MULTILINE)
+    run("train", tmp_path, "parts", PHANTOM, *OPTIONS, "--max-epochs", "1", cache=tmp_path / "first")
+    run("resume", tmp_path, "parts", "--new-max-epochs", "3", cache=tmp_path / "second")
+    assert latest_digest(tmp_path / "parts") == latest_digest(tmp_path / "whole")
+    assert list((tmp_path / "second").iterdir())  # it was compiled again there
+
+
+def test_a_step_warms_up_on_the_first_batch_of_the_run_and_changes_nothing_by_it() -> None:
+    model = torch.nn.Linear(2, 1)
+    loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+    options = {"loss_fn": loss_fn, "optimizer": sgd(), "donate": True, "backend": "eager"}
+    asked = []
+
+    def first_batch() -> torch.Tensor:
+        asked.append(1)
+        return torch.ones(7, 2)
+
+    states = []
+    for step in (jit_step(**options), warm := WarmStep(jit_step(**options), first_batch)):
+        state = init_state(model, sgd(), seed=0)
+        for _ in range(3):
+            state, _ = step(state, torch.ones(4, 2), lr=0.1)
+        states.append(state)
+    assert asked == [1]
+    assert warm.report is not None
+    assert warm.report.seconds > 0
+    assert torch.equal(states[0].params["weight"], states[1].params["weight"])
+    assert states[0].sums == states[1].sums
+
+
+def test_a_gain_is_told_as_the_steps_that_pay_for_it_and_a_loss_as_a_loss() -> None:
+    assert str(CompilationReport(12.0, 0.030, 0.010)) == (
+        "Compiled in 12.0 s: a step takes 10.0 ms instead of 30.0 ms, paid off after 600 steps"
+    )
+    assert str(CompilationReport(12.0, 0.010, 0.030)).endswith("which does not pay off")
+
+
+def test_shards_cannot_be_compiled() -> None:
+    with pytest.raises(ValueError, match=r"compile.*Expected num_shards 1\. Received: 2"):
+        TrainingConfig(compile=True, num_shards=2)
