@@ -10,6 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any, Literal, NoReturn
@@ -29,6 +30,7 @@ __all__ = ["JitStep", "jit_step"]
 
 _ARGUMENT = re.compile(r"$|(L\[')?(params|buffers|opt_state|batch|numbers)\b")  # of a guard's name; shapes have none
 _INDUCTOR = {
+    "size_asserts": False,  # guards look at the arguments already
     "fx_graph_cache": False,  # it does not know when an operator of this package changes
     "fallback_random": True,  # torch's own generators draw, those that `torch_rng` seeds, as in an eager step
     "cpp.enable_loop_tail_vec": False,  # how a loop ends would depend on the sizes of the batch that was compiled for
@@ -99,6 +101,7 @@ class JitStep:
         self.eager_reason: str | None = None
         self.eager = eager
         self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
+        self._draws = getattr(eager.keywords["loss_fn"], "stochastic", True)
         self._dynamic = dynamic
         self._backend = backend
         self._shapes_seen: set[Any] = set()
@@ -135,7 +138,8 @@ class JitStep:
         numbers = _vector((lr, state.step, blocked), device)
         shapes = tuple(tensor.shape for tensor in _tensors(batch))
         run = self._graph if shapes in self._shapes_seen else self._run_new_shapes
-        with torch_rng(fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)):
+        key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
+        with torch_rng(key) if self._draws else nullcontext():
             results = run(state.params, state.buffers, state.opt_state, batch, numbers)
         if results is None:
             return self.eager(state, batch, lr=lr)

@@ -100,6 +100,7 @@ def module_loss(module: torch.nn.Module, compute_batch_loss: BatchLoss, *, stoch
         new_buffers = {name: tensors[name].detach() for name in buffers}
         return LossOut(out[0], out[1], new_buffers, {name: _detached(mean) for name, mean in aux.items()})
 
+    loss_fn.stochastic = stochastic  # type: ignore[attr-defined]  # for `jit_step`, which seeds around its graph
     return loss_fn
 
 
