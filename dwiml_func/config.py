@@ -59,6 +59,8 @@ class TrainingConfig:
     """Largest norm of the gradient; larger ones are scaled down to it. None: no limit."""
     rng: int = 1234
     """Seed of everything random."""
+    data_rng: int | None = None
+    """Seed of the batches alone: which streamlines, in which order, split, reversed, with which noise. None: --rng."""
     use_gpu: bool = False
     """Train on the CUDA device."""
     num_threads: int = 1
@@ -82,6 +84,8 @@ class TrainingConfig:
         if self.compile and self.num_shards > 1:
             raise ValueError(f"compile: a step is compiled whole. Expected num_shards 1. Received: {self.num_shards}")
         require("rng", self.rng, at_least=0, below=1 << 64)
+        if self.data_rng is not None:
+            require("data_rng", self.data_rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
 
     @property

@@ -21,8 +21,9 @@ from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import ShardedBatch, cut_batch
 from dwiml_func.jit import jit_step
+from dwiml_func.list_arithmetic import Number
 from dwiml_func.loop import Batches
-from dwiml_func.loss import module_loss
+from dwiml_func.loss import LossFn, module_loss
 from dwiml_func.metrics import Metrics
 from dwiml_func.models.config import require_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
@@ -34,7 +35,7 @@ from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import eval_step, train_step
 from dwiml_func.warm_step import WarmStep
 
-__all__ = ["Setup", "loader_spec", "make_optimizer", "prepare", "require_usable"]
+__all__ = ["Setup", "loader_spec", "make_optimizer", "prepare", "require_usable", "with_seed"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class Setup:
             are none, of the training subjects.
         step: `train_step` with loss, optimizer and clipping bound, or a compiled step.
         eval_step: `eval_step` with the loss bound.
+        loss_fn: the loss.
         nb_features: features of the input volume at a point.
         training_set: the training subjects.
         validation_set: the validation subjects, possibly none.
@@ -67,6 +69,7 @@ class Setup:
     evaluation: Batches
     step: Callable[..., tuple[TrainState, Metrics]]
     eval_step: Callable[[TrainState, Any], Metrics]
+    loss_fn: LossFn
     nb_features: int
     training_set: StreamlineDataset
     validation_set: StreamlineDataset
@@ -104,13 +107,10 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
     require_usable(validation_set, config)
     validation_loader = loader_spec(config)
     training_loader = replace(validation_loader, augmentation=config.batches.augmentation)
-    key = Key(config.training.rng)
-    shape = {"nb_features": training_set.num_features, "neighborhood": config.data.neighborhood}
-    require_memory(config.model, **shape)
-    with torch_rng(fold_in(key, Stream.INIT)):
-        model = build_model(config.model, **shape)
+    model = _new_model(config, training_set.num_features)
     loss_fn = module_loss(model, compute_batch_loss)
     optimizer = make_optimizer(config.training)
+    data_rng = config.training.data_rng
     training_sampler = _sampler_spec(
         config.batches, config.batches.batch_size_training, config.batches.max_batches_per_epoch_training
     )
@@ -121,6 +121,7 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
     num_shards = config.training.num_shards
 
     def train(key: Key, epoch: int, start_batch: int) -> Any:
+        key = key if data_rng is None else Key(data_rng)
         plan, augment = fold_in(key, Stream.TRAIN_PLAN), fold_in(key, Stream.TRAIN_AUGMENT)
         parts = (training_set, training_sampler, training_loader)
         return load(*parts, key=plan, augment_key=augment, epoch=epoch, start_batch=start_batch, num_shards=num_shards)
@@ -130,12 +131,13 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
     def evaluation(key: Key, epoch: int, start_batch: int, num_shards: int = 1) -> Any:
         # The same plan at every epoch: a capped validation then sees the same streamlines, and losses compare.
         parts = (evaluation_set, validation_sampler, validation_loader)
-        plan = fold_in(key, Stream.VALID_PLAN)
+        plan = fold_in(key if data_rng is None else Key(data_rng), Stream.VALID_PLAN)
         return load(*parts, key=plan, epoch=0, start_batch=start_batch, num_shards=num_shards)
 
     parts_of_a_step = {"loss_fn": loss_fn, "optimizer": optimizer, "clip_grad": config.training.clip_grad}
 
     def first_batch() -> StreamlineBatch:
+        key = Key(config.training.rng if data_rng is None else data_rng)
         plan, augment = fold_in(key, Stream.TRAIN_PLAN), fold_in(key, Stream.TRAIN_AUGMENT)
         parts = (training_set, training_sampler, training_loader)
         batches = epoch_batches(*parts, key=plan, augment_key=augment, epoch=0, start_batch=0, num_workers=0)
@@ -150,12 +152,13 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
         eval_loss_fn = sharded_loss(loss_fn, peers)
     return Setup(
         config=config,
-        state=init_state(model.to(device), optimizer, seed=key),
+        state=init_state(model.to(device), optimizer, seed=config.training.rng),
         train=train,
         valid=partial(evaluation, num_shards=num_shards) if evaluation_set is validation_set else None,
         evaluation=evaluation,
         step=step,
         eval_step=partial(eval_step, loss_fn=eval_loss_fn),
+        loss_fn=loss_fn,
         nb_features=training_set.num_features,
         training_set=training_set,
         validation_set=validation_set,
@@ -164,11 +167,12 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
     )
 
 
-def make_optimizer(training: TrainingConfig) -> optim.Optimizer:
+def make_optimizer(training: TrainingConfig, *, weight_decay: Number | None = None) -> optim.Optimizer:
     """The optimizer that a config asks for.
 
     Args:
         training: the training's options.
+        weight_decay: replaces that of the options, also with a tensor. None: as they say.
 
     Returns:
         The optimizer.
@@ -178,7 +182,25 @@ def make_optimizer(training: TrainingConfig) -> optim.Optimizer:
         ['exp_avg', 'exp_avg_sq']
     """
     makers = {"Adam": optim.adam, "AdamW": optim.adamw, "RAdam": optim.radam, "SGD": optim.sgd}
-    return makers[training.optimizer](weight_decay=training.weight_decay)
+    return makers[training.optimizer](weight_decay=training.weight_decay if weight_decay is None else weight_decay)
+
+
+def with_seed(setup: Setup, config: RunConfig) -> Setup:
+    """The parts of another run on the same data, with the same model: its first state is that of its own seed.
+
+    Args:
+        setup: the parts of a run.
+        config: that of the other, which differs in training options alone.
+
+    Returns:
+        Parts that share the data.
+
+    Example:
+        >>> with_seed(setup, config).state  # doctest: +SKIP
+    """
+    model = _new_model(config, setup.nb_features).to(_device(config.training))
+    optimizer = make_optimizer(config.training)
+    return replace(setup, config=config, state=init_state(model, optimizer, seed=config.training.rng))
 
 
 def loader_spec(config: RunConfig) -> LoaderSpec:
@@ -260,3 +282,10 @@ def _device(training: TrainingConfig) -> torch.device:
     if training.use_gpu and not torch.cuda.is_available():
         raise ValueError("--use-gpu: no CUDA device was found. Leave the option out to train on the CPU.")
     return torch.device("cuda" if training.use_gpu else "cpu")
+
+
+def _new_model(config: RunConfig, nb_features: int) -> torch.nn.Module:
+    shape = {"nb_features": nb_features, "neighborhood": config.data.neighborhood}
+    require_memory(config.model, **shape)
+    with torch_rng(fold_in(Key(config.training.rng), Stream.INIT)):
+        return build_model(config.model, **shape)

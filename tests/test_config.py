@@ -88,6 +88,7 @@ def test_the_defaults_are_the_references():
         "weight_decay": 0.01,
         "clip_grad": None,
         "rng": 1234,
+        "data_rng": None,
         "use_gpu": False,
         "num_threads": 1,
         "compile": False,

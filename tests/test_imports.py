@@ -17,6 +17,7 @@ OUTER = ("data", "models", "writers", "cli")
 WIRING = {  # they join the core to what surrounds it
     *("config", "wiring", "experiment", "training_run", "resumption", "forking", "best_model"),
     *("verification", "comparison", "evaluation", "overview", "__main__"),
+    *("ensemble_members", "ensemble_run"),
 }
 CORE = sorted(path for path in ROOT.glob("*.py") if path.stem not in WIRING)
 

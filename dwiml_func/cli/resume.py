@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dwiml_func.cli.ensemble import resume_members
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.train import train_with_progress
+from dwiml_func.ensemble_members import is_ensemble
 from dwiml_func.experiment import experiment_directory, read_config
 from dwiml_func.lock import experiment_lock
 from dwiml_func.process_group import in_turn, process_group
@@ -63,6 +65,12 @@ def run(arguments: Sequence[str], program: str) -> int:
     """
     options = parse(ResumeOptions, arguments, program)
     directory = experiment_directory(options.experiments_path, options.experiment_name)
+    if is_ensemble(directory):
+        others = (options.new_patience, options.processes, options.checkpoint_every, options.keep)
+        if any(option is not None for option in others):
+            raise ValueError(f"{directory} is an ensemble. Expected no options but --new-max-epochs and --hdf5-file.")
+        resume_members(directory, new_max_epochs=options.new_max_epochs, hdf5_file=options.hdf5_file)
+        return 0
     use_gpu = read_config(directory).training.use_gpu  # before the lock makes a file there
     with process_group("cuda" if use_gpu else "cpu") as peers:
         resume = partial(

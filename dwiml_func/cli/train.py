@@ -14,10 +14,12 @@ from typing import Annotated
 import tyro
 
 from dwiml_func.atomic import remove_leftovers
+from dwiml_func.cli.ensemble import train_members
 from dwiml_func.cli.messages import is_quiet, say
 from dwiml_func.cli.parsing import parse, value_of
 from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions, read_config_part
 from dwiml_func.cli.summary import format_summary
+from dwiml_func.ensemble_members import member_configs
 from dwiml_func.environment import environment
 from dwiml_func.evaluation import evaluate_best_model
 from dwiml_func.experiment import check_new_experiment, create_experiment, experiment_directory
@@ -67,6 +69,12 @@ class TrainOptions(RunOptions):
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE.json")] = None
     """Take the options from a run's config.json, or from a file with a part of it; those of the command line come on
     top. None: no file."""
+    num_models: int = 1
+    """Train that many models at once, with seeds from --rng on: an ensemble, with a folder for each in
+    EXPERIMENT_NAME."""
+    sweep: tuple[str, ...] = ()
+    """Train a model for each value at once: NAME=VALUE,VALUE,... of learning-rate, weight-decay or rng; several: all
+    combinations."""
     dry_run: bool = False
     """Print the complete config as JSON, and on standard error what the data are; train and write nothing."""
 
@@ -93,6 +101,7 @@ def run(arguments: Sequence[str], program: str) -> int:
         check_new_experiment(options.experiments_path, options.experiment_name)
     example = Path(options.experiments_path, EXAMPLE_FILE)
     config = options.to_config(options.hdf5_file or example)
+    members = member_configs(config, num_models=options.num_models, sweep=options.sweep)
     if options.dry_run:
         print(config.to_json(), end="")
         is_there = options.hdf5_file is not None or example.exists()
@@ -101,6 +110,9 @@ def run(arguments: Sequence[str], program: str) -> int:
     if options.hdf5_file is None:
         say(f"Example data, with {shlex.join(EXAMPLE_OPTIONS)} unless given otherwise")
         _make_example_data(example)
+    if len(members) > 1:
+        train_members(options.experiments_path, options.experiment_name, members)
+        return 0
     with process_group("cuda" if config.training.use_gpu else "cpu") as peers:
         setup = prepare(config, peers)
         if peers.rank > 0:  # the first process writes

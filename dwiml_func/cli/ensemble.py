@@ -1,0 +1,122 @@
+"""Training and resuming an ensemble on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from dwiml_func.atomic import remove_leftovers
+from dwiml_func.cli.messages import say
+from dwiml_func.config import RunConfig
+from dwiml_func.ensemble import EnsembleState
+from dwiml_func.ensemble_loop import EnsembleReport
+from dwiml_func.ensemble_members import create_ensemble, read_ended
+from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
+from dwiml_func.interruption import stop_on_signals
+from dwiml_func.lock import experiment_lock
+from dwiml_func.loop import EpochReport
+from dwiml_func.step import NonFiniteError
+from dwiml_func.wiring import Setup
+
+__all__ = ["resume_members", "train_members"]
+
+
+def train_members(experiments_path: str, experiment_name: str, configs: Sequence[RunConfig]) -> None:
+    """Make an ensemble and train it, with a line for each member and epoch.
+
+    Args:
+        experiments_path: folder of all experiments.
+        experiment_name: name of the new ensemble.
+        configs: those of the members.
+
+    Raises:
+        ValueError, OSError: it cannot start; nothing was written.
+        NonFiniteError: no member was left whose loss was finite.
+
+    Example:
+        >>> train_members("experiments", "sweep", configs)  # doctest: +SKIP
+    """
+    setups = prepare_ensemble(configs)
+    with experiment_lock(experiments_path, wait=True):
+        remove_leftovers(experiments_path)
+        directory = create_ensemble(experiments_path, experiment_name, configs)
+    with _locks(directory, len(configs)):
+        _train(directory, setups, None, [()] * len(configs))
+
+
+def resume_members(directory: Path, *, new_max_epochs: int | None, hdf5_file: str | None) -> None:
+    """Go on with an ensemble.
+
+    Args:
+        directory: the ensemble.
+        new_max_epochs: replaces the number of epochs.
+        hdf5_file: replaces the dataset's path.
+
+    Raises:
+        ValueError, OSError: there is nothing to resume.
+        NonFiniteError: no member was left whose loss was finite.
+
+    Example:
+        >>> resume_members(Path("experiments/sweep"), new_max_epochs=20, hdf5_file=None)  # doctest: +SKIP
+    """
+    num_members, _ = read_ended(directory)
+    with _locks(directory, num_members):
+        setups, ensemble, histories = resume_ensemble(directory, new_max_epochs=new_max_epochs, hdf5_file=hdf5_file)
+        _train(directory, setups, ensemble, histories)
+
+
+@contextmanager
+def _locks(directory: Path, num_members: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for path in (directory, *(directory / str(number) for number in range(num_members))):
+            stack.enter_context(experiment_lock(path))
+        yield
+
+
+def _train(
+    directory: Path,
+    setups: Sequence[Setup],
+    ensemble: EnsembleState | None,
+    histories: Sequence[tuple[EpochReport, ...]],
+) -> None:
+    say(f"{directory}: an ensemble of {len(setups)} members, each in a folder of its own")
+    for number, setup in enumerate(setups):
+        training = setup.config.training
+        rate = " ".join(training.learning_rate)
+        say(f"  {number}: learning rate {rate}, weight decay {training.weight_decay:g}, rng {training.rng}")
+    failed: dict[int, str] = {}
+    own = list(histories)
+    max_epochs = setups[0].config.training.max_epochs
+    with stop_on_signals() as stop:
+        for report in run_ensemble(directory, setups, ensemble=ensemble, histories=histories, stop=stop):
+            failed |= report.failed
+            own = [(*history, *_of(report, number)) for number, history in enumerate(own)]
+            _print(report, max_epochs)
+    if not any(own):
+        raise NonFiniteError(next(iter(failed.values()), "No member was trained."))
+    _summarize(directory, own, failed)
+
+
+def _of(report: EnsembleReport, number: int) -> tuple[EpochReport, ...]:
+    return (report.members[number],) if number in report.members else ()
+
+
+def _print(report: EnsembleReport, max_epochs: int) -> None:
+    for number, own in report.members.items():
+        best = "  best" if own.is_best else ""
+        valid = f"  validation loss {own.valid['loss']:.4f}" if own.valid else ""
+        stop = "  stopped early" if own.stop == "patience" else ""
+        say(f"Epoch {report.epoch}/{max_epochs}  {number}: training loss {own.train['loss']:.4f}{valid}{best}{stop}")
+    for number, text in report.failed.items():
+        say(f"Epoch {report.epoch}/{max_epochs}  {number}: {text}")
+
+
+def _summarize(directory: Path, histories: Sequence[Sequence[EpochReport]], failed: dict[int, str]) -> None:
+    say("")
+    for number, history in enumerate(histories):
+        found = "no best epoch"
+        if history and history[-1].best.epoch is not None:
+            found = f"best epoch {history[-1].best.epoch}, loss {history[-1].best.value:.4f}"
+        broke = ", broke off" if number in failed else ""
+        say(f"  {directory / str(number)}: {len(history)} epochs, {found}{broke}")

@@ -1,0 +1,281 @@
+"""An ensemble in its directory: trained by one step for all, saved as the ordinary experiments that its members are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dwiml_func.atomic import atomic_write, remove_leftovers
+from dwiml_func.best_model import mend_best_model, save_best_model
+from dwiml_func.config import RunConfig
+from dwiml_func.data.fingerprint import fingerprint, same_file
+from dwiml_func.ensemble import EnsembleState, member, stack_states
+from dwiml_func.ensemble_loop import EnsembleReport, train_and_validate_ensemble
+from dwiml_func.ensemble_members import read_ended, write_ended
+from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
+from dwiml_func.experiment import read_config
+from dwiml_func.interruption import StopRequest, TrainingStopped
+from dwiml_func.leaf_store import DamagedError
+from dwiml_func.loop import EpochReport
+from dwiml_func.rng import Key
+from dwiml_func.schedule import per_epoch
+from dwiml_func.snapshot import Snapshot, restore, save
+from dwiml_func.snapshot_names import list_snapshots, snapshot_name
+from dwiml_func.wiring import Setup, make_optimizer, prepare, with_seed
+from dwiml_func.writers.experiment import experiment_writer
+from dwiml_func.writers.parameters import write_parameters
+
+__all__ = ["prepare_ensemble", "resume_ensemble", "run_ensemble"]
+
+Histories = Sequence[tuple[EpochReport, ...]]
+"""The reports of each member's epochs so far."""
+
+
+def prepare_ensemble(configs: Sequence[RunConfig]) -> list[Setup]:
+    """The parts of all members' runs, which share the data. Nothing is written.
+
+    Args:
+        configs: those of the members.
+
+    Returns:
+        A setup for each.
+
+    Raises:
+        FileNotFoundError, ValueError: as `dwiml_func.wiring.prepare`, or shards or compilation are asked for.
+
+    Example:
+        >>> setups = prepare_ensemble(member_configs(config, num_models=3))  # doctest: +SKIP
+    """
+    if configs[0].training.num_shards > 1:
+        raise ValueError("An ensemble trains in one process. Expected --num-shards 1.")
+    if configs[0].training.compile:
+        raise ValueError("An ensemble is not compiled. Leave --compile out.")
+    first = prepare(configs[0])
+    return [with_seed(first, config) for config in configs]
+
+
+def run_ensemble(
+    directory: Path,
+    setups: Sequence[Setup],
+    *,
+    ensemble: EnsembleState | None = None,
+    histories: Histories | None = None,
+    stop: StopRequest | None = None,
+) -> Iterator[EnsembleReport]:
+    """Train all members; save snapshots, best models and logs of each as `run_experiment` does for one.
+
+    A member is saved whenever the others are, until it has stopped. Hold the locks of the ensemble and of its members.
+
+    Args:
+        directory: the ensemble.
+        setups: the parts of each member's run.
+        ensemble: where to go on from; None starts at the beginning.
+        histories: the reports of the epochs before it.
+        stop: looked at after each batch.
+
+    Yields:
+        Each epoch's report. After the last, everything is on disk.
+
+    Raises:
+        TrainingStopped: `stop` asked for it; all members are saved up to the last batch.
+        OSError: a snapshot could not be saved; those before stand.
+
+    Example:
+        >>> for report in run_ensemble(directory, prepare_ensemble(configs)):  # doctest: +SKIP
+        ...     print(report.epoch, report.failed)
+    """
+    torch.set_num_threads(setups[0].config.training.num_threads)
+    ensemble = stack_states([setup.state for setup in setups]) if ensemble is None else ensemble
+    run = _Run(directory, setups, [()] * len(setups) if histories is None else histories, stop or StopRequest())
+    for number, setup in enumerate(setups):
+        write_parameters(directory / str(number), setup.config, nb_features=setup.nb_features, now=datetime.now())
+    try:
+        yield from run.epochs(ensemble)
+    except Exception:
+        if run.stop.signal is None:
+            raise
+        raise TrainingStopped(run.stop.signal, directory, run.save_position()) from None
+
+
+def resume_ensemble(
+    directory: Path, *, new_max_epochs: int | None = None, hdf5_file: str | None = None
+) -> tuple[list[Setup], EnsembleState, list[tuple[EpochReport, ...]]]:
+    """Make ready to go on with an ensemble, from the newest snapshot that all members that had not stopped have.
+
+    Args:
+        directory: the ensemble.
+        new_max_epochs: replaces the number of epochs.
+        hdf5_file: replaces the dataset's path, for data that has moved.
+
+    Returns:
+        The parts, the ensemble and the histories for `run_ensemble`.
+
+    Raises:
+        FileNotFoundError, ValueError: something on disk does not fit, or no member has an epoch left to do.
+
+    Example:
+        >>> setups, ensemble, histories = resume_ensemble(directory)  # doctest: +SKIP
+    """
+    num_members, ended = read_ended(directory)
+    folders = [directory / str(number) for number in range(num_members)]
+    old = [read_config(folder) for folder in folders]
+    configs = [
+        replace(
+            config,
+            hdf5_file=str(Path(hdf5_file).absolute()) if hdf5_file else config.hdf5_file,
+            training=replace(config.training, max_epochs=new_max_epochs or config.training.max_epochs),
+        )
+        for config in old
+    ]
+    setups = prepare_ensemble(configs)
+    snapshots = _newest_of_all(folders, setups, ended)
+    if snapshots is None:
+        ensemble, histories = stack_states([setup.state for setup in setups]), [()] * num_members
+    else:
+        if snapshots[0].data and not same_file(snapshots[0].data, configs[0].hdf5_file):
+            raise ValueError(f"{configs[0].hdf5_file} is not the dataset that this ensemble was trained on.")
+        active = [ended.get(number) != snapshot.name for number, snapshot in enumerate(snapshots)]
+        ensemble = stack_states([snapshot.state for snapshot in snapshots], active=active)
+        histories = [snapshot.history for snapshot in snapshots]
+        if not any(active) or ensemble.epoch >= configs[0].training.max_epochs:
+            raise ValueError(
+                f"No member of {directory} has an epoch left to do after epoch {ensemble.epoch}. Give --new-max-epochs "
+                f"if one has not stopped early, or go on with one alone: dwiml-func resume {directory} 0"
+            )
+    for folder, before, setup, state in zip(folders, old, setups, snapshots or [None] * num_members, strict=True):
+        for part in (folder, folder / "checkpoint", folder / "logs"):
+            remove_leftovers(part)
+        if setup.config != before:
+            atomic_write(folder / "config.json", setup.config.to_json())
+        if state is not None and state.history:
+            mend_best_model(folder, setup, state.state)
+    return setups, ensemble, histories
+
+
+def _newest_of_all(folders: Sequence[Path], setups: Sequence[Setup], ended: dict[int, str]) -> list[Snapshot] | None:
+    """The newest snapshot that all members that had not stopped have, and those of the others; None: there are none."""
+    names = [list_snapshots(folder) for folder in folders]
+    running = [number for number in range(len(folders)) if number not in ended]
+    common = [name for name in names[running[0]] if all(name in names[n] for n in running)] if running else [""]
+    for name in reversed(common):
+        try:
+            return [
+                restore(folder, setup.state, name=ended.get(number, name))
+                for number, (folder, setup) in enumerate(zip(folders, setups, strict=True))
+            ]
+        except DamagedError:
+            continue
+    if any(names):
+        raise DamagedError(
+            f"The members in {folders[0].parent} have no sound snapshot of the same epoch and batch. "
+            f"Go on with each by itself: dwiml-func resume {folders[0].parent} 0"
+        )
+    return None
+
+
+class _Stop(Exception):
+    """Leaves the loop; it is no error."""
+
+
+class _Run:
+    """The position of an ensemble between its loop and the disk."""
+
+    def __init__(self, directory: Path, setups: Sequence[Setup], histories: Histories, stop: StopRequest) -> None:
+        self.stop = stop
+        self._directory = directory
+        self._setups = setups
+        self._folders = [directory / str(number) for number in range(len(setups))]
+        self._histories = list(histories)
+        self._writers = [experiment_writer(f, s.config) for f, s in zip(self._folders, setups, strict=True)]
+        self._unwritten: list[tuple[EpochReport, ...]] = list(histories)
+        self._is_best: set[int] = set()
+        self._unsaved: EnsembleState | None = None
+        self._name: str | None = None
+        self._saved_at = time.monotonic()
+        self._data = fingerprint(setups[0].config.hdf5_file)
+
+    def epochs(self, ensemble: EnsembleState) -> Iterator[EnsembleReport]:
+        first, configs = self._setups[0], [setup.config.training for setup in self._setups]
+        cadence = first.config.snapshots.cadence
+        decays = [training.weight_decay for training in configs]
+        bound: dict[str, Any] = {"loss_fn": first.loss_fn, "clip_grad": configs[0].clip_grad}
+        if len(set(decays)) == 1:
+            bound["optimizer"] = make_optimizer(configs[0])
+        else:
+            decay = torch.tensor(decays, dtype=torch.float64, device=ensemble.active.device)
+            bound |= {"optimizer": partial(make_optimizer, configs[0]), "weight_decay": decay}
+        epochs = train_and_validate_ensemble(
+            ensemble,
+            train=first.train,
+            step=partial(ensemble_step, **bound),
+            valid=None if first.valid is None else self._stoppable(first.valid),
+            eval_step=None if first.valid is None else partial(ensemble_eval_step, loss_fn=first.loss_fn),
+            learning_rate=[per_epoch(training.learning_rates) for training in configs],
+            max_epochs=configs[0].max_epochs,
+            patience=configs[0].patience,
+            patience_delta=configs[0].patience_delta,
+            on_batch=self._after_batch,
+        )
+        for ensemble, report in epochs:
+            for number, own in report.members.items():
+                self._histories[number] = (*self._histories[number], own)
+                self._unwritten[number] = (*self._unwritten[number], own)
+            self._unsaved = ensemble
+            self._is_best = {number for number, own in report.members.items() if own.is_best}
+            ends = report.failed or any(own.stop for own in report.members.values())
+            if cadence.due_after_epoch(report.epoch) or self._is_best or ends:
+                self.save_position()
+            yield report
+            if self.stop.agreed() and ensemble.epoch < configs[0].max_epochs and bool(ensemble.active.any()):
+                raise _Stop
+
+    def save_position(self) -> str | None:
+        """Save all members that moved since they were saved last; returns the name of the newest snapshot."""
+        ensemble = self._unsaved
+        if ensemble is None:
+            return self._name
+        ended: dict[int, str] = {}
+        active = ensemble.active.tolist()
+        for number, (folder, setup) in enumerate(zip(self._folders, self._setups, strict=True)):
+            state = member(ensemble, number)
+            name = snapshot_name(state)
+            if name not in list_snapshots(folder):
+                keep = None if setup.config.snapshots.keep == "all" else setup.config.snapshots.keep
+                config, history = setup.config.to_dict(), self._histories[number]
+                save(folder, state, history, config=config, data=self._data, keep=keep)
+            if number in self._is_best:
+                save_best_model(folder, setup, state)
+            if self._unwritten[number]:
+                self._writers[number](*self._unwritten[number])
+                self._unwritten[number] = ()
+            if active[number]:
+                self._name = name
+            else:
+                ended[number] = name
+        write_ended(self._directory, len(self._folders), ended)
+        self._unsaved, self._is_best, self._saved_at = None, set(), time.monotonic()
+        return self._name
+
+    def _after_batch(self, ensemble: EnsembleState, metrics: Any) -> None:
+        self._unsaved, self._is_best = ensemble, set()
+        if self.stop.agreed():
+            raise _Stop
+        cadence = self._setups[0].config.snapshots.cadence
+        if cadence.due_within_epoch(batch=ensemble.batch, seconds=time.monotonic() - self._saved_at):
+            self.save_position()
+
+    def _stoppable(self, batches: Callable[[Key, int, int], Iterable[Any]]) -> Callable[[Key, int, int], Iterator[Any]]:
+        def stoppable(key: Key, epoch: int, start_batch: int) -> Iterator[Any]:
+            for batch in batches(key, epoch, start_batch):
+                if self.stop.agreed():
+                    raise _Stop
+                yield batch
+
+        return stoppable

@@ -1,0 +1,192 @@
+"""Claims about `train --num-models` and `--sweep`: members are the ordinary runs of their own configs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dwiml_func.config import RunConfig
+from dwiml_func.digest import state_leaves
+from dwiml_func.ensemble_members import member_configs, read_ended
+from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
+from dwiml_func.experiment import read_config
+from dwiml_func.interruption import StopRequest, TrainingStopped
+from dwiml_func.models.model_directory import load_model
+from dwiml_func.snapshot import latest_digest, restore
+from dwiml_func.snapshot_names import list_snapshots
+from dwiml_func.wiring import prepare
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+OPTIONS = (
+    *("--rnn-layer-sizes", "5", "4", "--dropout", "0.2", "--nb-previous-dirs", "1", "--reverse-ratio", "0.5"),
+    *("--batch-size-training", "30", "--batch-size-validation", "20", "--max-epochs", "2", "--clip-grad", "1"),
+)
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """Two experiments of the same config have the same history and, up to rounding, the same latest state.
+
+    Float32 rounds to 6e-8; Adam divides by the root of the second moment, and 8 steps of 0.01 may carry a rounding of
+    a small gradient into a parameter, so states may differ by a hundredth of a step.
+    """
+    setup = prepare(read_config(one))
+    assert read_config(one) == read_config(other)
+    a, b = restore(one, setup.state), restore(other, setup.state)
+    assert (a.state.step, a.state.epoch, a.state.best.epoch) == (b.state.step, b.state.epoch, b.state.best.epoch)
+    for report, own in zip(a.history, b.history, strict=True):
+        assert report.num_points == own.num_points
+        assert report.train == pytest.approx(own.train, rel=1e-4)
+        assert report.valid == pytest.approx(own.valid, rel=1e-4)
+    theirs = state_leaves(b.state)
+    for name, leaf in state_leaves(a.state).items():
+        torch.testing.assert_close(leaf, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A folder with an ensemble `seeds`: two seeds."""
+    from dwiml_func.cli.main import main
+
+    folder = tmp_path_factory.mktemp("ensembles")
+    command = ["train", str(folder), "seeds", str(PHANTOM), *OPTIONS, "--learning-rate", "0.01", "--num-models", "2"]
+    assert main(command) == 0
+    return folder
+
+
+def test_members_are_ordinary_runs(trained, tmp_path, cli):
+    for number, rng in enumerate(("1234", "1235")):
+        seeds = ("--rng", rng, "--data-rng", "1234", "--learning-rate", "0.01")
+        assert cli("train", tmp_path, str(number), PHANTOM, *OPTIONS, *seeds).code == 0
+        assert_close(trained / "seeds" / str(number), tmp_path / str(number))
+    assert latest_digest(trained / "seeds" / "0") != latest_digest(trained / "seeds" / "1")
+
+
+def test_a_member_is_an_experiment_for_other_commands(trained, tmp_path, cli):
+    seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
+    assert load_model(seeds / "1" / "best_model").module is not None
+    assert len(np.load(seeds / "1" / "logs" / "train_loss_monitor_per_epoch.npy")) == 2
+    assert cli("evaluate", seeds / "1", PHANTOM, "--subset", "validation").code == 0
+    assert cli("resume", seeds, "1", "--new-max-epochs", "3").code == 0
+    assert list_snapshots(seeds / "1")[-1] == "3"
+
+
+def test_learning_rates_and_decays_are_swept(tmp_path, cli):
+    sweep = ("--sweep", "learning-rate=0.01,0.001*1 0.0001", "weight-decay=0,0.1")
+    done = cli("train", tmp_path, "sweep", PHANTOM, *OPTIONS, *sweep)
+    assert done.code == 0, done.err
+    assert "3: learning rate 0.001*1 0.0001, weight decay 0.1, rng 1234" in done.out
+    numbers = ("--learning-rate", "0.001*1 0.0001", "--weight-decay", "0.1")
+    assert cli("train", tmp_path, "alone", PHANTOM, *OPTIONS, *numbers).code == 0
+    (tmp_path / "sweep" / "3").rename(tmp_path / "moved")
+    config = (tmp_path / "moved" / "config.json").read_text()
+    (tmp_path / "moved" / "config.json").write_text(config.replace('"0.001*1",\n        ', '"0.001*1",\n        '))
+    alone, moved = read_config(tmp_path / "alone"), read_config(tmp_path / "moved")
+    assert alone.training.learning_rates == moved.training.learning_rates
+    same = replace(moved, training=replace(moved.training, learning_rate=alone.training.learning_rate))
+    (tmp_path / "moved" / "config.json").write_text(same.to_json())
+    assert_close(tmp_path / "moved", tmp_path / "alone")
+
+
+def small(**training) -> list[RunConfig]:
+    config = RunConfig(hdf5_file=str(PHANTOM))
+    model = replace(config.model, rnn_layer_sizes=(4,), dropout=0.2, nb_previous_dirs=1)
+    batches = replace(config.batches, batch_size_training=30, batch_size_validation=20)
+    options = {"max_epochs": 4, "learning_rate": ("0.01",), **training}
+    config = replace(config, model=model, batches=batches, training=replace(config.training, **options))
+    return member_configs(config, num_models=3)
+
+
+def create(folder: Path, configs: list[RunConfig]) -> Path:
+    from dwiml_func.ensemble_members import create_ensemble
+
+    return create_ensemble(folder, "run", configs)
+
+
+@pytest.mark.parametrize("batches", [2, 5], ids=["within the first epoch", "within the second"])
+def test_stopped_and_resumed_gives_the_bits_of_the_uninterrupted_run(tmp_path, batches):
+    configs = small(patience=1, learning_rate=("0.05",))
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    whole, stopped = create(tmp_path / "whole", configs), create(tmp_path / "stopped", configs)
+    list(run_ensemble(whole, prepare_ensemble(configs)))
+
+    with pytest.raises(TrainingStopped):
+        list(run_ensemble(stopped, prepare_ensemble(configs), stop=StopAfter(batches)))
+    setups, ensemble, histories = resume_ensemble(stopped)
+    assert ensemble.batch > 0
+    list(run_ensemble(stopped, setups, ensemble=ensemble, histories=histories))
+
+    for number in map(str, range(3)):
+        assert latest_digest(whole / number) == latest_digest(stopped / number)
+        assert list_snapshots(whole / number) == list_snapshots(stopped / number)
+        logs = "logs/valid_local_loss_monitor_per_epoch.npy"
+        assert (whole / number / logs).read_bytes() == (stopped / number / logs).read_bytes()
+    assert read_ended(whole) == read_ended(stopped)
+
+
+class StopAfter(StopRequest):
+    """Asks to stop when it was looked at some times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def agreed(self) -> bool:
+        import signal
+
+        self.times -= 1
+        if self.times <= 0:
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+
+def test_an_ensemble_that_was_cut_off_between_members_goes_on_from_what_they_share(tmp_path):
+    configs = small(max_epochs=3)
+    directory = create(tmp_path, configs)
+    list(run_ensemble(directory, prepare_ensemble(configs)))
+    digests = [latest_digest(directory / str(number)) for number in range(3)]
+    shutil.rmtree(directory / "1" / "checkpoint" / "3")
+    setups, ensemble, histories = resume_ensemble(directory)
+    assert ensemble.epoch == 2
+    list(run_ensemble(directory, setups, ensemble=ensemble, histories=histories))
+    assert [latest_digest(directory / str(number)) for number in range(3)] == digests
+
+
+def test_the_command_goes_on_with_an_ensemble(trained, tmp_path, cli):
+    shutil.copytree(trained / "seeds", tmp_path / "seeds")
+    assert "--new-max-epochs" in cli("resume", tmp_path, "seeds").err
+    assert cli("resume", tmp_path, "seeds", "--new-max-epochs", "3").code == 0
+    assert [list_snapshots(tmp_path / "seeds" / number)[-1] for number in "01"] == ["3", "3"]
+    refused = cli("resume", tmp_path, "seeds", "--new-patience", "3")
+    assert refused.code == 2
+    assert "is an ensemble" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--sweep", "dropout=1,2"), "dropout=1,2"),
+        (("--sweep", "learning-rate"), "learning-rate"),
+        (("--sweep", "weight-decay=a,b"), "'a'"),
+        (("--sweep", "learning-rate=0.1,-1"), "-1"),
+        (("--sweep", "rng=1,2", "--num-models", "2"), "both give seeds"),
+        (("--num-models", "0"), "num_models"),
+        (("--num-models", "2", "--num-shards", "2"), "--num-shards"),
+    ],
+)
+def test_what_cannot_be_an_ensemble_is_refused_before_anything_is_written(tmp_path, cli, options, named):
+    cli("train", tmp_path, "bad", PHANTOM, *OPTIONS, *options).check_refusal(named)
+    assert not list(tmp_path.glob("bad"))
+
+
+def test_a_damaged_record_is_named(trained, tmp_path):
+    seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
+    (seeds / "ensemble.json").write_text(json.dumps({"num_members": "x"}))
+    with pytest.raises(ValueError, match=r"ensemble.json is damaged"):
+        resume_ensemble(seeds)
