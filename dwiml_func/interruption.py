@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +75,14 @@ class TrainingStopped(Exception):
 
 
 @contextmanager
-def stop_on_signals(peers: Peers = ALONE) -> Iterator[StopRequest]:
-    """Turn the first SIGINT (Ctrl-C) or SIGTERM within the block into a request; a second one acts as usual.
+def stop_on_signals(
+    peers: Peers = ALONE, *, at_second: Callable[[signal.Signals], object] | None = None
+) -> Iterator[StopRequest]:
+    """Turn the first SIGINT (Ctrl-C) or SIGTERM within the block into a request.
 
     Args:
         peers: the processes that train together.
+        at_second: called at a second signal, in the main thread; None lets that act as usual.
 
     Yields:
         The request, to look at after each batch. Outside the main thread, where Python cannot handle signals, it stays
@@ -101,8 +104,16 @@ def stop_on_signals(peers: Peers = ALONE) -> Iterator[StopRequest]:
         for number, handler in previous.items():
             signal.signal(number, handler)
 
+    def handle_second(number: int, _: FrameType | None) -> None:
+        if at_second is not None:
+            at_second(signal.Signals(number))
+
     def handle(number: int, _: FrameType | None) -> None:
-        restore()
+        if at_second is None:
+            restore()
+        else:
+            for each in _SIGNALS:
+                signal.signal(each, handle_second)
         request.signal = signal.Signals(number)
         # Not print: the signal may have come while standard error was being written to.
         os.write(2, b"\nStopping after the batch under way, to save it. Once more stops at once.\n")

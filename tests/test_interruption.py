@@ -55,7 +55,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_snapshot_stands(cli, uninter
         os.killpg(process.pid, signal.SIGINT)  # while the batch is under way: nobody lets it through the gate
         err = process.communicate()[1]
     assert process.returncode == 130
-    assert err == "dwiml-func train: interrupted. The last snapshot stands.\n"
+    assert err == "dwiml-func: stopped at once. The last snapshot stands.\n"
     assert list_snapshots(tmp_path / "run")[-1] in ("1", "1-1")  # the latter may have been under way
     assert cli("resume", tmp_path, "run", "--checkpoint-every", "1epoch").code == 0
     check_same_end(tmp_path / "run", uninterrupted)
