@@ -10,8 +10,10 @@ on what orbax gives.
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -161,13 +163,24 @@ def _read_arrays(path: Path, table: list[Mapping[str, Any]]) -> dict[str, np.nda
                     restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected},
                 )
                 return dict(checkpointer.restore(leaves, args=args))
+        name = next(row["name"] for row in table if stored[_escape(row["name"])] != expected[_escape(row["name"])])
+        problem = f"{path} is damaged: {name} does not have the bytes that were saved."
     except MemoryError:
         raise
     except Exception as error:
-        text = f"{path} cannot be read by orbax-checkpoint {ocp.__version__}: {_one_line(error)}"
-        raise DamagedError(text) from error
-    name = next(row["name"] for row in table if stored[_escape(row["name"])] != expected[_escape(row["name"])])
-    raise DamagedError(f"{path} is damaged: {name} does not have the bytes that were saved.")
+        problem = f"{path} cannot be read by orbax-checkpoint {ocp.__version__}: {_one_line(error)}"
+    _collect_quietly()
+    raise DamagedError(problem)
+
+
+def _collect_quietly() -> None:
+    """Orbax leaves tasks behind, whose errors asyncio logs when they happen to be collected: let it be now, unseen."""
+    log = logging.getLogger("asyncio")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        gc.collect()
+    finally:
+        log.disabled = was_disabled
 
 
 def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:

@@ -110,7 +110,9 @@ def test_the_subjects_of_a_run_name_options_and_parts_that_there_are() -> None:
 def test_the_help_of_train_is_grouped_by_subject(cli) -> None:
     text = cli("train", "--help").out
     machine = text.split("\n\nMachine:\n")[1].split("\n\n")[0]
-    assert re.findall(r"^  --([a-z-]+)", machine, flags=re.MULTILINE)[:3] == ["use-gpu", "num-threads", "processes"]
+    assert re.findall(r"^  --([a-z-]+)", machine, flags=re.MULTILINE)[:4] == [
+        *("use-gpu", "num-threads", "compile", "processes")
+    ]
     getter = text.split("\n\nDirection getter:\n")[1].split("\n\n")[0]
     assert "--dg-key NAME" in getter
     assert "One of: cosine-regression, " in " ".join(getter.split())

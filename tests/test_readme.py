@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -94,3 +95,18 @@ def test_the_example_of_gradients_through_training_gives_gradients(tmp_path: Pat
     printed = _run(sys.executable, "-W", "error", "script.py", folder=tmp_path).split()
     assert len(printed) == 2
     assert all(abs(float(number)) > 0 for number in printed)
+
+
+def test_the_commands_that_reproduce_and_verify_run_as_they_stand(tmp_path: Path) -> None:
+    (block,) = _blocks("sh", "Reproduce and verify")
+    experiments = tmp_path / "experiments"
+    experiments.mkdir()
+    shutil.copy(PHANTOM, experiments / "example_data.hdf5")
+    program = shlex.join([sys.executable, "-m", "dwiml_func"])
+    _run(*shlex.split(program), "train", "experiments", "first_run", "--max-epochs", "2", folder=tmp_path)
+    script = "set -eu\n" + block.replace("dwiml-func", program).replace("--max-epochs 32", "--max-epochs 3")
+    printed = _run("bash", "-c", script, folder=tmp_path)
+    assert "experiments/first_run: epoch 2, replayed from snapshot 1, is equal to the record bit for bit" in printed
+    assert "training.learning_rate" in printed  # what differs
+    assert re.search(r"^slower +finished +3/3 ", printed, flags=re.MULTILINE)
+    assert (tmp_path / "comparison.png").stat().st_size > 10_000

@@ -69,7 +69,7 @@ def _danger(node: ast.AST) -> str | None:
             bad = attr != "UnpicklingError"
         case ast.Attribute(attr=attr):
             bad = attr == "load" or attr.endswith("_pickle")
-        case ast.Name(id=name):
+        case ast.Name(id=name, ctx=ast.Load()):  # a field of that name is no call
             bad = name in BUILTINS
         case ast.keyword(arg=arg, value=value):
             bad = (arg, ast.unparse(value)) in {("allow_pickle", "True"), ("weights_only", "False")}

@@ -76,7 +76,7 @@ class TrainOptions(RunOptions):
     EXPERIMENT_NAME."""
     sweep: tuple[str, ...] = ()
     """Train a model for each value at once: NAME=VALUE,VALUE,... of learning-rate, weight-decay or rng; several: all
-    combinations."""
+    combinations. None: no sweep."""
     dry_run: bool = False
     """Print the complete config as JSON, and on standard error what the data are; train and write nothing."""
 
