@@ -147,6 +147,9 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> Non
             ax.loglog([size_of(name, p) for p in points], [p[quantity] for p in points], "o-", color=colour)
             ax.set_title(f"exponent {exponent(name, points, quantity):.2f}", fontsize=10)
             ax.grid(True, which="both", alpha=0.25)
+            ticks = [size_of(name, point) for point in points]
+            ax.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], fontsize=8)
+            ax.set_xticks([], minor=True)
             ax.set_xlabel(LABELS[name] if row == 1 else "")
             ax.set_ylabel(label if column == 0 else "")
     figure.savefig(path, dpi=110)
