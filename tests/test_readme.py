@@ -110,3 +110,51 @@ def test_the_commands_that_reproduce_and_verify_run_as_they_stand(tmp_path: Path
     assert "training.learning_rate" in printed  # what differs
     assert re.search(r"^slower +finished +3/3 ", printed, flags=re.MULTILINE)
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
+
+
+def test_the_commands_that_go_on_and_that_start_several_processes_run_as_they_stand(tmp_path: Path) -> None:
+    (go_on,) = (block for block in _blocks("", "The first run") if block.startswith("dwiml-func resume"))
+    (several,) = _blocks("", "Train with several processes")
+    experiments = tmp_path / "experiments"
+    experiments.mkdir()
+    shutil.copy(PHANTOM, experiments / "example_data.hdf5")
+    program = [sys.executable, "-m", "dwiml_func"]
+    _run(*program, "train", "experiments", "first_run", "--max-epochs", "1", folder=tmp_path)
+    arguments = shlex.split(go_on.replace("50", "2"))[1:]
+    assert "Finished after 2 epochs" in _run(*program, *arguments, folder=tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", *shlex.split(several)[1:], "--max-epochs", "1"]
+    assert "Finished after 1 epoch" in _run(*launcher, folder=tmp_path)
+
+
+def test_the_example_of_a_creation_config_can_be_read(tmp_path: Path) -> None:
+    from dwiml_func.data.creation_config import read_groups_config
+
+    (block,) = _blocks("json", "Bring your own data")
+    (tmp_path / "config.json").write_text(block)
+    assert sorted(read_groups_config(tmp_path / "config.json")) == ["input", "streamlines"]
+
+
+TRAINING_OPTIONS_OF_DWI_ML = (  # of l2t_train_model and l2t_resume_training_from_checkpoint
+    *("add_a_tracking_validation_phase", "add_entropy_to_gauss", "add_eos", "batch_size_training", "batch_size_units"),
+    *("batch_size_validation", "cache_size", "clip_grad", "comet_project", "comet_workspace", "compress", "cycles"),
+    *("dg_dropout", "dg_key", "dg_nb_clusters", "dg_nb_gaussians", "dropout", "eos_weight", "hdf5_file"),
+    *("input_embedded_size", "input_embedding_key", "kernel_size", "lazy", "learning_rate"),
+    *("max_batches_per_epoch_training", "max_batches_per_epoch_validation", "max_epochs", "nb_cnn_filters"),
+    *("nb_points", "nb_previous_dirs", "nb_streamlines_per_chunk", "nb_subjects_per_batch", "neighborhood_radius"),
+    *("neighborhood_resolution", "neighborhood_type", "new_max_epochs", "new_patience", "noise_gaussian_size_forward"),
+    *("noise_gaussian_size_loss", "normalize_outputs", "normalize_prev_dirs", "normalize_targets", "optimizer"),
+    *("patience", "patience_delta", "prev_dirs_embedded_size", "prev_dirs_embedding_key", "processes"),
+    *("reverse_ratio", "rng", "rnn_key", "rnn_layer_sizes", "split_ratio", "step_size", "tracking_mask"),
+    *("tracking_phase_frequency", "tracking_phase_nb_segments_init", "use_gpu", "use_layer_normalization"),
+    *("use_skip_connection", "weight_decay"),
+)
+
+
+def test_every_training_option_of_dwi_ml_is_ours_or_in_the_table() -> None:
+    from dwiml_func.cli.options import list_options
+    from dwiml_func.cli.resume import ResumeOptions
+    from dwiml_func.cli.train import TrainOptions
+
+    ours = {option.name for description in (TrainOptions, ResumeOptions) for option in list_options(description)}
+    table = (ROOT / "README.md").read_text().split("\n## From dwi_ml\n")[1].split("\n## ")[0]
+    assert [name for name in TRAINING_OPTIONS_OF_DWI_ML if name not in ours and name not in table] == []

@@ -230,12 +230,13 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
-@pytest.mark.parametrize("command", ["train", "resume"])
+@pytest.mark.parametrize("command", ["train", "resume", "fork"])
 def test_a_name_that_leads_elsewhere_is_refused_by_every_command_that_takes_one(cli, experiments, command, name):
     before = contents(experiments.parent)
     data = [DATA / "phantom.hdf5"] if command == "train" else []
     options = ["--new-patience", "9"] if command == "resume" else []
-    outcome = cli(command, *options, "--", experiments, name, *data)
+    place = experiments / "run" if command == "fork" else experiments
+    outcome = cli(command, *options, "--", place, name, *data)
     outcome.check_refusal(f"dwiml-func {command}: ")
     assert ascii(name)[1:-1] in outcome.err
     assert outcome.err[:-1].isprintable()
