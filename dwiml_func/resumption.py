@@ -19,6 +19,9 @@ from dwiml_func.sharding import ALONE, Peers
 from dwiml_func.snapshot import Snapshot, list_snapshots, restore_newest
 from dwiml_func.state import TrainState
 from dwiml_func.wiring import Setup, prepare
+from dwiml_func.writers.jsonl import jsonl
+from dwiml_func.writers.npy import npy
+from dwiml_func.writers.writer import fan_out
 
 __all__ = ["mend_experiment", "refuse_to_continue", "resume_experiment"]
 
@@ -92,7 +95,7 @@ def resume_experiment(
 
 
 def mend_experiment(directory: Path, setup: Setup, state: TrainState, history: Sequence[EpochReport]) -> None:
-    """Remove what a crash left behind, and bring the best model up to date with the snapshot.
+    """Remove what a crash left behind, and bring best model and logs up to date with the snapshot.
 
     Args:
         directory: the experiment.
@@ -107,6 +110,7 @@ def mend_experiment(directory: Path, setup: Setup, state: TrainState, history: S
         remove_leftovers(folder)
     if history:
         mend_best_model(directory, setup, state)
+        fan_out(npy(directory), jsonl(directory))(*history)  # they did not wait for the disk
 
 
 def refuse_to_continue(
