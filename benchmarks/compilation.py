@@ -1,0 +1,121 @@
+"""What compiling the training step of Learn2Track costs and brings, over batches that all have another length.
+
+Data, model and steps are those of the default example run, as `dwiml-func train` wires them with and without
+`--compile`. The compiler's cache begins empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from timing import interleaved, medians_of
+
+from dwiml_func.cli.parsing import parse
+from dwiml_func.cli.run_options import RunOptions
+from dwiml_func.cli.train import EXAMPLE_OPTIONS
+from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.example import make_example_data
+from dwiml_func.warm_step import CompilationReport, WarmStep
+from dwiml_func.wiring import Setup, prepare
+
+EAGER, COMPILED, LR = "eager", "compiled", 1e-3
+MAX_RATIO, MAX_COMPILATIONS = 1.0, 3
+NUM_COMPARED = 10
+# Float32 sums in another order differ by 1e-6 or less of a loss; each of the updates between carries that on.
+TOLERANCE = 1e-4
+
+
+def main() -> int:
+    """Print medians, compilations and break-even, and whether the limits hold. Exit code 1 when one does not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default: 1)")
+    parser.add_argument("--batches", type=int, default=200, help="batches; a step of each kind on each (default: 200)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "cache")
+        eager, compiled, warm = make_setups(Path(folder) / "data.hdf5")
+        batches = list(islice(different_batches(eager), options.batches))
+        losses: dict[str, list[float]] = {EAGER: [], COMPILED: []}
+        steps = {EAGER: step_through(eager, batches, losses[EAGER])}
+        steps[COMPILED] = step_through(compiled, batches, losses[COMPILED])
+        times = interleaved(steps, len(batches), warm_up=1)
+    points = [batch.num_points for batch in batches]
+    num_compilations = warm.step.num_compilations
+    ratio = print_tables(times, points, warm)
+    pairs = zip(losses[EAGER][:NUM_COMPARED], losses[COMPILED][:NUM_COMPARED], strict=True)
+    difference = max(abs(one - other) / one for one, other in pairs)
+    verdicts = [
+        (ratio <= MAX_RATIO, f"a compiled step takes {ratio:.2f} times an eager one, at most {MAX_RATIO:g} required"),
+        (
+            warm.step.eager_reason is None and num_compilations <= MAX_COMPILATIONS,
+            f"{num_compilations} compilation(s) over {len(set(points))} batches of different lengths, "
+            f"at most {MAX_COMPILATIONS} required",
+        ),
+        (
+            difference <= TOLERANCE,
+            f"losses of the first {NUM_COMPARED} steps differ by {difference:.1e} of theirs, "
+            f"at most {TOLERANCE:.0e} required",
+        ),
+    ]
+    for passed, text in verdicts:
+        print(f"{'pass' if passed else 'FAIL'}: {text}")
+    return int(not all(passed for passed, _ in verdicts))
+
+
+def make_setups(path: Path) -> tuple[Setup, Setup, WarmStep]:
+    """The default example run, eager and compiled, and the compiled step as it is."""
+    make_example_data(path)
+    config = parse(RunOptions, EXAMPLE_OPTIONS, "benchmark").to_config(path)
+    compiled = prepare(replace(config, training=replace(config.training, compile=True)))
+    assert isinstance(compiled.step, WarmStep)
+    return prepare(config), compiled, compiled.step
+
+
+def different_batches(setup: Setup) -> Iterator[StreamlineBatch]:
+    """The run's training batches, epoch by epoch; those with as many points as one before are left out."""
+    seen = set()
+    for epoch in count():
+        for batch in setup.train(setup.state.key, epoch, 0):
+            if batch.num_points not in seen:
+                seen.add(batch.num_points)
+                yield batch
+
+
+def step_through(setup: Setup, batches: list[StreamlineBatch], losses: list[float]) -> Callable[[], None]:
+    """A function that trains on the next of the batches, the first one twice, and notes the loss."""
+    state, upcoming = setup.state, iter([batches[0], *batches])
+
+    def run() -> None:
+        nonlocal state
+        state, metrics = setup.step(state, next(upcoming), lr=LR)
+        total, weight = metrics["loss"]
+        losses.append(float(total / weight))
+
+    return run
+
+
+def print_tables(times: dict[str, list[float]], points: list[int], warm: WarmStep) -> float:
+    """Print the medians, and what compilation costs and brings; return the ratio of the medians."""
+    medians = medians_of(times)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), both steps in turn, one process")
+    print(f"the default example run, {len(points)} batches of {min(points):,} to {max(points):,} points\n")
+    print("| one step | median | ratio |\n|---|---|---|")
+    for name, seconds in medians.items():
+        print(f"| {name} | {1e3 * seconds:.1f} ms | {seconds / medians[EAGER]:.2f} |")
+    print(f"\n{CompilationReport(warm.step.compile_seconds, medians[EAGER], medians[COMPILED])}")
+    if warm.step.eager_reason is not None:
+        print(f"Not compiled: {warm.step.eager_reason}")
+    return medians[COMPILED] / medians[EAGER]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
