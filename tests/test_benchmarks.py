@@ -1,0 +1,62 @@
+"""Claims about `python -m benchmarks`: scripts run in turn, their verdicts make a table, and nothing fails unseen."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as suite
+
+GUARD = 'if __name__ == "__main__":\n    '
+SCRIPTS = {
+    "good": "print('pass: a step takes 0.36 times the bare loop, at most 0.4 is required')",
+    "bad": "print('FAIL: 3.1 times faster than one | after the other, at least 4 required'); raise SystemExit(1)",
+    "partial": "print('skip: Lightning is not installed')",
+    "broken": "print('pass: the first of two, at most 1 required'); raise ValueError('no data')",
+    "plain": "print('a table, and no requirement')",
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, code in SCRIPTS.items():
+        (tmp_path / f"{name}.py").write_text(GUARD + code + "\n")
+    (tmp_path / "shared.py").write_text("raise AssertionError('no benchmark')\n")
+    monkeypatch.setattr(suite, "FOLDER", tmp_path)
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+        return suite.main()
+
+    return call
+
+
+def test_every_verdict_stands_in_the_table_with_what_was_measured_and_its_limit(run, tmp_path):
+    assert run() == 1
+    results = (tmp_path / "results.md").read_text()
+    for row in (
+        "| `bad` | 3.1 times faster than one / after the other | at least 4 | FAIL |",
+        "| `broken` | the first of two | at most 1 | pass |",
+        "| `broken` | exit code 1: ValueError: no data |  | did not finish |",
+        "| `good` | a step takes 0.36 times the bare loop | at most 0.4 | pass |",
+        "| `partial` | Lightning is not installed |  | not measured |",
+        "| `plain` | no requirement |  |  |",
+    ):
+        assert f"\n{row}\n" in results
+    assert "shared" not in results
+    assert f"Python {sys.version.split()[0]}, torch " in results
+    assert "a table, and no requirement" in results  # all that a script printed follows
+
+
+@pytest.mark.parametrize(("name", "code"), [("good", 0), ("plain", 0), ("bad", 1), ("partial", 1), ("broken", 1)])
+def test_only_requirements_that_were_all_measured_and_met_end_with_0(run, tmp_path, name, code):
+    assert run(name) == code
+    assert not (tmp_path / "results.md").exists()  # of all benchmarks: a choice does not replace it
+
+
+def test_a_name_that_is_no_benchmark_is_refused_with_those_that_are(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("shared")
+    assert "no benchmark is called shared. There are: bad, broken, good" in capsys.readouterr().err
