@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacrev, jvp, vmap
 
-from dwiml_func.models import rnn_kernels
+from dwiml_func.models import rnn_layout
 from dwiml_func.models.rnn import RecurrentLayer, _scan_for
 from dwiml_func.models.rnn_native import native_scan
 from dwiml_func.models.rnn_packed import packed_scan
@@ -88,7 +88,7 @@ def test_gradients_from_the_last_state_to_the_first_equal_torchs(
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.sampled_from(KEYS), st.integers(1, 12))
 def test_blocks_of_any_size_give_torchs_gradients(sizes: list[int], rnn_key: str, block_rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rnn_kernels, "_BLOCK_ROWS", block_rows)
+        patch.setattr(rnn_layout, "_BLOCK_ROWS", block_rows)
         _compare_with_torch(rnn_key, sorted(sizes, reverse=True), torch.float64, 1e-10)
 
 

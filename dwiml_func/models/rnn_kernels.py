@@ -15,11 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dwiml_func.models.rnn_layout import PackedLayout
 from dwiml_func.models.rnn_scan import State, Weights
 
 __all__ = ["KERNELS", "Gradients", "Kernel"]
-
-_BLOCK_ROWS = 512  # of 400 gates in float32 that is 0.8 MB
 
 # out = grad * y * (1 - y) and out = grad * (1 - y * y): one pass each, where a formula would take three.
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -62,16 +61,10 @@ class Kernel(NamedTuple):
     ]
 
 
-class _Block(NamedTuple):
-    """Consecutive time steps, and their rows."""
-
-    steps: slice
-    rows: slice
-
-
 def _lstm_forward(
     x: Tensor, batch_sizes: Sequence[int], weights: Weights, state: State
 ) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
+    layout = PackedLayout(batch_sizes)
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     size = weight_hh.shape[1]
     gates = x.new_empty(len(x), 4 * size)
@@ -79,10 +72,10 @@ def _lstm_forward(
     cells, tanhs = cells_and_tanhs
     bias = bias_ih + bias_hh
     for_input, for_hidden = weight_ih.t().contiguous(), weight_hh.t().contiguous()  # products are faster so
-    all_gates = _steps(batch_sizes, gates, gates[:, : 2 * size])
-    each_gate, results = _steps(batch_sizes, *gates.split(size, dim=1)), _steps(batch_sizes, cells, tanhs, outputs)
+    all_gates = layout.steps(gates, gates[:, : 2 * size])
+    each_gate, results = layout.steps(*gates.split(size, dim=1)), layout.steps(cells, tanhs, outputs)
     hidden, cell = state
-    for steps, rows in _blocks(batch_sizes):
+    for steps, rows in layout.blocks:
         torch.addmm(bias, x[rows], for_input, out=gates[rows])
         for (step_gates, in_forget), (in_gate, forget_gate, candidate, out_gate), (new_cell, tanh, new_hidden) in zip(
             all_gates[steps], each_gate[steps], results[steps], strict=True
@@ -97,7 +90,7 @@ def _lstm_forward(
             torch.tanh(new_cell, out=tanh)
             torch.mul(tanh, out_gate, out=new_hidden)
             hidden, cell = new_hidden, new_cell
-    return outputs, (_last_rows(outputs, batch_sizes), _last_rows(cells, batch_sizes)), (gates, cells_and_tanhs)
+    return outputs, (layout.last_rows(outputs), layout.last_rows(cells)), (gates, cells_and_tanhs)
 
 
 def _lstm_backward(
@@ -112,33 +105,34 @@ def _lstm_backward(
     wants_x: bool,
     wants_weights: bool,
 ) -> Gradients:
+    layout = PackedLayout(batch_sizes)
     weight_ih, weight_hh, _, _ = weights
     size = weight_hh.shape[1]
     gates, (cells, tanhs) = activations
-    blocks = _blocks(batch_sizes)
     # First the slopes of the gates by the cell (input, forget, candidate) or by the hidden state (output), then in the
     # loop multiplied in place by the gradient of that.
-    grad_gates = gates.new_empty(_most_rows(blocks), 4 * size)
+    grad_gates = gates.new_empty(layout.most_rows, 4 * size)
     slopes = gates.new_empty(len(grad_gates), size)  # of the cell by the hidden state
     grad_x = x.new_empty(x.shape) if wants_x else None
     grad_ih, grad_hh, grad_bias = (x.new_zeros(shape) for shape in ((x.shape[1], 4 * size), (size, 4 * size), 4 * size))
-    grad_hidden = _with_last(grad_outputs, batch_sizes, grad_last[0])
+    grad_hidden = layout.with_last(grad_outputs, grad_last[0])
     grad_state, grad_cell = torch.zeros_like(state[0]), grad_last[1].clone(memory_format=torch.contiguous_format)
-    hidden_steps = _steps(batch_sizes, grad_hidden, gates[:, size : 2 * size])
-    hidden_before = _before(batch_sizes, [step for step, _ in hidden_steps], grad_state)
+    hidden_steps = layout.steps(grad_hidden, gates[:, size : 2 * size])
+    hidden_before = layout.before([step for step, _ in hidden_steps], grad_state)
     running, running_of_three = grad_cell[:0], grad_cell[:0]
-    for block in reversed(blocks):
+    for block in reversed(layout.blocks):
         steps, rows = block
         in_gate, forget_gate, candidate, out_gate = gates[rows].split(size, dim=1)
-        step_sizes, num_rows = batch_sizes[steps], rows.stop - rows.start
-        block_grads, block_slopes = grad_gates[:num_rows], slopes[:num_rows]
+        block_grads, block_slopes = grad_gates[: len(in_gate)], slopes[: len(in_gate)]
         grad_in, grad_forget, grad_candidate, grad_out = block_grads.split(size, dim=1)
         _sigmoid_backward(candidate, in_gate, grad_input=grad_in)
-        _sigmoid_backward(_rows_before(cells, batch_sizes, block, state[1]), forget_gate, grad_input=grad_forget)
+        _sigmoid_backward(layout.rows_before(cells, block, state[1]), forget_gate, grad_input=grad_forget)
         _tanh_backward(in_gate, candidate, grad_input=grad_candidate)
         _sigmoid_backward(tanhs[rows], out_gate, grad_input=grad_out)
         _tanh_backward(out_gate, tanhs[rows], grad_input=block_slopes)
-        inner = _steps(step_sizes, block_slopes, block_grads.unflatten(1, (4, size))[:, :3], grad_out, block_grads)
+        inner = layout.steps(
+            block_slopes, block_grads.unflatten(1, (4, size))[:, :3], grad_out, block_grads, block=block
+        )
         for (step_hidden, forget), before, (slope, by_cell, by_hidden, step_grads) in zip(
             reversed(hidden_steps[steps]), reversed(hidden_before[steps]), reversed(inner), strict=True
         ):
@@ -154,7 +148,7 @@ def _lstm_backward(
             torch.mm(block_grads, weight_ih, out=grad_x[rows])
         if wants_weights:
             grad_ih.addmm_(x[rows].t(), block_grads)  # faster than its transpose
-            grad_hh.addmm_(_rows_before(outputs, batch_sizes, block, state[0]).t(), block_grads)
+            grad_hh.addmm_(layout.rows_before(outputs, block, state[0]).t(), block_grads)
             grad_bias += block_grads.sum(0)
     grad_weights = (grad_ih.t().contiguous(), grad_hh.t().contiguous(), grad_bias, grad_bias.clone())
     return Gradients(grad_x, (grad_state, grad_cell), grad_weights if wants_weights else None)
@@ -163,6 +157,7 @@ def _lstm_backward(
 def _gru_forward(
     x: Tensor, batch_sizes: Sequence[int], weights: Weights, state: State
 ) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
+    layout = PackedLayout(batch_sizes)
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     size = weight_hh.shape[1]
     bias = bias_ih.clone()
@@ -171,9 +166,9 @@ def _gru_forward(
     shares = bias_hh[2 * size :].repeat(len(x), 1)  # the hidden state's shares of the candidates
     for_input = weight_ih.t().contiguous()  # products are faster so
     for_gates, for_candidate = (part.t().contiguous() for part in weight_hh.split([2 * size, size]))
-    all_steps = _steps(batch_sizes, gates[:, : 2 * size], *gates.split(size, dim=1), shares, outputs)
+    all_steps = layout.steps(gates[:, : 2 * size], *gates.split(size, dim=1), shares, outputs)
     (hidden,) = state
-    for steps, rows in _blocks(batch_sizes):
+    for steps, rows in layout.blocks:
         torch.addmm(bias, x[rows], for_input, out=gates[rows])
         for reset_update, reset, update, candidate, share, new_hidden in all_steps[steps]:
             if len(reset) < len(hidden):
@@ -183,7 +178,7 @@ def _gru_forward(
             candidate.addcmul_(reset, share).tanh_()
             torch.lerp(candidate, hidden, update, out=new_hidden)
             hidden = new_hidden
-    return outputs, (_last_rows(outputs, batch_sizes),), (gates, shares)
+    return outputs, (layout.last_rows(outputs),), (gates, shares)
 
 
 def _gru_backward(
@@ -198,24 +193,24 @@ def _gru_backward(
     wants_x: bool,
     wants_weights: bool,
 ) -> Gradients:
+    layout = PackedLayout(batch_sizes)
     weight_ih, weight_hh, _, _ = weights
     size = weight_hh.shape[1]
     gates, shares = activations
-    blocks = _blocks(batch_sizes)
     # First the slopes of the reset gate, the update gate and the share by the hidden state, then in the loop multiplied
     # in place by its gradient.
-    grad_gates = gates.new_empty(_most_rows(blocks), 3 * size)
+    grad_gates = gates.new_empty(layout.most_rows, 3 * size)
     grad_x = x.new_empty(x.shape) if wants_x else None
     grad_ih, grad_hh = x.new_zeros(x.shape[1], 3 * size), x.new_zeros(size, 3 * size)
     grad_bias_ih, grad_bias_hh = x.new_zeros(3 * size), x.new_zeros(3 * size)
-    grad_hidden = _with_last(grad_outputs, batch_sizes, grad_last[0])
+    grad_hidden = layout.with_last(grad_outputs, grad_last[0])
     grad_state = torch.zeros_like(state[0])
-    hidden_steps = _steps(batch_sizes, grad_hidden, gates[:, size : 2 * size])
-    hidden_before = _before(batch_sizes, [step for step, _ in hidden_steps], grad_state)
-    for block in reversed(blocks):
+    hidden_steps = layout.steps(grad_hidden, gates[:, size : 2 * size])
+    hidden_before = layout.before([step for step, _ in hidden_steps], grad_state)
+    for block in reversed(layout.blocks):
         steps, rows = block
         reset, update, candidate = gates[rows].split(size, dim=1)
-        before = _rows_before(outputs, batch_sizes, block, state[0])
+        before = layout.rows_before(outputs, block, state[0])
         block_grads = grad_gates[: len(before)]
         grad_reset, grad_update, grad_share = block_grads.split(size, dim=1)
         slopes = 1 - update  # of the candidate, before its tanh
@@ -224,7 +219,7 @@ def _gru_backward(
         grad_reset.mul_(slopes)
         _sigmoid_backward(before - candidate, update, grad_input=grad_update)
         torch.mul(slopes, reset, out=grad_share)
-        inner = _steps(batch_sizes[steps], block_grads.unflatten(1, (3, size)), block_grads)
+        inner = layout.steps(block_grads.unflatten(1, (3, size)), block_grads, block=block)
         for (step_hidden, keep), step_before, (by_hidden, step_grads) in zip(
             reversed(hidden_steps[steps]), reversed(hidden_before[steps]), reversed(inner), strict=True
         ):
@@ -233,9 +228,8 @@ def _gru_backward(
         if wants_weights:
             grad_hh.addmm_(before.t(), block_grads)  # faster than its transpose
             grad_bias_hh += block_grads.sum(0)
-        torch.mul(
-            slopes, grad_hidden[rows], out=grad_share
-        )  # now of the candidate: the input's share has no reset gate
+        # Now of the candidate: the input's share has no reset gate.
+        torch.mul(slopes, grad_hidden[rows], out=grad_share)
         if wants_weights:
             grad_ih.addmm_(x[rows].t(), block_grads)
             grad_bias_ih += block_grads.sum(0)
@@ -243,62 +237,6 @@ def _gru_backward(
             torch.mm(block_grads, weight_ih, out=grad_x[rows])
     grad_weights = (grad_ih.t().contiguous(), grad_hh.t().contiguous(), grad_bias_ih, grad_bias_hh)
     return Gradients(grad_x, (grad_state,), grad_weights if wants_weights else None)
-
-
-def _blocks(batch_sizes: Sequence[int]) -> list[_Block]:
-    """All time steps, in blocks of about `_BLOCK_ROWS` rows."""
-    blocks, first_step, first_row, end_row = [], 0, 0, 0
-    for step, num_rows in enumerate(batch_sizes):
-        end_row += num_rows
-        if end_row - first_row >= _BLOCK_ROWS or step + 1 == len(batch_sizes):
-            blocks.append(_Block(slice(first_step, step + 1), slice(first_row, end_row)))
-            first_step, first_row = step + 1, end_row
-    return blocks
-
-
-def _most_rows(blocks: Sequence[_Block]) -> int:
-    return max(rows.stop - rows.start for _, rows in blocks)
-
-
-def _steps(batch_sizes: Sequence[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each tensor's rows at each time step."""
-    return list(zip(*(tensor.split(batch_sizes) for tensor in tensors), strict=True))
-
-
-def _before(batch_sizes: Sequence[int], steps: Sequence[Tensor], first: Tensor) -> list[Tensor]:
-    """At each time step the rows one step before, of the sequences that still run; `first` before the first step."""
-    pairs = zip((first, *steps), batch_sizes, strict=False)
-    return [step if len(step) == size else step[:size] for step, size in pairs]
-
-
-def _rows_before(rows: Tensor, batch_sizes: Sequence[int], block: _Block, first: Tensor) -> Tensor:
-    """For each packed row of a block the row of its sequence one step before; `first` before the first step."""
-    sizes, end_row = batch_sizes[block.steps], block.rows.stop - batch_sizes[block.steps.stop - 1]
-    if block.steps.start == 0:
-        return torch.cat(_before(sizes, rows[:end_row].split(sizes[:-1]), first))
-    size_before = batch_sizes[block.steps.start - 1]
-    rows = rows[block.rows.start - size_before : end_row]
-    if sizes[-1] == size_before:  # none ended
-        return rows
-    first, *steps = rows.split([size_before, *sizes[:-1]])
-    return torch.cat(_before(sizes, steps, first))
-
-
-def _last_rows(rows: Tensor, batch_sizes: Sequence[int]) -> Tensor:
-    """(S, H): each sequence's last row."""
-    return rows.index_select(0, _last_indices(batch_sizes, rows.device))
-
-
-def _with_last(grad_outputs: Tensor, batch_sizes: Sequence[int], grad_last: Tensor) -> Tensor:
-    """A copy of the outputs' gradients to which those of the last hidden state are added."""
-    grad_hidden = grad_outputs.clone(memory_format=torch.contiguous_format)
-    return grad_hidden.index_add_(0, _last_indices(batch_sizes, grad_last.device), grad_last)
-
-
-def _last_indices(batch_sizes: Sequence[int], device: torch.device) -> Tensor:
-    sizes = torch.tensor(batch_sizes)
-    lengths = (sizes[:, None] > torch.arange(batch_sizes[0])).sum(0)
-    return (sizes.cumsum(0) - sizes)[lengths - 1].add_(torch.arange(batch_sizes[0])).to(device)
 
 
 KERNELS = {"lstm": Kernel(_lstm_forward, _lstm_backward), "gru": Kernel(_gru_forward, _gru_backward)}
