@@ -1,4 +1,7 @@
-"""A training step of the MLP of `step_overhead.py` in Lightning and ignite, each in its own way, beside ours."""
+"""A training step of the MLP of `step_overhead.py` in Lightning, ignite and JAX, each in its own way, beside ours.
+
+All begin with the same weights and take the same batches with the same Adam; after a first run their losses must agree.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from step_overhead import BATCH, LR, make_model, squared_error
 from timing import interleaved, medians_of
@@ -21,41 +25,66 @@ from dwiml_func.jit import jit_step
 
 BARE, EAGER, COMPILED = "bare torch.optim.Adam loop", "ours, eager (donated)", "ours, compiled (donated)"
 LIGHTNING, IGNITE = "Lightning Trainer.fit", "ignite Engine"
+LINEN, NNX, SCAN = (
+    "JAX: flax.linen TrainState, jax.jit",
+    "JAX: flax.nnx Optimizer, nnx.jit",
+    "JAX: a run as one lax.scan",
+)
 LIMIT = 0.2  # compiled, of Lightning's time
+TOLERANCE = 1e-5  # of losses, relative; rounding differs, and the steps carry it on
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Variant(NamedTuple):
+    """A run through all batches, which may return its own seconds, and the loss of the first batch afterwards."""
+
+    run: Callable[[], object]
+    loss: Callable[[], float]
 
 
 def main() -> int:
-    """Print a table of medians and ratios, and whether the limit holds. Exit code 1 when it does not."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print a table of medians and ratios, and whether the limits hold. Exit code 1 when one does not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="steps of each run (default: 300)")
-    parser.add_argument("--rounds", type=int, default=9, help="runs of each variant, in turn (default: 9)")
+    parser.add_argument("--rounds", type=int, default=15, help="runs of each variant, in turn (default: 15)")
     options = parser.parse_args()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(1)
-    batch = (torch.randn(BATCH, 16, generator=generator), torch.randn(BATCH, 3, generator=generator))
-    batches = [batch] * options.steps
-    variants = {BARE: bare, EAGER: partial(ours, False), COMPILED: partial(ours, True)}
-    for name, module, make in ((LIGHTNING, "lightning", lightning), (IGNITE, "ignite.engine", ignite)):
+    sizes = ((BATCH, 16), (BATCH, 3))
+    batches: Any = [tuple(torch.randn(size, generator=generator) for size in sizes) for _ in range(options.steps)]
+    variants = {BARE: bare(batches), EAGER: ours(False, batches), COMPILED: ours(True, batches)}
+    for modules, makers in PEERS.items():
         try:
-            importlib.import_module(module)
-        except ImportError:
-            print(f'skip: {name} is not installed (pip install -e ".[bench]")')
+            for module in modules:
+                importlib.import_module(module)
+        except ImportError as error:
+            print(f'skip: {", ".join(makers)}: {error} (pip install -e ".[bench]")')
         else:
-            variants[name] = make
-    medians = medians_of(interleaved({name: make(batches) for name, make in variants.items()}, options.rounds))
+            variants |= {name: make(batches) for name, make in makers.items()}
+
+    losses = {}
+    for name, variant in variants.items():  # also the warm-up
+        variant.run()
+        losses[name] = variant.loss()
+    medians = medians_of(interleaved({name: own.run for name, own in variants.items()}, options.rounds, warm_up=1))
     print(f"torch {torch.__version__}, 1 thread, runs of {options.steps} steps, {options.rounds} rounds in turn\n")
-    print("| one step, MLP 16-32-32-3, batch 64 | median | ratio |\n|---|---|---|")
+    print("| one step, MLP 16-32-32-3, batch 64 | median | ratio | loss after a run |\n|---|---|---|---|")
     for name, seconds in medians.items():
-        print(f"| {name} | {1e6 * seconds / options.steps:.0f} µs | {seconds / medians[BARE]:.2f} |")
-    if LIGHTNING not in medians:
-        return 0
-    ratio = medians[COMPILED] / medians[LIGHTNING]
-    verdict = "pass" if ratio <= LIMIT else "FAIL"
-    print(f"\n{verdict}: compiled takes {ratio:.2f} times Lightning's time, at most {LIMIT} is required")
-    return int(ratio > LIMIT)
+        ratio = seconds / medians[BARE]
+        print(f"| {name} | {1e6 * seconds / options.steps:.0f} µs | {ratio:.2f} | {losses[name]:.6f} |")
+    difference = max(abs(loss / losses[BARE] - 1) for loss in losses.values())
+    verdicts = [(difference <= TOLERANCE, f"losses differ by {difference:.1e}, at most {TOLERANCE:.0e} required")]
+    if LIGHTNING in medians:
+        ratio = medians[COMPILED] / medians[LIGHTNING]
+        verdicts += [(ratio <= LIMIT, f"compiled takes {ratio:.2f} times Lightning's time, at most {LIMIT} required")]
+    print()
+    for passed, text in verdicts:
+        print(f"{'pass' if passed else 'FAIL'}: {text}")
+    return int(not all(passed for passed, _ in verdicts))
 
 
-def bare(batches: list[Any]) -> Callable[[], object]:
+def bare(batches: Batches) -> Variant:
     """A plain loop."""
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
@@ -66,10 +95,10 @@ def bare(batches: list[Any]) -> Callable[[], object]:
             squared_error(model, batch)[0].backward()
             optimizer.step()
 
-    return run
+    return Variant(run, lambda: squared_error(model, batches[0])[0].item())
 
 
-def ours(is_compiled: bool, batches: list[Any]) -> Callable[[], object]:
+def ours(is_compiled: bool, batches: Batches) -> Variant:
     """`train_step` or `jit_step`, without a seed for draws that the model does not make."""
     fixed = {"loss_fn": module_loss(make_model(), squared_error, stochastic=False), "optimizer": adam(), "donate": True}
     step: Any = jit_step(**fixed) if is_compiled else partial(train_step, **fixed)
@@ -80,10 +109,15 @@ def ours(is_compiled: bool, batches: list[Any]) -> Callable[[], object]:
         for batch in batches:
             state, _ = step(state, batch, lr=LR)
 
-    return run
+    def loss() -> float:
+        model = make_model()
+        model.load_state_dict(dict(state.params))
+        return squared_error(model, batches[0])[0].item()
+
+    return Variant(run, loss)
 
 
-def lightning(batches: list[Any]) -> Callable[[], object]:
+def lightning(batches: Batches) -> Variant:
     """`Trainer.fit` of an epoch, with logging, checkpoints and bars off; its time is that of the epoch alone."""
     pl = importlib.import_module("lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -119,16 +153,107 @@ def lightning(batches: list[Any]) -> Callable[[], object]:
         pl.Trainer(max_epochs=1, accelerator="cpu", callbacks=[clock], **off).fit(module, loader)
         return clock.seconds
 
-    return run
+    return Variant(run, lambda: squared_error(module.model, batches[0])[0].item())
 
 
-def ignite(batches: list[Any]) -> Callable[[], object]:
+def ignite(batches: Batches) -> Variant:
     """An Engine around the step that its helper makes."""
     engine = importlib.import_module("ignite.engine")
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
     trainer = engine.create_supervised_trainer(model, optimizer, torch.nn.functional.mse_loss)
-    return lambda: trainer.run(batches, max_epochs=1)
+    run = partial(trainer.run, batches, max_epochs=1)
+    return Variant(run, lambda: squared_error(model, batches[0])[0].item())
+
+
+def linen(is_scanned: bool, batches: Batches) -> Variant:
+    """Optax in flax's `TrainState`, donated: a jitted step for each batch, or one jitted scan over all of them."""
+    import jax
+    import optax
+    from flax import linen as nn
+    from flax.training.train_state import TrainState
+
+    class MLP(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            for _ in range(2):
+                x = nn.relu(nn.Dense(32)(x))
+            return nn.Dense(3)(x)
+
+    def loss_of(params: Any, batch: Any) -> Any:
+        return ((MLP().apply({"params": params}, batch[0]) - batch[1]) ** 2).mean()
+
+    def step(state: Any, batch: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_of)(state.params, batch)
+        return state.apply_gradients(grads=grads), loss
+
+    params = {f"Dense_{number}": layer for number, layer in enumerate(jax_layers())}
+    state = TrainState.create(apply_fn=MLP().apply, params=params, tx=optax.adam(LR))
+    jax_batches = [tuple(jax.numpy.asarray(part.numpy()) for part in batch) for batch in batches]
+    stacked = tuple(jax.numpy.stack(parts) for parts in zip(*jax_batches, strict=True))
+    jitted = jax.jit(partial(jax.lax.scan, step) if is_scanned else step, donate_argnums=0)
+
+    def run() -> None:
+        nonlocal state
+        for batch in [stacked] if is_scanned else jax_batches:
+            state, _ = jitted(state, batch)
+        jax.block_until_ready(state.params)
+
+    return Variant(run, lambda: float(loss_of(state.params, jax_batches[0])))
+
+
+def nnx(batches: Batches) -> Variant:
+    """Optax in flax's later interface: `nnx.jit` over a step that updates a module and an `nnx.Optimizer`."""
+    import jax
+    import optax
+    from flax import nnx
+
+    class MLP(nnx.Module):
+        def __init__(self) -> None:
+            self.first, self.second, self.third = (
+                nnx.Linear(*sizes, rngs=nnx.Rngs(0)) for sizes in ((16, 32), (32, 32), (32, 3))
+            )
+
+        def __call__(self, x: Any) -> Any:
+            return self.third(nnx.relu(self.second(nnx.relu(self.first(x)))))
+
+    def loss_of(model: Any, batch: Any) -> Any:
+        return ((model(batch[0]) - batch[1]) ** 2).mean()
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any, batch: Any) -> Any:
+        loss, grads = nnx.value_and_grad(loss_of)(model, batch)
+        optimizer.update(model, grads)
+        return loss
+
+    model = MLP()
+    for layer, values in zip((model.first, model.second, model.third), jax_layers(), strict=True):
+        layer.kernel, layer.bias = nnx.Param(values["kernel"]), nnx.Param(values["bias"])
+    optimizer = nnx.Optimizer(model, optax.adam(LR), wrt=nnx.Param)
+    jax_batches = [tuple(jax.numpy.asarray(part.numpy()) for part in batch) for batch in batches]
+
+    def run() -> None:
+        for batch in jax_batches:
+            step(model, optimizer, batch)
+        jax.block_until_ready(nnx.state(model))
+
+    return Variant(run, lambda: float(loss_of(model, jax_batches[0])))
+
+
+def jax_layers() -> list[dict[str, Any]]:
+    """The first weights as flax lays them out."""
+    import jax.numpy as jnp
+
+    layers = [layer for layer in make_model().modules() if isinstance(layer, torch.nn.Linear)]
+    pairs = [(np.ascontiguousarray(layer.weight.detach().numpy().T), layer.bias.detach().numpy()) for layer in layers]
+    return [{"kernel": jnp.array(kernel), "bias": jnp.array(bias)} for kernel, bias in pairs]
+
+
+PEERS: dict[tuple[str, ...], dict[str, Callable[[Batches], Variant]]] = {
+    ("lightning",): {LIGHTNING: lightning},
+    ("ignite.engine",): {IGNITE: ignite},
+    ("jax", "optax", "flax"): {LINEN: partial(linen, False), NNX: nnx, SCAN: partial(linen, True)},
+}
 
 
 if __name__ == "__main__":
