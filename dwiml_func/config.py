@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from dwiml_func.cadence import Cadence, parse_cadence
 from dwiml_func.config_checks import STRICT, require, shown
 from dwiml_func.data.config import BatchConfig, DataConfig
+from dwiml_func.json_text import parse_json
 from dwiml_func.models.config import ModelConfig, require_fitting_data
 from dwiml_func.schedule import parse_learning_rate
 
@@ -251,20 +252,8 @@ def config_from_json(text: str | bytes, *, source: str = "config.json") -> RunCo
         config = pydantic.TypeAdapter(RunConfig).validate_json(text)
     except pydantic.ValidationError as error:
         raise ValueError(f"{source}: " + "; ".join(_describe(problem) for problem in error.errors())) from None
-    try:
-        json.loads(text, object_pairs_hook=_refuse_twice)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+    parse_json(text, source=source)  # pydantic takes the last of two values under one key
     return config
-
-
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON's readers take the last of two values and say nothing."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
-        raise ValueError(f"{shown(twice)} is there twice")
-    return found
 
 
 def _describe(problem: Mapping[str, Any]) -> str:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from dwiml_func.atomic import atomic_directory
 from dwiml_func.config import RunConfig, config_from_json
+from dwiml_func.json_text import read_config_file
 
 __all__ = ["check_new_experiment", "create_experiment", "experiment_directory", "read_config"]
-
-_MAX_BYTES = 1 << 20
 
 
 def create_experiment(
@@ -118,8 +117,4 @@ def read_config(directory: Path) -> RunConfig:
     path = directory / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} is not an experiment: it has no config.json.")
-    with path.open("rb") as file:
-        content = file.read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
-        raise ValueError(f"{path} is larger than any config.")
-    return config_from_json(content, source=str(path))
+    return config_from_json(read_config_file(path, source=str(path)), source=str(path))

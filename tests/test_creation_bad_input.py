@@ -145,10 +145,11 @@ def test_a_config_is_read_strictly(folder, refused, group, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected JSON"),
-        ('{"a": {"type": "volume", "files": "a"}, "a": {"type": "volume", "files": "b"}}', "'a' comes 2 times"),
+        ("{", "is no JSON"),
+        ('{"a": {"type": "volume", "files": "a"}, "a": {"type": "volume", "files": "b"}}', "'a' is there twice"),
         ("{}", "at least one group"),
         ("[1]", "expected|should be"),
+        (" " * (1 << 20) + "{}", "larger than any config"),
         ('{"a/b": {"type": "volume", "files": "a"}}', "without '/'"),
     ],
 )

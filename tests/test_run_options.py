@@ -74,6 +74,8 @@ def test_a_new_run_has_no_origin(cli, folder: Path) -> None:
     [
         ("{", "is no JSON"),
         ("[1]", "expected a JSON object"),
+        ('{"training": {"rng": 1, "rng": 2}}', "'rng' is there twice"),
+        (" " * (1 << 20) + "{}", "larger than any config"),
         ('{"colour": 3}', "colour: unexpected keyword argument, received 3"),
         ('{"training": {"max_epoch": 3}}', "training.max_epoch: unexpected keyword argument"),
         ('{"training": 3}', "training"),
@@ -85,5 +87,5 @@ def test_a_config_that_cannot_be_used_is_refused(cli, folder: Path, text: str, n
     path = folder.parent / "bad.json"
     path.write_text(text)
     cli("train", folder, "new", PHANTOM, "--config", path).check_refusal("--config", named)
-    cli("train", folder, "new", PHANTOM, "--config", folder).check_refusal("--config", "is not a file")
+    cli("train", folder, "new", PHANTOM, "--config", folder).check_refusal("--config", "not a file")
     assert list(folder.iterdir()) == []

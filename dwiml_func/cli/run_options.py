@@ -18,6 +18,7 @@ from dwiml_func.config import (
     config_from_json,
 )
 from dwiml_func.config_checks import shown
+from dwiml_func.json_text import parse_json, read_config_file
 
 __all__ = ["RUN_SUBJECTS", "RunOptions", "read_config_part"]
 
@@ -97,26 +98,25 @@ def read_config_part(path: str | Path, base: RunOptions) -> tuple[RunOptions, st
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, or has an unknown option, or a value of the wrong type or out of range.
+        ValueError: it is no JSON or larger than any config, or names a key twice, or has an unknown option, or a value
+            of the wrong type or out of range.
 
     Example:
         >>> read_config_part("/no/such/config.json", RunOptions())
         Traceback (most recent call last):
         ...
-        FileNotFoundError: --config: '/no/such/config.json' is not a file. Expected a config.json, or a part of one.
+        FileNotFoundError: --config /no/such/config.json: this is not a file. Expected a config.json, or a part of one.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--config: {str(path)!r} is not a file. Expected a config.json, or a part of one.")
-    try:
-        given = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--config: {path} is no JSON: {error}.") from None
+        raise FileNotFoundError(f"--config {path}: this is not a file. Expected a config.json, or a part of one.")
+    source = f"--config {path}"
+    given = parse_json(read_config_file(Path(path), source=source), source=source)
     if not isinstance(given, dict):
-        raise ValueError(f"--config: expected a JSON object in {path}, received {shown(given)}.")
+        raise ValueError(f"{source}: expected a JSON object, received {shown(given)}.")
     given.pop("origin", None)
     merged = {"hdf5_file": "", **asdict(base)}
     for name, value in given.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = {**merged[name], **value} if both else value
-    config = config_from_json(json.dumps(merged), source=f"--config {path}")
+    config = config_from_json(json.dumps(merged), source=source)
     return RunOptions.from_config(config), config.hdf5_file or None

@@ -15,6 +15,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, TypeAdapter, ValidationError
 
+from dwiml_func.json_text import parse_json, read_config_file
+
 __all__ = [
     "GroupsConfig",
     "Standardization",
@@ -147,12 +149,7 @@ def read_groups_config(path: str | os.PathLike[str]) -> GroupsConfig:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The config file does not exist: {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: expected JSON text, received bytes that are no UTF-8") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, but {error}") from None
+    content = parse_json(read_config_file(path, source=str(path)), source=str(path))
     return check_groups_config(content, source=str(path))
 
 
@@ -193,14 +190,6 @@ def check_groups_config(content: object, *, source: str = "config") -> GroupsCon
 def _require_files(files: tuple[str, ...]) -> None:
     if not files or not all(files):
         raise ValueError("files: expected at least one file, received none")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"the key {name!r} comes {names.count(name)} times")
-    return dict(pairs)
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
