@@ -15,7 +15,8 @@ from dwiml_func.record import Record, newest_record
 
 __all__ = ["Comparison", "compare_experiments", "differences", "distinguishing", "report_differences"]
 
-_NOT_COMPARED = {"train_minutes", "valid_minutes", "stop", "digest"}  # when a run ended is no matter of its numbers
+_NOT_COMPARED = {"train_minutes", "valid_minutes", "timed_points", "stop", "digest"}
+"""When a run was interrupted, and when it ended, is no matter of its numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,7 +112,7 @@ def train_and_validate_ensemble(
     def epochs(ensemble: EnsembleState) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
         ensemble = _without_patience(ensemble, patience)
         while ensemble.epoch < max_epochs and any(running := ensemble.active.tolist()):
-            start = clock()
+            earlier_sums, start = member_sums(ensemble.sums, len(ensemble)), clock()
             rates = [checked_rate(schedule(ensemble.epoch)) for schedule in schedules]
             ensemble = _train(ensemble, train, partial(step, lr=_one_or_each(rates, ensemble)), on_batch)
             still = ensemble.active.tolist()
@@ -132,6 +132,7 @@ def train_and_validate_ensemble(
                     patience=patience,
                     patience_delta=patience_delta,
                     minutes=((train_end - start) / 60, (clock() - train_end) / 60),
+                    earlier_sums=earlier_sums[number],
                 )
                 for number, is_active in enumerate(still)
                 if is_active

@@ -98,10 +98,11 @@ def run_ensemble(
         write_parameters(directory / str(number), setup.config, nb_features=setup.nb_features, now=datetime.now())
     try:
         yield from run.epochs(ensemble)
-    except Exception:
+    except Exception as error:
         if run.stop.signal is None:
             raise
-        raise TrainingStopped(run.stop.signal, directory, run.save_position()) from None
+        besides = None if isinstance(error, _Stop) else error
+        raise TrainingStopped(run.stop.signal, directory, run.save_position(), error=besides) from besides
 
 
 def resume_ensemble(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ def environment(devices: Iterable[str] = ("cpu",)) -> dict[str, Any]:
 
     Example:
         >>> sorted(environment())[:4]
-        ['cpu_capability', 'devices', 'dwiml_func', 'machine']
+        ['cpu', 'cpu_capability', 'devices', 'dwiml_func']
     """
     from dwiml_func import __version__
 
@@ -35,6 +38,7 @@ def environment(devices: Iterable[str] = ("cpu",)) -> dict[str, Any]:
         "orbax-checkpoint": version("orbax-checkpoint"),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "cpu": _cpu_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "num_threads": torch.get_num_threads(),
         "devices": sorted(set(devices)),
@@ -61,3 +65,12 @@ def environment_differences(recorded: Mapping[str, Any], now: Mapping[str, Any])
         for name in names
         if recorded.get(name) != now.get(name)
     ]
+
+
+@functools.cache
+def _cpu_model() -> str:
+    try:
+        found = re.search(r"^model name\s*: *(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        found = None
+    return found[1].strip() if found else platform.processor()

@@ -56,14 +56,18 @@ class TrainingStopped(Exception):
         signal: the signal that asked for it.
         directory: the experiment.
         name: the name of the newest snapshot; None when there is none.
+        error: what went wrong between the signal and the end; None when nothing did.
 
     Example:
         >>> TrainingStopped(signal.SIGTERM, Path("experiments/a"), "3-17").exit_code
         143
     """
 
-    def __init__(self, signal: signal.Signals, directory: Path, name: str | None) -> None:
-        super().__init__(f"stopped by {signal.name}")
+    def __init__(
+        self, signal: signal.Signals, directory: Path, name: str | None, *, error: Exception | None = None
+    ) -> None:
+        besides = "" if error is None else f" and by an error ({type(error).__name__}: {error})"
+        super().__init__(f"stopped by {signal.name}{besides}")
         self.signal = signal
         self.directory = directory
         self.name = name

@@ -53,6 +53,8 @@ class EpochReport:
         train_minutes: duration of the training part, in minutes, since the start or the last resume.
         valid_minutes: duration of the validation part, in minutes.
         digest: SHA-256 of the state after the epoch, in a history that was restored from a snapshot; None before.
+        timed_points: those of `num_points` that came within `train_minutes`, where a resume was within the epoch; None
+            means all.
 
     Example:
         >>> report = EpochReport(
@@ -74,6 +76,13 @@ class EpochReport:
     train_minutes: float
     valid_minutes: float
     digest: str | None = None
+    timed_points: float | None = None
+
+    @property
+    def points_per_second(self) -> float:
+        """Speed of the training part, since the start or the last resume; NaN where no time was measured."""
+        points = self.num_points if self.timed_points is None else self.timed_points
+        return points / (60 * self.train_minutes) if self.train_minutes > 0 else math.nan
 
     @property
     def monitored_loss(self) -> float:
@@ -140,7 +149,7 @@ def train_and_validate(
 
     def epochs(state: TrainState) -> Iterator[tuple[TrainState, EpochReport]]:
         while state.epoch < max_epochs and not should_stop(state.best, patience):
-            lr, start = checked_rate(schedule(state.epoch)), clock()
+            lr, earlier_sums, start = checked_rate(schedule(state.epoch)), state.sums, clock()
             batches = train(state.key, state.epoch, state.batch)
             state, train_sums = epoch_fn(state, batches, step=partial(step, lr=lr), on_batch=on_batch)
             train_end, valid_sums = clock(), {}
@@ -157,6 +166,7 @@ def train_and_validate(
                 patience=patience,
                 patience_delta=patience_delta,
                 minutes=((train_end - start) / 60, (clock() - train_end) / 60),
+                earlier_sums=earlier_sums,
             )
             state = state.replace(best=report.best)
             yield state, report
@@ -175,9 +185,12 @@ def judge_epoch(
     patience: int | None,
     patience_delta: float,
     minutes: tuple[float, float],
+    earlier_sums: Metrics,
 ) -> EpochReport:
-    """Report an epoch from its sums: the means, whether it is the best, whether the run ends."""
+    """Report an epoch from its sums, `earlier_sums` of them from before the clock started: the means, whether it is the
+    best, whether the run ends."""
     train_means, valid_means = read_means(train_sums), read_means(valid_sums)
+    num_points = float(train_sums["loss"].weight)
     best = update_best(best, (valid_means or train_means)["loss"], epoch, patience_delta=patience_delta)
     return EpochReport(
         epoch=epoch,
@@ -185,12 +198,13 @@ def judge_epoch(
         train=train_means,
         valid=valid_means,
         num_batches=int(train_sums["grad_norm"].weight) if "grad_norm" in train_sums else 0,
-        num_points=float(train_sums["loss"].weight),
+        num_points=num_points,
         best=best,
         is_best=best.epoch == epoch,
         stop="patience" if should_stop(best, patience) else "max_epochs" if epoch >= max_epochs else None,
         train_minutes=minutes[0],
         valid_minutes=minutes[1],
+        timed_points=num_points - float(earlier_sums["loss"].weight) if earlier_sums else None,
     )
 
 

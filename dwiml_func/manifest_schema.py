@@ -196,6 +196,8 @@ def _check_report(report: EpochReport) -> None:
         require(f"history.{name}", getattr(report, name), at_least=0, below=_COUNT_END)
     for name in ("learning_rate", "num_points", "train_minutes", "valid_minutes"):
         require(f"history.{name}", float(getattr(report, name)))
+    if report.timed_points is not None:
+        require("history.timed_points", float(report.timed_points))
     if report.digest is not None:
         _require_digest("history.digest", report.digest)
     _check_best(report.best)

@@ -13,6 +13,8 @@ from dwiml_func.atomic import atomic_write, remove_leftovers
 from dwiml_func.best_model import mend_best_model
 from dwiml_func.config import RunConfig, TrainingConfig
 from dwiml_func.data.fingerprint import same_file
+from dwiml_func.digest import state_leaves
+from dwiml_func.environment import environment, environment_differences
 from dwiml_func.experiment import read_config
 from dwiml_func.loop import EpochReport
 from dwiml_func.sharding import ALONE, Peers
@@ -24,6 +26,8 @@ from dwiml_func.writers.npy import npy
 from dwiml_func.writers.writer import fan_out
 
 __all__ = ["mend_experiment", "refuse_to_continue", "resume_experiment"]
+
+_DECIDE_BITS = {"dwiml_func", "torch", "numpy", "machine", "cpu", "cpu_capability", "devices"}
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +46,8 @@ def resume_experiment(
     """Make ready to go on with an experiment, from its newest sound snapshot or, where there is none, from the start.
 
     Removes what a crash left behind, writes the best model again where it came before that, and sets damaged snapshots
-    aside, as `checkpoint/<name>.damaged`. Hold the experiment's lock, see `dwiml_func.lock`.
+    aside, as `checkpoint/<name>.damaged`. Warns where another machine or another version goes on. Hold the experiment's
+    lock, see `dwiml_func.lock`.
 
     Args:
         directory: the experiment.
@@ -79,6 +84,8 @@ def resume_experiment(
         snapshot, damaged = restore_newest(directory, setup.state)
         _refuse_other_data(snapshot, changed)
         state, history = snapshot.state, snapshot.history
+        if peers.rank == 0:
+            _warn_of_other_machine(snapshot, setup.state)
         for name in damaged:
             _log.warning("Snapshot %s is damaged; going on from %s.", directory / "checkpoint" / name, snapshot.name)
     if peers.rank == 0:
@@ -160,6 +167,15 @@ def _refuse_other_data(snapshot: Snapshot, config: RunConfig) -> None:
             f"{config.hdf5_file} is not the dataset that this run was trained on: its bytes differ. Expected the same "
             f"data, so that the run goes on to the same bits. To train on other data, use dwiml-func fork."
         )
+
+
+def _warn_of_other_machine(snapshot: Snapshot, like: TrainState) -> None:
+    now = environment({str(leaf.device) for leaf in state_leaves(like).values()})
+    recorded = {name: value for name, value in snapshot.environment.items() if name in _DECIDE_BITS}
+    changes = environment_differences(recorded, {name: now[name] for name in recorded})
+    if changes:
+        message = "Snapshot %s comes from other versions or another machine (%s), so from here on last bits may differ."
+        _log.warning(message, snapshot.name, "; ".join(changes))
 
 
 def _set_aside(path: Path) -> None:

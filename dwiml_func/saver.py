@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dwiml_func.digest import state_leaves
+from dwiml_func.environment import environment
 from dwiml_func.loop import EpochReport
 from dwiml_func.snapshot import save
 from dwiml_func.snapshot_names import snapshot_name
@@ -85,6 +86,7 @@ class Saver:
         """
         self.wait()
         copied, reports = copy_to_host(state, reuse=self._copy), tuple(history)
+        devices = {str(leaf.device) for leaf in state_leaves(state).values()}  # the copy is on the CPU
         self._copy = copied
 
         def work() -> None:
@@ -96,6 +98,7 @@ class Saver:
                     reports,
                     config=self._config,
                     data=data,
+                    environment=environment(devices),
                     keep=self._keep,
                     keep_always=self._keep_always,
                 )

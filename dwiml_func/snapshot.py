@@ -40,6 +40,7 @@ def save(
     *,
     config: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any] | None = None,
     keep: int | None = 2,
     keep_always: Collection[str] = (),
 ) -> Path:
@@ -52,6 +53,7 @@ def save(
             the state itself.
         config: JSON data to record, e.g. the run's config.
         data: a fingerprint of the data to record.
+        environment: what computed the state; None takes this process and the devices of the state's tensors.
         keep: how many of the latest snapshots at an epoch's end stay, besides that of the best epoch and the latest two
             within the epoch under way; None keeps all.
         keep_always: names of snapshots that stay whatever `keep` is.
@@ -76,6 +78,7 @@ def save(
         history=fill_digests(history, _earlier_history(directory), state.epoch, digest),
         config=config or {},
         data=data or {},
+        environment=environment or {},
     )
     path = write_snapshot(directory, snapshot, leaf_digests=leaf_digests)
     if keep is not None:

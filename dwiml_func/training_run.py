@@ -87,14 +87,16 @@ def run_experiment(
             yield from run.epochs(state)
         except PeerLostError:
             raise  # `stop` may be set: torchrun sends SIGTERM when one of its processes has ended
-        except Exception:
+        except Exception as error:
             if stop.signal is None:
                 raise
-            # Not only `_Stop`: a signal to the whole process group may have ended a loader's workers too.
+            # Not only `_Stop`: what was trained before another error is saved too, and the error told.
+            besides = None if isinstance(error, _Stop) else error
             name = run.save_position()
             saver.wait()
             names = list_snapshots(directory)
-            raise TrainingStopped(stop.signal, directory, name or (names[-1] if names else None)) from None
+            newest = name or (names[-1] if names else None)
+            raise TrainingStopped(stop.signal, directory, newest, error=besides) from besides
 
 
 def _saver(directory: Path, setup: Setup) -> Saver | NoSaver:

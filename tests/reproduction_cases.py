@@ -56,7 +56,7 @@ def results(directory: Path) -> dict[str, Any]:
     manifest = read_manifest(directory / "best_model", MANIFEST)
     load_leaves(directory / "best_model", manifest)
     history = [
-        {name: value for name, value in report.items() if not name.endswith("_minutes")}
+        {name: value for name, value in report.items() if name != "timed_points" and not name.endswith("_minutes")}
         for report in read_record(directory)["history"]
     ]
     return {

@@ -107,6 +107,16 @@ def test_the_subjects_of_a_run_name_options_and_parts_that_there_are() -> None:
     assert {name for names in RUN_SUBJECTS.values() for name in names} <= known
 
 
+def test_the_help_of_fork_gives_no_default_of_its_own_for_the_options_of_a_run(cli) -> None:
+    blocks = cli("fork", "--help").out.split("\n\n")
+    runs = [block for block in blocks if block.split(":\n")[0] in RUN_SUBJECTS]
+    assert len(runs) == len(RUN_SUBJECTS)
+    defaults = re.findall(r"\(default: (.*?)\)", " ".join(" ".join(runs).split()))
+    assert set(defaults) == {"the source's"}
+    assert len(defaults) == len(list_options(RunOptions))
+    assert "(default: Adam)" in cli("train", "--help").out
+
+
 def test_the_help_of_train_is_grouped_by_subject(cli) -> None:
     text = cli("train", "--help").out
     machine = text.split("\n\nMachine:\n")[1].split("\n\n")[0]

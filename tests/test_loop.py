@@ -118,7 +118,7 @@ def trace(state: TrainState, **options: Any) -> tuple[list[tuple], list[TrainSta
         states.append(copied(state))
 
     for after, report in loop(state, on_batch=note, **options):
-        note(after, report)
+        note(after, replace(report, timed_points=None))  # where a run was resumed is no matter of its numbers
     return elements, states
 
 
@@ -264,6 +264,25 @@ def test_the_clock_is_read_around_training_and_validation():
     reports = [report for _, report in loop(first_state(), max_epochs=2, clock=lambda: next(ticks))]
     assert [(report.train_minutes, report.valid_minutes) for report in reports] == [(1.0, 0.5), (1.0, 2.0)]
     assert next(ticks, None) is None
+
+
+def test_the_speed_of_an_epoch_counts_the_points_since_the_resume():
+    states: list[TrainState] = []
+    seconds = {"valid": None, "eval_step": None, "max_epochs": 2}
+
+    def reports(state: TrainState, **options: Any) -> list[EpochReport]:
+        clock = iter(range(0, 1000, 6)).__next__
+        return [report for _, report in loop(state, clock=clock, **seconds, **options)]
+
+    whole = reports(first_state(), on_batch=lambda state, _: states.append(copied(state)))
+    assert [report.points_per_second for report in whole] == [report.num_points / 6 for report in whole]
+    within = states[1]
+    assert within.batch > 0
+    resumed = reports(within)
+    left = whole[0].num_points - float(within.sums["loss"].weight)
+    assert (resumed[0].num_points, resumed[0].timed_points) == (whole[0].num_points, left)
+    assert [report.points_per_second for report in resumed] == [left / 6, whole[1].num_points / 6]
+    assert math.isnan(replace(whole[0], train_minutes=0.0).points_per_second)
 
 
 @pytest.mark.parametrize("valid", [None, lambda key, epoch, start: []], ids=["none", "no batches"])

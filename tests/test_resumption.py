@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from experiment_cases import (
 
 from dwiml_func.best import Best
 from dwiml_func.config import TrainingConfig
+from dwiml_func.environment import environment
 from dwiml_func.experiment import create_experiment, read_config
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.leaf_store import SnapshotError
@@ -161,6 +162,21 @@ def test_logs_and_leftovers_of_a_kill_are_mended(copy):
     assert not list(copy.rglob(".tmp-*"))
 
 
+@pytest.mark.parametrize("spoil", [lambda file: b"", lambda file: file[: len(file) // 2], None])
+def test_logs_of_a_run_that_has_ended_are_made_again_by_the_resume_that_is_refused(cli, copy, spoil):
+    """Logs do not wait for the disk: after a power cut they may be empty, cut short or not there at all."""
+    before = contents(copy)
+    logs = [name for name in before if name.startswith("logs/")]
+    assert {"logs/metrics.jsonl", "logs/train_loss_monitor_per_epoch.npy"} <= set(logs)
+    for name in logs:
+        if spoil is None:
+            (copy / name).unlink()
+        else:
+            (copy / name).write_bytes(spoil(before[name]))
+    cli("resume", copy.parent, copy.name).check_refusal("stopped early", "--new-patience of at least 3")
+    assert contents(copy) == before
+
+
 def test_an_experiment_without_a_snapshot_starts_from_the_beginning(tmp_path):
     whole = trained(tmp_path, CONFIG, "whole")
     directory = create_experiment(tmp_path, "killed", CONFIG)
@@ -196,6 +212,24 @@ def test_data_of_another_width_is_refused_with_every_difference(copy, tmp_path):
     assert "(32, 6) in the snapshot, float32 (32, 12) expected" in str(raised.value)
     assert str(raised.value).count(" in the snapshot") == 3  # the weight and its two moments
     assert contents(copy) == before
+
+
+def test_another_version_or_machine_is_warned_of_once_and_the_run_goes_on(copy, caplog, monkeypatch):
+    resume_experiment(copy, new_patience=9)
+    assert caplog.records == []
+    now = environment()
+
+    def elsewhere(devices: Iterable[str]) -> dict[str, Any]:
+        return {**now, "torch": "9.9.9", "cpu": "Another", "num_threads": 64, "python": "4.0"}
+
+    monkeypatch.setattr("dwiml_func.resumption.environment", elsewhere)
+    _, state, _ = resume_experiment(copy)
+    assert state.epoch == 4
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"Snapshot 4 comes from other versions or another machine (cpu: {now['cpu']!r}, now 'Another'; "
+        f"torch: {now['torch']!r}, now '9.9.9'), so from here on last bits may differ."
+    )
 
 
 def test_what_is_no_experiment_is_refused(tmp_path):

@@ -76,6 +76,15 @@ def test_the_copy_shares_no_memory_and_a_donated_state_has_none(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_record_has_the_devices_of_the_state_and_not_of_its_copy(tmp_path, monkeypatch):
+    state, on_host = state_at(1), state_at(1)
+    state = state.replace(params={name: p.to("meta") for name, p in state.params.items()})
+    monkeypatch.setattr("dwiml_func.saver.copy_to_host", lambda state, reuse: on_host)  # meta tensors have no bytes
+    with Saver(tmp_path) as saver:
+        saver.save(state)
+    assert restore(tmp_path, on_host).environment["devices"] == ["meta"]
+
+
 def test_one_save_at_a_time_in_the_order_of_the_calls(tmp_path, monkeypatch):
     seen: list[tuple[str, int]] = []
 

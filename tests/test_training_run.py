@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from experiment_cases import (
     without_validation,
 )
 
-from dwiml_func import NonFiniteError
+from dwiml_func import NonFiniteError, TrainState
 from dwiml_func.best import Best
 from dwiml_func.config import TrainingConfig
 from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
@@ -30,6 +31,8 @@ from dwiml_func.data.hdf5 import open_dataset
 from dwiml_func.data.streamlines import directions
 from dwiml_func.digest import leaf_digest, state_leaves
 from dwiml_func.experiment import create_experiment, read_config
+from dwiml_func.interruption import StopRequest, TrainingStopped
+from dwiml_func.metrics import Metrics
 from dwiml_func.models.model_directory import load_model
 from dwiml_func.resumption import resume_experiment
 from dwiml_func.snapshot import latest_digest, list_snapshots, restore
@@ -167,6 +170,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_snapshot_stands(tmp
     assert (state.epoch, state.step, len(history)) == (1, 3, 1)
     assert list_snapshots(directory) == ["1"]
     assert np.load(directory / "logs" / "train_loss_monitor_per_epoch.npy").shape == (1,)
+
+
+def test_an_error_after_a_signal_is_told_beside_it_and_the_batches_before_it_are_saved(tmp_path):
+    directory, stop = create_experiment(tmp_path, "run", CONFIG), StopRequest()
+
+    def fail(state: TrainState, metrics: Metrics) -> None:
+        if state.step == 2:
+            stop.signal = signal.SIGTERM
+            raise RuntimeError("no\nbar")
+
+    with pytest.raises(TrainingStopped, match=r"^stopped by SIGTERM and by an error \(RuntimeError: no") as raised:
+        list(run_experiment(directory, prepare(CONFIG), on_batch=fail, stop=stop))
+    assert str(raised.value.__cause__) == "no\nbar"
+    assert (raised.value.exit_code, raised.value.name) == (143, "0-2")
+    assert list_snapshots(directory) == ["0-2"]
 
 
 def test_the_runs_number_of_threads_is_set_by_the_first_run_and_by_a_resume(tmp_path, threads):

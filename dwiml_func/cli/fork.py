@@ -27,9 +27,9 @@ __all__ = ["ForkOptions", "run"]
 @dataclass(frozen=True, kw_only=True)
 class ForkOptions(RunOptions):
     """Train a new experiment, beside SOURCE_DIR, that begins with one of its snapshots. Options that are not given have
-    the source's values. Any can change that leaves the shapes of the model's tensors as they are; within an epoch, only
-    those of the training but the seed. Another optimizer begins with moments of zero. Epochs are counted on, for the
-    learning rate too.
+    the source's values; a switch that is on there is turned off with --no- before its name. Any can change that leaves
+    the shapes of the model's tensors as they are; within an epoch, only those of the training but the seed. Another
+    optimizer begins with moments of zero. Epochs are counted on, for the learning rate too.
 
     Example: dwiml-func fork experiments/first_run slower --from 10 --learning-rate 0.0001 --max-epochs 50
     """
@@ -60,7 +60,8 @@ def run(arguments: Sequence[str], program: str) -> int:
     Example:
         >>> run(["experiments/a", "b", "--learning-rate", "0.0001"], "dwiml-func fork")  # doctest: +SKIP
     """
-    options = parse(ForkOptions, arguments, program, default=_defaults(arguments), subjects=RUN_SUBJECTS)
+    defaults = _defaults(arguments)
+    options = parse(ForkOptions, arguments, program, default=defaults, subjects=RUN_SUBJECTS, inherits="the source's")
     source = Path(options.source_dir)
     recorded = read_config(source)
     experiments_path = source.parent if source.name not in ("", "..") else source.resolve().parent

@@ -18,7 +18,9 @@ _SPACE = "\N{NO-BREAK SPACE}"
 _MANY = 40  # choices that together are longer go into the text
 
 
-def format_help(description: type, program: str, *, subjects: Mapping[str, Sequence[str]] | None = None) -> str:
+def format_help(
+    description: type, program: str, *, subjects: Mapping[str, Sequence[str]] | None = None, inherits: str | None = None
+) -> str:
     """What `--help` prints.
 
     Args:
@@ -26,6 +28,7 @@ def format_help(description: type, program: str, *, subjects: Mapping[str, Seque
         program: the program's name.
         subjects: titles of groups, in their order, each with names of options or of parts; an option's own name counts
             before its part's. All that is in none comes first.
+        inherits: whose values the options of parts have by default; None: those of their fields.
 
     Returns:
         Lines of text.
@@ -41,7 +44,8 @@ def format_help(description: type, program: str, *, subjects: Mapping[str, Seque
     groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", "Options", *subjects)}
     for option in list_options(description):
         title = titles.get(option.name) or titles.get(option.part) or ("Options" if option.flags else "Arguments")
-        groups[title].append((_head(option), _text(option)))
+        default = inherits if inherits and option.part else option.default
+        groups[title].append((_head(option), _text(option, default)))
     groups["Common options"] = [*MESSAGE_OPTIONS, ("--help, -h", "Print this and exit.")]
 
     purpose, _, example = inspect.cleandoc(description.__doc__ or "").rpartition("\n\nExample: ")
@@ -63,12 +67,12 @@ def _value(option: Option) -> str:
     return "NAME" if _has_many_choices(option) else option.value
 
 
-def _text(option: Option) -> str:
+def _text(option: Option, default: str | None) -> str:
     parts = [option.text]
     if _has_many_choices(option):
         parts.append(f"One of: {', '.join(option.choices)}.")
-    if option.default is not None:
-        default = f"(default: {option.default})"
+    if default is not None:
+        default = f"(default: {default})"
         parts.append(default.replace(" ", _SPACE) if len(default) <= _COLUMN else default)
     return " ".join(parts)
 

@@ -148,7 +148,7 @@ def _help() -> str:
 def _stopped(stopped: TrainingStopped, program: str) -> str:
     place = shlex.join([str(stopped.directory.parent), stopped.directory.name])
     saved = "before its first batch" if stopped.name is None else f"and saved as snapshot {stopped.name}"
-    return f"{program}: stopped by {stopped.signal.name} {saved}. To go on: dwiml-func resume {place}"
+    return f"{program}: {_one_line(str(stopped))} {saved}. To go on: dwiml-func resume {place}"
 
 
 def _one_line(text: str) -> str:

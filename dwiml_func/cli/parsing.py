@@ -39,6 +39,7 @@ def parse(
     *,
     default: T | None = None,
     subjects: Mapping[str, Sequence[str]] | None = None,
+    inherits: str | None = None,
 ) -> T:
     """Read a command line into a dataclass. Options may be written with hyphens or underscores.
 
@@ -47,7 +48,7 @@ def parse(
         arguments: the command line without program and command.
         program: the program's name in help and errors.
         default: where the values of options come from that are not given; None takes the fields' defaults.
-        subjects: how the help groups options, see `format_help`.
+        subjects, inherits: how the help groups options, and tells of defaults, see `format_help`.
 
     Returns:
         An instance.
@@ -68,7 +69,7 @@ def parse(
     """
     given = _before_dashes(arguments)
     if "--help" in given or "-h" in given:
-        print(format_help(description, program, subjects=subjects))
+        print(format_help(description, program, subjects=subjects, inherits=inherits))
         raise SystemExit(0)
     options = {flag: option for option in list_options(description) for flag in option.flags}
     # A switch that `default` turns on can be turned off

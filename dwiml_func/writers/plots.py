@@ -264,11 +264,7 @@ def _rates(panel: _Panel, run: PlottedRun, number: int) -> None:
 
 def _speeds(panel: _Panel, run: PlottedRun, number: int) -> None:
     panel.name("Speed of training", "points per second")
-    seconds = [60 * report.train_minutes for report in run.history]
-    speeds = [
-        report.num_points / duration if duration > 0 else math.nan
-        for report, duration in zip(run.history, seconds, strict=True)
-    ]
+    speeds = [report.points_per_second for report in run.history]
     panel.curve(run, speeds, number, "", colour=_BLUE)
 
 
