@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from preloaded import run_command
 
 from dwiml_func import init_state, module_loss, sgd
 from dwiml_func.config import TrainingConfig
@@ -21,23 +20,20 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
     *("--rnn-layer-sizes", "8", "--dropout", "0.25", "--nb-previous-dirs", "1", "--compile"),
     *("--batch-size-training", "30", "--batch-size-validation", "20", "--learning-rate", "0.01*2 0.001"),
+    *("--max-epochs", "3", "--keep", "all"),
 )
-
-
-def run(*command: object, cache: Path) -> str:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    program = [sys.executable, "-m", "dwiml_func", *map(str, command)]
-    done = subprocess.run(program, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.soak
 def test_a_compiled_run_in_two_processes_without_a_shared_cache_ends_with_the_bits_of_one(tmp_path: Path) -> None:
-    out = run("train", tmp_path, "whole", PHANTOM, *OPTIONS, "--max-epochs", "3", cache=tmp_path / "first")
+    caches = [{"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / name)} for name in ("first", "second")]
+    out = run_command("train", tmp_path, "whole", PHANTOM, *OPTIONS, environment=caches[0])
     assert re.search(r"^Compiled in \d+\.\d s: a step takes [\d.]+ ms instead of [\d.]+ ms, ", out, re.MULTILINE)
-    run("train", tmp_path, "parts", PHANTOM, *OPTIONS, "--max-epochs", "1", cache=tmp_path / "first")
-    run("resume", tmp_path, "parts", "--new-max-epochs", "3", cache=tmp_path / "second")
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for name in ("2", "3"):  # all that there would be, had it been killed after its first epoch
+        shutil.rmtree(tmp_path / "parts" / "checkpoint" / name)
+    assert latest_digest(tmp_path / "parts") != latest_digest(tmp_path / "whole")
+    run_command("resume", tmp_path, "parts", environment=caches[1])
     assert latest_digest(tmp_path / "parts") == latest_digest(tmp_path / "whole")
     assert list((tmp_path / "second").iterdir())  # it was compiled again there
 

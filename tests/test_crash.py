@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import subprocess
@@ -9,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results, run_command, train
+from preloaded import Fork, run_command, start_command
+from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
 
 from dwiml_func.snapshot import list_snapshots
 
@@ -28,7 +30,7 @@ def _unfinished(directory: Path) -> set[Path]:
     return set((directory / "checkpoint").glob(".tmp-*"))
 
 
-def _start_and_kill(arguments: list[str], directory: Path, draws: random.Random) -> bool:
+def _kill(process: Fork, directory: Path, draws: random.Random) -> bool:
     """Kill a process at a random moment: a third at any time from its start on, the others during a save.
 
     Returns whether it was saving.
@@ -38,34 +40,30 @@ def _start_and_kill(arguments: list[str], directory: Path, draws: random.Random)
     def is_saving() -> bool:
         return not _unfinished(directory) <= left
 
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-        saving = False
-        if draws.random() < 1 / 3:
-            _wait(process, draws.uniform(0, 4))
-        else:
-            for _ in range(draws.randint(0, 5)):  # saves that come to their end
-                _wait_while(lambda: not is_saving(), process)
-                _wait_while(is_saving, process)
+    saving = False
+    if draws.random() < 1 / 3:
+        _wait(process, draws.uniform(0, 2))
+    else:
+        for _ in range(draws.randint(0, 5)):  # saves that come to their end
             _wait_while(lambda: not is_saving(), process)
-            _wait(process, draws.uniform(0, 0.05))
-            saving = is_saving()
-        assert process.poll() in (None, 0), process.stderr and process.stderr.read()
-        process.kill()
-        process.wait()
-    assert process.returncode in (-signal.SIGKILL, 0)
+            _wait_while(is_saving, process)
+        _wait_while(lambda: not is_saving(), process)
+        _wait(process, draws.uniform(0, 0.05))
+        saving = is_saving()
+    assert process.poll() in (None, 0), process.err
+    process.kill()
+    assert process.wait(60) in (-signal.SIGKILL, 0)
     return saving
 
 
-def _wait_while(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+def _wait_while(condition: Callable[[], bool], process: Fork) -> None:
     while process.poll() is None and condition():
         _wait(process, 0.0005)
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return
+def _wait(process: Fork, seconds: float) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +76,10 @@ def test_killed_at_random_moments(
     num_saving, seen = 0, set()
     for _ in range(num_kills):
         if (directory / "config.json").exists():
-            arguments = command("resume", tmp_path, "run")
+            process = start_command("resume", tmp_path, "run")
         else:
-            arguments = command("train", tmp_path, "run", DATA, *OPTIONS, "--processes", processes)
-        num_saving += _start_and_kill(arguments, directory, draws)
+            process = start_command("train", tmp_path, "run", DATA, *OPTIONS, "--processes", processes)
+        num_saving += _kill(process, directory, draws)
         seen.update(list_snapshots(directory)[-1:])
     assert num_saving >= num_kills // 5, "the kills missed the saves: the test is not worth its name"
     assert len(seen) >= num_kills // 4, "the run did not move on between the kills"

@@ -1,17 +1,21 @@
-"""The same bits, whatever may differ between two runs of one config: every run is a process of its own."""
+"""The same bits, whatever may differ between two runs of one config: every run is a process of its own.
+
+One of each pair starts as a user starts it, the other by `preloaded`.
+"""
 
 from __future__ import annotations
 
 import os
 import pty
 import subprocess
-import sys
 import termios
 import threading
 from pathlib import Path
 
 import pytest
-from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results, run_command, train
+from preloaded import run_command, run_program
+from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results
+from reproduction_cases import train as train_from_scratch
 
 from dwiml_func.experiment import create_experiment, read_config
 from dwiml_func.snapshot import list_snapshots, read_record
@@ -24,7 +28,12 @@ BATCHES = 4
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("uninterrupted"), "run")
+    return train_from_scratch(tmp_path_factory.mktemp("uninterrupted"), "run", epochs=EPOCHS)
+
+
+def train(folder: Path, *options: object, epochs: int = EPOCHS) -> Path:
+    run_command("train", folder, "run", DATA, *STOCHASTIC, "--max-epochs", epochs, *options)
+    return folder / "run"
 
 
 @pytest.mark.parametrize(
@@ -43,11 +52,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=" ".join,
 )
 def test_options_that_cannot_change_the_results(uninterrupted: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
-    assert differences(results(train(tmp_path, "run", *options)), results(uninterrupted)) == []
+    assert differences(results(train(tmp_path, *options)), results(uninterrupted)) == []
 
 
 def test_other_seeds_give_other_results(uninterrupted: Path, tmp_path: Path) -> None:
-    assert "digest" in differences(results(train(tmp_path, "run", "--rng", "7")), results(uninterrupted))
+    assert "digest" in differences(results(train(tmp_path, "--rng", "7")), results(uninterrupted))
 
 
 STEP_BY_STEP = """
@@ -83,10 +92,7 @@ with experiment_lock(directory):
 
 def _go_on(directory: Path, where: str, processes: int = 0) -> str:
     """Resume in a new process, stop after a batch or within the validation; returns the snapshot's name."""
-    arguments = [sys.executable, "-c", STEP_BY_STEP, str(directory), where, str(processes)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    return run_program(STEP_BY_STEP, directory, where, processes).strip()
 
 
 def test_stopped_and_resumed_at_every_batch(uninterrupted: Path, tmp_path: Path) -> None:
@@ -132,9 +138,7 @@ for report in run_experiment(create_experiment(folder, "run", config), setup, **
 
 
 def _train_without(folder: Path, source: Path, what: str) -> Path:
-    arguments = [sys.executable, "-c", WITHOUT, str(folder), str(source), what]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run_program(WITHOUT, folder, source, what)
     return folder / "run"
 
 
@@ -176,7 +180,7 @@ def test_with_progress_bars_on_a_terminal(uninterrupted: Path, tmp_path: Path) -
 
 
 def test_the_record_has_the_digest_of_every_epoch(tmp_path: Path) -> None:
-    directory = train(tmp_path, "run", "--keep", "all", epochs=3)
+    directory = train(tmp_path, "--keep", "all", epochs=3)
     record = read_record(directory)
     assert list_snapshots(directory) == ["1", "2", "3"]
     assert [report["digest"] for report in record["history"]] == [

@@ -1,0 +1,150 @@
+"""Processes that start at once: forks of one that has imported what a training imports, and has done no more.
+
+Each is a process of its own, with memory, files, threads, signals and an end of its own. What they share is what the
+interpreter chose at its start, the seed of its hashes. So compare with a run of `reproduction_cases`, which has started
+by itself.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["Fork", "run_command", "run_program", "start_command"]
+
+COMMAND = "import sys; from dwiml_func.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+SERVER = """
+import gc, json, os, sys
+import matplotlib.backends.backend_agg, matplotlib.figure, orbax.checkpoint
+import dwiml_func.cli.fork, dwiml_func.cli.resume, dwiml_func.cli.train
+
+assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
+gc.collect()
+gc.freeze()  # no fork looks through what all share, not even at its end
+for line in sys.stdin:
+    order = json.loads(line)
+    if "ended" in order:
+        print(os.waitstatus_to_exitcode(os.waitpid(order["ended"], 0)[1]), flush=True)
+        continue
+    number = os.fork()
+    if number > 0:
+        print(number, flush=True)
+        continue
+    for stream, path in enumerate((os.devnull, order["out"], order["err"])):
+        file = os.open(path, os.O_RDWR)
+        os.dup2(file, stream)
+        os.close(file)
+    os.environ.update(order["environment"])
+    sys.argv[1:] = order["arguments"]
+    break
+else:
+    sys.exit()
+exec(compile(order["program"], "<program>", "exec"), {"__name__": "__main__"})
+"""
+
+
+class Fork:
+    """A running process, for `subprocess.Popen`'s users."""
+
+    def __init__(self, server: _Server, pid: int, out: Path, err: Path) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._server = server
+        self._out, self._err = out, err
+        self._handle = os.pidfd_open(pid)  # can be read once the process has ended
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._look(0)
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end; returns its exit code."""
+        code = self._look(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired([str(self.pid)], timeout)
+        return code
+
+    def kill(self) -> None:
+        """End it with SIGKILL."""
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)  # a number that is not waited for stays its own
+
+    @property
+    def out(self) -> str:
+        """What it has printed."""
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        """What it has printed on standard error."""
+        return self._err.read_text()
+
+    def _look(self, timeout: float) -> int | None:
+        if self.returncode is None and select.select([self._handle], [], [], timeout)[0]:
+            self.returncode = self._server.ask({"ended": self.pid})
+            os.close(self._handle)
+        return self.returncode
+
+
+class _Server:
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # none of its threads
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._count = 0
+        atexit.register(self._end)
+
+    def ask(self, order: Mapping[str, object]) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def start(self, program: str, arguments: tuple[object, ...], environment: Mapping[str, str]) -> Fork:
+        self._count += 1
+        out, err = (Path(self._folder.name) / f"{self._count}.{stream}" for stream in ("out", "err"))
+        out.touch()
+        err.touch()
+        order = {"program": program, "arguments": list(map(str, arguments)), "environment": dict(environment)}
+        return Fork(self, self.ask({**order, "out": str(out), "err": str(err)}), out, err)
+
+    def _end(self) -> None:
+        self._process.communicate()  # it ends when there are no orders any more
+        self._folder.cleanup()
+
+
+_server = functools.cache(_Server)
+
+
+def start_command(*arguments: object) -> Fork:
+    """Start a `dwiml-func` command."""
+    return _server().start(COMMAND, arguments, {})
+
+
+def run_command(*arguments: object, environment: Mapping[str, str] | None = None) -> str:
+    """Run a `dwiml-func` command to its end, which must be good; returns what it printed."""
+    return run_program(COMMAND, *arguments, environment=environment)
+
+
+def run_program(program: str, *arguments: object, environment: Mapping[str, str] | None = None) -> str:
+    """Run a program to its end, which must be good; returns what it printed."""
+    process = _server().start(program, arguments, environment or {})
+    try:
+        code = process.wait(timeout=300)
+    finally:
+        process.kill()
+    assert code == 0, process.err
+    return process.out
