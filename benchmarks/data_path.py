@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
-from dipy.io.stateful_tractogram import Origin, Space, StatefulTractogram
+from dipy.io.stateful_tractogram import StatefulTractogram
+from stateful import FEATURES, StatefulData, write_file
 from timing import interleaved, medians_of
 from torch import Tensor
 
@@ -26,12 +26,10 @@ from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.data import BatchRequest, DatasetIndex, LoaderSpec, SamplerSpec, epoch_batches, load_batch, open_dataset
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.batch_sampler import sample_epoch
-from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.rng import Key
 
-FEATURES = 45
 NOISE, SHARE = 0.05, 0.5
 SPEC = LoaderSpec(
     augmentation=Augmentation(
@@ -71,95 +69,43 @@ def main() -> int:
     return int(not all(passed for passed, _ in verdicts))
 
 
-def write_file(path: Path, *, num_subjects: int, num_streamlines: int, side: int) -> None:
-    """Random volumes of FEATURES features, and smooth streamlines of 80 to 160 points, half a voxel apart."""
-    rng = np.random.default_rng(0)
-    names = [f"subject{number}" for number in range(num_subjects)]
-    with new_dataset(path, training=names, groups_config={}, date="benchmark") as file:
-        for name in names:
-            subject = file.create_group(name)
-            volume = rng.standard_normal((side, side, side, FEATURES), dtype=np.float32)
-            write_volume(subject, "input", volume, np.eye(4))
-            lengths = rng.integers(80, 160, num_streamlines)
-            offsets = np.concatenate([[0], np.cumsum(lengths)])
-            time_ = (np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths))[:, None] * 0.5 / (side / 3)
-            phase = np.repeat(rng.uniform(0, 6.28, (num_streamlines, 3)), lengths, axis=0)
-            points = side / 2 + side / 3 * np.sin(time_ + phase) / np.sqrt(1.5)
-            write_streamlines(subject, "streamlines", points, offsets, affine=np.eye(4), dimensions=(side, side, side))
-
-
 class PerStreamline:
-    """The baseline: streamlines one by one, in lists; the volume at eight gathered corners.
-
-    As the reference does, each subject's streamlines pass through dipy's StatefulTractogram, which splitting and
-    reversing make anew, and all points of a subject are interpolated together. As favourable as that way allows:
-    volumes and the open file are kept, and the tractogram's bounding box is not checked.
-    """
+    """The baseline: streamlines one by one; splitting and reversing make their tractogram anew, as in the reference."""
 
     def __init__(self, path: Path, *, lazily: bool) -> None:
-        self.file: Any = h5py.File(path)
-        self.subjects = [str(name) for name in self.file.attrs["training_subjs"]]
-        groups = [self.file[name]["streamlines"] for name in self.subjects]
-        self.header = (np.eye(4), self.file[self.subjects[0]]["input"]["data"].shape[:3], np.ones(3), "RAS")
-        self.offsets = [group["offsets"][()] for group in groups]
-        self.lengths = [group["lengths"][()] for group in groups]
-        self.points = [group["data"] if lazily else group["data"][()] for group in groups]
-        self.volumes = [torch.from_numpy(self.file[name]["input"]["data"][()]) for name in self.subjects]
+        self.data = StatefulData(path, lazily=lazily, placed_at=0.5)
 
     def load(self, ids: np.ndarray) -> tuple[list[Tensor], ...]:
         """Streamlines, inputs, noisy streamlines, noisy targets."""
         rng = np.random.default_rng(0)
         all_lines: list[Tensor] = []
         all_inputs: list[Tensor] = []
-        num_each = len(self.offsets[0])
-        for subject in np.unique(ids // num_each):
-            lines = []
-            for i in ids[ids // num_each == subject] - subject * num_each:
-                start, length = self.offsets[subject][i], self.lengths[subject][i]
-                lines.append(np.array(self.points[subject][start : start + length]))
-            tensors = [torch.as_tensor(line) for line in self.augment(lines, rng)]
-            inputs = self.interpolate(self.volumes[subject], torch.cat([line[:-1] for line in tensors]))
-            all_inputs += list(inputs.split([len(line) - 1 for line in tensors]))
-            all_lines += tensors
+        for _, lines, inputs in self.data.load(ids, partial(self.augment, rng=rng)):
+            all_lines += lines
+            all_inputs += inputs
         noisy = [[self.add_noise(line) for line in all_lines] for _ in range(2)]
         return all_lines, all_inputs, *noisy
 
-    def augment(self, lines: list[np.ndarray], rng: np.random.Generator) -> Any:
+    @staticmethod
+    def augment(tractogram: StatefulTractogram, rng: np.random.Generator) -> StatefulTractogram:
         """Split and reverse a share."""
-        space, origin = Space.VOX, Origin.TRACKVIS
-        tractogram = StatefulTractogram(lines, self.header, space, origin=origin)
+        lines: Any = tractogram.streamlines
         chosen, parts = set(rng.permutation(len(lines))[: int(SHARE * len(lines))].tolist()), []
-        for i, line in enumerate(tractogram.streamlines):
+        for i, line in enumerate(lines):
             if i in chosen and len(line) > 12:
                 cut = rng.integers(6, len(line) - 6)
                 parts += [line[: cut + 1], line[cut:]]
             else:
                 parts.append(line)
         tractogram = StatefulTractogram.from_sft(parts, tractogram)
-        chosen = set(rng.permutation(len(parts))[: int(SHARE * len(parts))].tolist())
-        turned = [line[::-1] if i in chosen else line for i, line in enumerate(tractogram.streamlines)]
-        tractogram = StatefulTractogram.from_sft(turned, tractogram)
-        tractogram.to_vox()
-        tractogram.to_corner()
-        return tractogram.streamlines
+        chosen, lines = set(rng.permutation(len(parts))[: int(SHARE * len(parts))].tolist()), tractogram.streamlines
+        turned = [line[::-1] if i in chosen else line for i, line in enumerate(lines)]
+        return StatefulTractogram.from_sft(turned, tractogram)
 
     @staticmethod
     def add_noise(line: Tensor) -> Tensor:
         """Clipped normal noise."""
         return line + torch.clip(torch.randn_like(line) * NOISE, -2 * NOISE, 2 * NOISE)
-
-    @staticmethod
-    def interpolate(volume: Tensor, points: Tensor) -> Tensor:
-        """Eight gathered corners, weighted and summed."""
-        points = points - 0.5
-        lower = points.floor()
-        fraction, lower = points - lower, lower.long()
-        last = torch.tensor(volume.shape[:3]) - 1
-        corners = torch.tensor([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-        index = torch.minimum((lower[:, None] + corners).clamp(min=0), last)
-        values = volume[index[..., 0], index[..., 1], index[..., 2]]  # (P, 8, F)
-        weights = torch.where(corners.bool(), fraction[:, None], 1 - fraction[:, None]).prod(dim=2)
-        return (values * weights[..., None]).sum(dim=1)
 
 
 def batches(path: Path, rounds: int) -> list[tuple[bool, str]]:

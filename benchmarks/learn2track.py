@@ -14,11 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
-from data_path import FEATURES, write_file
-from dipy.io.stateful_tractogram import Origin, Space, StatefulTractogram
+from stateful import FEATURES, StatefulData, write_file
 from timing import interleaved, medians_of
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
@@ -153,18 +151,12 @@ class Ours:
 class Baseline:
     """Lists of tensors, a module with packed `nn.LSTM` and `torch.optim.Adam`, as the reference has them.
 
-    As favourable as that way allows: volumes, streamlines and noise come from memory, tractograms are not checked, and
-    the reference's walk of the garbage collector at each batch is left out.
+    As favourable as that way allows: see `stateful.py`; streamlines are in memory, and the reference's walk of the
+    garbage collector at each batch is left out.
     """
 
     def __init__(self, path: Path) -> None:
-        with h5py.File(path) as file:
-            groups: list[Any] = [file[name] for name in ("subject0", "subject1")]
-            self._points = [group["streamlines"]["data"][()] for group in groups]
-            self._offsets = [group["streamlines"]["offsets"][()] for group in groups]
-            self._lengths = [group["streamlines"]["lengths"][()] for group in groups]
-            self._volumes = [torch.from_numpy(group["input"]["data"][()]) for group in groups]
-        self._header = (np.eye(4), self._volumes[0].shape[:3], np.ones(3), "RAS")
+        self._data = StatefulData(path, lazily=False, placed_at=0.0)
         model = make_model()
         sizes = (FEATURES + 3, *LAYER_SIZES)
         self._layers = nn.ModuleList(nn.LSTM(*pair) for pair in pairwise(sizes))
@@ -205,19 +197,10 @@ class Baseline:
 
     def _load(self, ids: np.ndarray) -> tuple[list[Tensor], list[Tensor]]:
         """Streamlines in the order of their ids, and the input volume at all of their points but the last."""
-        lines, inputs, num_each = {}, {}, len(self._lengths[0])
-        for subject, (points, volume) in enumerate(zip(self._points, self._volumes, strict=True)):
-            chosen = [i for i in ids if i // num_each == subject]
-            starts = [self._offsets[subject][i - subject * num_each] for i in chosen]
-            lengths = [self._lengths[subject][i - subject * num_each] for i in chosen]
-            arrays = [points[start : start + length] for start, length in zip(starts, lengths, strict=True)]
-            tractogram = StatefulTractogram(arrays, self._header, Space.VOX, origin=Origin.TRACKVIS)
-            tractogram.to_vox()
-            tractogram.to_corner()
-            tensors = [torch.as_tensor(line) for line in tractogram.streamlines]
-            values = interpolate_per_corner(volume, torch.cat([line[:-1] for line in tensors]))
-            lines.update(zip(chosen, tensors, strict=True))
-            inputs.update(zip(chosen, values.split([len(line) - 1 for line in tensors]), strict=True))
+        lines, inputs = {}, {}
+        for chosen, own_lines, own_inputs in self._data.load(ids):
+            lines.update(zip(chosen, own_lines, strict=True))
+            inputs.update(zip(chosen, own_inputs, strict=True))
         return [lines[i] for i in ids], [inputs[i] for i in ids]
 
     @staticmethod
@@ -247,18 +230,6 @@ class Baseline:
 def with_data(packed: PackedSequence, data: Tensor) -> PackedSequence:
     """The same sequences with other rows."""
     return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-
-
-def interpolate_per_corner(volume: Tensor, points: Tensor) -> Tensor:
-    """Eight gathered corners, weighted and summed; a voxel's value holds at its lower corner."""
-    lower = points.floor()
-    fraction, lower = points - lower, lower.long()
-    last = torch.tensor(volume.shape[:3]) - 1
-    corners = torch.tensor([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
-    index = torch.minimum((lower[:, None] + corners).clamp(min=0), last)
-    values = volume[index[..., 0], index[..., 1], index[..., 2]]  # (P, 8, F)
-    weights = torch.where(corners.bool(), fraction[:, None], 1 - fraction[:, None]).prod(dim=2)
-    return (values * weights[..., None]).sum(dim=1)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,27 +16,39 @@ from typing import Any
 
 import numpy as np
 import torch
+from rnn import resident, start_peak
 
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.ensemble import stack_states
+from dwiml_func.ensemble_step import ensemble_step
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.sharding import sharded_value_and_grad
 
 FEATURES = 45
-DEFAULT = {"streamlines": 100, "length": 100, "hidden": 100, "shards": 1}
+DEFAULT = {"streamlines": 100, "length": 100, "hidden": 100, "models": 0, "shards": 1}  # 0: no ensemble
 SIZES = {
     "streamlines": (25, 50, 100, 200, 400),
     "length": (25, 50, 100, 200, 400),
     "hidden": (50, 100, 200, 400),
+    "models": (1, 2, 4, 8, 16),
     "shards": (1, 2, 4, 8, 16),
 }
 LABELS = {
     "streamlines": "streamlines a batch",
     "length": "points a streamline",
     "hidden": "parameters",
+    "models": "models in an ensemble",
     "shards": "shards a batch",
+}
+STYLES = {  # colours of Okabe and Ito, which are told apart without red or green
+    "streamlines": ("#0072B2", "o"),
+    "length": ("#56B4E9", "s"),
+    "hidden": ("#D55E00", "^"),
+    "models": ("#009E73", "D"),
+    "shards": ("#000000", "v"),
 }
 
 
@@ -78,23 +89,26 @@ def measure(sizes: Mapping[str, int], steps: int) -> dict[str, float]:
     model = Learn2Track(FEATURES, rnn_layer_sizes=(sizes["hidden"],) * 2, nb_previous_dirs=1)
     batch: Any = make_batch(sizes["streamlines"], sizes["length"])
     num_points = batch.num_points
-    state = init_state(model, adam(), seed=0)
-    options = {"loss_fn": module_loss(model, compute_batch_loss), "optimizer": adam(), "lr": 1e-3, "donate": True}
-    if sizes["shards"] > 1:
-        batch, options["gradient_fn"] = cut_batch(batch, sizes["shards"]), sharded_value_and_grad()
-    step = partial(train_step, **options)
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    seconds = []
+    state: Any = init_state(model, adam(), seed=0)
+    num_parameters = sum(tensor.numel() for tensor in state.params.values())
+    options: dict[str, Any] = {"loss_fn": module_loss(model, compute_batch_loss), "optimizer": adam(), "lr": 1e-3}
+    if sizes["models"]:
+        state, step = stack_states([state] * sizes["models"]), partial(ensemble_step, **options)
+    else:
+        if sizes["shards"] > 1:
+            batch, options["gradient_fn"] = cut_batch(batch, sizes["shards"]), sharded_value_and_grad()
+        step = partial(train_step, **options, donate=True)
+    before = start_peak()
+    seconds = []  # of the processor: other work on the machine counts little
     for _ in range(steps + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         state, _ = step(state, batch)
-        seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds.append(time.process_time() - start)
     return {
         **sizes,
         "seconds": statistics.median(seconds[1:]),
-        "megabytes": max(peak - before, 0) / 1e6,
-        "parameters": sum(tensor.numel() for tensor in state.params.values()),
+        "megabytes": (resident("VmHWM") - before) / 1e6,
+        "parameters": num_parameters,
         "points": num_points,
     }
 
@@ -133,25 +147,35 @@ def print_table(name: str, points: Sequence[Mapping[str, float]]) -> None:
 
 
 def draw(curves: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
-    """Time and memory over each size, on logarithmic axes."""
+    """Time and memory over all sizes, as multiples of their defaults, on logarithmic axes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(curves), 5.6), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(curves), sharey="row", squeeze=False)
-    rows = (("seconds", "seconds a step", "#0072B2"), ("megabytes", "peak memory of a step (MB)", "#D55E00"))
-    for column, (name, points) in enumerate(curves.items()):
-        for row, (quantity, label, colour) in enumerate(rows):
-            ax = axes[row][column]
-            ax.loglog([size_of(name, p) for p in points], [p[quantity] for p in points], "o-", color=colour)
-            ax.set_title(f"exponent {exponent(name, points, quantity):.2f}", fontsize=10)
-            ax.grid(True, which="both", alpha=0.25)
-            ticks = [size_of(name, point) for point in points]
-            ax.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks], fontsize=8)
-            ax.set_xticks([], minor=True)
-            ax.set_xlabel(LABELS[name] if row == 1 else "")
-            ax.set_ylabel(label if column == 0 else "")
+    panels = (("seconds", "time a step (ms)", 1e3), ("megabytes", "peak memory of a step (MB)", 1.0))
+    for ax, (quantity, label, factor) in zip(figure.subplots(1, 2), panels, strict=True):
+        for name, points in curves.items():
+            colour, marker = STYLES[name]
+            usual = next(size_of(name, point) for point in points if point[name] == max(DEFAULT[name], 1))
+            x = [size_of(name, point) / usual for point in points]
+            slope = f"{LABELS[name]}: {exponent(name, points, quantity):.2f}"
+            ax.plot(x, [factor * point[quantity] for point in points], color=colour, marker=marker, label=slope)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(ticks := [0.25, 0.5, 1, 2, 4, 8, 16], [f"{tick:g}" for tick in ticks])
+        low, high = ax.get_ylim()
+        ticks = [tick for power in range(6) for step in (1, 2, 5) if low <= (tick := step * 10**power) <= high]
+        ax.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        ax.set_yticks([], minor=True)
+        ax.set_xlabel("size, as a multiple of the default")
+        ax.set_ylabel(label)
+        ax.grid(True, alpha=0.3)
+        ax.legend(title="exponent of the last three", fontsize=9, title_fontsize=9)
+    default = f"{DEFAULT['streamlines']} streamlines of {DEFAULT['length']} points"
+    figure.suptitle(
+        f"A training step of Learn2Track; by default {default}, LSTM {DEFAULT['hidden']}+{DEFAULT['hidden']}"
+    )
     figure.savefig(path, dpi=110)
 
 
