@@ -32,8 +32,7 @@ _VERDICT = re.compile(
 
 def main() -> int:
     """Run the benchmarks, each as it stands in its own process. Exit code 1 unless every requirement was met."""
-    names = [path.stem for path in sorted(FOLDER.glob("*.py")) if 'if __name__ == "__main__"' in path.read_text()]
-    names = [name for name in names if name != "__main__"]
+    names = scripts()
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", help=f"which (default: all but {', '.join(SLOW)}): {', '.join(names)}")
     parser.add_argument("--all", action="store_true", help="also what takes many minutes, or 4 GB on the disk")
@@ -55,6 +54,12 @@ def main() -> int:
         out.write_text(describe(results, table), encoding="utf-8")
         print(f"\n{out}")
     return int(not all(verdict == "pass" for result in results for *_, verdict in result.rows()))
+
+
+def scripts() -> list[str]:
+    """The names of all benchmarks: files that do something when they are run."""
+    paths = [path for path in sorted(FOLDER.glob("*.py")) if 'if __name__ == "__main__"' in path.read_text()]
+    return [path.stem for path in paths if path.name != "__main__.py"]
 
 
 class Result(NamedTuple):

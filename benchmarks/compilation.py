@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from timing import interleaved, medians_of
+from verdicts import conclude
 
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
@@ -66,9 +67,7 @@ def main() -> int:
             f"at most {TOLERANCE:.0e} required",
         ),
     ]
-    for passed, text in verdicts:
-        print(f"{'pass' if passed else 'FAIL'}: {text}")
-    return int(not all(passed for passed, _ in verdicts))
+    return conclude(verdicts)
 
 
 def make_setups(path: Path) -> tuple[Setup, Setup, WarmStep]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from scaling import FEATURES, make_batch
+from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.data.shards import cut_batch
@@ -42,14 +43,17 @@ def main() -> int:
     first = statistics.median(seconds for seconds, _, _ in next(iter(results.values())))
     print(f"torch {torch.__version__}, 1 thread a process, {os.cpu_count()} cores, {options.rounds} rounds in turn\n")
     print("| variant | time a step | ratio | of it, exchange |\n|---|---|---|---|")
+    names, seconds_of = list(results), {}
     for name, rows in results.items():
-        seconds = statistics.median(row[0] for row in rows)
+        seconds_of[name] = seconds = statistics.median(row[0] for row in rows)
         exchange = statistics.median(row[1] for row in rows)
         print(f"| {name} | {1e3 * seconds:.0f} ms | {seconds / first:.2f} | {1e3 * exchange:.1f} ms |")
-    digests = {row[2] for name, rows in results.items() if name in list(results)[1:] for row in rows}
-    verdict = "pass" if len(digests) == 1 else "FAIL"
-    print(f"\n{verdict}: {NUM_SHARDS} shards end with the same bits on 1 and 2 processes")
-    return int(len(digests) != 1)
+    digests = {row[2] for name, rows in results.items() if name in names[1:] for row in rows}
+    print(f"\n2 processes are {seconds_of[names[1]] / seconds_of[names[2]]:.1f} times faster than 1")
+    ends = "the same bits" if len(digests) == 1 else "other bits"
+    return conclude(
+        [(len(digests) == 1, f"{NUM_SHARDS} shards end with {ends} on 1 and 2 processes, must be the same")]
+    )
 
 
 def start(shards: int, processes: int, steps: int) -> tuple[float, float, str]:

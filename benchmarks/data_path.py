@@ -21,6 +21,7 @@ from dipy.io.stateful_tractogram import StatefulTractogram
 from stateful import FEATURES, StatefulData, write_file
 from timing import interleaved, medians_of
 from torch import Tensor
+from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.data import BatchRequest, DatasetIndex, LoaderSpec, SamplerSpec, epoch_batches, load_batch, open_dataset
@@ -64,9 +65,7 @@ def main() -> int:
         if options.lazy_gb:
             verdicts += lazy_memory(Path(folder) / "large.hdf5", options)
     print()
-    for passed, text in verdicts:
-        print(f"{'pass' if passed else 'FAIL'}: {text}")
-    return int(not all(passed for passed, _ in verdicts))
+    return conclude(verdicts)
 
 
 class PerStreamline:

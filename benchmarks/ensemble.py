@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from verdicts import conclude
 
 from dwiml_func import Key, adam, init_state, module_loss, train_step
 from dwiml_func.data import StreamlineBatch
@@ -53,10 +54,13 @@ def main() -> int:
             quartiles = f"{lower:.2f} to {upper:.2f} ms"
             print(f"{name:26} {variant:38} {median:6.2f} ms {quartiles:>20} {gains[name, variant]:7.2f}")
     print(f"\ntorch {torch.__version__}, {options.threads} thread(s), interleaved, processor time of one process")
-    for name, limit in LIMITS.items():
-        verdict = "pass" if gains[name, SAME] >= limit else "FAIL"
-        print(f"{verdict}: {name}: {gains[name, SAME]:.2f} times faster, at least {limit} is required")
-    return int(any(gains[name, SAME] < limit for name, limit in LIMITS.items()))
+    return conclude(
+        (
+            gains[name, SAME] >= limit,
+            f"an ensemble of {name} is {gains[name, SAME]:.2f} times faster, at least {limit} required",
+        )
+        for name, limit in LIMITS.items()
+    )
 
 
 def make_mlp(seed: int) -> nn.Module:

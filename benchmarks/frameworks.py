@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from step_overhead import BATCH, LR, make_model, squared_error
 from timing import interleaved, medians_of
+from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.jit import jit_step
@@ -79,9 +80,7 @@ def main() -> int:
         ratio = medians[COMPILED] / medians[LIGHTNING]
         verdicts += [(ratio <= LIMIT, f"compiled takes {ratio:.2f} times Lightning's time, at most {LIMIT} required")]
     print()
-    for passed, text in verdicts:
-        print(f"{'pass' if passed else 'FAIL'}: {text}")
-    return int(not all(passed for passed, _ in verdicts))
+    return conclude(verdicts)
 
 
 def bare(batches: Batches) -> Variant:

@@ -9,6 +9,7 @@ import sys
 import time
 
 import torch
+from verdicts import conclude
 
 TORCH, OURS = "import torch", "import dwiml_func"
 LIMIT = 1.3
@@ -33,9 +34,9 @@ def main() -> int:
         print(f'python -c "{statement}"'.ljust(32) + f"{median:6.2f} s   quartiles {lower:.2f} to {upper:.2f} s")
     ratio = statistics.median(times[OURS]) / statistics.median(times[TORCH])
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, {options.rounds} interleaved rounds")
-    verdict = "pass" if ratio <= LIMIT else "FAIL"
-    print(f"{verdict}: import dwiml_func takes {ratio:.2f} times import torch, at most {LIMIT} is required")
-    return int(ratio > LIMIT)
+    return conclude(
+        [(ratio <= LIMIT, f"import dwiml_func takes {ratio:.2f} times import torch, at most {LIMIT} required")]
+    )
 
 
 def run(statement: str) -> float:

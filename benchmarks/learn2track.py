@@ -21,6 +21,7 @@ from timing import interleaved, medians_of
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.data import BatchRequest, LoaderSpec, load_batch, open_dataset
@@ -66,9 +67,7 @@ def main() -> int:
             f"{difference:.1e} of theirs, at most {TOLERANCE:.0e} required",
         ),
     ]
-    for passed, text in verdicts:
-        print(f"{'pass' if passed else 'FAIL'}: {text}")
-    return int(not all(passed for passed, _ in verdicts))
+    return conclude(verdicts)
 
 
 def train_again(variant: Any) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from timing import interleaved, medians_of
 from torch.nn.functional import dropout
+from verdicts import conclude
 
 from dwiml_func.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 
@@ -58,9 +59,7 @@ def main() -> int:
         ratio = draws[name][OURS] / draws[name][beside]
         verdicts += [(ratio <= limit, f"{name} by key takes {ratio:.2f} times {beside}; at most {limit:g} required")]
     print()
-    for passed, text in verdicts:
-        print(f"{'pass' if passed else 'FAIL'}: {text}")
-    return int(not all(passed for passed, _ in verdicts))
+    return conclude(verdicts)
 
 
 def repeated(variants: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], None]]:

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from timing import interleaved
 from torch import Tensor, nn
+from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.jit import jit_step
@@ -42,10 +43,10 @@ def main() -> int:
     ratios = print_table(times)
     print(f"\ntorch {torch.__version__}, {options.threads} thread(s), {options.rounds} interleaved rounds, one process")
     print(WHY)
-    for name, limit in LIMITS.items():
-        verdict = "pass" if ratios[name] <= limit else "FAIL"
-        print(f"{verdict}: {name} takes {ratios[name]:.2f} times the bare loop, at most {limit} is required")
-    return int(any(ratios[name] > limit for name, limit in LIMITS.items()))
+    return conclude(
+        (ratios[name] <= limit, f"{name} takes {ratios[name]:.2f} times the bare loop, at most {limit} required")
+        for name, limit in LIMITS.items()
+    )
 
 
 def make_model() -> nn.Module:

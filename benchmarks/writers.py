@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from verdicts import conclude
 
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
@@ -66,10 +67,10 @@ def main() -> int:
     print(f"torch {torch.__version__}, Python {sys.version.split()[0]}, after {num_epochs} epochs of history")
     local = sum(statistics.median(used for used, _ in calls) for calls in times.values()) / epoch
     comet = (blocked + waited) / num_epochs / epoch
-    for name, share, limit in (("all local writers", local, LOCAL_LIMIT), ("Comet offline", comet, COMET_LIMIT)):
-        verdict = "pass" if share <= limit else "FAIL"
-        print(f"{verdict}: {name} cost {share:.2%} of an epoch, at most {limit:.0%} is allowed")
-    return int(local > LOCAL_LIMIT or comet > COMET_LIMIT)
+    return conclude(
+        (share <= limit, f"{name} cost {share:.2%} of an epoch, at most {limit:.0%} allowed")
+        for name, share, limit in (("all local writers", local, LOCAL_LIMIT), ("Comet offline", comet, COMET_LIMIT))
+    )
 
 
 def train(folder: Path, epochs: int) -> tuple[list[EpochReport], int]:

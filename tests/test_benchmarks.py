@@ -60,3 +60,12 @@ def test_a_name_that_is_no_benchmark_is_refused_with_those_that_are(run, capsys)
     with pytest.raises(SystemExit, match="2"):
         run("shared")
     assert "no benchmark is called shared. There are: bad, broken, good" in capsys.readouterr().err
+
+
+def test_every_benchmark_has_a_row_with_its_command_in_the_readme():
+    table = (suite.FOLDER / "README.md").read_text()
+    for name in suite.scripts():
+        row = next(
+            (line for line in table.splitlines() if line.startswith(f"| `{name}.py` |")), f"no row for {name}.py"
+        )
+        assert f"| `python benchmarks/{name}.py" in row
