@@ -68,6 +68,9 @@ class TrainingConfig:
     """CPU threads of the computation. Another number gives other last bits, so it is the run's, not the machine's."""
     compile: bool = False
     """Compile the training step with torch.compile. Other last bits than without, and again the same ones each time."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Precision of the model's matrix products and convolutions, in validation too: bf16 is autocast to bfloat16.
+    Parameters, gradients, optimizer, losses and the finished model stay in float32."""
     num_shards: int = 1
     """Parts that each batch is cut into. Under torchrun the processes share them, and any number of processes that
     divides this one gives the same bits."""

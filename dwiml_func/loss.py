@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dwiml_func.precision import autocast_forward
 from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import Buffers, Params
 
@@ -53,7 +54,13 @@ BatchLoss = Callable[[Any, Any], tuple[Any, ...]]
 """`compute_batch_loss(model, batch)`: returns (loss, weight) or (loss, weight, aux)."""
 
 
-def module_loss(module: torch.nn.Module, compute_batch_loss: BatchLoss, *, stochastic: bool = True) -> LossFn:
+def module_loss(
+    module: torch.nn.Module,
+    compute_batch_loss: BatchLoss,
+    *,
+    stochastic: bool = True,
+    autocast: torch.dtype | None = None,
+) -> LossFn:
     """Make a pure loss function from a module and an ordinary PyTorch loss.
 
     Args:
@@ -63,13 +70,17 @@ def module_loss(module: torch.nn.Module, compute_batch_loss: BatchLoss, *, stoch
             of further means, each alone or as a pair (mean, weight).
         stochastic: whether the model may draw random numbers. True seeds torch's generators from the key and restores
             them afterwards (some 10 microseconds); False leaves them alone, for models that draw nothing.
+        autocast: torch.bfloat16 runs `model(...)` in mixed precision, see `dwiml_func.precision.autocast_forward`: what
+            `compute_batch_loss` makes of its results is computed in float32, and parameters, gradients and loss stay
+            in it. None runs it as it is.
 
     Returns:
         A loss function for `train_step` and `eval_step`. Not to be called from several threads at once.
 
     Raises:
         ValueError: (when called) `compute_batch_loss` returned something else, names do not match the module's, or the
-            model filled a buffer that was registered as None: no state holds such a buffer.
+            model filled a buffer that was registered as None: no state holds such a buffer. (At once) `autocast` is
+            another dtype.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -81,7 +92,7 @@ def module_loss(module: torch.nn.Module, compute_batch_loss: BatchLoss, *, stoch
         >>> loss_fn(dict(model.named_parameters()), {}, batch, key=Key(0), train=False).weight
         4
     """
-    views = {train: _StatelessModule(module, train) for train in (True, False)}
+    views = {train: _StatelessModule(module, train, autocast) for train in (True, False)}
 
     def loss_fn(params: Params, buffers: Buffers, batch: Any, *, key: Key, train: bool) -> LossOut:
         # In-place updates of buffers (batch normalisation) must not reach the caller's tensors.
@@ -120,11 +131,13 @@ class _StatelessModule:
     costs as much as the forward pass.
     """
 
-    def __init__(self, module: torch.nn.Module, train: bool) -> None:
+    def __init__(self, module: torch.nn.Module, train: bool, autocast: torch.dtype | None) -> None:
         tensors = list(chain(module.parameters(), module.buffers()))
         # The copy shares the tensors (they are never read through it) and, with them, which of them are tied.
         self._module = copy.deepcopy(module, memo={id(tensor): tensor for tensor in tensors})
         self._module.train(train)
+        if autocast is not None:
+            self._module.forward = autocast_forward(self._module, autocast)
         self._slots = [
             *_slots(self._module, "_parameters", self._module.named_parameters()),
             *_slots(self._module, "_buffers", self._module.named_buffers()),

@@ -29,6 +29,7 @@ from dwiml_func.models.config import require_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.models.model_directory import build_model
 from dwiml_func.models.model_size import require_memory
+from dwiml_func.precision import require_bf16
 from dwiml_func.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.sharding import ALONE, Peers, require_shards, sharded_loss, sharded_value_and_grad
 from dwiml_func.state import TrainState, init_state
@@ -36,6 +37,8 @@ from dwiml_func.step import eval_step, train_step
 from dwiml_func.warm_step import WarmStep
 
 __all__ = ["Setup", "loader_spec", "make_optimizer", "prepare", "require_usable", "with_seed"]
+
+_AUTOCAST = {"float32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,7 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
 
     Raises:
         FileNotFoundError, ValueError: the dataset is missing, damaged or lacks what the config asks for, or there is no
-            GPU for `use_gpu`, or the processes cannot share the shards evenly.
+            GPU for `use_gpu` or none that has `precision`, or the processes cannot share the shards evenly.
 
     Example:
         >>> setup = prepare(RunConfig(hdf5_file="data.hdf5"))  # doctest: +SKIP
@@ -108,7 +111,7 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
     validation_loader = loader_spec(config)
     training_loader = replace(validation_loader, augmentation=config.batches.augmentation)
     model = _new_model(config, training_set.num_features)
-    loss_fn = module_loss(model, compute_batch_loss)
+    loss_fn = module_loss(model, compute_batch_loss, autocast=_AUTOCAST[config.training.precision])
     optimizer = make_optimizer(config.training)
     data_rng = config.training.data_rng
     training_sampler = _sampler_spec(
@@ -281,7 +284,10 @@ class _Each:
 def _device(training: TrainingConfig) -> torch.device:
     if training.use_gpu and not torch.cuda.is_available():
         raise ValueError("--use-gpu: no CUDA device was found. Leave the option out to train on the CPU.")
-    return torch.device("cuda" if training.use_gpu else "cpu")
+    device = torch.device("cuda" if training.use_gpu else "cpu")
+    if training.precision == "bf16":
+        require_bf16(device)
+    return device
 
 
 def _new_model(config: RunConfig, nb_features: int) -> torch.nn.Module:

@@ -53,6 +53,7 @@ CONFIGS = st.builds(
         rng=st.integers(0, 2**64 - 1),
         use_gpu=st.booleans(),
         compile=st.booleans(),
+        precision=st.sampled_from(["float32", "bf16"]),
         num_threads=st.integers(1, 4095),
     ),
 )
@@ -92,6 +93,7 @@ def test_the_defaults_are_the_references():
         "use_gpu": False,
         "num_threads": 1,
         "compile": False,
+        "precision": "float32",
         "num_shards": 1,
     }
     batches = dataclasses.asdict(config.batches)

@@ -120,8 +120,8 @@ def test_the_help_of_fork_gives_no_default_of_its_own_for_the_options_of_a_run(c
 def test_the_help_of_train_is_grouped_by_subject(cli) -> None:
     text = cli("train", "--help").out
     machine = text.split("\n\nMachine:\n")[1].split("\n\n")[0]
-    assert re.findall(r"^  --([a-z-]+)", machine, flags=re.MULTILINE)[:4] == [
-        *("use-gpu", "num-threads", "compile", "processes")
+    assert re.findall(r"^  --([a-z-]+)", machine, flags=re.MULTILINE)[:5] == [
+        *("use-gpu", "num-threads", "compile", "precision", "processes")
     ]
     getter = text.split("\n\nDirection getter:\n")[1].split("\n\n")[0]
     assert "--dg-key NAME" in getter

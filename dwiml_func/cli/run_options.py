@@ -35,7 +35,7 @@ RUN_SUBJECTS: Mapping[str, tuple[str, ...]] = {
         *("noise_gaussian_size_forward", "noise_gaussian_size_loss", "split_ratio", "reverse_ratio"),
     ),
     "Data": ("data",),
-    "Machine": ("use_gpu", "num_threads", "processes", "compile", "lazy", "cache_size"),
+    "Machine": ("use_gpu", "num_threads", "processes", "compile", "precision", "lazy", "cache_size"),
     "Snapshots": ("snapshots",),
     "Logs": ("logging",),
 }

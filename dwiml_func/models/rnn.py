@@ -95,6 +95,9 @@ class RecurrentLayer(torch.nn.Module):
     def run(self, x: Tensor, batch_sizes: BatchSizes, state: State | None = None) -> tuple[Tensor, State]:
         """Run the layer over all time steps, from a given state, and return the last one too.
 
+        Under `torch.autocast` the products with the weight matrices are taken in its dtype; gates, states and outputs
+        stay in that of the parameters. On CUDA, cuDNN's own layers run in it, whose states are kept in it too.
+
         Args:
             x: (P, input_size) float, packed.
             batch_sizes: rows of each time step; they do not increase and add up to P, which is at least 1.
@@ -110,12 +113,23 @@ class RecurrentLayer(torch.nn.Module):
             >>> torch.equal(hidden, outputs[2:])
             True
         """
+        weights, device = self.weights, x.device
+        if not torch.is_autocast_enabled(device.type):
+            return self._scan(x, batch_sizes, weights, state)
+        # What autocast does by itself would be to run gates and states in its dtype too, or only some of the ways to
+        # run a layer in it at all.
+        dtype = torch.get_autocast_dtype(device.type)
+        lowered = (weights[0].to(dtype), weights[1].to(dtype), *weights[2:])
+        with torch.autocast(device.type, enabled=False):
+            return self._scan(x.to(weights[0].dtype), batch_sizes, lowered, state)
+
+    def _scan(self, x: Tensor, batch_sizes: BatchSizes, weights: Weights, state: State | None) -> tuple[Tensor, State]:
         if state is None:
             zeros = x.new_zeros(_num_sequences(batch_sizes), self.hidden_size)
             state = (zeros,) * _NUM_STATES[self.rnn_key]
         if isinstance(batch_sizes, Tensor):
-            return compiled_scan(self.rnn_key, x, batch_sizes, self.weights, state)
-        return _scan_for(x.device)(self.rnn_key, x, batch_sizes, self.weights, state)
+            return compiled_scan(self.rnn_key, x, batch_sizes, weights, state)
+        return _scan_for(x.device)(self.rnn_key, x, batch_sizes, weights, state)
 
 
 def _scan_for(device: torch.device) -> Scan:

@@ -4,7 +4,8 @@ What does not depend on the recurrence is one operation over the rows of many ti
 gates; in the backward the slopes of the gates and the gradients of the weights and of the input. A time step keeps one
 matrix product and a few short operations in place. All of it goes block by block, over as many time steps as fit a
 core's cache: over all rows at once the short operations would spend most of their time waiting for memory. These
-functions know nothing of autograd: `rnn_packed` gives them to it.
+functions know nothing of autograd: `rnn_packed` gives them to it. Products are taken in the dtype of the weight
+matrices, which may be a lower one than that of all else, see `rnn_products`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.models.rnn_layout import PackedLayout
+from dwiml_func.models.rnn_products import add_product, write_product
 from dwiml_func.models.rnn_scan import State, Weights
 
 __all__ = ["KERNELS", "Gradients", "Kernel"]
@@ -76,13 +78,13 @@ def _lstm_forward(
     each_gate, results = layout.steps(*gates.split(size, dim=1)), layout.steps(cells, tanhs, outputs)
     hidden, cell = state
     for steps, rows in layout.blocks:
-        torch.addmm(bias, x[rows], for_input, out=gates[rows])
+        write_product(gates[rows], x[rows], for_input, bias)
         for (step_gates, in_forget), (in_gate, forget_gate, candidate, out_gate), (new_cell, tanh, new_hidden) in zip(
             all_gates[steps], each_gate[steps], results[steps], strict=True
         ):
             if len(step_gates) < len(hidden):
                 hidden, cell = hidden[: len(step_gates)], cell[: len(step_gates)]
-            step_gates.addmm_(hidden, for_hidden)
+            add_product(step_gates, hidden, for_hidden)
             in_forget.sigmoid_()
             candidate.tanh_()
             out_gate.sigmoid_()
@@ -143,14 +145,15 @@ def _lstm_backward(
             by_hidden.mul_(step_hidden)
             by_cell.mul_(running_of_three)
             running.mul_(forget)
-            before.addmm_(step_grads, weight_hh)
+            add_product(before, step_grads, weight_hh)
+        low_grads = block_grads.to(weight_ih.dtype)
         if grad_x is not None:
-            torch.mm(block_grads, weight_ih, out=grad_x[rows])
+            write_product(grad_x[rows], low_grads, weight_ih)
         if wants_weights:
-            grad_ih.addmm_(x[rows].t(), block_grads)  # faster than its transpose
-            grad_hh.addmm_(layout.rows_before(outputs, block, state[0]).t(), block_grads)
+            add_product(grad_ih, x[rows].t(), low_grads)  # faster than its transpose
+            add_product(grad_hh, layout.rows_before(outputs, block, state[0]).t(), low_grads)
             grad_bias += block_grads.sum(0)
-    grad_weights = (grad_ih.t().contiguous(), grad_hh.t().contiguous(), grad_bias, grad_bias.clone())
+    grad_weights = (_transposed(grad_ih, weight_ih), _transposed(grad_hh, weight_hh), grad_bias, grad_bias.clone())
     return Gradients(grad_x, (grad_state, grad_cell), grad_weights if wants_weights else None)
 
 
@@ -169,12 +172,12 @@ def _gru_forward(
     all_steps = layout.steps(gates[:, : 2 * size], *gates.split(size, dim=1), shares, outputs)
     (hidden,) = state
     for steps, rows in layout.blocks:
-        torch.addmm(bias, x[rows], for_input, out=gates[rows])
+        write_product(gates[rows], x[rows], for_input, bias)
         for reset_update, reset, update, candidate, share, new_hidden in all_steps[steps]:
             if len(reset) < len(hidden):
                 hidden = hidden[: len(reset)]
-            reset_update.addmm_(hidden, for_gates).sigmoid_()
-            share.addmm_(hidden, for_candidate)
+            add_product(reset_update, hidden, for_gates).sigmoid_()
+            add_product(share, hidden, for_candidate)
             candidate.addcmul_(reset, share).tanh_()
             torch.lerp(candidate, hidden, update, out=new_hidden)
             hidden = new_hidden
@@ -224,19 +227,24 @@ def _gru_backward(
             reversed(hidden_steps[steps]), reversed(hidden_before[steps]), reversed(inner), strict=True
         ):
             by_hidden.mul_(step_hidden.unsqueeze(1))
-            step_before.addcmul_(step_hidden, keep).addmm_(step_grads, weight_hh)
+            add_product(step_before.addcmul_(step_hidden, keep), step_grads, weight_hh)
         if wants_weights:
-            grad_hh.addmm_(before.t(), block_grads)  # faster than its transpose
+            add_product(grad_hh, before.t(), block_grads.to(weight_hh.dtype))  # faster than its transpose
             grad_bias_hh += block_grads.sum(0)
         # Now of the candidate: the input's share has no reset gate.
         torch.mul(slopes, grad_hidden[rows], out=grad_share)
+        low_grads = block_grads.to(weight_ih.dtype)
         if wants_weights:
-            grad_ih.addmm_(x[rows].t(), block_grads)
+            add_product(grad_ih, x[rows].t(), low_grads)
             grad_bias_ih += block_grads.sum(0)
         if grad_x is not None:
-            torch.mm(block_grads, weight_ih, out=grad_x[rows])
-    grad_weights = (grad_ih.t().contiguous(), grad_hh.t().contiguous(), grad_bias_ih, grad_bias_hh)
+            write_product(grad_x[rows], low_grads, weight_ih)
+    grad_weights = (_transposed(grad_ih, weight_ih), _transposed(grad_hh, weight_hh), grad_bias_ih, grad_bias_hh)
     return Gradients(grad_x, (grad_state,), grad_weights if wants_weights else None)
+
+
+def _transposed(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad.t().contiguous().to(weight.dtype)
 
 
 KERNELS = {"lstm": Kernel(_lstm_forward, _lstm_backward), "gru": Kernel(_gru_forward, _gru_backward)}

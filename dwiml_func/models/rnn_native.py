@@ -25,7 +25,7 @@ def native_scan(
         rnn_key: "lstm" or "gru".
         x: (P, F) float, packed.
         batch_sizes: T numbers, rows of each time step; they do not increase and add up to P. The first is S.
-        weights: the layer's, gates in torch's order.
+        weights: the layer's, gates in torch's order. Where the matrices are of a lower precision, so is all.
         state: of the S sequences before their first row.
 
     Returns:
@@ -37,18 +37,19 @@ def native_scan(
         >>> outputs[:, 0], hidden[:, 0]
         (tensor([0.5000, 0.5000, 0.2500]), tensor([0.2500, 0.5000]))
     """
-    layer_state = [part.unsqueeze(0) for part in state]
+    dtype, kept = weights[0].dtype, x.dtype
+    x, layer_state = x.to(dtype), [part.unsqueeze(0).to(dtype) for part in state]
     # cuDNN differentiates only what ran in training mode; without dropout that mode changes no value.
     options = (True, 1, 0.0, torch.is_grad_enabled(), False)  # biases, layers, dropout, training, both directions
-    sizes, parameters = torch.tensor(batch_sizes), _in_one_piece(weights)
+    sizes, parameters = torch.tensor(batch_sizes), _in_one_piece([weight.to(dtype) for weight in weights])
     if rnn_key == "lstm":
         outputs, *last = torch.lstm(x, sizes, layer_state, parameters, *options)
     else:
         outputs, *last = torch.gru(x, sizes, layer_state[0], parameters, *options)
-    return outputs, tuple(part.squeeze(0) for part in last)
+    return outputs.to(kept), tuple(part.squeeze(0).to(kept) for part in last)
 
 
-def _in_one_piece(weights: Weights) -> list[Tensor]:
+def _in_one_piece(weights: Sequence[Tensor]) -> list[Tensor]:
     """The same values side by side in memory, as cuDNN wants them; else it copies them itself, with a warning."""
     piece = torch.cat([weight.flatten() for weight in weights])
     parts = piece.split([weight.numel() for weight in weights])

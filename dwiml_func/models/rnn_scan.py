@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from dwiml_func.models.rnn_products import product
+
 __all__ = ["State", "Weights", "plain_scan"]
 
 State = tuple[Tensor, ...]
 """What a layer carries from row to row: (h,) for GRU, (h, c) for LSTM, each (S, H), a row for each sequence."""
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
-"""weight_ih (G H, F), weight_hh (G H, H), bias_ih (G H,), bias_hh (G H,); G is 4 for LSTM, 3 for GRU."""
+"""weight_ih (G H, F), weight_hh (G H, H), bias_ih (G H,), bias_hh (G H,); G is 4 for LSTM, 3 for GRU. The matrices may
+be in a lower precision than all else: then their products are taken in it, see `rnn_products`."""
 
 _Cell = Callable[[Tensor, State], State]
 
@@ -53,9 +56,9 @@ def plain_scan(
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     if rnn_key == "lstm":
         # The input's share of the gates, all time steps in one matrix product.
-        rows, cell = linear(x, weight_ih, bias_ih + bias_hh), _lstm_cell(weight_hh)
+        rows, cell = _linear(x, weight_ih, bias_ih + bias_hh), _lstm_cell(weight_hh)
     else:
-        rows, cell = linear(x, weight_ih, bias_ih), _gru_cell(weight_hh, bias_hh)
+        rows, cell = _linear(x, weight_ih, bias_ih), _gru_cell(weight_hh, bias_hh)
     return _scan(cell, rows, batch_sizes, state)
 
 
@@ -76,12 +79,21 @@ def _scan(cell: _Cell, rows: Tensor, batch_sizes: Sequence[int], state: State) -
     return torch.cat(outputs), last
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return linear(x, weight, bias) if x.dtype == weight.dtype else product(x, weight.t()) + bias
+
+
+def _add(rows: Tensor, hidden: Tensor, recurrent: Tensor) -> Tensor:
+    same = hidden.dtype == recurrent.dtype
+    return torch.addmm(rows, hidden, recurrent) if same else rows + product(hidden, recurrent)
+
+
 def _lstm_cell(weight_hh: Tensor) -> _Cell:
     recurrent = weight_hh.t()
 
     def cell(rows: Tensor, state: State) -> State:
         hidden, memory = state
-        input_gate, forget_gate, candidate, output_gate = torch.addmm(rows, hidden, recurrent).chunk(4, dim=1)
+        input_gate, forget_gate, candidate, output_gate = _add(rows, hidden, recurrent).chunk(4, dim=1)
         memory = torch.addcmul(forget_gate.sigmoid() * memory, input_gate.sigmoid(), candidate.tanh())
         return output_gate.sigmoid() * memory.tanh(), memory
 
@@ -95,7 +107,7 @@ def _gru_cell(weight_hh: Tensor, bias_hh: Tensor) -> _Cell:
         (hidden,) = state
         # The reset gate scales the hidden state's share of the candidate, so the two shares are not added before.
         gate_rows, candidate_rows = rows.split([2 * hidden_size, hidden_size], dim=1)
-        gates, candidate = linear(hidden, weight_hh, bias_hh).split([2 * hidden_size, hidden_size], dim=1)
+        gates, candidate = _linear(hidden, weight_hh, bias_hh).split([2 * hidden_size, hidden_size], dim=1)
         reset, update = (gate_rows + gates).sigmoid().chunk(2, dim=1)
         candidate = torch.addcmul(candidate_rows, reset, candidate).tanh()
         return (torch.lerp(candidate, hidden, update),)
