@@ -1,24 +1,19 @@
-"""The members of an ensemble: their configs, their directories and the parts of their runs.
-
-An ensemble is a folder of ordinary experiments, `NAME/0`, `NAME/1`, ..., and a file `ensemble.json` that says which
-members have stopped. So each member can be evaluated, compared and resumed like any other experiment.
-"""
+"""The members of a new ensemble: their configs and their directories."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dwiml_func.atomic import atomic_directory, atomic_write
+from dwiml_func.atomic import atomic_directory
 from dwiml_func.config import RunConfig
+from dwiml_func.ensemble_folder import write_ended
 from dwiml_func.experiment import check_new_experiment
 
-__all__ = ["create_ensemble", "is_ensemble", "member_configs", "read_ended", "write_ended"]
+__all__ = ["create_ensemble", "member_configs"]
 
-_FILE = "ensemble.json"
 _NAMES = ("learning-rate", "weight-decay", "rng")
 
 
@@ -90,68 +85,11 @@ def create_ensemble(experiments_path: str | Path, experiment_name: str, configs:
     """
     directory = check_new_experiment(experiments_path, experiment_name)
     with atomic_directory(directory, replace=False) as temporary:
-        (temporary / _FILE).write_text(_text(len(configs), {}))
+        write_ended(temporary, len(configs), {})
         for number, config in enumerate(configs):
             (temporary / str(number)).mkdir()
             (temporary / str(number) / "config.json").write_text(config.to_json())
     return directory
-
-
-def is_ensemble(directory: Path) -> bool:
-    """Whether a directory is that of an ensemble.
-
-    Args:
-        directory: any path.
-
-    Returns:
-        True if it is.
-
-    Example:
-        >>> is_ensemble(Path("/no/such/ensemble"))
-        False
-    """
-    return (directory / _FILE).is_file()
-
-
-def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
-    """Read which members have stopped for good.
-
-    Args:
-        directory: the ensemble.
-
-    Returns:
-        The number of members; and of those that have stopped the snapshots, by number.
-
-    Raises:
-        ValueError: the file is damaged.
-
-    Example:
-        >>> read_ended(directory)  # doctest: +SKIP
-        (3, {1: '4'})
-    """
-    try:
-        content = json.loads((directory / _FILE).read_bytes())
-        return int(content["num_members"]), {int(number): str(name) for number, name in content["ended"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{directory / _FILE} is damaged: {error}.") from None
-
-
-def write_ended(directory: Path, num_members: int, ended: dict[int, str]) -> None:
-    """Record which members have stopped for good, once their snapshots are on the disk.
-
-    Args:
-        directory: the ensemble.
-        num_members: K.
-        ended: snapshots of those that have stopped, by number.
-
-    Example:
-        >>> write_ended(directory, 3, {1: "4"})  # doctest: +SKIP
-    """
-    atomic_write(directory / _FILE, _text(num_members, ended))
-
-
-def _text(num_members: int, ended: dict[int, str]) -> str:
-    return json.dumps({"num_members": num_members, "ended": {str(k): name for k, name in ended.items()}}) + "\n"
 
 
 def _read(name: str, value: str) -> object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,16 +16,17 @@ from dwiml_func.best_model import mend_best_model, save_best_model
 from dwiml_func.config import RunConfig
 from dwiml_func.data.fingerprint import fingerprint, same_file
 from dwiml_func.ensemble import EnsembleState, member, stack_states
+from dwiml_func.ensemble_folder import read_ended, write_ended
 from dwiml_func.ensemble_loop import EnsembleReport, train_and_validate_ensemble
-from dwiml_func.ensemble_members import read_ended, write_ended
 from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
 from dwiml_func.experiment import read_config
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.leaf_store import DamagedError
 from dwiml_func.loop import EpochReport
+from dwiml_func.resumption import with_new_options
 from dwiml_func.rng import Key
 from dwiml_func.schedule import per_epoch
-from dwiml_func.snapshot import Snapshot, restore, save
+from dwiml_func.snapshot import Snapshot, remove_old, restore, save
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.wiring import Setup, make_optimizer, prepare, with_seed
 from dwiml_func.writers.experiment import experiment_writer
@@ -106,14 +106,21 @@ def run_ensemble(
 
 
 def resume_ensemble(
-    directory: Path, *, new_max_epochs: int | None = None, hdf5_file: str | None = None
+    directory: Path,
+    *,
+    new_max_epochs: int | None = None,
+    new_patience: int | None = None,
+    hdf5_file: str | None = None,
+    processes: int | None = None,
+    checkpoint_every: str | None = None,
+    keep: int | str | None = None,
 ) -> tuple[list[Setup], EnsembleState, list[tuple[EpochReport, ...]]]:
     """Make ready to go on with an ensemble, from the newest snapshot that all members that had not stopped have.
 
     Args:
         directory: the ensemble.
-        new_max_epochs: replaces the number of epochs.
-        hdf5_file: replaces the dataset's path, for data that has moved.
+        new_max_epochs, new_patience, hdf5_file, processes, checkpoint_every, keep: as for
+            `dwiml_func.resumption.resume_experiment`, for all members. One that has stopped early stays as it is.
 
     Returns:
         The parts, the ensemble and the histories for `run_ensemble`.
@@ -127,14 +134,8 @@ def resume_ensemble(
     num_members, ended = read_ended(directory)
     folders = [directory / str(number) for number in range(num_members)]
     old = [read_config(folder) for folder in folders]
-    configs = [
-        replace(
-            config,
-            hdf5_file=str(Path(hdf5_file).absolute()) if hdf5_file else config.hdf5_file,
-            training=replace(config.training, max_epochs=new_max_epochs or config.training.max_epochs),
-        )
-        for config in old
-    ]
+    new = partial(with_new_options, new_max_epochs=new_max_epochs, new_patience=new_patience, hdf5_file=hdf5_file)
+    configs = [new(config, processes=processes, checkpoint_every=checkpoint_every, keep=keep) for config in old]
     setups = prepare_ensemble(configs)
     snapshots = _newest_of_all(folders, setups, ended)
     if snapshots is None:
@@ -173,7 +174,7 @@ def _newest_of_all(folders: Sequence[Path], setups: Sequence[Setup], ended: dict
             ]
         except DamagedError:
             continue
-    if any(names):
+    if max(map(len, names)) > 1 or all(names):  # else the very first save was cut off
         raise DamagedError(
             f"The members in {folders[0].parent} have no sound snapshot of the same epoch and batch. "
             f"Go on with each by itself: dwiml-func resume {folders[0].parent} 0"
@@ -242,24 +243,26 @@ class _Run:
         ensemble = self._unsaved
         if ensemble is None:
             return self._name
+        states = [member(ensemble, number) for number in range(len(self._folders))]
+        for number, (folder, state) in enumerate(zip(self._folders, states, strict=True)):
+            if snapshot_name(state) not in list_snapshots(folder):
+                config = self._setups[number].config.to_dict()
+                save(folder, state, self._histories[number], config=config, data=self._data, keep=None)
+        # Only now, when all have this snapshot, is anything removed, or written that may be ahead of one before it.
         ended: dict[int, str] = {}
         active = ensemble.active.tolist()
-        for number, (folder, setup) in enumerate(zip(self._folders, self._setups, strict=True)):
-            state = member(ensemble, number)
-            name = snapshot_name(state)
-            if name not in list_snapshots(folder):
-                keep = None if setup.config.snapshots.keep == "all" else setup.config.snapshots.keep
-                config, history = setup.config.to_dict(), self._histories[number]
-                save(folder, state, history, config=config, data=self._data, keep=keep)
+        for number, (folder, setup, state) in enumerate(zip(self._folders, self._setups, states, strict=True)):
             if number in self._is_best:
                 save_best_model(folder, setup, state)
             if self._unwritten[number]:
                 self._writers[number](*self._unwritten[number])
                 self._unwritten[number] = ()
             if active[number]:
-                self._name = name
+                self._name = snapshot_name(state)
             else:
-                ended[number] = name
+                ended[number] = snapshot_name(state)
+            keep = setup.config.snapshots.keep
+            remove_old(folder, state, None if keep == "all" else keep)
         write_ended(self._directory, len(self._folders), ended)
         self._unsaved, self._is_best, self._saved_at = None, set(), time.monotonic()
         return self._name

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dwiml_func.atomic import atomic_directory
 from dwiml_func.config import RunConfig, config_from_json
+from dwiml_func.ensemble_folder import is_ensemble
 from dwiml_func.json_text import read_config_file
 
 __all__ = ["check_new_experiment", "create_experiment", "experiment_directory", "read_config"]
@@ -112,9 +113,11 @@ def read_config(directory: Path) -> RunConfig:
 
     Raises:
         FileNotFoundError: there is no such experiment.
-        ValueError: `config.json` is damaged.
+        ValueError: `config.json` is damaged, or the directory is that of an ensemble.
     """
     path = directory / "config.json"
+    if is_ensemble(directory):
+        raise ValueError(f"{str(directory)!r} is an ensemble. Name one of its members, such as {directory / '0'}.")
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} is not an experiment: it has no config.json.")
     return config_from_json(read_config_file(path, source=str(path)), source=str(path))

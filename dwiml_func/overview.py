@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from dwiml_func.config import TrainingConfig
+from dwiml_func.ensemble_folder import is_ensemble, member_folders
 from dwiml_func.experiment import read_config
 from dwiml_func.lock import is_locked
 from dwiml_func.loop import EpochReport
@@ -23,7 +24,7 @@ class RunOverview:
     """How far a run has come.
 
     Args:
-        name: the experiment's name.
+        name: the experiment's name; of a member "ENSEMBLE/NUMBER".
         state: "running" while a process holds its lock; "damaged" where config or all snapshots cannot be read.
         epochs: epochs done, as far as snapshots have them.
         max_epochs: epochs to do; None where the config cannot be read.
@@ -52,13 +53,13 @@ class RunOverview:
 
 
 def list_runs(experiments_path: str | Path) -> list[RunOverview]:
-    """Look at all experiments in a folder. Nothing is written, and no tensor is read.
+    """Look at all experiments in a folder and at the members of ensembles. Nothing is written, no tensor is read.
 
     Args:
         experiments_path: the folder. What is no experiment in it, having no config.json, is passed over.
 
     Returns:
-        An overview of each, sorted by name.
+        An overview of each, sorted by name, members by number.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -72,10 +73,16 @@ def list_runs(experiments_path: str | Path) -> list[RunOverview]:
     folder = Path(experiments_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"Experiments path {str(experiments_path)!r} is not a folder.")
-    return [_overview(path) for path in sorted(folder.iterdir()) if (path / "config.json").is_file()]
+    runs: list[tuple[str, Path]] = []
+    for path in sorted(folder.iterdir(), key=lambda path: (int(path.name) if path.name.isdecimal() else -1, path.name)):
+        if is_ensemble(path):
+            runs += ((f"{path.name}/{member.name}", member) for member in member_folders(path))
+        elif (path / "config.json").is_file():
+            runs.append((path.name, path))
+    return [_overview(path, name) for name, path in runs]
 
 
-def _overview(directory: Path) -> RunOverview:
+def _overview(directory: Path, name: str) -> RunOverview:
     is_running = is_locked(directory)
     try:
         training = read_config(directory).training
@@ -83,7 +90,7 @@ def _overview(directory: Path) -> RunOverview:
     except (ValueError, OSError) as error:
         problem = " ".join(str(error).split())
         return RunOverview(
-            name=directory.name,
+            name=name,
             state="running" if is_running else "damaged",
             last_change=_last_change(directory),
             problems=(problem,),
@@ -92,7 +99,7 @@ def _overview(directory: Path) -> RunOverview:
     best = history[-1].best if history else None
     at_best = history[best.epoch - 1] if best and best.epoch else None
     return RunOverview(
-        name=directory.name,
+        name=name,
         state="running" if is_running else _state(training, history),
         epochs=len(history),
         max_epochs=training.max_epochs,

@@ -25,7 +25,7 @@ from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy
 from dwiml_func.writers.writer import fan_out
 
-__all__ = ["mend_experiment", "refuse_to_continue", "resume_experiment"]
+__all__ = ["mend_experiment", "refuse_to_continue", "resume_experiment", "with_new_options"]
 
 _DECIDE_BITS = {"dwiml_func", "torch", "numpy", "machine", "cpu", "cpu_capability", "devices"}
 
@@ -71,12 +71,14 @@ def resume_experiment(
         >>> setup, state, history = resume_experiment(directory, new_max_epochs=20)  # doctest: +SKIP
     """
     config = read_config(directory)
-    changed = replace(
+    changed = with_new_options(
         config,
-        hdf5_file=str(Path(hdf5_file).absolute()) if hdf5_file else config.hdf5_file,
-        training=_changed(config.training, max_epochs=new_max_epochs, patience=new_patience),
-        batches=_changed(config.batches, processes=processes),
-        snapshots=_changed(config.snapshots, checkpoint_every=checkpoint_every, keep=keep),
+        new_max_epochs=new_max_epochs,
+        new_patience=new_patience,
+        hdf5_file=hdf5_file,
+        processes=processes,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
     )
     setup = prepare(changed, peers)
     state, history, damaged = setup.state, (), []
@@ -99,6 +101,42 @@ def resume_experiment(
     if changed != config:
         atomic_write(directory / "config.json", changed.to_json())
     return setup, state, history
+
+
+def with_new_options(
+    config: RunConfig,
+    *,
+    new_max_epochs: int | None = None,
+    new_patience: int | None = None,
+    hdf5_file: str | None = None,
+    processes: int | None = None,
+    checkpoint_every: str | None = None,
+    keep: int | str | None = None,
+) -> RunConfig:
+    """A run's config with what a resume may change of it.
+
+    Args:
+        config: the run's config.
+        new_max_epochs, new_patience, hdf5_file, processes, checkpoint_every, keep: as for `resume_experiment`; None
+            leaves a value as it was.
+
+    Returns:
+        The config to go on with.
+
+    Raises:
+        ValueError: a value out of range, or of another form.
+
+    Example:
+        >>> with_new_options(RunConfig(hdf5_file="data.hdf5"), new_max_epochs=200).training.max_epochs
+        200
+    """
+    return replace(
+        config,
+        hdf5_file=str(Path(hdf5_file).absolute()) if hdf5_file else config.hdf5_file,
+        training=_changed(config.training, max_epochs=new_max_epochs, patience=new_patience),
+        batches=_changed(config.batches, processes=processes),
+        snapshots=_changed(config.snapshots, checkpoint_every=checkpoint_every, keep=keep),
+    )
 
 
 def mend_experiment(directory: Path, setup: Setup, state: TrainState, history: Sequence[EpochReport]) -> None:

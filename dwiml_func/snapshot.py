@@ -25,6 +25,7 @@ __all__ = [
     "latest_digest",
     "list_snapshots",
     "read_record",
+    "remove_old",
     "restore",
     "restore_newest",
     "restore_or",
@@ -81,8 +82,7 @@ def save(
         environment=environment or {},
     )
     path = write_snapshot(directory, snapshot, leaf_digests=leaf_digests)
-    if keep is not None:
-        _remove_old(directory, state, keep, keep_always)
+    remove_old(directory, state, keep, keep_always)
     return path
 
 
@@ -183,7 +183,19 @@ def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
         return ()
 
 
-def _remove_old(directory: str | Path, state: TrainState, keep: int, keep_always: Collection[str]) -> None:
+def remove_old(directory: str | Path, state: TrainState, keep: int | None, keep_always: Collection[str] = ()) -> None:
+    """Remove snapshots, as `save` does.
+
+    Args:
+        directory: the experiment.
+        state: that of its latest snapshot.
+        keep, keep_always: as for `save`.
+
+    Example:
+        >>> remove_old(directory, state, keep=2)  # doctest: +SKIP
+    """
+    if keep is None:
+        return
     names = list_snapshots(directory)
     ends = [name for name in names if "-" not in name]
     within = [name for name in names if name.startswith(f"{state.epoch}-")] if state.batch else []

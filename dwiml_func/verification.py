@@ -16,6 +16,7 @@ from dwiml_func.comparison import differences, report_differences, report_values
 from dwiml_func.config import Origin, RunConfig
 from dwiml_func.data.fingerprint import fingerprint
 from dwiml_func.digest import leaf_differences, state_digest, state_leaves, state_numbers
+from dwiml_func.ensemble_folder import is_ensemble
 from dwiml_func.environment import environment, environment_differences
 from dwiml_func.experiment import read_config
 from dwiml_func.leaf_store import load_leaves
@@ -31,6 +32,7 @@ from dwiml_func.wiring import Setup, prepare
 __all__ = ["Verification", "verify_epoch"]
 
 _LABELS = ("recorded", "replayed")
+_MEMBER = "a member of an ensemble: all are trained in one step, which has other last bits than a run by itself"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +135,7 @@ def verify_epoch(
         surroundings=(
             *(f"environment: {text}" for text in changes),
             *(f"config: {text}" for text in surroundings),
+            *((_MEMBER,) if problems and is_ensemble(directory.parent) else ()),
         ),
     )
 

@@ -27,7 +27,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _unfinished(directory: Path) -> set[Path]:
-    return set((directory / "checkpoint").glob(".tmp-*"))
+    return {*directory.glob("checkpoint/.tmp-*"), *directory.glob("[0-9]/checkpoint/.tmp-*")}  # also of members
 
 
 def _kill(process: Fork, directory: Path, draws: random.Random) -> bool:
@@ -88,3 +88,25 @@ def test_killed_at_random_moments(
     assert differences(results(directory), results(uninterrupted)) == []
     assert files(directory) == files(uninterrupted)
     assert list(tmp_path.iterdir()) == [directory]
+
+
+def test_an_ensemble_killed_at_random_moments(tmp_path: Path) -> None:
+    options = (*STOCHASTIC, "--max-epochs", 12, "--num-models", 2, "--keep", 1)
+    (tmp_path / "uninterrupted").mkdir()
+    run_command("train", tmp_path / "uninterrupted", "run", DATA, *options)
+    draws, directory = random.Random(5), tmp_path / "killed" / "run"
+    directory.parent.mkdir()
+    num_saving = 0
+    for _ in range(8):
+        if (directory / "ensemble.json").exists():
+            process = start_command("resume", directory.parent, "run")
+        else:
+            process = start_command("train", directory.parent, "run", DATA, *options, "--checkpoint-every", "1batches")
+        num_saving += _kill(process, directory, draws)
+    assert num_saving >= 2, "the kills missed the saves: the test is not worth its name"
+    run_command("resume", directory.parent, "run", "--checkpoint-every", "1epoch")
+    for number in ("0", "1"):
+        member, expected = directory / number, tmp_path / "uninterrupted" / "run" / number
+        assert differences(results(member), results(expected)) == []
+        assert files(member) == files(expected)
+    assert list(directory.parent.iterdir()) == [directory]

@@ -13,7 +13,8 @@ import torch
 
 from dwiml_func.config import RunConfig
 from dwiml_func.digest import state_leaves
-from dwiml_func.ensemble_members import member_configs, read_ended
+from dwiml_func.ensemble_folder import read_ended
+from dwiml_func.ensemble_members import member_configs
 from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
 from dwiml_func.experiment import read_config
 from dwiml_func.interruption import StopRequest, TrainingStopped
@@ -159,13 +160,38 @@ def test_an_ensemble_that_was_cut_off_between_members_goes_on_from_what_they_sha
 
 
 def test_the_command_goes_on_with_an_ensemble(trained, tmp_path, cli):
-    shutil.copytree(trained / "seeds", tmp_path / "seeds")
+    seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
     assert "--new-max-epochs" in cli("resume", tmp_path, "seeds").err
-    assert cli("resume", tmp_path, "seeds", "--new-max-epochs", "3").code == 0
-    assert [list_snapshots(tmp_path / "seeds" / number)[-1] for number in "01"] == ["3", "3"]
-    refused = cli("resume", tmp_path, "seeds", "--new-patience", "3")
-    assert refused.code == 2
-    assert "is an ensemble" in refused.err
+    options = ("--new-max-epochs", "4", "--new-patience", "3", "--keep", "all", "--checkpoint-every", "3batches")
+    assert cli("resume", tmp_path, "seeds", *options, "--processes", "0").code == 0
+    for folder in (seeds / "0", seeds / "1"):
+        assert list_snapshots(folder) == ["1", "2", "2-3", "3", "3-3", "4"]
+        config = read_config(folder)
+        assert (config.training.max_epochs, config.training.patience) == (4, 3)
+        assert (config.snapshots.keep, config.snapshots.checkpoint_every) == ("all", "3batches")
+
+
+def test_the_folder_of_an_ensemble_stands_for_its_members(trained, tmp_path, cli):
+    seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
+    assert [line.split()[0] for line in cli("runs", tmp_path).out.splitlines()] == ["name", "seeds/0", "seeds/1"]
+    assert [line.split()[0] for line in cli("runs", seeds).out.splitlines()] == ["name", "0", "1"]
+    assert cli("digest", seeds).out.split() == [latest_digest(seeds / "0"), latest_digest(seeds / "1")]
+    assert cli("plot", seeds).out == f"{seeds / 'plots' / 'training.png'}\n"
+    assert (seeds / "plots" / "training.png").stat().st_size > 10_000
+    everything = [path for path in seeds.iterdir() if path.name != "plots"]  # as the shell gives for seeds/*
+    assert cli("plot", *everything, "--out", tmp_path / "all.png").code == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "evaluate", "fork", "diff", "export-reference"])
+def test_commands_on_one_experiment_ask_for_a_member(trained, tmp_path, cli, command):
+    second = {"evaluate": [PHANTOM], "fork": ["new"], "diff": [trained / "seeds" / "0"], "export-reference": ["out"]}
+    cli(command, trained / "seeds", *second.get(command, [])).check_refusal("is an ensemble", str(trained / "seeds/0"))
+
+
+def test_verify_tells_why_a_member_has_other_last_bits(trained, cli):
+    done = cli("verify", trained / "seeds" / "1")
+    assert done.code == 1
+    assert "a member of an ensemble: all are trained in one step" in done.out
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from dwiml_func.cli.parsing import parse
+from dwiml_func.ensemble_folder import is_ensemble, member_folders
 from dwiml_func.snapshot import latest_digest
 
 __all__ = ["DigestOptions", "run"]
@@ -17,7 +18,8 @@ __all__ = ["DigestOptions", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class DigestOptions:
-    """Print the SHA-256 of an experiment's latest training state, computed from the bytes on disk.
+    """Print the SHA-256 of an experiment's latest training state, computed from the bytes on disk; of an
+    ensemble those of its members, a line each.
 
     Example: dwiml-func digest experiments/first_run
     """
@@ -43,5 +45,8 @@ def run(arguments: Sequence[str], program: str) -> int:
         >>> run(["experiments/first_run"], "dwiml-func digest")  # doctest: +SKIP
     """
     options = parse(DigestOptions, arguments, program)
-    print(latest_digest(Path(options.experiment_dir)))
+    directory = Path(options.experiment_dir)
+    folders = member_folders(directory) if is_ensemble(directory) else [directory]
+    for folder in folders:
+        print(latest_digest(folder))
     return 0

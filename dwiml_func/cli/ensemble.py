@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from dwiml_func.atomic import remove_leftovers
 from dwiml_func.cli.messages import say
 from dwiml_func.config import RunConfig
 from dwiml_func.ensemble import EnsembleState
+from dwiml_func.ensemble_folder import read_ended
 from dwiml_func.ensemble_loop import EnsembleReport
-from dwiml_func.ensemble_members import create_ensemble, read_ended
+from dwiml_func.ensemble_members import create_ensemble
 from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
 from dwiml_func.interruption import stop_on_signals
 from dwiml_func.lock import experiment_lock
@@ -45,24 +47,23 @@ def train_members(experiments_path: str, experiment_name: str, configs: Sequence
         _train(directory, setups, None, [()] * len(configs))
 
 
-def resume_members(directory: Path, *, new_max_epochs: int | None, hdf5_file: str | None) -> None:
+def resume_members(directory: Path, **options: Any) -> None:
     """Go on with an ensemble.
 
     Args:
         directory: the ensemble.
-        new_max_epochs: replaces the number of epochs.
-        hdf5_file: replaces the dataset's path.
+        options: those of `resume_ensemble`.
 
     Raises:
         ValueError, OSError: there is nothing to resume.
         NonFiniteError: no member was left whose loss was finite.
 
     Example:
-        >>> resume_members(Path("experiments/sweep"), new_max_epochs=20, hdf5_file=None)  # doctest: +SKIP
+        >>> resume_members(Path("experiments/sweep"), new_max_epochs=20)  # doctest: +SKIP
     """
     num_members, _ = read_ended(directory)
     with _locks(directory, num_members):
-        setups, ensemble, histories = resume_ensemble(directory, new_max_epochs=new_max_epochs, hdf5_file=hdf5_file)
+        setups, ensemble, histories = resume_ensemble(directory, **options)
         _train(directory, setups, ensemble, histories)
 
 

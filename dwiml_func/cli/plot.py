@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from dwiml_func.cli.parsing import parse
+from dwiml_func.ensemble_folder import ENSEMBLE_FILE, is_ensemble, member_folders
 from dwiml_func.writers.plots import check_format, save_figure
 from dwiml_func.writers.run_plots import draw_experiments
 
@@ -27,7 +28,7 @@ class PlotOptions:
     experiment_dirs: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_DIR [EXPERIMENT_DIR ...]")
     ]
-    """The experiments' folders."""
+    """The experiments' folders; that of an ensemble stands for its members."""
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The picture; its name ends in .png, .svg or .pdf. None: plots/training.png of the experiment, or runs.png here
     for several."""
@@ -50,14 +51,16 @@ def run(arguments: Sequence[str], program: str) -> int:
         >>> run(["experiments/first_run"], "dwiml-func plot")  # doctest: +SKIP
     """
     options = parse(PlotOptions, arguments, program)
-    directories = options.experiment_dirs
-    if not directories:
+    if not options.experiment_dirs:
         raise ValueError("EXPERIMENT_DIR is missing. Received: nothing")
+    given = [Path(directory) for directory in options.experiment_dirs]
+    given = [path for path in given if path.name != ENSEMBLE_FILE]  # it is among the members in ENSEMBLE/*
+    directories = [folder for path in given for folder in (member_folders(path) if is_ensemble(path) else [path])]
     out = Path("runs.png" if options.out is None else options.out)
     check_format(out)
     figure = draw_experiments(directories)
-    if options.out is None and len(directories) == 1:
-        out = Path(directories[0], "plots", "training.png")
+    if options.out is None and len(given) == 1:
+        out = given[0] / "plots" / "training.png"
         out.parent.mkdir(exist_ok=True)
     save_figure(figure, out)
     print(out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ import tyro
 from dwiml_func.cli.ensemble import resume_members
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.train import train_with_progress
-from dwiml_func.ensemble_members import is_ensemble
+from dwiml_func.ensemble_folder import is_ensemble
 from dwiml_func.experiment import experiment_directory, read_config
 from dwiml_func.lock import experiment_lock
 from dwiml_func.process_group import in_turn, process_group
@@ -24,7 +24,8 @@ __all__ = ["ResumeOptions", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeOptions:
-    """Go on with an experiment from its latest snapshot, to the same bits as if it had never stopped.
+    """Go on with an experiment, or with an ensemble, from its latest snapshot, to the same bits as if it had never
+    stopped.
 
     Example: dwiml-func resume experiments first_run --new-max-epochs 200
     """
@@ -65,25 +66,15 @@ def run(arguments: Sequence[str], program: str) -> int:
     """
     options = parse(ResumeOptions, arguments, program)
     directory = experiment_directory(options.experiments_path, options.experiment_name)
+    changes = {
+        part.name: getattr(options, part.name) for part in fields(options) if not part.name.startswith("experiment")
+    }
     if is_ensemble(directory):
-        others = (options.new_patience, options.processes, options.checkpoint_every, options.keep)
-        if any(option is not None for option in others):
-            raise ValueError(f"{directory} is an ensemble. Expected no options but --new-max-epochs and --hdf5-file.")
-        resume_members(directory, new_max_epochs=options.new_max_epochs, hdf5_file=options.hdf5_file)
+        resume_members(directory, **changes)
         return 0
     use_gpu = read_config(directory).training.use_gpu  # before the lock makes a file there
     with process_group("cuda" if use_gpu else "cpu") as peers:
-        resume = partial(
-            resume_experiment,
-            directory,
-            new_max_epochs=options.new_max_epochs,
-            new_patience=options.new_patience,
-            hdf5_file=options.hdf5_file,
-            processes=options.processes,
-            checkpoint_every=options.checkpoint_every,
-            keep=options.keep,
-            peers=peers,
-        )
+        resume = partial(resume_experiment, directory, **changes, peers=peers)
         with experiment_lock(directory) if peers.rank == 0 else nullcontext():
             train_with_progress(directory, *in_turn(peers, resume))
     return 0

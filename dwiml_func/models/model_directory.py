@@ -16,6 +16,7 @@ from dwiml_func.config import ModelConfig, RunConfig, config_from_json
 from dwiml_func.config_checks import shown
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.digest import leaf_differences
+from dwiml_func.ensemble_folder import is_ensemble
 from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
 from dwiml_func.manifest import DamagedError
 from dwiml_func.manifest_schema import first_problem
@@ -218,4 +219,6 @@ def find_model(path: str | Path) -> Path:
             raise ValueError(f"{str(folder)!r} holds a model of dwi_ml. First run dwiml-func import-reference on it.")
     if (path / "config.json").is_file():
         raise ValueError(f"Experiment {str(path)!r} has no best model yet. Train it for an epoch.")
+    if is_ensemble(path):
+        raise ValueError(f"{str(path)!r} is an ensemble. Name one of its members, such as {path / '0'}.")
     raise ValueError(f"{str(path)!r} is neither a model directory (no {MANIFEST}) nor an experiment (no config.json).")
