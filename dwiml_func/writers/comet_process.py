@@ -36,6 +36,7 @@ _SILENT = {  # nothing but what the training says of itself
     "display_summary_level": 0,
 }
 _PROBE_SECONDS = 5.0
+_LOOK_SECONDS = 0.05
 _SECONDS_AFTER_TRAINING = 60.0  # for what is still to be sent when the training has been interrupted
 
 
@@ -170,6 +171,9 @@ def _write_archive(run: dict[str, Any], metrics: list[Any]) -> Path:
             project_name=run["project"],
             **_SILENT,
         )
+        streamer: Any = experiment.streamer
+        if hasattr(streamer, "queue_timeout"):  # it looks once a second for the end, which the training waits for
+            streamer.queue_timeout = _LOOK_SECONDS
         _describe(experiment, run)
         _log_metrics(experiment, metrics)
         experiment.end()
