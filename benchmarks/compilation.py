@@ -19,9 +19,9 @@ import torch
 from timing import interleaved, medians_of
 from verdicts import conclude
 
+from dwiml_func.cli.example_options import example_options
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
-from dwiml_func.cli.train import EXAMPLE_OPTIONS
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.example import make_example_data
 from dwiml_func.warm_step import CompilationReport, WarmStep
@@ -73,7 +73,7 @@ def main() -> int:
 def make_setups(path: Path) -> tuple[Setup, Setup, WarmStep]:
     """The default example run, eager and compiled, and the compiled step as it is."""
     make_example_data(path)
-    config = parse(RunOptions, EXAMPLE_OPTIONS, "benchmark").to_config(path)
+    config = parse(RunOptions, example_options(), "benchmark").to_config(path)
     compiled = prepare(replace(config, training=replace(config.training, compile=True)))
     assert isinstance(compiled.step, WarmStep)
     return prepare(config), compiled, compiled.step

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from verdicts import conclude
 
+from dwiml_func.cli.example_options import example_options
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
-from dwiml_func.cli.train import EXAMPLE_OPTIONS
 from dwiml_func.data.example import make_example_data
 from dwiml_func.experiment import create_experiment
 from dwiml_func.loop import EpochReport
@@ -77,7 +77,7 @@ def train(folder: Path, epochs: int) -> tuple[list[EpochReport], int]:
     """Some epochs of the default example run, without logs; and how many it has in all."""
     path = folder / "data.hdf5"
     make_example_data(path)
-    config = parse(RunOptions, EXAMPLE_OPTIONS, "benchmark").to_config(path)
+    config = parse(RunOptions, example_options(), "benchmark").to_config(path)
     few = replace(config, training=replace(config.training, max_epochs=epochs))
     directory = create_experiment(folder, "run", few)
     return list(run_experiment(directory, prepare(few), write=fan_out())), config.training.max_epochs

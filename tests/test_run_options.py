@@ -48,6 +48,18 @@ def test_the_options_that_suit_the_example_data_are_there_before_the_others_are_
     cli("train", folder, "new", PHANTOM, "--normalize-prev-dirs").check_refusal("nb_previous_dirs")
 
 
+def test_a_classification_of_the_example_data_has_options_of_its_own_under_those_given(cli, tmp_path: Path) -> None:
+    arguments = ("train", tmp_path, "new", "--dry-run", "--dg-key", "sphere-classification")
+    plain = config_from_json(cli(*arguments[:4]).out)
+    classes = config_from_json(cli(*arguments).out)
+    given = config_from_json(cli(*arguments, "--learning-rate", "0.25").out)
+    assert not plain.model.use_skip_connection
+    assert classes.model.use_skip_connection
+    assert given.model.use_skip_connection
+    assert classes.training.learning_rate != plain.training.learning_rate
+    assert given.training.learning_rate == ("0.25",)
+
+
 def test_a_dry_run_prints_what_the_run_would_record_and_writes_nothing(cli, experiments: Path) -> None:
     before = sorted(experiments.rglob("*"))
     run = experiments / "run" / "config.json"

@@ -17,6 +17,7 @@ import tyro
 
 from dwiml_func.atomic import remove_leftovers
 from dwiml_func.cli.ensemble import train_members
+from dwiml_func.cli.example_options import example_options
 from dwiml_func.cli.messages import is_quiet, say
 from dwiml_func.cli.parsing import parse, value_of
 from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions, read_config_part
@@ -40,15 +41,6 @@ from dwiml_func.writers.run_plots import leave_picture
 __all__ = ["TrainOptions", "run", "train_with_progress"]
 
 EXAMPLE_FILE = "example_data.hdf5"
-EXAMPLE_OPTIONS = (
-    *("--nb-previous-dirs", "1"),
-    *("--weight-decay", "0"),
-    *("--batch-size-training", "50"),
-    *("--learning-rate", "0.002*20 0.0005"),
-    *("--max-epochs", "30"),
-)
-"""Options of a run on the example data, where others are not given: the defaults are made for far larger data sets."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -110,7 +102,7 @@ def run(arguments: Sequence[str], program: str) -> int:
         print(_describe(directory, prepare(config)) if is_there else f"{example} would be made.", file=sys.stderr)
         return 0
     if options.hdf5_file is None:
-        say(f"Example data, with {shlex.join(EXAMPLE_OPTIONS)} unless given otherwise")
+        say(f"Example data, with {shlex.join(example_options(config.model.dg_key))} unless given otherwise")
         _make_example_data(example)
     if len(members) > 1:
         train_members(options.experiments_path, options.experiment_name, members)
@@ -196,9 +188,9 @@ def _read_options(arguments: Sequence[str], program: str) -> TrainOptions:
         return parse(TrainOptions, arguments, program, default=default, subjects=RUN_SUBJECTS)
 
     with contextlib.suppress(ValueError, OSError):  # what is wrong shows again below
-        options = read(parse(RunOptions, EXAMPLE_OPTIONS, program))
+        options = read(parse(RunOptions, example_options(), program))
         if options.hdf5_file is None:
-            return options
+            return read(parse(RunOptions, example_options(options.model.dg_key), program))
     return read(RunOptions())
 
 
