@@ -50,14 +50,14 @@ def main() -> int:
         steps[COMPILED] = step_through(compiled, batches, losses[COMPILED])
         times = interleaved(steps, len(batches), warm_up=1)
     points = [batch.num_points for batch in batches]
-    num_compilations = warm.step.num_compilations
+    num_compilations = warm.graph.num_compilations
     ratio = print_tables(times, points, warm)
     pairs = zip(losses[EAGER][:NUM_COMPARED], losses[COMPILED][:NUM_COMPARED], strict=True)
     difference = max(abs(one - other) / one for one, other in pairs)
     verdicts = [
         (ratio <= MAX_RATIO, f"a compiled step takes {ratio:.2f} times an eager one, at most {MAX_RATIO:g} required"),
         (
-            warm.step.eager_reason is None and num_compilations <= MAX_COMPILATIONS,
+            warm.graph.eager_reason is None and num_compilations <= MAX_COMPILATIONS,
             f"{num_compilations} compilation(s) over {len(set(points))} batches of different lengths, "
             f"at most {MAX_COMPILATIONS} required",
         ),
@@ -110,9 +110,9 @@ def print_tables(times: dict[str, list[float]], points: list[int], warm: WarmSte
     print("| one step | median | ratio |\n|---|---|---|")
     for name, seconds in medians.items():
         print(f"| {name} | {1e3 * seconds:.1f} ms | {seconds / medians[EAGER]:.2f} |")
-    print(f"\n{CompilationReport(warm.step.compile_seconds, medians[EAGER], medians[COMPILED])}")
-    if warm.step.eager_reason is not None:
-        print(f"Not compiled: {warm.step.eager_reason}")
+    print(f"\n{CompilationReport(warm.graph.compile_seconds, medians[EAGER], medians[COMPILED])}")
+    if warm.graph.eager_reason is not None:
+        print(f"Not compiled: {warm.graph.eager_reason}")
     return medians[COMPILED] / medians[EAGER]
 
 

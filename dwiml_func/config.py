@@ -85,8 +85,6 @@ class TrainingConfig:
             require("clip_grad", self.clip_grad, above=0)
         require("num_threads", self.num_threads, at_least=1, below=1 << 12)
         require("num_shards", self.num_shards, at_least=1)
-        if self.compile and self.num_shards > 1:
-            raise ValueError(f"compile: a step is compiled whole. Expected num_shards 1. Received: {self.num_shards}")
         require("rng", self.rng, at_least=0, below=1 << 64)
         if self.data_rng is not None:
             require("data_rng", self.data_rng, at_least=0, below=1 << 64)

@@ -6,14 +6,10 @@ it closes over, the optimizer, clipping) is read once, when the graph is made.
 
 from __future__ import annotations
 
-import logging
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass
 from functools import partial
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,16 +21,9 @@ from dwiml_func.optim import Optimizer
 from dwiml_func.rng import Stream, fold_in, torch_rng
 from dwiml_func.state import TrainState, mark_donated, refuse_donated
 from dwiml_func.step import NON_FINITE, clip_and_measure, raise_if_not_finite, train_step
+from dwiml_func.whole_graph import NO_KEY, WholeGraph, as_float64
 
 __all__ = ["JitStep", "jit_step"]
-
-_ARGUMENT = re.compile(r"$|(L\[')?(params|buffers|opt_state|batch|numbers)\b")  # of a guard's name; shapes have none
-_INDUCTOR = {
-    "size_asserts": False,  # guards look at the arguments already
-    "fx_graph_cache": False,  # it does not know when an operator of this package changes
-    "fallback_random": True,  # torch's own generators draw, those that `torch_rng` seeds, as in an eager step
-    "cpp.enable_loop_tail_vec": False,  # how a loop ends would depend on the sizes of the batch that was compiled for
-}
 
 
 def jit_step(
@@ -83,10 +72,8 @@ class JitStep:
     """A compiled step, made by `jit_step` and called as `step(state, batch, lr=lr)`.
 
     Attributes:
-        num_compilations: graphs compiled so far.
-        compile_seconds: time of the calls that compiled them.
-        eager_reason: why steps run without a graph; None where they run compiled.
         eager: the step without a graph.
+        graph: the compiled function.
 
     Example:
         >>> step = jit_step(loss_fn=loss_fn, optimizer=optimizer)  # doctest: +SKIP
@@ -94,26 +81,27 @@ class JitStep:
     """
 
     def __init__(self, eager: partial[Any], *, dynamic: bool, max_compilations: int, backend: str) -> None:
-        if max_compilations < 1:
-            raise ValueError(f"Expected max_compilations of at least 1. Received: {max_compilations}")
-        self.num_compilations = 0
-        self.compile_seconds = 0.0
-        self.eager_reason: str | None = None
         self.eager = eager
+        self.graph = WholeGraph(
+            _make_graph(**eager.keywords), dynamic=dynamic, max_compilations=max_compilations, backend=backend
+        )
         self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
         self._draws = getattr(eager.keywords["loss_fn"], "stochastic", True)
-        self._dynamic = dynamic
-        self._backend = backend
-        self._shapes_seen: set[Any] = set()
-        self._graph = torch.compile(
-            _make_graph(**eager.keywords),
-            fullgraph=True,
-            dynamic=False,
-            backend=self._compile,  # type: ignore[arg-type]
-            options={"guard_filter_fn": _guards_of_arguments},
-            recompile_limit=max_compilations,
-            isolate_recompiles=True,
-        )
+
+    @property
+    def num_compilations(self) -> int:
+        """Graphs compiled so far."""
+        return self.graph.num_compilations
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time of the calls that compiled them."""
+        return self.graph.compile_seconds
+
+    @property
+    def eager_reason(self) -> str | None:
+        """Why steps run without a graph; None where they run compiled."""
+        return self.graph.eager_reason
 
     def __call__(self, state: TrainState, batch: Any, *, lr: float | Tensor) -> tuple[TrainState, Metrics]:
         """Take one optimizer step.
@@ -136,50 +124,14 @@ class JitStep:
         device = next(iter(state.params.values())).device
         blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
         numbers = _vector((lr, state.step, blocked), device)
-        shapes = tuple(tensor.shape for tensor in _tensors(batch))
-        run = self._graph if shapes in self._shapes_seen else self._run_new_shapes
         key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
         with torch_rng(key) if self._draws else nullcontext():
-            results = run(state.params, state.buffers, state.opt_state, batch, numbers)
+            results = self.graph(
+                batch, params=state.params, buffers=state.buffers, opt_state=state.opt_state, numbers=numbers
+            )
         if results is None:
             return self.eager(state, batch, lr=lr)
-        self._shapes_seen.add(shapes)
         return self._finish(state, batch, *results)
-
-    def _run_new_shapes(self, params: Any, buffers: Any, opt_state: Any, batch: Any, numbers: Tensor) -> Any:
-        """Run a batch for which a graph may have to be made; None where none can be."""
-        from torch._dynamo import config as dynamo
-        from torch._functorch import config as functorch
-        from torch.fx.experimental import _config as symbolic_shapes
-
-        if self._dynamic:
-            for tensor in _tensors(batch):
-                if tensor.dim() > 0:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        num_before, start = self.num_compilations, time.perf_counter()
-        try:
-            # Python's numbers are constants. Sizes that happen to be equal in one batch are not taken for the same
-            # size, nor a size of 1 for a constant.
-            tracing = dynamo.patch(trace_autograd_ops=True, specialize_float=True)
-            no_cache = functorch.patch(enable_autograd_cache=False)  # see _INDUCTOR
-            with no_cache, tracing, symbolic_shapes.patch(use_duck_shape=False, backed_size_oblivious=True):  # type: ignore[attr-defined]
-                return self._graph(params, buffers, opt_state, batch, numbers)
-        except Exception as error:
-            self.eager_reason = _shortened(error)
-            message = "Training steps run without compilation from here on: %s"
-            logging.getLogger(__name__).warning(message, self.eager_reason)
-            return None
-        finally:
-            if self.num_compilations > num_before:
-                self.compile_seconds += time.perf_counter() - start
-
-    def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
-        self.num_compilations += 1
-        if self._backend == "inductor":
-            from torch._inductor.compile_fx import compile_fx
-
-            return compile_fx(graph, inputs, config_patches=_INDUCTOR)
-        return torch._dynamo.lookup_backend(self._backend)(graph, inputs)
 
     def _finish(
         self, state: TrainState, batch: Any, params: Any, buffers: Any, opt_state: Any, names: Any, values: Tensor
@@ -216,14 +168,14 @@ def _make_graph(
     loss_fn: LossFn, optimizer: Optimizer, clip_grad: float | None, donate: bool, **_: Any
 ) -> Callable[..., tuple[Any, ...]]:
     def graph(
+        batch: Any,
         params: dict[str, Tensor],
         buffers: dict[str, Tensor],
         opt_state: dict[str, dict[str, Tensor]],
-        batch: Any,
         numbers: Tensor,
     ) -> tuple[Any, ...]:
         lr, step, blocked = numbers.unbind()
-        out, grads = value_and_grad(loss_fn, params, buffers, batch, key=_NO_KEY)  # type: ignore[arg-type]
+        out, grads = value_and_grad(loss_fn, params, buffers, batch, key=NO_KEY)
         grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
         new_params, new_opt_state = optimizer.update(grads, opt_state, params, lr=lr, step=step)
 
@@ -235,7 +187,7 @@ def _make_graph(
         new_buffers = _choose(keep_old, buffers, out.buffers)
         sums = [number for sum_ in metrics.values() for number in sum_]
         scalars = (out.loss, norm, is_bad & (blocked == 0), torch.zeros_like(norm), *sums)
-        values = torch.stack([_as_float64(value, out.loss) for value in scalars])
+        values = torch.stack([as_float64(value, out.loss) for value in scalars])
         if donate:
             for old, new in ((params, new_params), *((opt_state[kind], new_opt_state[kind]) for kind in opt_state)):
                 for name, tensor in new.items():
@@ -250,51 +202,7 @@ def _choose(keep_old: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tenso
     return {name: torch.where(keep_old, old[name], tensor) for name, tensor in new.items()}
 
 
-def _as_float64(value: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.detach().to(torch.float64)
-    return like.new_full((), value, dtype=torch.float64)
-
-
 def _vector(numbers: tuple[float | Tensor, ...], device: torch.device) -> Tensor:
     if any(isinstance(number, Tensor) for number in numbers):
         return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
     return torch.tensor(numbers, dtype=torch.float64, device=device)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors of a batch: a tensor, or tuples, lists, mappings and dataclasses of them."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
-
-
-def _guards_of_arguments(guards: list[Any]) -> list[bool]:
-    """Which of torch's guards are looked at in each call: all of the arguments' and none of what is fixed."""
-    return [not guard.is_global and _ARGUMENT.match(guard.name) is not None for guard in guards]
-
-
-class _NoKey:
-    """Stands for a key in a graph, where its numbers would be frozen."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError("a key cannot be used in a compiled step")
-
-
-_NO_KEY = _NoKey()
-
-
-def _shortened(error: Exception) -> str:
-    """The first line of torch's explanation, and the place in the user's code."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    places = [line for line in lines if line.startswith('File "')]
-    place = f" ({places[-1]})" if places else ""
-    return f"{lines[0] if lines else type(error).__name__}{place}"

@@ -57,11 +57,12 @@ ALONE: Peers = _Alone()
 """One process that trains by itself."""
 
 
-def sharded_value_and_grad(peers: Peers = ALONE) -> ValueAndGrad:
+def sharded_value_and_grad(peers: Peers = ALONE, gradient_fn: ValueAndGrad = value_and_grad) -> ValueAndGrad:
     """What `value_and_grad` computes, for batches that are cut into shards.
 
     Args:
         peers: the processes that share the work; their number divides that of the shards.
+        gradient_fn: evaluates loss and gradients of one shard.
 
     Returns:
         A function for `train_step(..., gradient_fn=...)`. Its batch is a sequence of shards, None where one is empty;
@@ -85,7 +86,7 @@ def sharded_value_and_grad(peers: Peers = ALONE) -> ValueAndGrad:
         loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, engine: Engine | None = None
     ) -> tuple[LossOut, dict[str, Tensor]]:
         def evaluate(shard: Any, number: int, is_empty: bool) -> _Part:
-            out, grads = value_and_grad(loss_fn, params, buffers, shard, key=fold_in(key, number), engine=engine)
+            out, grads = gradient_fn(loss_fn, params, buffers, shard, key=fold_in(key, number), engine=engine)
             return _part(out, buffers, grads, is_empty)
 
         out, total = _over_shards(batch, evaluate, buffers, peers)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dwiml_func.jit import JitStep
 from dwiml_func.metrics import Metrics
 from dwiml_func.state import TrainState
 from dwiml_func.step import NonFiniteError
+from dwiml_func.whole_graph import WholeGraph
 
 __all__ = ["CompilationReport", "WarmStep"]
 
@@ -55,28 +55,39 @@ class CompilationReport(NamedTuple):
 
 
 class WarmStep:
-    """A `JitStep` that is compiled at its first call, for a given batch, before it takes that call's step.
+    """A compiled step that is compiled at its first call, for a given batch, before it takes that call's step.
 
     Args:
-        step: the compiled step.
+        step: the step.
+        eager: the same step without a graph.
+        graph: what is compiled in the step.
         first_batch: gives the batch to compile for.
 
     Attributes:
-        step: the compiled step.
+        graph: the same.
         report: what compilation cost and brings; None before the first call, and where steps run eagerly.
 
     Example:
-        >>> step = WarmStep(jit_step(loss_fn=loss_fn, optimizer=optimizer), lambda: batch)  # doctest: +SKIP
+        >>> step = jit_step(loss_fn=loss_fn, optimizer=optimizer)  # doctest: +SKIP
+        >>> step = WarmStep(step, eager=step.eager, graph=step.graph, first_batch=lambda: batch)  # doctest: +SKIP
         >>> state, metrics = step(state, batch, lr=0.001)  # doctest: +SKIP
     """
 
-    def __init__(self, step: JitStep, first_batch: Callable[[], Any]) -> None:
-        self.step = step
+    def __init__(
+        self,
+        step: Callable[..., tuple[TrainState, Metrics]],
+        *,
+        eager: Callable[..., tuple[TrainState, Metrics]],
+        graph: WholeGraph,
+        first_batch: Callable[[], Any],
+    ) -> None:
         self.report: CompilationReport | None = None
+        self.graph = graph
+        self._step, self._eager = step, eager
         self._first_batch: Callable[[], Any] | None = first_batch
 
     def __call__(self, state: TrainState, batch: Any, *, lr: float | Tensor) -> tuple[TrainState, Metrics]:
-        """Take one optimizer step, see `JitStep`.
+        """Take one optimizer step, see `train_step`.
 
         Args:
             state: the run before the step.
@@ -89,13 +100,13 @@ class WarmStep:
         if self._first_batch is not None:
             self._warm_up(state, self._first_batch())
             self._first_batch = None
-        return self.step(state, batch, lr=lr)
+        return self._step(state, batch, lr=lr)
 
     def _warm_up(self, state: TrainState, batch: Any) -> None:
         """Compile, and measure a few steps of both kinds, on copies that are thrown away."""
         try:
-            rehearsal, _ = self.step(_copy(state), batch, lr=0.0)
-            times: dict[Callable[..., Any], list[float]] = {self.step: [], self.step.eager: []}
+            rehearsal, _ = self._step(_copy(state), batch, lr=0.0)
+            times: dict[Callable[..., Any], list[float]] = {self._step: [], self._eager: []}
             for _ in range(1 + _REPEATS):
                 for step, seconds in times.items():
                     start = time.perf_counter()
@@ -103,9 +114,9 @@ class WarmStep:
                     seconds.append(time.perf_counter() - start)
         except NonFiniteError:  # the training itself meets it, and says where
             return
-        if self.step.eager_reason is None:
+        if self.graph.eager_reason is None:
             compiled, eager = (statistics.median(seconds[1:]) for seconds in times.values())
-            self.report = CompilationReport(self.step.compile_seconds, eager, compiled)
+            self.report = CompilationReport(self.graph.compile_seconds, eager, compiled)
 
 
 def _copy(state: TrainState) -> TrainState:

@@ -20,7 +20,6 @@ from dwiml_func.data.neighborhood import require_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import ShardedBatch, cut_batch
-from dwiml_func.jit import jit_step
 from dwiml_func.list_arithmetic import Number
 from dwiml_func.loop import Batches
 from dwiml_func.loss import LossFn, module_loss
@@ -31,10 +30,9 @@ from dwiml_func.models.model_directory import build_model
 from dwiml_func.models.model_size import require_memory
 from dwiml_func.precision import require_bf16
 from dwiml_func.rng import Key, Stream, fold_in, torch_rng
-from dwiml_func.sharding import ALONE, Peers, require_shards, sharded_loss, sharded_value_and_grad
+from dwiml_func.run_steps import make_eval_step, make_step
+from dwiml_func.sharding import ALONE, Peers, require_shards
 from dwiml_func.state import TrainState, init_state
-from dwiml_func.step import eval_step, train_step
-from dwiml_func.warm_step import WarmStep
 
 __all__ = ["Setup", "loader_spec", "make_optimizer", "prepare", "require_usable", "with_seed"]
 
@@ -137,22 +135,23 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
         plan = fold_in(key if data_rng is None else Key(data_rng), Stream.VALID_PLAN)
         return load(*parts, key=plan, epoch=0, start_batch=start_batch, num_shards=num_shards)
 
-    parts_of_a_step = {"loss_fn": loss_fn, "optimizer": optimizer, "clip_grad": config.training.clip_grad}
-
     def first_batch() -> StreamlineBatch:
+        """Of the run, or the first shard of it."""
         key = Key(config.training.rng if data_rng is None else data_rng)
         plan, augment = fold_in(key, Stream.TRAIN_PLAN), fold_in(key, Stream.TRAIN_AUGMENT)
         parts = (training_set, training_sampler, training_loader)
         batches = epoch_batches(*parts, key=plan, augment_key=augment, epoch=0, start_batch=0, num_workers=0)
-        return next(iter(batches)).to(device)
+        batch = next(iter(batches))
+        return (cut_batch(batch, num_shards)[0] or batch if num_shards > 1 else batch).to(device)
 
-    step: Callable[..., tuple[TrainState, Metrics]] = partial(train_step, **parts_of_a_step, donate=True)
-    if config.training.compile:
-        step = WarmStep(jit_step(**parts_of_a_step, donate=True, dynamic=True), first_batch)
-    eval_loss_fn = loss_fn
-    if num_shards > 1:
-        step = partial(step, gradient_fn=sharded_value_and_grad(peers))
-        eval_loss_fn = sharded_loss(loss_fn, peers)
+    step = make_step(
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        clip_grad=config.training.clip_grad,
+        num_shards=num_shards,
+        peers=peers,
+        compile_for=first_batch if config.training.compile else None,
+    )
     return Setup(
         config=config,
         state=init_state(model.to(device), optimizer, seed=config.training.rng),
@@ -160,7 +159,7 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
         valid=partial(evaluation, num_shards=num_shards) if evaluation_set is validation_set else None,
         evaluation=evaluation,
         step=step,
-        eval_step=partial(eval_step, loss_fn=eval_loss_fn),
+        eval_step=make_eval_step(loss_fn, num_shards=num_shards, peers=peers),
         loss_fn=loss_fn,
         nb_features=training_set.num_features,
         training_set=training_set,

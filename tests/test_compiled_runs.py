@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,6 @@ import torch
 from preloaded import run_command
 
 from dwiml_func import init_state, module_loss, sgd
-from dwiml_func.config import TrainingConfig
 from dwiml_func.jit import jit_step
 from dwiml_func.snapshot import latest_digest
 from dwiml_func.warm_step import CompilationReport, WarmStep
@@ -38,6 +40,22 @@ def test_a_compiled_run_in_two_processes_without_a_shared_cache_ends_with_the_bi
     assert list((tmp_path / "second").iterdir())  # it was compiled again there
 
 
+@pytest.mark.soak
+def test_a_compiled_run_on_shards_that_goes_on_with_two_processes_ends_with_the_bits_of_one(tmp_path: Path) -> None:
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    options = ("--num-shards", 2, "--max-epochs", 2)
+    out = run_command("train", tmp_path, "whole", PHANTOM, *OPTIONS, *options, environment=cache)
+    assert out.count("Compiled in ") == 1
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint" / "2")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "dwiml_func", "resume", str(tmp_path), "parts"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **cache})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Compiled in ") == 1
+    assert latest_digest(tmp_path / "parts") == latest_digest(tmp_path / "whole")
+
+
 def test_a_step_warms_up_on_the_first_batch_of_the_run_and_changes_nothing_by_it() -> None:
     model = torch.nn.Linear(2, 1)
     loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
@@ -49,7 +67,9 @@ def test_a_step_warms_up_on_the_first_batch_of_the_run_and_changes_nothing_by_it
         return torch.ones(7, 2)
 
     states = []
-    for step in (jit_step(**options), warm := WarmStep(jit_step(**options), first_batch)):
+    inner = jit_step(**options)
+    warm = WarmStep(inner, eager=inner.eager, graph=inner.graph, first_batch=first_batch)
+    for step in (jit_step(**options), warm):
         state = init_state(model, sgd(), seed=0)
         for _ in range(3):
             state, _ = step(state, torch.ones(4, 2), lr=0.1)
@@ -66,8 +86,3 @@ def test_a_gain_is_told_as_the_steps_that_pay_for_it_and_a_loss_as_a_loss() -> N
         "Compiled in 12.0 s: a step takes 10.0 ms instead of 30.0 ms, paid off after 600 steps"
     )
     assert str(CompilationReport(12.0, 0.010, 0.030)).endswith("which does not pay off")
-
-
-def test_shards_cannot_be_compiled() -> None:
-    with pytest.raises(ValueError, match=r"compile.*Expected num_shards 1\. Received: 2"):
-        TrainingConfig(compile=True, num_shards=2)

@@ -126,7 +126,7 @@ def test_without_dynamic_shapes_each_shape_has_its_graph_up_to_a_limit(caplog):
         actual, _ = run(compiled, start, 9, sizes=(8, 4, 8, 2))
     assert compiled.num_compilations == 2
     assert compiled.eager_reason is not None
-    assert len([record for record in caplog.records if record.name == "dwiml_func.jit"]) == 1
+    assert len([record for record in caplog.records if record.name == "dwiml_func.whole_graph"]) == 1
     expected, _ = run(eager, start, 9, sizes=(8, 4, 8, 2))
     torch.testing.assert_close(actual.params, expected.params)
 
@@ -139,7 +139,7 @@ def test_a_model_that_cannot_be_compiled_whole_says_where_it_breaks_and_runs_eag
     start, compiled, eager = make_steps(compute_batch_loss=reads_a_value)
     with caplog.at_level(logging.WARNING):
         actual, _ = run(compiled, start, 4)
-    [record] = (record for record in caplog.records if record.name == "dwiml_func.jit")
+    [record] = (record for record in caplog.records if record.name == "dwiml_func.whole_graph")
     assert "without compilation" in record.message
     assert "test_jit.py" in record.message
     assert "\n" not in record.message

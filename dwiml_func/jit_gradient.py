@@ -1,0 +1,84 @@
+"""The gradient of a loss as one compiled graph, for steps that add the gradients of several shards."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from dwiml_func.gradients import Engine, value_and_grad
+from dwiml_func.loss import LossFn, LossOut
+from dwiml_func.rng import Key, torch_rng
+from dwiml_func.state import Buffers, Params
+from dwiml_func.whole_graph import NO_KEY, WholeGraph, as_float64
+
+__all__ = ["JitGradient"]
+
+
+class JitGradient:
+    """`value_and_grad` of one loss, compiled: a `gradient_fn` for `train_step` or `sharded_value_and_grad`.
+
+    Args:
+        loss_fn: the loss, as for `dwiml_func.jit.jit_step`.
+        dynamic, max_compilations, backend: as for `jit_step`.
+
+    Attributes:
+        graph: the compiled function.
+
+    Example:
+        >>> import torch
+        >>> def loss_fn(params, buffers, batch, *, key, train):
+        ...     return LossOut((params["w"] * batch).mean(), len(batch), buffers, {})
+        >>> gradient = JitGradient(loss_fn, backend="eager")
+        >>> out, grads = gradient(loss_fn, {"w": torch.ones(())}, {}, torch.tensor([2.0, 3.0]), key=Key(0))
+        >>> out.loss.item(), grads["w"].item(), gradient.graph.num_compilations
+        (2.5, 2.5, 1)
+    """
+
+    def __init__(
+        self, loss_fn: LossFn, *, dynamic: bool = False, max_compilations: int = 8, backend: str = "inductor"
+    ) -> None:
+        def graph(batch: Any, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> tuple[Any, ...]:
+            out, grads = value_and_grad(loss_fn, params, buffers, batch, key=NO_KEY)
+            pairs = {
+                name: tuple(as_float64(part, out.loss) for part in mean) if isinstance(mean, tuple) else mean
+                for name, mean in out.aux.items()
+            }
+            return out.loss, as_float64(out.weight, out.loss), out.buffers, pairs, grads
+
+        self._loss_fn = loss_fn
+        self._draws = getattr(loss_fn, "stochastic", True)
+        self.graph = WholeGraph(graph, dynamic=dynamic, max_compilations=max_compilations, backend=backend)
+
+    def __call__(
+        self,
+        loss_fn: LossFn,
+        params: Params,
+        buffers: Buffers,
+        batch: Any,
+        *,
+        key: Key,
+        engine: Engine | None = None,
+    ) -> tuple[LossOut, dict[str, Tensor]]:
+        """Evaluate the loss and its gradient.
+
+        Args:
+            loss_fn: the loss that was compiled.
+            params, buffers, batch, key: as for `value_and_grad`.
+            engine: as there, where the gradient cannot be compiled.
+
+        Returns:
+            As `value_and_grad`.
+
+        Raises:
+            ValueError: it is another loss.
+        """
+        if loss_fn is not self._loss_fn:
+            raise ValueError("Expected the loss that was compiled. Received: another one.")
+        with torch_rng(key) if self._draws else nullcontext():
+            results = self.graph(batch, params=dict(params), buffers=dict(buffers))
+        if results is None:
+            return value_and_grad(loss_fn, params, buffers, batch, key=key, engine=engine)
+        loss, weight, new_buffers, aux, grads = results
+        return LossOut(loss, weight, new_buffers, aux), grads

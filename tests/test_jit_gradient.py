@@ -1,0 +1,54 @@
+"""Claims about the compiled gradient: that of an eager step, shard by shard, with one graph for all sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_compiled_learn2track import NUM_FEATURES, some_batch
+
+from dwiml_func import Key, module_loss
+from dwiml_func.data.shards import cut_batch
+from dwiml_func.gradients import value_and_grad
+from dwiml_func.jit_gradient import JitGradient
+from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
+from dwiml_func.rng import torch_rng
+from dwiml_func.sharding import sharded_value_and_grad
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+
+
+def test_on_shards_of_any_size_one_graph_gives_what_an_eager_step_gives() -> None:
+    with torch_rng(Key(1)):
+        model = Learn2Track(NUM_FEATURES, rnn_layer_sizes=(6, 4), nb_previous_dirs=1, dropout=0.3)
+    loss_fn = module_loss(model, compute_batch_loss)
+    params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    gradient = JitGradient(loss_fn, dynamic=True, backend="aot_eager")
+    compiled, eager = sharded_value_and_grad(gradient_fn=gradient), sharded_value_and_grad()
+    for number, size in enumerate((7, 3, 1, 12)):  # the third leaves two shards empty
+        batch = cut_batch(some_batch(number, size), num_shards=3)
+        (out, grads), (expected, expected_grads) = (
+            function(loss_fn, params, {}, batch, key=Key(3, (number,))) for function in (compiled, eager)
+        )
+        torch.testing.assert_close((out.loss, out.weight), (expected.loss, expected.weight))
+        torch.testing.assert_close(out.aux, expected.aux)
+        torch.testing.assert_close(grads, expected_grads)
+    assert (gradient.graph.eager_reason, gradient.graph.num_compilations) == (None, 1)
+
+
+def test_a_loss_that_cannot_be_traced_is_evaluated_eagerly(caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Linear(2, 1)
+    loss_fn = module_loss(model, lambda model, x: (model(x).mean() * (2 if x.sum().item() > 0 else 1), len(x)))
+    params, x = {name: parameter.detach() for name, parameter in model.named_parameters()}, torch.ones(3, 2)
+    gradient = JitGradient(loss_fn, backend="eager")
+    for _ in range(2):
+        out, grads = gradient(loss_fn, params, {}, x, key=Key(0))
+        expected, expected_grads = value_and_grad(loss_fn, params, {}, x, key=Key(0))
+        assert torch.equal(out.loss, expected.loss)
+        assert torch.equal(grads["weight"], expected_grads["weight"])
+    assert len([record for record in caplog.records if record.name == "dwiml_func.whole_graph"]) == 1
+
+
+def test_another_loss_is_refused() -> None:
+    losses = [module_loss(torch.nn.Linear(2, 1), lambda model, x: (model(x).mean(), len(x))) for _ in range(2)]
+    with pytest.raises(ValueError, match="the loss that was compiled"):
+        JitGradient(losses[0])(losses[1], {}, {}, torch.ones(3, 2), key=Key(0))
