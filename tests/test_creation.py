@@ -296,7 +296,7 @@ def test_the_command_says_what_it_wrote(tmp_path, capfd):
     arguments = make_folder(tmp_path)
     assert main(["create-hdf5", *arguments, "--compress", "--enforce-files-presence"]) == 0
     printed = capfd.readouterr()
-    assert "1 training, 1 validation, 0 testing subjects" in printed.out
+    assert "subjects: 1 training, 1 validation, 0 testing; " in printed.out
     assert printed.err == ""  # no bar without a terminal
     with File(tmp_path / "out.hdf5") as file:
         assert file.attrs["compress"] == 0.01

@@ -57,7 +57,7 @@ def test_text_says_the_same_numbers_in_words(cli, stopped_early):
     assert (outcome.code, outcome.err) == (0, "")
     compared = result["compared"]
     assert outcome.out.splitlines() == [
-        "48 streamlines of 1 validation subjects",
+        "48 streamlines of 1 validation subject",
         f"Mean loss at {result['num_points']} points: {result['loss']:.6g}",
         f"Mean angular error at all points that have a next direction: {result['angular_error']:.2f} deg",
         f"Mean angular error at the {compared['num_points']} points that have a previous direction too:",

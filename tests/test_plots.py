@@ -182,6 +182,17 @@ def test_plot_writes_what_it_is_asked_for(cli, experiments: Path, tmp_path: Path
     assert cli("plot", run, other).out == "runs.png\n"
 
 
+def test_the_legend_says_where_a_fork_comes_from(cli, experiments: Path) -> None:
+    arguments = ("--learning-rate", "0.02", "--patience", "2", "--max-epochs", "4")
+    assert cli("fork", experiments / "run", "other", *arguments).code == 0
+    figure = draw_experiments([experiments / "run", experiments / "other"])
+    source, fork = (text.get_text() for text in figure.legends[0].get_texts())
+    assert source.startswith("run: max_epochs 9, patience 1, learning_rate 0.01*2 1e-30")
+    assert fork == "other: forked from run at 3, max_epochs 4, patience 2, learning_rate 0.02"
+    curves = {line.get_color(): line.get_zorder() for line in figure.axes[0].get_lines() if np.size(line.get_xdata())}
+    assert list(curves.values()) == sorted(curves.values(), reverse=True)  # so that the fork leaves its source visibly
+
+
 def test_plot_refuses_what_it_cannot_draw(cli, experiments: Path, tmp_path: Path) -> None:
     run = experiments / "run"
     cli("plot").check_refusal("EXPERIMENT_DIR is missing")

@@ -154,7 +154,7 @@ def test_a_pipe_gets_the_epochs_lines_and_the_summary_only(whole):
     assert whole.err == ""
     lines = whole.out.splitlines()
     assert re.fullmatch(
-        r".*/run: 96 streamlines of 2 training subjects, 48 of 1 validation subjects, 6 features, \d+ parameters",
+        r".*/run: 96 streamlines of 2 training subjects, 48 of 1 validation subject, 6 features, \d+ parameters",
         lines[0],
     )
     assert [line.split()[1] for line in lines[1:5]] == ["1/4", "2/4", "3/4", "4/4"]

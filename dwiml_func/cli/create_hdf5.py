@@ -113,9 +113,7 @@ def run(arguments: Sequence[str], program: str) -> int:
         print(f"{program}: and {len(notes) - _NUM_NOTES} more of this kind.", file=sys.stderr)
     counts = ", ".join(f"{len(names)} {subset}" for subset, names in subsets.items())
     size = Path(options.out_hdf5).stat().st_size / 1e6
-    print(
-        f"{options.out_hdf5}: {counts} subjects, {size:.1f} MB. dwiml-func info {options.out_hdf5} tells what is in it"
-    )
+    print(f"{options.out_hdf5}: subjects: {counts}; {size:.1f} MB. To look at it: dwiml-func info {options.out_hdf5}")
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.atomic import remove_leftovers
-from dwiml_func.cli.messages import say
+from dwiml_func.cli.messages import counted, say
 from dwiml_func.config import RunConfig
 from dwiml_func.ensemble import EnsembleState
 from dwiml_func.ensemble_folder import read_ended
@@ -120,4 +120,4 @@ def _summarize(directory: Path, histories: Sequence[Sequence[EpochReport]], fail
         if history and history[-1].best.epoch is not None:
             found = f"best epoch {history[-1].best.epoch}, loss {history[-1].best.value:.4f}"
         broke = ", broke off" if number in failed else ""
-        say(f"  {directory / str(number)}: {len(history)} epochs, {found}{broke}")
+        say(f"  {directory / str(number)}: {counted(len(history), 'epoch')}, {found}{broke}")

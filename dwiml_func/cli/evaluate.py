@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from dwiml_func.cli.messages import counted
 from dwiml_func.cli.parsing import parse
+from dwiml_func.cli.summary import NO_PRINCIPAL_DIRECTION
 from dwiml_func.config_checks import require
 from dwiml_func.data.hdf5 import open_dataset
 from dwiml_func.evaluation import ModelEvaluation, evaluate_model
@@ -45,7 +47,7 @@ class EvaluateOptions:
     lazy: bool = False
     """Read streamlines and volumes from the file when a batch needs them. The results are the same."""
     cache_size: str = "2GB"
-    """With lazy: how much memory to keep volumes in."""
+    """With --lazy: how much memory to keep volumes in."""
     num_threads: int = 1
     """CPU threads of the computation."""
 
@@ -105,17 +107,12 @@ def _text(result: ModelEvaluation, subset: str, num_subjects: int) -> str:
     compared = result.compared
     principal = compared.principal_direction
     lines = [
-        f"{result.num_streamlines} streamlines of {num_subjects} {subset} subjects",
+        f"{result.num_streamlines} streamlines of {counted(num_subjects, f'{subset} subject')}",
         f"Mean loss at {result.num_points} points: {result.loss:.6g}",
         f"Mean angular error at all points that have a next direction: {result.angular_error:.2f} deg",
         f"Mean angular error at the {compared.num_points} points that have a previous direction too:",
         f"  model                {compared.model:6.2f} deg",
-        "  principal direction  "
-        + (
-            "not known: the input does not say that it holds spherical harmonics of a signal"
-            if principal is None
-            else f"{principal:6.2f} deg"
-        ),
+        "  principal direction  " + (NO_PRINCIPAL_DIRECTION if principal is None else f"{principal:6.2f} deg"),
         f"  keep going straight  {compared.keep_straight:6.2f} deg",
     ]
     return "\n".join(lines)

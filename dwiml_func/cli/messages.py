@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import IntEnum
 
-__all__ = ["MESSAGE_OPTIONS", "Verbosity", "is_quiet", "messages", "say", "take_verbosity"]
+__all__ = ["MESSAGE_OPTIONS", "Verbosity", "counted", "is_quiet", "messages", "say", "take_verbosity"]
 
 MESSAGE_OPTIONS = (
     ("--verbose, -v", "Tell more: log lines with their time, and where an error comes from."),
@@ -100,6 +100,23 @@ def say(text: str) -> None:
     """
     if not is_quiet():
         print(text, flush=True)  # a file or pipe would hold it back for a long time
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things.
+
+    Args:
+        number: how many.
+        noun: one of them; an s makes it several.
+
+    Returns:
+        The number and the noun.
+
+    Example:
+        >>> counted(1, "testing subject"), counted(0, "epoch")
+        ('1 testing subject', '0 epochs')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def is_quiet() -> bool:

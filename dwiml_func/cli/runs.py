@@ -17,13 +17,14 @@ from dwiml_func.overview import RunOverview, list_runs
 __all__ = ["RunsOptions", "format_runs", "run"]
 
 _WIDTH = 100
-_HEADINGS = ("name", "state", "epochs", "best loss", "at", "angle deg", "duration", "last change")
+_HEADINGS = ("name", "state", "epochs", "best loss", "of epoch", "angle deg", "duration", "last change")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunsOptions:
-    """Print a table of the experiments in a folder: how far each has come, its best loss and in which epoch, the mean
-    angular error of the validation in that epoch, in degrees, and how long its epochs took. "running" means that a
+    """Print a table of the experiments in a folder, members of ensembles too: how far each has come, its best loss and
+    of which epoch, the mean angular error of the validation in that epoch, in degrees and at all points (the summary of
+    a training leaves out those without a previous direction), and how long its epochs took. "running" means that a
     process works in it at this moment.
 
     Example: dwiml-func runs experiments
@@ -72,7 +73,7 @@ def format_runs(runs: Sequence[RunOverview]) -> str:
 
     Example:
         >>> print(format_runs([]))
-        name  state  epochs  best loss  at  angle deg  duration  last change
+        name  state  epochs  best loss  of epoch  angle deg  duration  last change
     """
     rows = [_HEADINGS, *(_row(run) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dwiml_func.cli.messages import counted
 from dwiml_func.evaluation import Evaluation
 from dwiml_func.loop import EpochReport
 
-__all__ = ["format_summary"]
+__all__ = ["NO_PRINCIPAL_DIRECTION", "format_summary"]
+
+NO_PRINCIPAL_DIRECTION = "not known: the input has no attribute sh_order, that of spherical harmonics of a signal"
+_WHY_STRAIGHT_IS_GOOD = """
+Keep going straight repeats the true direction of the step before: it errs by the turn from step to step, which is
+small where steps are short, and a tracker that did so would never turn."""
 
 
 def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, subset: str) -> str:
@@ -28,7 +34,7 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
     minutes = sum(report.train_minutes + report.valid_minutes for report in history)
     reason = {"patience": "stopped early", "max_epochs": "finished", None: "stopped"}[last.stop]
     lines = [
-        f"{reason.capitalize()} after {last.epoch} epoch{'s' * (last.epoch != 1)}, {_duration(minutes)}.",
+        f"{reason.capitalize()} after {counted(last.epoch, 'epoch')}, {_duration(minutes)}.",
         f"Best epoch {best.epoch}: training loss {best.train['loss']:.4f}"
         + (f", validation loss {best.valid['loss']:.4f}" if best.valid else ""),
         f"Mean angular error of the best model on the {subset} subjects,",
@@ -41,12 +47,12 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
         ("keep going straight", evaluation.keep_straight),
     ):
         if value is None:
-            lines.append(f"  {name}  not known: the input does not say that it holds spherical harmonics of a signal")
+            lines.append(f"  {name}  {NO_PRINCIPAL_DIRECTION}")
         else:
             gain = value - evaluation.model
             verdict = f"the model is {abs(gain):.2f} deg {'better' if gain > 0 else 'worse'}"
             lines.append(f"  {name}  {value:6.2f} deg  ({verdict})")
-    return "\n".join(lines)
+    return "\n".join(lines) + _WHY_STRAIGHT_IS_GOOD * (evaluation.keep_straight < evaluation.model)
 
 
 def _duration(minutes: float) -> str:

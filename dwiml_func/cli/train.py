@@ -18,7 +18,7 @@ import tyro
 from dwiml_func.atomic import remove_leftovers
 from dwiml_func.cli.ensemble import train_members
 from dwiml_func.cli.example_options import example_options
-from dwiml_func.cli.messages import is_quiet, say
+from dwiml_func.cli.messages import counted, is_quiet, say
 from dwiml_func.cli.parsing import parse, value_of
 from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions, read_config_part
 from dwiml_func.cli.summary import format_summary
@@ -204,8 +204,8 @@ def _describe(directory: Path, setup: Setup) -> str:
     training, validation = setup.training_set.index, setup.validation_set.index
     num_parameters = sum(tensor.numel() for tensor in setup.state.params.values())
     return (
-        f"{directory}: {training.num_total} streamlines of {len(training.subjects)} training subjects, "
-        f"{validation.num_total} of {len(validation.subjects)} validation subjects, "
+        f"{directory}: {training.num_total} streamlines of {counted(len(training.subjects), 'training subject')}, "
+        f"{validation.num_total} of {counted(len(validation.subjects), 'validation subject')}, "
         f"{setup.training_set.num_features} features, {num_parameters} parameters"
     )
 

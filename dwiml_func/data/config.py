@@ -34,7 +34,7 @@ class DataConfig:
     streamline_group_name: str = "streamlines"
     """Name of the streamlines' group."""
     interpolation: Literal["nearest", "trilinear", "trilinear-corner"] = "trilinear"
-    """How the volume is read between voxel centres. "trilinear-corner" is the reference's, half a voxel off."""
+    """How the volume is read between voxel centres. "trilinear-corner" is that of dwi_ml, half a voxel off."""
     neighborhood_type: Literal["axes", "grid"] | None = None
     """Points around each point where the volume is read too: on the axes, or on a cubic grid. None: nowhere else."""
     neighborhood_radius: int | None = None
@@ -44,7 +44,7 @@ class DataConfig:
     lazy: bool = False
     """Read streamlines and volumes from the file when a batch needs them. The results are the same."""
     cache_size: str = "2GB"
-    """With lazy: how much memory each process may keep volumes in."""
+    """With --lazy: how much memory each process may keep volumes in."""
 
     def __post_init__(self) -> None:
         parse_bytes(self.cache_size)
@@ -99,7 +99,7 @@ class BatchConfig:
     step_size: float | None = None
     """Resample streamlines to steps of about this size, in mm. None: points as in the dataset."""
     step_rule: StepRule = "nearest"
-    """With step_size: make steps that come closest to it, or longer ones as dwi_ml does, for models to export."""
+    """With --step-size: make steps that come closest to it, or longer ones as dwi_ml does, for models to export."""
     nb_points: int | None = None
     """Resample streamlines to this number of points. None: points as in the dataset."""
     compress: float | None = None

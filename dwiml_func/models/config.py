@@ -112,7 +112,7 @@ class ModelConfig:
     add_eos: bool = False
     """Learn too where streamlines end (EOS)."""
     eos_weight: float | None = None
-    """With add_eos, but not with classification: weight of the loss of EOS. None: 1."""
+    """With --add-eos, but not with classification: weight of the loss of EOS. None: 1."""
 
     def __post_init__(self) -> None:
         if not self.rnn_layer_sizes:

@@ -231,7 +231,7 @@ class _Talk:
         elif "error" in answer:
             self._warn_of_failure(answer["error"])
         elif not self._is_archive_wanted:
-            self._warn(f"{answer['offline']}. When the run ends, it is archived in {self._directory}")
+            self._warn(f"{answer['offline']}. At the end the logs are archived in {self._directory}, for comet upload")
 
     def _warn_of_failure(self, reason: str) -> None:
         experiment = self._directory.parent.parent

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dwiml_func.comparison import distinguishing
+from dwiml_func.config import RunConfig
 from dwiml_func.experiment import read_config
 from dwiml_func.record import newest_record
 from dwiml_func.writers.evaluation_json import read_evaluation
@@ -42,24 +44,29 @@ def draw_experiments(directories: Sequence[str | Path]) -> Figure:
         FileNotFoundError: '/no/such/experiment' is not an experiment: it has no config.json.
     """
     paths = [Path(directory) for directory in directories]
-    options = distinguishing([read_config(path).to_dict() for path in paths])
+    configs = [read_config(path) for path in paths]
+    options = distinguishing([replace(config, origin=None).to_dict() for config in configs])
     runs = []
-    for path, own in zip(paths, options, strict=True):
+    for path, config, own in zip(paths, configs, options, strict=True):
         record = newest_record(path)
         if record is None or not record.history:
             raise ValueError(f"{str(path)!r} has no finished epoch on record yet: there is nothing to draw.")
         for sentence in record.damaged:
             _log.warning("%s Drawn from %s.", sentence, record.name)
-        runs.append(PlottedRun(label=_label(path, own), history=record.history, evaluation=read_evaluation(path)))
+        runs.append(
+            PlottedRun(label=_label(path, config, own), history=record.history, evaluation=read_evaluation(path))
+        )
     return plot_runs(runs)
 
 
-def _label(directory: Path, options: Mapping[str, str]) -> str:
+def _label(directory: Path, config: RunConfig, options: Mapping[str, str]) -> str:
     named = [f"{name.rpartition('.')[2]} {value}" for name, value in options.items() if name != "hdf5_file"]
     if "hdf5_file" in options:
         named.append(Path(options["hdf5_file"]).name)
     if len(named) > _MOST:
         named[_MOST:] = [f"and {len(named) - _MOST} more"]
+    if config.origin is not None:
+        named.insert(0, f"forked from {Path(config.origin.experiment).name} at {config.origin.snapshot}")
     name = directory.resolve().name
     return f"{name}: {', '.join(named)}" if named else name
 
