@@ -71,8 +71,9 @@ def test_training_goes_on_with_one_warning_and_the_next_resume_completes_the_log
         reports = list(run_experiment(directory, prepare(first), write=write))
     assert [report.epoch for report in reports] == [1]
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 2  # one for each of the two writers
-    assert all("Logs were not written: [Errno" in message and str(directory) in message for message in messages)
+    assert len(messages) == 1  # of several writers
+    assert "Logs were not written: [Errno" in messages[0]
+    assert str(directory) in messages[0]
     assert not (directory / "logs" / "metrics.jsonl").exists()
 
     if (directory / "logs").is_symlink():

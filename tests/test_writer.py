@@ -45,12 +45,13 @@ def test_every_writer_gets_every_report_in_order():
 
 def test_one_that_fails_is_warned_of_once_and_called_again_and_the_others_go_on(caplog):
     failing, other = Failing(OSError(28, "No space left on device", "/logs/a.npy")), Failing(RuntimeError("not\nmine"))
+    same = Failing(OSError(28, "No space left on device", "/logs/b.jsonl"))
     seen: list[int] = []
-    write = fan_out(failing, lambda *reports: seen.append(reports[-1].epoch), other)
+    write = fan_out(failing, lambda *reports: seen.append(reports[-1].epoch), other, same)
     with caplog.at_level(logging.WARNING):
         for epoch in (1, 2, 3):
             write(report(epoch))
-    assert failing.seen == other.seen == seen == [1, 2, 3]
+    assert failing.seen == other.seen == same.seen == seen == [1, 2, 3]
     first, second = (record.getMessage() for record in caplog.records)
     assert "Logs were not written: [Errno 28] No space left on device: '/logs/a.npy'. Training goes on" in first
     assert "RuntimeError: not mine. Training goes on" in second

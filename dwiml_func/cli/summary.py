@@ -11,6 +11,8 @@ from dwiml_func.loop import EpochReport
 __all__ = ["NO_PRINCIPAL_DIRECTION", "format_summary"]
 
 NO_PRINCIPAL_DIRECTION = "not known: the input has no attribute sh_order, that of spherical harmonics of a signal"
+"""What stands instead of a number where there is no principal direction to compare with."""
+
 _WHY_STRAIGHT_IS_GOOD = """
 Keep going straight repeats the true direction of the step before: it errs by the turn from step to step, which is
 small where steps are short, and a tracker that did so would never turn."""

@@ -30,7 +30,8 @@ def fan_out(*writers: Writer) -> Writer:
 
     Args:
         writers: each is called with every report, in this order. One that raises an error is called again with the
-            next report, since a disk may have space again; only its first error is logged, as a warning.
+            next report, since a disk may have space again; only its first error is logged, as a warning, and what the
+            disk refuses to several of them only once.
 
     Returns:
         A writer that raises nothing.
@@ -44,18 +45,21 @@ def fan_out(*writers: Writer) -> Writer:
         ...     history = ()  # of the epochs that a snapshot has, where the run goes on from one
         ...     write(*history)
     """
-    failed: set[int] = set()
+    told: set[tuple[str, int]] = set()
 
     def write(*reports: EpochReport) -> None:
         for number, writer in enumerate(writers):
             try:
                 writer(*reports)
             except Exception as error:
-                if number not in failed:
+                reasons = {("writer", number)}
+                if isinstance(error, OSError) and error.errno:
+                    reasons.add(("errno", error.errno))
+                if not reasons & told:
                     logging.getLogger(__name__).warning(
                         "Logs were not written: %s. Training goes on; the next resume writes them.", _one_line(error)
                     )
-                failed.add(number)
+                told.update(reasons)
 
     return write
 
