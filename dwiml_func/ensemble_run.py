@@ -56,7 +56,8 @@ def prepare_ensemble(configs: Sequence[RunConfig]) -> list[Setup]:
     if configs[0].training.num_shards > 1:
         raise ValueError("An ensemble trains in one process. Expected --num-shards 1.")
     if configs[0].training.compile:
-        raise ValueError("An ensemble is not compiled. Leave --compile out.")
+        # Under vmap the recurrent layers are a loop over time steps: a graph for each length, minutes to compile.
+        raise ValueError("An ensemble cannot be compiled: each length would be another graph. Leave --compile out.")
     first = prepare(configs[0])
     return [with_seed(first, config) for config in configs]
 

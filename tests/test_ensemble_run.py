@@ -204,6 +204,7 @@ def test_verify_tells_why_a_member_has_other_last_bits(trained, cli):
         (("--sweep", "rng=1,2", "--num-models", "2"), "both give seeds"),
         (("--num-models", "0"), "num_models"),
         (("--num-models", "2", "--num-shards", "2"), "--num-shards"),
+        (("--num-models", "2", "--compile"), "--compile"),
     ],
 )
 def test_what_cannot_be_an_ensemble_is_refused_before_anything_is_written(tmp_path, cli, options, named):
