@@ -21,9 +21,9 @@ from timing import interleaved, medians_of
 from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
+from dwiml_func.cli.example_options import example_options
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
-from dwiml_func.cli.train import EXAMPLE_OPTIONS
 from dwiml_func.data.example import make_example_data
 from dwiml_func.data.hdf5 import open_dataset
 from dwiml_func.evaluation import evaluate_model
@@ -130,7 +130,7 @@ def train_all(num_seeds: int) -> dict[Precision, list[Scores]]:
 def train(folder: str, precision: Precision, seed: int) -> Scores:
     """Train one model as `dwiml-func train` does by default."""
     data = Path(folder) / "data.hdf5"
-    config = parse(RunOptions, EXAMPLE_OPTIONS, "precision.py").to_config(data)
+    config = parse(RunOptions, example_options(), "precision.py").to_config(data)
     training = replace(config.training, rng=seed, precision=precision)
     config = replace(config, training=training)
     directory = create_experiment(folder, f"{precision}_{seed}", config)
