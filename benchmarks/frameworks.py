@@ -75,7 +75,8 @@ def main() -> int:
         ratio = seconds / medians[BARE]
         print(f"| {name} | {1e6 * seconds / options.steps:.0f} µs | {ratio:.2f} | {losses[name]:.6f} |")
     difference = max(abs(loss / losses[BARE] - 1) for loss in losses.values())
-    verdicts = [(difference <= TOLERANCE, f"losses differ by {difference:.1e}, at most {TOLERANCE:.0e} required")]
+    text = f"losses after {options.steps} steps differ by {difference:.1e} of theirs, at most {TOLERANCE:.0e} required"
+    verdicts = [(difference <= TOLERANCE, text)]
     if LIGHTNING in medians:
         ratio = medians[COMPILED] / medians[LIGHTNING]
         verdicts += [(ratio <= LIMIT, f"compiled takes {ratio:.2f} times Lightning's time, at most {LIMIT} required")]
