@@ -93,6 +93,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         "data-rng": "7",
         "num-threads": "1",
         "num-shards": "2",
+        "precision": "bf16",
         "rnn-key": "gru",
         "rnn-layer-sizes": "7",
         "nb-previous-dirs": "1",
@@ -166,6 +167,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
             rng=2**64 - 1,
             data_rng=7,
             num_shards=2,
+            precision="bf16",
         ),
         logging=LoggingConfig(comet_workspace="lab", comet_project="tracking", tensorboard=True),
     )
