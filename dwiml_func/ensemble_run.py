@@ -15,11 +15,13 @@ from dwiml_func.atomic import atomic_write, remove_leftovers
 from dwiml_func.best_model import mend_best_model, save_best_model
 from dwiml_func.config import RunConfig
 from dwiml_func.data.fingerprint import fingerprint, same_file
+from dwiml_func.digest import state_digest
 from dwiml_func.ensemble import EnsembleState, member, stack_states
 from dwiml_func.ensemble_folder import read_ended, write_ended
 from dwiml_func.ensemble_loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
 from dwiml_func.experiment import read_config
+from dwiml_func.history import fill_digests
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.leaf_store import DamagedError
 from dwiml_func.loop import EpochReport
@@ -244,14 +246,17 @@ class _Run:
         ensemble = self._unsaved
         if ensemble is None:
             return self._name
-        states = [member(ensemble, number) for number in range(len(self._folders))]
+        states, active = [member(ensemble, number) for number in range(len(self._folders))], ensemble.active.tolist()
         for number, (folder, state) in enumerate(zip(self._folders, states, strict=True)):
             if snapshot_name(state) not in list_snapshots(folder):
                 config = self._setups[number].config.to_dict()
                 save(folder, state, self._histories[number], config=config, data=self._data, keep=None)
+            elif active[number] and state.batch == 0:
+                # It was saved before a kill, ahead of others. The epoch's report has been made again since then.
+                digest = state_digest(state)
+                self._histories[number] = fill_digests(self._histories[number], (), state.epoch, digest)
         # Only now, when all have this snapshot, is anything removed, or written that may be ahead of one before it.
         ended: dict[int, str] = {}
-        active = ensemble.active.tolist()
         for number, (folder, setup, state) in enumerate(zip(self._folders, self._setups, states, strict=True)):
             if number in self._is_best:
                 save_best_model(folder, setup, state)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.config import RunConfig
+from dwiml_func.config import RunConfig, SnapshotConfig
 from dwiml_func.digest import state_leaves
 from dwiml_func.ensemble_folder import read_ended
 from dwiml_func.ensemble_members import member_configs
@@ -85,8 +85,6 @@ def test_learning_rates_and_decays_are_swept(tmp_path, cli):
     numbers = ("--learning-rate", "0.001*1 0.0001", "--weight-decay", "0.1")
     assert cli("train", tmp_path, "alone", PHANTOM, *OPTIONS, *numbers).code == 0
     (tmp_path / "sweep" / "3").rename(tmp_path / "moved")
-    config = (tmp_path / "moved" / "config.json").read_text()
-    (tmp_path / "moved" / "config.json").write_text(config.replace('"0.001*1",\n        ', '"0.001*1",\n        '))
     alone, moved = read_config(tmp_path / "alone"), read_config(tmp_path / "moved")
     assert alone.training.learning_rates == moved.training.learning_rates
     same = replace(moved, training=replace(moved.training, learning_rate=alone.training.learning_rate))
@@ -129,6 +127,27 @@ def test_stopped_and_resumed_gives_the_bits_of_the_uninterrupted_run(tmp_path, b
         logs = "logs/valid_local_loss_monitor_per_epoch.npy"
         assert (whole / number / logs).read_bytes() == (stopped / number / logs).read_bytes()
     assert read_ended(whole) == read_ended(stopped)
+
+
+def test_a_member_that_was_saved_ahead_of_the_others_keeps_its_digests(tmp_path):
+    keep_all = SnapshotConfig(keep="all")
+    configs = [replace(config, snapshots=keep_all) for config in small(max_epochs=3)]
+    (tmp_path / "whole").mkdir()
+    whole = create(tmp_path / "whole", configs)
+    list(run_ensemble(whole, prepare_ensemble(configs)))
+
+    killed = Path(shutil.copytree(whole, tmp_path / "killed"))
+    for number, last in enumerate((2, 1, 1)):  # as a kill between two members' saves of epoch 2 leaves them
+        for epoch in range(last + 1, 4):
+            shutil.rmtree(killed / str(number) / "checkpoint" / str(epoch))
+    setups, ensemble, histories = resume_ensemble(killed)
+    assert ensemble.epoch == 1
+    list(run_ensemble(killed, setups, ensemble=ensemble, histories=histories))
+
+    for number, setup in enumerate(setups):
+        expected, found = (restore(directory / str(number), setup.state).history for directory in (whole, killed))
+        assert [report.digest for report in found] == [report.digest for report in expected]
+        assert None not in {report.digest for report in found}
 
 
 class StopAfter(StopRequest):
