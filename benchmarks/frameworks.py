@@ -3,6 +3,9 @@
 All begin with the same weights and take the same batches with the same Adam; after a first run their losses must agree.
 """
 
+# pyright: reportMissingImports=false
+# The peers come with the extra "bench", and each is left out where it is not installed.
+
 from __future__ import annotations
 
 import argparse
