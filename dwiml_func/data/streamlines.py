@@ -96,8 +96,8 @@ def directions(points: Tensor, offsets: Tensor) -> Tensor:
         >>> directions(points, torch.tensor([0, 3, 5])).tolist()
         [[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]
     """
-    rows = input_rows(offsets, len(points))
-    return points[rows + 1] - points[rows]
+    differences = points[1:] - points[:-1]  # also from each streamline to the next one: these are left out
+    return differences.index_select(0, input_rows(offsets, len(points)))
 
 
 def previous_directions(dirs: Tensor, dir_offsets: Tensor, num: int) -> Tensor:

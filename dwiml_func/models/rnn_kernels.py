@@ -73,23 +73,21 @@ def _lstm_forward(
     outputs, cells_and_tanhs = x.new_empty(len(x), size), x.new_empty(2, len(x), size)
     cells, tanhs = cells_and_tanhs
     bias = bias_ih + bias_hh
-    for_input, for_hidden = weight_ih.t().contiguous(), weight_hh.t().contiguous()  # products are faster so
-    all_gates = layout.steps(gates, gates[:, : 2 * size])
-    each_gate, results = layout.steps(*gates.split(size, dim=1)), layout.steps(cells, tanhs, outputs)
+    for_input, for_hidden = _transposed_copy(weight_ih), _transposed_copy(weight_hh)  # products are faster so
+    for share in (for_input, for_hidden, bias):
+        share[..., 2 * size : 3 * size] *= 2  # the candidate's, so that one sigmoid serves all gates
+    minus_one = x.new_tensor(-1)
+    all_steps = layout.steps(gates, *gates.split(size, dim=1), cells, tanhs, outputs)
     hidden, cell = state
     for steps, rows in layout.blocks:
         write_product(gates[rows], x[rows], for_input, bias)
-        for (step_gates, in_forget), (in_gate, forget_gate, candidate, out_gate), (new_cell, tanh, new_hidden) in zip(
-            all_gates[steps], each_gate[steps], results[steps], strict=True
-        ):
+        for step_gates, in_gate, forget_gate, candidate, out_gate, new_cell, tanh, new_hidden in all_steps[steps]:
             if len(step_gates) < len(hidden):
                 hidden, cell = hidden[: len(step_gates)], cell[: len(step_gates)]
-            add_product(step_gates, hidden, for_hidden)
-            in_forget.sigmoid_()
-            candidate.tanh_()
-            out_gate.sigmoid_()
+            add_product(step_gates, hidden, for_hidden).sigmoid_()
+            _tanh_of_sigmoid(candidate, minus_one)
             torch.mul(forget_gate, cell, out=new_cell).addcmul_(in_gate, candidate)
-            torch.tanh(new_cell, out=tanh)
+            _tanh_of_sigmoid(torch.add(new_cell, new_cell, out=tanh).sigmoid_(), minus_one)
             torch.mul(tanh, out_gate, out=new_hidden)
             hidden, cell = new_hidden, new_cell
     return outputs, (layout.last_rows(outputs), layout.last_rows(cells)), (gates, cells_and_tanhs)
@@ -170,7 +168,7 @@ def _gru_forward(
     for_input = weight_ih.t().contiguous()  # products are faster so
     for_gates, for_candidate = (part.t().contiguous() for part in weight_hh.split([2 * size, size]))
     all_steps = layout.steps(gates[:, : 2 * size], *gates.split(size, dim=1), shares, outputs)
-    (hidden,) = state
+    (hidden,), minus_one = state, x.new_tensor(-1)
     for steps, rows in layout.blocks:
         write_product(gates[rows], x[rows], for_input, bias)
         for reset_update, reset, update, candidate, share, new_hidden in all_steps[steps]:
@@ -178,7 +176,8 @@ def _gru_forward(
                 hidden = hidden[: len(reset)]
             add_product(reset_update, hidden, for_gates).sigmoid_()
             add_product(share, hidden, for_candidate)
-            candidate.addcmul_(reset, share).tanh_()
+            candidate.addcmul_(reset, share)
+            _tanh_of_sigmoid(candidate.add_(candidate).sigmoid_(), minus_one)
             torch.lerp(candidate, hidden, update, out=new_hidden)
             hidden = new_hidden
     return outputs, (layout.last_rows(outputs),), (gates, shares)
@@ -241,6 +240,19 @@ def _gru_backward(
             write_product(grad_x[rows], low_grads, weight_ih)
     grad_weights = (_transposed(grad_ih, weight_ih), _transposed(grad_hh, weight_hh), grad_bias_ih, grad_bias_hh)
     return Gradients(grad_x, (grad_state,), grad_weights if wants_weights else None)
+
+
+def _tanh_of_sigmoid(doubled: Tensor, minus_one: Tensor) -> Tensor:
+    """In place, from the sigmoid of 2 z to the tanh of z, which is 2 sigmoid(2 z) - 1: a product with 2 rounds nothing.
+
+    On CPU this takes a third of the time of torch's tanh. Its error is that of a number near 1, not of the value: 2e-7
+    in float32, as much as the rounding of the sums that it is added to.
+    """
+    return torch.add(minus_one, doubled, alpha=2, out=doubled)
+
+
+def _transposed_copy(weight: Tensor) -> Tensor:
+    return weight.t().clone(memory_format=torch.contiguous_format)
 
 
 def _transposed(grad: Tensor, weight: Tensor) -> Tensor:
