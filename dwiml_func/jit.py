@@ -7,10 +7,11 @@ it closes over, the optimizer, clipping) is read once, when the graph is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,15 +124,19 @@ class JitStep:
             return self.eager(state, batch, lr=lr)
         device = next(iter(state.params.values())).device
         blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
-        numbers = _vector((lr, state.step, blocked), device)
-        key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
-        with torch_rng(key) if self._draws else nullcontext():
+        numbers = _vector(lr, state.step, blocked, device)
+        with self._rng(state):
             results = self.graph(
                 batch, params=state.params, buffers=state.buffers, opt_state=state.opt_state, numbers=numbers
             )
         if results is None:
             return self.eager(state, batch, lr=lr)
         return self._finish(state, batch, *results)
+
+    def _rng(self, state: TrainState) -> AbstractContextManager[None]:
+        if not self._draws:
+            return nullcontext()
+        return torch_rng(fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch))
 
     def _finish(
         self, state: TrainState, batch: Any, params: Any, buffers: Any, opt_state: Any, names: Any, values: Tensor
@@ -202,7 +207,9 @@ def _choose(keep_old: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tenso
     return {name: torch.where(keep_old, old[name], tensor) for name, tensor in new.items()}
 
 
-def _vector(numbers: tuple[float | Tensor, ...], device: torch.device) -> Tensor:
-    if any(isinstance(number, Tensor) for number in numbers):
+def _vector(lr: float | Tensor, step: int, blocked: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(lr, Tensor) or isinstance(blocked, Tensor):
+        numbers = (lr, step, blocked)
         return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
-    return torch.tensor(numbers, dtype=torch.float64, device=device)
+    numbers = torch.from_numpy(np.array((lr, step, blocked), dtype=np.float64))  # a third of the time of torch.tensor
+    return numbers if device.type == "cpu" else numbers.to(device)

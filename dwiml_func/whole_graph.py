@@ -49,13 +49,13 @@ class WholeGraph:
         self.num_compilations = 0
         self.compile_seconds = 0.0
         self.eager_reason: str | None = None
+        self._is_compiling = False
         self._dynamic = dynamic
         self._backend = backend
         self._shapes_seen: set[Any] = set()
         self._graph = torch.compile(
             function,
             fullgraph=True,
-            dynamic=False,
             backend=self._compile,  # type: ignore[arg-type]
             options={"guard_filter_fn": _guards_of_arguments},
             recompile_limit=max_compilations,
@@ -75,13 +75,19 @@ class WholeGraph:
         if self.eager_reason is not None:
             return None
         shapes = tuple(tensor.shape for tensor in _tensors(batch))
-        run = self._graph if shapes in self._shapes_seen else self._run_new_shapes
-        results = run(batch=batch, **others)
+        if shapes in self._shapes_seen:
+            try:
+                return self._graph(batch=batch, **others)
+            except Exception as error:
+                if not _is_about_tracing(error):
+                    raise
+                # There is no graph for these tensors, of the same shapes but of another dtype, with other strides, ...
+        results = self._compile_and_run(batch, others)
         if results is not None:
             self._shapes_seen.add(shapes)
         return results
 
-    def _run_new_shapes(self, batch: Any, **others: Any) -> Any:
+    def _compile_and_run(self, batch: Any, others: Mapping[str, Any]) -> Any:
         """Run a batch for which a graph may have to be made; None where none can be."""
         from torch._dynamo import config as dynamo
         from torch._functorch import config as functorch
@@ -95,9 +101,15 @@ class WholeGraph:
         try:
             # Python's numbers are constants. Sizes that happen to be equal in one batch are not taken for the same
             # size, nor a size of 1 for a constant.
-            tracing = dynamo.patch(trace_autograd_ops=True, specialize_float=True)
+            tracing = dynamo.patch(
+                trace_autograd_ops=True,
+                specialize_float=True,
+                assume_static_by_default=True,
+                automatic_dynamic_shapes=False,
+            )
             no_cache = functorch.patch(enable_autograd_cache=False)  # see _INDUCTOR
             with no_cache, tracing, symbolic_shapes.patch(use_duck_shape=False, backed_size_oblivious=True):  # type: ignore[attr-defined]
+                self._is_compiling = True
                 return self._graph(batch=batch, **others)
         except Exception as error:
             self.eager_reason = _shortened(error)
@@ -105,10 +117,13 @@ class WholeGraph:
             logging.getLogger(__name__).warning(message, self.eager_reason)
             return None
         finally:
+            self._is_compiling = False
             if self.num_compilations > num_before:
                 self.compile_seconds += time.perf_counter() - start
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
+        if not self._is_compiling:
+            raise RuntimeError("a graph is made by `_compile_and_run` alone, which sets how")
         self.num_compilations += 1
         if self._backend == "inductor":
             from torch._inductor.compile_fx import compile_fx
@@ -154,6 +169,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _guards_of_arguments(guards: list[Any]) -> list[bool]:
     """Which of torch's guards are looked at in each call: all of the arguments' and none of what is fixed."""
     return [not guard.is_global and _ARGUMENT.match(guard.name) is not None for guard in guards]
+
+
+def _is_about_tracing(error: Exception) -> bool:
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return isinstance(error, TorchDynamoException | FailOnRecompileLimitHit)
 
 
 class _NoKey:

@@ -13,6 +13,7 @@ from dwiml_func.jit import jit_step
 from dwiml_func.loss import LossOut
 from dwiml_func.rng import torch_rng
 from dwiml_func.step import NonFiniteError
+from dwiml_func.whole_graph import WholeGraph
 
 # Torch's own compiler stack warns of what it will change in itself.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
@@ -129,6 +130,51 @@ def test_without_dynamic_shapes_each_shape_has_its_graph_up_to_a_limit(caplog):
     assert len([record for record in caplog.records if record.name == "dwiml_func.whole_graph"]) == 1
     expected, _ = run(eager, start, 9, sizes=(8, 4, 8, 2))
     torch.testing.assert_close(actual.params, expected.params)
+
+
+@pytest.mark.parametrize("change", ["strides", "dtype"])
+def test_a_batch_of_a_known_shape_with_other_strides_or_another_dtype_gets_its_own_graph(change):
+    def loss(model, batch):
+        return squared_error(model, tuple(tensor.float() for tensor in batch))
+
+    start, compiled, eager = make_steps(compute_batch_loss=loss)
+    inputs, targets = some_batch(1)
+    other = (inputs.t().contiguous().t(), targets) if change == "strides" else (inputs.double(), targets.double())
+    state, expected = start, start
+    for batch in ((inputs, targets), other, (inputs, targets), other):
+        state, _ = compiled(state, batch, lr=0.1)
+        expected, _ = eager(expected, batch, lr=0.1)
+    assert compiled.num_compilations == 2
+    assert compiled.eager_reason is None
+    torch.testing.assert_close(state.params, expected.params)
+
+
+def test_a_graph_that_needs_no_gradient_is_made_anew_for_another_dtype():
+    double = WholeGraph(lambda batch: 2 * batch, dynamic=False, max_compilations=2, backend="eager")
+    results = [double(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.float32)]
+    assert [result.dtype for result in results] == [torch.float32, torch.float64, torch.float32]
+    assert double.num_compilations == 2
+
+
+def test_errors_of_a_graph_at_work_are_not_taken_for_those_of_its_making():
+    graph = WholeGraph(lambda batch: _refuse_twos(batch), dynamic=False, max_compilations=1, backend="eager")
+    assert graph(torch.ones(2)).tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="a two"):
+        graph(torch.full((2,), 2.0))
+    assert graph(torch.ones(2)).tolist() == [1.0, 1.0]
+    assert graph.eager_reason is None
+
+
+@torch.library.custom_op("dwiml_func_tests::refuse_twos", mutates_args=())
+def _refuse_twos(numbers: Tensor) -> Tensor:
+    if (numbers == 2).any():
+        raise ValueError("a two")
+    return numbers.clone()
+
+
+@_refuse_twos.register_fake
+def _(numbers: Tensor) -> Tensor:
+    return torch.empty_like(numbers)
 
 
 def test_a_model_that_cannot_be_compiled_whole_says_where_it_breaks_and_runs_eagerly(caplog):
