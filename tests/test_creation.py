@@ -261,7 +261,7 @@ def test_a_real_scan_with_streamlines_tracked_on_it_goes_there_and_back(tmp_path
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "train.txt").write_text("s1\n")
-    paths = [str(tmp_path / name) for name in ("subjects", "config.json", "out.hdf5", "train.txt")]
+    paths = [str(tmp_path / name) for name in ("subjects", "config.json", "new/deep/out.hdf5", "train.txt")]
     assert main(["create-hdf5", *paths[:3], "--training-subjects", paths[3]]) == 0
     assert main(["info", paths[2]]) == 0
     dataset = open_dataset(paths[2])
@@ -269,7 +269,7 @@ def test_a_real_scan_with_streamlines_tracked_on_it_goes_there_and_back(tmp_path
     expected: Any = load_tractogram(str(subject / "lines.trk"), "same")
     points = to_mm(dataset.streamlines.points.numpy(), image.affine)
     assert np.abs(points - expected.streamlines.get_data()).max() < 1e-4
-    with File(tmp_path / "out.hdf5") as file:
+    with File(paths[2]) as file:
         attributes = file["s1/input"].attrs
         back = file["s1/input/data"][:] * attributes["standardization_std"] + attributes["standardization_mean"]
     np.testing.assert_allclose(back, data, atol=1e-2)

@@ -104,7 +104,10 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
     assert "config file does not exist" in refused(arguments=[good[0], str(folder / "no.json"), good[2], *lists])
     assert "folder of subjects does not exist" in refused(arguments=[str(folder / "no"), *good[1:], *lists])
     assert "No subjects" in refused(arguments=good)
-    assert "Create it, or choose another path" in refused(arguments=[*good[:2], str(folder / "no" / "a.hdf5"), *lists])
+    out = str(folder / "train.txt" / "a.hdf5")
+    assert "train.txt' is not a folder. Choose another place" in refused(arguments=[*good[:2], out, *lists])
+    out = str(folder / "new" / "deep" / "a.hdf5")  # the folders that were made for it are gone again
+    assert "folder of subjects does not exist" in refused(arguments=[str(folder / "no"), good[1], out, *lists])
 
 
 @pytest.mark.parametrize(

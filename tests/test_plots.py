@@ -198,7 +198,7 @@ def test_plot_refuses_what_it_cannot_draw(cli, experiments: Path, tmp_path: Path
     cli("plot").check_refusal("EXPERIMENT_DIR is missing")
     cli("plot", run, "--out", tmp_path / "a.bmp").check_refusal("a.bmp", ".png, .svg or .pdf")
     cli("plot", run, experiments).check_refusal(str(experiments), "not an experiment")
-    cli("plot", run, "--out", tmp_path / "no" / "a.png").check_refusal("No such file or directory")
+    cli("plot", run, "--out", run / "config.json" / "a.png").check_refusal("config.json' is not a folder", "'a.png'")
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     cli("plot", tmp_path).check_refusal("no finished epoch")
 

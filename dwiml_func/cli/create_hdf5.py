@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from dwiml_func.cli.output import folders_above
 from dwiml_func.cli.parsing import parse
 from dwiml_func.data.creation import create_dataset
 from dwiml_func.data.creation_config import read_groups_config
@@ -44,7 +45,7 @@ class CreateHdf5Options:
     config: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CONFIG.json")]
     """The groups to make, in JSON."""
     out_hdf5: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT.hdf5")]
-    """Where the dataset shall appear."""
+    """Where the dataset shall appear; folders above it are made."""
     training_subjs: Annotated[str | None, tyro.conf.arg(metavar="FILE", aliases=["--training-subjects"])] = None
     """Text file with the training subjects, one a line. None: no subjects."""
     validation_subjs: Annotated[str | None, tyro.conf.arg(metavar="FILE", aliases=["--validation-subjects"])] = None
@@ -91,19 +92,21 @@ def run(arguments: Sequence[str], program: str) -> int:
         "testing": options.testing_subjs,
     }
     subsets = {subset: () if path is None else read_subjects(path) for subset, path in lists.items()}
+    resampling = Resampling(step_size=options.step_size, nb_points=options.nb_points, compress=options.compress)
     try:
-        notes = create_dataset(
-            options.folder,
-            read_groups_config(options.config),
-            options.out_hdf5,
-            training=subsets["training"],
-            validation=subsets["validation"],
-            testing=subsets["testing"],
-            resampling=Resampling(step_size=options.step_size, nb_points=options.nb_points, compress=options.compress),
-            remove_invalid=options.remove_invalid,
-            enforce_files_presence=options.enforce_files_presence and not options.skip_enforce_files_presence,
-            overwrite=options.overwrite,
-        )
+        with folders_above(options.out_hdf5) as path:
+            notes = create_dataset(
+                options.folder,
+                read_groups_config(options.config),
+                path,
+                training=subsets["training"],
+                validation=subsets["validation"],
+                testing=subsets["testing"],
+                resampling=resampling,
+                remove_invalid=options.remove_invalid,
+                enforce_files_presence=options.enforce_files_presence and not options.skip_enforce_files_presence,
+                overwrite=options.overwrite,
+            )
     except KeyboardInterrupt:
         print(f"{program}: interrupted. No file was written.", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from dwiml_func.cli.output import folders_above
 from dwiml_func.cli.parsing import parse
 from dwiml_func.data.example import make_example_data
 
@@ -22,7 +23,7 @@ class ExampleDataOptions:
     """
 
     out_hdf5: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.hdf5")]
-    """Where the dataset shall appear."""
+    """Where the dataset shall appear; folders above it are made."""
     overwrite: bool = False
     """Replace an existing file."""
 
@@ -38,12 +39,13 @@ def run(arguments: Sequence[str], program: str) -> int:
         The exit code, 0.
 
     Raises:
-        OSError: the folder does not exist, or the file does.
+        ValueError, OSError: the file exists, or a folder above it cannot be made.
 
     Example:
         >>> run(["example.hdf5"], "dwiml-func example-data")  # doctest: +SKIP
     """
     options = parse(ExampleDataOptions, arguments, program)
-    make_example_data(options.out_hdf5, overwrite=options.overwrite)
+    with folders_above(options.out_hdf5) as path:
+        make_example_data(path, overwrite=options.overwrite)
     print(f"{options.out_hdf5}: three training subjects, one validation and one testing subject")
     return 0

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.parsing import new_folder, parse
+from dwiml_func.cli.output import new_folder
+from dwiml_func.cli.parsing import parse
 from dwiml_func.models.model_directory import find_model, load_model
 from dwiml_func.models.reference_format import shift_warning, write_reference
 
@@ -27,7 +28,7 @@ class ExportOptions:
     experiment_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_DIR")]
     """An experiment, whose best model is taken, or a model directory."""
     out_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")]
-    """The new folder."""
+    """The new folder; those above it are made too."""
 
 
 def run(arguments: Sequence[str], program: str) -> int:
@@ -47,11 +48,11 @@ def run(arguments: Sequence[str], program: str) -> int:
         >>> run(["experiments/first_run", "exported"], "dwiml-func export-reference")  # doctest: +SKIP
     """
     options = parse(ExportOptions, arguments, program)
-    out_dir = new_folder(options.out_dir)
-    path = find_model(options.experiment_dir)
-    model = load_model(path)
-    experiment = path.parent if path.name == "best_model" else path
-    write_reference(out_dir, model, experiment_name=experiment.resolve().name)
+    with new_folder(options.out_dir) as out_dir:
+        path = find_model(options.experiment_dir)
+        model = load_model(path)
+        experiment = path.parent if path.name == "best_model" else path
+        write_reference(out_dir, model, experiment_name=experiment.resolve().name)
     warning = shift_warning(model.config)
     if warning is not None:
         print(f"{program}: warning: {warning}", file=sys.stderr)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.parsing import new_folder, parse
+from dwiml_func.cli.output import new_folder
+from dwiml_func.cli.parsing import parse
 from dwiml_func.models.model_directory import save_model
 from dwiml_func.models.reference_format import read_reference
 from dwiml_func.optim import sgd
@@ -28,7 +29,7 @@ class ImportOptions:
     best_model_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BEST_MODEL_DIR")]
     """dwi_ml's folder best_model, with parameters.json and model_state.pkl."""
     out_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT_DIR")]
-    """The new folder."""
+    """The new folder; those above it are made too."""
 
 
 def run(arguments: Sequence[str], program: str) -> int:
@@ -48,11 +49,11 @@ def run(arguments: Sequence[str], program: str) -> int:
         >>> run(["best_model", "imported"], "dwiml-func import-reference")  # doctest: +SKIP
     """
     options = parse(ImportOptions, arguments, program)
-    out_dir = new_folder(options.out_dir)
-    reference = read_reference(options.best_model_dir)
-    state = init_state(reference.module, sgd(), seed=0)
-    facts = {"epoch": None, "reference_parameters": dict(reference.parameters)}
-    save_model(out_dir, state, reference.config, nb_features=reference.module.nb_features, facts=facts)
+    with new_folder(options.out_dir) as out_dir:
+        reference = read_reference(options.best_model_dir)
+        state = init_state(reference.module, sgd(), seed=0)
+        facts = {"epoch": None, "reference_parameters": dict(reference.parameters)}
+        save_model(out_dir, state, reference.config, nb_features=reference.module.nb_features, facts=facts)
     model = reference.config.model
     num_parameters = sum(parameter.numel() for parameter in reference.module.parameters())
     print(f"{out_dir}: {model.dg_key}{' with EOS' if model.add_eos else ''}, {num_parameters} parameters")

@@ -8,7 +8,6 @@ import io
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -17,7 +16,7 @@ from dwiml_func.cli.help import format_help
 from dwiml_func.cli.messages import MESSAGE_OPTIONS
 from dwiml_func.cli.options import Option, list_options
 
-__all__ = ["nearest", "new_folder", "parse", "value_of"]
+__all__ = ["nearest", "parse", "value_of"]
 
 T = TypeVar("T")
 
@@ -134,35 +133,6 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
         elif option.startswith(f"{flag}="):
             found = option.partition("=")[2]
     return found
-
-
-def new_folder(path: str) -> Path:
-    """A folder that a command is about to make.
-
-    Args:
-        path: as the user gave it.
-
-    Returns:
-        The path, at which nothing stands yet.
-
-    Raises:
-        ValueError: something stands there.
-        FileNotFoundError: its parent is no folder.
-
-    Example:
-        >>> new_folder("/no/such/folder/model")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: '/no/such/folder' is not a folder. Create it, or choose another place for 'model'.
-    """
-    folder = Path(path)
-    if folder.exists() or folder.is_symlink():
-        raise ValueError(f"{path!r} exists. Choose the name of a new folder.")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(
-            f"{str(folder.parent)!r} is not a folder. Create it, or choose another place for {folder.name!r}."
-        )
-    return folder
 
 
 def _refuse_unknown(options: Mapping[str, Option], arguments: Sequence[str], program: str) -> None:

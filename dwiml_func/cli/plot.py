@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from dwiml_func.cli.output import folders_above
 from dwiml_func.cli.parsing import parse
 from dwiml_func.ensemble_folder import ENSEMBLE_FILE, is_ensemble, member_folders
 from dwiml_func.writers.plots import check_format, save_figure
@@ -30,8 +31,8 @@ class PlotOptions:
     ]
     """The experiments' folders; that of an ensemble stands for its members."""
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
-    """The picture; its name ends in .png, .svg or .pdf. None: plots/training.png of the experiment, or runs.png here
-    for several."""
+    """The picture; its name ends in .png, .svg or .pdf, and folders above it are made. None: plots/training.png of the
+    experiment, or runs.png here for several."""
 
 
 def run(arguments: Sequence[str], program: str) -> int:
@@ -61,7 +62,7 @@ def run(arguments: Sequence[str], program: str) -> int:
     figure = draw_experiments(directories)
     if options.out is None and len(given) == 1:
         out = given[0] / "plots" / "training.png"
-        out.parent.mkdir(exist_ok=True)
-    save_figure(figure, out)
+    with folders_above(out):
+        save_figure(figure, out)
     print(out)
     return 0

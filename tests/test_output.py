@@ -1,0 +1,63 @@
+"""Commands make the folders above what they write; when they fail, they leave none of them behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dwiml_func.cli.output import folders_above, new_folder
+
+DATA = Path(__file__).parent / "data"
+
+
+def test_the_example_of_each_model_command_runs_where_no_folder_stands_yet(cli, tmp_path: Path) -> None:
+    model, exported = tmp_path / "models" / "imported", tmp_path / "exported" / "today" / "best_model"
+    assert cli("import-reference", DATA / "cos", model).code == 0
+    outcome = cli("export-reference", model, exported)
+    assert (outcome.code, outcome.out) == (0, f"{exported}\n")
+    assert sorted(path.name for path in exported.iterdir()) == ["model_state.pkl", "model_type.txt", "parameters.json"]
+
+
+def test_a_picture_is_written_where_no_folder_stands_yet(cli, experiments: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plots" / "today" / "runs.svg"
+    assert cli("plot", experiments / "run", "--out", out).code == 0
+    assert out.stat().st_size > 0
+
+
+def test_a_command_that_fails_leaves_no_folder(cli, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "deep"
+    cli("import-reference", DATA / "no", out / "model").check_refusal("is not a folder")
+    cli("export-reference", DATA / "no", out / "model").check_refusal("is not a folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_that_were_there_or_hold_something_stay_when_the_block_fails(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+
+    def fail() -> None:
+        with folders_above(tmp_path / "old" / "kept" / "gone" / "a.txt"):
+            (tmp_path / "old" / "kept" / "b.txt").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert [path.name for path in (tmp_path / "old").rglob("*")] == ["kept", "b.txt"]
+
+
+def test_what_stands_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(ValueError, match=f"{name}' exists"), new_folder(str(tmp_path / name)):
+            pass
+        with pytest.raises(ValueError, match=f"{name}' is not a folder"), new_folder(str(tmp_path / name / "a" / "b")):
+            pass
+
+
+@pytest.mark.parametrize("name", ["model", "./a/../b/model"])
+def test_relative_paths_begin_where_the_user_stands(tmp_path: Path, monkeypatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with new_folder(name) as folder:
+        folder.mkdir()
+    assert Path(name).is_dir()
