@@ -142,7 +142,9 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tenso
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     tensors = list(grads.values())
     scaled = arithmetic_for(tensors)("mul", tensors, factor)
-    return dict(zip(grads, scaled, strict=True)), norm, norm * factor
+    # Among gradients of several dtypes, the factor has the widest, and would give it to a () gradient.
+    named = {name: new.to(old.dtype) for (name, old), new in zip(grads.items(), scaled, strict=True)}
+    return named, norm, norm * factor
 
 
 def _is_differentiated(params: Params) -> bool:

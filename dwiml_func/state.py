@@ -96,8 +96,7 @@ def init_state(module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key
         >>> sorted(state.params), sorted(state.buffers), sorted(state.opt_state)
         (['bias', 'weight'], ['num_batches_tracked', 'running_mean', 'running_var'], ['exp_avg', 'exp_avg_sq'])
     """
-    key = seed if isinstance(seed, Key) else Key(seed)
-    fold_in(key)  # checks the range
+    key = fold_in(seed if isinstance(seed, Key) else Key(seed))  # checked, and of Python's own integers, as JSON takes
     named = dict(module.named_parameters())
     params = {name: p.detach().clone() for name, p in named.items() if p.requires_grad}
     frozen = {name: p.detach().clone() for name, p in named.items() if not p.requires_grad}

@@ -102,6 +102,8 @@ def train_step(
         params = _choose(keep_old, state.params, params)
         buffers = _choose(keep_old, state.buffers, buffers)
         opt_state = {kind: _choose(keep_old, state.opt_state[kind], opt_state[kind]) for kind in opt_state}
+    if donate:  # an optimizer that skips an update gives back the very dicts that `mark_donated` empties
+        params, opt_state = dict(params), dict(opt_state)
     new_state = TrainState(
         params=params,
         buffers=buffers,
@@ -173,7 +175,7 @@ def clip_and_measure(
 
 def loss_metrics(out: LossOut) -> dict[str, Sum]:
     """The sums of a loss's output: its own, and those of its further means."""
-    if taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm"}:
+    if taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm", NON_FINITE}:
         raise ValueError(f"Further means of a loss cannot be called {', '.join(sorted(taken))}: the step's own are.")
     means = {"loss": out.loss, **out.aux}
     return {name: weighted_sum(*(m if isinstance(m, tuple) else (m, out.weight))) for name, m in means.items()}

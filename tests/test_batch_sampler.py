@@ -214,6 +214,8 @@ def test_lengths_in_mm_do_not_overflow():
     index = DatasetIndex(("a",), np.array([70_000]), np.full(70_000, 150.0))
     plan = sample_epoch(index, SamplerSpec(batch_size=15_000, batch_size_units="length_mm", max_batches=None), KEY, 0)
     assert len(plan) == 700
+    whole = SamplerSpec(batch_size=10**30, batch_size_units="length_mm")
+    assert len(sample_epoch(index, whole, KEY, 0)) == 1
 
 
 def test_batches_in_mm_need_lengths():

@@ -188,6 +188,17 @@ def test_the_global_norm_is_that_of_one_long_vector(values):
     assert float(global_norm(grads)) == pytest.approx(expected, rel=1e-12)
 
 
+def test_gradients_of_several_dtypes_keep_them_when_clipped_also_scalars():
+    values = {"scalar": torch.tensor(3.0), "wide": torch.tensor([4.0], dtype=torch.float64)}
+    parameters = [nn.Parameter(torch.zeros_like(value)) for value in values.values()]
+    for parameter, value in zip(parameters, values.values(), strict=True):
+        parameter.grad = value.clone()
+    nn.utils.clip_grad_norm_(parameters, 0.1)
+    for parameter, clipped in zip(parameters, clip_by_global_norm(values, 0.1)[0].values(), strict=True):
+        assert parameter.grad is not None
+        assert (clipped.dtype, clipped.item()) == (parameter.dtype, parameter.grad.item())
+
+
 def test_a_small_gradient_is_not_scaled_up():
     grads, before, after = clip_by_global_norm({"w": torch.tensor([0.03, 0.04])}, 1.0)
     assert torch.equal(grads["w"], torch.tensor([0.03, 0.04]))

@@ -76,8 +76,9 @@ def test_any_order_may_be_asked_for_and_a_streamline_may_come_twice():
     assert torch.equal(found.points, expected.points)
     assert torch.equal(found.offsets, expected.offsets)
     assert len(open_dataset(PHANTOM, lazy=True).streamlines.select([])) == 0
-    with pytest.raises(IndexError):
-        open_dataset(PHANTOM, lazy=True).streamlines.select([96])
+    for number in (96, -1):
+        with pytest.raises(IndexError):
+            open_dataset(PHANTOM, lazy=True).streamlines.select([number])
 
 
 def test_points_that_are_not_finite_are_refused_when_they_are_read_and_only_then(edited):

@@ -1,7 +1,10 @@
 """Claims about `dwiml_func.state`: the state is an immutable value that shares no memory with the module."""
 
+import json
 from dataclasses import FrozenInstanceError, fields
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,6 +57,12 @@ def test_a_seed_out_of_range_is_refused(seed):
 
 def test_a_key_may_stand_for_the_seed():
     assert init_state(nn.Linear(1, 1), sgd(), seed=Key(3, (4,))).key == Key(3, (4,))
+
+
+def test_a_seed_of_numpy_s_integers_is_the_same_seed_and_can_be_recorded():
+    three: Any = np.int64(3)
+    assert json.dumps(init_state(nn.Linear(1, 1), sgd(), seed=three).key) == json.dumps(Key(3))
+    assert json.dumps(init_state(nn.Linear(1, 1), sgd(), seed=Key(three, (three,))).key) == json.dumps(Key(3, (3,)))
 
 
 def test_a_state_cannot_be_changed_but_replaced():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dwiml_func.digest import state_digest, state_leaves
 from dwiml_func.loss import LossOut, module_loss
 from dwiml_func.metrics import Sum
-from dwiml_func.optim import adam, adamw, radam, sgd
+from dwiml_func.optim import Optimizer, adam, adamw, radam, sgd
 from dwiml_func.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import NON_FINITE, NonFiniteError, eval_step, train_step
@@ -229,6 +229,15 @@ def test_evaluation_builds_no_graph_and_may_be_not_finite():
     assert total != total
 
 
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "unclipped_grad_norm", NON_FINITE])
+def test_a_further_mean_cannot_have_a_name_that_the_step_uses(name):
+    def loss_fn(params, buffers, batch, *, key, train):
+        return LossOut(params["weight"].square().sum(), 3, {}, {name: torch.ones(())})
+
+    with pytest.raises(ValueError, match=f"cannot be called {name}: the step's own are"):
+        train_step(small_state(), GOOD, loss_fn=loss_fn, optimizer=adam(), lr=0.1)
+
+
 # Donation
 
 
@@ -273,6 +282,24 @@ def test_donation_gives_the_same_bits(run, defer):
     assert state_digest(kept) == state_digest(donated)
     assert start.step == 0  # and without donation the first state is still there
     assert state_digest(start) == state_digest(init_state(noisy_mlp(), adam(), seed=0))
+
+
+def test_an_optimizer_that_skips_an_update_may_be_donated_to():
+    inner, loss_fn = adam(), module_loss(noisy_mlp(), squared_error)
+
+    def update(grads, opt_state, params, *, lr, step, donate=False):
+        if step % 2:
+            return params, opt_state
+        return inner.update(grads, opt_state, params, lr=lr, step=step, donate=donate)
+
+    digests = []
+    for donate in (False, True):
+        state = init_state(noisy_mlp(), inner, seed=0)
+        for batch in make_batches(4):
+            skipping = Optimizer(inner.init, update)
+            state, _ = train_step(state, batch, loss_fn=loss_fn, optimizer=skipping, lr=0.1, donate=donate)
+        digests.append(state_digest(state))
+    assert digests[0] == digests[1]
 
 
 def test_donation_never_reaches_the_module(run):

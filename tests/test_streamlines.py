@@ -69,8 +69,9 @@ def test_select_gathers_in_the_order_asked_for_with_repeats(lengths, data):
 
 
 def test_select_refuses_an_id_out_of_range():
-    with pytest.raises(IndexError):
-        Streamlines.from_list([np.zeros((2, 3))]).select([1])
+    for number in (1, -1):
+        with pytest.raises(IndexError):
+            Streamlines.from_list([np.zeros((2, 3))]).select([number])
 
 
 def test_select_gives_memory_of_its_own():

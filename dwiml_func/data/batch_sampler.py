@@ -22,6 +22,7 @@ BatchUnits = Literal["nb_streamlines", "length_mm"]
 _DEFAULT_CHUNK = 256
 # Lengths are added as whole numbers, rounded up: no order of summation can take a batch above its size.
 _UNITS_PER_MM = 2**20
+_MOST_MM = 2**42  # in a batch: half of what int64 holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +145,8 @@ def _sizes(index: DatasetIndex, spec: SamplerSpec) -> tuple[NDArray[np.int64] | 
             "Batches in length_mm need the streamlines' lengths, and this dataset holds none (euclidean_lengths in the "
             "HDF5 file). Create it anew, or count batches in nb_streamlines"
         )
-    return np.ceil(index.lengths_mm.astype(np.float64) * _UNITS_PER_MM).astype(
-        np.int64
-    ), spec.batch_size * _UNITS_PER_MM
+    sizes = np.ceil(index.lengths_mm.astype(np.float64) * _UNITS_PER_MM).astype(np.int64)
+    return sizes, min(spec.batch_size, _MOST_MM) * _UNITS_PER_MM
 
 
 def _cut(sizes: NDArray[np.int64] | None, num: int, budget: int, max_batches: int | None) -> NDArray[np.int64]:

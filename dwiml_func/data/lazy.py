@@ -243,7 +243,7 @@ class LazyStreamlines:
             ValueError: a point is NaN or infinite; the file is damaged, or has changed since the dataset was opened.
         """
         numbers = np.asarray(ids, dtype=np.int64)
-        lengths = self._lengths[torch.from_numpy(numbers.copy())]
+        lengths = self._lengths.index_select(0, torch.from_numpy(numbers.copy()))
         offsets = offsets_of(lengths)
         points = np.empty((int(offsets[-1]), 3), dtype=np.float32)
         subjects = self._index.subject_of(numbers)

@@ -212,8 +212,8 @@ class Streamlines:
         # np.array copies: torch warns when it has to wrap a read-only array
         numbers = ids if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids, dtype=np.int64))
         numbers = numbers.to(self.offsets.device, torch.int64)
-        starts = self.offsets[:-1][numbers]
-        offsets = offsets_of(self.lengths[numbers])
+        starts = self.offsets[:-1].index_select(0, numbers)  # unlike brackets, it refuses negative numbers
+        offsets = offsets_of(self.lengths.index_select(0, numbers))
         num_points = int(offsets[-1])
         shift = (starts - offsets[:-1])[_streamline_of(offsets, num_points)]
         return Streamlines(self.points[torch.arange(num_points, device=shift.device) + shift], offsets)
