@@ -161,7 +161,7 @@ def _clipped(grads: Params, clip_grad: float | None) -> tuple[Params, Tensor, Te
     if clip_grad is None:
         return grads, norm, norm
     factor = torch.clamp(clip_grad / (norm + 1e-6), max=1.0)
-    return {name: grad * _along(factor, grad) for name, grad in grads.items()}, norm, norm * factor
+    return {name: grad * _meeting(factor, like=grad) for name, grad in grads.items()}, norm, norm * factor
 
 
 def _updated(

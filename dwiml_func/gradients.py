@@ -68,7 +68,7 @@ def value_and_grad(
         tensor([2., 3.])
     """
     if engine is None:
-        engine = "func" if _is_differentiated(params) else "autograd"
+        engine = "func" if is_differentiated(params) else "autograd"
     if engine == "autograd":
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
         with torch.enable_grad():
@@ -147,10 +147,21 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tenso
     return named, norm, norm * factor
 
 
-def _is_differentiated(params: Params) -> bool:
+def is_differentiated(params: Params, lr: float | Tensor = 0.0) -> bool:
+    """Whether a step is itself a part of what is differentiated, or mapped.
+
+    Args:
+        params: tensors by name.
+        lr: learning rate.
+
+    Returns:
+        True under a transform of torch.func, and where one of them carries a graph.
+    """
     if torch.compiler.is_compiling():
         return False
-    return is_transformed() or any(tensor.requires_grad for tensor in params.values())
+    if is_transformed() or (isinstance(lr, Tensor) and lr.requires_grad):
+        return True
+    return any(tensor.requires_grad for tensor in params.values())
 
 
 def _detached(tensor: Tensor) -> Tensor:

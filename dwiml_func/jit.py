@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwiml_func.gradients import value_and_grad
+from dwiml_func.gradients import is_differentiated, value_and_grad
 from dwiml_func.loss import LossFn
 from dwiml_func.metrics import Metrics, Sum, add_metrics
 from dwiml_func.optim import Optimizer
@@ -50,7 +50,8 @@ def jit_step(
 
     Returns:
         The step. The first call compiles, and those that bring a batch which no graph fits. Where the step cannot be
-        compiled as a whole it warns once, saying why, and every call is that of `train_step`.
+        compiled as a whole it warns once, saying why, and every call is that of `train_step`; so is a call that is
+        differentiated or mapped.
 
     Example:
         >>> from dwiml_func import init_state, module_loss, sgd
@@ -120,7 +121,7 @@ class JitStep:
             RuntimeError: the state was donated to an earlier step.
         """
         refuse_donated(state)
-        if self.eager_reason is not None:
+        if self.eager_reason is not None or is_differentiated(state.params, lr):
             return self.eager(state, batch, lr=lr)
         device = next(iter(state.params.values())).device
         blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0

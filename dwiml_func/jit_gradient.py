@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dwiml_func.gradients import Engine, value_and_grad
+from dwiml_func.gradients import Engine, is_differentiated, value_and_grad
 from dwiml_func.loss import LossFn, LossOut
 from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import Buffers, Params
@@ -76,6 +76,8 @@ class JitGradient:
         """
         if loss_fn is not self._loss_fn:
             raise ValueError("Expected the loss that was compiled. Received: another one.")
+        if is_differentiated(params):  # a graph would cut off the one around it
+            return value_and_grad(loss_fn, params, buffers, batch, key=key, engine=engine)
         with torch_rng(key) if self._draws else nullcontext():
             results = self.graph(batch, params=dict(params), buffers=dict(buffers))
         if results is None:

@@ -50,6 +50,8 @@ class LossFn(Protocol):
     def __call__(self, params: Params, buffers: Buffers, batch: Any, *, key: Key, train: bool) -> LossOut: ...
 
 
+_Number = Tensor | float
+
 BatchLoss = Callable[[Any, Any], tuple[Any, ...]]
 """`compute_batch_loss(model, batch)`: returns (loss, weight) or (loss, weight, aux)."""
 
@@ -67,7 +69,7 @@ def module_loss(
         module: the model. Its structure is copied; neither its tensors nor its training flag are touched.
         compute_batch_loss: called as `compute_batch_loss(model, batch)`, where `model` behaves like `module` with the
             given parameters and buffers. Returns the mean loss, the number of points behind it and, optionally, a dict
-            of further means, each alone or as a pair (mean, weight).
+            of further means, each alone or as a pair (mean, weight), tensors or numbers.
         stochastic: whether the model may draw random numbers. True seeds torch's generators from the key and restores
             them afterwards (some 10 microseconds); False leaves them alone, for models that draw nothing.
         autocast: torch.bfloat16 runs `model(...)` in mixed precision, see `dwiml_func.precision.autocast_forward`: what
@@ -109,19 +111,22 @@ def module_loss(
             )
         aux = out[2] if len(out) == 3 else {}
         new_buffers = {name: tensors[name].detach() for name in buffers}
-        return LossOut(out[0], out[1], new_buffers, {name: _detached(mean) for name, mean in aux.items()})
+        return LossOut(out[0], out[1], new_buffers, {name: _detached(mean, out[0]) for name, mean in aux.items()})
 
     loss_fn.stochastic = stochastic  # type: ignore[attr-defined]  # for `jit_step`, which seeds around its graph
     return loss_fn
 
 
-def _detached(mean: Tensor | tuple[Tensor, Tensor | float]) -> Tensor | tuple[Tensor, Tensor]:
-    if not isinstance(mean, tuple):
-        return mean.detach()
-    value, weight = mean
-    # A tensor also of a number: torch.func hands tensors through, and nothing else.
-    weight = weight.detach() if isinstance(weight, Tensor) else value.new_full((), weight, dtype=torch.float64)
-    return value.detach(), weight
+def _detached(mean: _Number | tuple[_Number, _Number], loss: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """A further mean as tensors, also of numbers: torch.func hands tensors through, and nothing else."""
+    if isinstance(mean, tuple):
+        value, weight = (_detached_number(part, loss) for part in mean)
+        return value, weight
+    return _detached_number(mean, loss)
+
+
+def _detached_number(number: _Number, loss: Tensor) -> Tensor:
+    return number.detach() if isinstance(number, Tensor) else loss.new_full((), number, dtype=torch.float64)
 
 
 class _StatelessModule:

@@ -47,14 +47,19 @@ def weighted_sum(mean: float | Tensor, weight: float | Tensor) -> Sum:
         weight: what stands behind the mean, e.g. the number of points.
 
     Returns:
-        The sum, in float64. A tensor on the CPU is read; one on another device or under a transform is not.
+        The sum, in float64; zero where the weight is, whatever the mean of nothing was. A tensor on the CPU is read;
+        one on another device or under a transform is not.
 
     Example:
         >>> weighted_sum(torch.tensor(0.5), 4)
         Sum(total=2.0, weight=4.0)
     """
     mean, weight = _float64(mean), _float64(weight)
-    return Sum(mean * weight, weight)
+    if isinstance(weight, Tensor):
+        return Sum(torch.where(weight == 0, 0.0, mean * weight), weight)
+    # A number that is traced may stand for the size of any batch, and is not looked at.
+    is_known = isinstance(mean, float) or not is_transformed()
+    return Sum(0.0 if is_known and weight == 0 else mean * weight, weight)
 
 
 def add_metrics(first: Metrics, second: Metrics) -> dict[str, Sum]:

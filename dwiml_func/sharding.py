@@ -171,10 +171,9 @@ def _part(out: LossOut, buffers: Buffers, grads: Mapping[str, Tensor], is_empty:
     numbers = torch.stack([totals, weights], dim=1).flatten()
     numbers = torch.cat([numbers.new_tensor([float(changed)]), numbers])
     dtypes = dict.fromkeys(grad.dtype for grad in grads.values())
-    flat = {
-        dtype: torch.cat([g.flatten() for g in grads.values() if g.dtype == dtype]).mul_(weights[0].to(dtype))
-        for dtype in dtypes
-    }
+    flat = {dtype: torch.cat([g.flatten() for g in grads.values() if g.dtype == dtype]) for dtype in dtypes}
+    for dtype, gradient in flat.items():
+        gradient.mul_(weights[0].to(dtype)).masked_fill_(weights[0] == 0, 0.0)
     return _Part(flat, numbers, tuple(out.aux), out.buffers)
 
 

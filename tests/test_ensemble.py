@@ -146,6 +146,27 @@ def test_learning_rates_and_weight_decays_are_separate_runs(name):
         assert_same_reports(reports, number, own)
 
 
+@pytest.mark.parametrize("clip_grad", [None, 0.1])
+def test_parameters_of_several_dtypes_keep_theirs(clip_grad):
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 1)
+            self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * self.scale
+
+    model, batch = Scaled(), torch.ones(3, 4)
+    loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+    options = {"loss_fn": loss_fn, "optimizer": adam(weight_decay=0.1), "clip_grad": clip_grad}
+    ensemble = stack_states([init_state(model, adam(), seed=seed) for seed in SEEDS])
+    state = init_state(model, adam(), seed=SEEDS[1])
+    for _ in range(3):
+        ensemble, _ = ensemble_step(ensemble, batch, lr=torch.tensor([0.1, 0.01, 1.0]), **options)
+        state, _ = train_step(state, batch, lr=0.01, **options)
+    torch.testing.assert_close(member(ensemble, 1).params, state.params)
+
+
 def test_best_epochs_and_patience_are_each_members_own():
     states, rates = starts(), [0.03, 1e-12, 0.2]
     ensemble, reports = together(stack_states(states), optimizer=adam(), lr=rates, patience=2, max_epochs=9)

@@ -51,6 +51,14 @@ def test_finite_differences_agree_in_float64(engine):
     assert torch.autograd.gradcheck(Loss.apply, [p.requires_grad_() for p in detached(model).values()])
 
 
+def test_clipping_keeps_the_dtype_of_each_of_several():
+    grads = {"scale": torch.tensor(3.0), "weight": torch.tensor([4.0], dtype=torch.float64)}
+    clipped, norm, _ = clip_by_global_norm(grads, 1.0)
+    assert norm == 5.0
+    assert {name: grad.dtype for name, grad in clipped.items()} == {"scale": torch.float32, "weight": torch.float64}
+    assert [grad.item() for grad in clipped.values()] == pytest.approx([0.6, 0.8], rel=1e-6)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_least_squares_has_its_closed_form(engine):
     generator = torch.Generator().manual_seed(0)

@@ -208,6 +208,23 @@ def test_a_loss_that_uses_its_key_runs_eagerly_instead_of_with_one_key_for_ever(
     assert same_states(actual, run(partial(train_step, loss_fn=loss_fn, optimizer=sgd()), start, 3)[0])
 
 
+def test_a_step_that_is_differentiated_is_that_of_train_step_and_others_stay_compiled():
+    start, compiled, eager = make_steps(optimizer=sgd())
+
+    def loss_after(step, lr):
+        state, _ = run(step, start, 1)
+        state, _ = step(state, some_batch(1), lr=lr)
+        return torch.stack([p.square().sum() for p in state.params.values()]).sum()
+
+    lr = torch.tensor(0.1, requires_grad=True)
+    expected = torch.func.grad(partial(loss_after, eager))(lr.detach())
+    assert torch.equal(torch.func.grad(partial(loss_after, compiled))(lr.detach()), expected)
+    (gradient,) = torch.autograd.grad(loss_after(compiled, lr), lr)
+    torch.testing.assert_close(gradient, expected)
+    run(compiled, start, 2)
+    assert (compiled.num_compilations, compiled.eager_reason) == (1, None)
+
+
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_step_that_is_not_finite_is_refused_and_leaves_the_state_whole(donate):
     start, compiled, _ = make_steps(donate=donate)

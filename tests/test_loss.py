@@ -218,6 +218,14 @@ def test_an_error_inside_leaves_no_trace(batch):
     assert torch.equal(loss_fn(*named(model), batch, key=Key(0), train=True).loss, before)
 
 
+def test_further_means_may_be_numbers(batch):
+    def with_numbers(model, batch):
+        return *squared_error(model, batch)[:2], {"share": 0.25, "own": (0.5, 3)}
+
+    out = module_loss(nn.Linear(4, 3), with_numbers)(*named(nn.Linear(4, 3)), batch, key=Key(0), train=True)
+    assert out.aux == {"share": torch.tensor(0.25), "own": (torch.tensor(0.5), torch.tensor(3.0))}
+
+
 @pytest.mark.parametrize("result", [torch.zeros(()), (torch.zeros(()),), (1, 2, {}, 4), None, [1, 2]])
 def test_another_result_is_refused(result):
     loss_fn = module_loss(nn.Linear(1, 1), lambda model, batch: result)

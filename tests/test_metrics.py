@@ -46,6 +46,14 @@ def test_on_the_cpu_sums_are_plain_floats_without_a_graph():
     assert (type(total), type(weight), total, weight) == (float, float, 2.0, 4.0)
 
 
+@pytest.mark.parametrize("weight", [0, torch.tensor(0), torch.tensor(0.0)])
+def test_a_mean_of_nothing_does_not_spoil_the_means_of_other_batches(weight):
+    nothing = weighted_sum(torch.tensor(math.nan), weight)
+    assert read_means(add_metrics({"error": nothing}, {"error": weighted_sum(2.0, 3)})) == {"error": 2.0}
+    assert torch.func.vmap(lambda mean: weighted_sum(mean, torch.zeros(())).total)(torch.tensor([math.nan])) == 0.0
+    assert math.isnan(weighted_sum(torch.tensor(math.nan), 1).total)
+
+
 def test_a_tensor_on_a_device_is_not_read():
     # A meta tensor has no value: reading it raises an error.
     sums = {"loss": weighted_sum(torch.ones((), device="meta", requires_grad=True), torch.ones((), device="meta"))}

@@ -175,6 +175,21 @@ def test_buffers_are_those_of_the_first_shard() -> None:
     assert all(torch.equal(both.buffers[name], out.buffers[name]) for name in state.buffers)
 
 
+def test_a_shard_that_has_rows_and_no_point_adds_nothing() -> None:
+    """Masked means, as of points that are padding: 0/0 where all are, in the loss and in its gradient."""
+
+    def loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, mask = batch
+        return (model(x).square().mean(1) * mask).sum() / mask.sum(), mask.sum()
+
+    model, rows, mask = _model(torch.float64), _rows(6, torch.float64), torch.tensor([1.0, 0, 1, 0, 0, 0])
+    params, loss_fn = dict(model.named_parameters()), module_loss(model, loss)
+    whole, expected = value_and_grad(loss_fn, params, {}, (rows, mask), key=Key(0))
+    shards = list(zip(rows.split(3), mask.split(3), strict=True))
+    out, grads = sharded_value_and_grad()(loss_fn, params, {}, shards, key=Key(0))
+    torch.testing.assert_close((out.loss, dict(grads)), (whole.loss, dict(expected)))
+
+
 def test_parameters_of_several_dtypes_keep_theirs() -> None:
     params = {"a": torch.ones(2), "b": torch.ones(3, dtype=torch.float64), "c": torch.ones(1)}
 
