@@ -72,6 +72,27 @@ def test_a_bad_option_is_refused_by_name_and_value(cli, folder, options, named):
     assert contents(folder) == before
 
 
+def test_a_dry_run_of_bad_data_prints_no_config(cli, folder):
+    cli("train", folder, "new", PHANTOM, "--dry-run", "--input-group-name", "signal").check_refusal("'signal'")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "FOLDER", "caf\udce9"),
+        ("train", "FOLDER", "new", "caf\udce9.hdf5"),
+        ("runs", "caf\udce9"),
+        ("caf\udce9",),
+    ],
+    ids=["name", "dataset", "folder", "command"],
+)
+def test_bytes_that_are_no_text_are_refused(cli, folder, arguments):
+    before = contents(folder)
+    named = r"'caf\udce9.hdf5'" if len(arguments) == 4 else r"'caf\udce9'"
+    cli(*(text.replace("FOLDER", str(folder)) for text in arguments)).check_refusal(named, "UTF-8")
+    assert contents(folder) == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_a_device_that_is_not_there_is_refused(cli, folder):
     before = contents(folder)

@@ -194,6 +194,7 @@ def test_without_a_file_the_example_data_that_is_there_is_taken(cli, folder):
     shutil.copy(PHANTOM, folder / "example_data.hdf5")
     outcome = cli("train", folder, "new", *TINY, "--learning-rate", "0.125")
     assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[0] == "Example data, with --nb-previous-dirs 1 --weight-decay 0 --clip-grad 1"
     config = read_config(folder / "new")
     assert config.hdf5_file == str(folder / "example_data.hdf5")
     assert (config.training.max_epochs, config.training.learning_rate) == (1, ("0.125",))

@@ -39,7 +39,16 @@ def test_a_line_has_all_that_a_report_says_to_the_last_bit(tmp_path):
         "is_best": True,
         "train_minutes": 0.75,
         "valid_minutes": 0.125,
+        "points_in_train_minutes": 30.0,
     }
+
+
+def test_the_speed_of_an_epoch_that_was_resumed_can_be_computed(tmp_path):
+    resumed = report(1, timed_points=12.0)
+    jsonl(tmp_path)(resumed)
+    row = json.loads((tmp_path / "logs" / "metrics.jsonl").read_text())
+    assert row["num_points"] == 30.0
+    assert row["points_in_train_minutes"] / row["train_minutes"] / 60 == resumed.points_per_second
 
 
 def test_there_is_a_line_an_epoch(tmp_path):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
+from dwiml_func.cli.example_options import example_options, kept_example_options
+from dwiml_func.cli.parsing import parse
+from dwiml_func.cli.run_options import RunOptions
 from dwiml_func.config import Origin, config_from_json
 from dwiml_func.experiment import read_config
 from dwiml_func.snapshot import latest_digest
@@ -46,6 +50,20 @@ def test_the_options_that_suit_the_example_data_are_there_before_the_others_are_
     config = config_from_json(cli("train", folder, "new", "--normalize-prev-dirs", "--dry-run").out)
     assert config.model.nb_previous_dirs == 1
     cli("train", folder, "new", PHANTOM, "--normalize-prev-dirs").check_refusal("nb_previous_dirs")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ([], "--nb-previous-dirs 1 --weight-decay 0 --batch-size-training 10 --learning-rate '0.002*20 0.0005' "),
+        (["--learning-rate", "0.1", "--weight-decay=0.5"], "--nb-previous-dirs 1 --batch-size-training 10 "),
+    ],
+)
+def test_only_those_that_are_not_overridden_are_said(given: list[str], kept: str) -> None:
+    base = parse(RunOptions, example_options(), "")
+    options = parse(RunOptions, given, "", default=base)
+    assert shlex.join(kept_example_options(options)) == f"{kept}--clip-grad 1 --max-epochs 30"
+    assert kept_example_options(RunOptions()) == ()
 
 
 def test_a_classification_of_the_example_data_has_options_of_its_own_under_those_given(cli, tmp_path: Path) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["example_options"]
+from collections.abc import Mapping
 
-_COMMON = (
-    *("--nb-previous-dirs", "1"),
-    *("--weight-decay", "0"),
-    *("--batch-size-training", "10"),
-    *("--learning-rate", "0.002*20 0.0005"),
-    *("--clip-grad", "1"),
-    *("--max-epochs", "30"),
-)
-_CLASSES = ("--learning-rate", "0.005*20 0.001", "--use-skip-connection")
+from dwiml_func.cli.options import list_options
+from dwiml_func.cli.parsing import parse
+from dwiml_func.cli.run_options import RunOptions
+
+__all__ = ["example_options", "kept_example_options"]
+
+_COMMON = {
+    "--nb-previous-dirs": "1",
+    "--weight-decay": "0",
+    "--batch-size-training": "10",
+    "--learning-rate": "0.002*20 0.0005",
+    "--clip-grad": "1",
+    "--max-epochs": "30",
+}
+_CLASSES = {"--learning-rate": "0.005*20 0.001", "--use-skip-connection": ""}
 
 
 def example_options(dg_key: str = "cosine-regression") -> tuple[str, ...]:
@@ -28,4 +34,36 @@ def example_options(dg_key: str = "cosine-regression") -> tuple[str, ...]:
         >>> example_options()[:4]
         ('--nb-previous-dirs', '1', '--weight-decay', '0')
     """
-    return _COMMON + (_CLASSES if dg_key == "sphere-classification" else ())
+    return tuple(text for option in _suited(dg_key).items() for text in option if text)
+
+
+def kept_example_options(options: RunOptions) -> tuple[str, ...]:
+    """Those of `example_options` that a run has.
+
+    Args:
+        options: the run's.
+
+    Returns:
+        The options, as on a command line.
+
+    Example:
+        >>> kept_example_options(RunOptions(training=TrainingConfig(max_epochs=30)))  # doctest: +SKIP
+        ('--max-epochs', '30')
+    """
+    suited = parse(RunOptions, example_options(options.model.dg_key), "dwiml-func train")
+    kept = {
+        flag
+        for option in list_options(RunOptions)
+        for flag in option.flags
+        if _value(options, option.part, option.name) == _value(suited, option.part, option.name)
+    }
+    pairs = _suited(options.model.dg_key).items()
+    return tuple(text for flag, value in pairs if flag in kept for text in (flag, value) if text)
+
+
+def _suited(dg_key: str) -> Mapping[str, str]:
+    return _COMMON | (_CLASSES if dg_key == "sphere-classification" else {})
+
+
+def _value(options: RunOptions, part: str, name: str) -> object:
+    return getattr(getattr(options, part), name)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from dwiml_func.cli.messages import MESSAGE_OPTIONS
 from dwiml_func.cli.options import Option, list_options
 
-__all__ = ["format_help"]
+__all__ = ["format_block", "format_help"]
 
 _COLUMN = 28  # where the text of an option begins
 _NARROWEST, _WIDEST = 60, 100  # of lines, in characters
@@ -38,7 +38,7 @@ def format_help(
         >>> print(format_help(DigestOptions, "dwiml-func digest").splitlines()[0])
         usage: dwiml-func digest [OPTIONS] EXPERIMENT_DIR
     """
-    width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
+    width = _width()
     subjects = {} if subjects is None else subjects
     titles = {name: title for title, names in subjects.items() for name in names}
     groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", "Options", *subjects)}
@@ -54,9 +54,41 @@ def format_help(
         " ".join(usage),
         *(textwrap.fill(" ".join(paragraph.split()), width) for paragraph in purpose.split("\n\n")),
         f"Example:\n  {example}",
-        *(_block(title, rows, width) for title, rows in groups.items() if rows),
+        *(format_block(title, rows) for title, rows in groups.items() if rows),
     ]
     return "\n\n".join(blocks)
+
+
+def format_block(title: str, rows: Iterable[tuple[str, str]], *, column: int = _COLUMN) -> str:
+    """A block of a help: names, and beside them texts.
+
+    Args:
+        title: its heading.
+        rows: names and texts.
+        column: where the texts begin.
+
+    Returns:
+        Lines of text.
+
+    Example:
+        >>> print(format_block("Exit codes", [("0", "All went well.")], column=6))
+        Exit codes:
+          0   All went well.
+    """
+    lines = [f"{title}:"]
+    for head, text in rows:
+        head = f"  {head}"
+        wrapped = textwrap.wrap(text, _width() - column, break_on_hyphens=False)
+        if len(head) <= column - 2:
+            lines.append(f"{head:<{column}}{wrapped.pop(0)}")
+        else:
+            lines.append(head)
+        lines += [" " * column + line for line in wrapped]
+    return "\n".join(lines).replace(_SPACE, " ")
+
+
+def _width() -> int:
+    return min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
 
 
 def _head(option: Option) -> str:
@@ -79,16 +111,3 @@ def _text(option: Option, default: str | None) -> str:
 
 def _has_many_choices(option: Option) -> bool:
     return len("|".join(option.choices)) > _MANY
-
-
-def _block(title: str, rows: Sequence[tuple[str, str]], width: int) -> str:
-    lines = [f"{title}:"]
-    for head, text in rows:
-        head = f"  {head}"
-        wrapped = textwrap.wrap(text, width - _COLUMN, break_on_hyphens=False)
-        if len(head) <= _COLUMN - 2:
-            lines.append(f"{head:<{_COLUMN}}{wrapped.pop(0)}")
-        else:
-            lines.append(head)
-        lines += [" " * _COLUMN + line for line in wrapped]
-    return "\n".join(lines).replace(_SPACE, " ")

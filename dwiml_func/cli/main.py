@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from dwiml_func.cli.help import format_block
 from dwiml_func.cli.messages import MESSAGE_OPTIONS, Verbosity, messages, take_verbosity
 from dwiml_func.cli.parsing import nearest
 from dwiml_func.interruption import TrainingStopped
@@ -70,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    for argument in arguments:
+        if not _is_text(argument):
+            return _fail(
+                f"dwiml-func: {ascii(argument)[:200]} is no UTF-8 text. Give names in UTF-8, or rename files.", 2
+            )
     if command not in COMMANDS:
         hint = nearest(command.lower(), COMMANDS)
         return _fail(f"dwiml-func: unknown command {command!r}.{hint} Expected one of: {', '.join(COMMANDS)}.", 2)
@@ -120,26 +126,14 @@ def _run(command: str, arguments: Sequence[str], program: str) -> int:
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items()]
-    return "\n".join(
+    column = max(map(len, COMMANDS)) + 4
+    blocks = {"Commands": COMMANDS.items(), "Options": (*MESSAGE_OPTIONS, *_OPTIONS), "Exit codes": _EXIT_CODES.items()}
+    return "\n\n".join(
         [
             "usage: dwiml-func COMMAND ...",
-            "",
             "Functional training of tractography models.",
-            "",
-            "Commands:",
-            *lines,
-            "",
-            "Options:",
-            *(f"  {flags:<{width}}  {text}" for flags, text in (*MESSAGE_OPTIONS, *_OPTIONS)),
-            "",
-            "Exit codes:",
-            *(f"  {code:<{width}}  {text}" for code, text in _EXIT_CODES.items()),
-            "",
-            "Example:",
-            "  dwiml-func train experiments first_run",
-            "",
+            *(format_block(title, rows, column=column) for title, rows in blocks.items()),
+            "Example:\n  dwiml-func train experiments first_run",
             "dwiml-func COMMAND --help tells the options of a command.",
         ]
     )
@@ -149,6 +143,15 @@ def _stopped(stopped: TrainingStopped, program: str) -> str:
     place = shlex.join([str(stopped.directory.parent), stopped.directory.name])
     saved = "before its first batch" if stopped.name is None else f"and saved as snapshot {stopped.name}"
     return f"{program}: {_one_line(str(stopped))} {saved}. To go on: dwiml-func resume {place}"
+
+
+def _is_text(argument: str) -> bool:
+    """Whether a config can hold it. Python passes on bytes that are no UTF-8 as single surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _one_line(text: str) -> str:

@@ -17,7 +17,7 @@ import tyro
 
 from dwiml_func.atomic import remove_leftovers
 from dwiml_func.cli.ensemble import train_members
-from dwiml_func.cli.example_options import example_options
+from dwiml_func.cli.example_options import example_options, kept_example_options
 from dwiml_func.cli.messages import counted, is_quiet, say
 from dwiml_func.cli.parsing import parse, value_of
 from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions, read_config_part
@@ -97,12 +97,14 @@ def run(arguments: Sequence[str], program: str) -> int:
     config = options.to_config(options.hdf5_file or example)
     members = member_configs(config, num_models=options.num_models, sweep=options.sweep)
     if options.dry_run:
-        print(config.to_json(), end="")
         is_there = options.hdf5_file is not None or example.exists()
-        print(_describe(directory, prepare(config)) if is_there else f"{example} would be made.", file=sys.stderr)
+        data = _describe(directory, prepare(config)) if is_there else f"{example} would be made."
+        print(config.to_json(), end="")
+        print(data, file=sys.stderr)
         return 0
     if options.hdf5_file is None:
-        say(f"Example data, with {shlex.join(example_options(config.model.dg_key))} unless given otherwise")
+        kept = shlex.join(kept_example_options(options))
+        say(f"Example data, with {kept}" if kept else "Example data")
         _make_example_data(example)
     if len(members) > 1:
         train_members(options.experiments_path, options.experiment_name, members)

@@ -42,7 +42,8 @@ def epoch_row(report: EpochReport) -> dict[str, float | int | bool | None]:
 
     Returns:
         Values by name: `epoch`, `learning_rate`, `train_*` and `valid_*` with the metrics' names, `num_batches`,
-        `num_points`, `best_epoch`, `best_loss`, `is_best`, and durations in minutes. None stands for what is not
+        `num_points`, `best_epoch`, `best_loss`, `is_best`, durations in minutes, and `points_in_train_minutes`, those
+        of `num_points` that came within `train_minutes`: fewer where the epoch was resumed. None stands for what is not
         finite, which JSON has no word for.
 
     Example:
@@ -61,6 +62,7 @@ def epoch_row(report: EpochReport) -> dict[str, float | int | bool | None]:
         "is_best": report.is_best,
         "train_minutes": report.train_minutes,
         "valid_minutes": report.valid_minutes,
+        "points_in_train_minutes": report.num_points if report.timed_points is None else report.timed_points,
     }
     return {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
 
