@@ -96,6 +96,9 @@ def _acquire(path: Path, wait: bool) -> int:
             if _is_still_there(descriptor, path):
                 return descriptor
         except BlockingIOError:
+            if _is_only_looked_at(descriptor):
+                os.close(descriptor)
+                continue
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace") or "another process"
             os.close(descriptor)
             raise LockedError(
@@ -113,6 +116,15 @@ def _acquire(path: Path, wait: bool) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+
+
+def _is_only_looked_at(descriptor: int) -> bool:
+    """Whether what kept us from the lock was `is_locked`, which shares it for a moment."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_still_there(descriptor: int, path: Path) -> bool:

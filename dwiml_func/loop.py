@@ -52,7 +52,8 @@ class EpochReport:
         stop: why the run ends after this epoch: "max_epochs" or "patience"; None when it goes on.
         train_minutes: duration of the training part, in minutes, since the start or the last resume.
         valid_minutes: duration of the validation part, in minutes.
-        digest: SHA-256 of the state after the epoch, in a history that was restored from a snapshot; None before.
+        digest: SHA-256 of the state after the epoch, in a history that was restored from a snapshot; None before, and
+            where no snapshot was made at the epoch's end.
         timed_points: those of `num_points` that came within `train_minutes`, where a resume was within the epoch; None
             means all.
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dwiml_func.history import history_from_json
 from dwiml_func.loop import EpochReport
 from dwiml_func.manifest import DamagedError, read_manifest
-from dwiml_func.snapshot_names import list_snapshots, snapshot_path
+from dwiml_func.snapshot_names import list_snapshots, name_at, snapshot_path
 
-__all__ = ["Record", "newest_record", "read_record"]
+__all__ = ["Record", "newest_record", "newest_sound", "read_record"]
+
+T = TypeVar("T")
 
 
 def read_record(directory: str | Path, name: str | None = None) -> dict[str, Any]:
@@ -38,15 +40,50 @@ def read_record(directory: str | Path, name: str | None = None) -> dict[str, Any
         ...     read_record(directory)["config"]
         {'a': 1}
     """
-    if name is not None:
-        return read_manifest(snapshot_path(directory, name))
-    newest = snapshot_path(directory, None)
-    for name in reversed(list_snapshots(directory)):
+    if name is None:
+        return newest_sound(directory, lambda name: read_record(directory, name))[0]
+    path = snapshot_path(directory, name)
+    manifest = read_manifest(path, needs=("numbers", "history", "config"))
+    saved_as = name_at(manifest["numbers"]["epoch"], manifest["numbers"]["batch"])
+    if saved_as != name:
+        raise DamagedError(f"{path} is damaged: what it holds was saved as {saved_as}.")
+    return manifest
+
+
+def newest_sound(directory: str | Path, read: Callable[[str], T]) -> tuple[T, dict[str, DamagedError]]:
+    """Read the newest snapshot that is not damaged, also while a run in another process saves and removes snapshots.
+
+    Args:
+        directory: the experiment.
+        read: reads the snapshot of a name.
+
+    Returns:
+        What `read` gave; and by name what is wrong with newer snapshots.
+
+    Raises:
+        FileNotFoundError: there is no snapshot.
+        DamagedError: all are damaged; the message is about each.
+
+    Example:
+        >>> newest_sound("/no/such/run", read=str)
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: No snapshot in /no/such/run/checkpoint. Has an epoch been finished there?
+    """
+    damaged: dict[str, DamagedError] = {}
+    while True:
+        names = [name for name in list_snapshots(directory) if name not in damaged]
+        if damaged and not names:
+            raise DamagedError(f"Every snapshot is damaged. {' '.join(map(str, damaged.values()))}")
+        name = names[-1] if names else snapshot_path(directory, None).name
         try:
-            return read_manifest(newest.parent / name)
-        except DamagedError:
-            continue
-    return read_manifest(newest)
+            return read(name), damaged
+        except (DamagedError, FileNotFoundError) as error:
+            if name not in list_snapshots(directory):
+                continue  # it was removed while it was read
+            if not isinstance(error, DamagedError):
+                raise
+            damaged[name] = error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,22 +129,16 @@ def newest_record(directory: str | Path) -> Record | None:
         >>> newest_record("/no/such/experiment") is None
         True
     """
-    damaged: list[str] = []
-    for name in reversed(list_snapshots(directory)):
-        try:
-            manifest = read_record(directory, name)
-        except DamagedError as error:
-            damaged.append(str(error))
-            continue
-        return Record(
-            name=name,
-            digest=manifest["digest"],
-            history=history_from_json(manifest["history"]),
-            config=manifest["config"],
-            environment=manifest["environment"],
-            data=manifest.get("data") or {},
-            damaged=tuple(damaged),
-        )
-    if damaged:
-        raise DamagedError(f"Every snapshot is damaged. {' '.join(damaged)}")
-    return None
+    try:
+        (name, manifest), damaged = newest_sound(directory, lambda name: (name, read_record(directory, name)))
+    except FileNotFoundError:
+        return None
+    return Record(
+        name=name,
+        digest=manifest["digest"],
+        history=history_from_json(manifest["history"]),
+        config=manifest["config"],
+        environment=manifest["environment"],
+        data=manifest.get("data") or {},
+        damaged=tuple(map(str, damaged.values())),
+    )

@@ -13,9 +13,9 @@ from typing import Any
 from dwiml_func.atomic import atomic_remove
 from dwiml_func.digest import combine_digests, leaf_digest, state_leaves, state_numbers
 from dwiml_func.history import fill_digests, history_from_json
-from dwiml_func.leaf_store import DamagedError, SnapshotError, load_leaves, read_manifest
+from dwiml_func.leaf_store import SnapshotError, load_leaves
 from dwiml_func.loop import EpochReport
-from dwiml_func.record import read_record
+from dwiml_func.record import newest_sound, read_record
 from dwiml_func.snapshot_io import Snapshot, restore, write_snapshot
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name, snapshot_path
 from dwiml_func.state import TrainState
@@ -112,14 +112,8 @@ def restore_newest(directory: str | Path, like: TrainState) -> tuple[Snapshot, l
         ...     snapshot.name, damaged
         ('1', ['2'])
     """
-    snapshot_path(directory, None)
-    problems: dict[str, DamagedError] = {}
-    for name in reversed(list_snapshots(directory)):
-        try:
-            return restore(directory, like, name=name), list(problems)
-        except DamagedError as error:
-            problems[name] = error
-    raise DamagedError(f"Every snapshot is damaged. {' '.join(map(str, problems.values()))}")
+    snapshot, damaged = newest_sound(directory, lambda name: restore(directory, like, name=name))
+    return snapshot, list(damaged)
 
 
 def restore_or(directory: str | Path, state: TrainState) -> tuple[TrainState, tuple[EpochReport, ...]]:
@@ -171,7 +165,7 @@ def latest_digest(directory: str | Path) -> str:
         True
     """
     path = snapshot_path(directory, None)
-    manifest = read_manifest(path)
+    manifest = read_record(directory, path.name)
     leaves = {name: leaf_digest(leaf) for name, leaf in load_leaves(path, manifest).items()}
     return combine_digests(leaves, manifest["numbers"])
 

@@ -10,8 +10,9 @@ from typing import Any
 from dwiml_func.atomic import make_directory
 from dwiml_func.digest import leaf_differences, numbers_to_fields, state_leaves, state_numbers
 from dwiml_func.history import history_from_json, history_to_json
-from dwiml_func.leaf_store import SnapshotError, load_leaves, read_manifest, save_leaves
+from dwiml_func.leaf_store import SnapshotError, load_leaves, save_leaves
 from dwiml_func.loop import EpochReport
+from dwiml_func.record import read_record
 from dwiml_func.snapshot_names import snapshot_path
 from dwiml_func.state import TrainState
 
@@ -104,7 +105,7 @@ def restore(directory: str | Path, like: TrainState, *, name: str | None = None)
         3
     """
     path = snapshot_path(directory, name)
-    manifest = read_manifest(path)
+    manifest = read_record(directory, path.name)
     differences = leaf_differences(manifest["leaves"], state_leaves(like))
     fields = numbers_to_fields(manifest["numbers"])
     if fields["key"] != like.key:

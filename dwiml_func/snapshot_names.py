@@ -31,7 +31,12 @@ def list_snapshots(directory: str | Path) -> list[str]:
 
 def snapshot_name(state: TrainState) -> str:
     """The name of a state's snapshot: epochs done and, within an epoch, batches done."""
-    return f"{state.epoch}-{state.batch}" if state.batch else str(state.epoch)
+    return name_at(state.epoch, state.batch)
+
+
+def name_at(epoch: int, batch: int) -> str:
+    """The name of a snapshot of so many epochs and batches done."""
+    return f"{epoch}-{batch}" if batch else str(epoch)
 
 
 def snapshot_path(directory: str | Path, name: str | None) -> Path:

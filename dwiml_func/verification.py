@@ -185,10 +185,7 @@ def _start(directory: Path, config: RunConfig, setup: Setup, epoch: int) -> tupl
     damaged = []
     for name in candidates:
         try:
-            state = restore(directory, setup.state, name=name).state
-            if state.epoch < epoch:
-                return state, name, damaged
-            damaged.append(f"Snapshot {name} of {directory} is of epoch {state.epoch}.")
+            return restore(directory, setup.state, name=name).state, name, damaged
         except DamagedError as error:
             damaged.append(str(error))
     if config.origin is None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import shutil
@@ -333,6 +334,14 @@ def test_the_space_may_be_spelt_as_dipys_values(edited):
 def test_streamlines_without_an_attribute(edited, name):
     path = edited(lambda file: file["subj0/streamlines"].attrs.pop(name))
     assert f"no attribute '{name}'" in one_line_error(path)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1.0, 0.0, 1.0], [1.0, -1.0, 1.0], [1.0, math.nan, 1.0], [1.0], [[2.0] * 3] * 2, "2"]
+)
+def test_voxels_without_a_size(edited, sizes):
+    path = edited(lambda file: file["subj0/streamlines"].attrs.create("voxel_sizes", sizes))
+    assert "group 'streamlines' of subject 'subj0' has voxel_sizes" in one_line_error(path)
 
 
 def test_streamlines_on_another_grid_than_the_volume(edited):

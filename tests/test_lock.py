@@ -107,6 +107,25 @@ def test_a_file_that_was_removed_between_opening_and_locking_is_no_lock(tmp_path
             assert is_locked(tmp_path)
 
 
+def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
+    """`dwiml-func runs` looks at the lock of a crashed run at the moment when it is resumed."""
+    (tmp_path / ".lock").write_text("process 1 on anvil")
+    looking, flock = os.open(tmp_path / ".lock", os.O_RDONLY), fcntl.flock
+    flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def look_away_later(descriptor: int, operation: int) -> None:
+        try:
+            flock(descriptor, operation)
+        finally:
+            flock(looking, fcntl.LOCK_UN)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", look_away_later)
+        with experiment_lock(tmp_path):
+            assert is_locked(tmp_path)
+    os.close(looking)
+
+
 def test_loading_processes_do_not_keep_the_lock_of_a_killed_run(tmp_path):
     with experiment_lock(tmp_path):
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)

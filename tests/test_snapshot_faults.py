@@ -7,9 +7,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ from gated_run import check_same_end, gated, train_whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwiml_func import TrainState, adam, init_state
+from dwiml_func import TrainState, adam, init_state, snapshot_io
 from dwiml_func.digest import state_digest
 from dwiml_func.experiment import read_config
 from dwiml_func.leaf_store import DamagedError
 from dwiml_func.models.model_directory import load_model
 from dwiml_func.saver import Saver
-from dwiml_func.snapshot import latest_digest, list_snapshots, restore, restore_newest, save
+from dwiml_func.snapshot import latest_digest, list_snapshots, read_record, restore, restore_newest, save
 
 
 def run_at(epoch: int) -> TrainState:
@@ -112,6 +113,32 @@ def test_when_all_are_damaged_each_is_named(damaged):
         (damaged.parent / name / "manifest.json").write_text("{}")
     with pytest.raises(DamagedError, match=r"checkpoint/2 is damaged.*checkpoint/1 is damaged"):
         restore_newest(damaged.parent.parent, run_at(0))
+
+
+def test_a_snapshot_under_another_name_is_noticed(damaged):
+    """A copy under a later name would be what every resume goes on from, whatever was trained since."""
+    directory = damaged.parent.parent
+    shutil.copytree(damaged, damaged.with_name("9"))
+    with pytest.raises(DamagedError, match="checkpoint/9 is damaged: what it holds was saved as 2"):
+        restore(directory, run_at(0))
+    found, names = restore_newest(directory, run_at(0))
+    assert (found.name, names) == ("2", ["9"])
+    assert len(read_record(directory)["history"]) == 0
+
+
+def test_a_snapshot_that_a_training_run_removes_while_it_is_read_is_not_damaged(damaged, monkeypatch):
+    """As `fork` reads what another process trains: what was the newest goes, and a newer one is there by then."""
+    directory, load = damaged.parent.parent, snapshot_io.load_leaves
+
+    def load_meanwhile(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        if path.name == "2":
+            save(directory, run_at(3), config={"epochs": 3}, keep=1)
+        return load(path, manifest)
+
+    monkeypatch.setattr(snapshot_io, "load_leaves", load_meanwhile)
+    found, names = restore_newest(directory, run_at(0))
+    assert (found.name, names, found.config) == ("3", [], {"epochs": 3})
+    assert state_digest(found.state) == state_digest(run_at(3))
 
 
 def test_files_swapped_between_two_snapshots_are_noticed(damaged):

@@ -170,7 +170,12 @@ def require_same_space(input_group: h5py.Group, shape: tuple[int, ...], streamli
 
 def voxel_sizes_of(streamline_group: h5py.Group) -> NDArray[np.float32]:
     """(3,) mm."""
-    return np.asarray(_attribute(streamline_group, "voxel_sizes"), dtype=np.float32)
+    sizes = np.asarray(_attribute(streamline_group, "voxel_sizes"))
+    if sizes.dtype.kind not in "fiu" or sizes.shape != (3,) or not (np.isfinite(sizes) & (sizes > 0)).all():
+        raise ValueError(
+            f"{place(streamline_group)} has voxel_sizes {sizes.tolist()}. Expected three numbers above 0, in mm"
+        )
+    return sizes.astype(np.float32)
 
 
 def read_table(group: h5py.Group) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
