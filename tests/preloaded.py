@@ -13,13 +13,14 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["Fork", "run_command", "run_program", "start_command"]
+__all__ = ["Fork", "run_command", "run_program", "run_ranks", "start_command"]
 
 COMMAND = "import sys; from dwiml_func.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -129,9 +130,9 @@ class _Server:
 _server = functools.cache(_Server)
 
 
-def start_command(*arguments: object) -> Fork:
+def start_command(*arguments: object, environment: Mapping[str, str] | None = None) -> Fork:
     """Start a `dwiml-func` command."""
-    return _server().start(COMMAND, arguments, {})
+    return _server().start(COMMAND, arguments, environment or {})
 
 
 def run_command(*arguments: object, environment: Mapping[str, str] | None = None) -> str:
@@ -141,10 +142,26 @@ def run_command(*arguments: object, environment: Mapping[str, str] | None = None
 
 def run_program(program: str, *arguments: object, environment: Mapping[str, str] | None = None) -> str:
     """Run a program to its end, which must be good; returns what it printed."""
-    process = _server().start(program, arguments, environment or {})
+    return _ended([_server().start(program, arguments, environment or {})])[0]
+
+
+def run_ranks(num_processes: int, *arguments: object) -> list[str]:
+    """Run a command in several processes that train together, told of each other as `torchrun` tells them; returns what
+    each printed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    return _ended([start_command(*arguments, environment=rank) for rank in ranks])
+
+
+def _ended(processes: Sequence[Fork]) -> list[str]:
+    """What processes printed, each of which must come to a good end."""
     try:
-        code = process.wait(timeout=300)
+        codes = [process.wait(timeout=300) for process in processes]
     finally:
-        process.kill()
-    assert code == 0, process.err
-    return process.out
+        for process in processes:
+            process.kill()
+    assert codes == [0] * len(processes), [process.err for process in processes]
+    return [process.out for process in processes]

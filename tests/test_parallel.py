@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results, train
+from preloaded import run_ranks
+from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
 
 from dwiml_func.process_group import in_turn, process_group
 from dwiml_func.snapshot import list_snapshots
@@ -23,21 +24,19 @@ SHARDS = ("--num-shards", 4)
 EPOCHS = 3
 
 
-def _command(num_processes: int, *arguments: object) -> list[str]:
-    if num_processes == 1:
-        return command(*arguments)
+def _torchrun(num_processes: int, *arguments: object) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
     return [sys.executable, *launcher, "dwiml_func", *map(str, arguments)]
 
 
 def _run(num_processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_command(num_processes, *arguments), capture_output=True, text=True, timeout=300)
+    return subprocess.run(_torchrun(num_processes, *arguments), capture_output=True, text=True, timeout=300)
 
 
 def _start(num_processes: int, folder: Path) -> subprocess.Popen[str]:
     """A run that saves after every batch, once it is past its first epoch."""
     options = (*STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS, "--checkpoint-every", "1batches")
-    arguments = _command(num_processes, "train", folder, "run", DATA, *options)
+    arguments = _torchrun(num_processes, "train", folder, "run", DATA, *options)
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not any(name.startswith("1-") for name in list_snapshots(folder / "run")):
         _wait(process, 0.01)  # between two looks at the disk
@@ -68,14 +67,25 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("alone"), "run", *SHARDS, epochs=EPOCHS)
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
-def test_any_number_of_processes_ends_with_the_same_bits_and_files(
-    alone: Path, tmp_path: Path, num_processes: int
-) -> None:
-    done = _run(num_processes, "train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS)
+def test_two_processes_end_with_the_bits_and_files_of_one(alone: Path, tmp_path: Path) -> None:
+    done = _run(2, "train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Epoch 1/") == 1  # the first process prints, and no other
     assert _same(tmp_path / "run", alone) == []
+
+
+def test_four_processes_do_too(alone: Path, tmp_path: Path) -> None:
+    out = run_ranks(4, "train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS)
+    assert [text.count("Epoch 1/") for text in out] == [1, 0, 0, 0]
+    assert _same(tmp_path / "run", alone) == []
+
+
+def test_in_bfloat16_two_processes_end_with_the_bits_of_one(alone: Path, tmp_path: Path) -> None:
+    options = (*STOCHASTIC, "--max-epochs", 1, *SHARDS, "--precision", "bf16")
+    for num_processes, name in ((1, "one"), (2, "two")):
+        run_ranks(num_processes, "train", tmp_path, name, DATA, *options)
+    assert _same(tmp_path / "two", tmp_path / "one") == []
+    assert results(tmp_path / "one")["history"][0] != results(alone)["history"][0]
 
 
 def test_stopped_with_two_and_resumed_with_four_processes(alone: Path, tmp_path: Path) -> None:
@@ -84,8 +94,7 @@ def test_stopped_with_two_and_resumed_with_four_processes(alone: Path, tmp_path:
         _, err = process.communicate(timeout=60)
     assert "stopped by SIGTERM and saved as snapshot 1-" in err
     assert err.count("To go on: dwiml-func resume") == 1
-    done = _run(4, "resume", tmp_path, "run", "--checkpoint-every", "1epoch")
-    assert done.returncode == 0, done.stderr
+    run_ranks(4, "resume", tmp_path, "run", "--checkpoint-every", "1epoch")
     assert _same(tmp_path / "run", alone) == []
 
 
@@ -101,8 +110,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_can_be_resumed(
     assert process.returncode != 0
     assert "Another of the 2 processes of this run has ended" in err
     assert "dwiml_func/cli" not in err  # no traceback of ours; torchrun prints its own
-    done = _run(1, "resume", tmp_path, "run", "--checkpoint-every", "1epoch")
-    assert done.returncode == 0, done.stderr
+    run_ranks(1, "resume", tmp_path, "run", "--checkpoint-every", "1epoch")
     assert _same(tmp_path / "run", alone) == []
 
 
