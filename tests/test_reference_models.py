@@ -140,6 +140,8 @@ def test_parameters_of_the_present_dwi_ml_are_left_as_they_are():
         (lambda p: p.update(rnn_layer_sizes=[16, 0]), ["rnn_layer_sizes", "received 0"]),
         (lambda p: p.update(rnn_layer_sizes="16"), ["rnn_layer_sizes", "'16'"]),
         (lambda p: p.update(nb_features=None), ["nb_features", "None"]),
+        (lambda p: p.update(nb_features=10**30), ["nb_features", "below 2147483648", "received 1000000"]),
+        (lambda p: p.update(dg_key="sphere-classification", dg_args={"sphere": "a" * 99}), ["a sphere among", "'aaa"]),
         (lambda p: p.update(dg_args=[1]), ["dg_args: expected names and values, received [1]"]),
         (lambda p: p.update(nb_points=20), ["step_size", "nb_points"]),
         (lambda p: p.update(prev_dirs_embedded_size=4), ["prev_dirs_embedded_size: expected 3", "received 4"]),
@@ -169,6 +171,7 @@ def test_tensors_that_do_not_fit_are_refused_all_of_them_in_one_line(cli, tmp_pa
     state["rnn_model.rnn_0.weight_ih_l0"] = torch.zeros(64, 7)
     state["rnn_model.rnn_1.weight_hh_l0"] = torch.zeros(2)
     state["direction_getter.layers.1.bias"] = torch.zeros(3, dtype=torch.int64)
+    state["direction_getter.layers.0.bias"] = 1e300 * torch.ones(6, dtype=torch.float64)  # infinite in float32
     state["direction_getter.layers.1.weight"][0, 0] = torch.nan
     torch.save(state, folder / "model_state.pkl")
     cli("import-reference", folder, tmp_path / "model").check_refusal(
@@ -178,9 +181,44 @@ def test_tensors_that_do_not_fit_are_refused_all_of_them_in_one_line(cli, tmp_pa
         "rnn_model.rnn_0.weight_ih_l0 of shape (64, 7), expected (64, 9)",
         "rnn_model.rnn_1.weight_hh_l0 of shape (2,), expected (48, 12)",
         "direction_getter.layers.1.bias of type torch.int64, expected torch.float32",
+        "direction_getter.layers.0.bias of type torch.float64, expected torch.float32",
         "direction_getter.layers.1.weight with values that are not finite",
     )
     assert not (tmp_path / "model").exists()
+
+
+def grow(parameters: dict[str, Any], radius: int) -> None:
+    parameters |= {"neighborhood_type": "grid", "neighborhood_radius": radius, "neighborhood_resolution": 1.0}
+    parameters |= {"input_embedding_key": "cnn_embedding", "kernel_size": [3], "nb_cnn_filters": [4]}
+
+
+@pytest.mark.parametrize("radius", [10**9, 10**30])
+def test_a_model_that_no_memory_could_hold_is_refused_without_taking_any(cli, radius, tmp_path):
+    folder = copied(tmp_path / "cos", "cos", lambda parameters: grow(parameters, radius))
+    outcome = cli("import-reference", folder, tmp_path / "model")
+    outcome.check_refusal(str(folder / "model_state.pkl"), "does not fit the model: No machine can hold a model")
+
+
+def test_a_flipped_bit_in_a_weight_is_told_which_torch_does_not_see(cli, tmp_path):
+    folder = copied(tmp_path / "cos", "cos", lambda _: None)
+    weight = read_state(folder)["rnn_model.rnn_1.weight_hh_l0"].numpy().tobytes()
+    content = (folder / "model_state.pkl").read_bytes()
+    at = content.index(weight)
+    (folder / "model_state.pkl").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    read_state(folder)
+    cli("import-reference", folder, tmp_path / "model").check_refusal("model_state.pkl is damaged", "checksum")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, lambda tensor: tensor.to("meta")]
+)
+def test_tensors_without_a_number_for_each_element_are_refused(cli, change, tmp_path):
+    folder = copied(tmp_path / "cos", "cos", lambda _: None)
+    state = read_state(folder)
+    state["rnn_model.rnn_0.weight_ih_l0"] = change(state["rnn_model.rnn_0.weight_ih_l0"])
+    torch.save(state, folder / "model_state.pkl")
+    cli("import-reference", folder, tmp_path / "model").check_refusal("does not hold tensors by name")
 
 
 def spoil_state(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import TrainState
 
-__all__ = ["LoadedModel", "build_model", "fill_model", "find_model", "load_model", "save_model"]
+__all__ = ["LoadedModel", "build_model", "filled_model", "find_model", "load_model", "model_shapes", "save_model"]
 
 MANIFEST = "model.json"
 _LAYOUT = 2  # of the facts in the manifest
@@ -71,6 +71,31 @@ def build_model(config: ModelConfig, *, nb_features: int, neighborhood: Neighbor
         >>> build_model(ModelConfig(rnn_layer_sizes=(4,)), nb_features=3)(batch)  # doctest: +SKIP
     """
     return Learn2Track(nb_features, neighborhood=neighborhood, **config.arguments)
+
+
+def model_shapes(build: Callable[[], Learn2Track]) -> dict[str, Tensor]:
+    """The state of a model without its values, which takes no memory whatever the options say.
+
+    Args:
+        build: makes the model.
+
+    Returns:
+        Parameters and buffers by name, on torch's device "meta".
+
+    Raises:
+        OverflowError: torch has no number for the size of one.
+
+    Example:
+        >>> model_shapes(lambda: Learn2Track(6, rnn_layer_sizes=(10**6,)))["rnn_model.rnn_0.bias_ih_l0"].shape
+        torch.Size([4000000])
+    """
+    try:
+        with torch.device("meta"), torch_rng(Key(0)):
+            return build().state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch has one or the other for it
+        if not isinstance(error, OverflowError) and "overflow" not in str(error).lower():
+            raise
+        raise OverflowError("No machine can hold a model of the sizes in its options.") from None
 
 
 def save_model(
@@ -134,59 +159,62 @@ def load_model(path: str | Path) -> LoadedModel:
         "data": {name: facts[name] for name in _DATA_FACTS},
         "batches": {name: facts[name] for name in (*_BATCH_FACTS, _STEP_RULE) if name in facts},
     }
-    build = partial(_build, nb_features=facts["nb_features"])
     try:
         config = config_from_json(json.dumps(recorded), source=str(path / MANIFEST))
-        with torch.device("meta"):  # sizes alone: whatever the options say, this takes no memory
-            expected = build(config).state_dict()
-    except (ValueError, TypeError) as error:
+        build = partial(
+            build_model, config.model, nb_features=facts["nb_features"], neighborhood=config.data.neighborhood
+        )
+        expected = model_shapes(build)
+    except (ValueError, TypeError, OverflowError) as error:
         raise DamagedError(
             f"{path} is damaged: {MANIFEST} has no options of a model ({first_problem(error)})."
         ) from None
     if differences := leaf_differences(facts["leaves"], expected):
         raise DamagedError(f"{path} is damaged: its tensors are not those of its options: {'; '.join(differences)}.")
-    module = build(config)
-    fill_model(module, load_leaves(path, facts), source=str(path))
-    return LoadedModel(module=module.eval(), config=config, facts=facts)
+    module = filled_model(build, load_leaves(path, facts), source=str(path))
+    return LoadedModel(module=module, config=config, facts=facts)
 
 
-def _build(config: RunConfig, nb_features: int) -> Learn2Track:
-    with torch_rng(Key(0)):  # the draws are overwritten; the caller's generator must not move
-        return build_model(config.model, nb_features=nb_features, neighborhood=config.data.neighborhood)
-
-
-def fill_model(module: torch.nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
-    """Copy tensors into a module, after all of them were found to fit.
+def filled_model(build: Callable[[], Learn2Track], tensors: Mapping[str, Tensor], *, source: str) -> Learn2Track:
+    """Build a model with given parameters, after all of them were found to fit.
 
     Args:
-        module: what to fill.
-        tensors: by name, one for each parameter and buffer of the module's state.
+        build: makes the model. It is first called for its shapes alone, which takes no memory.
+        tensors: by name, one for each parameter and buffer of the model's state.
         source: what to call the tensors in an error.
 
+    Returns:
+        The model, in evaluation mode. No random generator of the caller has moved.
+
     Raises:
-        ValueError: names or shapes differ, or a value is not finite; one line says all of it.
+        ValueError: names, shapes or types differ, or a value is not finite; one line says all of it.
 
     Example:
-        >>> tensors = {"weight": torch.ones(1, 3), "b": torch.ones(1)}
-        >>> fill_model(torch.nn.Linear(2, 1), tensors, source="state")
+        >>> filled_model(lambda: Learn2Track(6), {"b": torch.ones(1)}, source="state")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        ValueError: state does not fit the model: no bias; unexpected b; weight of shape (1, 3), expected (1, 2).
+        ValueError: state does not fit the model: no rnn_model.rnn_0.weight_ih_l0; no ...; unexpected b.
     """
-    expected = module.state_dict()
+    try:
+        expected = model_shapes(build)
+    except OverflowError as error:
+        raise ValueError(f"{source} does not fit the model: {error}") from None
     problems = [f"no {name}" for name in expected if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
     for name in [name for name in expected if name in tensors]:
         if tensors[name].shape != expected[name].shape:
             shapes = tuple(tensors[name].shape), tuple(expected[name].shape)
             problems.append(f"{name} of shape {shapes[0]}, expected {shapes[1]}")
-        elif tensors[name].is_floating_point() != expected[name].is_floating_point():
+        elif tensors[name].dtype != expected[name].dtype:
             problems.append(f"{name} of type {tensors[name].dtype}, expected {expected[name].dtype}")
         elif not tensors[name].isfinite().all():
             problems.append(f"{name} with values that are not finite")
     if problems:
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
+    with torch_rng(Key(0)):  # the draws are overwritten
+        module = build()
     module.load_state_dict(dict(tensors))
+    return module.eval()
 
 
 def find_model(path: str | Path) -> Path:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-
-import torch
+from functools import partial
 
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.models.config import ModelConfig
-from dwiml_func.models.model_directory import build_model
+from dwiml_func.models.model_directory import build_model, model_shapes
 
 __all__ = ["require_memory"]
 
@@ -34,11 +33,10 @@ def require_memory(config: ModelConfig, *, nb_features: int, neighborhood: Neigh
         ValueError: The layers of this model are too large (rnn_layer_sizes (1000000000,)): it has ...
     """
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    build = partial(build_model, config, nb_features=nb_features, neighborhood=neighborhood)
     try:
-        with torch.device("meta"):  # shapes without values
-            model = build_model(config, nb_features=nb_features, neighborhood=neighborhood)
-        num_parameters: float = sum(tensor.numel() for tensor in model.parameters())
-    except RuntimeError:  # a tensor of more than 2**63 bytes
+        num_parameters: float = sum(tensor.numel() for tensor in model_shapes(build).values())
+    except OverflowError:
         num_parameters = math.inf
     if _BYTES * num_parameters > available:
         count = f"{num_parameters:.3g}" if math.isfinite(num_parameters) else "more than 1e18"

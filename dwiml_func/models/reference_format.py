@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,10 +23,9 @@ import torch
 from dwiml_func.atomic import atomic_directory
 from dwiml_func.config import RunConfig
 from dwiml_func.models.learn2track import Learn2Track
-from dwiml_func.models.model_directory import LoadedModel, build_model, fill_model
-from dwiml_func.models.reference_parameters import config_of, parameters_of
+from dwiml_func.models.model_directory import LoadedModel, build_model, filled_model
+from dwiml_func.models.reference_parameters import config_of, parameters_of, require_whole_grid
 from dwiml_func.models.reference_upgrade import upgraded_parameters, upgraded_state
-from dwiml_func.rng import Key, torch_rng
 
 __all__ = ["ReferenceModel", "read_reference", "shift_warning", "write_reference"]
 
@@ -87,10 +88,17 @@ def read_reference(path: str | Path) -> ReferenceModel:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is no JSON: {error}") from None
     config, nb_features = config_of(parameters, source=source)
-    with torch_rng(Key(0)):  # the draws are overwritten; the caller's generator must not move
-        module = build_model(config.model, nb_features=nb_features, neighborhood=config.data.neighborhood)
-    fill_model(module, upgraded_state(_read_state(path / "model_state.pkl")), source=str(path / "model_state.pkl"))
-    return ReferenceModel(module=module.eval(), config=config, parameters=parameters)
+    state = upgraded_state(_read_state(path / "model_state.pkl"))
+
+    def build() -> Learn2Track:
+        try:
+            return build_model(config.model, nb_features=nb_features, neighborhood=config.data.neighborhood)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+
+    module = filled_model(build, state, source=str(path / "model_state.pkl"))
+    require_whole_grid(config, source=source)
+    return ReferenceModel(module=module, config=config, parameters=parameters)
 
 
 def write_reference(path: str | Path, model: LoadedModel, *, experiment_name: str) -> None:
@@ -142,12 +150,36 @@ def shift_warning(config: RunConfig) -> str | None:
 
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
+    _require_whole(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of some of what it then refuses
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} cannot be read as tensors by name: {reason}") from None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, Mapping) or not all(isinstance(n, str) and _is_plain(t) for n, t in state.items()):
         raise ValueError(f"{path} does not hold tensors by name. Expected what dwi_ml writes as model_state.pkl.")
     return state
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse a file whose checksums do not hold: torch reads it all the same, with other values."""
+    if not zipfile.is_zipfile(path):
+        return  # written by torch before 1.6, or no file of tensors at all: torch.load tells
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged: the checksum of a part does not hold ({damaged}). Copy it anew.")
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with a number in memory for each element, which sparse ones and others are not."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_nested
+    )

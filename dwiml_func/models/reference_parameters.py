@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from dwiml_func.config import RunConfig, config_from_json
-from dwiml_func.config_checks import shown
+from dwiml_func.config_checks import require, shown
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
-__all__ = ["config_of", "parameters_of"]
+__all__ = ["config_of", "parameters_of", "require_whole_grid"]
 
 _SAME = (  # options of the model that have one name and one meaning on both sides
     *("input_embedding_key", "kernel_size", "nb_cnn_filters", "dg_key", "nb_previous_dirs"),
@@ -82,10 +82,9 @@ def config_of(parameters: Any, *, source: str) -> tuple[RunConfig, int]:
     }
     config = config_from_json(json.dumps(described), source=source)
     nb_features = parameters["nb_features"]
-    if not (isinstance(nb_features, int) and nb_features >= 1):
-        raise ValueError(f"{source}: nb_features: expected an integer of at least 1, received {shown(nb_features)}.")
-    if config.model.input_embedding_key == "cnn_embedding":
-        _require_whole_grid(config, source)
+    if not isinstance(nb_features, int):
+        raise ValueError(f"{source}: nb_features: expected a whole number, received {shown(nb_features)}.")
+    require(f"{source}: nb_features", nb_features, at_least=1)
     return config, nb_features
 
 
@@ -148,6 +147,30 @@ def parameters_of(config: RunConfig, *, nb_features: int, experiment_name: str) 
     }
 
 
+def require_whole_grid(config: RunConfig, *, source: str) -> None:
+    """Refuse convolutions over a grid that dwi_ml, which divides float32 and cuts off, does not put together.
+
+    Args:
+        config: a model's config.
+        source: what to call its parameters in an error.
+
+    Raises:
+        ValueError: some points of the grid stay empty in dwi_ml.
+
+    Example:
+        >>> require_whole_grid(RunConfig(hdf5_file=""), source="parameters.json")
+    """
+    if config.model.input_embedding_key != "cnn_embedding":
+        return
+    radius, resolution = config.data.neighborhood_radius or 0, config.data.neighborhood_resolution or 1.0
+    steps = torch.arange(-radius, radius + 1)
+    if not torch.equal(((steps.double() * resolution).float() / resolution).long(), steps):
+        raise ValueError(
+            f"{source}: with a resolution of {resolution} and a radius of {radius}, dwi_ml's rounding leaves points of "
+            f"the grid empty under its convolutions. A model that was trained so cannot be imported."
+        )
+
+
 def _check_keys(parameters: Any, source: str) -> None:
     if not isinstance(parameters, Mapping):
         raise ValueError(f"{source}: expected names and values, received {shown(parameters)}.")
@@ -191,17 +214,6 @@ def _getter_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
     if not options.get("add_eos") or (one and options.get("eos_weight") == 1):
         options.pop("eos_weight", None)
     return options
-
-
-def _require_whole_grid(config: RunConfig, source: str) -> None:
-    """Refuse grids that dwi_ml, which divides float32 coordinates and cuts off, does not put together again."""
-    radius, resolution = config.data.neighborhood_radius or 0, config.data.neighborhood_resolution or 1.0
-    steps = torch.arange(-radius, radius + 1)
-    if not torch.equal(((steps.double() * resolution).float() / resolution).long(), steps):
-        raise ValueError(
-            f"{source}: with a resolution of {resolution} and a radius of {radius}, dwi_ml's rounding leaves points of "
-            f"the grid empty under its convolutions. A model that was trained so cannot be imported."
-        )
 
 
 def _listed(sizes: tuple[int, ...] | None) -> list[int] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dwiml_func.config_checks import shown
+
 __all__ = ["nearest_vertices", "sphere_vertices"]
 
 
@@ -29,7 +31,7 @@ def sphere_vertices(name: str = "symmetric724") -> Tensor:
     from dipy.data import SPHERE_FILES, get_sphere
 
     if name not in SPHERE_FILES:
-        raise ValueError(f"Expected a sphere among {', '.join(SPHERE_FILES)}. Received: {name!r}")
+        raise ValueError(f"Expected a sphere among {', '.join(SPHERE_FILES)}. Received: {shown(name)}")
     return torch.tensor(get_sphere(name=name).vertices, dtype=torch.float32)
 
 
