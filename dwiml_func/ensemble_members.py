@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from dwiml_func.experiment import check_new_experiment
 
 __all__ = ["create_ensemble", "member_configs"]
 
+_MOST = 10_000
 _NAMES = ("learning-rate", "weight-decay", "rng")
 
 
@@ -31,7 +33,8 @@ def member_configs(config: RunConfig, *, num_models: int = 1, sweep: Sequence[st
         A config for each member, that of an ordinary run.
 
     Raises:
-        ValueError: a value cannot be read or is out of range, or a name is another one or comes twice.
+        ValueError: a value cannot be read or is out of range, a name is another one or comes twice, or
+            there would be more than 10,000 models.
 
     Example:
         >>> config = RunConfig(hdf5_file="data.hdf5")
@@ -51,6 +54,9 @@ def member_configs(config: RunConfig, *, num_models: int = 1, sweep: Sequence[st
                 f"--sweep: expected NAME=VALUE,VALUE,... once each of {', '.join(_NAMES)}. Received: {text!r}"
             )
         swept[name] = [_read(name, value) for value in values.split(",")]
+    count = math.prod([num_models, *(len(values) for values in swept.values())])
+    if count > _MOST:
+        raise ValueError(f"An ensemble has at most {_MOST} models, each with its folder. Received: {count} to train.")
     if num_models > 1:
         if "rng" in swept:
             raise ValueError("--num-models and --sweep rng both give seeds. Expected one of them.")

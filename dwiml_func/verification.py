@@ -41,6 +41,7 @@ class Verification:
 
     Args:
         epoch: the epoch; 1 is the first.
+        is_replayed: whether the epoch could be trained again.
         start: where the replay began: the name of a snapshot, or None for the first state of all.
         digest: on record for the state after the epoch; None where none is.
         num_values: numbers of the epoch's report that were compared.
@@ -53,6 +54,7 @@ class Verification:
     """
 
     epoch: int
+    is_replayed: bool
     start: str | None
     digest: str | None
     num_values: int
@@ -103,7 +105,7 @@ def verify_epoch(
     if epoch not in reports:
         raise ValueError(f"Epoch {epoch} of {directory} is not on record. Expected one of 1 to {max(reports)}.")
     _refuse_epochs_of_origin(config, epoch)
-    replayed_config = replace(config, hdf5_file=str(Path(hdf5_file).absolute())) if hdf5_file else config
+    replayed_config = replace(config, hdf5_file=str(Path(hdf5_file).absolute())) if hdf5_file is not None else config
 
     problems = list(record.damaged)
     after = _Snapshot(directory, epoch)
@@ -113,7 +115,8 @@ def verify_epoch(
     data_problems = _data_problems(record, replayed_config.hdf5_file)
     start = None
     with _num_threads(recorded_environment.get("num_threads"), default=config.training.num_threads):
-        devices: set[str] = set()
+        # Where nothing can be replayed, nothing is known of another device either.
+        devices, is_replayed = set(recorded_environment.get("devices", ())), False
         try:
             setup = prepare(replayed_config)
             devices = {str(leaf.device) for leaf in state_leaves(setup.state).values()}
@@ -121,6 +124,7 @@ def verify_epoch(
             problems += damaged
             problems += _start_problems(state, start, reports, config.origin)
             problems += _replay_problems(state, setup, track, reports, epoch, after)
+            is_replayed = True
         except (ValueError, NonFiniteError) as error:
             if isinstance(error, _NothingLeft) or not (data_problems or surroundings or problems):
                 raise
@@ -128,6 +132,7 @@ def verify_epoch(
         changes = environment_differences(recorded_environment, environment(devices))
     return Verification(
         epoch=epoch,
+        is_replayed=is_replayed,
         start=start,
         digest=reports[epoch].digest,
         num_values=len(report_values(reports[epoch])),

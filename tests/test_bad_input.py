@@ -178,6 +178,34 @@ def test_bad_data_is_refused_by_name(cli, folder, tmp_path, spoil, named):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("command", ["example-data", "create-hdf5"])
+@pytest.mark.parametrize("path", [".", "/"])
+def test_a_path_without_a_name_is_nothing_to_write(cli, tmp_path, monkeypatch, command, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    arguments = [tmp_path, tmp_path / "config.json"] if command == "create-hdf5" else []
+    cli(command, *arguments, path).check_refusal(f"the name of what shall be written. Received: {path!r}")
+
+
+def test_an_argument_that_is_empty_is_told_and_not_taken_for_the_present_folder(cli, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    before = contents(folder)
+    cli("train", "", "new", PHANTOM).check_refusal("an argument is empty, received '' new", "not set?")
+    cli("runs", "").check_refusal("an argument is empty")
+    assert contents(folder) == before
+
+
+def test_a_link_to_nothing_is_a_file_that_exists(cli, tmp_path):
+    (tmp_path / "data.hdf5").symlink_to("nowhere")
+    cli("example-data", tmp_path / "data.hdf5").check_refusal("The file exists")
+    assert (tmp_path / "data.hdf5").is_symlink()
+
+
+@pytest.mark.parametrize("options", [["--num-models", 10**9], ["--num-models", 5000, "--sweep", "learning-rate=1,2,3"]])
+def test_an_ensemble_that_no_disk_could_hold_is_refused_before_it_is_put_together(cli, folder, options):
+    cli("train", folder, "new", PHANTOM, *options).check_refusal("at most 10000 models")
+
+
 @pytest.mark.parametrize("arguments", [["fly"], ["Train"], ["--fly"], [""]])
 def test_an_unknown_command_is_refused(cli, arguments):
     cli(*arguments).check_refusal(repr(arguments[0]), ", ".join(COMMANDS))

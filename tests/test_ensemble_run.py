@@ -78,11 +78,11 @@ def test_a_member_is_an_experiment_for_other_commands(trained, tmp_path, cli):
 
 
 def test_learning_rates_and_decays_are_swept(tmp_path, cli):
-    sweep = ("--sweep", "learning-rate=0.01,0.001*1 0.0001", "weight-decay=0,0.1")
+    sweep = ("--sweep", "learning-rate=0.01,0.002*1 0.001", "weight-decay=0,0.1")
     done = cli("train", tmp_path, "sweep", PHANTOM, *OPTIONS, *sweep)
     assert done.code == 0, done.err
-    assert "3: learning rate 0.001*1 0.0001, weight decay 0.1, rng 1234" in done.out
-    numbers = ("--learning-rate", "0.001*1 0.0001", "--weight-decay", "0.1")
+    assert "3: learning rate 0.002*1 0.001, weight decay 0.1, rng 1234" in done.out
+    numbers = ("--learning-rate", "0.002*1 0.001", "--weight-decay", "0.1")
     assert cli("train", tmp_path, "alone", PHANTOM, *OPTIONS, *numbers).code == 0
     (tmp_path / "sweep" / "3").rename(tmp_path / "moved")
     alone, moved = read_config(tmp_path / "alone"), read_config(tmp_path / "moved")

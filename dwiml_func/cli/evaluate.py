@@ -92,15 +92,15 @@ def run(arguments: Sequence[str], program: str) -> int:
 
 
 def _json(values: dict[str, Any]) -> dict[str, Any]:
-    """The same, with null for what is not a number: JSON has no NaN."""
+    """The same, with null for what is not finite: JSON has no NaN and no infinity."""
     return {
-        name: _json(value) if isinstance(value, dict) else None if _is_nan(value) else value
+        name: _json(value) if isinstance(value, dict) else None if _is_not_finite(value) else value
         for name, value in values.items()
     }
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _is_not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _text(result: ModelEvaluation, subset: str, num_subjects: int) -> str:

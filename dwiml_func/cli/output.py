@@ -24,7 +24,7 @@ def folders_above(path: str | Path) -> Iterator[Path]:
         them by then.
 
     Raises:
-        ValueError: what stands above it is no folder.
+        ValueError: the path ends in no name, or what stands above it is no folder.
         OSError: a folder cannot be made.
 
     Example:
@@ -35,6 +35,8 @@ def folders_above(path: str | Path) -> Iterator[Path]:
         ...     path.exists()
         True
     """
+    if not Path(path).name:
+        raise ValueError(f"Expected the name of what shall be written. Received: {str(path)!r}")
     path = Path(path)
     missing = [folder for folder in path.parents if not os.path.lexists(folder)]
     standing = next(folder for folder in path.parents if folder not in missing)

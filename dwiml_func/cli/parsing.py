@@ -66,6 +66,11 @@ def parse(
         ...
         ValueError: --size: expected a whole number, received 'x'.
     """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if not argument and not before.startswith("-"):
+            raise ValueError(
+                f"an argument is empty, received {shlex.join(arguments)}. Is a variable of the shell not set?"
+            )
     given = _before_dashes(arguments)
     if "--help" in given or "-h" in given:
         print(format_help(description, program, subjects=subjects, inherits=inherits))

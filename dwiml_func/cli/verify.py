@@ -75,7 +75,9 @@ def format_verification(verification: Verification, directory: str) -> str:
         >>> print(format_verification(verify_epoch("run"), "run"))  # doctest: +SKIP
     """
     start = "the first state" if verification.start is None else f"snapshot {verification.start}"
-    head = f"{directory}: epoch {verification.epoch}, replayed from {start},"
+    head = f"{directory}: epoch {verification.epoch}"
+    if verification.is_replayed:
+        head += f", replayed from {start},"
     if verification.problems:
         lines = (*verification.problems, *verification.surroundings)
         return "\n".join([f"{head} is not as recorded.", *(f"  {line}" for line in lines)])

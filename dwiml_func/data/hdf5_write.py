@@ -83,7 +83,7 @@ def new_dataset(
         raise FileNotFoundError(
             f"The folder of the HDF5 dataset does not exist: {path.parent}. Create it, or choose another path"
         )
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"The file exists: {path}. Choose another name, or ask to overwrite it")
 
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
