@@ -74,14 +74,15 @@ class WholeGraph:
         """
         if self.eager_reason is not None:
             return None
-        shapes = tuple(tensor.shape for tensor in _tensors(batch))
+        first = 1 if self._dynamic else 0  # of the sizes that tell batches apart
+        shapes = tuple(tensor.shape[first:] for tensor in _tensors(batch))
         if shapes in self._shapes_seen:
             try:
                 return self._graph(batch=batch, **others)
             except Exception as error:
                 if not _is_about_tracing(error):
                     raise
-                # There is no graph for these tensors, of the same shapes but of another dtype, with other strides, ...
+                # No graph fits these tensors, of shapes that are known but of another dtype, with other strides, ...
         results = self._compile_and_run(batch, others)
         if results is not None:
             self._shapes_seen.add(shapes)

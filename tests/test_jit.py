@@ -132,6 +132,15 @@ def test_without_dynamic_shapes_each_shape_has_its_graph_up_to_a_limit(caplog):
     torch.testing.assert_close(actual.params, expected.params)
 
 
+def test_a_batch_of_another_first_size_finds_its_dynamic_graph_at_once_and_leaves_nothing_behind(monkeypatch):
+    total = WholeGraph(lambda batch: batch.sum(), dynamic=True, max_compilations=1, backend="eager")
+    assert total(torch.ones(3, 2)) == 6
+    monkeypatch.setattr(total, "_compile_and_run", None)
+    for size in range(1, 9):
+        assert total(torch.ones(size, 2)) == 2 * size
+    assert len(total._shapes_seen) == 1
+
+
 @pytest.mark.parametrize("change", ["strides", "dtype"])
 def test_a_batch_of_a_known_shape_with_other_strides_or_another_dtype_gets_its_own_graph(change):
     def loss(model, batch):
