@@ -113,10 +113,9 @@ def verify_epoch(
     recorded_environment = after.environment or record.environment
     surroundings = differences(record.config, config.to_dict(), ("recorded", "in config.json"))
     data_problems = _data_problems(record, replayed_config.hdf5_file)
-    start = None
     with _num_threads(recorded_environment.get("num_threads"), default=config.training.num_threads):
         # Where nothing can be replayed, nothing is known of another device either.
-        devices, is_replayed = set(recorded_environment.get("devices", ())), False
+        devices, start, is_replayed = set(recorded_environment.get("devices", ())), None, False
         try:
             setup = prepare(replayed_config)
             devices = {str(leaf.device) for leaf in state_leaves(setup.state).values()}
