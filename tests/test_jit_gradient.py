@@ -48,6 +48,20 @@ def test_a_loss_that_cannot_be_traced_is_evaluated_eagerly(caplog: pytest.LogCap
     assert len([record for record in caplog.records if record.name == "dwiml_func.whole_graph"]) == 1
 
 
+def test_a_gradient_that_is_differentiated_again_keeps_the_graph_around_it() -> None:
+    loss_fn = module_loss(torch.nn.Linear(1, 1, bias=False), lambda model, x: (model(x).square().mean(), len(x)))
+    gradient, x = JitGradient(loss_fn, backend="eager"), torch.tensor([[1.0], [3.0]])
+
+    def squared_gradient(weight: torch.Tensor) -> torch.Tensor:
+        return gradient(loss_fn, {"weight": weight}, {}, x, key=Key(0))[1]["weight"].square().sum()
+
+    weight = torch.tensor([[2.0]])
+    assert squared_gradient(weight) == (2 * 2 * 5) ** 2  # the loss is 5 w^2
+    assert torch.func.grad(squared_gradient)(weight) == 2 * (2 * 5) ** 2 * 2
+    assert squared_gradient(weight) == 400
+    assert (gradient.graph.eager_reason, gradient.graph.num_compilations) == (None, 1)
+
+
 def test_another_loss_is_refused() -> None:
     losses = [module_loss(torch.nn.Linear(2, 1), lambda model, x: (model(x).mean(), len(x))) for _ in range(2)]
     with pytest.raises(ValueError, match="the loss that was compiled"):
