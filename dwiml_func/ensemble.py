@@ -11,7 +11,8 @@ from torch import Tensor
 from dwiml_func.best import Best
 from dwiml_func.metrics import Metrics, Sum
 from dwiml_func.rng import Key
-from dwiml_func.state import Buffers, OptState, Params, TrainState, refuse_donated
+from dwiml_func.state import TrainState, refuse_donated
+from dwiml_func.types import Buffers, OptState, Params
 
 __all__ = ["EnsembleState", "member", "member_sums", "stack_states"]
 

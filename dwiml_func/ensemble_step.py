@@ -20,8 +20,8 @@ from dwiml_func.member_draws import member_draws
 from dwiml_func.metrics import Metrics, Sum, add_metrics
 from dwiml_func.optim import Optimizer
 from dwiml_func.rng import Stream, fold_in
-from dwiml_func.state import Buffers, OptState, Params
 from dwiml_func.step import loss_metrics
+from dwiml_func.types import Buffers, OptState, Params
 
 __all__ = ["ensemble_eval_step", "ensemble_step"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dwiml_func.precision import autocast_forward
 from dwiml_func.rng import Key, torch_rng
-from dwiml_func.state import Buffers, Params
+from dwiml_func.types import Buffers, Params
 
 __all__ = ["LossFn", "LossOut", "module_loss"]
 

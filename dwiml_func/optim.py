@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.list_arithmetic import Arithmetic, Number, Tensors, arithmetic_for
-from dwiml_func.state import OptState, Params
+from dwiml_func.types import OptState, Params
 
 __all__ = ["Optimizer", "adam", "adamw", "radam", "sgd"]
 

@@ -15,20 +15,12 @@ from torch import Tensor
 from dwiml_func.best import Best
 from dwiml_func.metrics import Metrics
 from dwiml_func.rng import Key, fold_in
+from dwiml_func.types import Buffers, OptState, Params
 
 if TYPE_CHECKING:
     from dwiml_func.optim import Optimizer
 
-__all__ = ["Buffers", "OptState", "Params", "TrainState", "init_state"]
-
-Params = Mapping[str, Tensor]
-"""Trainable tensors by the module's own names."""
-
-Buffers = Mapping[str, Tensor]
-"""Tensors that the model uses and gradients do not change: buffers and frozen parameters, by the module's own names."""
-
-OptState = Mapping[str, Mapping[str, Tensor]]
-"""Moments by kind, then by parameter name: `{"exp_avg": {"weight": ...}}`. The update count is `TrainState.step`."""
+__all__ = ["TrainState", "init_state"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
