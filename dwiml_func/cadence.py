@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from dwiml_func.config_checks import shown
+from dwiml_func._checks import shown
 
 __all__ = ["Cadence", "parse_cadence"]
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
+from dwiml_func._checks import STRICT, require, shown
 from dwiml_func.cadence import Cadence, parse_cadence
-from dwiml_func.config_checks import STRICT, require, shown
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.json_text import parse_json
 from dwiml_func.models.config import ModelConfig, require_fitting_data

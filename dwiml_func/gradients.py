@@ -7,10 +7,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from dwiml_func._transforms import is_transformed
 from dwiml_func.list_arithmetic import arithmetic_for
 from dwiml_func.loss import LossFn, LossOut
 from dwiml_func.rng import Key
-from dwiml_func.transforms import is_transformed
 from dwiml_func.types import Buffers, Params
 
 __all__ = ["Engine", "ValueAndGrad", "clip_by_global_norm", "global_norm", "value_and_grad"]

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.config_checks import shown
+from dwiml_func._checks import shown
 
 __all__ = ["parse_json", "read_config_file"]
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dwiml_func.transforms import is_transformed
+from dwiml_func._transforms import is_transformed
 
 __all__ = ["Arithmetic", "Number", "Tensors", "arithmetic_for"]
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.config_checks import shown
+from dwiml_func._checks import shown
 from dwiml_func.manifest_schema import check_manifest, first_problem
 
 __all__ = [

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from dwiml_func._checks import require, shown
 from dwiml_func.best import Best
-from dwiml_func.config_checks import require, shown
 from dwiml_func.digest import combine_digests
 from dwiml_func.loop import EpochReport
 from dwiml_func.rng import Key

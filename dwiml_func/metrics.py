@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dwiml_func.transforms import is_transformed
+from dwiml_func._transforms import is_transformed
 
 __all__ = ["Metrics", "Sum", "add_metrics", "read_means", "weighted_sum"]
 

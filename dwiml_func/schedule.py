@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from dwiml_func.config_checks import shown
+from dwiml_func._checks import shown
 
 __all__ = ["Schedule", "constant", "cosine", "parse_learning_rate", "per_epoch", "warm_up"]
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dwiml_func._transforms import is_transformed
 from dwiml_func.gradients import Engine, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
 from dwiml_func.loss import LossFn, LossOut
 from dwiml_func.metrics import Metrics, Sum, add_metrics, weighted_sum
 from dwiml_func.optim import Optimizer
 from dwiml_func.rng import Stream, fold_in
 from dwiml_func.state import TrainState, mark_donated, refuse_donated
-from dwiml_func.transforms import is_transformed
 
 __all__ = ["NON_FINITE", "NonFiniteError", "eval_step", "train_step"]
 

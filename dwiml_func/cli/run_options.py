@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from dwiml_func._checks import shown
 from dwiml_func.config import (
     BatchConfig,
     DataConfig,
@@ -17,7 +18,6 @@ from dwiml_func.config import (
     TrainingConfig,
     config_from_json,
 )
-from dwiml_func.config_checks import shown
 from dwiml_func.json_text import parse_json, read_config_file
 
 __all__ = ["RUN_SUBJECTS", "RunOptions", "read_config_part"]

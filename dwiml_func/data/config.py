@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dwiml_func.config_checks import STRICT, require
+from dwiml_func._checks import STRICT, require
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.creation_resampling import StepRule
 from dwiml_func.data.lazy import parse_bytes

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dwiml_func.config_checks import shown
+from dwiml_func._checks import shown
 from dwiml_func.data.dataset import DatasetIndex
 from dwiml_func.data.hdf5_layout import read_volume, refuse_any
 from dwiml_func.data.hdf5_rows import RowReader, address_of, read_bytes

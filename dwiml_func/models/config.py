@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from dwiml_func.config_checks import STRICT, require
+from dwiml_func._checks import STRICT, require
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 

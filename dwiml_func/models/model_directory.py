@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import shown
 from dwiml_func.config import ModelConfig, RunConfig, config_from_json
-from dwiml_func.config_checks import shown
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.digest import leaf_differences
 from dwiml_func.ensemble_folder import is_ensemble

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from dwiml_func._transforms import is_transformed
 from dwiml_func.models.rnn_compiled import compiled_scan
 from dwiml_func.models.rnn_native import native_scan
 from dwiml_func.models.rnn_packed import packed_scan
 from dwiml_func.models.rnn_scan import State, Weights, plain_scan
-from dwiml_func.transforms import is_transformed
 
 __all__ = ["RecurrentLayer", "StackedRNN"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dwiml_func.config_checks import shown
+from dwiml_func._checks import shown
 
 __all__ = ["nearest_vertices", "sphere_vertices"]
 
