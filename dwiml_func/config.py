@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from dwiml_func._checks import STRICT, require, shown
 from dwiml_func.cadence import Cadence, parse_cadence
 from dwiml_func.data.config import BatchConfig, DataConfig
-from dwiml_func.json_text import parse_json
+from dwiml_func.files.json import parse_json
 from dwiml_func.models.config import ModelConfig, require_fitting_data
 from dwiml_func.schedule import parse_learning_rate
 

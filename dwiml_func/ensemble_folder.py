@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dwiml_func.atomic import atomic_write
+from dwiml_func.files.atomic import atomic_write
 
 __all__ = ["ENSEMBLE_FILE", "is_ensemble", "member_folders", "read_ended", "write_ended"]
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dwiml_func.atomic import atomic_directory
 from dwiml_func.config import RunConfig
 from dwiml_func.ensemble_folder import write_ended
 from dwiml_func.experiment import check_new_experiment
+from dwiml_func.files.atomic import atomic_directory
 
 __all__ = ["create_ensemble", "member_configs"]
 

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from dwiml_func.atomic import atomic_write, remove_leftovers
 from dwiml_func.best_model import mend_best_model, save_best_model
 from dwiml_func.config import RunConfig
-from dwiml_func.data.fingerprint import fingerprint, same_file
 from dwiml_func.digest import state_digest
 from dwiml_func.ensemble import EnsembleState, member, stack_states
 from dwiml_func.ensemble_folder import read_ended, write_ended
 from dwiml_func.ensemble_loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
 from dwiml_func.experiment import read_config
+from dwiml_func.files.atomic import atomic_write, remove_leftovers
+from dwiml_func.files.fingerprint import fingerprint, same_file
 from dwiml_func.history import fill_digests
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.leaf_store import DamagedError

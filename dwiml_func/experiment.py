@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dwiml_func.atomic import atomic_directory
 from dwiml_func.config import RunConfig, config_from_json
 from dwiml_func.ensemble_folder import is_ensemble
-from dwiml_func.json_text import read_config_file
+from dwiml_func.files.atomic import atomic_directory
+from dwiml_func.files.json import read_config_file
 
 __all__ = ["check_new_experiment", "create_experiment", "experiment_directory", "read_config"]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from dwiml_func.best import Best, should_stop
 from dwiml_func.best_model import save_best_model
 from dwiml_func.config import Origin, RunConfig
-from dwiml_func.data.fingerprint import fingerprint, same_file
 from dwiml_func.digest import state_digest
 from dwiml_func.experiment import create_experiment, read_config
+from dwiml_func.files.fingerprint import fingerprint, same_file
 from dwiml_func.manifest import DamagedError, SnapshotError
 from dwiml_func.rng import Key
 from dwiml_func.sharding import ALONE, Peers

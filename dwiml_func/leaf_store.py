@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwiml_func.atomic import atomic_directory
 from dwiml_func.digest import combine_digests, leaf_digest, tensor_bytes
 from dwiml_func.environment import environment
+from dwiml_func.files.atomic import atomic_directory
 from dwiml_func.manifest import FORMAT, DamagedError, SnapshotError, manifest_text, read_manifest
 
 __all__ = ["DamagedError", "SnapshotError", "load_leaves", "read_manifest", "save_leaves"]

@@ -10,7 +10,7 @@ from typing import Literal
 from dwiml_func.config import TrainingConfig
 from dwiml_func.ensemble_folder import is_ensemble, member_folders
 from dwiml_func.experiment import read_config
-from dwiml_func.lock import is_locked
+from dwiml_func.files.lock import is_locked
 from dwiml_func.loop import EpochReport
 from dwiml_func.record import newest_record
 

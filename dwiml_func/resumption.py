@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.atomic import atomic_write, remove_leftovers
 from dwiml_func.best_model import mend_best_model
 from dwiml_func.config import RunConfig, TrainingConfig
-from dwiml_func.data.fingerprint import same_file
 from dwiml_func.digest import state_leaves
 from dwiml_func.environment import environment, environment_differences
 from dwiml_func.experiment import read_config
+from dwiml_func.files.atomic import atomic_write, remove_leftovers
+from dwiml_func.files.fingerprint import same_file
 from dwiml_func.loop import EpochReport
 from dwiml_func.sharding import ALONE, Peers
 from dwiml_func.snapshot import Snapshot, list_snapshots, restore_newest
@@ -47,7 +47,7 @@ def resume_experiment(
 
     Removes what a crash left behind, writes the best model again where it came before that, and sets damaged snapshots
     aside, as `checkpoint/<name>.damaged`. Warns where another machine or another version goes on. Hold the experiment's
-    lock, see `dwiml_func.lock`.
+    lock, see `dwiml_func.files.lock`.
 
     Args:
         directory: the experiment.

@@ -10,8 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.atomic import atomic_remove
 from dwiml_func.digest import combine_digests, leaf_digest, state_leaves, state_numbers
+from dwiml_func.files.atomic import atomic_remove
 from dwiml_func.history import fill_digests, history_from_json
 from dwiml_func.leaf_store import SnapshotError, load_leaves
 from dwiml_func.loop import EpochReport

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.atomic import make_directory
 from dwiml_func.digest import leaf_differences, numbers_to_fields, state_leaves, state_numbers
+from dwiml_func.files.atomic import make_directory
 from dwiml_func.history import history_from_json, history_to_json
 from dwiml_func.leaf_store import SnapshotError, load_leaves, save_leaves
 from dwiml_func.loop import EpochReport

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from dwiml_func.best_model import save_best_model
-from dwiml_func.data.fingerprint import FingerprintInBackground
 from dwiml_func.digest import state_digest
+from dwiml_func.files.fingerprint import FingerprintInBackground
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.loop import EpochReport, train_and_validate
 from dwiml_func.metrics import Metrics
@@ -46,7 +46,7 @@ def run_experiment(
 
     Snapshots, best model and logs are written in the background, in this order, so that a crash leaves none of them
     ahead of the snapshot, and a resume writes what it left out. Sets torch's number of threads. Hold the experiment's
-    lock, see `dwiml_func.lock`.
+    lock, see `dwiml_func.files.lock`.
 
     Args:
         directory: the experiment.

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dwiml_func import atomic
-from dwiml_func.atomic import atomic_directory, atomic_write, remove_leftovers
+from dwiml_func.files import atomic
+from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
 
 
 def names(directory: Path) -> list[str]:
@@ -271,7 +271,7 @@ def test_what_is_replaced_may_be_a_link_or_a_file(tmp_path):
 def test_a_full_disk_is_told_with_the_place_and_leaves_nothing(tmp_path):
     script = (
         "import os, resource, signal, sys; from pathlib import Path\n"
-        "from dwiml_func.atomic import atomic_directory, atomic_write\n"
+        "from dwiml_func.files.atomic import atomic_directory, atomic_write\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "place = Path(sys.argv[1])\n"

@@ -18,8 +18,8 @@ from reproduction_cases import DATA, STOCHASTIC, differences, results
 from dwiml_func.best import Best
 from dwiml_func.cli.main import main
 from dwiml_func.config import Origin
-from dwiml_func.data.fingerprint import fingerprint
 from dwiml_func.experiment import read_config
+from dwiml_func.files.fingerprint import fingerprint
 from dwiml_func.forking import create_fork, prepare_fork
 from dwiml_func.history import history_from_json
 from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves

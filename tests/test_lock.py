@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from dwiml_func.lock import LockedError, experiment_lock, is_locked
+from dwiml_func.files.lock import LockedError, experiment_lock, is_locked
 
 HOLD = """
 import sys
-from dwiml_func.lock import experiment_lock
+from dwiml_func.files.lock import experiment_lock
 with experiment_lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()

@@ -63,7 +63,7 @@ STEP_BY_STEP = """
 import sys
 from pathlib import Path
 from dwiml_func.interruption import StopRequest, TrainingStopped
-from dwiml_func.lock import experiment_lock
+from dwiml_func.files.lock import experiment_lock
 from dwiml_func.resumption import resume_experiment
 from dwiml_func.training_run import run_experiment
 import signal

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.atomic import remove_leftovers
 from dwiml_func.cli.messages import counted, say
 from dwiml_func.config import RunConfig
 from dwiml_func.ensemble import EnsembleState
@@ -15,8 +14,9 @@ from dwiml_func.ensemble_folder import read_ended
 from dwiml_func.ensemble_loop import EnsembleReport
 from dwiml_func.ensemble_members import create_ensemble
 from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
+from dwiml_func.files.atomic import remove_leftovers
+from dwiml_func.files.lock import experiment_lock
 from dwiml_func.interruption import stop_on_signals
-from dwiml_func.lock import experiment_lock
 from dwiml_func.loop import EpochReport
 from dwiml_func.step import NonFiniteError
 from dwiml_func.wiring import Setup

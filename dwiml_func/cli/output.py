@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from dwiml_func.atomic import make_directory
+from dwiml_func.files.atomic import make_directory
 
 __all__ = ["folders_above", "new_folder"]
 

@@ -18,7 +18,7 @@ from dwiml_func.config import (
     TrainingConfig,
     config_from_json,
 )
-from dwiml_func.json_text import parse_json, read_config_file
+from dwiml_func.files.json import parse_json, read_config_file
 
 __all__ = ["RUN_SUBJECTS", "RunOptions", "read_config_part"]
 

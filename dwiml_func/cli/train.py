@@ -15,7 +15,6 @@ from typing import Annotated, NoReturn
 
 import tyro
 
-from dwiml_func.atomic import remove_leftovers
 from dwiml_func.cli.ensemble import train_members
 from dwiml_func.cli.example_options import example_options, kept_example_options
 from dwiml_func.cli.messages import counted, is_quiet, say
@@ -26,8 +25,9 @@ from dwiml_func.ensemble_members import member_configs
 from dwiml_func.environment import environment
 from dwiml_func.evaluation import evaluate_best_model
 from dwiml_func.experiment import check_new_experiment, create_experiment, experiment_directory
+from dwiml_func.files.atomic import remove_leftovers
+from dwiml_func.files.lock import experiment_lock
 from dwiml_func.interruption import stop_on_signals
-from dwiml_func.lock import experiment_lock
 from dwiml_func.loop import EpochReport
 from dwiml_func.process_group import process_group, rank_in
 from dwiml_func.state import TrainState

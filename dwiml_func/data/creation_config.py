@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, TypeAdapter, ValidationError
 
-from dwiml_func.json_text import parse_json, read_config_file
+from dwiml_func.files.json import parse_json, read_config_file
 
 __all__ = [
     "GroupsConfig",

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from dwiml_func.atomic import atomic_directory
 from dwiml_func.config import RunConfig
+from dwiml_func.files.atomic import atomic_directory
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.models.model_directory import LoadedModel, build_model, filled_model
 from dwiml_func.models.reference_parameters import config_of, parameters_of, require_whole_grid

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.atomic import atomic_write
 from dwiml_func.evaluation import Evaluation
+from dwiml_func.files.atomic import atomic_write
 
 __all__ = ["read_evaluation", "write_evaluation"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dwiml_func.atomic import atomic_write
+from dwiml_func.files.atomic import atomic_write
 from dwiml_func.loop import EpochReport
 from dwiml_func.writers.writer import Writer, from_history
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 
-from dwiml_func.atomic import atomic_write
 from dwiml_func.config import RunConfig
+from dwiml_func.files.atomic import atomic_write
 
 __all__ = ["write_parameters"]
 

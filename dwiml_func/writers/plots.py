@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dwiml_func.atomic import atomic_write
 from dwiml_func.evaluation import Evaluation
+from dwiml_func.files.atomic import atomic_write
 from dwiml_func.loop import EpochReport
 
 if TYPE_CHECKING:

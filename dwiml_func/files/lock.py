@@ -27,7 +27,7 @@ class LockedError(ValueError):
         >>> raise LockedError("experiments/a is being trained")
         Traceback (most recent call last):
         ...
-        dwiml_func.lock.LockedError: experiments/a is being trained
+        dwiml_func.files.lock.LockedError: experiments/a is being trained
     """
 
 
