@@ -4,14 +4,14 @@ A run is an immutable value, the `TrainState`; pure functions map a state and a 
 are the trainer core. Data, models and commands live in `dwiml_func.data`, `dwiml_func.models` and `dwiml_func.cli`.
 """
 
-from dwiml_func import optim, schedule
+from dwiml_func import optim
 from dwiml_func.best import Best, should_stop, update_best
 from dwiml_func.epoch import epoch_fn, eval_epoch_fn
 from dwiml_func.gradients import clip_by_global_norm, value_and_grad
 from dwiml_func.loop import EpochReport, train_and_validate
 from dwiml_func.loss import LossFn, LossOut, module_loss
 from dwiml_func.metrics import Metrics, Sum, read_means
-from dwiml_func.optim import Optimizer, adam, adamw, radam, sgd
+from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
 from dwiml_func.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import NonFiniteError, eval_step, train_step
@@ -43,7 +43,6 @@ __all__ = [
     "optim",
     "radam",
     "read_means",
-    "schedule",
     "sgd",
     "should_stop",
     "torch_rng",

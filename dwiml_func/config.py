@@ -15,7 +15,7 @@ from dwiml_func.cadence import Cadence, parse_cadence
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.files.json import parse_json
 from dwiml_func.models.config import ModelConfig, require_fitting_data
-from dwiml_func.schedule import parse_learning_rate
+from dwiml_func.optim.schedules import parse_learning_rate
 
 __all__ = [
     "BatchConfig",

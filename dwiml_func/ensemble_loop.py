@@ -15,7 +15,7 @@ from dwiml_func.best import should_stop
 from dwiml_func.ensemble import EnsembleState, member_sums
 from dwiml_func.loop import Batches, EpochReport, check_options, checked_rate, judge_epoch
 from dwiml_func.metrics import Metrics, Sum, add_metrics
-from dwiml_func.schedule import Schedule, constant
+from dwiml_func.optim.schedules import Schedule, constant
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]
 

@@ -25,9 +25,9 @@ from dwiml_func.history import fill_digests
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.leaf_store import DamagedError
 from dwiml_func.loop import EpochReport
+from dwiml_func.optim.schedules import per_epoch
 from dwiml_func.resumption import with_new_options
 from dwiml_func.rng import Key
-from dwiml_func.schedule import per_epoch
 from dwiml_func.snapshot import Snapshot, remove_old, restore, save
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.wiring import Setup, make_optimizer, prepare, with_seed

@@ -18,7 +18,7 @@ from dwiml_func.ensemble import EnsembleState
 from dwiml_func.loss import LossFn
 from dwiml_func.member_draws import member_draws
 from dwiml_func.metrics import Metrics, Sum, add_metrics
-from dwiml_func.optim import Optimizer
+from dwiml_func.optim.optimizers import Optimizer
 from dwiml_func.rng import Stream, fold_in
 from dwiml_func.step import loss_metrics
 from dwiml_func.types import Buffers, OptState, Params

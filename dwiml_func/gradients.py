@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dwiml_func._transforms import is_transformed
-from dwiml_func.list_arithmetic import arithmetic_for
 from dwiml_func.loss import LossFn, LossOut
+from dwiml_func.optim._foreach import arithmetic_for
 from dwiml_func.rng import Key
 from dwiml_func.types import Buffers, Params
 

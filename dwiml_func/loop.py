@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 from dwiml_func.best import Best, should_stop, update_best
 from dwiml_func.epoch import EvalStep, epoch_fn, eval_epoch_fn
 from dwiml_func.metrics import Metrics, read_means
+from dwiml_func.optim.schedules import Schedule, constant
 from dwiml_func.rng import Key
-from dwiml_func.schedule import Schedule, constant
 from dwiml_func.state import TrainState
 
 __all__ = ["Batches", "EpochReport", "train_and_validate"]

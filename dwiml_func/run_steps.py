@@ -10,7 +10,7 @@ from dwiml_func.jit import jit_step
 from dwiml_func.jit_gradient import JitGradient
 from dwiml_func.loss import LossFn
 from dwiml_func.metrics import Metrics
-from dwiml_func.optim import Optimizer
+from dwiml_func.optim.optimizers import Optimizer
 from dwiml_func.sharding import Peers, sharded_loss, sharded_value_and_grad
 from dwiml_func.state import TrainState
 from dwiml_func.step import eval_step, train_step

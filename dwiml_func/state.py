@@ -18,7 +18,7 @@ from dwiml_func.rng import Key, fold_in
 from dwiml_func.types import Buffers, OptState, Params
 
 if TYPE_CHECKING:
-    from dwiml_func.optim import Optimizer
+    from dwiml_func.optim.optimizers import Optimizer
 
 __all__ = ["TrainState", "init_state"]
 

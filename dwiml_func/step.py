@@ -13,7 +13,7 @@ from dwiml_func._transforms import is_transformed
 from dwiml_func.gradients import Engine, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
 from dwiml_func.loss import LossFn, LossOut
 from dwiml_func.metrics import Metrics, Sum, add_metrics, weighted_sum
-from dwiml_func.optim import Optimizer
+from dwiml_func.optim.optimizers import Optimizer
 from dwiml_func.rng import Stream, fold_in
 from dwiml_func.state import TrainState, mark_donated, refuse_donated
 

@@ -18,10 +18,10 @@ from dwiml_func.files.fingerprint import FingerprintInBackground
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.loop import EpochReport, train_and_validate
 from dwiml_func.metrics import Metrics
+from dwiml_func.optim.schedules import per_epoch
 from dwiml_func.process_group import PeerLostError
 from dwiml_func.rng import Key
 from dwiml_func.saver import NoSaver, Saver
-from dwiml_func.schedule import per_epoch
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.state import TrainState
 from dwiml_func.wiring import Setup

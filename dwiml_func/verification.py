@@ -22,8 +22,8 @@ from dwiml_func.files.fingerprint import fingerprint
 from dwiml_func.leaf_store import load_leaves
 from dwiml_func.loop import Batches, EpochReport, train_and_validate
 from dwiml_func.manifest import DamagedError
+from dwiml_func.optim.schedules import per_epoch
 from dwiml_func.record import Record, newest_record, read_record
-from dwiml_func.schedule import per_epoch
 from dwiml_func.snapshot import list_snapshots, restore
 from dwiml_func.state import TrainState
 from dwiml_func.step import NonFiniteError

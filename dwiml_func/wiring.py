@@ -20,7 +20,6 @@ from dwiml_func.data.neighborhood import require_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import ShardedBatch, cut_batch
-from dwiml_func.list_arithmetic import Number
 from dwiml_func.loop import Batches
 from dwiml_func.loss import LossFn, module_loss
 from dwiml_func.metrics import Metrics
@@ -28,6 +27,7 @@ from dwiml_func.models.config import require_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.models.model_directory import build_model
 from dwiml_func.models.model_size import require_memory
+from dwiml_func.optim._foreach import Number
 from dwiml_func.precision import require_bf16
 from dwiml_func.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.run_steps import make_eval_step, make_step

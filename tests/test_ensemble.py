@@ -15,7 +15,7 @@ from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
 from dwiml_func.loop import EpochReport, train_and_validate
 from dwiml_func.loss import LossOut, module_loss
 from dwiml_func.metrics import read_means
-from dwiml_func.optim import adam, adamw, radam, sgd
+from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
 from dwiml_func.rng import Key, fold_in, numpy_rng, torch_rng
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import NonFiniteError, eval_step, train_step

@@ -17,7 +17,7 @@ from dwiml_func.loss import LossFn, module_loss
 from dwiml_func.metrics import read_means
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
-from dwiml_func.optim import adam
+from dwiml_func.optim.optimizers import adam
 from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import eval_step, train_step

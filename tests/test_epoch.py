@@ -11,7 +11,7 @@ from dwiml_func.digest import state_digest
 from dwiml_func.epoch import epoch_fn, eval_epoch_fn
 from dwiml_func.loss import LossOut, module_loss
 from dwiml_func.metrics import Sum, read_means
-from dwiml_func.optim import adam, sgd
+from dwiml_func.optim.optimizers import adam, sgd
 from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import NON_FINITE, NonFiniteError, eval_step, train_step

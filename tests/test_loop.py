@@ -16,9 +16,9 @@ from dwiml_func.best import Best
 from dwiml_func.digest import state_digest
 from dwiml_func.loop import EpochReport, train_and_validate
 from dwiml_func.loss import LossOut, module_loss
-from dwiml_func.optim import adam, sgd
+from dwiml_func.optim.optimizers import adam, sgd
+from dwiml_func.optim.schedules import per_epoch
 from dwiml_func.rng import Key, Stream, fold_in, numpy_rng, torch_rng
-from dwiml_func.schedule import per_epoch
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import NonFiniteError, eval_step, train_step
 

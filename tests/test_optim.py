@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dwiml_func.optim import Optimizer, adam, adamw, radam, sgd
+from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
 
 SHAPES = {"weight": (3, 2), "bias": (3,), "scale": ()}
 KINDS = ["sgd", "momentum", "nesterov", "adam", "adamw", "radam"]

@@ -20,7 +20,7 @@ from dwiml_func.gradients import value_and_grad
 from dwiml_func.loop import train_and_validate
 from dwiml_func.loss import module_loss
 from dwiml_func.metrics import Metrics
-from dwiml_func.optim import adam, radam, sgd
+from dwiml_func.optim.optimizers import adam, radam, sgd
 from dwiml_func.rng import Key, torch_rng
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import eval_step, train_step

@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.schedule`: the notation reads what it should, and refuses the rest by name."""
+"""Claims about `dwiml_func.optim.schedules`: the notation reads what it should, and refuses the rest by name."""
 
 import math
 from itertools import pairwise
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.schedule import constant, cosine, parse_learning_rate, per_epoch, warm_up
+from dwiml_func.optim.schedules import constant, cosine, parse_learning_rate, per_epoch, warm_up
 
 RATES = st.floats(min_value=1e-300, max_value=1e10, exclude_min=True)
 TERMS = st.lists(st.tuples(RATES, st.integers(1, 20)), max_size=5)

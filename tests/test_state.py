@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dwiml_func.best import Best
-from dwiml_func.optim import adam, sgd
+from dwiml_func.optim.optimizers import adam, sgd
 from dwiml_func.rng import Key
 from dwiml_func.state import TrainState, init_state
 

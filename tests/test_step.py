@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dwiml_func.digest import state_digest, state_leaves
 from dwiml_func.loss import LossOut, module_loss
 from dwiml_func.metrics import Sum
-from dwiml_func.optim import Optimizer, adam, adamw, radam, sgd
+from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
 from dwiml_func.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.state import TrainState, init_state
 from dwiml_func.step import NON_FINITE, NonFiniteError, eval_step, train_step

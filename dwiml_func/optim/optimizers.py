@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dwiml_func.list_arithmetic import Arithmetic, Number, Tensors, arithmetic_for
+from dwiml_func.optim._foreach import Arithmetic, Number, Tensors, arithmetic_for
 from dwiml_func.types import OptState, Params
 
 __all__ = ["Optimizer", "adam", "adamw", "radam", "sgd"]
