@@ -24,13 +24,13 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
+from dwiml_func.core.gradients import global_norm
+from dwiml_func.core.rng import Key
 from dwiml_func.data import BatchRequest, LoaderSpec, load_batch, open_dataset
 from dwiml_func.data.augmentation import Augmentation, Kind, rng_of
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.gradients import global_norm
 from dwiml_func.models.baselines import angular_error
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
-from dwiml_func.rng import Key
 
 NUM_STREAMLINES, LAYER_SIZES, LR, WEIGHT_DECAY, NOISE, KEY = 100, (100, 100), 1e-3, 0.01, 0.05, Key(1)
 SPEC = LoaderSpec(

@@ -14,7 +14,7 @@ from timing import interleaved, medians_of
 from torch.nn.functional import dropout
 from verdicts import conclude
 
-from dwiml_func.rng import Key, Stream, fold_in, numpy_rng, torch_rng
+from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 
 KEY, REPEATS = Key(1234), 100
 HIDDEN, POINTS, STREAMLINES = (11_700, 100), (11_700, 3), 1_000_000

@@ -5,16 +5,15 @@ are the trainer core. Data, models and commands live in `dwiml_func.data`, `dwim
 """
 
 from dwiml_func import optim
-from dwiml_func.best import Best, should_stop, update_best
-from dwiml_func.epoch import epoch_fn, eval_epoch_fn
-from dwiml_func.gradients import clip_by_global_norm, value_and_grad
-from dwiml_func.loop import EpochReport, train_and_validate
-from dwiml_func.loss import LossFn, LossOut, module_loss
-from dwiml_func.metrics import Metrics, Sum, read_means
+from dwiml_func.core.early_stopping import Best, should_stop, update_best
+from dwiml_func.core.gradients import clip_by_global_norm, value_and_grad
+from dwiml_func.core.loop import EpochReport, epoch_fn, eval_epoch_fn, train_and_validate
+from dwiml_func.core.loss import LossFn, LossOut, module_loss
+from dwiml_func.core.metrics import Metrics, Sum, read_means
+from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
+from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.step import NonFiniteError, eval_step, train_step
 from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
-from dwiml_func.rng import Key, Stream, fold_in, numpy_rng, torch_rng
-from dwiml_func.state import TrainState, init_state
-from dwiml_func.step import NonFiniteError, eval_step, train_step
 
 __version__ = "0.1.0"
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwiml_func.best import Best
-from dwiml_func.metrics import Sum
-from dwiml_func.rng import Key
-from dwiml_func.state import TrainState, refuse_donated
+from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.metrics import Sum
+from dwiml_func.core.rng import Key
+from dwiml_func.core.state import TrainState, refuse_donated
 
 __all__ = ["leaf_differences", "leaf_digest", "state_digest", "state_leaves", "state_numbers", "tensor_bytes"]
 

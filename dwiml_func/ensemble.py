@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dwiml_func.best import Best
-from dwiml_func.metrics import Metrics, Sum
-from dwiml_func.rng import Key
-from dwiml_func.state import TrainState, refuse_donated
+from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.metrics import Metrics, Sum
+from dwiml_func.core.rng import Key
+from dwiml_func.core.state import TrainState, refuse_donated
 from dwiml_func.types import Buffers, OptState, Params
 
 __all__ = ["EnsembleState", "member", "member_sums", "stack_states"]

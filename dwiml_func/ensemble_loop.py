@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dwiml_func.best import should_stop
+from dwiml_func.core.early_stopping import should_stop
+from dwiml_func.core.loop import Batches, EpochReport, check_options, checked_rate, judge_epoch
+from dwiml_func.core.metrics import Metrics, Sum, add_metrics
 from dwiml_func.ensemble import EnsembleState, member_sums
-from dwiml_func.loop import Batches, EpochReport, check_options, checked_rate, judge_epoch
-from dwiml_func.metrics import Metrics, Sum, add_metrics
 from dwiml_func.optim.schedules import Schedule, constant
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]

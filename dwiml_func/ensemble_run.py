@@ -13,6 +13,8 @@ import torch
 
 from dwiml_func.best_model import mend_best_model, save_best_model
 from dwiml_func.config import RunConfig
+from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.rng import Key
 from dwiml_func.digest import state_digest
 from dwiml_func.ensemble import EnsembleState, member, stack_states
 from dwiml_func.ensemble_folder import read_ended, write_ended
@@ -24,10 +26,8 @@ from dwiml_func.files.fingerprint import fingerprint, same_file
 from dwiml_func.history import fill_digests
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.leaf_store import DamagedError
-from dwiml_func.loop import EpochReport
 from dwiml_func.optim.schedules import per_epoch
 from dwiml_func.resumption import with_new_options
-from dwiml_func.rng import Key
 from dwiml_func.snapshot import Snapshot, remove_old, restore, save
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.wiring import Setup, make_optimizer, prepare, with_seed

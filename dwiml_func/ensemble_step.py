@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwiml_func.core.loss import LossFn
+from dwiml_func.core.metrics import Metrics, Sum, add_metrics
+from dwiml_func.core.rng import Stream, fold_in
+from dwiml_func.core.step import loss_metrics
 from dwiml_func.ensemble import EnsembleState
-from dwiml_func.loss import LossFn
 from dwiml_func.member_draws import member_draws
-from dwiml_func.metrics import Metrics, Sum, add_metrics
 from dwiml_func.optim.optimizers import Optimizer
-from dwiml_func.rng import Stream, fold_in
-from dwiml_func.step import loss_metrics
 from dwiml_func.types import Buffers, OptState, Params
 
 __all__ = ["ensemble_eval_step", "ensemble_step"]
@@ -46,7 +46,7 @@ def ensemble_step(
     Args:
         ensemble: K members before the step. Nothing in it is changed.
         batch: what the loss takes.
-        loss_fn: the loss of one member, see `dwiml_func.loss`. It runs under `torch.func.vmap`.
+        loss_fn: the loss of one member, see `dwiml_func.core.loss`. It runs under `torch.func.vmap`.
         optimizer: an init/update pair, elementwise as all of `dwiml_func.optim` are; with `weight_decay` what makes
             one, such as `dwiml_func.adam`.
         lr: learning rate, or (K,) one for each member.

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from dwiml_func.gradients import Engine, is_differentiated, value_and_grad
-from dwiml_func.loss import LossFn, LossOut
-from dwiml_func.rng import Key, torch_rng
+from dwiml_func.core.gradients import Engine, is_differentiated, value_and_grad
+from dwiml_func.core.loss import LossFn, LossOut
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.types import Buffers, Params
 from dwiml_func.whole_graph import NO_KEY, WholeGraph, as_float64
 

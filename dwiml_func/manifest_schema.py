@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import torch
 
 from dwiml_func._checks import require, shown
-from dwiml_func.best import Best
+from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.rng import Key
 from dwiml_func.digest import combine_digests
-from dwiml_func.loop import EpochReport
-from dwiml_func.rng import Key
 
 __all__ = ["check_manifest", "first_problem"]
 

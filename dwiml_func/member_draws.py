@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-from dwiml_func.rng import Key, default_generators, fold_in, torch_rng
+from dwiml_func.core.rng import Key, default_generators, fold_in, torch_rng
 
 __all__ = ["member_draws"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dwiml_func.core.loop import EpochReport
 from dwiml_func.history import history_from_json
-from dwiml_func.loop import EpochReport
 from dwiml_func.manifest import DamagedError, read_manifest
 from dwiml_func.snapshot_names import list_snapshots, name_at, snapshot_path
 

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.state import TrainState, refuse_donated
 from dwiml_func.digest import state_leaves
 from dwiml_func.environment import environment
-from dwiml_func.loop import EpochReport
 from dwiml_func.snapshot import save
 from dwiml_func.snapshot_names import snapshot_name
-from dwiml_func.state import TrainState, refuse_donated
 
 __all__ = ["NoSaver", "Saver", "copy_to_host"]
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dwiml_func.gradients import Engine, ValueAndGrad, value_and_grad
-from dwiml_func.loss import LossFn, LossOut
-from dwiml_func.rng import Key, fold_in
+from dwiml_func.core.gradients import Engine, ValueAndGrad, value_and_grad
+from dwiml_func.core.loss import LossFn, LossOut
+from dwiml_func.core.rng import Key, fold_in
 from dwiml_func.types import Buffers, Params
 
 __all__ = ["ALONE", "Peers", "require_shards", "sharded_loss", "sharded_value_and_grad"]

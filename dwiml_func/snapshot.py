@@ -10,15 +10,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.state import TrainState
 from dwiml_func.digest import combine_digests, leaf_digest, state_leaves, state_numbers
 from dwiml_func.files.atomic import atomic_remove
 from dwiml_func.history import fill_digests, history_from_json
 from dwiml_func.leaf_store import SnapshotError, load_leaves
-from dwiml_func.loop import EpochReport
 from dwiml_func.record import newest_sound, read_record
 from dwiml_func.snapshot_io import Snapshot, restore, write_snapshot
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name, snapshot_path
-from dwiml_func.state import TrainState
 
 __all__ = [
     "Snapshot",

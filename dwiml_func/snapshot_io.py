@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.state import TrainState
 from dwiml_func.digest import leaf_differences, numbers_to_fields, state_leaves, state_numbers
 from dwiml_func.files.atomic import make_directory
 from dwiml_func.history import history_from_json, history_to_json
 from dwiml_func.leaf_store import SnapshotError, load_leaves, save_leaves
-from dwiml_func.loop import EpochReport
 from dwiml_func.record import read_record
 from dwiml_func.snapshot_names import snapshot_path
-from dwiml_func.state import TrainState
 
 __all__ = ["Snapshot", "restore", "write_snapshot"]
 

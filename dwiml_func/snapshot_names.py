@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from dwiml_func.state import TrainState
+from dwiml_func.core.state import TrainState
 
 __all__ = ["list_snapshots"]
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dwiml_func.metrics import Metrics
-from dwiml_func.state import TrainState
-from dwiml_func.step import NonFiniteError
+from dwiml_func.core.metrics import Metrics
+from dwiml_func.core.state import TrainState
+from dwiml_func.core.step import NonFiniteError
 from dwiml_func.whole_graph import WholeGraph
 
 __all__ = ["CompilationReport", "WarmStep"]

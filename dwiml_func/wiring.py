@@ -11,6 +11,12 @@ import torch
 
 from dwiml_func import optim
 from dwiml_func.config import BatchConfig, RunConfig, TrainingConfig
+from dwiml_func.core.autocast import require_bf16
+from dwiml_func.core.loop import Batches
+from dwiml_func.core.loss import LossFn, module_loss
+from dwiml_func.core.metrics import Metrics
+from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
+from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_loader import LoaderSpec, epoch_batches
 from dwiml_func.data.batch_sampler import SamplerSpec
@@ -20,19 +26,13 @@ from dwiml_func.data.neighborhood import require_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import ShardedBatch, cut_batch
-from dwiml_func.loop import Batches
-from dwiml_func.loss import LossFn, module_loss
-from dwiml_func.metrics import Metrics
 from dwiml_func.models.config import require_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.models.model_directory import build_model
 from dwiml_func.models.model_size import require_memory
 from dwiml_func.optim._foreach import Number
-from dwiml_func.precision import require_bf16
-from dwiml_func.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.run_steps import make_eval_step, make_step
 from dwiml_func.sharding import ALONE, Peers, require_shards
-from dwiml_func.state import TrainState, init_state
 
 __all__ = ["Setup", "loader_spec", "make_optimizer", "prepare", "require_usable", "with_seed"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dwiml_func import EpochReport
-from dwiml_func.best import Best
+from dwiml_func.core.early_stopping import Best
 
 
 def report(epoch: int, **changes: Any) -> EpochReport:

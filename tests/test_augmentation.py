@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dwiml_func.core.rng import Key
 from dwiml_func.data.augmentation import Augmentation, Kind, add_noise, reverse_streamlines, rng_of, split_streamlines
 from dwiml_func.data.streamlines import Streamlines, directions
-from dwiml_func.rng import Key
 
 KEY = Key(1234, (3,))
 seeds = st.integers(0, 2**32)

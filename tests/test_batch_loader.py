@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_func.core.rng import Key
 from dwiml_func.data import workers
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.batch import StreamlineBatch
@@ -24,7 +25,6 @@ from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines, directions
-from dwiml_func.rng import Key
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 KEY = Key(1234, (1,))

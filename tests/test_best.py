@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.best`: what is the best epoch, to the last bit, and when patience runs out."""
+"""Claims about `dwiml_func.core.early_stopping`: what is the best epoch, to the last bit, and when patience runs out."""
 
 import math
 from functools import reduce
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.best import Best, should_stop, update_best
+from dwiml_func.core.early_stopping import Best, should_stop, update_best
 
 LOSSES = st.one_of(st.sampled_from([math.nan, math.inf, -math.inf, 0.5]), st.floats(-2, 2))
 

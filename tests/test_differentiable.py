@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func import Key, adam, adamw, eval_step, init_state, module_loss, radam, sgd, train_step
-from dwiml_func.state import TrainState
+from dwiml_func.core.state import TrainState
 
 OPTIMIZERS = {
     "sgd": sgd,

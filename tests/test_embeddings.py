@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy.signal import correlate
 
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.data.neighborhood import Neighborhood, neighborhood_vectors
 from dwiml_func.models.embeddings import CNNEmbedding, NNEmbedding, NoEmbedding, make_embedding
-from dwiml_func.rng import Key, torch_rng
 
 RNG = np.random.default_rng(2)
 

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dwiml_func.core.loop import EpochReport, train_and_validate
+from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.metrics import read_means
+from dwiml_func.core.rng import Key, fold_in, numpy_rng, torch_rng
+from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.step import NonFiniteError, eval_step, train_step
 from dwiml_func.digest import leaf_digest, state_digest, state_leaves
 from dwiml_func.ensemble import EnsembleState, member, member_sums, stack_states
 from dwiml_func.ensemble_loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
-from dwiml_func.loop import EpochReport, train_and_validate
-from dwiml_func.loss import LossOut, module_loss
-from dwiml_func.metrics import read_means
 from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
-from dwiml_func.rng import Key, fold_in, numpy_rng, torch_rng
-from dwiml_func.state import TrainState, init_state
-from dwiml_func.step import NonFiniteError, eval_step, train_step
 
 OPTIMIZERS = {"sgd": partial(sgd, momentum=0.9), "adam": adam, "adamw": adamw, "radam": radam}
 SEEDS = (3, 4, 5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
@@ -17,7 +18,6 @@ from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines, directions
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.models.spheres import sphere_vertices
-from dwiml_func.rng import Key, torch_rng
 
 # Two streamlines of 3 and of 2 points, at the centres of voxels.
 LINES = [[[0.5, 0.5, 0.5], [1.5, 0.5, 0.5], [1.5, 2.5, 0.5]], [[3.5, 3.5, 0.5], [3.5, 3.5, 2.5]]]

@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.epoch`: a fold that can be cut anywhere, and that closes no epoch that went wrong."""
+"""Claims about `dwiml_func.core.loop`: a fold that can be cut anywhere, and that closes no epoch that went wrong."""
 
 import math
 from functools import partial
@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dwiml_func.core.loop import epoch_fn, eval_epoch_fn
+from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.metrics import Sum, read_means
+from dwiml_func.core.rng import Key, torch_rng
+from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.step import NON_FINITE, NonFiniteError, eval_step, train_step
 from dwiml_func.digest import state_digest
-from dwiml_func.epoch import epoch_fn, eval_epoch_fn
-from dwiml_func.loss import LossOut, module_loss
-from dwiml_func.metrics import Sum, read_means
 from dwiml_func.optim.optimizers import adam, sgd
-from dwiml_func.rng import Key, torch_rng
-from dwiml_func.state import TrainState, init_state
-from dwiml_func.step import NON_FINITE, NonFiniteError, eval_step, train_step
 
 SIZES = [7, 1, 4, 7, 2]
 

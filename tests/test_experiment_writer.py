@@ -15,8 +15,8 @@ import pytest
 from reproduction_cases import logs
 
 from dwiml_func.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment import create_experiment
-from dwiml_func.loop import EpochReport
 from dwiml_func.resumption import resume_experiment
 from dwiml_func.snapshot import latest_digest
 from dwiml_func.training_run import run_experiment

@@ -12,6 +12,7 @@ from scipy import stats
 from scipy.special import logsumexp as _logsumexp
 from torch import Tensor
 
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters import DirectionGetter, make_direction_getter
 from dwiml_func.models.direction_getters.fisher_von_mises import (
     draw_fisher_von_mises,
@@ -19,7 +20,6 @@ from dwiml_func.models.direction_getters.fisher_von_mises import (
 )
 from dwiml_func.models.direction_getters.gaussian import gaussian_log_density
 from dwiml_func.models.spheres import sphere_vertices
-from dwiml_func.rng import Key, torch_rng
 
 multivariate_normal: Any = stats.multivariate_normal  # typed too narrowly in scipy's stubs
 vonmises_fisher: Any = stats.vonmises_fisher

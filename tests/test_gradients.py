@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.gradients`: right by closed forms and finite differences, and torch's own bits."""
+"""Claims about `dwiml_func.core.gradients`: right by closed forms and finite differences, and torch's own bits."""
 
 import math
 
@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dwiml_func.gradients import clip_by_global_norm, global_norm, value_and_grad
-from dwiml_func.loss import LossOut, module_loss
-from dwiml_func.rng import Key, torch_rng
+from dwiml_func.core.gradients import clip_by_global_norm, global_norm, value_and_grad
+from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.rng import Key, torch_rng
 
 ENGINES = ["autograd", "func"]
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
+from dwiml_func.core.loss import LossOut
+from dwiml_func.core.rng import torch_rng
+from dwiml_func.core.step import NonFiniteError
 from dwiml_func.jit import jit_step
-from dwiml_func.loss import LossOut
-from dwiml_func.rng import torch_rng
-from dwiml_func.step import NonFiniteError
 from dwiml_func.whole_graph import WholeGraph
 
 # Torch's own compiler stack warns of what it will change in itself.

@@ -7,11 +7,11 @@ import torch
 from test_compiled_learn2track import NUM_FEATURES, some_batch
 
 from dwiml_func import Key, module_loss
+from dwiml_func.core.gradients import value_and_grad
+from dwiml_func.core.rng import torch_rng
 from dwiml_func.data.shards import cut_batch
-from dwiml_func.gradients import value_and_grad
 from dwiml_func.jit_gradient import JitGradient
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
-from dwiml_func.rng import torch_rng
 from dwiml_func.sharding import sharded_value_and_grad
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")

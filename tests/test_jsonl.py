@@ -8,7 +8,7 @@ from pathlib import Path
 
 from report_cases import report
 
-from dwiml_func.best import Best
+from dwiml_func.core.early_stopping import Best
 from dwiml_func.writers.jsonl import jsonl
 
 

@@ -220,7 +220,7 @@ MANY = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from dwiml_func.data import LoaderSpec, SamplerSpec, epoch_batches, open_dataset
-from dwiml_func.rng import Key
+from dwiml_func.core.rng import Key
 if __name__ == "__main__":
     dataset = open_dataset(sys.argv[1], lazy=True)
     for num_workers in (0, 1):

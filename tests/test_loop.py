@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.loop`: right numbers, right ends, and resuming anywhere gives the same bytes."""
+"""Claims about `dwiml_func.core.loop`: right numbers, right ends, and resuming anywhere gives the same bytes."""
 
 import math
 import re
@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dwiml_func.best import Best
+from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.loop import EpochReport, train_and_validate
+from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
+from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.step import NonFiniteError, eval_step, train_step
 from dwiml_func.digest import state_digest
-from dwiml_func.loop import EpochReport, train_and_validate
-from dwiml_func.loss import LossOut, module_loss
 from dwiml_func.optim.optimizers import adam, sgd
 from dwiml_func.optim.schedules import per_epoch
-from dwiml_func.rng import Key, Stream, fold_in, numpy_rng, torch_rng
-from dwiml_func.state import TrainState, init_state
-from dwiml_func.step import NonFiniteError, eval_step, train_step
 
 with torch_rng(Key(12)):
     DATA = torch.randn(23, 3)

@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.loss`: the model behaves like the module, and nothing of a call is left in either."""
+"""Claims about `dwiml_func.core.loss`: the model behaves like the module, and nothing of a call is left in either."""
 
 import gc
 import weakref
@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dwiml_func.loss import LossOut, module_loss
-from dwiml_func.rng import Key, torch_rng
+from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.rng import Key, torch_rng
 
 
 def squared_error(model, batch):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.member_draws import member_draws
-from dwiml_func.rng import Key, torch_rng
 
 KEYS = [Key(1), Key(2, (7,)), Key(3)]
 

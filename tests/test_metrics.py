@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.metrics`: a weighted mean in any grouping, in float64, that waits for no device."""
+"""Claims about `dwiml_func.core.metrics`: a weighted mean in any grouping, in float64, that waits for no device."""
 
 import math
 from functools import reduce
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.metrics import Sum, add_metrics, read_means, weighted_sum
+from dwiml_func.core.metrics import Sum, add_metrics, read_means, weighted_sum
 
 BATCHES = st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(1, 5000)), min_size=1, max_size=30)
 

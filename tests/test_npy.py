@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from report_cases import report
 
-from dwiml_func.best import Best
+from dwiml_func.core.early_stopping import Best
 from dwiml_func.writers.npy import epoch_arrays, npy
 
 REFERENCE_NAMES = {

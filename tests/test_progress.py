@@ -17,7 +17,7 @@ from report_cases import report
 
 from dwiml_func import Key, TrainState, init_state, sgd
 from dwiml_func.cli.messages import Verbosity, messages
-from dwiml_func.metrics import Sum
+from dwiml_func.core.metrics import Sum
 from dwiml_func.writers.progress import Progress
 
 THREE = report(

@@ -23,8 +23,8 @@ from experiment_cases import (
     without_digests,
 )
 
-from dwiml_func.best import Best
 from dwiml_func.config import TrainingConfig
+from dwiml_func.core.early_stopping import Best
 from dwiml_func.environment import environment
 from dwiml_func.experiment import create_experiment, read_config
 from dwiml_func.interruption import StopRequest, TrainingStopped

@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.rng`: a key's path is hashed, draws are pinned, global generators are left alone."""
+"""Claims about `dwiml_func.core.rng`: a key's path is hashed, draws are pinned, global generators are left alone."""
 
 import random
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.rng import Key, Stream, fold_in, numpy_rng, torch_rng
+from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 
 SEEDS = st.integers(0, 2**64 - 1)
 PATHS = st.lists(st.integers(0, 2**32 - 1), max_size=4).map(tuple)

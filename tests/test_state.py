@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.state`: the state is an immutable value that shares no memory with the module."""
+"""Claims about `dwiml_func.core.state`: the state is an immutable value that shares no memory with the module."""
 
 import json
 from dataclasses import FrozenInstanceError, fields
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from dwiml_func.best import Best
+from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.rng import Key
+from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.optim.optimizers import adam, sgd
-from dwiml_func.rng import Key
-from dwiml_func.state import TrainState, init_state
 
 
 def test_a_first_state_holds_the_module_s_values_in_its_own_memory():

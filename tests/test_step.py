@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.step`: a plain torch loop's bits, donation that is safe, and nothing that is not finite."""
+"""Claims about `dwiml_func.core.step`: a plain torch loop's bits, donation that is safe, and nothing that is not finite."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.metrics import Sum
+from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
+from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.step import NON_FINITE, NonFiniteError, eval_step, train_step
 from dwiml_func.digest import state_digest, state_leaves
-from dwiml_func.loss import LossOut, module_loss
-from dwiml_func.metrics import Sum
 from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
-from dwiml_func.rng import Key, Stream, fold_in, torch_rng
-from dwiml_func.state import TrainState, init_state
-from dwiml_func.step import NON_FINITE, NonFiniteError, eval_step, train_step
 
 
 @dataclass

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from dwiml_func.cli.summary import format_summary
+from dwiml_func.core.loop import EpochReport
 from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.hdf5 import open_dataset
 from dwiml_func.data.streamlines import directions
 from dwiml_func.evaluation import Evaluation
 from dwiml_func.experiment import read_config
-from dwiml_func.loop import EpochReport
 from dwiml_func.models.baselines import principal_direction
 from dwiml_func.models.model_directory import load_model
 
@@ -60,7 +60,7 @@ def test_the_summary_equals_an_independent_computation(cli, experiments):
 
 
 def report(**changes: Any) -> EpochReport:
-    from dwiml_func.best import Best
+    from dwiml_func.core.early_stopping import Best
 
     values: dict[str, Any] = {
         "epoch": 1,

@@ -9,6 +9,8 @@ from typing import Any
 
 from dwiml_func.cli.messages import counted, say
 from dwiml_func.config import RunConfig
+from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.step import NonFiniteError
 from dwiml_func.ensemble import EnsembleState
 from dwiml_func.ensemble_folder import read_ended
 from dwiml_func.ensemble_loop import EnsembleReport
@@ -17,8 +19,6 @@ from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensem
 from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
 from dwiml_func.interruption import stop_on_signals
-from dwiml_func.loop import EpochReport
-from dwiml_func.step import NonFiniteError
 from dwiml_func.wiring import Setup
 
 __all__ = ["resume_members", "train_members"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dwiml_func.cli.messages import counted
+from dwiml_func.core.loop import EpochReport
 from dwiml_func.evaluation import Evaluation
-from dwiml_func.loop import EpochReport
 
 __all__ = ["NO_PRINCIPAL_DIRECTION", "format_summary"]
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwiml_func.core.rng import Key, fold_in, numpy_rng
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.rng import Key, fold_in, numpy_rng
 
 __all__ = ["Augmentation", "Kind", "add_noise", "reverse_streamlines", "rng_of", "split_streamlines"]
 

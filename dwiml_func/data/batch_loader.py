@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dwiml_func.core.rng import Key
 from dwiml_func.data.augmentation import (
     Augmentation,
     Kind,
@@ -29,7 +30,6 @@ from dwiml_func.data.neighborhood import Neighborhood, interpolate_neighborhood
 from dwiml_func.data.resampling import Resampling, resample_streamlines
 from dwiml_func.data.streamlines import Streamlines, input_rows
 from dwiml_func.data.workers import WorkerLoader
-from dwiml_func.rng import Key
 
 __all__ = ["BatchRequest", "LoaderSpec", "epoch_batches", "load_batch"]
 

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from dwiml_func.core.rng import Key, fold_in, numpy_rng
 from dwiml_func.data.dataset import DatasetIndex
-from dwiml_func.rng import Key, fold_in, numpy_rng
 
 __all__ = ["BatchUnits", "EpochPlan", "SamplerSpec", "sample_epoch"]
 

@@ -247,7 +247,7 @@ class Learn2Track(torch.nn.Module):
 
 
 def compute_batch_loss(model: Learn2Track, batch: StreamlineBatch) -> tuple[Tensor, int, dict[str, Any]]:
-    """The loss of a batch, in the form that `dwiml_func.loss.module_loss` takes.
+    """The loss of a batch, in the form that `dwiml_func.core.loss.module_loss` takes.
 
     Args:
         model: the model, in training or in evaluation mode.

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dwiml_func._checks import shown
 from dwiml_func.config import ModelConfig, RunConfig, config_from_json
+from dwiml_func.core.rng import Key, torch_rng
+from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.digest import leaf_differences
 from dwiml_func.ensemble_folder import is_ensemble
@@ -21,8 +23,6 @@ from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
 from dwiml_func.manifest import DamagedError
 from dwiml_func.manifest_schema import first_problem
 from dwiml_func.models.learn2track import Learn2Track
-from dwiml_func.rng import Key, torch_rng
-from dwiml_func.state import TrainState
 
 __all__ = ["LoadedModel", "build_model", "filled_model", "find_model", "load_model", "model_shapes", "save_model"]
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.loop import EpochReport
+from dwiml_func.core.loop import EpochReport
 
 __all__ = ["Comet", "comet_key", "comet_metrics"]
 

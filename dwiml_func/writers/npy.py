@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dwiml_func.core.loop import EpochReport
 from dwiml_func.files.atomic import atomic_write
-from dwiml_func.loop import EpochReport
 from dwiml_func.writers.writer import Writer, from_history
 
 __all__ = ["epoch_arrays", "npy"]

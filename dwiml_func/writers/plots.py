@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dwiml_func.core.loop import EpochReport
 from dwiml_func.evaluation import Evaluation
 from dwiml_func.files.atomic import atomic_write
-from dwiml_func.loop import EpochReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dwiml_func.loop import Batches, EpochReport
-from dwiml_func.metrics import Metrics
-from dwiml_func.rng import Key
-from dwiml_func.state import TrainState
+from dwiml_func.core.loop import Batches, EpochReport
+from dwiml_func.core.metrics import Metrics
+from dwiml_func.core.rng import Key
+from dwiml_func.core.state import TrainState
 
 __all__ = ["Progress"]
 

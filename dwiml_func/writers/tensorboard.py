@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dwiml_func.core.loop import EpochReport
 from dwiml_func.files.atomic import atomic_write
-from dwiml_func.loop import EpochReport
 from dwiml_func.writers.writer import Writer, from_history
 
 __all__ = ["scalars", "tensorboard"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dwiml_func.rng import Key
+from dwiml_func.core.rng import Key
 
 __all__ = ["DirectionGetter"]
 

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
 from dwiml_func.models.direction_getters.two_layer_network import TwoLayerNetwork
 from dwiml_func.models.direction_getters.unit_vectors import unit_vectors
-from dwiml_func.rng import Key, torch_rng
 
 __all__ = ["LARGEST_KAPPA", "FisherVonMises", "draw_fisher_von_mises", "fisher_von_mises_log_density"]
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
 from dwiml_func.models.direction_getters.fisher_von_mises import (
     LARGEST_KAPPA,
@@ -17,7 +18,6 @@ from dwiml_func.models.direction_getters.fisher_von_mises import (
 from dwiml_func.models.direction_getters.mixture import component, draw_components, mixture_log_density
 from dwiml_func.models.direction_getters.two_layer_network import TwoLayerNetwork
 from dwiml_func.models.direction_getters.unit_vectors import unit_vectors
-from dwiml_func.rng import Key, torch_rng
 
 __all__ = ["FisherVonMisesMixture"]
 

@@ -9,10 +9,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
 from dwiml_func.models.direction_getters.two_layer_network import TwoLayerNetwork
 from dwiml_func.models.spheres import nearest_vertices, sphere_vertices
-from dwiml_func.rng import Key, torch_rng
 
 __all__ = ["SmoothSphereClassification", "SphereClassification"]
 

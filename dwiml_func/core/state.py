@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from dwiml_func.best import Best
-from dwiml_func.metrics import Metrics
-from dwiml_func.rng import Key, fold_in
+from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.metrics import Metrics
+from dwiml_func.core.rng import Key, fold_in
 from dwiml_func.types import Buffers, OptState, Params
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from dwiml_func._transforms import is_transformed
-from dwiml_func.gradients import Engine, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
-from dwiml_func.loss import LossFn, LossOut
-from dwiml_func.metrics import Metrics, Sum, add_metrics, weighted_sum
+from dwiml_func.core.gradients import Engine, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
+from dwiml_func.core.loss import LossFn, LossOut
+from dwiml_func.core.metrics import Metrics, Sum, add_metrics, weighted_sum
+from dwiml_func.core.rng import Stream, fold_in
+from dwiml_func.core.state import TrainState, mark_donated, refuse_donated
 from dwiml_func.optim.optimizers import Optimizer
-from dwiml_func.rng import Stream, fold_in
-from dwiml_func.state import TrainState, mark_donated, refuse_donated
 
 __all__ = ["NON_FINITE", "NonFiniteError", "eval_step", "train_step"]
 
@@ -30,7 +30,7 @@ class NonFiniteError(ArithmeticError):
         >>> raise NonFiniteError("loss is nan")
         Traceback (most recent call last):
         ...
-        dwiml_func.step.NonFiniteError: loss is nan
+        dwiml_func.core.step.NonFiniteError: loss is nan
     """
 
 
@@ -52,12 +52,12 @@ def train_step(
     Args:
         state: the run before the step. Nothing in it is changed, unless it is donated.
         batch: what the loss takes. If it has an attribute `ids`, an error names them.
-        loss_fn: the loss, see `dwiml_func.loss`.
+        loss_fn: the loss, see `dwiml_func.core.loss`.
         optimizer: an init/update pair, see `dwiml_func.optim`.
         lr: learning rate, a number or a () tensor.
         clip_grad: largest global gradient norm; None does not clip.
         donate: reuse the memory of `state`, which must not be used afterwards (doing so raises an error).
-        engine: `"autograd"` or `"func"`, see `dwiml_func.gradients`; None takes what fits.
+        engine: `"autograd"` or `"func"`, see `dwiml_func.core.gradients`; None takes what fits.
         gradient_fn: evaluates loss and gradients, e.g. `sharded_value_and_grad(peers)` for batches cut into shards.
         non_finite: `"raise"` looks at the loss and the gradient norm at once, which waits for the device; `"defer"`
             leaves parameters, buffers and moments as they were, on the device, and `epoch_fn` raises at its end.
@@ -73,9 +73,9 @@ def train_step(
         RuntimeError: the state was donated to an earlier step.
 
     Example:
-        >>> from dwiml_func.loss import module_loss
+        >>> from dwiml_func.core.loss import module_loss
         >>> from dwiml_func.optim import sgd
-        >>> from dwiml_func.state import init_state
+        >>> from dwiml_func.core.state import init_state
         >>> model = torch.nn.Linear(2, 1)
         >>> loss_fn = module_loss(model, lambda model, x: ((model(x) - 1.0).square().mean(), len(x)))
         >>> state = init_state(model, sgd(), seed=0)
@@ -133,9 +133,9 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
         The batch's sums: `loss` and the loss's further means, weighted by points. They may be NaN or infinite.
 
     Example:
-        >>> from dwiml_func.loss import module_loss
+        >>> from dwiml_func.core.loss import module_loss
         >>> from dwiml_func.optim import sgd
-        >>> from dwiml_func.state import init_state
+        >>> from dwiml_func.core.state import init_state
         >>> model = torch.nn.Linear(2, 1)
         >>> loss_fn = module_loss(model, lambda model, x: ((model(x) * 0.0 + 2.0).mean(), len(x)))
         >>> eval_step(init_state(model, sgd(), seed=0), torch.ones(4, 2), loss_fn=loss_fn)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dwiml_func._transforms import is_transformed
-from dwiml_func.loss import LossFn, LossOut
+from dwiml_func.core.loss import LossFn, LossOut
+from dwiml_func.core.rng import Key
 from dwiml_func.optim._foreach import arithmetic_for
-from dwiml_func.rng import Key
 from dwiml_func.types import Buffers, Params
 
 __all__ = ["Engine", "ValueAndGrad", "clip_by_global_norm", "global_norm", "value_and_grad"]

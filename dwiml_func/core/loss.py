@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dwiml_func.precision import autocast_forward
-from dwiml_func.rng import Key, torch_rng
+from dwiml_func.core.autocast import autocast_forward
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.types import Buffers, Params
 
 __all__ = ["LossFn", "LossOut", "module_loss"]
@@ -72,7 +72,7 @@ def module_loss(
             of further means, each alone or as a pair (mean, weight), tensors or numbers.
         stochastic: whether the model may draw random numbers. True seeds torch's generators from the key and restores
             them afterwards (some 10 microseconds); False leaves them alone, for models that draw nothing.
-        autocast: torch.bfloat16 runs `model(...)` in mixed precision, see `dwiml_func.precision.autocast_forward`: what
+        autocast: torch.bfloat16 runs `model(...)` in mixed precision, see `dwiml_func.core.autocast.autocast_forward`: what
             `compute_batch_loss` makes of its results is computed in float32, and parameters, gradients and loss stay
             in it. None runs it as it is.
 
