@@ -25,7 +25,7 @@ from timing import interleaved, medians_of
 from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
-from dwiml_func.jit import jit_step
+from dwiml_func.compiled.step import jit_step
 
 BARE, EAGER, COMPILED = "bare torch.optim.Adam loop", "ours, eager (donated)", "ours, compiled (donated)"
 LIGHTNING, IGNITE = "Lightning Trainer.fit", "ignite Engine"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
-from dwiml_func.jit import jit_step
+from dwiml_func.compiled.step import jit_step
 
 BATCH = 64
 TURN = 10  # steps in a row

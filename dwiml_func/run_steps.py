@@ -6,15 +6,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from dwiml_func.compiled.gradient import JitGradient
+from dwiml_func.compiled.step import jit_step
+from dwiml_func.compiled.warmup import WarmStep
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.step import eval_step, train_step
-from dwiml_func.jit import jit_step
-from dwiml_func.jit_gradient import JitGradient
 from dwiml_func.optim.optimizers import Optimizer
 from dwiml_func.sharding import Peers, sharded_loss, sharded_value_and_grad
-from dwiml_func.warm_step import WarmStep
 
 __all__ = ["make_eval_step", "make_step"]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dwiml_func import Key, init_state, module_loss, sgd, train_step
+from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.streamlines import offsets_of
-from dwiml_func.jit import jit_step
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 

@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.jit`: what `train_step` computes, compiled once, for any step, batch and learning rate."""
+"""Claims about `dwiml_func.compiled.step`: what `train_step` computes, compiled once, for any step, batch and learning rate."""
 
 import logging
 import math
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
+from dwiml_func.compiled.graph import WholeGraph
+from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.core.step import NonFiniteError
-from dwiml_func.jit import jit_step
-from dwiml_func.whole_graph import WholeGraph
 
 # Torch's own compiler stack warns of what it will change in itself.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
@@ -127,7 +127,7 @@ def test_without_dynamic_shapes_each_shape_has_its_graph_up_to_a_limit(caplog):
         actual, _ = run(compiled, start, 9, sizes=(8, 4, 8, 2))
     assert compiled.num_compilations == 2
     assert compiled.eager_reason is not None
-    assert len([record for record in caplog.records if record.name == "dwiml_func.whole_graph"]) == 1
+    assert len([record for record in caplog.records if record.name == "dwiml_func.compiled.graph"]) == 1
     expected, _ = run(eager, start, 9, sizes=(8, 4, 8, 2))
     torch.testing.assert_close(actual.params, expected.params)
 
@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_compiled_whole_says_where_it_breaks_and_runs_eag
     start, compiled, eager = make_steps(compute_batch_loss=reads_a_value)
     with caplog.at_level(logging.WARNING):
         actual, _ = run(compiled, start, 4)
-    [record] = (record for record in caplog.records if record.name == "dwiml_func.whole_graph")
+    [record] = (record for record in caplog.records if record.name == "dwiml_func.compiled.graph")
     assert "without compilation" in record.message
     assert "test_jit.py" in record.message
     assert "\n" not in record.message

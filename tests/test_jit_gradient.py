@@ -7,10 +7,10 @@ import torch
 from test_compiled_learn2track import NUM_FEATURES, some_batch
 
 from dwiml_func import Key, module_loss
+from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.data.shards import cut_batch
-from dwiml_func.jit_gradient import JitGradient
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.sharding import sharded_value_and_grad
 
@@ -45,7 +45,7 @@ def test_a_loss_that_cannot_be_traced_is_evaluated_eagerly(caplog: pytest.LogCap
         expected, expected_grads = value_and_grad(loss_fn, params, {}, x, key=Key(0))
         assert torch.equal(out.loss, expected.loss)
         assert torch.equal(grads["weight"], expected_grads["weight"])
-    assert len([record for record in caplog.records if record.name == "dwiml_func.whole_graph"]) == 1
+    assert len([record for record in caplog.records if record.name == "dwiml_func.compiled.graph"]) == 1
 
 
 def test_a_gradient_that_is_differentiated_again_keeps_the_graph_around_it() -> None:

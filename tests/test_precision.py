@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from dwiml_func import Key, adam, init_state, module_loss, read_means, train_step, value_and_grad
+from dwiml_func.compiled.step import jit_step
 from dwiml_func.config import TrainingConfig, config_from_json
 from dwiml_func.core.autocast import autocast_forward, require_bf16
 from dwiml_func.core.metrics import add_metrics
@@ -28,7 +29,6 @@ from dwiml_func.ensemble import member, stack_states
 from dwiml_func.ensemble_step import ensemble_step
 from dwiml_func.evaluation import evaluate_model
 from dwiml_func.experiment import read_config
-from dwiml_func.jit import jit_step
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.models.model_directory import load_model

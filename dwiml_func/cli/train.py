@@ -21,6 +21,7 @@ from dwiml_func.cli.messages import counted, is_quiet, say
 from dwiml_func.cli.parsing import parse, value_of
 from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions, read_config_part
 from dwiml_func.cli.summary import format_summary
+from dwiml_func.compiled.warmup import WarmStep
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble_members import member_configs
@@ -32,7 +33,6 @@ from dwiml_func.files.lock import experiment_lock
 from dwiml_func.interruption import stop_on_signals
 from dwiml_func.process_group import process_group, rank_in
 from dwiml_func.training_run import run_experiment
-from dwiml_func.warm_step import WarmStep
 from dwiml_func.wiring import Setup, prepare
 from dwiml_func.writers.evaluation_json import write_evaluation
 from dwiml_func.writers.progress import Progress

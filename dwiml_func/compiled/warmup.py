@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from dwiml_func.compiled.graph import WholeGraph
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.step import NonFiniteError
-from dwiml_func.whole_graph import WholeGraph
 
 __all__ = ["CompilationReport", "WarmStep"]
 

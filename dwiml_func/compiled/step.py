@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwiml_func.compiled.graph import NO_KEY, WholeGraph, as_float64
 from dwiml_func.core.gradients import is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.metrics import Metrics, Sum, add_metrics
@@ -22,7 +23,6 @@ from dwiml_func.core.rng import Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, mark_donated, refuse_donated
 from dwiml_func.core.step import NON_FINITE, clip_and_measure, raise_if_not_finite, train_step
 from dwiml_func.optim.optimizers import Optimizer
-from dwiml_func.whole_graph import NO_KEY, WholeGraph, as_float64
 
 __all__ = ["JitStep", "jit_step"]
 

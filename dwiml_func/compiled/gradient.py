@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from dwiml_func.compiled.graph import NO_KEY, WholeGraph, as_float64
 from dwiml_func.core.gradients import Engine, is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.types import Buffers, Params
-from dwiml_func.whole_graph import NO_KEY, WholeGraph, as_float64
 
 __all__ = ["JitGradient"]
 
@@ -20,7 +20,7 @@ class JitGradient:
     """`value_and_grad` of one loss, compiled: a `gradient_fn` for `train_step` or `sharded_value_and_grad`.
 
     Args:
-        loss_fn: the loss, as for `dwiml_func.jit.jit_step`.
+        loss_fn: the loss, as for `dwiml_func.compiled.step.jit_step`.
         dynamic, max_compilations, backend: as for `jit_step`.
 
     Attributes:
