@@ -22,10 +22,10 @@ from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.ensemble import stack_states
 from dwiml_func.ensemble_step import ensemble_step
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
-from dwiml_func.sharding import sharded_value_and_grad
 
 FEATURES = 45
 DEFAULT = {"streamlines": 100, "length": 100, "hidden": 100, "models": 0, "shards": 1}  # 0: no ensemble

@@ -13,10 +13,10 @@ from dwiml_func.core.early_stopping import Best, should_stop
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
 from dwiml_func.digest import state_digest
+from dwiml_func.distributed.sharding import ALONE, Peers
 from dwiml_func.experiment import create_experiment, read_config
 from dwiml_func.files.fingerprint import fingerprint, same_file
 from dwiml_func.manifest import DamagedError, SnapshotError
-from dwiml_func.sharding import ALONE, Peers
 from dwiml_func.snapshot import Snapshot, restore, restore_newest, write_snapshot
 from dwiml_func.wiring import Setup, make_optimizer, prepare
 
@@ -69,7 +69,7 @@ def prepare_fork(source: Path, config: RunConfig, *, name: str | None = None, pe
             model's tensors as they are. Learning rates are counted from the source's first epoch.
         name: which snapshot, e.g. "3" or, within an epoch, "3-50"; None takes the newest sound one. Within an epoch the
             model, the training batches and the seed cannot change.
-        peers: the processes that train together, see `dwiml_func.process_group`. Only the first writes.
+        peers: the processes that train together, see `dwiml_func.distributed.process_group`. Only the first writes.
 
     Returns:
         The fork.

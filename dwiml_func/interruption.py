@@ -13,7 +13,7 @@ from types import FrameType
 
 import torch
 
-from dwiml_func.sharding import ALONE, Peers
+from dwiml_func.distributed.sharding import ALONE, Peers
 
 __all__ = ["StopRequest", "TrainingStopped", "stop_on_signals"]
 

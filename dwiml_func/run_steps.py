@@ -13,8 +13,8 @@ from dwiml_func.core.loss import LossFn
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.step import eval_step, train_step
+from dwiml_func.distributed.sharding import Peers, sharded_loss, sharded_value_and_grad
 from dwiml_func.optim.optimizers import Optimizer
-from dwiml_func.sharding import Peers, sharded_loss, sharded_value_and_grad
 
 __all__ = ["make_eval_step", "make_step"]
 

@@ -18,10 +18,10 @@ from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
 from dwiml_func.digest import state_digest
+from dwiml_func.distributed.process_group import PeerLostError
 from dwiml_func.files.fingerprint import FingerprintInBackground
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.optim.schedules import per_epoch
-from dwiml_func.process_group import PeerLostError
 from dwiml_func.saver import NoSaver, Saver
 from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.wiring import Setup

@@ -26,13 +26,13 @@ from dwiml_func.data.neighborhood import require_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import ShardedBatch, cut_batch
+from dwiml_func.distributed.sharding import ALONE, Peers, require_shards
 from dwiml_func.models.config import require_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.models.model_directory import build_model
 from dwiml_func.models.model_size import require_memory
 from dwiml_func.optim._foreach import Number
 from dwiml_func.run_steps import make_eval_step, make_step
-from dwiml_func.sharding import ALONE, Peers, require_shards
 
 __all__ = ["Setup", "loader_spec", "make_optimizer", "prepare", "require_usable", "with_seed"]
 
@@ -83,7 +83,7 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
 
     Args:
         config: the run's config.
-        peers: the processes that train together, see `dwiml_func.process_group`.
+        peers: the processes that train together, see `dwiml_func.distributed.process_group`.
 
     Returns:
         The parts.

@@ -11,8 +11,8 @@ from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.data.shards import cut_batch
+from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
-from dwiml_func.sharding import sharded_value_and_grad
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 

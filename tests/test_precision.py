@@ -25,6 +25,7 @@ from dwiml_func.core.autocast import autocast_forward, require_bf16
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.ensemble import member, stack_states
 from dwiml_func.ensemble_step import ensemble_step
 from dwiml_func.evaluation import evaluate_model
@@ -34,7 +35,6 @@ from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.models.model_directory import load_model
 from dwiml_func.models.rnn import RecurrentLayer
 from dwiml_func.models.rnn_scan import plain_scan
-from dwiml_func.sharding import sharded_value_and_grad
 from dwiml_func.snapshot import latest_digest
 from dwiml_func.wiring import prepare
 

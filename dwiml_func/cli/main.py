@@ -13,8 +13,8 @@ from dwiml_func.cli.help import format_block
 from dwiml_func.cli.messages import MESSAGE_OPTIONS, Verbosity, messages, take_verbosity
 from dwiml_func.cli.parsing import nearest
 from dwiml_func.core.step import NonFiniteError
+from dwiml_func.distributed.process_group import PeerLostError, rank_in
 from dwiml_func.interruption import TrainingStopped
-from dwiml_func.process_group import PeerLostError, rank_in
 
 __all__ = ["main", "resume_training_from_checkpoint"]
 

@@ -24,6 +24,7 @@ from dwiml_func.cli.summary import format_summary
 from dwiml_func.compiled.warmup import WarmStep
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState
+from dwiml_func.distributed.process_group import process_group, rank_in
 from dwiml_func.ensemble_members import member_configs
 from dwiml_func.environment import environment
 from dwiml_func.evaluation import evaluate_best_model
@@ -31,7 +32,6 @@ from dwiml_func.experiment import check_new_experiment, create_experiment, exper
 from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
 from dwiml_func.interruption import stop_on_signals
-from dwiml_func.process_group import process_group, rank_in
 from dwiml_func.training_run import run_experiment
 from dwiml_func.wiring import Setup, prepare
 from dwiml_func.writers.evaluation_json import write_evaluation

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dwiml_func.sharding import ALONE, Peers
+from dwiml_func.distributed.sharding import ALONE, Peers
 
 __all__ = ["PeerLostError", "in_turn", "process_group", "rank_in"]
 
@@ -27,7 +27,7 @@ class PeerLostError(RuntimeError):
         >>> raise PeerLostError("gone")
         Traceback (most recent call last):
         ...
-        dwiml_func.process_group.PeerLostError: gone
+        dwiml_func.distributed.process_group.PeerLostError: gone
     """
 
 
