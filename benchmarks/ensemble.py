@@ -21,8 +21,8 @@ from verdicts import conclude
 from dwiml_func import Key, adam, init_state, module_loss, train_step
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.data import StreamlineBatch
-from dwiml_func.ensemble import stack_states
-from dwiml_func.ensemble_step import ensemble_step
+from dwiml_func.ensemble.state import stack_states
+from dwiml_func.ensemble.step import ensemble_step
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 MLP, LEARN2TRACK, DROPOUT = "16 MLPs", "8 Learn2Track", "8 Learn2Track, dropout"

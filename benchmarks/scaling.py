@@ -23,8 +23,8 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.distributed.sharding import sharded_value_and_grad
-from dwiml_func.ensemble import stack_states
-from dwiml_func.ensemble_step import ensemble_step
+from dwiml_func.ensemble.state import stack_states
+from dwiml_func.ensemble.step import ensemble_step
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 FEATURES = 45

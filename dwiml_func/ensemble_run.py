@@ -16,10 +16,10 @@ from dwiml_func.config import RunConfig
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.rng import Key
 from dwiml_func.digest import state_digest
-from dwiml_func.ensemble import EnsembleState, member, stack_states
+from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
+from dwiml_func.ensemble.state import EnsembleState, member, stack_states
+from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
 from dwiml_func.ensemble_folder import read_ended, write_ended
-from dwiml_func.ensemble_loop import EnsembleReport, train_and_validate_ensemble
-from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
 from dwiml_func.experiment import read_config
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import fingerprint, same_file

@@ -15,9 +15,9 @@ from dwiml_func.core.rng import Key, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import NonFiniteError, eval_step, train_step
 from dwiml_func.digest import leaf_digest, state_digest, state_leaves
-from dwiml_func.ensemble import EnsembleState, member, member_sums, stack_states
-from dwiml_func.ensemble_loop import EnsembleReport, train_and_validate_ensemble
-from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
+from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
+from dwiml_func.ensemble.state import EnsembleState, member, member_sums, stack_states
+from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
 from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
 
 OPTIMIZERS = {"sgd": partial(sgd, momentum=0.9), "adam": adam, "adamw": adamw, "radam": radam}

@@ -16,8 +16,8 @@ from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.data import LoaderSpec, SamplerSpec, StreamlineBatch, epoch_batches, open_dataset
 from dwiml_func.digest import state_leaves
-from dwiml_func.ensemble import member, member_sums, stack_states
-from dwiml_func.ensemble_step import ensemble_eval_step, ensemble_step
+from dwiml_func.ensemble.state import member, member_sums, stack_states
+from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.optim.optimizers import adam

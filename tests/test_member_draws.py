@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.member_draws`: under vmap each member draws, to the bit, what it would draw alone."""
+"""Claims about `dwiml_func.ensemble.rng`: under vmap each member draws, to the bit, what it would draw alone."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.member_draws import member_draws
+from dwiml_func.ensemble.rng import member_draws
 
 KEYS = [Key(1), Key(2, (7,)), Key(3)]
 

@@ -26,8 +26,8 @@ from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.data.hdf5 import open_dataset
 from dwiml_func.distributed.sharding import sharded_value_and_grad
-from dwiml_func.ensemble import member, stack_states
-from dwiml_func.ensemble_step import ensemble_step
+from dwiml_func.ensemble.state import member, stack_states
+from dwiml_func.ensemble.step import ensemble_step
 from dwiml_func.evaluation import evaluate_model
 from dwiml_func.experiment import read_config
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS

@@ -11,9 +11,9 @@ from dwiml_func.cli.messages import counted, say
 from dwiml_func.config import RunConfig
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.step import NonFiniteError
-from dwiml_func.ensemble import EnsembleState
+from dwiml_func.ensemble.loop import EnsembleReport
+from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.ensemble_folder import read_ended
-from dwiml_func.ensemble_loop import EnsembleReport
 from dwiml_func.ensemble_members import create_ensemble
 from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
 from dwiml_func.files.atomic import remove_leftovers

@@ -18,8 +18,8 @@ from dwiml_func.core.loss import LossFn
 from dwiml_func.core.metrics import Metrics, Sum, add_metrics
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.step import loss_metrics
-from dwiml_func.ensemble import EnsembleState
-from dwiml_func.member_draws import member_draws
+from dwiml_func.ensemble.rng import member_draws
+from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.optim.optimizers import Optimizer
 from dwiml_func.types import Buffers, OptState, Params
 

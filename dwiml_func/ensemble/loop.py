@@ -14,7 +14,7 @@ from torch import Tensor
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.loop import Batches, EpochReport, check_options, checked_rate, judge_epoch
 from dwiml_func.core.metrics import Metrics, Sum, add_metrics
-from dwiml_func.ensemble import EnsembleState, member_sums
+from dwiml_func.ensemble.state import EnsembleState, member_sums
 from dwiml_func.optim.schedules import Schedule, constant
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]
@@ -87,7 +87,7 @@ def train_and_validate_ensemble(
     Example:
         >>> from dwiml_func import init_state, module_loss, optim
         >>> from dwiml_func.ensemble import stack_states
-        >>> from dwiml_func.ensemble_step import ensemble_step
+        >>> from dwiml_func.ensemble.step import ensemble_step
         >>> model = torch.nn.Linear(2, 1)
         >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
         >>> step = partial(ensemble_step, loss_fn=loss_fn, optimizer=optim.sgd())
