@@ -16,8 +16,8 @@ from scaling import FEATURES, make_batch
 from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
+from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.data.shards import cut_batch
-from dwiml_func.digest import state_digest
 from dwiml_func.distributed.process_group import process_group
 from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss

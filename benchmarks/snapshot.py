@@ -20,9 +20,9 @@ from torch import nn
 from verdicts import conclude
 
 from dwiml_func import TrainState, adam, init_state
-from dwiml_func.digest import leaf_digest, state_leaves
-from dwiml_func.saver import Saver
-from dwiml_func.snapshot import restore, save
+from dwiml_func.checkpoint.background import Saver
+from dwiml_func.checkpoint.checkpoint import restore, save
+from dwiml_func.checkpoint.digest import leaf_digest, state_leaves
 
 HIDDEN = {"0.15": 100, "10": 900}
 """Hidden size of a two-layer LSTM on 48 inputs, by its millions of parameters."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from dwiml_func.checkpoint.arrays import SnapshotError, load_leaves, read_manifest
+from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.core.state import TrainState
-from dwiml_func.leaf_store import SnapshotError, load_leaves, read_manifest
 from dwiml_func.models.model_directory import MANIFEST, save_model
-from dwiml_func.snapshot import restore
 from dwiml_func.wiring import Setup
 
 __all__ = ["mend_best_model", "save_best_model"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dwiml_func.checkpoint.history import history_to_json
+from dwiml_func.checkpoint.index import Record, newest_record
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment import read_config
-from dwiml_func.history import history_to_json
-from dwiml_func.record import Record, newest_record
 
 __all__ = ["Comparison", "compare_experiments", "differences", "distinguishing", "report_differences"]
 

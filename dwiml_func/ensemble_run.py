@@ -12,10 +12,14 @@ from typing import Any
 import torch
 
 from dwiml_func.best_model import mend_best_model, save_best_model
+from dwiml_func.checkpoint.arrays import DamagedError
+from dwiml_func.checkpoint.checkpoint import Snapshot, remove_old, restore, save
+from dwiml_func.checkpoint.digest import state_digest
+from dwiml_func.checkpoint.history import fill_digests
+from dwiml_func.checkpoint.index import list_snapshots, snapshot_name
 from dwiml_func.config import RunConfig
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.rng import Key
-from dwiml_func.digest import state_digest
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
@@ -23,13 +27,9 @@ from dwiml_func.ensemble_folder import read_ended, write_ended
 from dwiml_func.experiment import read_config
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import fingerprint, same_file
-from dwiml_func.history import fill_digests
 from dwiml_func.interruption import StopRequest, TrainingStopped
-from dwiml_func.leaf_store import DamagedError
 from dwiml_func.optim.schedules import per_epoch
 from dwiml_func.resumption import with_new_options
-from dwiml_func.snapshot import Snapshot, remove_old, restore, save
-from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.wiring import Setup, make_optimizer, prepare, with_seed
 from dwiml_func.writers.experiment import experiment_writer
 from dwiml_func.writers.parameters import write_parameters

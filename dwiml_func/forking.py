@@ -8,16 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dwiml_func.best_model import save_best_model
+from dwiml_func.checkpoint.checkpoint import Snapshot, restore, restore_newest, write_snapshot
+from dwiml_func.checkpoint.digest import state_digest
+from dwiml_func.checkpoint.manifest import DamagedError, SnapshotError
 from dwiml_func.config import Origin, RunConfig
 from dwiml_func.core.early_stopping import Best, should_stop
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
-from dwiml_func.digest import state_digest
 from dwiml_func.distributed.sharding import ALONE, Peers
 from dwiml_func.experiment import create_experiment, read_config
 from dwiml_func.files.fingerprint import fingerprint, same_file
-from dwiml_func.manifest import DamagedError, SnapshotError
-from dwiml_func.snapshot import Snapshot, restore, restore_newest, write_snapshot
 from dwiml_func.wiring import Setup, make_optimizer, prepare
 
 __all__ = ["Fork", "create_fork", "prepare_fork"]

@@ -7,12 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from dwiml_func.checkpoint.index import newest_record
 from dwiml_func.config import TrainingConfig
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.ensemble_folder import is_ensemble, member_folders
 from dwiml_func.experiment import read_config
 from dwiml_func.files.lock import is_locked
-from dwiml_func.record import newest_record
 
 __all__ = ["RunOverview", "list_runs"]
 

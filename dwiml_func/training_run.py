@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from dwiml_func.best_model import save_best_model
+from dwiml_func.checkpoint.background import NoSaver, Saver
+from dwiml_func.checkpoint.digest import state_digest
+from dwiml_func.checkpoint.index import list_snapshots, snapshot_name
 from dwiml_func.core.loop import EpochReport, train_and_validate
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
-from dwiml_func.digest import state_digest
 from dwiml_func.distributed.process_group import PeerLostError
 from dwiml_func.files.fingerprint import FingerprintInBackground
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.optim.schedules import per_epoch
-from dwiml_func.saver import NoSaver, Saver
-from dwiml_func.snapshot_names import list_snapshots, snapshot_name
 from dwiml_func.wiring import Setup
 from dwiml_func.writers.experiment import experiment_writer
 from dwiml_func.writers.parameters import write_parameters

@@ -11,22 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func.bit_difference import bit_difference
+from dwiml_func.checkpoint.arrays import load_leaves
+from dwiml_func.checkpoint.checkpoint import list_snapshots, restore
+from dwiml_func.checkpoint.digest import bit_difference, leaf_differences, state_digest, state_leaves, state_numbers
+from dwiml_func.checkpoint.index import Record, newest_record, read_record
+from dwiml_func.checkpoint.manifest import DamagedError
+from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.comparison import differences, report_differences, report_values
 from dwiml_func.config import Origin, RunConfig
 from dwiml_func.core.loop import Batches, EpochReport, train_and_validate
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.step import NonFiniteError
-from dwiml_func.digest import leaf_differences, state_digest, state_leaves, state_numbers
 from dwiml_func.ensemble_folder import is_ensemble
-from dwiml_func.environment import environment, environment_differences
 from dwiml_func.experiment import read_config
 from dwiml_func.files.fingerprint import fingerprint
-from dwiml_func.leaf_store import load_leaves
-from dwiml_func.manifest import DamagedError
 from dwiml_func.optim.schedules import per_epoch
-from dwiml_func.record import Record, newest_record, read_record
-from dwiml_func.snapshot import list_snapshots, restore
 from dwiml_func.wiring import Setup, prepare
 
 __all__ = ["Verification", "verify_epoch"]

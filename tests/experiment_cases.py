@@ -10,9 +10,9 @@ import h5py
 import numpy as np
 
 from dwiml_func import EpochReport, TrainState
+from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.experiment import create_experiment, read_config
-from dwiml_func.snapshot import restore
 from dwiml_func.training_run import run_experiment
 from dwiml_func.wiring import prepare
 

@@ -17,7 +17,7 @@ OPTIONS = (*STOCHASTIC, "--max-epochs", "2")
 
 GATED = """
 import dataclasses, sys, threading
-from dwiml_func import saver
+from dwiml_func.checkpoint import background as saver
 from dwiml_func.cli import train
 from dwiml_func.cli.main import main
 

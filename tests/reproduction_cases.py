@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.digest import combine_digests
-from dwiml_func.leaf_store import load_leaves, read_manifest
+from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
+from dwiml_func.checkpoint.checkpoint import latest_digest, read_record
+from dwiml_func.checkpoint.digest import combine_digests
 from dwiml_func.models.model_directory import MANIFEST
-from dwiml_func.snapshot import latest_digest, read_record
 
 DATA = Path(__file__).parent / "data" / "phantom.hdf5"
 

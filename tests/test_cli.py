@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots
 from dwiml_func.cli.main import COMMANDS
 from dwiml_func.config import (
     BatchConfig,
@@ -21,7 +22,6 @@ from dwiml_func.config import (
     config_from_json,
 )
 from dwiml_func.experiment import read_config
-from dwiml_func.snapshot import latest_digest, list_snapshots
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 TINY = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "1")

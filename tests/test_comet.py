@@ -17,11 +17,11 @@ import pytest
 from comet_server import CometServer, comet_server
 from report_cases import report
 
+from dwiml_func.checkpoint.checkpoint import latest_digest
+from dwiml_func.checkpoint.index import newest_record
 from dwiml_func.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.experiment import create_experiment, read_config
-from dwiml_func.record import newest_record
 from dwiml_func.resumption import resume_experiment
-from dwiml_func.snapshot import latest_digest
 from dwiml_func.training_run import run_experiment
 from dwiml_func.wiring import prepare
 from dwiml_func.writers.comet import Comet, comet_key, comet_metrics

@@ -14,9 +14,9 @@ import torch
 from preloaded import run_command
 
 from dwiml_func import init_state, module_loss, sgd
+from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.compiled.warmup import CompilationReport, WarmStep
-from dwiml_func.snapshot import latest_digest
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (

@@ -12,10 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dwiml_func import Key, TrainState, adam, init_state, sgd
-from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.metrics import Sum
-from dwiml_func.core.state import mark_donated
-from dwiml_func.digest import (
+from dwiml_func.checkpoint.digest import (
     leaf_digest,
     numbers_to_fields,
     state_digest,
@@ -23,6 +20,9 @@ from dwiml_func.digest import (
     state_numbers,
     tensor_bytes,
 )
+from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.metrics import Sum
+from dwiml_func.core.state import mark_donated
 
 
 def make_state() -> TrainState:

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.core.loss import LossFn, module_loss
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.data import LoaderSpec, SamplerSpec, StreamlineBatch, epoch_batches, open_dataset
-from dwiml_func.digest import state_leaves
 from dwiml_func.ensemble.state import member, member_sums, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS

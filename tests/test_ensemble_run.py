@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_func.checkpoint.checkpoint import latest_digest, restore
+from dwiml_func.checkpoint.digest import state_leaves
+from dwiml_func.checkpoint.index import list_snapshots
 from dwiml_func.config import RunConfig, SnapshotConfig
-from dwiml_func.digest import state_leaves
 from dwiml_func.ensemble_folder import read_ended
 from dwiml_func.ensemble_members import member_configs
 from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
 from dwiml_func.experiment import read_config
 from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.models.model_directory import load_model
-from dwiml_func.snapshot import latest_digest, restore
-from dwiml_func.snapshot_names import list_snapshots
 from dwiml_func.wiring import prepare
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

@@ -15,6 +15,9 @@ import pytest
 import torch
 from reproduction_cases import DATA, STOCHASTIC, differences, results
 
+from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, read_record, restore
+from dwiml_func.checkpoint.history import history_from_json
 from dwiml_func.cli.main import main
 from dwiml_func.config import Origin
 from dwiml_func.core.early_stopping import Best
@@ -23,10 +26,7 @@ from dwiml_func.core.rng import Key
 from dwiml_func.experiment import read_config
 from dwiml_func.files.fingerprint import fingerprint
 from dwiml_func.forking import create_fork, prepare_fork
-from dwiml_func.history import history_from_json
-from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
 from dwiml_func.models.model_directory import load_model
-from dwiml_func.snapshot import latest_digest, list_snapshots, read_record, restore
 from dwiml_func.wiring import prepare
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func import EpochReport
+from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.history import fill_digests, history_from_json, history_to_json
 
 FLOATS = st.floats() | st.sampled_from([0.1 + 0.2, 5e-324, -0.0, math.nan, math.inf])
 METRICS = st.dictionaries(st.text(max_size=8), FLOATS, max_size=3)

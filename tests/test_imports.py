@@ -46,7 +46,9 @@ def fresh_modules(statement: str) -> dict[str, list[str]]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("statement", ["import dwiml_func", "from dwiml_func import *", "import dwiml_func.snapshot"])
+@pytest.mark.parametrize(
+    "statement", ["import dwiml_func", "from dwiml_func import *", "import dwiml_func.checkpoint.checkpoint"]
+)
 def test_the_package_loads_nothing_heavy(statement):
     loaded = fresh_modules(statement)
     packages = {name.partition(".")[0] for name in set(loaded["all"]) - set(loaded["torch"])}

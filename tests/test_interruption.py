@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from gated_run import check_same_end, gated, read_to, train_whole
 
+from dwiml_func.checkpoint.checkpoint import list_snapshots
 from dwiml_func.interruption import TrainingStopped, stop_on_signals
-from dwiml_func.snapshot import list_snapshots
 
 
 @pytest.fixture(scope="module")

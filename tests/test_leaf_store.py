@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dwiml_func.digest import combine_digests, leaf_digest
-from dwiml_func.leaf_store import DamagedError, SnapshotError, load_leaves, read_manifest, save_leaves
-from dwiml_func.manifest import manifest_checksum
+from dwiml_func.checkpoint.arrays import DamagedError, SnapshotError, load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.digest import combine_digests, leaf_digest
+from dwiml_func.checkpoint.manifest import manifest_checksum
 
 ODD = {
     "number": torch.tensor(2.5),
@@ -250,7 +250,7 @@ def test_a_store_replaces_an_older_one(damaged):
 
 
 @pytest.mark.parametrize(
-    "broken", ["os.fsync", "os.posix_fallocate", "pathlib.Path.write_text", "dwiml_func.leaf_store._file_digest"]
+    "broken", ["os.fsync", "os.posix_fallocate", "pathlib.Path.write_text", "dwiml_func.checkpoint.arrays._file_digest"]
 )
 def test_a_write_that_fails_leaves_what_was_there(saved, damaged, monkeypatch, broken):
     def fail(*_: object, **__: object) -> None:

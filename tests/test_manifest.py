@@ -17,13 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func import adam, init_state
+from dwiml_func.checkpoint.arrays import load_leaves, save_leaves
+from dwiml_func.checkpoint.digest import combine_digests, leaf_digest, state_leaves, state_numbers
+from dwiml_func.checkpoint.history import history_to_json
+from dwiml_func.checkpoint.manifest import (
+    FORMAT,
+    DamagedError,
+    SnapshotError,
+    manifest_checksum,
+    manifest_text,
+    read_manifest,
+)
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.metrics import Sum
-from dwiml_func.digest import combine_digests, leaf_digest, state_leaves, state_numbers
-from dwiml_func.history import history_to_json
-from dwiml_func.leaf_store import load_leaves, save_leaves
-from dwiml_func.manifest import FORMAT, DamagedError, SnapshotError, manifest_checksum, manifest_text, read_manifest
 
 LEAF = {"name": "a", "shape": [2], "dtype": "torch.float32", "sha256": "0" * 64}
 REPORT = EpochReport(

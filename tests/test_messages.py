@@ -31,7 +31,7 @@ def test_verbose_tells_what_computes_and_where_an_error_comes_from(cli, tmp_path
     outcome = cli("train", tmp_path, "new", PHANTOM, *TINY, "--verbose")
     assert outcome.code == 0
     assert re.search(r"^dwiml-func train: \d\d:\d\d:\d\d debug dwiml_func\S*: .*torch \d", outcome.err, re.MULTILINE)
-    assert re.search(r"debug dwiml_func.saver: Snapshot 1 saved in ", outcome.err)
+    assert re.search(r"debug dwiml_func.checkpoint.background: Snapshot 1 saved in ", outcome.err)
     failed = cli("digest", tmp_path / "nothing", "-v")
     assert failed.code == 2
     assert "Traceback" in failed.err
@@ -43,8 +43,8 @@ def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
         warnings.simplefilter("default")
         with messages("dwiml-func train", Verbosity.QUIET):
             warnings.warn("the noise is\nlarge", stacklevel=1)
-            logging.getLogger("dwiml_func.saver").warning("The disk is %s.", "full")
-            logging.getLogger("dwiml_func.saver").debug("not shown")
+            logging.getLogger("dwiml_func.checkpoint.background").warning("The disk is %s.", "full")
+            logging.getLogger("dwiml_func.checkpoint.background").debug("not shown")
             say("not shown")
     captured = capfd.readouterr()
     assert captured.out == ""

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import pytest
 
-from dwiml_func.manifest import manifest_checksum
+from dwiml_func.checkpoint.manifest import manifest_checksum
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

@@ -15,8 +15,8 @@ import pytest
 from preloaded import run_ranks
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
 
+from dwiml_func.checkpoint.checkpoint import list_snapshots
 from dwiml_func.distributed.process_group import in_turn, process_group
-from dwiml_func.snapshot import list_snapshots
 
 pytestmark = pytest.mark.soak
 

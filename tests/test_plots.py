@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dwiml_func.checkpoint.index import newest_record
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.evaluation import Evaluation
 from dwiml_func.experiment import read_config
-from dwiml_func.record import newest_record
 from dwiml_func.writers.evaluation_json import read_evaluation, write_evaluation
 from dwiml_func.writers.plots import PlottedRun, plot_runs
 from dwiml_func.writers.run_plots import draw_experiments, leave_picture

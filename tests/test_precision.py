@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from dwiml_func import Key, adam, init_state, module_loss, read_means, train_step, value_and_grad
+from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.config import TrainingConfig, config_from_json
 from dwiml_func.core.autocast import autocast_forward, require_bf16
@@ -35,7 +36,6 @@ from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.models.model_directory import load_model
 from dwiml_func.models.rnn import RecurrentLayer
 from dwiml_func.models.rnn_scan import plain_scan
-from dwiml_func.snapshot import latest_digest
 from dwiml_func.wiring import prepare
 
 U = 2.0**-8  # the largest relative error of rounding to bfloat16's 8 bits, and a half of it

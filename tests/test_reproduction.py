@@ -17,8 +17,8 @@ from preloaded import run_command, run_program
 from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results
 from reproduction_cases import train as train_from_scratch
 
+from dwiml_func.checkpoint.checkpoint import list_snapshots, read_record
 from dwiml_func.experiment import create_experiment, read_config
-from dwiml_func.snapshot import list_snapshots, read_record
 
 pytestmark = pytest.mark.soak
 

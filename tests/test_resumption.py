@@ -23,15 +23,15 @@ from experiment_cases import (
     without_digests,
 )
 
+from dwiml_func.checkpoint.arrays import SnapshotError
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots
+from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.config import TrainingConfig
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.environment import environment
 from dwiml_func.experiment import create_experiment, read_config
 from dwiml_func.interruption import StopRequest, TrainingStopped
-from dwiml_func.leaf_store import SnapshotError
 from dwiml_func.models.model_directory import load_model
 from dwiml_func.resumption import refuse_to_continue, resume_experiment
-from dwiml_func.snapshot import latest_digest, list_snapshots
 from dwiml_func.training_run import run_experiment
 from dwiml_func.wiring import prepare
 

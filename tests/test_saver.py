@@ -12,18 +12,18 @@ import pytest
 import torch
 
 from dwiml_func import TrainState, adam, init_state, module_loss, sgd, train_step
+from dwiml_func.checkpoint.background import Saver, copy_to_host
+from dwiml_func.checkpoint.checkpoint import list_snapshots, restore
+from dwiml_func.checkpoint.checkpoint import save as save_snapshot
+from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
-from dwiml_func.digest import state_digest, state_leaves
 from dwiml_func.experiment import create_experiment
 from dwiml_func.models.model_directory import load_model
-from dwiml_func.saver import Saver, copy_to_host
-from dwiml_func.snapshot import list_snapshots, restore
-from dwiml_func.snapshot import save as save_snapshot
 from dwiml_func.training_run import run_experiment
 from dwiml_func.wiring import prepare
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
-SAVE = "dwiml_func.saver.save"
+SAVE = "dwiml_func.checkpoint.background.save"
 
 
 def state_at(epoch: int) -> TrainState:
@@ -79,7 +79,9 @@ def test_the_copy_shares_no_memory_and_a_donated_state_has_none(tmp_path):
 def test_the_record_has_the_devices_of_the_state_and_not_of_its_copy(tmp_path, monkeypatch):
     state, on_host = state_at(1), state_at(1)
     state = state.replace(params={name: p.to("meta") for name, p in state.params.items()})
-    monkeypatch.setattr("dwiml_func.saver.copy_to_host", lambda state, reuse: on_host)  # meta tensors have no bytes
+    monkeypatch.setattr(
+        "dwiml_func.checkpoint.background.copy_to_host", lambda state, reuse: on_host
+    )  # meta tensors have no bytes
     with Saver(tmp_path) as saver:
         saver.save(state)
     assert restore(tmp_path, on_host).environment["devices"] == ["meta"]

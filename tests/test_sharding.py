@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dwiml_func import Key, LossOut, adam, eval_step, init_state, module_loss, sgd, train_step, value_and_grad
-from dwiml_func.digest import state_digest
+from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.distributed.sharding import ALONE, Peers, require_shards, sharded_loss, sharded_value_and_grad
 
 Shards = Sequence[Tensor | None]

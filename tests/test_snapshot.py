@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func import EpochReport, Key, TrainState, adam, init_state, sgd
+from dwiml_func.checkpoint.arrays import SnapshotError
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, restore, restore_or, save
+from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Sum
-from dwiml_func.digest import state_digest, state_leaves
-from dwiml_func.leaf_store import SnapshotError
-from dwiml_func.snapshot import latest_digest, list_snapshots, restore, restore_or, save
 
 ODD = {
     "a": torch.tensor(2.5),

@@ -18,13 +18,14 @@ from gated_run import check_same_end, gated, train_whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwiml_func import TrainState, adam, init_state, snapshot_io
-from dwiml_func.digest import state_digest
+from dwiml_func import TrainState, adam, init_state
+from dwiml_func.checkpoint import checkpoint as snapshot_io
+from dwiml_func.checkpoint.arrays import DamagedError
+from dwiml_func.checkpoint.background import Saver
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, read_record, restore, restore_newest, save
+from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.experiment import read_config
-from dwiml_func.leaf_store import DamagedError
 from dwiml_func.models.model_directory import load_model
-from dwiml_func.saver import Saver
-from dwiml_func.snapshot import latest_digest, list_snapshots, read_record, restore, restore_newest, save
 
 
 def run_at(epoch: int) -> TrainState:
@@ -177,8 +178,8 @@ import orbax.checkpoint
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
 from test_snapshot_faults import run_at
-from dwiml_func import leaf_store
-from dwiml_func.saver import Saver
+from dwiml_func.checkpoint import arrays as leaf_store
+from dwiml_func.checkpoint.background import Saver
 if sys.argv[4] == "unreserved":
     leaf_store._reserve = lambda directory, num_bytes: None
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

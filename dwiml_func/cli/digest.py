@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
+from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.cli.parsing import parse
 from dwiml_func.ensemble_folder import is_ensemble, member_folders
-from dwiml_func.snapshot import latest_digest
 
 __all__ = ["DigestOptions", "run"]
 

@@ -15,6 +15,7 @@ from typing import Annotated, NoReturn
 
 import tyro
 
+from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.cli.ensemble import train_members
 from dwiml_func.cli.example_options import example_options, kept_example_options
 from dwiml_func.cli.messages import counted, is_quiet, say
@@ -26,7 +27,6 @@ from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.process_group import process_group, rank_in
 from dwiml_func.ensemble_members import member_configs
-from dwiml_func.environment import environment
 from dwiml_func.evaluation import evaluate_best_model
 from dwiml_func.experiment import check_new_experiment, create_experiment, experiment_directory
 from dwiml_func.files.atomic import remove_leftovers

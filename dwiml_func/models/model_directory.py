@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import shown
+from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.digest import leaf_differences
+from dwiml_func.checkpoint.manifest import DamagedError, first_problem
 from dwiml_func.config import ModelConfig, RunConfig, config_from_json
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import Neighborhood
-from dwiml_func.digest import leaf_differences
 from dwiml_func.ensemble_folder import is_ensemble
-from dwiml_func.leaf_store import load_leaves, read_manifest, save_leaves
-from dwiml_func.manifest import DamagedError
-from dwiml_func.manifest_schema import first_problem
 from dwiml_func.models.learn2track import Learn2Track
 
 __all__ = ["LoadedModel", "build_model", "filled_model", "find_model", "load_model", "model_shapes", "save_model"]

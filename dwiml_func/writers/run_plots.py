@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dwiml_func.checkpoint.index import newest_record
 from dwiml_func.comparison import distinguishing
 from dwiml_func.config import RunConfig
 from dwiml_func.experiment import read_config
-from dwiml_func.record import newest_record
 from dwiml_func.writers.evaluation_json import read_evaluation
 from dwiml_func.writers.plots import PlottedRun, plot_runs, save_figure
 

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwiml_func.digest import combine_digests, leaf_digest, tensor_bytes
-from dwiml_func.environment import environment
+from dwiml_func.checkpoint.digest import combine_digests, leaf_digest, tensor_bytes
+from dwiml_func.checkpoint.manifest import FORMAT, DamagedError, SnapshotError, manifest_text, read_manifest
+from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.files.atomic import atomic_directory
-from dwiml_func.manifest import FORMAT, DamagedError, SnapshotError, manifest_text, read_manifest
 
 __all__ = ["DamagedError", "SnapshotError", "load_leaves", "read_manifest", "save_leaves"]
 
@@ -51,8 +51,8 @@ def save_leaves(
         path: the directory; it appears in one step, after its bytes are on the disk, and replaces what stands there.
         leaves: tensors by name.
         facts: JSON data for the manifest. An `environment` among them replaces that of this process.
-        numbers: what enters the digest besides the leaves, as `dwiml_func.digest.state_numbers` gives it.
-        leaf_digests: what `dwiml_func.digest.leaf_digest` gives for each leaf, if it is known.
+        numbers: what enters the digest besides the leaves, as `dwiml_func.checkpoint.digest.state_numbers` gives it.
+        leaf_digests: what `dwiml_func.checkpoint.digest.leaf_digest` gives for each leaf, if it is known.
         manifest_name: the manifest's file name.
 
     Raises:

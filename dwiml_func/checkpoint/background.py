@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dwiml_func.checkpoint.checkpoint import save
+from dwiml_func.checkpoint.digest import state_leaves
+from dwiml_func.checkpoint.index import snapshot_name
+from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState, refuse_donated
-from dwiml_func.digest import state_leaves
-from dwiml_func.environment import environment
-from dwiml_func.snapshot import save
-from dwiml_func.snapshot_names import snapshot_name
 
 __all__ = ["NoSaver", "Saver", "copy_to_host"]
 
@@ -34,12 +34,12 @@ class Saver:
         directory: the experiment.
         config: JSON data to record, e.g. the run's config.
         data: gives the fingerprint of the data to record; called in the background.
-        keep, keep_always: as for `dwiml_func.snapshot.save`.
+        keep, keep_always: as for `dwiml_func.checkpoint.checkpoint.save`.
 
     Example:
         >>> import tempfile, torch
         >>> from dwiml_func import init_state, sgd
-        >>> from dwiml_func.snapshot import list_snapshots
+        >>> from dwiml_func.checkpoint.checkpoint import list_snapshots
         >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     with Saver(directory) as saver:
