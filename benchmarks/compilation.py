@@ -24,7 +24,7 @@ from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
 from dwiml_func.compiled.warmup import CompilationReport, WarmStep
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.example import make_example_data
+from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.wiring import Setup, prepare
 
 EAGER, COMPILED, LR = "eager", "compiled", 1e-3

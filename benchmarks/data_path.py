@@ -27,8 +27,8 @@ from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.core.rng import Key
 from dwiml_func.data import BatchRequest, DatasetIndex, LoaderSpec, SamplerSpec, epoch_batches, load_batch, open_dataset
 from dwiml_func.data.augmentation import Augmentation
-from dwiml_func.data.batch_sampler import sample_epoch
 from dwiml_func.data.prefetch import Prefetched
+from dwiml_func.data.sampler import sample_epoch
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 NOISE, SHARE = 0.05, 0.5

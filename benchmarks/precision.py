@@ -23,8 +23,8 @@ from verdicts import conclude
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
-from dwiml_func.data.example import make_example_data
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.example.dataset import make_example_data
+from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.evaluation import evaluate_model
 from dwiml_func.experiment import create_experiment
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss

@@ -17,7 +17,7 @@ import torch
 from dipy.io.stateful_tractogram import Origin, Space, StatefulTractogram
 from torch import Tensor
 
-from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 
 __all__ = ["FEATURES", "StatefulData", "write_file"]
 

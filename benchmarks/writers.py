@@ -23,7 +23,7 @@ from dwiml_func.cli.example_options import example_options
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.data.example import make_example_data
+from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.experiment import create_experiment
 from dwiml_func.training_run import run_experiment
 from dwiml_func.wiring import prepare

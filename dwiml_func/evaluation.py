@@ -13,10 +13,10 @@ from torch import Tensor
 from dwiml_func.core.metrics import Metrics, add_metrics, read_means, weighted_sum
 from dwiml_func.core.rng import Key
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.batch_loader import epoch_batches
-from dwiml_func.data.batch_sampler import SamplerSpec
 from dwiml_func.data.dataset import StreamlineDataset
+from dwiml_func.data.loader import epoch_batches
 from dwiml_func.data.prefetch import Prefetched
+from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.streamlines import directions
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 from dwiml_func.models.model_directory import LoadedModel, load_model

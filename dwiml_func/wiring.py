@@ -18,13 +18,13 @@ from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.batch_loader import LoaderSpec, epoch_batches
-from dwiml_func.data.batch_sampler import SamplerSpec
 from dwiml_func.data.dataset import StreamlineDataset
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.loader import LoaderSpec, epoch_batches
 from dwiml_func.data.neighborhood import require_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.shards import ShardedBatch, cut_batch
 from dwiml_func.distributed.sharding import ALONE, Peers, require_shards
 from dwiml_func.models.config import require_getter_for_compressed

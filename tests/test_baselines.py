@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.signal import half_sphere_directions, multi_tensor_signal, sh_matrix
+from dwiml_func.data.spherical_harmonics import half_sphere_directions, multi_tensor_signal, sh_matrix
 from dwiml_func.data.streamlines import Streamlines, directions
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 

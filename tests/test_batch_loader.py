@@ -16,14 +16,14 @@ from dwiml_func.core.rng import Key
 from dwiml_func.data import workers
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
-from dwiml_func.data.batch_sampler import SamplerSpec, sample_epoch
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.interpolation import Interpolation, interpolate
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.sampler import SamplerSpec, sample_epoch
 from dwiml_func.data.streamlines import Streamlines, directions
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

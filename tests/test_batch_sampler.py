@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func.core.rng import Key, Stream, fold_in
-from dwiml_func.data.batch_sampler import SamplerSpec, sample_epoch
 from dwiml_func.data.dataset import DatasetIndex
+from dwiml_func.data.sampler import SamplerSpec, sample_epoch
 
 KEY = fold_in(Key(1234), Stream.TRAIN_PLAN)
 

@@ -16,9 +16,9 @@ from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import aff2axcodes
 
 from dwiml_func.cli.main import main
-from dwiml_func.data.creation import create_dataset
-from dwiml_func.data.creation_config import check_groups_config
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.creation.config import check_groups_config
+from dwiml_func.data.creation.create import create_dataset
+from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.resampling import Resampling
 
 File: Any = h5py.File
@@ -286,7 +286,7 @@ def test_an_interruption_leaves_nothing(tmp_path, capfd, monkeypatch):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dwiml_func.data.creation.load_streamlines", interrupt)
+    monkeypatch.setattr("dwiml_func.data.creation.create.load_streamlines", interrupt)
     assert main(["create-hdf5", *arguments]) == 130
     assert capfd.readouterr().err == "dwiml-func create-hdf5: interrupted. No file was written.\n"
     assert sorted(tmp_path.iterdir()) == before

@@ -339,7 +339,7 @@ def test_a_full_disk_leaves_nothing(folder, limit):
     arguments = make_folder(folder)
     before = sorted(folder.rglob("*"))
     code = (
-        "import resource, sys; from dwiml_func.cli.main import main; import dwiml_func.data.creation;"
+        "import resource, sys; from dwiml_func.cli.main import main; import dwiml_func.data.creation.create;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-B", "-c", code, "create-hdf5", *arguments]

@@ -8,7 +8,7 @@ from dipy.tracking.streamlinespeed import length, set_number_of_points
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.data.creation_resampling import lengths_mm, resample, steps_for
+from dwiml_func.data.resampling import lengths_mm, resample, steps_for
 
 COUNTS = st.lists(st.integers(2, 12), min_size=1, max_size=6)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from creation_cases import SHAPE, make_subject, save_volume
 
-from dwiml_func.data.creation_config import Standardization
-from dwiml_func.data.creation_files import Source
-from dwiml_func.data.creation_volumes import Volume, load_labels, load_volume, standardize
+from dwiml_func.data.creation.config import Standardization
+from dwiml_func.data.creation.files import Source
+from dwiml_func.data.creation.volumes import Volume, load_labels, load_volume, standardize
 
 
 @pytest.fixture

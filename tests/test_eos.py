@@ -12,8 +12,8 @@ import torch
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines, directions
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.evaluation import evaluate_model
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.models.model_directory import find_model, load_model

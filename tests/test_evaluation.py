@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.dataset import StreamlineDataset
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import Streamlines, directions
 from dwiml_func.evaluation import evaluate_directions
 from dwiml_func.models.baselines import angular_error, principal_direction

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, map_coordinates
 
-from dwiml_func.data.example import make_example_data
-from dwiml_func.data.minimal_bundles import SUBJECTS, load_bundles
+from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
+from dwiml_func.data.example.dataset import make_example_data
 
 MAKE = """
 import socket, sys
 def refuse(*args): raise AssertionError("asked for the network")
 socket.socket.connect = socket.getaddrinfo = refuse
-from dwiml_func.data.example import make_example_data
+from dwiml_func.data.example.dataset import make_example_data
 make_example_data(sys.argv[1])
 """
 THREADS = (1, 2)
@@ -131,7 +131,7 @@ def test_the_signal_is_strongest_where_the_streamlines_are_not_half_a_voxel_away
 
 
 def test_the_signal_is_weakest_along_the_streamlines(file):
-    from dwiml_func.data.signal import sh_matrix
+    from dwiml_func.data.spherical_harmonics import sh_matrix
 
     group = file["sub_4/streamlines"]
     lengths, points = group["lengths"][:], group["data"][:]

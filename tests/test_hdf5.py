@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.data.hdf5 import open_dataset, read_subsets
+from dwiml_func.data.hdf5.read import open_dataset, read_subsets
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 

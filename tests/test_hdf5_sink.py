@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dwiml_func.data.hdf5_sink import WatchedFile
+from dwiml_func.data.hdf5.write import WatchedFile
 
 
 class Disk:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 
 File: Any = h5py.File  # typed, every item of a file could be a group, a dataset or a datatype
 AFFINE = np.array([[0.0, -2, 0, 10], [3, 0, 0, -5], [0, 0, 4, 1], [0, 0, 0, 1]])  # rotated, voxels of 3 x 2 x 4 mm

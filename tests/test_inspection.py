@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from dwiml_func.cli.main import main
-from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
-from dwiml_func.data.inspection import inspect_dataset
-from dwiml_func.data.inspection_groups import StreamlineSummary
-from dwiml_func.data.inspection_text import format_inspection
+from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.inspection.groups import StreamlineSummary
+from dwiml_func.data.inspection.inspect import inspect_dataset
+from dwiml_func.data.inspection.report import format_inspection
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 Edit = Callable[[Callable[[Any], object]], Path]

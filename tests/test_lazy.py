@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.data import lazy
-from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.data.hdf5 import open_dataset
-from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
-from dwiml_func.data.lazy import LazyStreamlines, LazyVolumes, parse_bytes
+from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes, parse_bytes
+from dwiml_func.data.hdf5.read import lazy, open_dataset
+from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 VOLUME_BYTES = 24**3 * 6 * 4
@@ -164,7 +163,7 @@ def _first_bytes(dataset: Any) -> bytes:
 FORKING = """
 import multiprocessing, sys
 sys.path.insert(0, sys.argv[2])
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset
 from test_lazy import _first_bytes
 
 dataset = open_dataset(sys.argv[1], lazy=True)

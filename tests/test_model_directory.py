@@ -17,8 +17,8 @@ from dwiml_func.checkpoint.arrays import SnapshotError, read_manifest
 from dwiml_func.checkpoint.manifest import manifest_checksum
 from dwiml_func.config import ModelConfig, RunConfig
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.models.model_directory import build_model, load_model, save_model
 

@@ -25,7 +25,7 @@ from dwiml_func.config import TrainingConfig, config_from_json
 from dwiml_func.core.autocast import autocast_forward, require_bf16
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import torch_rng
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.ensemble.state import member, stack_states
 from dwiml_func.ensemble.step import ensemble_step

@@ -127,7 +127,7 @@ def test_the_commands_that_go_on_and_that_start_several_processes_run_as_they_st
 
 
 def test_the_example_of_a_creation_config_can_be_read(tmp_path: Path) -> None:
-    from dwiml_func.data.creation_config import read_groups_config
+    from dwiml_func.data.creation.config import read_groups_config
 
     (block,) = _blocks("json", "Bring your own data")
     (tmp_path / "config.json").write_text(block)

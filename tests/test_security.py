@@ -20,9 +20,9 @@ import torch
 
 import dwiml_func
 from dwiml_func.checkpoint.manifest import manifest_checksum
-from dwiml_func.data.creation_config import StreamlineGroup
-from dwiml_func.data.creation_connectivity import load_connectivity
-from dwiml_func.data.creation_files import GroupFiles, Source
+from dwiml_func.data.creation.config import StreamlineGroup
+from dwiml_func.data.creation.connectivity import load_connectivity
+from dwiml_func.data.creation.files import GroupFiles, Source
 
 ROOT = Path(dwiml_func.__file__).parent
 DATA = Path(__file__).parent / "data"

@@ -10,7 +10,7 @@ from dipy.core.sphere import Sphere
 from dipy.reconst.shm import sf_to_sh
 from dipy.sims.voxel import multi_tensor
 
-from dwiml_func.data.signal import half_sphere_directions, multi_tensor_signal, sh_matrix
+from dwiml_func.data.spherical_harmonics import half_sphere_directions, multi_tensor_signal, sh_matrix
 
 
 def unit(vectors):

@@ -12,8 +12,8 @@ import torch
 
 from dwiml_func.cli.summary import format_summary
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import directions
 from dwiml_func.evaluation import Evaluation
 from dwiml_func.experiment import read_config

@@ -29,8 +29,8 @@ from dwiml_func.checkpoint.digest import leaf_digest, state_leaves
 from dwiml_func.config import TrainingConfig
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Metrics
-from dwiml_func.data.batch_loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.data.hdf5 import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment import create_experiment, read_config
 from dwiml_func.interruption import StopRequest, TrainingStopped

@@ -12,9 +12,9 @@ import tyro
 
 from dwiml_func.cli.output import folders_above
 from dwiml_func.cli.parsing import parse
-from dwiml_func.data.creation import create_dataset
-from dwiml_func.data.creation_config import read_groups_config
-from dwiml_func.data.creation_files import read_subjects
+from dwiml_func.data.creation.config import read_groups_config
+from dwiml_func.data.creation.create import create_dataset
+from dwiml_func.data.creation.files import read_subjects
 from dwiml_func.data.resampling import Resampling
 
 __all__ = ["CreateHdf5Options", "run"]

@@ -10,7 +10,7 @@ import tyro
 
 from dwiml_func.cli.output import folders_above
 from dwiml_func.cli.parsing import parse
-from dwiml_func.data.example import make_example_data
+from dwiml_func.data.example.dataset import make_example_data
 
 __all__ = ["ExampleDataOptions", "run"]
 

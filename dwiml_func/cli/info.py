@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from dwiml_func.cli.parsing import parse
-from dwiml_func.data.inspection import inspect_dataset
-from dwiml_func.data.inspection_text import format_inspection
+from dwiml_func.data.inspection.inspect import inspect_dataset
+from dwiml_func.data.inspection.report import format_inspection
 
 __all__ = ["InfoOptions", "run"]
 

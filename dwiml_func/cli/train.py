@@ -215,7 +215,7 @@ def _describe(directory: Path, setup: Setup) -> str:
 def _make_example_data(path: Path) -> None:
     with experiment_lock(path.parent, wait=True):
         if not path.exists():
-            from dwiml_func.data.example import make_example_data
+            from dwiml_func.data.example.dataset import make_example_data
 
             say(f"Making the example data, once: {path}")
             make_example_data(path)

@@ -7,10 +7,9 @@ from typing import ClassVar, Literal
 
 from dwiml_func._checks import STRICT, require
 from dwiml_func.data.augmentation import Augmentation
-from dwiml_func.data.creation_resampling import StepRule
-from dwiml_func.data.lazy import parse_bytes
+from dwiml_func.data.hdf5.lazy import parse_bytes
 from dwiml_func.data.neighborhood import Neighborhood
-from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.resampling import Resampling, StepRule
 
 __all__ = ["BatchConfig", "DataConfig"]
 

@@ -120,9 +120,9 @@ class StreamlineDataset:
         subset: "training", "validation" or "testing".
         index: subjects and their numbers of streamlines; no subjects where the file lists none for the subset.
         volumes: one (X, Y, Z, F) float32 tensor a subject, the input volume. F is the same for all. A tuple in memory,
-            or `dwiml_func.data.lazy.LazyVolumes`.
+            or `dwiml_func.data.hdf5.lazy.LazyVolumes`.
         streamlines: of all subjects, in the index's order; voxel space, corner origin. `Streamlines` in memory, or
-            `dwiml_func.data.lazy.LazyStreamlines`.
+            `dwiml_func.data.hdf5.lazy.LazyStreamlines`.
         voxel_sizes: (num_subjects, 3) float32, mm.
         input_attributes: attributes of the first subject's input group, as plain Python values or numpy arrays.
         resampling: how the streamlines were sampled when the file was made.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.signal import half_sphere_directions, sh_matrix
+from dwiml_func.data.spherical_harmonics import half_sphere_directions, sh_matrix
 from dwiml_func.data.streamlines import directions, input_offsets, previous_directions
 
 __all__ = ["angular_error", "keep_straight", "principal_direction"]

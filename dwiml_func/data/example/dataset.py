@@ -13,9 +13,9 @@ import h5py
 import numpy as np
 
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng
-from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
-from dwiml_func.data.minimal_bundles import SUBJECTS, load_bundles
-from dwiml_func.data.signal import half_sphere_directions, multi_tensor_signal, sh_matrix
+from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
+from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.spherical_harmonics import half_sphere_directions, multi_tensor_signal, sh_matrix
 
 __all__ = ["make_example_data"]
 

@@ -1,4 +1,9 @@
-"""Write datasets in the HDF5 layout of scil-vital/dwi_ml, so that a file appears whole or not at all.
+"""A file for HDF5 to write that never fails under it, and tells afterwards.
+
+HDF5 cannot close a file whose disk is full: what it could not write stays in its cache, and it tries again until the
+interpreter crashes at exit. So errors are kept here, and raised where Python can act on them.
+
+Write datasets in the HDF5 layout of scil-vital/dwi_ml, so that a file appears whole or not at all.
 
 The layout (its `src/dwi_ml/general/data/hdf5/hdf5_creation.py`): file attributes name the subjects of each subset
 and how the file was made; one group a subject; in it one group for each volume and for each tractogram.
@@ -6,6 +11,7 @@ and how the file was made; one group a subject; in it one group for each volume 
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +23,102 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes
 
-from dwiml_func.data.hdf5_sink import WatchedFile
+__all__ = ["WatchedFile", "new_dataset", "write_streamlines", "write_volume"]
 
-__all__ = ["new_dataset", "write_streamlines", "write_volume"]
+
+class _Sink(io.RawIOBase):
+    """An unbuffered file that keeps the first error of a write, and takes all further writes as done."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("xb+", buffering=0)
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        view, done = memoryview(data).cast("B"), 0
+        try:
+            while done < len(view) and self.error is None:
+                done += self._file.write(view[done:])
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size) if self.error is None else size or 0
+        except OSError as error:
+            self.error = error
+            return size or 0
+
+    def readinto(self, buffer) -> int:
+        return self._file.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class WatchedFile(h5py.File):
+    """A new HDF5 file. `flush`, and `close_and_sync`, raise what went wrong in any write before.
+
+    Args:
+        path: where; nothing may be there.
+
+    Raises:
+        OSError: a file is there, or cannot be made.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = WatchedFile(Path(folder) / "a.hdf5")
+        ...     file["numbers"] = [1, 2, 3]
+        ...     file.flush()
+        ...     file.close_and_sync()
+        ...     h5py.is_hdf5(Path(folder) / "a.hdf5")
+        True
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._sink = _Sink(path)
+        super().__init__(self._sink, "w")
+
+    def flush(self) -> None:
+        """Hand everything to the operating system.
+
+        Raises:
+            OSError: this write or one before failed.
+        """
+        super().flush()
+        if self._sink.error is not None:
+            raise self._sink.error
+
+    def close(self) -> None:
+        """Close the file, without a word about what went wrong."""
+        super().close()
+        self._sink.close()
+
+    def close_and_sync(self) -> None:
+        """Close the file once its bytes are on the disk.
+
+        Raises:
+            OSError: this write or one before failed.
+        """
+        super().close()
+        try:
+            if self._sink.error is not None:
+                raise self._sink.error
+            self._sink.sync()
+        finally:
+            self._sink.close()
+
 
 _NOT_DEFINED = "Not defined by user"  # the reference's words for an option that was left out
 

@@ -23,11 +23,11 @@ from dwiml_func.data.augmentation import (
     split_streamlines,
 )
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.batch_sampler import EpochPlan, SamplerSpec, sample_epoch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.interpolation import Interpolation, require_mode
 from dwiml_func.data.neighborhood import Neighborhood, interpolate_neighborhood
 from dwiml_func.data.resampling import Resampling, resample_streamlines
+from dwiml_func.data.sampler import EpochPlan, SamplerSpec, sample_epoch
 from dwiml_func.data.streamlines import Streamlines, input_rows
 from dwiml_func.data.workers import WorkerLoader
 

@@ -13,12 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dwiml_func.data.creation_config import GroupsConfig, StreamlineGroup, VolumeGroup
-from dwiml_func.data.creation_connectivity import load_connectivity, write_connectivity
-from dwiml_func.data.creation_files import GroupFiles, find_files, require_subjects
-from dwiml_func.data.creation_grid import Grid
-from dwiml_func.data.creation_tractograms import load_streamlines
-from dwiml_func.data.creation_volumes import load_volume
+from dwiml_func.data.creation.config import GroupsConfig, StreamlineGroup, VolumeGroup
+from dwiml_func.data.creation.connectivity import load_connectivity, write_connectivity
+from dwiml_func.data.creation.files import GroupFiles, find_files, require_subjects
+from dwiml_func.data.creation.tractograms import load_streamlines
+from dwiml_func.data.creation.volumes import load_volume
+from dwiml_func.data.grid import Grid
 from dwiml_func.data.resampling import Resampling
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def create_dataset(
     """
     from tqdm import tqdm
 
-    from dwiml_func.data.hdf5_write import new_dataset  # h5py and nibabel: once the arguments make sense
+    from dwiml_func.data.hdf5.write import new_dataset  # h5py and nibabel: once the arguments make sense
 
     folder = Path(folder)
     resampling = resampling or Resampling()
@@ -131,7 +131,7 @@ def _write_volumes(
     num_features: dict[str, tuple[int, str]],
 ) -> Grid | None:
     """Write a subject's volume groups, and return the grid that they share."""
-    from dwiml_func.data.hdf5_write import write_volume
+    from dwiml_func.data.hdf5.write import write_volume
 
     grid = None
     for name, group in groups.items():
@@ -166,7 +166,7 @@ def _write_streamlines(
     remove_invalid: bool,
     note: Callable[[str], None],
 ) -> None:
-    from dwiml_func.data.hdf5_write import write_streamlines
+    from dwiml_func.data.hdf5.write import write_streamlines
 
     for name, group in groups.items():
         if isinstance(group, VolumeGroup) or name not in files:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func.data.creation_grid import Grid, grid_of
-from dwiml_func.data.creation_resampling import lengths_mm
+from dwiml_func.data.grid import Grid, grid_of
+from dwiml_func.data.resampling import lengths_mm
 
 if TYPE_CHECKING:
     import h5py
@@ -96,7 +96,7 @@ def inspect_volume(group: h5py.Group, report: Report) -> VolumeSummary:
 
     Example:
         >>> import h5py
-        >>> from dwiml_func.data.hdf5_write import write_volume
+        >>> from dwiml_func.data.hdf5.write import write_volume
         >>> with h5py.File("any", "w", driver="core", backing_store=False) as file:
         ...     write_volume(file, "input", np.full((2, 2, 2, 1), np.nan), np.eye(4))
         ...     inspect_volume(file["input"], print).shape
@@ -129,7 +129,7 @@ def inspect_streamlines(group: h5py.Group, report: Report) -> StreamlineSummary:
 
     Example:
         >>> import h5py
-        >>> from dwiml_func.data.hdf5_write import write_streamlines
+        >>> from dwiml_func.data.hdf5.write import write_streamlines
         >>> points, offsets = np.array([[1.0, 1, 1], [3, 1, 1]]), np.array([0, 2])
         >>> with h5py.File("any", "w", driver="core", backing_store=False) as file:
         ...     write_streamlines(file, "lines", points, offsets, affine=np.eye(4), dimensions=(2, 2, 2))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dwiml_func.data.creation_grid import Grid, grid_difference
-from dwiml_func.data.inspection_groups import (
+from dwiml_func.data.grid import Grid, grid_difference
+from dwiml_func.data.inspection.groups import (
     Report,
     StreamlineSummary,
     VolumeSummary,

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
-from dwiml_func.data.hdf5_layout import (
+from dwiml_func.data.hdf5.layout import (
     group_of,
     opened,
     place,
@@ -30,7 +30,7 @@ from dwiml_func.data.hdf5_layout import (
     volume_shape,
     voxel_sizes_of,
 )
-from dwiml_func.data.lazy import LazyStreamlines, LazyVolumes, parse_bytes
+from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes, parse_bytes
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
 __all__ = ["Subset", "open_dataset", "read_subsets"]
@@ -54,7 +54,7 @@ def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
 
     Example:
         >>> import tempfile
-        >>> from dwiml_func.data.hdf5_write import new_dataset
+        >>> from dwiml_func.data.hdf5.write import new_dataset
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "data.hdf5"
         ...     with new_dataset(path, training=["anna"], groups_config={}, date="today"):
@@ -97,7 +97,7 @@ def open_dataset(
 
     Example:
         >>> import tempfile
-        >>> from dwiml_func.data.hdf5_write import new_dataset, write_streamlines, write_volume
+        >>> from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "data.hdf5"
         ...     with new_dataset(path, training=["anna"], groups_config={}, date="today") as file:

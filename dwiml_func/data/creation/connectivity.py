@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func.data.creation_config import StreamlineGroup
-from dwiml_func.data.creation_files import GroupFiles
-from dwiml_func.data.creation_grid import Grid
-from dwiml_func.data.creation_volumes import load_labels
+from dwiml_func.data.creation.config import StreamlineGroup
+from dwiml_func.data.creation.files import GroupFiles
+from dwiml_func.data.creation.volumes import load_labels
+from dwiml_func.data.grid import Grid
 
 if TYPE_CHECKING:
     import h5py

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func.data.creation_files import Source
-from dwiml_func.data.creation_grid import Grid, grid_difference, grid_of, to_voxel
-from dwiml_func.data.creation_resampling import compress, lengths_mm, resample, steps_for
-from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.creation.files import Source
+from dwiml_func.data.grid import Grid, grid_difference, grid_of, to_voxel
+from dwiml_func.data.resampling import Resampling, compress, lengths_mm, resample, steps_for
 
 __all__ = ["Tractogram", "load_streamlines"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dwiml_func.data.creation_config import GroupsConfig, VolumeGroup
+from dwiml_func.data.creation.config import GroupsConfig, VolumeGroup
 
 __all__ = ["GroupFiles", "Source", "find_files", "read_subjects", "require_subjects"]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dwiml_func.data.inspection import Inspection
-from dwiml_func.data.inspection_groups import StreamlineSummary, VolumeSummary
+from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary
+from dwiml_func.data.inspection.inspect import Inspection
 
 __all__ = ["format_inspection"]
 

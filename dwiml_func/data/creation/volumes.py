@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func.data.creation_config import Standardization
-from dwiml_func.data.creation_files import Source
-from dwiml_func.data.creation_grid import Grid, grid_difference, grid_of
+from dwiml_func.data.creation.config import Standardization
+from dwiml_func.data.creation.files import Source
+from dwiml_func.data.grid import Grid, grid_difference, grid_of
 
 __all__ = ["Volume", "load_labels", "load_volume", "standardize"]
 
