@@ -20,7 +20,7 @@ from timing import interleaved
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from dwiml_func.models.rnn import StackedRNN
+from dwiml_func.models.rnn.stacked import StackedRNN
 
 NUM_SEQUENCES, NUM_INPUTS, LAYER_SIZES = 100, 48, (100, 100)
 NUM_GATES = {"lstm": 4, "gru": 3}

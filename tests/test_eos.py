@@ -16,8 +16,8 @@ from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines, directions
+from dwiml_func.models.direction_getters.sphere_classification import sphere_vertices
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
-from dwiml_func.models.spheres import sphere_vertices
 
 # Two streamlines of 3 and of 2 points, at the centres of voxels.
 LINES = [[[0.5, 0.5, 0.5], [1.5, 0.5, 0.5], [1.5, 2.5, 0.5]], [[3.5, 3.5, 0.5], [3.5, 3.5, 2.5]]]

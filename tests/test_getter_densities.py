@@ -19,7 +19,7 @@ from dwiml_func.models.direction_getters.fisher_von_mises import (
     fisher_von_mises_log_density,
 )
 from dwiml_func.models.direction_getters.gaussian import gaussian_log_density
-from dwiml_func.models.spheres import sphere_vertices
+from dwiml_func.models.direction_getters.sphere_classification import sphere_vertices
 
 multivariate_normal: Any = stats.multivariate_normal  # typed too narrowly in scipy's stubs
 vonmises_fisher: Any = stats.vonmises_fisher

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_sequence
 
-from dwiml_func.models.packing import packed_layout
+from dwiml_func.models.rnn.packing import packed_layout
 
 
 def _offsets(lengths: list[int]) -> torch.Tensor:

@@ -34,8 +34,8 @@ from dwiml_func.experiment import read_config
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.models.model_directory import load_model
-from dwiml_func.models.rnn import RecurrentLayer
-from dwiml_func.models.rnn_scan import plain_scan
+from dwiml_func.models.rnn.scan import plain_scan
+from dwiml_func.models.rnn.stacked import RecurrentLayer
 from dwiml_func.wiring import prepare
 
 U = 2.0**-8  # the largest relative error of rounding to bfloat16's 8 bits, and a half of it

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn.utils.rnn import PackedSequence
 
-from dwiml_func.models.rnn import RecurrentLayer, StackedRNN
+from dwiml_func.models.rnn.stacked import RecurrentLayer, StackedRNN
 
 KEYS = ("lstm", "gru")
 TORCH_LAYERS = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU}

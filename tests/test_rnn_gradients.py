@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacrev, jvp, vmap
 
-from dwiml_func.models import rnn_layout
-from dwiml_func.models.rnn import RecurrentLayer, _scan_for
-from dwiml_func.models.rnn_native import native_scan
-from dwiml_func.models.rnn_packed import packed_scan
-from dwiml_func.models.rnn_scan import plain_scan
+from dwiml_func.models.rnn.autograd import packed_scan
+from dwiml_func.models.rnn.cudnn import native_scan
+from dwiml_func.models.rnn.scan import plain_scan
+from dwiml_func.models.rnn.stacked import RecurrentLayer, _scan_for
+from dwiml_func.models.rnn.stacked import kernels as rnn_layout
 
 # torch 2.13 scripts some of its own formulas of forward mode when they are first used.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")

@@ -18,8 +18,8 @@ from dwiml_func.data.streamlines import directions, previous_directions
 from dwiml_func.models.baselines import angular_error
 from dwiml_func.models.direction_getters import make_direction_getter
 from dwiml_func.models.embeddings import CNNEmbedding, make_embedding
-from dwiml_func.models.packing import packed_layout
-from dwiml_func.models.rnn import StackedRNN
+from dwiml_func.models.rnn.packing import packed_layout
+from dwiml_func.models.rnn.stacked import StackedRNN
 
 __all__ = ["Learn2Track", "compute_batch_loss"]
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from dwiml_func.models.direction_getters.cosine_regression import CosineRegression
-from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
+from dwiml_func.models.direction_getters.base import DirectionGetter
 from dwiml_func.models.direction_getters.fisher_von_mises import FisherVonMises
 from dwiml_func.models.direction_getters.fisher_von_mises_mixture import FisherVonMisesMixture
 from dwiml_func.models.direction_getters.gaussian import Gaussian
 from dwiml_func.models.direction_getters.gaussian_mixture import GaussianMixture
-from dwiml_func.models.direction_getters.l2_regression import CosinePlusL2Regression, L2Regression
+from dwiml_func.models.direction_getters.regression import CosinePlusL2Regression, CosineRegression, L2Regression
 from dwiml_func.models.direction_getters.sphere_classification import (
     SmoothSphereClassification,
     SphereClassification,

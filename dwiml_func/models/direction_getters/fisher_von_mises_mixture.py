@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
+from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, unit_vectors
+from dwiml_func.models.direction_getters._mixture import component, draw_components, mixture_log_density
+from dwiml_func.models.direction_getters.base import DirectionGetter
 from dwiml_func.models.direction_getters.fisher_von_mises import (
     LARGEST_KAPPA,
     draw_fisher_von_mises,
     fisher_von_mises_log_density,
 )
-from dwiml_func.models.direction_getters.mixture import component, draw_components, mixture_log_density
-from dwiml_func.models.direction_getters.two_layer_network import TwoLayerNetwork
-from dwiml_func.models.direction_getters.unit_vectors import unit_vectors
 
 __all__ = ["FisherVonMisesMixture"]
 

@@ -1,17 +1,23 @@
-"""What the getters that learn one direction have in common."""
+"""What the getters that learn one direction have in common.
+
+Learn a direction by its angle to the true one.
+
+Learn a direction with its length, by the distance to the true one, alone or together with the angle.
+"""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from dwiml_func.models.direction_getters.direction_getter import DirectionGetter
-from dwiml_func.models.direction_getters.two_layer_network import TwoLayerNetwork
-from dwiml_func.models.direction_getters.unit_vectors import checked_length, unit_vectors
+from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, checked_length, unit_vectors
+from dwiml_func.models.direction_getters.base import DirectionGetter
 
-__all__ = ["Regression"]
+__all__ = ["CosinePlusL2Regression", "CosineRegression", "L2Regression", "Regression", "cosine_losses", "l2_losses"]
 
 
 class Regression(DirectionGetter):
@@ -100,3 +106,108 @@ class Regression(DirectionGetter):
     def _compare(self, directions: Tensor, targets: Tensor) -> Tensor:
         """(N,) from two (N, 3)."""
         raise NotImplementedError
+
+
+_LEAST_LENGTH = 1e-8  # shorter vectors count as having this length
+
+
+class CosineRegression(Regression):
+    """Regression with the loss `cosine_losses`: 1 - cos of the angle to the true direction.
+
+    The arguments are those of `Regression`; `normalize_targets` changes nothing here but rounding.
+
+    Example:
+        >>> getter = CosineRegression(100)
+        >>> getter(torch.zeros(7, 100)).shape
+        torch.Size([7, 3])
+        >>> targets = torch.tensor([[0.0, 2, 0], [0, -5, 0], [0, 0, 0]])
+        >>> getter.losses(torch.tensor([[0.0, 1, 0]]).expand(3, 3), targets).tolist()
+        [0.0, 2.0, 1.0]
+    """
+
+    key = "cosine-regression"
+
+    def _compare(self, directions: Tensor, targets: Tensor) -> Tensor:
+        return cosine_losses(directions, targets)
+
+
+def cosine_losses(directions: Tensor, targets: Tensor) -> Tensor:
+    """Compare directions by angle.
+
+    Args:
+        directions: (N, 3) float, of any length.
+        targets: (N, 3) float, of any length.
+
+    Returns:
+        (N,), 1 - u.v / (|u| |v|), where lengths below 1e-8 count as 1e-8: 0 for equal directions, 2 for opposite
+        ones, 1 where a vector has no length. A target without length has no gradient. At a direction that is exactly
+        zero, where 1 - cos has no derivative and the formula's would be 1e8 long, the gradient is the unit vector away
+        from the target; the value is the formula's.
+
+    Source: dwi_ml, `direction_getter_models.py`; `torch.nn.functional.cosine_similarity`.
+
+    Example:
+        >>> cosine_losses(torch.tensor([[3.0, 0, 0], [0, 0, 0]]), torch.tensor([[1.0, 0, 0], [1, 0, 0]]))
+        tensor([0., 1.])
+    """
+    is_zero = (directions == 0).all(dim=-1, keepdim=True)
+    directions = torch.where(is_zero, directions * _LEAST_LENGTH, directions)
+    return 1 - cosine_similarity(directions, targets, dim=-1, eps=_LEAST_LENGTH)
+
+
+_SHIFT = 1e-6  # torch.nn.PairwiseDistance adds it to each component of the difference
+
+
+class L2Regression(Regression):
+    """Regression with the loss `l2_losses`: the distance to the true direction.
+
+    The arguments are those of `Regression`. With `add_eos` the last points pull their outputs towards zero.
+
+    Example:
+        >>> L2Regression(6).losses(torch.tensor([[3.0, 0, 1]]), torch.tensor([[0.0, 4, 1]]))
+        tensor([5.])
+        >>> L2Regression.supports_compressed
+        True
+    """
+
+    key = "l2-regression"
+    supports_compressed = True
+
+    def _compare(self, directions: Tensor, targets: Tensor) -> Tensor:
+        return l2_losses(directions, targets)
+
+
+class CosinePlusL2Regression(Regression):
+    """Regression with the sum of both losses, `cosine_losses` and `l2_losses`.
+
+    The arguments are those of `Regression`.
+
+    Example:
+        >>> CosinePlusL2Regression(6).losses(torch.tensor([[1.0, 0, 0]]), torch.tensor([[-1.0, 0, 0]]))
+        tensor([4.0000])
+    """
+
+    key = "cosine-plus-l2-regression"
+
+    def _compare(self, directions: Tensor, targets: Tensor) -> Tensor:
+        return l2_losses(directions, targets) + cosine_losses(directions, targets)
+
+
+def l2_losses(directions: Tensor, targets: Tensor) -> Tensor:
+    """Compare directions by distance.
+
+    Args:
+        directions: (N, 3) float, voxel space.
+        targets: (N, 3) float, voxel space.
+
+    Returns:
+        (N,), |u - v + (1e-6, 1e-6, 1e-6)|, voxels: the shift keeps the gradient defined where u = v, and costs 1.7e-6
+        there.
+
+    Source: dwi_ml, `direction_getter_models.py`; `torch.nn.PairwiseDistance`, whose shift this is.
+
+    Example:
+        >>> l2_losses(torch.tensor([[3.0, 0, 0]]), torch.tensor([[0.0, 4, 0]]))
+        tensor([5.])
+    """
+    return torch.linalg.vector_norm(directions - targets + _SHIFT, dim=-1)

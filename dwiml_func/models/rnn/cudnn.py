@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dwiml_func.models.rnn_scan import State, Weights
+from dwiml_func.models.rnn.scan import State, Weights
 
 __all__ = ["native_scan"]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import dropout
 
 from dwiml_func._transforms import is_transformed
-from dwiml_func.models.rnn_compiled import compiled_scan
-from dwiml_func.models.rnn_native import native_scan
-from dwiml_func.models.rnn_packed import packed_scan
-from dwiml_func.models.rnn_scan import State, Weights, plain_scan
+from dwiml_func.models.rnn.autograd import packed_scan
+from dwiml_func.models.rnn.cudnn import native_scan
+from dwiml_func.models.rnn.custom_ops import compiled_scan
+from dwiml_func.models.rnn.scan import State, Weights, plain_scan
 
 __all__ = ["RecurrentLayer", "StackedRNN"]
 
@@ -197,7 +197,7 @@ class StackedRNN(torch.nn.Module):
         """Run all layers over all time steps, from states of zeros.
 
         Args:
-            x: (P, input_size) float, packed, see `dwiml_func.models.packing`.
+            x: (P, input_size) float, packed, see `dwiml_func.models.rnn.packing`.
             batch_sizes: rows of each time step; they do not increase and add up to P, which is at least 1.
 
         Returns:
@@ -221,7 +221,7 @@ class StackedRNN(torch.nn.Module):
         gives. When sequences end between two pieces, keep the rows of the state that go on.
 
         Args:
-            x: (P, input_size) float, packed, see `dwiml_func.models.packing`.
+            x: (P, input_size) float, packed, see `dwiml_func.models.rnn.packing`.
             batch_sizes: rows of each time step; they do not increase and add up to P, which is at least 1.
             state: for each layer the state of the S = batch_sizes[0] sequences before their first row: (h,) for GRU,
                 (h, c) for LSTM, each (S, that layer's size). None stands for zeros.

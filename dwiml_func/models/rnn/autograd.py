@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from dwiml_func.models.rnn_kernels import KERNELS
-from dwiml_func.models.rnn_scan import State, Weights, plain_scan
+from dwiml_func.models.rnn.kernels import KERNELS
+from dwiml_func.models.rnn.scan import State, Weights, plain_scan
 
 __all__ = ["packed_scan"]
 

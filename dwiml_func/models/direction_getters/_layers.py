@@ -1,4 +1,7 @@
-"""The fully connected network that most direction getters consist of."""
+"""The fully connected network that most direction getters consist of.
+
+Vectors of a given length, also where there is no direction to keep.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import math
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, where
 from torch.nn.functional import dropout
 
-__all__ = ["TwoLayerNetwork"]
+__all__ = ["TwoLayerNetwork", "checked_length", "unit_vectors"]
 
 
 class TwoLayerNetwork(torch.nn.ModuleList):
@@ -58,3 +61,47 @@ class TwoLayerNetwork(torch.nn.ModuleList):
         hidden = dropout(first(x).relu(), self.dropout, self.training)
         with torch.autocast(x.device.type, enabled=False):
             return last(hidden.to(cast(Tensor, last.weight).dtype))
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Divide vectors by their lengths.
+
+    Args:
+        vectors: (..., D) float.
+
+    Returns:
+        (..., D), of length 1; zeros where the length is 0 (or so small that its square is), where dwi_ml gets
+        not-a-number. The gradient there is that of `vectors` themselves, so that it stays finite.
+
+    Example:
+        >>> import torch
+        >>> unit_vectors(torch.tensor([[0.0, 3, 4], [0, 0, 0]]))
+        tensor([[0.0000, 0.6000, 0.8000],
+                [0.0000, 0.0000, 0.0000]])
+    """
+    squares = vectors.square().sum(dim=-1, keepdim=True)
+    return vectors / where(squares == 0, 1.0, squares).sqrt()
+
+
+def checked_length(name: str, length: float | None) -> float | None:
+    """Check an option that gives vectors a length.
+
+    Args:
+        name: the option's name.
+        length: above 0, or None to leave lengths alone.
+
+    Returns:
+        `length`.
+
+    Raises:
+        ValueError: it is neither.
+
+    Example:
+        >>> checked_length("normalize_targets", -1.0)
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected a finite normalize_targets above 0, or None for no normalisation. Received: -1.0
+    """
+    if length is not None and not (math.isfinite(length) and length > 0):
+        raise ValueError(f"Expected a finite {name} above 0, or None for no normalisation. Received: {length}")
+    return length

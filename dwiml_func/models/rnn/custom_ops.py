@@ -13,8 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dwiml_func.models.rnn_kernels import KERNELS
-from dwiml_func.models.rnn_scan import State, Weights
+from dwiml_func.models.rnn.kernels import KERNELS
+from dwiml_func.models.rnn.scan import State, Weights
 
 __all__ = ["compiled_scan"]
 
