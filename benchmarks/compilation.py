@@ -25,7 +25,7 @@ from dwiml_func.cli.run_options import RunOptions
 from dwiml_func.compiled.warmup import CompilationReport, WarmStep
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.example.dataset import make_example_data
-from dwiml_func.wiring import Setup, prepare
+from dwiml_func.experiment.setup import Setup, prepare
 
 EAGER, COMPILED, LR = "eager", "compiled", 1e-3
 MAX_RATIO, MAX_COMPILATIONS = 1.0, 3

@@ -25,12 +25,12 @@ from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
 from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.data.hdf5.read import open_dataset
-from dwiml_func.evaluation import evaluate_model
-from dwiml_func.experiment import create_experiment
+from dwiml_func.experiment.evaluation import evaluate_model
+from dwiml_func.experiment.folder import create_experiment
+from dwiml_func.experiment.model_store import load_model
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
-from dwiml_func.models.model_directory import load_model
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import prepare
 from dwiml_func.writers.writer import fan_out
 
 Precision = Literal["float32", "bf16"]

@@ -24,9 +24,9 @@ from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.data.example.dataset import make_example_data
-from dwiml_func.experiment import create_experiment
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import prepare
+from dwiml_func.experiment.folder import create_experiment
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
 from dwiml_func.writers.comet import Comet
 from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy

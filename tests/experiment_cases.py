@@ -11,10 +11,10 @@ import numpy as np
 
 from dwiml_func import EpochReport, TrainState
 from dwiml_func.checkpoint.checkpoint import restore
-from dwiml_func.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
-from dwiml_func.experiment import create_experiment, read_config
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import prepare
+from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 MODEL = ModelConfig(rnn_layer_sizes=(8,), dg_dropout=0.25)

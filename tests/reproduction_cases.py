@@ -13,7 +13,7 @@ from typing import Any
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
 from dwiml_func.checkpoint.checkpoint import latest_digest, read_record
 from dwiml_func.checkpoint.digest import combine_digests
-from dwiml_func.models.model_directory import MANIFEST
+from dwiml_func.experiment.model_store import MANIFEST
 
 DATA = Path(__file__).parent / "data" / "phantom.hdf5"
 

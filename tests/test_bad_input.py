@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dwiml_func.cli.main import COMMANDS
-from dwiml_func.config import RunConfig
+from dwiml_func.experiment.config import RunConfig
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 

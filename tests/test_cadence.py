@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.cadence import Cadence, parse_cadence
+from dwiml_func.experiment.config import Cadence, parse_cadence
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots
 from dwiml_func.cli.main import COMMANDS
-from dwiml_func.config import (
+from dwiml_func.experiment.config import (
     BatchConfig,
     DataConfig,
     LoggingConfig,
@@ -21,7 +21,7 @@ from dwiml_func.config import (
     TrainingConfig,
     config_from_json,
 )
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.folder import read_config
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 TINY = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "1")

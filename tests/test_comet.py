@@ -19,13 +19,13 @@ from report_cases import report
 
 from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.checkpoint.index import newest_record
-from dwiml_func.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
-from dwiml_func.experiment import create_experiment, read_config
-from dwiml_func.resumption import resume_experiment
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import prepare
+from dwiml_func.experiment.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.logs import experiment_comet
+from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
 from dwiml_func.writers.comet import Comet, comet_key, comet_metrics
-from dwiml_func.writers.experiment import experiment_comet
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 CONFIG = RunConfig(
@@ -117,8 +117,8 @@ def test_a_run_has_one_key_for_ever_and_no_other_run_has_it():
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from dwiml_func.resumption import resume_experiment
-from dwiml_func.training_run import run_experiment
+from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.run import run_experiment
 
 def kill(state, metrics):
     if (state.epoch, state.batch) == (1, 3):

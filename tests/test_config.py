@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.config import BatchConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig, config_from_json
+from dwiml_func.experiment.config import (
+    BatchConfig,
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    config_from_json,
+)
 
 COUNTS = st.integers(1, 2**31 - 1)
 FRACTIONS = st.floats(0, 1, exclude_max=True)

@@ -14,14 +14,13 @@ import torch
 from dwiml_func.checkpoint.checkpoint import latest_digest, restore
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_snapshots
-from dwiml_func.config import RunConfig, SnapshotConfig
-from dwiml_func.ensemble_folder import read_ended
-from dwiml_func.ensemble_members import member_configs
-from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
-from dwiml_func.experiment import read_config
-from dwiml_func.interruption import StopRequest, TrainingStopped
-from dwiml_func.models.model_directory import load_model
-from dwiml_func.wiring import prepare
+from dwiml_func.experiment.config import RunConfig, SnapshotConfig
+from dwiml_func.experiment.ensemble_members import member_configs
+from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
+from dwiml_func.experiment.folder import read_config, read_ended
+from dwiml_func.experiment.model_store import load_model
+from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
@@ -102,7 +101,7 @@ def small(**training) -> list[RunConfig]:
 
 
 def create(folder: Path, configs: list[RunConfig]) -> Path:
-    from dwiml_func.ensemble_members import create_ensemble
+    from dwiml_func.experiment.ensemble_members import create_ensemble
 
     return create_ensemble(folder, "run", configs)
 

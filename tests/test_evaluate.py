@@ -15,9 +15,9 @@ import torch
 
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.evaluation import evaluate_model
+from dwiml_func.experiment.evaluation import evaluate_model
+from dwiml_func.experiment.model_store import find_model, load_model
 from dwiml_func.models.learn2track import compute_batch_loss
-from dwiml_func.models.model_directory import find_model, load_model
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 NAMES = ["subset", "loss", "num_points", "num_streamlines", "angular_error", "compared"]

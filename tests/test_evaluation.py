@@ -16,7 +16,7 @@ from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import Streamlines, directions
-from dwiml_func.evaluation import evaluate_directions
+from dwiml_func.experiment.evaluation import evaluate_directions
 from dwiml_func.models.baselines import angular_error, principal_direction
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

@@ -11,7 +11,7 @@ from experiment_cases import (
     contents,
 )
 
-from dwiml_func.experiment import check_new_experiment, create_experiment, experiment_directory, read_config
+from dwiml_func.experiment.folder import check_new_experiment, create_experiment, experiment_directory, read_config
 
 
 def test_a_new_experiment_holds_its_config_and_nothing_else(tmp_path):
@@ -39,7 +39,7 @@ def test_of_two_processes_that_create_one_experiment_one_is_refused(tmp_path, mo
         (directory / "config.json").write_text("the other's")
         return directory
 
-    monkeypatch.setattr("dwiml_func.experiment.check_new_experiment", check_and_be_overtaken)
+    monkeypatch.setattr("dwiml_func.experiment.folder.check_new_experiment", check_and_be_overtaken)
     with pytest.raises(OSError, match="not empty"):
         create_experiment(tmp_path, "first", CONFIG)
     assert contents(tmp_path) == {"first/config.json": b"the other's"}

@@ -15,13 +15,13 @@ import pytest
 from reproduction_cases import logs
 
 from dwiml_func.checkpoint.checkpoint import latest_digest
-from dwiml_func.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.experiment import create_experiment
-from dwiml_func.resumption import resume_experiment
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import prepare
-from dwiml_func.writers.experiment import experiment_writer
+from dwiml_func.experiment.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.folder import create_experiment
+from dwiml_func.experiment.logs import experiment_writer
+from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
 from dwiml_func.writers.npy import epoch_arrays
 from dwiml_func.writers.writer import Writer
 

@@ -19,15 +19,15 @@ from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, read_record, restore
 from dwiml_func.checkpoint.history import history_from_json
 from dwiml_func.cli.main import main
-from dwiml_func.config import Origin
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.rng import Key
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.config import Origin
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.fork import create_fork, prepare_fork
+from dwiml_func.experiment.model_store import load_model
+from dwiml_func.experiment.setup import prepare
 from dwiml_func.files.fingerprint import fingerprint
-from dwiml_func.forking import create_fork, prepare_fork
-from dwiml_func.models.model_directory import load_model
-from dwiml_func.wiring import prepare
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,7 @@ def test_a_fork_that_cannot_be_written_leaves_nothing(cli, source, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dwiml_func.forking.save_best_model", fail)
+    monkeypatch.setattr("dwiml_func.experiment.fork.save_best_model", fail)
     before = tree(source.parent)
     cli("fork", source, "a", "--from", "3").check_refusal("No space left on device")
     assert tree(source.parent) == before

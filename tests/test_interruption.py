@@ -12,7 +12,7 @@ import pytest
 from gated_run import check_same_end, gated, read_to, train_whole
 
 from dwiml_func.checkpoint.checkpoint import list_snapshots
-from dwiml_func.interruption import TrainingStopped, stop_on_signals
+from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,9 @@ import pytest
 from dwiml_func.checkpoint.index import newest_record
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.evaluation import Evaluation
-from dwiml_func.experiment import read_config
-from dwiml_func.writers.evaluation_json import read_evaluation, write_evaluation
-from dwiml_func.writers.plots import PlottedRun, plot_runs
-from dwiml_func.writers.run_plots import draw_experiments, leave_picture
+from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.plots import PlottedRun, draw_experiments, leave_picture, plot_runs
 
 EVALUATION = Evaluation(model=9.0, keep_straight=4.0, principal_direction=11.5, num_points=7, num_streamlines=2)
 

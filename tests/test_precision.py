@@ -21,7 +21,6 @@ from torch.func import grad, vmap
 from dwiml_func import Key, adam, init_state, module_loss, read_means, train_step, value_and_grad
 from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.compiled.step import jit_step
-from dwiml_func.config import TrainingConfig, config_from_json
 from dwiml_func.core.autocast import autocast_forward, require_bf16
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import torch_rng
@@ -29,14 +28,15 @@ from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.ensemble.state import member, stack_states
 from dwiml_func.ensemble.step import ensemble_step
-from dwiml_func.evaluation import evaluate_model
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.config import TrainingConfig, config_from_json
+from dwiml_func.experiment.evaluation import evaluate_model
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.model_store import load_model
+from dwiml_func.experiment.setup import prepare
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
-from dwiml_func.models.model_directory import load_model
 from dwiml_func.models.rnn.scan import plain_scan
 from dwiml_func.models.rnn.stacked import RecurrentLayer
-from dwiml_func.wiring import prepare
 
 U = 2.0**-8  # the largest relative error of rounding to bfloat16's 8 bits, and a half of it
 LOW = torch.bfloat16

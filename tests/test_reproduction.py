@@ -18,7 +18,7 @@ from reproduction_cases import DATA, STOCHASTIC, command, differences, files, re
 from reproduction_cases import train as train_from_scratch
 
 from dwiml_func.checkpoint.checkpoint import list_snapshots, read_record
-from dwiml_func.experiment import create_experiment, read_config
+from dwiml_func.experiment.folder import create_experiment, read_config
 
 pytestmark = pytest.mark.soak
 
@@ -62,10 +62,10 @@ def test_other_seeds_give_other_results(uninterrupted: Path, tmp_path: Path) -> 
 STEP_BY_STEP = """
 import sys
 from pathlib import Path
-from dwiml_func.interruption import StopRequest, TrainingStopped
+from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.lock import experiment_lock
-from dwiml_func.resumption import resume_experiment
-from dwiml_func.training_run import run_experiment
+from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.run import run_experiment
 import signal
 
 directory, where, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
@@ -121,9 +121,9 @@ def test_stopped_twice_and_resumed_with_another_cadence(uninterrupted: Path, tmp
 WITHOUT = """
 import dataclasses, sys
 from pathlib import Path
-from dwiml_func.experiment import create_experiment, read_config
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import prepare
+from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
 
 folder, source, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 config = read_config(source)

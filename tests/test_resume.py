@@ -18,7 +18,7 @@ from reproduction_cases import logs
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
 from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots
 from dwiml_func.checkpoint.digest import leaf_digest
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.folder import read_config
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (

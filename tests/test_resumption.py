@@ -26,14 +26,14 @@ from experiment_cases import (
 from dwiml_func.checkpoint.arrays import SnapshotError
 from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots
 from dwiml_func.checkpoint.provenance import environment
-from dwiml_func.config import TrainingConfig
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.experiment import create_experiment, read_config
-from dwiml_func.interruption import StopRequest, TrainingStopped
-from dwiml_func.models.model_directory import load_model
-from dwiml_func.resumption import refuse_to_continue, resume_experiment
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import prepare
+from dwiml_func.experiment.config import TrainingConfig
+from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.model_store import load_model
+from dwiml_func.experiment.resume import refuse_to_continue, resume_experiment
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +222,7 @@ def test_another_version_or_machine_is_warned_of_once_and_the_run_goes_on(copy, 
     def elsewhere(devices: Iterable[str]) -> dict[str, Any]:
         return {**now, "torch": "9.9.9", "cpu": "Another", "num_threads": 64, "python": "4.0"}
 
-    monkeypatch.setattr("dwiml_func.resumption.environment", elsewhere)
+    monkeypatch.setattr("dwiml_func.experiment.resume.environment", elsewhere)
     _, state, _ = resume_experiment(copy)
     assert state.epoch == 4
     (record,) = caplog.records

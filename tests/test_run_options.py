@@ -13,8 +13,8 @@ from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.cli.example_options import example_options, kept_example_options
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RunOptions
-from dwiml_func.config import Origin, config_from_json
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.config import Origin, config_from_json
+from dwiml_func.experiment.folder import read_config
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 

@@ -14,10 +14,10 @@ import pytest
 
 from dwiml_func.checkpoint.index import newest_record
 from dwiml_func.cli.runs import format_runs
-from dwiml_func.config import RunConfig
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.runs import RunOverview, list_runs
 from dwiml_func.files.lock import experiment_lock
-from dwiml_func.overview import RunOverview, list_runs
 
 TIME = datetime(2026, 1, 31, 14, 5, 9)
 

@@ -16,11 +16,11 @@ from dwiml_func.checkpoint.background import Saver, copy_to_host
 from dwiml_func.checkpoint.checkpoint import list_snapshots, restore
 from dwiml_func.checkpoint.checkpoint import save as save_snapshot
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
-from dwiml_func.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
-from dwiml_func.experiment import create_experiment
-from dwiml_func.models.model_directory import load_model
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import prepare
+from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.folder import create_experiment
+from dwiml_func.experiment.model_store import load_model
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 SAVE = "dwiml_func.checkpoint.background.save"
@@ -204,7 +204,7 @@ def test_snapshot_then_best_model_then_logs(tmp_path, monkeypatch):
 
         return call
 
-    from dwiml_func import training_run
+    from dwiml_func.experiment.folder import run as training_run
     from dwiml_func.writers.npy import npy
 
     monkeypatch.setattr(SAVE, observed("snapshot", save_snapshot))

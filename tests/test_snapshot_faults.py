@@ -24,8 +24,8 @@ from dwiml_func.checkpoint.arrays import DamagedError
 from dwiml_func.checkpoint.background import Saver
 from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, read_record, restore, restore_newest, save
 from dwiml_func.checkpoint.digest import state_digest
-from dwiml_func.experiment import read_config
-from dwiml_func.models.model_directory import load_model
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.model_store import load_model
 
 
 def run_at(epoch: int) -> TrainState:

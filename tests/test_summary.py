@@ -15,10 +15,10 @@ from dwiml_func.core.loop import EpochReport
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import directions
-from dwiml_func.evaluation import Evaluation
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.evaluation import Evaluation
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.model_store import load_model
 from dwiml_func.models.baselines import principal_direction
-from dwiml_func.models.model_directory import load_model
 
 
 def test_the_summary_equals_an_independent_computation(cli, experiments):

@@ -26,18 +26,18 @@ from experiment_cases import (
 from dwiml_func import NonFiniteError, TrainState
 from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, restore
 from dwiml_func.checkpoint.digest import leaf_digest, state_leaves
-from dwiml_func.config import TrainingConfig
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import directions
-from dwiml_func.experiment import create_experiment, read_config
-from dwiml_func.interruption import StopRequest, TrainingStopped
-from dwiml_func.models.model_directory import load_model
-from dwiml_func.resumption import resume_experiment
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import prepare
+from dwiml_func.experiment.config import TrainingConfig
+from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.model_store import load_model
+from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.writers.npy import epoch_arrays
 
 

@@ -13,7 +13,7 @@ from experiment_cases import (
 )
 
 from dwiml_func import Key
-from dwiml_func.wiring import prepare
+from dwiml_func.experiment.setup import prepare
 
 
 def test_a_capped_validation_sees_the_same_streamlines_every_epoch():
@@ -25,7 +25,7 @@ def test_a_capped_validation_sees_the_same_streamlines_every_epoch():
 
 
 def test_batches_on_another_device_are_as_many_and_arrive_there(monkeypatch):
-    monkeypatch.setattr("dwiml_func.wiring._device", lambda training: torch.device("meta"))
+    monkeypatch.setattr("dwiml_func.experiment.setup._device", lambda training: torch.device("meta"))
     batches: Any = prepare(CONFIG).train(Key(1234), 0, 1)
     assert len(batches) == 2
     assert [batch.points.device.type for batch in batches] == ["meta", "meta"]

@@ -11,7 +11,7 @@ import tyro
 
 from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.cli.parsing import parse
-from dwiml_func.ensemble_folder import is_ensemble, member_folders
+from dwiml_func.experiment.folder import is_ensemble, member_folders
 
 __all__ = ["DigestOptions", "run"]
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.cli.messages import counted, say
-from dwiml_func.config import RunConfig
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.step import NonFiniteError
 from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.ensemble.state import EnsembleState
-from dwiml_func.ensemble_folder import read_ended
-from dwiml_func.ensemble_members import create_ensemble
-from dwiml_func.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.ensemble_members import create_ensemble
+from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
+from dwiml_func.experiment.folder import read_ended
+from dwiml_func.experiment.setup import Setup
+from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
-from dwiml_func.interruption import stop_on_signals
-from dwiml_func.wiring import Setup
 
 __all__ = ["resume_members", "train_members"]
 

@@ -16,8 +16,8 @@ from dwiml_func.cli.messages import counted
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.summary import NO_PRINCIPAL_DIRECTION
 from dwiml_func.data.hdf5.read import open_dataset
-from dwiml_func.evaluation import ModelEvaluation, evaluate_model
-from dwiml_func.models.model_directory import find_model, load_model
+from dwiml_func.experiment.evaluation import ModelEvaluation, evaluate_model
+from dwiml_func.experiment.model_store import find_model, load_model
 
 __all__ = ["EvaluateOptions", "run"]
 

@@ -13,13 +13,13 @@ from dwiml_func.cli.messages import say
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions
 from dwiml_func.cli.train import train_with_progress
-from dwiml_func.comparison import differences
 from dwiml_func.distributed.process_group import process_group, rank_in
-from dwiml_func.experiment import check_new_experiment, experiment_directory, read_config
+from dwiml_func.experiment.compare import differences
+from dwiml_func.experiment.folder import check_new_experiment, experiment_directory, read_config
+from dwiml_func.experiment.fork import create_fork, prepare_fork
+from dwiml_func.experiment.resume import mend_experiment
 from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
-from dwiml_func.forking import create_fork, prepare_fork
-from dwiml_func.resumption import mend_experiment
 
 __all__ = ["ForkOptions", "run"]
 

@@ -11,7 +11,7 @@ import tyro
 from dwiml_func.cli.output import new_folder
 from dwiml_func.cli.parsing import parse
 from dwiml_func.core.state import init_state
-from dwiml_func.models.model_directory import save_model
+from dwiml_func.experiment.model_store import save_model
 from dwiml_func.models.reference_format import read_reference
 from dwiml_func.optim.optimizers import sgd
 

@@ -14,7 +14,7 @@ from dwiml_func.cli.messages import MESSAGE_OPTIONS, Verbosity, messages, take_v
 from dwiml_func.cli.parsing import nearest
 from dwiml_func.core.step import NonFiniteError
 from dwiml_func.distributed.process_group import PeerLostError, rank_in
-from dwiml_func.interruption import TrainingStopped
+from dwiml_func.experiment.signals import TrainingStopped
 
 __all__ = ["main", "resume_training_from_checkpoint"]
 

@@ -11,9 +11,8 @@ import tyro
 
 from dwiml_func.cli.output import folders_above
 from dwiml_func.cli.parsing import parse
-from dwiml_func.ensemble_folder import ENSEMBLE_FILE, is_ensemble, member_folders
-from dwiml_func.writers.plots import check_format, save_figure
-from dwiml_func.writers.run_plots import draw_experiments
+from dwiml_func.experiment.folder import ENSEMBLE_FILE, is_ensemble, member_folders
+from dwiml_func.experiment.plots import check_format, draw_experiments, save_figure
 
 __all__ = ["PlotOptions", "run"]
 

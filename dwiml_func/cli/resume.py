@@ -14,10 +14,9 @@ from dwiml_func.cli.ensemble import resume_members
 from dwiml_func.cli.parsing import parse
 from dwiml_func.cli.train import train_with_progress
 from dwiml_func.distributed.process_group import in_turn, process_group
-from dwiml_func.ensemble_folder import is_ensemble
-from dwiml_func.experiment import experiment_directory, read_config
+from dwiml_func.experiment.folder import experiment_directory, is_ensemble, read_config
+from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.files.lock import experiment_lock
-from dwiml_func.resumption import resume_experiment
 
 __all__ = ["ResumeOptions", "run"]
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from dwiml_func._checks import shown
-from dwiml_func.config import (
+from dwiml_func.experiment.config import (
     BatchConfig,
     DataConfig,
     LoggingConfig,

@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from dwiml_func.cli.parsing import parse
-from dwiml_func.overview import RunOverview, list_runs
+from dwiml_func.experiment.runs import RunOverview, list_runs
 
 __all__ = ["RunsOptions", "format_runs", "run"]
 

@@ -11,8 +11,8 @@ import tyro
 
 from dwiml_func.checkpoint.index import newest_record
 from dwiml_func.cli.parsing import parse
-from dwiml_func.experiment import read_config
-from dwiml_func.writers.experiment import experiment_comet
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.logs import experiment_comet
 
 __all__ = ["SendToCometOptions", "run"]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dwiml_func.cli.messages import counted
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.evaluation import Evaluation
+from dwiml_func.experiment.evaluation import Evaluation
 
 __all__ = ["NO_PRINCIPAL_DIRECTION", "format_summary"]
 

@@ -26,17 +26,16 @@ from dwiml_func.compiled.warmup import WarmStep
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.process_group import process_group, rank_in
-from dwiml_func.ensemble_members import member_configs
-from dwiml_func.evaluation import evaluate_best_model
-from dwiml_func.experiment import check_new_experiment, create_experiment, experiment_directory
+from dwiml_func.experiment.ensemble_members import member_configs
+from dwiml_func.experiment.evaluation import evaluate_best_model, write_evaluation
+from dwiml_func.experiment.folder import check_new_experiment, create_experiment, experiment_directory
+from dwiml_func.experiment.plots import leave_picture
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import Setup, prepare
+from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
-from dwiml_func.interruption import stop_on_signals
-from dwiml_func.training_run import run_experiment
-from dwiml_func.wiring import Setup, prepare
-from dwiml_func.writers.evaluation_json import write_evaluation
 from dwiml_func.writers.progress import Progress
-from dwiml_func.writers.run_plots import leave_picture
 
 __all__ = ["TrainOptions", "run", "train_with_progress"]
 

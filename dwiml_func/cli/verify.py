@@ -10,8 +10,8 @@ from typing import Annotated
 import tyro
 
 from dwiml_func.cli.parsing import parse
-from dwiml_func.experiment import read_config
-from dwiml_func.verification import Verification, verify_epoch
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.verify import Verification, verify_epoch
 from dwiml_func.writers.progress import Progress
 
 __all__ = ["VerifyOptions", "format_verification", "run"]

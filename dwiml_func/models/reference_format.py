@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from dwiml_func.config import RunConfig
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.model_store import LoadedModel, build_model, filled_model
 from dwiml_func.files.atomic import atomic_directory
 from dwiml_func.models.learn2track import Learn2Track
-from dwiml_func.models.model_directory import LoadedModel, build_model, filled_model
 from dwiml_func.models.reference_parameters import config_of, parameters_of, require_whole_grid
 from dwiml_func.models.reference_upgrade import upgraded_parameters, upgraded_state
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dwiml_func._checks import require, shown
-from dwiml_func.config import RunConfig, config_from_json
+from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
 __all__ = ["config_of", "parameters_of", "require_whole_grid"]

@@ -9,18 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.best_model import mend_best_model
 from dwiml_func.checkpoint.checkpoint import Snapshot, list_snapshots, restore_newest
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.provenance import environment, environment_differences
-from dwiml_func.config import RunConfig, TrainingConfig
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import ALONE, Peers
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.best_model import mend_best_model
+from dwiml_func.experiment.config import RunConfig, TrainingConfig
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.setup import Setup, prepare
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import same_file
-from dwiml_func.wiring import Setup, prepare
 from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy
 from dwiml_func.writers.writer import fan_out

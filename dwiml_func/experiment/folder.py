@@ -1,16 +1,32 @@
-"""An experiment's directory: its name, its making, its config."""
+"""An experiment's directory: its name, its making, its config.
+
+The folder of an ensemble.
+
+It holds ordinary experiments, `NAME/0`, `NAME/1`, ..., and a file `ensemble.json` that says which members have stopped.
+So each member can be evaluated, compared and resumed like any other experiment.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-from dwiml_func.config import RunConfig, config_from_json
-from dwiml_func.ensemble_folder import is_ensemble
-from dwiml_func.files.atomic import atomic_directory
+from dwiml_func.experiment.config import RunConfig, config_from_json
+from dwiml_func.files.atomic import atomic_directory, atomic_write
 from dwiml_func.files.json import read_config_file
 
-__all__ = ["check_new_experiment", "create_experiment", "experiment_directory", "read_config"]
+__all__ = [
+    "ENSEMBLE_FILE",
+    "check_new_experiment",
+    "create_experiment",
+    "experiment_directory",
+    "is_ensemble",
+    "member_folders",
+    "read_config",
+    "read_ended",
+    "write_ended",
+]
 
 
 def create_experiment(
@@ -121,3 +137,81 @@ def read_config(directory: Path) -> RunConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} is not an experiment: it has no config.json.")
     return config_from_json(read_config_file(path, source=str(path)), source=str(path))
+
+
+ENSEMBLE_FILE = "ensemble.json"
+"""The file that makes a folder an ensemble."""
+
+
+def is_ensemble(directory: Path) -> bool:
+    """Whether a directory is that of an ensemble.
+
+    Args:
+        directory: any path.
+
+    Returns:
+        True if it is.
+
+    Example:
+        >>> is_ensemble(Path("/no/such/ensemble"))
+        False
+    """
+    return (directory / ENSEMBLE_FILE).is_file()
+
+
+def member_folders(directory: Path) -> list[Path]:
+    """The folders of an ensemble's members, in the order of their numbers.
+
+    Args:
+        directory: the ensemble.
+
+    Returns:
+        Those that there are.
+
+    Example:
+        >>> member_folders(directory)  # doctest: +SKIP
+        [PosixPath('sweep/0'), PosixPath('sweep/1')]
+    """
+    folders = [path for path in directory.iterdir() if path.name.isdecimal() and (path / "config.json").is_file()]
+    return sorted(folders, key=lambda path: int(path.name))
+
+
+def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
+    """Read which members have stopped for good.
+
+    Args:
+        directory: the ensemble.
+
+    Returns:
+        The number of members; and of those that have stopped the snapshots, by number.
+
+    Raises:
+        ValueError: the file is damaged.
+
+    Example:
+        >>> read_ended(directory)  # doctest: +SKIP
+        (3, {1: '4'})
+    """
+    try:
+        content = json.loads((directory / ENSEMBLE_FILE).read_bytes())
+        return int(content["num_members"]), {int(number): str(name) for number, name in content["ended"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{directory / ENSEMBLE_FILE} is damaged: {error}.") from None
+
+
+def write_ended(directory: Path, num_members: int, ended: dict[int, str]) -> None:
+    """Record which members have stopped for good, once their snapshots are on the disk.
+
+    Args:
+        directory: the ensemble.
+        num_members: K.
+        ended: snapshots of those that have stopped, by number.
+
+    Example:
+        >>> write_ended(directory, 3, {1: "4"})  # doctest: +SKIP
+    """
+    atomic_write(directory / ENSEMBLE_FILE, _text(num_members, ended))
+
+
+def _text(num_members: int, ended: dict[int, str]) -> str:
+    return json.dumps({"num_members": num_members, "ended": {str(k): name for k, name in ended.items()}}) + "\n"

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from dwiml_func.checkpoint.index import newest_record
-from dwiml_func.config import TrainingConfig
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.ensemble_folder import is_ensemble, member_folders
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.config import TrainingConfig
+from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
 from dwiml_func.files.lock import is_locked
 
 __all__ = ["RunOverview", "list_runs"]

@@ -11,28 +11,26 @@ from typing import Any
 
 import torch
 
-from dwiml_func.best_model import mend_best_model, save_best_model
 from dwiml_func.checkpoint.arrays import DamagedError
 from dwiml_func.checkpoint.checkpoint import Snapshot, remove_old, restore, save
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import fill_digests
 from dwiml_func.checkpoint.index import list_snapshots, snapshot_name
-from dwiml_func.config import RunConfig
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.rng import Key
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
-from dwiml_func.ensemble_folder import read_ended, write_ended
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.best_model import mend_best_model, save_best_model
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.folder import read_config, read_ended, write_ended
+from dwiml_func.experiment.logs import experiment_writer, write_parameters
+from dwiml_func.experiment.resume import with_new_options
+from dwiml_func.experiment.setup import Setup, make_optimizer, prepare, with_seed
+from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import fingerprint, same_file
-from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.optim.schedules import per_epoch
-from dwiml_func.resumption import with_new_options
-from dwiml_func.wiring import Setup, make_optimizer, prepare, with_seed
-from dwiml_func.writers.experiment import experiment_writer
-from dwiml_func.writers.parameters import write_parameters
 
 __all__ = ["prepare_ensemble", "resume_ensemble", "run_ensemble"]
 
@@ -50,7 +48,7 @@ def prepare_ensemble(configs: Sequence[RunConfig]) -> list[Setup]:
         A setup for each.
 
     Raises:
-        FileNotFoundError, ValueError: as `dwiml_func.wiring.prepare`, or shards or compilation are asked for.
+        FileNotFoundError, ValueError: as `dwiml_func.experiment.setup.prepare`, or shards or compilation are asked for.
 
     Example:
         >>> setups = prepare_ensemble(member_configs(config, num_models=3))  # doctest: +SKIP
@@ -123,7 +121,7 @@ def resume_ensemble(
     Args:
         directory: the ensemble.
         new_max_epochs, new_patience, hdf5_file, processes, checkpoint_every, keep: as for
-            `dwiml_func.resumption.resume_experiment`, for all members. One that has stopped early stays as it is.
+            `dwiml_func.experiment.resume.resume_experiment`, for all members. One that has stopped early stays as it is.
 
     Returns:
         The parts, the ensemble and the histories for `run_ensemble`.

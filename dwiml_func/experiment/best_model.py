@@ -8,8 +8,8 @@ from pathlib import Path
 from dwiml_func.checkpoint.arrays import SnapshotError, load_leaves, read_manifest
 from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.core.state import TrainState
-from dwiml_func.models.model_directory import MANIFEST, save_model
-from dwiml_func.wiring import Setup
+from dwiml_func.experiment.model_store import MANIFEST, save_model
+from dwiml_func.experiment.setup import Setup
 
 __all__ = ["mend_best_model", "save_best_model"]
 

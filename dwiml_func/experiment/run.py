@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from dwiml_func.best_model import save_best_model
 from dwiml_func.checkpoint.background import NoSaver, Saver
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import list_snapshots, snapshot_name
@@ -21,12 +20,12 @@ from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.process_group import PeerLostError
+from dwiml_func.experiment.best_model import save_best_model
+from dwiml_func.experiment.logs import experiment_writer, write_parameters
+from dwiml_func.experiment.setup import Setup
+from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.fingerprint import FingerprintInBackground
-from dwiml_func.interruption import StopRequest, TrainingStopped
 from dwiml_func.optim.schedules import per_epoch
-from dwiml_func.wiring import Setup
-from dwiml_func.writers.experiment import experiment_writer
-from dwiml_func.writers.parameters import write_parameters
 from dwiml_func.writers.writer import Writer, fan_out
 
 __all__ = ["run_experiment"]
@@ -56,7 +55,7 @@ def run_experiment(
         on_batch: called after each training batch, e.g. by a progress bar.
         write: writes the logs. It is given the history first, then each epoch whose snapshot is saved; an error of it
             is warned of once, and cannot stop the training. None writes those of an experiment, `fan_out()` none.
-        stop: looked at after each batch; see `dwiml_func.interruption.stop_on_signals`.
+        stop: looked at after each batch; see `dwiml_func.experiment.signals.stop_on_signals`.
 
     Yields:
         Each epoch's report. After the last, everything is on disk.

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dwiml_func.config import RunConfig
-from dwiml_func.ensemble_folder import write_ended
-from dwiml_func.experiment import check_new_experiment
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.folder import check_new_experiment, write_ended
 from dwiml_func.files.atomic import atomic_directory
 
 __all__ = ["create_ensemble", "member_configs"]
@@ -81,7 +80,7 @@ def create_ensemble(experiments_path: str | Path, experiment_name: str, configs:
         The directory.
 
     Raises:
-        FileNotFoundError, ValueError: as `dwiml_func.experiment.create_experiment`.
+        FileNotFoundError, ValueError: as `dwiml_func.experiment.folder.create_experiment`.
 
     Example:
         >>> create_ensemble("/no/such/folder", "a", [])

@@ -1,28 +1,35 @@
 """Pictures of training runs: losses, angular errors, gradient norms, learning rates and speeds, by epoch.
 
 The only module that imports matplotlib, without its `pyplot`, so that nothing global is touched.
+
+Pictures of experiments, from what their snapshots have on record.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dwiml_func.checkpoint.index import newest_record
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.evaluation import Evaluation
+from dwiml_func.experiment.compare import distinguishing
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.evaluation import Evaluation, read_evaluation
+from dwiml_func.experiment.folder import read_config
 from dwiml_func.files.atomic import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PlottedRun", "check_format", "plot_runs", "save_figure"]
+__all__ = ["PlottedRun", "check_format", "draw_experiments", "leave_picture", "plot_runs", "save_figure"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color/), without its
@@ -280,3 +287,71 @@ def _means(run: PlottedRun, part: str, metric: str) -> list[float]:
 
 _DRAWINGS = (_losses, _angular_errors, _norms, _rates, _speeds)
 """What the panels show, in their order."""
+
+
+_MOST = 4  # options that a label names
+_log = logging.getLogger(__name__)
+
+
+def draw_experiments(directories: Sequence[str | Path]) -> Figure:
+    """Draw experiments over each other; each is labelled with its name and the options that it alone does not share.
+
+    Args:
+        directories: the experiments.
+
+    Returns:
+        The figure, see `plot_runs`.
+
+    Raises:
+        FileNotFoundError: one is no experiment.
+        ValueError: one has no finished epoch yet, or is damaged.
+
+    Example:
+        >>> draw_experiments(["/no/such/experiment"])
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: '/no/such/experiment' is not an experiment: it has no config.json.
+    """
+    paths = [Path(directory) for directory in directories]
+    configs = [read_config(path) for path in paths]
+    options = distinguishing([replace(config, origin=None).to_dict() for config in configs])
+    runs = []
+    for path, config, own in zip(paths, configs, options, strict=True):
+        record = newest_record(path)
+        if record is None or not record.history:
+            raise ValueError(f"{str(path)!r} has no finished epoch on record yet: there is nothing to draw.")
+        for sentence in record.damaged:
+            _log.warning("%s Drawn from %s.", sentence, record.name)
+        runs.append(
+            PlottedRun(label=_label(path, config, own), history=record.history, evaluation=read_evaluation(path))
+        )
+    return plot_runs(runs)
+
+
+def _label(directory: Path, config: RunConfig, options: Mapping[str, str]) -> str:
+    named = [f"{name.rpartition('.')[2]} {value}" for name, value in options.items() if name != "hdf5_file"]
+    if "hdf5_file" in options:
+        named.append(Path(options["hdf5_file"]).name)
+    if len(named) > _MOST:
+        named[_MOST:] = [f"and {len(named) - _MOST} more"]
+    if config.origin is not None:
+        named.insert(0, f"forked from {Path(config.origin.experiment).name} at {config.origin.snapshot}")
+    name = directory.resolve().name
+    return f"{name}: {', '.join(named)}" if named else name
+
+
+def leave_picture(directory: Path) -> None:
+    """Draw an experiment into its `plots/training.png`. A failure costs a warning and nothing else.
+
+    Args:
+        directory: the experiment.
+
+    Example:
+        >>> leave_picture(Path("/no/such/experiment"))
+    """
+    try:
+        figure = draw_experiments([directory])
+        (directory / "plots").mkdir(exist_ok=True)
+        save_figure(figure, directory / "plots" / "training.png")
+    except Exception as error:
+        _log.warning("No picture of %s was drawn: %s", directory, error)

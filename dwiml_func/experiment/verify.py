@@ -17,16 +17,15 @@ from dwiml_func.checkpoint.digest import bit_difference, leaf_differences, state
 from dwiml_func.checkpoint.index import Record, newest_record, read_record
 from dwiml_func.checkpoint.manifest import DamagedError
 from dwiml_func.checkpoint.provenance import environment, environment_differences
-from dwiml_func.comparison import differences, report_differences, report_values
-from dwiml_func.config import Origin, RunConfig
 from dwiml_func.core.loop import Batches, EpochReport, train_and_validate
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.step import NonFiniteError
-from dwiml_func.ensemble_folder import is_ensemble
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.compare import differences, report_differences, report_values
+from dwiml_func.experiment.config import Origin, RunConfig
+from dwiml_func.experiment.folder import is_ensemble, read_config
+from dwiml_func.experiment.setup import Setup, prepare
 from dwiml_func.files.fingerprint import fingerprint
 from dwiml_func.optim.schedules import per_epoch
-from dwiml_func.wiring import Setup, prepare
 
 __all__ = ["Verification", "verify_epoch"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from dwiml_func.checkpoint.history import history_to_json
 from dwiml_func.checkpoint.index import Record, newest_record
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.experiment import read_config
+from dwiml_func.experiment.folder import read_config
 
 __all__ = ["Comparison", "compare_experiments", "differences", "distinguishing", "report_differences"]
 

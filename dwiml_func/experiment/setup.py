@@ -1,4 +1,7 @@
-"""From a config to the parts of a run: data, model, steps. Nothing is written."""
+"""The steps of a run: compiled or not, on whole batches or on shards.
+
+From a config to the parts of a run: data, model, steps. Nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from typing import Any
 import torch
 
 from dwiml_func import optim
-from dwiml_func.config import BatchConfig, RunConfig, TrainingConfig
+from dwiml_func.compiled.gradient import JitGradient
+from dwiml_func.compiled.step import jit_step
+from dwiml_func.compiled.warmup import WarmStep
 from dwiml_func.core.autocast import require_bf16
 from dwiml_func.core.loop import Batches
 from dwiml_func.core.loss import LossFn, module_loss
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset
@@ -26,15 +32,80 @@ from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.shards import ShardedBatch, cut_batch
-from dwiml_func.distributed.sharding import ALONE, Peers, require_shards
+from dwiml_func.distributed.sharding import ALONE, Peers, require_shards, sharded_loss, sharded_value_and_grad
+from dwiml_func.experiment.config import BatchConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.model_store import build_model, require_memory
 from dwiml_func.models.config import require_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
-from dwiml_func.models.model_directory import build_model
-from dwiml_func.models.model_size import require_memory
 from dwiml_func.optim._foreach import Number
-from dwiml_func.run_steps import make_eval_step, make_step
+from dwiml_func.optim.optimizers import Optimizer
 
-__all__ = ["Setup", "loader_spec", "make_optimizer", "prepare", "require_usable", "with_seed"]
+__all__ = [
+    "Setup",
+    "loader_spec",
+    "make_eval_step",
+    "make_optimizer",
+    "make_step",
+    "prepare",
+    "require_usable",
+    "with_seed",
+]
+
+
+def make_step(
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    clip_grad: float | None,
+    num_shards: int,
+    peers: Peers,
+    compile_for: Callable[[], Any] | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The training step, which takes over the memory of the states that it is given.
+
+    Of a sharded step the gradient of a shard is compiled, and the sums and the optimizer are as without compilation. In
+    each process it is compiled for the same shard, so that all have the same code and any number gives the same bits.
+
+    Args:
+        loss_fn, optimizer, clip_grad: as for `train_step`.
+        num_shards: parts of a batch; above 1 the step takes batches that are cut.
+        peers: the processes that share the shards.
+        compile_for: gives a batch, or a shard of one, to compile for; None does not compile.
+
+    Returns:
+        `step(state, batch, lr=lr)`.
+
+    Example:
+        >>> state, metrics = make_step(**parts)(state, batch, lr=0.001)  # doctest: +SKIP
+    """
+    parts: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "clip_grad": clip_grad, "donate": True}
+    if num_shards == 1:
+        if compile_for is None:
+            return partial(train_step, **parts)
+        step = jit_step(**parts, dynamic=True)
+        return WarmStep(step, eager=step.eager, graph=step.graph, first_batch=compile_for)
+    eager = partial(train_step, **parts, gradient_fn=sharded_value_and_grad(peers))
+    if compile_for is None:
+        return eager
+    gradient = JitGradient(loss_fn, dynamic=True)
+    compiled = partial(train_step, **parts, gradient_fn=sharded_value_and_grad(peers, gradient))
+    return WarmStep(compiled, eager=eager, graph=gradient.graph, first_batch=lambda: (compile_for(),) * num_shards)
+
+
+def make_eval_step(loss_fn: LossFn, *, num_shards: int, peers: Peers) -> Callable[[TrainState, Any], Metrics]:
+    """The validation step.
+
+    Args:
+        loss_fn, num_shards, peers: as for `make_step`.
+
+    Returns:
+        `eval_step(state, batch)`.
+
+    Example:
+        >>> evaluate = make_eval_step(loss_fn, num_shards=1, peers=ALONE)  # doctest: +SKIP
+    """
+    return partial(eval_step, loss_fn=loss_fn if num_shards == 1 else sharded_loss(loss_fn, peers))
+
 
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16}
 

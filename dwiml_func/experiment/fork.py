@@ -7,18 +7,18 @@ from collections.abc import Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dwiml_func.best_model import save_best_model
 from dwiml_func.checkpoint.checkpoint import Snapshot, restore, restore_newest, write_snapshot
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.manifest import DamagedError, SnapshotError
-from dwiml_func.config import Origin, RunConfig
 from dwiml_func.core.early_stopping import Best, should_stop
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import ALONE, Peers
-from dwiml_func.experiment import create_experiment, read_config
+from dwiml_func.experiment.best_model import save_best_model
+from dwiml_func.experiment.config import Origin, RunConfig
+from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.setup import Setup, make_optimizer, prepare
 from dwiml_func.files.fingerprint import fingerprint, same_file
-from dwiml_func.wiring import Setup, make_optimizer, prepare
 
 __all__ = ["Fork", "create_fork", "prepare_fork"]
 
@@ -135,7 +135,7 @@ def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) 
         The experiment's directory, from which a run can be resumed.
 
     Raises:
-        FileNotFoundError, ValueError: as `dwiml_func.experiment.create_experiment`.
+        FileNotFoundError, ValueError: as `dwiml_func.experiment.folder.create_experiment`.
         OSError: the disk is full, or cannot be written to; nothing is left of the attempt.
 
     Example:

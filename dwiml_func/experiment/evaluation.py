@@ -1,9 +1,14 @@
-"""How well a model does: its loss, and its angular error beside two baselines that need no training."""
+"""How well a model does: its loss, and its angular error beside two baselines that need no training.
+
+`evaluation.json`: how the best model of a training does beside the baselines.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +23,20 @@ from dwiml_func.data.loader import epoch_batches
 from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.streamlines import directions
+from dwiml_func.experiment.model_store import LoadedModel, load_model
+from dwiml_func.experiment.setup import Setup, loader_spec, require_usable
+from dwiml_func.files.atomic import atomic_write
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
-from dwiml_func.models.model_directory import LoadedModel, load_model
-from dwiml_func.wiring import Setup, loader_spec, require_usable
 
-__all__ = ["Evaluation", "ModelEvaluation", "evaluate_best_model", "evaluate_directions", "evaluate_model"]
+__all__ = [
+    "Evaluation",
+    "ModelEvaluation",
+    "evaluate_best_model",
+    "evaluate_directions",
+    "evaluate_model",
+    "read_evaluation",
+    "write_evaluation",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,3 +208,59 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
         angular_error=means["angular_error"],
         compared=compared,
     )
+
+
+_NAME = "evaluation.json"
+
+
+def write_evaluation(directory: str | Path, evaluation: Evaluation, *, epoch: int, subset: str) -> None:
+    """Write the file.
+
+    Args:
+        directory: the experiment.
+        evaluation: of its best model; NaN is written as null.
+        epoch: the best epoch.
+        subset: whose streamlines it was evaluated on, "validation" or "training".
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> evaluation = Evaluation(
+        ...     model=10.0, keep_straight=4.0, principal_direction=None, num_points=7, num_streamlines=1)
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     write_evaluation(directory, evaluation, epoch=3, subset="validation")
+        ...     read_evaluation(directory) == evaluation
+        True
+    """
+    values = {name: None if _is_nan(value) else value for name, value in asdict(evaluation).items()}
+    atomic_write(Path(directory) / _NAME, json.dumps({"epoch": epoch, "subset": subset, **values}, indent=2) + "\n")
+
+
+def read_evaluation(directory: str | Path) -> Evaluation | None:
+    """Read what was recorded.
+
+    Args:
+        directory: the experiment.
+
+    Returns:
+        The evaluation; None where there is none, or the file is damaged.
+
+    Example:
+        >>> read_evaluation("/no/such/experiment") is None
+        True
+    """
+    import pydantic
+
+    try:
+        values = json.loads((Path(directory) / _NAME).read_bytes())
+        angles = {name: math.nan if values[name] is None else values[name] for name in ("model", "keep_straight")}
+        known = {name: values[name] for name in ("principal_direction", "num_points", "num_streamlines")}
+        return pydantic.TypeAdapter(Evaluation).validate_json(json.dumps({**angles, **known}), strict=True)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
