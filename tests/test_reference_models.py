@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from dwiml_func.models.reference_upgrade import upgraded_parameters
+from dwiml_func.dwi_ml.upgrade import upgraded_parameters
 
 DATA = Path(__file__).parent / "data"
 PARITY = DATA / "parity"

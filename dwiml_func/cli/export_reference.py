@@ -11,8 +11,8 @@ import tyro
 
 from dwiml_func.cli.output import new_folder
 from dwiml_func.cli.parsing import parse
+from dwiml_func.dwi_ml.models import shift_warning, write_reference
 from dwiml_func.experiment.model_store import find_model, load_model
-from dwiml_func.models.reference_format import shift_warning, write_reference
 
 __all__ = ["ExportOptions", "run"]
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
+from dwiml_func.dwi_ml.parameters import config_of, parameters_of, require_whole_grid
+from dwiml_func.dwi_ml.upgrade import upgraded_parameters, upgraded_state
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import LoadedModel, build_model, filled_model
 from dwiml_func.files.atomic import atomic_directory
 from dwiml_func.models.learn2track import Learn2Track
-from dwiml_func.models.reference_parameters import config_of, parameters_of, require_whole_grid
-from dwiml_func.models.reference_upgrade import upgraded_parameters, upgraded_state
 
 __all__ = ["ReferenceModel", "read_reference", "shift_warning", "write_reference"]
 
