@@ -19,9 +19,9 @@ import torch
 from timing import interleaved, medians_of
 from verdicts import conclude
 
-from dwiml_func.cli.example_options import example_options
-from dwiml_func.cli.parsing import parse
-from dwiml_func.cli.run_options import RunOptions
+from dwiml_func.cli._example_options import example_options
+from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._run_options import RunOptions
 from dwiml_func.compiled.warmup import CompilationReport, WarmStep
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.example.dataset import make_example_data

@@ -21,8 +21,8 @@ from timing import interleaved, medians_of
 from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
-from dwiml_func.cli.parsing import parse
-from dwiml_func.cli.run_options import RunOptions
+from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._run_options import RunOptions
 from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.evaluation import evaluate_model

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from dwiml_func.cli.help import format_help
+from dwiml_func.cli._help import format_help
+from dwiml_func.cli._options import list_options
+from dwiml_func.cli._run_options import RUN_SUBJECTS, RunOptions
 from dwiml_func.cli.main import COMMANDS
-from dwiml_func.cli.options import list_options
-from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions
 
 
 @dataclass(frozen=True)

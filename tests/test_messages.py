@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dwiml_func.cli.messages import Verbosity, messages, say
+from dwiml_func.cli._messages import Verbosity, messages, say
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 TINY = ("--rnn-layer-sizes", "4", "--batch-size-training", "40", "--max-epochs", "1")

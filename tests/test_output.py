@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dwiml_func.cli.output import folders_above, new_folder
+from dwiml_func.cli._output import folders_above, new_folder
 
 DATA = Path(__file__).parent / "data"
 

@@ -16,7 +16,7 @@ import pytest
 from report_cases import report
 
 from dwiml_func import Key, TrainState, init_state, sgd
-from dwiml_func.cli.messages import Verbosity, messages
+from dwiml_func.cli._messages import Verbosity, messages
 from dwiml_func.core.metrics import Sum
 from dwiml_func.writers.progress import Progress
 

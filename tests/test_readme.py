@@ -151,7 +151,7 @@ TRAINING_OPTIONS_OF_DWI_ML = (  # of l2t_train_model and l2t_resume_training_fro
 
 
 def test_every_training_option_of_dwi_ml_is_ours_or_in_the_table() -> None:
-    from dwiml_func.cli.options import list_options
+    from dwiml_func.cli._options import list_options
     from dwiml_func.cli.resume import ResumeOptions
     from dwiml_func.cli.train import TrainOptions
 

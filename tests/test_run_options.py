@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from dwiml_func.checkpoint.checkpoint import latest_digest
-from dwiml_func.cli.example_options import example_options, kept_example_options
-from dwiml_func.cli.parsing import parse
-from dwiml_func.cli.run_options import RunOptions
+from dwiml_func.cli._example_options import example_options, kept_example_options
+from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._run_options import RunOptions
 from dwiml_func.experiment.config import Origin, config_from_json
 from dwiml_func.experiment.folder import read_config
 

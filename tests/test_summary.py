@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.cli.summary import format_summary
+from dwiml_func.cli._summary import format_summary
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch

@@ -10,8 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.output import folders_above
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._output import folders_above
+from dwiml_func.cli._parsing import parse
 from dwiml_func.data.creation.config import read_groups_config
 from dwiml_func.data.creation.create import create_dataset
 from dwiml_func.data.creation.files import read_subjects

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._parsing import parse
 from dwiml_func.experiment.compare import Comparison, compare_experiments
 
 __all__ = ["DiffOptions", "format_comparison", "run"]

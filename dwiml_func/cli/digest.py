@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from dwiml_func.checkpoint.checkpoint import latest_digest
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._parsing import parse
 from dwiml_func.experiment.folder import is_ensemble, member_folders
 
 __all__ = ["DigestOptions", "run"]

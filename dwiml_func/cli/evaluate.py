@@ -12,9 +12,9 @@ import torch
 import tyro
 
 from dwiml_func._checks import require
-from dwiml_func.cli.messages import counted
-from dwiml_func.cli.parsing import parse
-from dwiml_func.cli.summary import NO_PRINCIPAL_DIRECTION
+from dwiml_func.cli._messages import counted
+from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.evaluation import ModelEvaluation, evaluate_model
 from dwiml_func.experiment.model_store import find_model, load_model

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.output import folders_above
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._output import folders_above
+from dwiml_func.cli._parsing import parse
 from dwiml_func.data.example.dataset import make_example_data
 
 __all__ = ["ExampleDataOptions", "run"]

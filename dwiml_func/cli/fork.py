@@ -9,9 +9,9 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.messages import say
-from dwiml_func.cli.parsing import parse
-from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions
+from dwiml_func.cli._messages import say
+from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._run_options import RUN_SUBJECTS, RunOptions
 from dwiml_func.cli.train import train_with_progress
 from dwiml_func.distributed.process_group import process_group, rank_in
 from dwiml_func.experiment.compare import differences

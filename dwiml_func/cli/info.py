@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._parsing import parse
 from dwiml_func.data.inspection.inspect import inspect_dataset
 from dwiml_func.data.inspection.report import format_inspection
 

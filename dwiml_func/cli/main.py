@@ -9,9 +9,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from dwiml_func.cli.help import format_block
-from dwiml_func.cli.messages import MESSAGE_OPTIONS, Verbosity, messages, take_verbosity
-from dwiml_func.cli.parsing import nearest
+from dwiml_func.cli._help import format_block
+from dwiml_func.cli._messages import MESSAGE_OPTIONS, Verbosity, messages, take_verbosity
+from dwiml_func.cli._parsing import nearest
 from dwiml_func.core.step import NonFiniteError
 from dwiml_func.distributed.process_group import PeerLostError, rank_in
 from dwiml_func.experiment.signals import TrainingStopped

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.output import folders_above
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._output import folders_above
+from dwiml_func.cli._parsing import parse
 from dwiml_func.experiment.folder import ENSEMBLE_FILE, is_ensemble, member_folders
 from dwiml_func.experiment.plots import check_format, draw_experiments, save_figure
 

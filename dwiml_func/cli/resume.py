@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dwiml_func.cli.ensemble import resume_members
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._ensemble import resume_members
+from dwiml_func.cli._parsing import parse
 from dwiml_func.cli.train import train_with_progress
 from dwiml_func.distributed.process_group import in_turn, process_group
 from dwiml_func.experiment.folder import experiment_directory, is_ensemble, read_config

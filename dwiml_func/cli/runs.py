@@ -11,7 +11,7 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._parsing import parse
 from dwiml_func.experiment.runs import RunOverview, list_runs
 
 __all__ = ["RunsOptions", "format_runs", "run"]

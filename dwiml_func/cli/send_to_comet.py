@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from dwiml_func.checkpoint.index import newest_record
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._parsing import parse
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.logs import experiment_comet
 

@@ -16,12 +16,12 @@ from typing import Annotated, NoReturn
 import tyro
 
 from dwiml_func.checkpoint.provenance import environment
-from dwiml_func.cli.ensemble import train_members
-from dwiml_func.cli.example_options import example_options, kept_example_options
-from dwiml_func.cli.messages import counted, is_quiet, say
-from dwiml_func.cli.parsing import parse, value_of
-from dwiml_func.cli.run_options import RUN_SUBJECTS, RunOptions, read_config_part
-from dwiml_func.cli.summary import format_summary
+from dwiml_func.cli._ensemble import train_members
+from dwiml_func.cli._example_options import example_options, kept_example_options
+from dwiml_func.cli._messages import counted, is_quiet, say
+from dwiml_func.cli._parsing import parse, value_of
+from dwiml_func.cli._run_options import RUN_SUBJECTS, RunOptions, read_config_part
+from dwiml_func.cli._summary import format_summary
 from dwiml_func.compiled.warmup import WarmStep
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._parsing import parse
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.verify import Verification, verify_epoch
 from dwiml_func.writers.progress import Progress

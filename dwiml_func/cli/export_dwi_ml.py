@@ -9,8 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.output import new_folder
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._output import new_folder
+from dwiml_func.cli._parsing import parse
 from dwiml_func.dwi_ml.models import shift_warning, write_reference
 from dwiml_func.experiment.model_store import find_model, load_model
 

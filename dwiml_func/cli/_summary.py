@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dwiml_func.cli.messages import counted
+from dwiml_func.cli._messages import counted
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
 

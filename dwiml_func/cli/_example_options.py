@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from dwiml_func.cli.options import list_options
-from dwiml_func.cli.parsing import parse
-from dwiml_func.cli.run_options import RunOptions
+from dwiml_func.cli._options import list_options
+from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._run_options import RunOptions
 
 __all__ = ["example_options", "kept_example_options"]
 

@@ -7,8 +7,8 @@ import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-from dwiml_func.cli.messages import MESSAGE_OPTIONS
-from dwiml_func.cli.options import Option, list_options
+from dwiml_func.cli._messages import MESSAGE_OPTIONS
+from dwiml_func.cli._options import Option, list_options
 
 __all__ = ["format_block", "format_help"]
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.cli.messages import counted, say
+from dwiml_func.cli._messages import counted, say
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.step import NonFiniteError
 from dwiml_func.ensemble.loop import EnsembleReport

@@ -12,9 +12,9 @@ from typing import TypeVar
 
 import tyro
 
-from dwiml_func.cli.help import format_help
-from dwiml_func.cli.messages import MESSAGE_OPTIONS
-from dwiml_func.cli.options import Option, list_options
+from dwiml_func.cli._help import format_help
+from dwiml_func.cli._messages import MESSAGE_OPTIONS
+from dwiml_func.cli._options import Option, list_options
 
 __all__ = ["nearest", "parse", "value_of"]
 

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli.output import new_folder
-from dwiml_func.cli.parsing import parse
+from dwiml_func.cli._output import new_folder
+from dwiml_func.cli._parsing import parse
 from dwiml_func.core.state import init_state
 from dwiml_func.dwi_ml.models import read_reference
 from dwiml_func.experiment.model_store import save_model
