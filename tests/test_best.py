@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.core.early_stopping`: what is the best epoch, to the last bit, and when patience runs out."""
+"""Claims about `dwiml_func.core.early_stopping`: what is the best epoch, and when patience runs out."""
 
 import math
 from functools import reduce

@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.compiled.step`: what `train_step` computes, compiled once, for any step, batch and learning rate."""
+"""Claims about `dwiml_func.compiled.step`: what `train_step` computes, compiled once, for any step and batch."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.core.step`: a plain torch loop's bits, donation that is safe, and nothing that is not finite."""
+"""Claims about `dwiml_func.core.step`: a plain torch loop's bits, safe donation, nothing that is not finite."""
 
 from dataclasses import dataclass
 from functools import partial

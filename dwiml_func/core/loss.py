@@ -72,9 +72,8 @@ def module_loss(
             of further means, each alone or as a pair (mean, weight), tensors or numbers.
         stochastic: whether the model may draw random numbers. True seeds torch's generators from the key and restores
             them afterwards (some 10 microseconds); False leaves them alone, for models that draw nothing.
-        autocast: torch.bfloat16 runs `model(...)` in mixed precision, see `dwiml_func.core.autocast.autocast_forward`: what
-            `compute_batch_loss` makes of its results is computed in float32, and parameters, gradients and loss stay
-            in it. None runs it as it is.
+        autocast: torch.bfloat16 runs `model(...)` in mixed precision, see `autocast_forward`: what `compute_batch_loss`
+            makes of its results is computed in float32, and parameters, gradients and loss stay in it. None: as it is.
 
     Returns:
         A loss function for `train_step` and `eval_step`. Not to be called from several threads at once.

@@ -121,7 +121,7 @@ def resume_ensemble(
     Args:
         directory: the ensemble.
         new_max_epochs, new_patience, hdf5_file, processes, checkpoint_every, keep: as for
-            `dwiml_func.experiment.resume.resume_experiment`, for all members. One that has stopped early stays as it is.
+            `resume_experiment`, for all members. One that has stopped early stays as it is.
 
     Returns:
         The parts, the ensemble and the histories for `run_ensemble`.

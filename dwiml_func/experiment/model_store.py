@@ -26,7 +26,6 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.experiment.config import ModelConfig, RunConfig, config_from_json
 from dwiml_func.experiment.folder import is_ensemble
-from dwiml_func.models.config import ModelConfig
 from dwiml_func.models.learn2track import Learn2Track
 
 __all__ = [
