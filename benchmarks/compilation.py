@@ -22,10 +22,10 @@ from verdicts import conclude
 from dwiml_func.cli._example_options import example_options
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli._run_options import RunOptions
-from dwiml_func.compiled.warmup import CompilationReport, WarmStep
+from dwiml_func.compiled.warmup import CompilationReport, WarmUpStep
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.example.dataset import make_example_data
-from dwiml_func.experiment.setup import Setup, prepare
+from dwiml_func.experiment.setup import RunParts, prepare
 
 EAGER, COMPILED, LR = "eager", "compiled", 1e-3
 MAX_RATIO, MAX_COMPILATIONS = 1.0, 3
@@ -70,16 +70,16 @@ def main() -> int:
     return conclude(verdicts)
 
 
-def make_setups(path: Path) -> tuple[Setup, Setup, WarmStep]:
+def make_setups(path: Path) -> tuple[RunParts, RunParts, WarmUpStep]:
     """The default example run, eager and compiled, and the compiled step as it is."""
     make_example_data(path)
     config = parse(RunOptions, example_options(), "benchmark").to_config(path)
     compiled = prepare(replace(config, training=replace(config.training, compile=True)))
-    assert isinstance(compiled.step, WarmStep)
+    assert isinstance(compiled.step, WarmUpStep)
     return prepare(config), compiled, compiled.step
 
 
-def different_batches(setup: Setup) -> Iterator[StreamlineBatch]:
+def different_batches(setup: RunParts) -> Iterator[StreamlineBatch]:
     """The run's training batches, epoch by epoch; those with as many points as one before are left out."""
     seen = set()
     for epoch in count():
@@ -89,7 +89,7 @@ def different_batches(setup: Setup) -> Iterator[StreamlineBatch]:
                 yield batch
 
 
-def step_through(setup: Setup, batches: list[StreamlineBatch], losses: list[float]) -> Callable[[], None]:
+def step_through(setup: RunParts, batches: list[StreamlineBatch], losses: list[float]) -> Callable[[], None]:
     """A function that trains on the next of the batches, the first one twice, and notes the loss."""
     state, upcoming = setup.state, iter([batches[0], *batches])
 
@@ -102,7 +102,7 @@ def step_through(setup: Setup, batches: list[StreamlineBatch], losses: list[floa
     return run
 
 
-def print_tables(times: dict[str, list[float]], points: list[int], warm: WarmStep) -> float:
+def print_tables(times: dict[str, list[float]], points: list[int], warm: WarmUpStep) -> float:
     """Print the medians, and what compilation costs and brings; return the ratio of the medians."""
     medians = medians_of(times)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), both steps in turn, one process")

@@ -18,7 +18,7 @@ from verdicts import conclude
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.data.shards import cut_batch
-from dwiml_func.distributed.process_group import process_group
+from dwiml_func.distributed.process_group import join_process_group
 from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
@@ -67,10 +67,10 @@ def start(shards: int, processes: int, steps: int) -> tuple[float, float, str]:
 
 
 class _Timed:
-    """Peers whose exchanges are timed."""
+    """ProcessGroup whose exchanges are timed."""
 
-    def __init__(self, peers: Any) -> None:
-        self.rank, self.size, self._peers, self.seconds = peers.rank, peers.size, peers, 0.0
+    def __init__(self, process_group: Any) -> None:
+        self.rank, self.size, self._peers, self.seconds = process_group.rank, process_group.size, process_group, 0.0
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         start = time.perf_counter()
@@ -85,20 +85,20 @@ def run(shards: int, steps: int) -> int:
     torch.manual_seed(0)
     model = Learn2Track(FEATURES, nb_previous_dirs=1)
     batch: Any = make_batch(100, 117)
-    with process_group() as group:
-        peers = _Timed(group)
+    with join_process_group() as group:
+        process_group = _Timed(group)
         options: dict[str, Any] = {}
         if shards > 1:
-            batch, options["gradient_fn"] = cut_batch(batch, shards), sharded_value_and_grad(peers)
+            batch, options["gradient_fn"] = cut_batch(batch, shards), sharded_value_and_grad(process_group)
         loss_fn = module_loss(model, compute_batch_loss)
         step = partial(train_step, loss_fn=loss_fn, optimizer=adam(), lr=1e-3, donate=True, **options)
         state, _ = step(init_state(model, adam(), seed=0), batch)
-        peers.seconds, began = 0.0, time.perf_counter()
+        process_group.seconds, began = 0.0, time.perf_counter()
         for _ in range(steps):
             state, _ = step(state, batch)
         seconds = (time.perf_counter() - began) / steps
-        if peers.rank == 0:
-            print(seconds, peers.seconds / steps, state_digest(state))
+        if process_group.rank == 0:
+            print(seconds, process_group.seconds / steps, state_digest(state))
     return 0
 
 

@@ -26,7 +26,7 @@ from dwiml_func.ensemble.step import ensemble_step
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 MLP, LEARN2TRACK, DROPOUT = "16 MLPs", "8 Learn2Track", "8 Learn2Track, dropout"
-ALONE, SAME, EACH = "one after the other", "ensemble", "ensemble, lr and weight decay of each"
+SINGLE_PROCESS, SAME, EACH = "one after the other", "ensemble", "ensemble, lr and weight decay of each"
 LIMITS = {MLP: 4.0, LEARN2TRACK: 1.5}
 
 
@@ -47,7 +47,7 @@ def main() -> int:
     print(f"{'one step of all members':26} {'':38} {'median':>9} {'quartiles':>20} {'faster':>7}")
     for name, (make, loss, batch, num_members, rounds) in settings.items():
         times = measure(make_variants(make, loss, batch, num_members), rounds)
-        alone = statistics.median(times[ALONE])
+        alone = statistics.median(times[SINGLE_PROCESS])
         for variant, seconds in times.items():
             lower, median, upper = (1e3 * value for value in statistics.quantiles(seconds, n=4))
             gains[name, variant] = alone / statistics.median(seconds)
@@ -125,7 +125,7 @@ def make_variants(
 
     each = torch.logspace(-4, -2, num_members, dtype=torch.float64)
     return {
-        ALONE: one_after_the_other,
+        SINGLE_PROCESS: one_after_the_other,
         SAME: together(optimizer=adam(weight_decay=0.01), lr=1e-3),
         EACH: together(optimizer=adam, lr=each, weight_decay=each),
     }

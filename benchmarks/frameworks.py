@@ -4,7 +4,7 @@ All begin with the same weights and take the same batches with the same Adam; af
 """
 
 # pyright: reportMissingImports=false
-# The peers come with the extra "bench", and each is left out where it is not installed.
+# The process_group come with the extra "bench", and each is left out where it is not installed.
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.compiled.step import jit_step
 
 BARE, EAGER, COMPILED = "bare torch.optim.Adam loop", "ours, eager (donated)", "ours, compiled (donated)"
-LIGHTNING, IGNITE = "Lightning Trainer.fit", "ignite Engine"
+LIGHTNING, IGNITE = "Lightning Trainer.fit", "ignite AutodiffBackend"
 LINEN, NNX, SCAN = (
     "JAX: flax.linen TrainState, jax.jit",
     "JAX: flax.nnx Optimizer, nnx.jit",
@@ -160,11 +160,11 @@ def lightning(batches: Batches) -> Variant:
 
 
 def ignite(batches: Batches) -> Variant:
-    """An Engine around the step that its helper makes."""
-    engine = importlib.import_module("ignite.engine")
+    """An AutodiffBackend around the step that its helper makes."""
+    backend = importlib.import_module("ignite.backend")
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    trainer = engine.create_supervised_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    trainer = backend.create_supervised_trainer(model, optimizer, torch.nn.functional.mse_loss)
     run = partial(trainer.run, batches, max_epochs=1)
     return Variant(run, lambda: squared_error(model, batches[0])[0].item())
 
@@ -254,7 +254,7 @@ def jax_layers() -> list[dict[str, Any]]:
 
 PEERS: dict[tuple[str, ...], dict[str, Callable[[Batches], Variant]]] = {
     ("lightning",): {LIGHTNING: lightning},
-    ("ignite.engine",): {IGNITE: ignite},
+    ("ignite.backend",): {IGNITE: ignite},
     ("jax", "optax", "flax"): {LINEN: partial(linen, False), NNX: nnx, SCAN: partial(linen, True)},
 }
 

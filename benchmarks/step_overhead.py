@@ -30,7 +30,7 @@ TURNS = (
     "which finds another variant's code and data in the processor's caches, with the ratio to the bare loop's."
 )
 WHY = (
-    "Why 'autograd' is the default engine: torch.func.grad_and_value always builds a graph of the backward pass\n"
+    "Why 'autograd' is the default backend: torch.func.grad_and_value always builds a graph of the backward pass\n"
     "(create_graph=True), which a training step throws away; torch.autograd.grad on detached leaves builds none. Both\n"
     "are pure. 'func' is for what it alone can do: vmap and jacrev over the loss."
 )
@@ -116,7 +116,7 @@ def make_variants() -> dict[str, Callable[[], None]]:
         DONATED: ours(donate=True),
         "pure, stochastic=False": ours(stochastic=False),
         "donated, stochastic=False": ours(donate=True, stochastic=False),
-        "pure, engine='func'": ours(engine="func"),
+        "pure, backend='func'": ours(backend="func"),
         "compiled, pure, stochastic=False": compiled(),
         COMPILED: compiled(donate=True),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["STRICT", "require", "shown"]
+__all__ = ["STRICT", "check_number", "truncated_repr"]
 
 STRICT = {"extra": "forbid", "strict": True}
 """How pydantic reads the dataclasses of a config from JSON: no unknown key, no conversion."""
@@ -12,7 +12,7 @@ STRICT = {"extra": "forbid", "strict": True}
 _COUNT_END = 1 << 31  # counts stay below it: torch takes none beyond
 
 
-def require(
+def check_number(
     name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> None:
     """Refuse a number that is out of range or not finite.
@@ -28,7 +28,7 @@ def require(
         ValueError: the number is out of range.
 
     Example:
-        >>> require("max_epochs", 0, at_least=1)
+        >>> check_number("max_epochs", 0, at_least=1)
         Traceback (most recent call last):
         ...
         ValueError: max_epochs: expected a finite number at least 1 and below 2147483648, received 0.
@@ -39,10 +39,10 @@ def require(
         bounds = [f"at least {at_least}"] if at_least > -math.inf else []
         bounds += [f"above {above}"] if above > -math.inf else []
         bounds += [f"below {below}"] if below < math.inf else []
-        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}, received {shown(value)}.")
+        raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}, received {truncated_repr(value)}.")
 
 
-def shown(value: object) -> str:
+def truncated_repr(value: object) -> str:
     """A value as an error message shows it.
 
     Args:
@@ -52,7 +52,7 @@ def shown(value: object) -> str:
         Its representation, cut to 60 characters.
 
     Example:
-        >>> shown([1, "a"])
+        >>> truncated_repr([1, "a"])
         "[1, 'a']"
     """
     try:

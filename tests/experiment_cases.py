@@ -29,8 +29,8 @@ def trained(parent: Path, config: RunConfig, name: str = "run") -> Path:
 
 
 def restored(directory: Path) -> tuple[TrainState, tuple[EpochReport, ...]]:
-    snapshot = restore(directory, prepare(read_config(directory)).state)
-    return snapshot.state, snapshot.history
+    checkpoint = restore(directory, prepare(read_config(directory)).state)
+    return checkpoint.state, checkpoint.history
 
 
 def without_digests(history: tuple[EpochReport, ...]) -> tuple[EpochReport, ...]:

@@ -17,7 +17,7 @@ OPTIONS = (*STOCHASTIC, "--max-epochs", "2")
 
 GATED = """
 import dataclasses, sys, threading
-from dwiml_func.checkpoint import background as saver
+from dwiml_func.checkpoint import background as checkpointer
 from dwiml_func.cli import train
 from dwiml_func.cli.main import main
 
@@ -48,7 +48,7 @@ prepare = train.prepare
 if place == "prepare":
     train.prepare = gated(prepare)
 elif place == "save":
-    saver.save = hang
+    checkpointer.save = hang
 else:
     def prepare_gated(*args):
         setup = prepare(*args)

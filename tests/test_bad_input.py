@@ -22,7 +22,7 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of experiments, with one in it that has no snapshot yet."""
+    """A folder of experiments, with one in it that has no checkpoint yet."""
     path = tmp_path / "experiments"
     (path / "there").mkdir(parents=True)
     (path / "there" / "config.json").write_text(RunConfig(hdf5_file=str(PHANTOM)).to_json())
@@ -265,15 +265,15 @@ def test_a_damaged_config_is_refused_on_resume(cli, experiments, content, named)
     assert contents(experiments) == before
 
 
-def test_a_run_of_which_every_snapshot_is_damaged_is_refused_on_resume_and_by_digest(cli, experiments):
+def test_a_run_of_which_every_checkpoint_is_damaged_is_refused_on_resume_and_by_digest(cli, experiments):
     for name in ("2", "3"):
         (data,) = (experiments / "run" / "checkpoint" / name / "leaves" / "d").iterdir()
         data.write_bytes(data.read_bytes()[:-1])
     before = contents(experiments)
     cli("resume", experiments, "run", "--new-patience", "9").check_refusal(
-        "Every snapshot is damaged", "checkpoint/2 is damaged", "checkpoint/3 is damaged", data.name
+        "Every checkpoint is corrupt", "checkpoint/2 is corrupt", "checkpoint/3 is corrupt", data.name
     )
-    cli("digest", experiments / "run").check_refusal("checkpoint/3 is damaged", data.name)
+    cli("digest", experiments / "run").check_refusal("checkpoint/3 is corrupt", data.name)
     assert contents(experiments) == before
 
 
@@ -281,6 +281,6 @@ def test_what_is_no_experiment_is_refused(cli, folder):
     cli("resume", folder, "nothing").check_refusal(str(folder / "nothing"), "not an experiment")
     cli("resume", folder / "nothing", "there").check_refusal(str(folder / "nothing"), "not a folder")
     cli("resume", folder, "../there").check_refusal("'../there'")
-    cli("digest", folder / "there").check_refusal("No snapshot", str(folder / "there"))
-    cli("digest", folder / "nothing").check_refusal("No snapshot", str(folder / "nothing"))
+    cli("digest", folder / "there").check_refusal("No checkpoint", str(folder / "there"))
+    cli("digest", folder / "nothing").check_refusal("No checkpoint", str(folder / "nothing"))
     cli("digest").check_refusal("EXPERIMENT_DIR")

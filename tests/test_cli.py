@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints
 from dwiml_func.cli.main import COMMANDS
 from dwiml_func.experiment.config import (
     BatchConfig,
@@ -29,7 +29,7 @@ TINY = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs",
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of experiments, with one in it that has no snapshot yet."""
+    """A folder of experiments, with one in it that has no checkpoint yet."""
     path = tmp_path / "experiments"
     (path / "there").mkdir(parents=True)
     (path / "there" / "config.json").write_text(RunConfig(hdf5_file=str(PHANTOM)).to_json())
@@ -49,11 +49,11 @@ def test_after_a_new_patience_the_run_goes_on(cli, experiments):
     lines = [line.split()[1] for line in outcome.out.splitlines() if line.startswith("Epoch ")]
     assert lines == ["4/9", "5/9"]
     assert "Stopped early after 5 epochs" in outcome.out
-    assert list_snapshots(experiments / "run") == ["2", "4", "5"]
+    assert list_checkpoints(experiments / "run") == ["2", "4", "5"]
     cli("resume", experiments, "run").check_refusal("patience 3")
 
 
-def test_an_experiment_without_a_snapshot_starts_from_the_beginning(cli, folder):
+def test_an_experiment_without_a_checkpoint_starts_from_the_beginning(cli, folder):
     (folder / "there" / "config.json").write_text(
         RunConfig(
             hdf5_file=str(PHANTOM),
@@ -207,16 +207,16 @@ def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(cli, folder):
     assert outcome.code == 1
     (line,) = outcome.err.splitlines()
     assert re.match(r"dwiml-func train: The .* in epoch 2, batch \d \(step \d\), ids \d+, ", line)
-    assert list_snapshots(folder / "new") == ["1"]
+    assert list_checkpoints(folder / "new") == ["1"]
     assert "Epoch 1/3" in outcome.out
     again = cli("resume", folder, "new")
     assert (again.code, again.err) == (1, line.replace("train", "resume") + "\n")
-    assert list_snapshots(folder / "new") == ["1"]
+    assert list_checkpoints(folder / "new") == ["1"]
 
     first = cli("train", folder, "first", PHANTOM, *TINY, "--optimizer", "SGD", "--learning-rate", "1e38")
     assert first.code == 1
     assert "in epoch 1, " in first.err
-    assert list_snapshots(folder / "first") == []
+    assert list_checkpoints(folder / "first") == []
 
 
 def test_ctrl_c_ends_in_one_line(cli, folder, monkeypatch):
@@ -226,7 +226,7 @@ def test_ctrl_c_ends_in_one_line(cli, folder, monkeypatch):
     monkeypatch.setattr("dwiml_func.cli.train.run_experiment", interrupted)
     outcome = cli("train", folder, "new", PHANTOM, *TINY)
     assert outcome.code == 130
-    assert outcome.err == "dwiml-func train: interrupted. The last snapshot stands.\n"
+    assert outcome.err == "dwiml-func train: interrupted. The last checkpoint stands.\n"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -107,7 +107,7 @@ def test_an_epochs_metrics_have_the_references_names_contexts_and_units():
 
 def test_a_run_has_one_key_for_ever_and_no_other_run_has_it():
     key = comet_key(report(1))
-    assert comet_key(report(1, digest="0" * 64, stop="max_epochs")) == key  # as a snapshot has it
+    assert comet_key(report(1, digest="0" * 64, stop="max_epochs")) == key  # as a checkpoint has it
     others = [comet_key(report(1, train_minutes=0.25 + 1e-12)), comet_key(report(1), branch="fork")]
     assert len({key, *others}) == 3
     assert key.isalnum()

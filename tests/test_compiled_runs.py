@@ -16,7 +16,7 @@ from preloaded import run_command
 from dwiml_func import init_state, module_loss, sgd
 from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.compiled.step import jit_step
-from dwiml_func.compiled.warmup import CompilationReport, WarmStep
+from dwiml_func.compiled.warmup import CompilationReport, WarmUpStep
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
@@ -75,7 +75,7 @@ def test_a_step_warms_up_on_the_first_batch_of_the_run_and_changes_nothing_by_it
 
     states = []
     inner = jit_step(**options)
-    warm = WarmStep(inner, eager=inner.eager, graph=inner.graph, first_batch=first_batch)
+    warm = WarmUpStep(inner, eager=inner.eager, graph=inner.graph, first_batch=first_batch)
     for step in (jit_step(**options), warm):
         state = init_state(model, sgd(), seed=0)
         for _ in range(3):

@@ -13,7 +13,7 @@ import pytest
 from preloaded import Fork, run_command, start_command
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
 
-from dwiml_func.checkpoint.checkpoint import list_snapshots
+from dwiml_func.checkpoint.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.soak
 
@@ -80,7 +80,7 @@ def test_killed_at_random_moments(
         else:
             process = start_command("train", tmp_path, "run", DATA, *OPTIONS, "--processes", processes)
         num_saving += _kill(process, directory, draws)
-        seen.update(list_snapshots(directory)[-1:])
+        seen.update(list_checkpoints(directory)[-1:])
     assert num_saving >= num_kills // 5, "the kills missed the saves: the test is not worth its name"
     assert len(seen) >= num_kills // 4, "the run did not move on between the kills"
     assert str(EPOCHS) not in seen, "the run ended before the last kill"

@@ -13,8 +13,8 @@ import torch
 
 from dwiml_func.checkpoint.checkpoint import latest_digest, restore
 from dwiml_func.checkpoint.digest import state_leaves
-from dwiml_func.checkpoint.index import list_snapshots
-from dwiml_func.experiment.config import RunConfig, SnapshotConfig
+from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.ensemble_members import member_configs
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
 from dwiml_func.experiment.folder import read_config, read_ended
@@ -73,7 +73,7 @@ def test_a_member_is_an_experiment_for_other_commands(trained, tmp_path, cli):
     assert len(np.load(seeds / "1" / "logs" / "train_loss_monitor_per_epoch.npy")) == 2
     assert cli("evaluate", seeds / "1", PHANTOM, "--subset", "validation").code == 0
     assert cli("resume", seeds, "1", "--new-max-epochs", "3").code == 0
-    assert list_snapshots(seeds / "1")[-1] == "3"
+    assert list_checkpoints(seeds / "1")[-1] == "3"
 
 
 def test_learning_rates_and_decays_are_swept(tmp_path, cli):
@@ -122,15 +122,15 @@ def test_stopped_and_resumed_gives_the_bits_of_the_uninterrupted_run(tmp_path, b
 
     for number in map(str, range(3)):
         assert latest_digest(whole / number) == latest_digest(stopped / number)
-        assert list_snapshots(whole / number) == list_snapshots(stopped / number)
+        assert list_checkpoints(whole / number) == list_checkpoints(stopped / number)
         logs = "logs/valid_local_loss_monitor_per_epoch.npy"
         assert (whole / number / logs).read_bytes() == (stopped / number / logs).read_bytes()
     assert read_ended(whole) == read_ended(stopped)
 
 
 def test_a_member_that_was_saved_ahead_of_the_others_keeps_its_digests(tmp_path):
-    keep_all = SnapshotConfig(keep="all")
-    configs = [replace(config, snapshots=keep_all) for config in small(max_epochs=3)]
+    keep_all = CheckpointConfig(keep="all")
+    configs = [replace(config, checkpoints=keep_all) for config in small(max_epochs=3)]
     (tmp_path / "whole").mkdir()
     whole = create(tmp_path / "whole", configs)
     list(run_ensemble(whole, prepare_ensemble(configs)))
@@ -183,10 +183,10 @@ def test_the_command_goes_on_with_an_ensemble(trained, tmp_path, cli):
     options = ("--new-max-epochs", "4", "--new-patience", "3", "--keep", "all", "--checkpoint-every", "3batches")
     assert cli("resume", tmp_path, "seeds", *options, "--processes", "0").code == 0
     for folder in (seeds / "0", seeds / "1"):
-        assert list_snapshots(folder) == ["1", "2", "2-3", "3", "3-3", "4"]
+        assert list_checkpoints(folder) == ["1", "2", "2-3", "3", "3-3", "4"]
         config = read_config(folder)
         assert (config.training.max_epochs, config.training.patience) == (4, 3)
-        assert (config.snapshots.keep, config.snapshots.checkpoint_every) == ("all", "3batches")
+        assert (config.checkpoints.keep, config.checkpoints.checkpoint_every) == ("all", "3batches")
 
 
 def test_the_folder_of_an_ensemble_stands_for_its_members(trained, tmp_path, cli):
@@ -200,9 +200,9 @@ def test_the_folder_of_an_ensemble_stands_for_its_members(trained, tmp_path, cli
     assert cli("plot", *everything, "--out", tmp_path / "all.png").code == 0
 
 
-@pytest.mark.parametrize("command", ["verify", "evaluate", "fork", "diff", "export-reference"])
+@pytest.mark.parametrize("command", ["verify", "evaluate", "fork", "diff", "export-dwi-ml"])
 def test_commands_on_one_experiment_ask_for_a_member(trained, tmp_path, cli, command):
-    second = {"evaluate": [PHANTOM], "fork": ["new"], "diff": [trained / "seeds" / "0"], "export-reference": ["out"]}
+    second = {"evaluate": [PHANTOM], "fork": ["new"], "diff": [trained / "seeds" / "0"], "export-dwi-ml": ["out"]}
     cli(command, trained / "seeds", *second.get(command, [])).check_refusal("is an ensemble", str(trained / "seeds/0"))
 
 
@@ -233,5 +233,5 @@ def test_what_cannot_be_an_ensemble_is_refused_before_anything_is_written(tmp_pa
 def test_a_damaged_record_is_named(trained, tmp_path):
     seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
     (seeds / "ensemble.json").write_text(json.dumps({"num_members": "x"}))
-    with pytest.raises(ValueError, match=r"ensemble.json is damaged"):
+    with pytest.raises(ValueError, match=r"ensemble.json is corrupt"):
         resume_ensemble(seeds)

@@ -135,7 +135,7 @@ def test_a_deferred_check_names_the_first_bad_step_also_in_a_resumed_epoch(batch
     state = state.replace(epoch=2, step=20)
     for batch in batches[:cut]:
         state, _ = step(state, batch)
-    # As a snapshot keeps the sums: plain numbers.
+    # As a checkpoint keeps the sums: plain numbers.
     state = state.replace(sums={name: Sum(float(total), float(weight)) for name, (total, weight) in state.sums.items()})
     with pytest.raises(NonFiniteError, match=rf"not finite in epoch 3, batch {first} \(step {20 + first}\)"):
         epoch_fn(state, batches[cut:], step=step)

@@ -16,7 +16,7 @@ import torch
 from reproduction_cases import DATA, STOCHASTIC, differences, results
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, read_record, restore
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints, read_record, restore
 from dwiml_func.checkpoint.history import history_from_json
 from dwiml_func.cli.main import main
 from dwiml_func.core.early_stopping import Best
@@ -32,7 +32,7 @@ from dwiml_func.files.fingerprint import fingerprint
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 4 epochs of 4 batches, with all its snapshots, also one within each epoch."""
+    """A run of 4 epochs of 4 batches, with all its checkpoints, also one within each epoch."""
     folder = tmp_path_factory.mktemp("fork")
     data = shutil.copy(DATA, folder / "data.hdf5")
     options = (*STOCHASTIC, "--checkpoint-every", "3batches", "--keep", "all", "--max-epochs", "4")
@@ -68,13 +68,13 @@ def test_a_fork_without_changes_ends_as_its_source(cli, source, name):
     assert tree(source) == before
     config = read_config(same)
     digest = read_record(source, name)["digest"]
-    assert config.origin == Origin(experiment=str(source), snapshot=name, digest=digest, start_digest=digest)
+    assert config.origin == Origin(experiment=str(source), checkpoint=name, digest=digest, start_digest=digest)
     assert dataclasses.replace(config, origin=None) == read_config(source)
-    assert name in list_snapshots(same)
+    assert name in list_checkpoints(same)
 
 
 def test_another_learning_rate_makes_a_difference_from_that_epoch_on(cli, source):
-    # options first, and fewer snapshots kept than it takes to hold on to the first one by chance
+    # options first, and fewer checkpoints kept than it takes to hold on to the first one by chance
     outcome = cli("fork", "--learning-rate", "0.01", "--keep", "1", source, "faster", "--from", "2")
     assert outcome.code == 0
     faster = source.parent / "faster"
@@ -87,10 +87,10 @@ def test_another_learning_rate_makes_a_difference_from_that_epoch_on(cli, source
     assert "states: first differ after epoch 3" in outcome.out
     assert "metrics: first differ in epoch 3" in outcome.out
 
-    assert "2" in list_snapshots(faster)
+    assert "2" in list_checkpoints(faster)
     outcome = cli("verify", faster, "--epoch", "3")
     assert outcome.code == 0, outcome.out
-    assert "replayed from snapshot 2, is equal to the record bit for bit" in outcome.out
+    assert "replayed from checkpoint 2, is equal to the record bit for bit" in outcome.out
     cli("verify", faster, "--epoch", "2").check_refusal("before this run was forked", str(source))
 
 
@@ -120,7 +120,7 @@ def test_another_optimizer_begins_with_moments_of_zero(cli, source):
     save_leaves(path, leaves, facts, numbers=manifest["numbers"])
     outcome = cli("verify", other)
     assert outcome.code == 1
-    assert "snapshot 3, where the replay began: digest" in outcome.out
+    assert "checkpoint 3, where the replay began: digest" in outcome.out
 
 
 def test_options_of_the_source_stay_unless_given(cli, source):
@@ -140,7 +140,7 @@ def test_options_of_the_source_stay_unless_given(cli, source):
 def test_a_model_of_another_structure_is_refused_with_all_differences(cli, source):
     before = tree(source.parent)
     cli("fork", source, "wide", "--rnn-layer-sizes", "8", "7", "--max-epochs", "9").check_refusal(
-        *("params/rnn_model.rnn_1.weight_ih_l0: float32 (24, 8) in the snapshot, float32 (28, 8) expected"),
+        *("params/rnn_model.rnn_1.weight_ih_l0: float32 (24, 8) in the checkpoint, float32 (28, 8) expected"),
         *("params/rnn_model.rnn_1.weight_hh_l0", "opt_state/exp_avg/rnn_model.rnn_1.bias_hh_l0"),
         *("opt_state/exp_avg_sq/rnn_model.rnn_1.bias_hh_l0", "model.rnn_layer_sizes"),
     )
@@ -151,9 +151,9 @@ def test_what_cannot_be_forked_is_refused_and_leaves_nothing(cli, source):
     flip_a_byte(source / "checkpoint" / "2")
     (source.parent / "empty").mkdir()
     before = tree(source.parent)
-    cli("fork", source, "a", "--from", "7").check_refusal("No snapshot '7'", "There are:")
-    cli("fork", source, "a", "--from", "../source").check_refusal("No snapshot '../source'")
-    cli("fork", source, "a", "--from", "2").check_refusal(str(source / "checkpoint" / "2"), "damaged")
+    cli("fork", source, "a", "--from", "7").check_refusal("No checkpoint '7'", "There are:")
+    cli("fork", source, "a", "--from", "../source").check_refusal("No checkpoint '../source'")
+    cli("fork", source, "a", "--from", "2").check_refusal(str(source / "checkpoint" / "2"), "corrupt")
     cli("fork", source, "source", "--from", "1").check_refusal("exists", "Choose another name")
     cli("fork", source, "..", "--from", "1").check_refusal("'..'")
     cli("fork", source.parent / "empty", "a").check_refusal("is not an experiment")
@@ -167,12 +167,12 @@ def test_what_cannot_be_forked_is_refused_and_leaves_nothing(cli, source):
     assert tree(source.parent) == before
 
 
-def test_without_a_name_the_newest_sound_snapshot_is_forked(cli, source):
+def test_without_a_name_the_newest_sound_checkpoint_is_forked(cli, source):
     end = latest_digest(source)
     flip_a_byte(source / "checkpoint" / "4")
     outcome = cli("fork", source, "a")
     assert outcome.code == 0
-    assert "snapshot 3-3" in outcome.out
+    assert "checkpoint 3-3" in outcome.out
     assert latest_digest(source.parent / "a") == end
 
 
@@ -214,7 +214,7 @@ def test_the_best_epoch_begins_anew_where_its_model_is_gone(cli, stopped_early, 
     cli("fork", source, "a").check_refusal("1 epochs in a row without improvement", "--patience of at least 2")
     kept = fork(cli, source, "kept", "--patience", "2", "--max-epochs", "4")
     assert history(kept)[-1].best.epoch == load_model(kept / "best_model").facts["epoch"] == 2
-    assert "2" not in list_snapshots(kept)
+    assert "2" not in list_checkpoints(kept)
     shutil.rmtree(source / "checkpoint" / "2")
     outcome = cli("fork", source, "anew", "--max-epochs", "4")
     assert outcome.code == 0
@@ -240,9 +240,9 @@ def test_other_data_are_taken_when_asked_for_and_noticed_when_not(cli, source):
     cli("fork", source, "a", "--from", "3").check_refusal("its bytes differ", "--hdf5-file")
 
 
-def flip_a_byte(snapshot: Path) -> None:
+def flip_a_byte(checkpoint: Path) -> None:
     file = max(
-        (path for path in (snapshot / "leaves").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+        (path for path in (checkpoint / "leaves").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
     )
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

@@ -29,8 +29,8 @@ def detached(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_finite_differences_agree_in_float64(engine):
+@pytest.mark.parametrize("backend", ENGINES)
+def test_finite_differences_agree_in_float64(backend):
     model, batch = model_and_batch(torch.float64)
     loss_fn = module_loss(model, squared_error)
     names = list(detached(model))
@@ -39,7 +39,7 @@ def test_finite_differences_agree_in_float64(engine):
         @staticmethod
         def forward(ctx, *values):
             out, grads = value_and_grad(
-                loss_fn, dict(zip(names, values, strict=True)), {}, batch, key=Key(0), engine=engine
+                loss_fn, dict(zip(names, values, strict=True)), {}, batch, key=Key(0), backend=backend
             )
             ctx.save_for_backward(*(grads[name] for name in names))
             return out.loss.clone()
@@ -59,8 +59,8 @@ def test_clipping_keeps_the_dtype_of_each_of_several():
     assert [grad.item() for grad in clipped.values()] == pytest.approx([0.6, 0.8], rel=1e-6)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_least_squares_has_its_closed_form(engine):
+@pytest.mark.parametrize("backend", ENGINES)
+def test_least_squares_has_its_closed_form(backend):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(9, 3, generator=generator).double(), torch.randn(9, generator=generator).double()
     w = torch.randn(3, generator=generator).double()
@@ -68,7 +68,7 @@ def test_least_squares_has_its_closed_form(engine):
     def loss_fn(params, buffers, batch, *, key, train):
         return LossOut((x @ params["w"] - y).square().mean(), 9, buffers, {})
 
-    out, grads = value_and_grad(loss_fn, {"w": w}, {}, None, key=Key(0), engine=engine)
+    out, grads = value_and_grad(loss_fn, {"w": w}, {}, None, key=Key(0), backend=backend)
     torch.testing.assert_close(grads["w"], 2 / 9 * x.T @ (x @ w - y))
     torch.testing.assert_close(out.loss, (x @ w - y).square().mean())
 
@@ -89,23 +89,23 @@ def test_the_engines_agree():
     model, batch = model_and_batch()
     loss_fn = module_loss(model, squared_error)
     first, second = (
-        value_and_grad(loss_fn, detached(model), {}, batch, key=Key(0), engine=engine)
-        for engine in ("autograd", "func")
+        value_and_grad(loss_fn, detached(model), {}, batch, key=Key(0), backend=backend)
+        for backend in ("autograd", "func")
     )
     torch.testing.assert_close(first[1], second[1])
     torch.testing.assert_close(first[0].loss, second[0].loss)
     assert first[0].weight == second[0].weight == 6
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("backend", ENGINES)
 @pytest.mark.parametrize("weight", [3, 3.0, torch.tensor(3), torch.tensor(3.0)])
-def test_everything_the_loss_returns_comes_back_detached(engine, weight):
+def test_everything_the_loss_returns_comes_back_detached(backend, weight):
     def loss_fn(params, buffers, batch, *, key, train):
         assert train
         total = params["w"].sum()
         return LossOut(total * 2, weight, {"b": buffers["b"] + total}, {"total": total})
 
-    out, grads = value_and_grad(loss_fn, {"w": torch.ones(2)}, {"b": torch.ones(())}, None, key=Key(0), engine=engine)
+    out, grads = value_and_grad(loss_fn, {"w": torch.ones(2)}, {"b": torch.ones(())}, None, key=Key(0), backend=backend)
     total = out.aux["total"]
     assert isinstance(total, torch.Tensor)
     assert (float(out.loss), float(out.buffers["b"]), float(total)) == (4.0, 3.0, 2.0)
@@ -116,49 +116,49 @@ def test_everything_the_loss_returns_comes_back_detached(engine, weight):
         assert tensor.grad_fn is None
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_parameter_that_the_loss_ignores_has_a_zero_gradient(engine):
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_parameter_that_the_loss_ignores_has_a_zero_gradient(backend):
     def loss_fn(params, buffers, batch, *, key, train):
         return LossOut(params["used"].sum(), 1, buffers, {})
 
     params = {"used": torch.ones(2), "unused": torch.ones(2, 3, dtype=torch.float64)}
-    _, grads = value_and_grad(loss_fn, params, {}, None, key=Key(0), engine=engine)
+    _, grads = value_and_grad(loss_fn, params, {}, None, key=Key(0), backend=backend)
     assert torch.equal(grads["used"], torch.ones(2))
     assert torch.equal(grads["unused"], torch.zeros(2, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_gradient_is_computed_also_where_gradients_are_off(engine):
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_gradient_is_computed_also_where_gradients_are_off(backend):
     model, batch = model_and_batch()
     loss_fn = module_loss(model, squared_error)
-    _, expected = value_and_grad(loss_fn, detached(model), {}, batch, key=Key(0), engine=engine)
+    _, expected = value_and_grad(loss_fn, detached(model), {}, batch, key=Key(0), backend=backend)
     with torch.no_grad():
-        _, grads = value_and_grad(loss_fn, detached(model), {}, batch, key=Key(0), engine=engine)
+        _, grads = value_and_grad(loss_fn, detached(model), {}, batch, key=Key(0), backend=backend)
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_loss_that_is_no_scalar_is_refused(engine):
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_loss_that_is_no_scalar_is_refused(backend):
     def loss_fn(params, buffers, batch, *, key, train):
         return LossOut(params["w"], 1, buffers, {})
 
     with pytest.raises(ValueError, match=r"Expected a scalar loss.*shape \(2,\)"):
-        value_and_grad(loss_fn, {"w": torch.ones(2)}, {}, None, key=Key(0), engine=engine)
+        value_and_grad(loss_fn, {"w": torch.ones(2)}, {}, None, key=Key(0), backend=backend)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_loss_without_the_parameters_is_refused(engine):
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_loss_without_the_parameters_is_refused(backend):
     def loss_fn(params, buffers, batch, *, key, train):
         return LossOut(torch.ones(()), 1, buffers, {})
 
     with pytest.raises(ValueError, match="Expected a loss that depends on the parameters"):
-        value_and_grad(loss_fn, {"w": torch.ones(2)}, {}, None, key=Key(0), engine=engine)
+        value_and_grad(loss_fn, {"w": torch.ones(2)}, {}, None, key=Key(0), backend=backend)
 
 
 def test_an_unknown_engine_is_refused():
     model, batch = model_and_batch()
-    with pytest.raises(ValueError, match=r"Expected an engine .*Received: 'jax'"):
-        value_and_grad(module_loss(model, squared_error), detached(model), {}, batch, key=Key(0), engine="jax")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Expected an backend .*Received: 'jax'"):
+        value_and_grad(module_loss(model, squared_error), detached(model), {}, batch, key=Key(0), backend="jax")  # type: ignore[arg-type]
 
 
 FLOATS = st.floats(-1e6, 1e6, width=32)

@@ -184,11 +184,11 @@ def test_a_file_of_another_kind(tmp_path, content):
 def test_a_truncated_file(tmp_path, size):
     path = tmp_path / "cut.hdf5"
     path.write_bytes(PHANTOM.read_bytes()[:size])
-    assert "truncated or damaged" in one_line_error(path)
+    assert "truncated or corrupt" in one_line_error(path)
 
 
 def test_damage_that_shows_only_when_data_are_read(tmp_path):
-    path = tmp_path / "damaged.hdf5"
+    path = tmp_path / "corrupt.hdf5"
     with h5py.File(PHANTOM) as source, h5py.File(path, "w") as target:
         contents: Any = source
         target.attrs["training_subjs"] = ["subj0"]
@@ -200,7 +200,7 @@ def test_damage_that_shows_only_when_data_are_read(tmp_path):
     with path.open("r+b") as file:
         file.seek(address + 10)
         file.write(b"\xff\xff")
-    assert "truncated or damaged" in one_line_error(path)
+    assert "truncated or corrupt" in one_line_error(path)
 
 
 @pytest.mark.parametrize("empty", [np.array([]), None])

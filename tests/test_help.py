@@ -17,7 +17,7 @@ from dwiml_func.cli.main import COMMANDS
 
 
 @dataclass(frozen=True)
-class Engine:
+class AutodiffBackend:
     power: float = 2.5
     """Power, in kW."""
     gears: tuple[int, ...] = (1, 2)
@@ -35,7 +35,7 @@ class CarOptions:
 
     place: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PLACE")]
     """Where to."""
-    engine: Engine = field(default_factory=Engine)
+    backend: AutodiffBackend = field(default_factory=AutodiffBackend)
     seats: int | Literal["all"] | None = None
     """Seats to fill. None: those that are there."""
     lights: Annotated[bool, tyro.conf.arg(aliases=["-l"])] = False
@@ -44,7 +44,7 @@ class CarOptions:
 
 def test_a_help_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    text = format_help(CarOptions, "drive", subjects={"Engine": ("engine",)})
+    text = format_help(CarOptions, "drive", subjects={"AutodiffBackend": ("backend",)})
     assert (
         text
         == """\
@@ -66,7 +66,7 @@ Options:
                             for as long as the car moves along the road to the
                             place.
 
-Engine:
+AutodiffBackend:
   --power X                 Power, in kW. (default: 2.5)
   --gears N [N ...]         Teeth of each gear. (default: 1 2)
 

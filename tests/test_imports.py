@@ -72,7 +72,9 @@ def test_the_core_imports_nothing_from_what_surrounds_it(path):
 
 
 def test_the_core_is_what_the_test_looks_at():
-    assert {"state", "rng", "loss", "gradients", "optim", "step", "epoch", "loop", "snapshot"} <= {p.stem for p in CORE}
+    assert {"state", "rng", "loss", "gradients", "optim", "step", "epoch", "loop", "checkpoint"} <= {
+        p.stem for p in CORE
+    }
 
 
 @pytest.mark.parametrize("package", ["orbax", "comet_ml", "jax"])

@@ -159,7 +159,7 @@ def test_a_truncated_file_is_one_line_and_exit_code_2(tmp_path, capfd, keep):
     printed = capfd.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
-    assert "cut.hdf5 is " + ("no HDF5 file" if keep == 0 else "truncated or damaged") in printed.err
+    assert "cut.hdf5 is " + ("no HDF5 file" if keep == 0 else "truncated or corrupt") in printed.err
 
 
 def test_a_missing_file_is_named(tmp_path, capfd):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gated_run import check_same_end, gated, read_to, train_whole
 
-from dwiml_func.checkpoint.checkpoint import list_snapshots
+from dwiml_func.checkpoint.checkpoint import list_checkpoints
 from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals
 
 
@@ -21,7 +21,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("number", "place", "call", "processes", "snapshot"),
+    ("number", "place", "call", "processes", "checkpoint"),
     [
         (signal.SIGTERM, "eval_step", 1, "0", "0-4"),
         (signal.SIGTERM, "step", 6, "2", "1-2"),
@@ -30,7 +30,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["SIGTERM in validation", "SIGTERM with workers", "Ctrl-C while workers start"],
 )
 def test_a_signal_saves_the_batch_under_way_and_the_printed_command_goes_on_to_the_same_bits(
-    cli, uninterrupted, tmp_path, number, place, call, processes, snapshot
+    cli, uninterrupted, tmp_path, number, place, call, processes, checkpoint
 ):
     """The signal goes to the whole group, as Ctrl-C on a terminal and many schedulers' SIGTERM do."""
     with gated(tmp_path, place, call, "--processes", processes) as process:
@@ -39,24 +39,24 @@ def test_a_signal_saves_the_batch_under_way_and_the_printed_command_goes_on_to_t
         out, err = process.communicate("go on\n")
     assert process.returncode == 128 + number
     (line,) = err.splitlines()
-    assert f"stopped by {number.name} and saved as snapshot {snapshot}. To go on: dwiml-func resume " in line
+    assert f"stopped by {number.name} and saved as checkpoint {checkpoint}. To go on: dwiml-func resume " in line
     assert "Finished" not in out
-    assert list_snapshots(tmp_path / "run")[-1] == snapshot
+    assert list_checkpoints(tmp_path / "run")[-1] == checkpoint
     program, *arguments = shlex.split(line.partition("To go on: ")[2])
     assert program == "dwiml-func"
     assert cli(*arguments, "--processes", "0").code == 0
     check_same_end(tmp_path / "run", uninterrupted)
 
 
-def test_a_second_ctrl_c_stops_at_once_and_the_last_snapshot_stands(cli, uninterrupted, tmp_path):
+def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stands(cli, uninterrupted, tmp_path):
     with gated(tmp_path, "step", 6, "--checkpoint-every", "1batches") as process:
         os.killpg(process.pid, signal.SIGINT)
         read_to(process.stderr, "Stopping after the batch under way")
         os.killpg(process.pid, signal.SIGINT)  # while the batch is under way: nobody lets it through the gate
         err = process.communicate()[1]
     assert process.returncode == 130
-    assert err == "dwiml-func: stopped at once. The last snapshot stands.\n"
-    assert list_snapshots(tmp_path / "run")[-1] in ("1", "1-1")  # the latter may have been under way
+    assert err == "dwiml-func: stopped at once. The last checkpoint stands.\n"
+    assert list_checkpoints(tmp_path / "run")[-1] in ("1", "1-1")  # the latter may have been under way
     assert cli("resume", tmp_path, "run", "--checkpoint-every", "1epoch").code == 0
     check_same_end(tmp_path / "run", uninterrupted)
 
@@ -68,7 +68,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path):
         process.send_signal(signal.SIGINT)
         process.communicate()
     assert process.returncode == 130
-    assert list_snapshots(tmp_path / "run") == []
+    assert list_checkpoints(tmp_path / "run") == []
 
 
 def test_ctrl_c_before_the_training_is_one_line(tmp_path):
@@ -76,7 +76,7 @@ def test_ctrl_c_before_the_training_is_one_line(tmp_path):
         process.send_signal(signal.SIGINT)
         err = process.communicate()[1]
     assert process.returncode == 130
-    assert err == "dwiml-func train: interrupted. The last snapshot stands.\n"
+    assert err == "dwiml-func train: interrupted. The last checkpoint stands.\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -189,7 +189,7 @@ def test_a_file_that_was_replaced_is_refused(edited, fresh_store):
 
 
 def test_damage_that_shows_only_when_data_are_read_is_one_line(tmp_path):
-    path = tmp_path / "damaged.hdf5"
+    path = tmp_path / "corrupt.hdf5"
     with h5py.File(PHANTOM) as source, h5py.File(path, "w") as target:
         contents: Any = source
         target.attrs["training_subjs"] = ["subj0"]
@@ -201,7 +201,7 @@ def test_damage_that_shows_only_when_data_are_read_is_one_line(tmp_path):
     with path.open("r+b") as file:
         file.seek(address + 10)
         file.write(b"\xff\xff")
-    with pytest.raises(ValueError, match=f"truncated or damaged: {re.escape(str(path))}"):
+    with pytest.raises(ValueError, match=f"truncated or corrupt: {re.escape(str(path))}"):
         open_dataset(path, lazy=True).volumes[0]
 
 

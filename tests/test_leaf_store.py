@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dwiml_func.checkpoint.arrays import DamagedError, SnapshotError, load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.arrays import CheckpointError, CorruptError, load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest
 from dwiml_func.checkpoint.manifest import manifest_checksum
 
@@ -81,7 +81,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def damaged(saved: Path, tmp_path: Path) -> Path:
+def corrupt(saved: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
@@ -145,72 +145,72 @@ def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def test_a_flipped_bit_in_any_file_is_noticed(damaged, capfd):
-    assert len(files_of(damaged)) > 5
-    for file in files_of(damaged):
+def test_a_flipped_bit_in_any_file_is_noticed(corrupt, capfd):
+    assert len(files_of(corrupt)) > 5
+    for file in files_of(corrupt):
         content = file.read_bytes()
         for place in sorted({0, len(content) // 3, len(content) // 2, len(content) - 1} if content else ()):
             for mask in (1, 0x20):
                 file.write_bytes(content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :])
-                with pytest.raises(DamagedError) as raised:
-                    load_leaves(damaged)
-                assert str(damaged) in str(raised.value)
+                with pytest.raises(CorruptError) as raised:
+                    load_leaves(corrupt)
+                assert str(corrupt) in str(raised.value)
                 assert "\n" not in str(raised.value)
         file.write_bytes(content)
-    assert len(load_leaves(damaged)) == 2
+    assert len(load_leaves(corrupt)) == 2
     assert capfd.readouterr().err == ""  # tensorstore's threads would print tracebacks
 
 
-def test_a_truncated_or_deleted_file_is_noticed(damaged, capfd):
-    for file in files_of(damaged):
-        name, content = file.relative_to(damaged).as_posix(), file.read_bytes()
+def test_a_truncated_or_deleted_file_is_noticed(corrupt, capfd):
+    for file in files_of(corrupt):
+        name, content = file.relative_to(corrupt).as_posix(), file.read_bytes()
         for length in {0, len(content) // 2, len(content) - 1} if content else ():
             file.write_bytes(content[:length])
-            with pytest.raises(DamagedError, match=r"damaged.*" + name.replace(".", r"\.")):
-                load_leaves(damaged)
+            with pytest.raises(CorruptError, match=r"corrupt.*" + name.replace(".", r"\.")):
+                load_leaves(corrupt)
         file.unlink()
-        with pytest.raises(DamagedError, match=name):
-            load_leaves(damaged)
+        with pytest.raises(CorruptError, match=name):
+            load_leaves(corrupt)
         file.write_bytes(content)
-    shutil.rmtree(damaged / "leaves")
-    with pytest.raises(DamagedError, match="has no file leaves/"):
-        load_leaves(damaged)
+    shutil.rmtree(corrupt / "leaves")
+    with pytest.raises(CorruptError, match="has no file leaves/"):
+        load_leaves(corrupt)
     assert capfd.readouterr().err == ""
 
 
-def test_files_of_another_store_are_noticed(damaged, tmp_path):
+def test_files_of_another_store_are_noticed(corrupt, tmp_path):
     save_leaves(tmp_path / "other", {"weight": torch.ones(1000), "bias": torch.zeros(3)}, {"epoch": 3})
-    shutil.rmtree(damaged / "leaves")
-    shutil.copytree(tmp_path / "other" / "leaves", damaged / "leaves")
-    with pytest.raises(DamagedError, match="damaged"):
-        load_leaves(damaged)
+    shutil.rmtree(corrupt / "leaves")
+    shutil.copytree(tmp_path / "other" / "leaves", corrupt / "leaves")
+    with pytest.raises(CorruptError, match="corrupt"):
+        load_leaves(corrupt)
 
 
 @pytest.mark.parametrize("field", ["shape", "dtype", "sha256"])
-def test_what_orbax_gives_is_checked_against_the_table(damaged, field):
+def test_what_orbax_gives_is_checked_against_the_table(corrupt, field):
     wrong = {"shape": [1000, 1], "dtype": "torch.int32", "sha256": "0" * 64}
-    edit_manifest(damaged, lambda manifest: manifest["leaves"][0].update({field: wrong[field]}))
-    with pytest.raises(DamagedError, match="weight does not have the bytes that were saved"):
-        load_leaves(damaged)
+    edit_manifest(corrupt, lambda manifest: manifest["leaves"][0].update({field: wrong[field]}))
+    with pytest.raises(CorruptError, match="weight does not have the bytes that were saved"):
+        load_leaves(corrupt)
 
 
-def test_a_leaf_that_orbax_does_not_have_is_an_error(damaged):
-    edit_manifest(damaged, lambda manifest: manifest["leaves"][0].update(name="wait"))
-    with pytest.raises(DamagedError, match="cannot be read by orbax-checkpoint"):
-        load_leaves(damaged)
+def test_a_leaf_that_orbax_does_not_have_is_an_error(corrupt):
+    edit_manifest(corrupt, lambda manifest: manifest["leaves"][0].update(name="wait"))
+    with pytest.raises(CorruptError, match="cannot be read by orbax-checkpoint"):
+        load_leaves(corrupt)
 
 
 @pytest.mark.parametrize("later", [2, 0, "1", None, 1.5])
-def test_another_format_is_refused_with_both_numbers(damaged, later):
-    edit_manifest(damaged, lambda manifest: manifest.update(format=later))
-    with pytest.raises(SnapshotError, match=f"has format {later!r}; this version reads format 1"):
-        load_leaves(damaged)
+def test_another_format_is_refused_with_both_numbers(corrupt, later):
+    edit_manifest(corrupt, lambda manifest: manifest.update(format=later))
+    with pytest.raises(CheckpointError, match=f"has format {later!r}; this version reads format 1"):
+        load_leaves(corrupt)
 
 
-def test_a_later_format_is_refused_whatever_else_it_holds(damaged):
-    (damaged / "manifest.json").write_text('{"format": 2}')
-    with pytest.raises(SnapshotError, match="has format 2; this version reads format 1"):
-        read_manifest(damaged)
+def test_a_later_format_is_refused_whatever_else_it_holds(corrupt):
+    (corrupt / "manifest.json").write_text('{"format": 2}')
+    with pytest.raises(CheckpointError, match="has format 2; this version reads format 1"):
+        read_manifest(corrupt)
 
 
 @pytest.mark.parametrize(
@@ -218,20 +218,20 @@ def test_a_later_format_is_refused_whatever_else_it_holds(damaged):
     [b"", b"{", b"[]", b"null", b"{}", b'{"format": 1}', b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'"text"'],
     ids=["empty", "half", "list", "null", "nothing", "format_only", "not_text", "deep", "huge_number", "text"],
 )
-def test_what_is_no_manifest_is_refused_in_one_line(damaged, content):
-    (damaged / "manifest.json").write_bytes(content)
-    with pytest.raises(SnapshotError, match=r"damaged: manifest\.json") as raised:
-        read_manifest(damaged)
+def test_what_is_no_manifest_is_refused_in_one_line(corrupt, content):
+    (corrupt / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"corrupt: manifest\.json") as raised:
+        read_manifest(corrupt)
     assert "\n" not in str(raised.value)
 
 
-def test_a_changed_fact_is_noticed(damaged):
-    text = (damaged / "manifest.json").read_text()
-    (damaged / "manifest.json").write_text(text.replace('"epoch": 3', '"epoch": 4'))
-    with pytest.raises(SnapshotError, match=r"manifest\.json does not hold what was written"):
-        read_manifest(damaged)
-    (damaged / "manifest.json").write_text(json.dumps(json.loads(text)))  # the same in another layout
-    assert read_manifest(damaged)["epoch"] == 3
+def test_a_changed_fact_is_noticed(corrupt):
+    text = (corrupt / "manifest.json").read_text()
+    (corrupt / "manifest.json").write_text(text.replace('"epoch": 3', '"epoch": 4'))
+    with pytest.raises(CheckpointError, match=r"manifest\.json does not hold what was written"):
+        read_manifest(corrupt)
+    (corrupt / "manifest.json").write_text(json.dumps(json.loads(text)))  # the same in another layout
+    assert read_manifest(corrupt)["epoch"] == 3
 
 
 def test_a_directory_without_its_manifest_is_damaged_and_a_missing_one_is_missing(tmp_path):
@@ -239,31 +239,31 @@ def test_a_directory_without_its_manifest_is_damaged_and_a_missing_one_is_missin
     for path in (tmp_path / "nothing", tmp_path / "file"):
         with pytest.raises(FileNotFoundError, match=r"No model\.json in "):
             read_manifest(path, "model.json")
-    with pytest.raises(DamagedError, match=r"damaged: it has no model\.json"):
+    with pytest.raises(CorruptError, match=r"corrupt: it has no model\.json"):
         read_manifest(tmp_path, "model.json")
 
 
-def test_a_store_replaces_an_older_one(damaged):
-    save_leaves(damaged, {"a": torch.ones(1)}, {})
-    assert same(load_leaves(damaged), {"a": torch.ones(1)})
-    assert len(list(damaged.parent.iterdir())) == 1
+def test_a_store_replaces_an_older_one(corrupt):
+    save_leaves(corrupt, {"a": torch.ones(1)}, {})
+    assert same(load_leaves(corrupt), {"a": torch.ones(1)})
+    assert len(list(corrupt.parent.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
     "broken", ["os.fsync", "os.posix_fallocate", "pathlib.Path.write_text", "dwiml_func.checkpoint.arrays._file_digest"]
 )
-def test_a_write_that_fails_leaves_what_was_there(saved, damaged, monkeypatch, broken):
+def test_a_write_that_fails_leaves_what_was_there(saved, corrupt, monkeypatch, broken):
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(broken, fail)
         with pytest.raises(OSError, match="No space left"):
-            save_leaves(damaged, {"a": torch.ones(1)}, {})
+            save_leaves(corrupt, {"a": torch.ones(1)}, {})
         with pytest.raises(OSError, match="No space left"):
-            save_leaves(damaged.parent / "new", {"a": torch.ones(1)}, {})
-    assert [entry.name for entry in damaged.parent.iterdir()] == ["copy"]
-    assert same(load_leaves(damaged), load_leaves(saved))
+            save_leaves(corrupt.parent / "new", {"a": torch.ones(1)}, {})
+    assert [entry.name for entry in corrupt.parent.iterdir()] == ["copy"]
+    assert same(load_leaves(corrupt), load_leaves(saved))
 
 
 def test_facts_that_are_no_json_leave_nothing(tmp_path):

@@ -22,8 +22,8 @@ from dwiml_func.checkpoint.digest import combine_digests, leaf_digest, state_lea
 from dwiml_func.checkpoint.history import history_to_json
 from dwiml_func.checkpoint.manifest import (
     FORMAT,
-    DamagedError,
-    SnapshotError,
+    CheckpointError,
+    CorruptError,
     manifest_checksum,
     manifest_text,
     read_manifest,
@@ -49,7 +49,7 @@ REPORT = EpochReport(
 
 
 def make() -> dict[str, Any]:
-    """A manifest with all that a snapshot has, before its digest."""
+    """A manifest with all that a checkpoint has, before its digest."""
     state = init_state(torch.nn.Linear(2, 2), adam(), seed=7).replace(
         epoch=1, step=3, batch=1, sums={"loss": Sum(math.nan, 2.0)}
     )
@@ -86,16 +86,16 @@ def write(folder: Path, manifest: dict[str, Any]) -> Path:
 
 
 def refused(folder: Path) -> str:
-    with pytest.raises(DamagedError) as raised:
+    with pytest.raises(CorruptError) as raised:
         read_manifest(folder)
     message = str(raised.value)
-    assert message.startswith(f"{folder} is damaged: ")
+    assert message.startswith(f"{folder} is corrupt: ")
     assert "\n" not in message
     assert len(message) < len(str(folder)) + 250
     return message
 
 
-def test_a_manifest_of_a_snapshot_is_taken_as_it_is(tmp_path):
+def test_a_manifest_of_a_checkpoint_is_taken_as_it_is(tmp_path):
     manifest = make()
     assert json.dumps(read_manifest(write(tmp_path, manifest)) | {"digest": 0}, sort_keys=True) == json.dumps(
         manifest | {"digest": 0}, sort_keys=True
@@ -221,7 +221,7 @@ def nested(depth: int) -> list[Any]:
         (edit("environment", to="linux"), "environment"),
         (edit("environment", "torch", to=nested(70)), "environment"),
         (edit("data", to="file"), "data"),
-        (edit("fact", to=nested(900)), "is damaged"),
+        (edit("fact", to=nested(900)), "is corrupt"),
         (edit("format", to=1.0), "format"),
         (edit("format", to=True), "format"),
     ],
@@ -240,7 +240,7 @@ def test_what_a_reader_needs_must_be_there(tmp_path, key, change):
     manifest = make()
     change(manifest, key)
     read_manifest(write(tmp_path, manifest))
-    with pytest.raises(DamagedError, match=f"expected {key}, received nothing"):
+    with pytest.raises(CorruptError, match=f"expected {key}, received nothing"):
         read_manifest(tmp_path, needs=("numbers", "history", "config"))
 
 
@@ -289,11 +289,11 @@ def test_neither_a_pipe_nor_a_folder_nor_a_device_is_opened_as_a_manifest(tmp_pa
 def test_a_format_of_a_later_version_is_no_damage_but_a_damaged_format_is(tmp_path):
     manifest = signed(make() | {"format": 2})
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SnapshotError, match="has format 2; this version reads format 1") as raised:
+    with pytest.raises(CheckpointError, match="has format 2; this version reads format 1") as raised:
         read_manifest(tmp_path)
-    assert not isinstance(raised.value, DamagedError)
+    assert not isinstance(raised.value, CorruptError)
     (tmp_path / "manifest.json").write_text(json.dumps(signed(make()) | {"format": 2}))
-    with pytest.raises(DamagedError, match="has format 2"):
+    with pytest.raises(CorruptError, match="has format 2"):
         read_manifest(tmp_path)
 
 
@@ -316,13 +316,13 @@ def test_a_manifest_of_another_store_does_not_match_the_files(tmp_path):
     own, other = read_manifest(tmp_path / "a"), read_manifest(tmp_path / "b")
     mixed = {key: other[key] for key in ("leaves", "digest")}
     (tmp_path / "a" / "manifest.json").write_text(json.dumps(signed(own | mixed)))
-    with pytest.raises(DamagedError, match="a does not have the bytes that were saved"):
+    with pytest.raises(CorruptError, match="a does not have the bytes that were saved"):
         load_leaves(tmp_path / "a")
     for shape, named in [([1 << 40], "its manifest tells of"), ([1 << 20], "a does not have the bytes")]:
         leaf = own["leaves"][0] | {"shape": shape}
         manifest = {key: value for key, value in own.items() if key != "digest"} | {"leaves": [leaf]}
         (tmp_path / "a" / "manifest.json").write_text(json.dumps(signed(manifest)))
-        with pytest.raises(DamagedError, match=named):
+        with pytest.raises(CorruptError, match=named):
             load_leaves(tmp_path / "a")
 
 
@@ -330,7 +330,7 @@ def test_a_file_that_has_grown_without_end_is_not_read_to_its_end(tmp_path):
     save_leaves(tmp_path / "a", {"a": torch.arange(4.0)}, {})
     (file,) = (file for file in tmp_path.rglob("_METADATA"))
     os.truncate(file, 1 << 42)  # four terabytes, all of them holes
-    with pytest.raises(DamagedError, match="_METADATA does not have the bytes that were written"):
+    with pytest.raises(CorruptError, match="_METADATA does not have the bytes that were written"):
         load_leaves(tmp_path / "a")
 
 
@@ -357,7 +357,7 @@ def test_any_value_in_any_place_is_taken_whole_or_refused_in_one_line(data, tmp_
     write(folder, manifest)
     try:
         read = read_manifest(folder)
-    except SnapshotError as error:
+    except CheckpointError as error:
         message = str(error)
     else:
         message = ""

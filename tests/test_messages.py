@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dwiml_func.cli._messages import Verbosity, messages, say
+from dwiml_func.cli._messages import Verbosity, messages, print_progress
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 TINY = ("--rnn-layer-sizes", "4", "--batch-size-training", "40", "--max-epochs", "1")
@@ -31,7 +31,7 @@ def test_verbose_tells_what_computes_and_where_an_error_comes_from(cli, tmp_path
     outcome = cli("train", tmp_path, "new", PHANTOM, *TINY, "--verbose")
     assert outcome.code == 0
     assert re.search(r"^dwiml-func train: \d\d:\d\d:\d\d debug dwiml_func\S*: .*torch \d", outcome.err, re.MULTILINE)
-    assert re.search(r"debug dwiml_func.checkpoint.background: Snapshot 1 saved in ", outcome.err)
+    assert re.search(r"debug dwiml_func.checkpoint.background: Checkpoint 1 saved in ", outcome.err)
     failed = cli("digest", tmp_path / "nothing", "-v")
     assert failed.code == 2
     assert "Traceback" in failed.err
@@ -45,7 +45,7 @@ def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
             warnings.warn("the noise is\nlarge", stacklevel=1)
             logging.getLogger("dwiml_func.checkpoint.background").warning("The disk is %s.", "full")
             logging.getLogger("dwiml_func.checkpoint.background").debug("not shown")
-            say("not shown")
+            print_progress("not shown")
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err == (

@@ -116,7 +116,7 @@ def test_voxels_that_are_no_cubes_are_refused_with_neighbourhoods(cli, refused, 
     refused(options, "needs cubic voxels", "1 x 1 x 2 mm", "subj0", data=data)
     # A model that was trained on cubes is not evaluated on them either.
     name = {"axes": "smooth_eos_axes_nn", "grid": "sphere_eos_cnn"}[kind]
-    assert cli("import-reference", PHANTOM.parent / "parity" / name, tmp_path / "model").code == 0
+    assert cli("import-dwi-ml", PHANTOM.parent / "parity" / name, tmp_path / "model").code == 0
     cli("evaluate", tmp_path / "model", data).check_refusal("needs cubic voxels", "1 x 1 x 2 mm", "subj2")
 
 
@@ -130,7 +130,7 @@ def rewrite(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 @pytest.fixture
 def model(cli, tmp_path: Path) -> Path:
-    assert cli("import-reference", PHANTOM.parent / "cos", tmp_path / "model").code == 0
+    assert cli("import-dwi-ml", PHANTOM.parent / "cos", tmp_path / "model").code == 0
     return tmp_path / "model"
 
 
@@ -178,7 +178,7 @@ def test_a_folder_of_something_else_is_no_model(cli, tmp_path):
     (tmp_path / "text" / "model.json").write_text("not JSON")
     for command in (
         ("evaluate", tmp_path / "text", PHANTOM),
-        ("export-reference", tmp_path / "text", tmp_path / "out"),
+        ("export-dwi-ml", tmp_path / "text", tmp_path / "out"),
     ):
         cli(*command).check_refusal(str(tmp_path / "text"))
     assert not (tmp_path / "out").exists()

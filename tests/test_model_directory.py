@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dwiml_func import adam, init_state
-from dwiml_func.checkpoint.arrays import SnapshotError, read_manifest
+from dwiml_func.checkpoint.arrays import CheckpointError, read_manifest
 from dwiml_func.checkpoint.manifest import manifest_checksum
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.hdf5.read import open_dataset
@@ -106,10 +106,10 @@ def test_a_damaged_model_is_refused(saved):
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
-    with pytest.raises(SnapshotError, match="best_model is damaged"):
+    with pytest.raises(CheckpointError, match="best_model is corrupt"):
         load_model(saved)
     shutil.rmtree(saved / "leaves")
-    with pytest.raises(SnapshotError, match="best_model is damaged"):
+    with pytest.raises(CheckpointError, match="best_model is corrupt"):
         load_model(saved)
 
 

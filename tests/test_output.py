@@ -13,8 +13,8 @@ DATA = Path(__file__).parent / "data"
 
 def test_the_example_of_each_model_command_runs_where_no_folder_stands_yet(cli, tmp_path: Path) -> None:
     model, exported = tmp_path / "models" / "imported", tmp_path / "exported" / "today" / "best_model"
-    assert cli("import-reference", DATA / "cos", model).code == 0
-    outcome = cli("export-reference", model, exported)
+    assert cli("import-dwi-ml", DATA / "cos", model).code == 0
+    outcome = cli("export-dwi-ml", model, exported)
     assert (outcome.code, outcome.out) == (0, f"{exported}\n")
     assert sorted(path.name for path in exported.iterdir()) == ["model_state.pkl", "model_type.txt", "parameters.json"]
 
@@ -27,8 +27,8 @@ def test_a_picture_is_written_where_no_folder_stands_yet(cli, experiments: Path,
 
 def test_a_command_that_fails_leaves_no_folder(cli, tmp_path: Path) -> None:
     out = tmp_path / "new" / "deep"
-    cli("import-reference", DATA / "no", out / "model").check_refusal("is not a folder")
-    cli("export-reference", DATA / "no", out / "model").check_refusal("is not a folder")
+    cli("import-dwi-ml", DATA / "no", out / "model").check_refusal("is not a folder")
+    cli("export-dwi-ml", DATA / "no", out / "model").check_refusal("is not a folder")
     assert list(tmp_path.iterdir()) == []
 
 

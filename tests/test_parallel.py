@@ -15,8 +15,8 @@ import pytest
 from preloaded import run_ranks
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
 
-from dwiml_func.checkpoint.checkpoint import list_snapshots
-from dwiml_func.distributed.process_group import in_turn, process_group
+from dwiml_func.checkpoint.checkpoint import list_checkpoints
+from dwiml_func.distributed.process_group import join_process_group, rank_zero_first
 
 pytestmark = pytest.mark.soak
 
@@ -38,7 +38,7 @@ def _start(num_processes: int, folder: Path) -> subprocess.Popen[str]:
     options = (*STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS, "--checkpoint-every", "1batches")
     arguments = _torchrun(num_processes, "train", folder, "run", DATA, *options)
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not any(name.startswith("1-") for name in list_snapshots(folder / "run")):
+    while process.poll() is None and not any(name.startswith("1-") for name in list_checkpoints(folder / "run")):
         _wait(process, 0.01)  # between two looks at the disk
     assert process.poll() is None, process.communicate()
     return process
@@ -92,7 +92,7 @@ def test_stopped_with_two_and_resumed_with_four_processes(alone: Path, tmp_path:
     with _start(2, tmp_path) as process:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
-    assert "stopped by SIGTERM and saved as snapshot 1-" in err
+    assert "stopped by SIGTERM and saved as checkpoint 1-" in err
     assert err.count("To go on: dwiml-func resume") == 1
     run_ranks(4, "resume", tmp_path, "run", "--checkpoint-every", "1epoch")
     assert _same(tmp_path / "run", alone) == []
@@ -122,6 +122,6 @@ def test_processes_that_cannot_share_the_shards_are_refused(tmp_path: Path) -> N
 
 
 def test_without_torchrun_a_process_is_alone() -> None:
-    with process_group(environment={"RANK": "0", "WORLD_SIZE": "1"}) as peers:
-        assert (peers.rank, peers.size) == (0, 1)
-        assert in_turn(peers, lambda: "called") == "called"
+    with join_process_group(environment={"RANK": "0", "WORLD_SIZE": "1"}) as process_group:
+        assert (process_group.rank, process_group.size) == (0, 1)
+        assert rank_zero_first(process_group, lambda: "called") == "called"

@@ -43,9 +43,9 @@ def test_layers_that_no_memory_holds_are_refused(cli, tmp_path: Path, size: int)
 
 
 def test_after_two_dashes_nothing_is_an_option(cli, tmp_path: Path) -> None:
-    cli("digest", "--", "--help").check_refusal("No snapshot in --help/checkpoint")
+    cli("digest", "--", "--help").check_refusal("No checkpoint in --help/checkpoint")
 
 
-@pytest.mark.parametrize(("command", "meant"), [("trian", "train"), ("Train", "train"), ("import", "import-reference")])
+@pytest.mark.parametrize(("command", "meant"), [("trian", "train"), ("Train", "train"), ("import", "import-dwi-ml")])
 def test_an_unknown_command_is_answered_with_the_nearest(cli, command: str, meant: str) -> None:
     cli(command).check_refusal(f"unknown command {command!r}. Did you mean {meant}?", ", ".join(COMMANDS))

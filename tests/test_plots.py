@@ -15,7 +15,7 @@ from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
 from dwiml_func.experiment.folder import read_config
-from dwiml_func.experiment.plots import PlottedRun, draw_experiments, leave_picture, plot_runs
+from dwiml_func.experiment.plots import PlottedRun, draw_experiments, plot_runs, save_run_figure
 
 EVALUATION = Evaluation(model=9.0, keep_straight=4.0, principal_direction=11.5, num_points=7, num_streamlines=2)
 
@@ -206,7 +206,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_warning(experiments: Path, caplo
     (run / "plots" / "training.png").unlink()
     (run / "plots").rmdir()
     (run / "plots").write_text("in the way")
-    leave_picture(run)
+    save_run_figure(run)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert str(run) in record.getMessage()
@@ -221,6 +221,6 @@ def test_the_evaluation_comes_back_as_it_was_written(tmp_path: Path) -> None:
     found = read_evaluation(tmp_path)
     assert found is not None
     assert math.isnan(found.model)
-    for damaged in (b"", b"[]", b"{}", b'{"model": "9"}', b"\xff"):
-        (tmp_path / "evaluation.json").write_bytes(damaged)
+    for corrupt in (b"", b"[]", b"{}", b'{"model": "9"}', b"\xff"):
+        (tmp_path / "evaluation.json").write_bytes(corrupt)
         assert read_evaluation(tmp_path) is None

@@ -21,7 +21,7 @@ from torch.func import grad, vmap
 from dwiml_func import Key, adam, init_state, module_loss, read_means, train_step, value_and_grad
 from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.compiled.step import jit_step
-from dwiml_func.core.autocast import autocast_forward, require_bf16
+from dwiml_func.core.autocast import autocast_forward, check_bf16
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.data.hdf5.read import open_dataset
@@ -128,8 +128,8 @@ def test_a_device_without_bfloat16_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
     with pytest.raises(ValueError, match=r"precision bf16: Old Card has no .*Expected precision float32"):
-        require_bf16(torch.device("cuda"))
-    require_bf16(torch.device("cpu"))
+        check_bf16(torch.device("cuda"))
+    check_bf16(torch.device("cpu"))
 
 
 def test_the_gradient_of_a_linear_layer_is_within_the_rounding_of_its_closed_form():
@@ -155,8 +155,8 @@ def test_no_cast_is_kept_from_one_use_or_transform_to_the_next():
     others = {name: 2 * tensor.detach() for name, tensor in params.items()}
     x = rows(8, 3)
     for values in (params, others, params):
-        _, expected = value_and_grad(loss_fn, values, {}, x, key=Key(0), engine="autograd")
-        _, actual = value_and_grad(loss_fn, values, {}, x, key=Key(0), engine="func")
+        _, expected = value_and_grad(loss_fn, values, {}, x, key=Key(0), backend="autograd")
+        _, actual = value_and_grad(loss_fn, values, {}, x, key=Key(0), backend="func")
         assert torch.equal(flat(actual), flat(expected))
 
     def loss(values: dict[str, Tensor]) -> Tensor:

@@ -164,9 +164,9 @@ def assert_pure(setting: Setting, call: Callable[[], Any]) -> Any:
 
 
 @pytest.mark.parametrize("non_finite", ["raise", "defer"])
-@pytest.mark.parametrize("engine", ["autograd", "func"])
-def test_train_step_is_pure(setting, engine, non_finite):
-    step = partial(setting.train, engine=engine, non_finite=non_finite)
+@pytest.mark.parametrize("backend", ["autograd", "func"])
+def test_train_step_is_pure(setting, backend, non_finite):
+    step = partial(setting.train, backend=backend, non_finite=non_finite)
     new, _ = assert_pure(setting, lambda: step(setting.state, setting.batches[0]))
     old = setting.state
     assert new.step == old.step + 1
@@ -189,18 +189,18 @@ def test_eval_step_is_pure(setting):
     assert sorted(metrics) == ["loss", "size"]
 
 
-@pytest.mark.parametrize("engine", ["autograd", "func"])
-def test_value_and_grad_is_pure(setting, engine):
+@pytest.mark.parametrize("backend", ["autograd", "func"])
+def test_value_and_grad_is_pure(setting, backend):
     state, batch = setting.state, setting.batches[0]
     assert_pure(
         setting,
-        lambda: value_and_grad(setting.loss_fn, state.params, state.buffers, batch, key=Key(4), engine=engine),
+        lambda: value_and_grad(setting.loss_fn, state.params, state.buffers, batch, key=Key(4), backend=backend),
     )
 
 
-@pytest.mark.parametrize("engine", ["autograd", "func"])
-def test_epoch_fn_is_pure(setting, engine):
-    step = partial(setting.train, engine=engine)
+@pytest.mark.parametrize("backend", ["autograd", "func"])
+def test_epoch_fn_is_pure(setting, backend):
+    step = partial(setting.train, backend=backend)
     state, _ = assert_pure(setting, lambda: epoch_fn(setting.state, setting.batches, step=step))
     assert (state.epoch, state.step) == (1, setting.state.step + len(setting.batches))
 

@@ -17,7 +17,7 @@ from preloaded import run_command, run_program
 from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results
 from reproduction_cases import train as train_from_scratch
 
-from dwiml_func.checkpoint.checkpoint import list_snapshots, read_record
+from dwiml_func.checkpoint.checkpoint import list_checkpoints, read_record
 from dwiml_func.experiment.folder import create_experiment, read_config
 
 pytestmark = pytest.mark.soak
@@ -91,7 +91,7 @@ with experiment_lock(directory):
 
 
 def _go_on(directory: Path, where: str, processes: int = 0) -> str:
-    """Resume in a new process, stop after a batch or within the validation; returns the snapshot's name."""
+    """Resume in a new process, stop after a batch or within the validation; returns the checkpoint's name."""
     return run_program(STEP_BY_STEP, directory, where, processes).strip()
 
 
@@ -182,7 +182,7 @@ def test_with_progress_bars_on_a_terminal(uninterrupted: Path, tmp_path: Path) -
 def test_the_record_has_the_digest_of_every_epoch(tmp_path: Path) -> None:
     directory = train(tmp_path, "--keep", "all", epochs=3)
     record = read_record(directory)
-    assert list_snapshots(directory) == ["1", "2", "3"]
+    assert list_checkpoints(directory) == ["1", "2", "3"]
     assert [report["digest"] for report in record["history"]] == [
         read_record(directory, name)["digest"] for name in ("1", "2", "3")
     ]

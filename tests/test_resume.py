@@ -16,7 +16,7 @@ import pytest
 from reproduction_cases import logs
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints
 from dwiml_func.checkpoint.digest import leaf_digest
 from dwiml_func.experiment.folder import read_config
 
@@ -61,7 +61,7 @@ def without_durations(data: Any) -> Any:
 
 def check_same_end(directory: Path, whole: Path) -> None:
     assert latest_digest(directory) == latest_digest(whole)
-    assert list_snapshots(directory) == list_snapshots(whole)
+    assert list_checkpoints(directory) == list_checkpoints(whole)
     names = os.listdir(whole / "logs")
     assert len(names) == 10
     assert logs(directory) == logs(whole)
@@ -113,7 +113,7 @@ def test_a_run_that_was_killed_in_its_first_epoch_starts_again(whole, tmp_path):
         assert "96 streamlines of 2 training subjects" in process.stdout.readline()
         process.kill()
     assert process.returncode == -9
-    assert list_snapshots(tmp_path / "run") == []
+    assert list_checkpoints(tmp_path / "run") == []
     run(*PROGRAM, "resume", tmp_path, "run")
     check_same_end(tmp_path / "run", whole.directory)
 

@@ -23,14 +23,14 @@ from experiment_cases import (
     without_digests,
 )
 
-from dwiml_func.checkpoint.arrays import SnapshotError
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots
+from dwiml_func.checkpoint.arrays import CheckpointError
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.experiment.config import TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
-from dwiml_func.experiment.resume import refuse_to_continue, resume_experiment
+from dwiml_func.experiment.resume import check_can_resume, resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
@@ -93,7 +93,7 @@ def test_the_rules_of_refusal(epoch, bad, max_epochs, patience, new_max_epochs, 
     training = TrainingConfig(max_epochs=max_epochs, patience=patience)
 
     def check() -> None:
-        refuse_to_continue(state, training, new_max_epochs=new_max_epochs, new_patience=new_patience)
+        check_can_resume(state, training, new_max_epochs=new_max_epochs, new_patience=new_patience)
 
     if refused is None:
         check()
@@ -115,7 +115,7 @@ def test_after_new_values_the_run_goes_on_with_them(copy):
     assert reports[-1].best.epoch == 2  # the best of before the resume still counts
     assert restored(copy)[1][: len(before)] == before
     assert without_digests(restored(copy)[1]) == without_digests((*before, *reports))
-    assert list_snapshots(copy) == ["2", "5", "6"]
+    assert list_checkpoints(copy) == ["2", "5", "6"]
     assert load_model(copy / "best_model").facts["epoch"] == 2
     with pytest.raises(ValueError, match="all of its 6 epochs"):
         resume_experiment(copy)
@@ -126,7 +126,7 @@ def remove(copy: Path) -> None:
 
 
 def put_an_older_one(copy: Path) -> None:
-    """As after a crash between the snapshot of a best epoch and its best model."""
+    """As after a crash between the checkpoint of a best epoch and its best model."""
     shutil.rmtree(copy / "best_model")
     other = trained(copy.parent, replace(CONFIG, training=TrainingConfig(max_epochs=1)), "other")
     shutil.copytree(other / "best_model", copy / "best_model")
@@ -177,7 +177,7 @@ def test_logs_of_a_run_that_has_ended_are_made_again_by_the_resume_that_is_refus
     assert contents(copy) == before
 
 
-def test_an_experiment_without_a_snapshot_starts_from_the_beginning(tmp_path):
+def test_an_experiment_without_a_checkpoint_starts_from_the_beginning(tmp_path):
     whole = trained(tmp_path, CONFIG, "whole")
     directory = create_experiment(tmp_path, "killed", CONFIG)
     setup, state, history = resume_experiment(directory)
@@ -207,10 +207,10 @@ def test_data_of_another_width_is_refused_with_every_difference(copy, tmp_path):
             del group["data"]  # type: ignore[attr-defined]
             group["data"] = wide  # type: ignore[index]
     before = contents(copy)
-    with pytest.raises(SnapshotError, match="does not fit") as raised:
+    with pytest.raises(CheckpointError, match="does not fit") as raised:
         resume_experiment(copy, new_patience=9, hdf5_file=str(path))
-    assert "(32, 6) in the snapshot, float32 (32, 12) expected" in str(raised.value)
-    assert str(raised.value).count(" in the snapshot") == 3  # the weight and its two moments
+    assert "(32, 6) in the checkpoint, float32 (32, 12) expected" in str(raised.value)
+    assert str(raised.value).count(" in the checkpoint") == 3  # the weight and its two moments
     assert contents(copy) == before
 
 
@@ -227,7 +227,7 @@ def test_another_version_or_machine_is_warned_of_once_and_the_run_goes_on(copy, 
     assert state.epoch == 4
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"Snapshot 4 comes from other versions or another machine (cpu: {now['cpu']!r}, now 'Another'; "
+        f"Checkpoint 4 comes from other versions or another machine (cpu: {now['cpu']!r}, now 'Another'; "
         f"torch: {now['torch']!r}, now '9.9.9'), so from here on last bits may differ."
     )
 
@@ -238,15 +238,15 @@ def test_what_is_no_experiment_is_refused(tmp_path):
             resume_experiment(path)
 
 
-def test_a_damaged_snapshot_is_set_aside_and_the_run_goes_on_from_the_one_before_saying_so(copy, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before_saying_so(copy, tmp_path, caplog):
     (copy / "checkpoint" / "4" / "manifest.json").write_text("{}")
-    damaged = contents(copy / "checkpoint" / "4")
+    corrupt = contents(copy / "checkpoint" / "4")
     setup, state, history = resume_experiment(copy, new_patience=9, new_max_epochs=5)
     assert (state.epoch, len(history)) == (3, 3)
     (record,) = caplog.records
-    assert record.getMessage() == f"Snapshot {copy}/checkpoint/4 is damaged; going on from 3."
-    assert contents(copy / "checkpoint" / "4.damaged") == damaged
+    assert record.getMessage() == f"Checkpoint {copy}/checkpoint/4 is corrupt; going on from 3."
+    assert contents(copy / "checkpoint" / "4.corrupt") == corrupt
     list(run_experiment(copy, setup, state=state, history=history))
     whole = Path(shutil.copytree(copy, tmp_path / "again"))
-    assert list_snapshots(whole) == ["2", "4", "5"]
+    assert list_checkpoints(whole) == ["2", "4", "5"]
     assert [report.digest for report in restored(copy)[1]][-1] == latest_digest(copy)

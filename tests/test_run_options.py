@@ -94,7 +94,7 @@ def test_a_dry_run_prints_what_the_run_would_record_and_writes_nothing(cli, expe
 def test_a_new_run_has_no_origin(cli, folder: Path) -> None:
     path = folder.parent / "config.json"
     shutil.copy(PHANTOM, folder / "example_data.hdf5")
-    origin = Origin(experiment="experiments/a", snapshot="3", digest="0" * 64, start_digest="0" * 64)
+    origin = Origin(experiment="experiments/a", checkpoint="3", digest="0" * 64, start_digest="0" * 64)
     path.write_text(json.dumps({"origin": vars(origin)}))
     assert config_from_json(cli("train", folder, "new", "--config", path, "--dry-run").out).origin is None
 

@@ -77,13 +77,13 @@ def test_what_is_damaged_is_shown_as_such(cli, experiments: Path) -> None:
     row = rows(cli, experiments)["run"]
     assert (row["state"], row["epochs"]) == ("interrupted", 2)
     (problem,) = row["problems"]
-    assert "checkpoint/3 is damaged" in problem
+    assert "checkpoint/3 is corrupt" in problem
     assert "interrupted (!)" in cli("runs", experiments).out
     (run / "checkpoint" / "2" / "manifest.json").write_text("{")
     row = rows(cli, experiments)["run"]
-    assert (row["state"], row["epochs"], row["max_epochs"]) == ("damaged", 0, None)
+    assert (row["state"], row["epochs"], row["max_epochs"]) == ("corrupt", 0, None)
     (run / "config.json").write_text("{")
-    assert rows(cli, experiments)["run"]["state"] == "damaged"
+    assert rows(cli, experiments)["run"]["state"] == "corrupt"
     outcome = cli("runs", experiments)
     assert outcome.code == 0
     assert "config.json: invalid JSON" in " ".join(outcome.out.split())
@@ -104,7 +104,7 @@ def test_the_table_fits_100_columns_and_is_sorted() -> None:
     runs = [
         RunOverview(name="a", state="stopped early", epochs=1000, max_epochs=1000, minutes=6000.0, last_change=TIME),
         RunOverview(name="long " * 30, state="running", best_epoch=999, best_loss=-1e4, last_change=TIME),
-        RunOverview(name="odd\n", state="damaged", last_change=TIME, problems=("word " * 40,)),
+        RunOverview(name="odd\n", state="corrupt", last_change=TIME, problems=("word " * 40,)),
     ]
     lines = format_runs(runs).splitlines()
     assert max(len(line) for line in lines) <= 100

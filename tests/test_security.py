@@ -121,7 +121,7 @@ codes = [
     main(["digest", f"{folder}/run"]),
     main(["evaluate", f"{folder}/run", data]),
     main(["info", data]),
-    main(["import-reference", model, f"{folder}/imported"]),
+    main(["import-dwi-ml", model, f"{folder}/imported"]),
 ]
 print(codes, seen)
 import pickle, pathlib
@@ -159,9 +159,9 @@ def bomb(tmp_path: Path) -> Bomb:
 def test_a_pickle_in_the_place_of_a_models_tensors_does_not_go_off(cli, tmp_path, bomb):
     model = Path(shutil.copytree(DATA / "cos", tmp_path / "model"))
     torch.save({"weight": bomb}, model / "model_state.pkl")
-    cli("import-reference", model, tmp_path / "out").check_refusal(str(model / "model_state.pkl"), "cannot be read")
+    cli("import-dwi-ml", model, tmp_path / "out").check_refusal(str(model / "model_state.pkl"), "cannot be read")
     (model / "model_state.pkl").write_bytes(pickle.dumps(bomb))
-    cli("import-reference", model, tmp_path / "out").check_refusal(str(model / "model_state.pkl"), "cannot be read")
+    cli("import-dwi-ml", model, tmp_path / "out").check_refusal(str(model / "model_state.pkl"), "cannot be read")
     assert not bomb.place.exists()
     assert not (tmp_path / "out").exists()
 
@@ -188,20 +188,20 @@ def resign(manifest: Path, **changes: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of orbax's threads
-def test_a_pickle_in_the_place_of_any_file_of_a_snapshot_does_not_go_off(cli, experiments, bomb):
-    snapshot = experiments / "run" / "checkpoint" / "3"
-    names = list(json.loads((snapshot / "manifest.json").read_bytes())["files"])
+def test_a_pickle_in_the_place_of_any_file_of_a_checkpoint_does_not_go_off(cli, experiments, bomb):
+    checkpoint = experiments / "run" / "checkpoint" / "3"
+    names = list(json.loads((checkpoint / "manifest.json").read_bytes())["files"])
     assert len(names) > 4
     for name in names:
-        content = (snapshot / name).read_bytes()
-        (snapshot / name).write_bytes(pickle.dumps(bomb))
-        resign(snapshot / "manifest.json")
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(pickle.dumps(bomb))
+        resign(checkpoint / "manifest.json")
         outcome = cli("digest", experiments / "run")
-        # Some of orbax's files say nothing that is needed; then the digest is that of the whole snapshot.
+        # Some of orbax's files say nothing that is needed; then the digest is that of the whole checkpoint.
         assert outcome.code in (0, 2), name
-        (snapshot / name).write_bytes(content)
+        (checkpoint / name).write_bytes(content)
         assert not bomb.place.exists(), name
-    resign(snapshot / "manifest.json")
+    resign(checkpoint / "manifest.json")
     assert cli("digest", experiments / "run").code == 0
 
 
@@ -243,14 +243,14 @@ def test_a_name_that_leads_elsewhere_is_refused_by_every_command_that_takes_one(
     assert contents(experiments.parent) == before
 
 
-@pytest.mark.parametrize("command", ["verify", "digest", "diff", "evaluate", "resume", "info", "export-reference"])
+@pytest.mark.parametrize("command", ["verify", "digest", "diff", "evaluate", "resume", "info", "export-dwi-ml"])
 @pytest.mark.parametrize("place", ["no\0such", "no\nsuch\x1b[31m", "x" * 5000])
 def test_a_place_with_any_character_is_refused_in_one_printable_line(cli, tmp_path, command, place):
     more = {
         "diff": [place],
         "evaluate": [DATA / "phantom.hdf5"],
         "resume": ["run"],
-        "export-reference": [tmp_path / "o"],
+        "export-dwi-ml": [tmp_path / "o"],
     }
     outcome = cli(command, place, *more.get(command, []))
     outcome.check_refusal(f"dwiml-func {command}: ")
@@ -299,7 +299,7 @@ def literal(key: bytes, value: bytes) -> Callable[[bytes], bytes]:
         (put("model", "rnn_layer_sizes", to=[8] * 100_000), "rnn_layer_sizes"),
         (put("model", "rnn_layer_sizes", to=[2**31 - 1] * 2), "memory"),
         (put("data", "cache_size", to="9" * 400 + "GB"), "cache_size"),
-        (put("snapshots", "checkpoint_every", to="9" * 100_000 + "batches"), "checkpoint_every"),
+        (put("checkpoints", "checkpoint_every", to="9" * 100_000 + "batches"), "checkpoint_every"),
         (put("training", to=[1]), "training: input should be an object, received [1]"),
         (put("training", "max_epochs", to=True), "training.max_epochs"),
         (put("training", "max_epochs", to="9"), "training.max_epochs"),
@@ -355,8 +355,8 @@ def test_a_hostile_config_is_refused_by_those_that_only_read(cli, experiments, c
 def test_a_hostile_manifest_is_refused_in_one_line_by_every_command_that_reads_it(
     cli, experiments, command, changes, named
 ):
-    for snapshot in (experiments / "run" / "checkpoint").iterdir():
-        resign(snapshot / "manifest.json", **changes)
+    for checkpoint in (experiments / "run" / "checkpoint").iterdir():
+        resign(checkpoint / "manifest.json", **changes)
     arguments = {
         "resume": [experiments, "run", "--new-patience", "9"],
         "diff": [experiments / "run", experiments / "run"],

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from dwiml_func import Key, LossOut, adam, eval_step, init_state, module_loss, sgd, train_step, value_and_grad
 from dwiml_func.checkpoint.digest import state_digest
-from dwiml_func.distributed.sharding import ALONE, Peers, require_shards, sharded_loss, sharded_value_and_grad
+from dwiml_func.distributed.sharding import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    check_shards,
+    sharded_loss,
+    sharded_value_and_grad,
+)
 
 Shards = Sequence[Tensor | None]
 
@@ -29,7 +35,7 @@ class Threads:
         self.given: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=60)
 
-    def run(self, function: Callable[[Peers], Any]) -> list[Any]:
+    def run(self, function: Callable[[ProcessGroup], Any]) -> list[Any]:
         with ThreadPoolExecutor(self.size) as pool:
             return list(pool.map(function, [_Member(self, rank) for rank in range(self.size)]))
 
@@ -89,7 +95,7 @@ def test_the_gradient_and_the_means_are_those_of_the_whole_batch(sizes: list[int
 MODEL = _model()  # once: threads share the global generator that initial values are drawn from
 
 
-def _train(peers: Peers, batches: Sequence[Shards]) -> str:
+def _train(process_group: ProcessGroup, batches: Sequence[Shards]) -> str:
     # Without a seed for draws: threads share torch's global generator.
     loss_fn, optimizer = module_loss(MODEL, _loss, stochastic=False), adam(weight_decay=0.01)
     state = init_state(MODEL, optimizer, seed=3)
@@ -98,7 +104,7 @@ def _train(peers: Peers, batches: Sequence[Shards]) -> str:
         loss_fn=loss_fn,
         optimizer=optimizer,
         clip_grad=0.5,
-        gradient_fn=sharded_value_and_grad(peers),
+        gradient_fn=sharded_value_and_grad(process_group),
         donate=True,
     )
     for batch in batches:
@@ -112,16 +118,19 @@ def _train(peers: Peers, batches: Sequence[Shards]) -> str:
 def test_any_number_of_processes_trains_to_the_same_bits(num_shards: int, num_processes: int) -> None:
     sizes = [5 + number % 3 for number in range(num_shards)]
     batches = [_cut(_rows(sum(sizes) + 7 * index)[: sum(sizes)], sizes) for index in range(4)]
-    alone = _train(ALONE, batches)
+    alone = _train(SINGLE_PROCESS, batches)
     assert Threads(num_processes).run(partial(_train, batches=batches)) == [alone] * num_processes
-    assert _train(ALONE, [[torch.cat([rows for rows in batch if rows is not None])] for batch in batches]) != alone
+    assert (
+        _train(SINGLE_PROCESS, [[torch.cat([rows for rows in batch if rows is not None])] for batch in batches])
+        != alone
+    )
 
 
 @settings(max_examples=10)
 @given(sizes_of_shards.filter(lambda sizes: len(sizes) % 2 == 0))
 def test_empty_shards_change_no_bit_between_processes(sizes: list[int]) -> None:
     batches = [_cut(_rows(sum(sizes)), sizes)] * 2
-    assert Threads(2).run(partial(_train, batches=batches)) == [_train(ALONE, batches)] * 2
+    assert Threads(2).run(partial(_train, batches=batches)) == [_train(SINGLE_PROCESS, batches)] * 2
 
 
 def test_each_shard_draws_by_its_number() -> None:
@@ -144,11 +153,13 @@ def test_evaluation_gives_the_means_of_the_whole_batch_on_any_number_of_processe
     shards = _cut(rows, [9, 1, 13, 0])
     whole = eval_step(state, rows, loss_fn=loss_fn)
 
-    def evaluated(peers: Peers) -> Any:
+    def evaluated(process_group: ProcessGroup) -> Any:
         # A loss of its own for each thread: `module_loss` is not to be called from several at once.
-        return eval_step(state, shards, loss_fn=sharded_loss(module_loss(model, _loss, stochastic=False), peers))
+        return eval_step(
+            state, shards, loss_fn=sharded_loss(module_loss(model, _loss, stochastic=False), process_group)
+        )
 
-    alone = evaluated(ALONE)
+    alone = evaluated(SINGLE_PROCESS)
     assert Threads(4).run(evaluated) == [alone] * 4
     for name, total in whole.items():
         assert alone[name].weight == total.weight
@@ -164,11 +175,11 @@ def test_buffers_are_those_of_the_first_shard() -> None:
     shards = _cut(_rows(20), [9, 11])
     state = init_state(model, sgd(), seed=0)
 
-    def stepped(peers: Peers) -> str:
+    def stepped(process_group: ProcessGroup) -> str:
         step = partial(train_step, loss_fn=module_loss(model, loss, stochastic=False), optimizer=sgd(), lr=0.1)
-        return state_digest(step(state, shards, gradient_fn=sharded_value_and_grad(peers))[0])
+        return state_digest(step(state, shards, gradient_fn=sharded_value_and_grad(process_group))[0])
 
-    alone = stepped(ALONE)
+    alone = stepped(SINGLE_PROCESS)
     assert Threads(2).run(stepped) == [alone] * 2
     out, _ = value_and_grad(module_loss(model, loss), state.params, state.buffers, shards[0], key=Key(0))
     both, _ = sharded_value_and_grad()(module_loss(model, loss), state.params, state.buffers, shards, key=Key(0))
@@ -207,7 +218,7 @@ def test_parameters_of_several_dtypes_keep_theirs() -> None:
 
 def test_a_number_of_processes_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"4 processes cannot share 6 shards .* 1, 2, 3, 6 of processes"):
-        require_shards(6, _Member(Threads(4), 0))
+        check_shards(6, _Member(Threads(4), 0))
     with pytest.raises(ValueError, match="at least one point"):
         sharded_loss(lambda *_, **__: LossOut(torch.zeros(()), 0, {}, {}))(
             {}, {}, [torch.ones(1)], key=Key(0), train=False

@@ -129,11 +129,11 @@ def test_the_engines_take_close_steps(make_model):
     model = make_model()
     loss_fn = module_loss(model, squared_error)
     states = []
-    for engine in ("autograd", "func"):
+    for backend in ("autograd", "func"):
         state = init_state(model, sgd(), seed=0)
         for batch in make_batches(10):
             state, metrics = train_step(
-                state, batch, loss_fn=loss_fn, optimizer=sgd(), lr=0.1, clip_grad=1.0, engine=engine
+                state, batch, loss_fn=loss_fn, optimizer=sgd(), lr=0.1, clip_grad=1.0, backend=backend
             )
             assert metrics["loss"].weight == 5
         states.append(state)

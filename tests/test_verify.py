@@ -44,7 +44,7 @@ def record(run: Path, name: str) -> dict[str, Any]:
 
 
 def save_again(run: Path, name: str, leaves: dict[str, torch.Tensor] | None = None, **facts: Any) -> None:
-    """Write a snapshot anew with digests that fit, as one who hides a fault would."""
+    """Write a checkpoint anew with digests that fit, as one who hides a fault would."""
     path = run / "checkpoint" / name
     manifest = read_manifest(path)
     kept = {key: manifest[key] for key in ("history", "config", "data", "environment")}
@@ -53,7 +53,7 @@ def save_again(run: Path, name: str, leaves: dict[str, torch.Tensor] | None = No
 
 def test_a_run_is_replayed_to_the_same_bits_and_nothing_is_written(cli, run):
     before = contents(run)
-    for epoch, start in [("1", "the first state"), ("3", "snapshot 2")]:
+    for epoch, start in [("1", "the first state"), ("3", "checkpoint 2")]:
         outcome = cli("verify", run, "--epoch", epoch)
         assert (outcome.code, len(outcome.out.splitlines())) == (0, 1)
         assert f"{run}: epoch {epoch}, replayed from {start}, is equal to the record bit for bit" in outcome.out
@@ -69,21 +69,21 @@ def test_one_float_changed_by_one_ulp_is_found_with_its_place(cli, run):
     save_again(run, "2", leaves)
     changed = record(run, "2")["digest"]
 
-    outcome = cli("verify", run, "--epoch", "2")  # the snapshot after the epoch
+    outcome = cli("verify", run, "--epoch", "2")  # the checkpoint after the epoch
     assert outcome.code == 1
     assert outcome.out.splitlines() == [
         f"{run}: epoch 2, replayed from the first state, is not as recorded.",
         f"  first leaf that differs: {name}, 1 of 256 values, by {float(after - before):.3g} at most; the first at "
-        f"[0, 5]: {after.numpy()[()]!s} in snapshot 2, {before.numpy()[()]!s} replayed, "
+        f"[0, 5]: {after.numpy()[()]!s} in checkpoint 2, {before.numpy()[()]!s} replayed, "
         f"1 ulp apart (1 of {len(leaves)} leaves differ)",
-        f"  digest of snapshot 2: {recorded} recorded, {changed} found",
+        f"  digest of checkpoint 2: {recorded} recorded, {changed} found",
     ]
 
-    outcome = cli("verify", run)  # the snapshot that the replay begins from
+    outcome = cli("verify", run)  # the checkpoint that the replay begins from
     assert outcome.code == 1
     lines = outcome.out.splitlines()
-    assert lines[0] == f"{run}: epoch 3, replayed from snapshot 2, is not as recorded."
-    assert lines[1] == f"  snapshot 2, where the replay began: digest {recorded} recorded, {changed} found"
+    assert lines[0] == f"{run}: epoch 3, replayed from checkpoint 2, is not as recorded."
+    assert lines[1] == f"  checkpoint 2, where the replay began: digest {recorded} recorded, {changed} found"
     assert any(line.startswith("  first leaf that differs: ") and " ulp apart (" in line for line in lines)
     assert any(line.startswith("  digest of the state: ") for line in lines)
 
@@ -153,11 +153,11 @@ def test_a_changed_config_is_found(cli, run):
     assert "config: model.rnn_layer_sizes: [8] recorded, [9] in config.json" in outcome.out
 
 
-def test_a_damaged_snapshot_is_named_and_another_start_is_taken(cli, run):
+def test_a_damaged_checkpoint_is_named_and_another_start_is_taken(cli, run):
     (run / "checkpoint" / "2" / "leaves" / "_METADATA").unlink()
     outcome = cli("verify", run)
     assert outcome.code == 1
-    assert f"{run}/checkpoint/2 is damaged: it has no file leaves/_METADATA." in outcome.out
+    assert f"{run}/checkpoint/2 is corrupt: it has no file leaves/_METADATA." in outcome.out
     assert "replayed from the first state" in outcome.out
     assert "digest" not in outcome.out  # the epoch itself came out as recorded
 

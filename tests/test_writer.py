@@ -98,7 +98,7 @@ def test_a_gap_is_refused_and_nothing_is_written():
 
 
 def train(directory: Path, *, killed_after: int | None = None) -> None:
-    """A loop of one's own, as the README has it; killed after an epoch's snapshot and before its logs."""
+    """A loop of one's own, as the README has it; killed after an epoch's checkpoint and before its logs."""
     model = torch.nn.Linear(2, 1)
     loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
     start, history = restore_or(directory, init_state(model, sgd(), seed=0))

@@ -1,7 +1,7 @@
 """Tensors on disk: a directory with the arrays (by orbax) and a `manifest.json` that says what they must be.
 
 The only module that imports orbax, which brings jax and is imported when first used. Orbax restores other shapes and
-dtypes than asked for without a word, does not notice a flipped byte in an array, and about a damaged file or a full
+dtypes than asked for without a word, does not notice a flipped byte in an array, and about a corrupt file or a full
 disk prints tracebacks from its threads. So the disk's space is taken before orbax writes; and the manifest holds a
 SHA-256 of every file, checked before orbax sees them, and a table of names, shapes, dtypes and SHA-256 digests, checked
 on what orbax gives.
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest, tensor_bytes
-from dwiml_func.checkpoint.manifest import FORMAT, DamagedError, SnapshotError, manifest_text, read_manifest
+from dwiml_func.checkpoint.manifest import FORMAT, CheckpointError, CorruptError, manifest_text, read_manifest
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.files.atomic import atomic_directory
 
-__all__ = ["DamagedError", "SnapshotError", "load_leaves", "read_manifest", "save_leaves"]
+__all__ = ["CheckpointError", "CorruptError", "load_leaves", "read_manifest", "save_leaves"]
 
 
 def save_leaves(
@@ -101,13 +101,13 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
 
     Raises:
         FileNotFoundError: there is no such directory.
-        DamagedError: something is missing or damaged.
+        CorruptError: something is missing or corrupt.
 
     Example:
-        >>> load_leaves(Path("/no/such/snapshot"))
+        >>> load_leaves(Path("/no/such/checkpoint"))
         Traceback (most recent call last):
         ...
-        FileNotFoundError: No manifest.json in /no/such/snapshot.
+        FileNotFoundError: No manifest.json in /no/such/checkpoint.
     """
     manifest = read_manifest(path) if manifest is None else manifest
     table = manifest["leaves"]
@@ -119,7 +119,7 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
         if leaf.numel():
             tensor_bytes(leaf)[...] = arrays.pop(_escape(row["name"]))  # a copy: torch's own memory is aligned
         if leaf_digest(leaf) != row["sha256"]:
-            raise DamagedError(f"{path} is damaged: {row['name']} does not have the bytes that were saved.")
+            raise CorruptError(f"{path} is corrupt: {row['name']} does not have the bytes that were saved.")
         leaves[row["name"]] = leaf
     return leaves
 
@@ -164,13 +164,13 @@ def _read_arrays(path: Path, table: list[Mapping[str, Any]]) -> dict[str, np.nda
                 )
                 return dict(checkpointer.restore(leaves, args=args))
         name = next(row["name"] for row in table if stored[_escape(row["name"])] != expected[_escape(row["name"])])
-        problem = f"{path} is damaged: {name} does not have the bytes that were saved."
+        problem = f"{path} is corrupt: {name} does not have the bytes that were saved."
     except MemoryError:
         raise
     except Exception as error:
         problem = f"{path} cannot be read by orbax-checkpoint {ocp.__version__}: {_one_line(error)}"
     _collect_quietly()
-    raise DamagedError(problem)
+    raise CorruptError(problem)
 
 
 def _collect_quietly() -> None:
@@ -190,12 +190,12 @@ def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
     for name, digest in manifest["files"].items():
         file = path / name
         if not file.is_file():
-            raise DamagedError(f"{path} is damaged: it has no file {name}.")
+            raise CorruptError(f"{path} is corrupt: it has no file {name}.")
         found += file.stat().st_size
         if found > 2 * needed + _SLACK or _file_digest(file) != digest:
-            raise DamagedError(f"{path} is damaged: {name} does not have the bytes that were written.")
+            raise CorruptError(f"{path} is corrupt: {name} does not have the bytes that were written.")
     if needed > 1000 * found + _SLACK:  # compressed arrays of an earlier version were never that much smaller
-        raise DamagedError(f"{path} is damaged: its manifest tells of {needed} bytes, its files have {found}.")
+        raise CorruptError(f"{path} is corrupt: its manifest tells of {needed} bytes, its files have {found}.")
 
 
 _SLACK = 1 << 24

@@ -1,4 +1,4 @@
-"""Saving snapshots in a thread of its own, while training goes on."""
+"""Saving checkpoints in a thread of its own, while training goes on."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from dwiml_func.checkpoint.checkpoint import save
 from dwiml_func.checkpoint.digest import state_leaves
-from dwiml_func.checkpoint.index import snapshot_name
+from dwiml_func.checkpoint.index import checkpoint_name
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.core.state import TrainState, refuse_donated
+from dwiml_func.core.state import TrainState, check_not_donated
 
-__all__ = ["NoSaver", "Saver", "copy_to_host"]
+__all__ = ["AsyncCheckpointer", "NoCheckpointer", "copy_to_host"]
 
 _log = logging.getLogger(__name__)
 
 
-class Saver:
-    """Saves snapshots of a run in the background, one after the other.
+class AsyncCheckpointer:
+    """Saves checkpoints of a run in the background, one after the other.
 
     The training thread waits only while the state is copied, so a later step may reuse the state's memory. The copy's
     memory is kept for the next one: new memory would take most of that time. An error of a save is raised by the next
@@ -39,12 +39,12 @@ class Saver:
     Example:
         >>> import tempfile, torch
         >>> from dwiml_func import init_state, sgd
-        >>> from dwiml_func.checkpoint.checkpoint import list_snapshots
+        >>> from dwiml_func.checkpoint.checkpoint import list_checkpoints
         >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     with Saver(directory) as saver:
-        ...         saver.save(state)
-        ...     list_snapshots(directory)
+        ...     with AsyncCheckpointer(directory) as checkpointer:
+        ...         checkpointer.save(state)
+        ...     list_checkpoints(directory)
         ['0']
     """
 
@@ -78,7 +78,7 @@ class Saver:
         Args:
             state: the run. It may be donated to a step afterwards.
             history: the reports of all epochs so far.
-            then: called in the background with the copy, once the snapshot is on the disk. The copy holds until `then`
+            then: called in the background with the copy, once the checkpoint is on the disk. The copy holds until `then`
                 returns: the next save uses its memory again.
 
         Raises:
@@ -102,14 +102,14 @@ class Saver:
                     keep=self._keep,
                     keep_always=self._keep_always,
                 )
-                _log.debug("Snapshot %s saved in %s.", snapshot_name(copied), self._directory)
+                _log.debug("Checkpoint %s saved in %s.", checkpoint_name(copied), self._directory)
                 if then is not None:
                     then(copied)
             except BaseException as error:
                 self._error = error
 
-        # A daemon: a second Ctrl-C must not wait for it, and a save that was cut off leaves no snapshot behind.
-        self._thread = threading.Thread(target=work, name="saver", daemon=True)
+        # A daemon: a second Ctrl-C must not wait for it, and a save that was cut off leaves no checkpoint behind.
+        self._thread = threading.Thread(target=work, name="checkpointer", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -125,7 +125,7 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> AsyncCheckpointer:
         return self
 
     def __exit__(
@@ -138,15 +138,15 @@ class Saver:
         except BaseException as failure:
             if error is None or kind is GeneratorExit:
                 raise
-            error.add_note(f"Besides, the last snapshot could not be saved: {failure}")
+            error.add_note(f"Besides, the last checkpoint could not be saved: {failure}")
 
 
-class NoSaver:
-    """Stands where a `Saver` would, and saves nothing: for all processes but the first of those that train together.
+class NoCheckpointer:
+    """Stands where a `AsyncCheckpointer` would, and saves nothing: for all processes but the first of those that train together.
 
     Example:
-        >>> with NoSaver() as saver:
-        ...     saver.wait()
+        >>> with NoCheckpointer() as checkpointer:
+        ...     checkpointer.wait()
     """
 
     def save(
@@ -167,7 +167,7 @@ class NoSaver:
     def wait(self) -> None:
         """Do nothing."""
 
-    def __enter__(self) -> NoSaver:
+    def __enter__(self) -> NoCheckpointer:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -195,7 +195,7 @@ def copy_to_host(state: TrainState, *, reuse: TrainState | None = None) -> Train
         >>> copy_to_host(state).params["weight"].data_ptr() == state.params["weight"].data_ptr()
         False
     """
-    refuse_donated(state)
+    check_not_donated(state)
     old = {} if reuse is None else state_leaves(reuse)
 
     def copy(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Sum
 from dwiml_func.core.rng import Key
-from dwiml_func.core.state import TrainState, refuse_donated
+from dwiml_func.core.state import TrainState, check_not_donated
 
 __all__ = [
     "BitDifference",
@@ -138,7 +138,7 @@ def state_leaves(state: TrainState) -> dict[str, Tensor]:
         >>> sorted(state_leaves(init_state(torch.nn.Linear(1, 1, bias=False), adam(), seed=0)))
         ['opt_state/exp_avg/weight', 'opt_state/exp_avg_sq/weight', 'params/weight']
     """
-    refuse_donated(state)
+    check_not_donated(state)
     leaves = {f"params/{name}": tensor for name, tensor in state.params.items()}
     leaves |= {f"buffers/{name}": tensor for name, tensor in state.buffers.items()}
     for kind, moments in state.opt_state.items():
@@ -259,18 +259,18 @@ def leaf_differences(table: Sequence[Mapping[str, Any]], like: Mapping[str, Tens
 
     Example:
         >>> leaf_differences([{"name": "a", "shape": [2], "dtype": "torch.float64"}], {"a": torch.zeros(3)})
-        ['a: float64 (2,) in the snapshot, float32 (3,) expected']
+        ['a: float64 (2,) in the checkpoint, float32 (3,) expected']
     """
     saved = {row["name"]: _describe(row["shape"], row["dtype"]) for row in table}
     expected = {name: _describe(leaf.shape, str(leaf.dtype)) for name, leaf in like.items()}
     lines = []
     for name in sorted(saved.keys() | expected.keys()):
         if name not in expected:
-            lines.append(f"{name}: {saved[name]} in the snapshot, not expected")
+            lines.append(f"{name}: {saved[name]} in the checkpoint, not expected")
         elif name not in saved:
-            lines.append(f"{name}: not in the snapshot, {expected[name]} expected")
+            lines.append(f"{name}: not in the checkpoint, {expected[name]} expected")
         elif saved[name] != expected[name]:
-            lines.append(f"{name}: {saved[name]} in the snapshot, {expected[name]} expected")
+            lines.append(f"{name}: {saved[name]} in the checkpoint, {expected[name]} expected")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The history of a run, the reports of its epochs, as it is recorded in snapshots."""
+"""The history of a run, the reports of its epochs, as it is recorded in checkpoints."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from dwiml_func._checks import require, shown
+from dwiml_func._checks import check_number, truncated_repr
 from dwiml_func.checkpoint.digest import combine_digests
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import EpochReport
@@ -28,8 +28,8 @@ from dwiml_func.core.rng import Key
 
 __all__ = [
     "FORMAT",
-    "DamagedError",
-    "SnapshotError",
+    "CheckpointError",
+    "CorruptError",
     "check_manifest",
     "first_problem",
     "manifest_checksum",
@@ -68,7 +68,7 @@ def check_manifest(manifest: Mapping[str, Any], content: bytes, needs: Sequence[
         raise ValueError(f"expected {', '.join(missing)}, received nothing")
     for report in manifest.get("history") or ():
         if unknown := sorted(report.keys() - _REPORT_KEYS):
-            raise ValueError(f"history: expected no key {shown(unknown[0])}")
+            raise ValueError(f"history: expected no key {truncated_repr(unknown[0])}")
     for key, value in manifest.items():
         if key not in ("leaves", "files", "history", "numbers"):
             _check_plain(key, value)
@@ -99,7 +99,7 @@ def first_problem(error: Exception) -> str:
     if problem["type"] == "value_error":
         text = str(problem.get("ctx", {}).get("error", problem["msg"]))
     else:
-        text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, received {shown(problem['input'])}"
+        text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, received {truncated_repr(problem['input'])}"
     return " ".join(f"{place}: {text}".split() if place else text.split()).rstrip(".")
 
 
@@ -114,12 +114,12 @@ class _Leaf:
 
     def __post_init__(self) -> None:
         if len(self.shape) > 64 or not all(0 <= size < _MAX_NUMEL for size in self.shape):
-            raise ValueError(f"shape: expected sizes of at least 0, received {shown(self.shape)}")
+            raise ValueError(f"shape: expected sizes of at least 0, received {truncated_repr(self.shape)}")
         if math.prod(size for size in self.shape if size) >= _MAX_NUMEL:
-            raise ValueError(f"shape: expected a tensor that fits into memory, received {shown(self.shape)}")
+            raise ValueError(f"shape: expected a tensor that fits into memory, received {truncated_repr(self.shape)}")
         if self.dtype not in _dtypes():
-            raise ValueError(f"dtype: expected one of torch's, received {shown(self.dtype)}")
-        _require_digest("sha256", self.sha256)
+            raise ValueError(f"dtype: expected one of torch's, received {truncated_repr(self.dtype)}")
+        _check_digest("sha256", self.sha256)
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ class _Numbers:
     best: Best
 
     def __post_init__(self) -> None:
-        require("key.seed", self.key.seed, at_least=0, below=1 << 64)
+        check_number("key.seed", self.key.seed, at_least=0, below=1 << 64)
         for part in self.key.path:
-            require("key.path", part, at_least=0, below=_COUNT_END)
+            check_number("key.path", part, at_least=0, below=_COUNT_END)
         for name in ("step", "epoch", "batch"):
-            require(name, getattr(self, name), at_least=0, below=_COUNT_END)
+            check_number(name, getattr(self, name), at_least=0, below=_COUNT_END)
         _check_best(self.best)
 
 
@@ -159,15 +159,15 @@ class _Manifest:
     data: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        _require_digest("digest", self.digest)
+        _check_digest("digest", self.digest)
         names = [leaf.name for leaf in self.leaves]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"leaves: expected different names, received {shown(twice)} twice")
+            raise ValueError(f"leaves: expected different names, received {truncated_repr(twice)} twice")
         for name, digest in self.files.items():
             if not _is_inside(name):
-                raise ValueError(f"files: expected paths below 'leaves/', received {shown(name)}")
-            _require_digest(f"files.{name}", digest)
+                raise ValueError(f"files: expected paths below 'leaves/', received {truncated_repr(name)}")
+            _check_digest(f"files.{name}", digest)
         if not self.files and any(0 not in leaf.shape for leaf in self.leaves):
             raise ValueError("files: expected those of the leaves, received none")
         for report in self.history or ():
@@ -195,7 +195,7 @@ def _check_plain(key: str, value: Any) -> None:
             raise ValueError(f"{key}: expected at most {_MAX_DEPTH} levels, received more")
         for item in level:
             if isinstance(item, int) and not -(1 << 63) <= item < 1 << 64:
-                raise ValueError(f"{key}: expected integers of at most 64 bits, received {shown(item)}")
+                raise ValueError(f"{key}: expected integers of at most 64 bits, received {truncated_repr(item)}")
         lists = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
         level = [item for items in lists for item in items]
 
@@ -203,26 +203,26 @@ def _check_plain(key: str, value: Any) -> None:
 def _check_best(best: Best) -> None:
     if math.isnan(best.value):
         raise ValueError("best.value: expected a number, received nan")
-    require("best.num_bad_epochs", best.num_bad_epochs, at_least=0, below=_COUNT_END)
+    check_number("best.num_bad_epochs", best.num_bad_epochs, at_least=0, below=_COUNT_END)
     if best.epoch is not None:
-        require("best.epoch", best.epoch, at_least=0, below=_COUNT_END)
+        check_number("best.epoch", best.epoch, at_least=0, below=_COUNT_END)
 
 
 def _check_report(report: EpochReport) -> None:
     for name in ("epoch", "num_batches"):
-        require(f"history.{name}", getattr(report, name), at_least=0, below=_COUNT_END)
+        check_number(f"history.{name}", getattr(report, name), at_least=0, below=_COUNT_END)
     for name in ("learning_rate", "num_points", "train_minutes", "valid_minutes"):
-        require(f"history.{name}", float(getattr(report, name)))
+        check_number(f"history.{name}", float(getattr(report, name)))
     if report.timed_points is not None:
-        require("history.timed_points", float(report.timed_points))
+        check_number("history.timed_points", float(report.timed_points))
     if report.digest is not None:
-        _require_digest("history.digest", report.digest)
+        _check_digest("history.digest", report.digest)
     _check_best(report.best)
 
 
-def _require_digest(name: str, digest: str) -> None:
+def _check_digest(name: str, digest: str) -> None:
     if not re.fullmatch("[0-9a-f]{64}", digest):
-        raise ValueError(f"{name}: expected 64 hexadecimal digits, received {shown(digest)}")
+        raise ValueError(f"{name}: expected 64 hexadecimal digits, received {truncated_repr(digest)}")
 
 
 def _is_inside(name: str) -> bool:
@@ -238,25 +238,25 @@ _MAX_BYTES = 1 << 25  # some 100,000 leaves, or 40,000 epochs
 _MAX_NESTED = 1 << 19  # lists and dicts: text of any length could make a thousand times its size of them
 
 
-class SnapshotError(ValueError):
-    """A snapshot that is damaged, or does not fit the state it is restored into.
+class CheckpointError(ValueError):
+    """A checkpoint that is corrupt, or does not fit the state it is restored into.
 
     Example:
-        >>> raise SnapshotError("params/weight: float32 (2,) in the snapshot, not expected")
+        >>> raise CheckpointError("params/weight: float32 (2,) in the checkpoint, not expected")
         Traceback (most recent call last):
         ...
-        dwiml_func.checkpoint.manifest.SnapshotError: params/weight: float32 (2,) in the snapshot, not expected
+        dwiml_func.checkpoint.manifest.CheckpointError: params/weight: float32 (2,) in the checkpoint, not expected
     """
 
 
-class DamagedError(SnapshotError):
-    """A snapshot that does not hold what was written.
+class CorruptError(CheckpointError):
+    """A checkpoint that does not hold what was written.
 
     Example:
-        >>> raise DamagedError("experiments/a/checkpoint/3 is damaged: it has no manifest.json.")
+        >>> raise CorruptError("experiments/a/checkpoint/3 is corrupt: it has no manifest.json.")
         Traceback (most recent call last):
         ...
-        dwiml_func.checkpoint.manifest.DamagedError: experiments/a/checkpoint/3 is damaged: it has no manifest.json.
+        dwiml_func.checkpoint.manifest.CorruptError: experiments/a/checkpoint/3 is corrupt: it has no manifest.json.
     """
 
 
@@ -275,14 +275,14 @@ def read_manifest(path: Path, manifest_name: str = "manifest.json", *, needs: Se
 
     Raises:
         FileNotFoundError: there is no such directory.
-        DamagedError: it has no manifest, or not the one that was written.
-        SnapshotError: it was written by a later version.
+        CorruptError: it has no manifest, or not the one that was written.
+        CheckpointError: it was written by a later version.
 
     Example:
-        >>> read_manifest(Path("/no/such/snapshot"))
+        >>> read_manifest(Path("/no/such/checkpoint"))
         Traceback (most recent call last):
         ...
-        FileNotFoundError: No manifest.json in /no/such/snapshot.
+        FileNotFoundError: No manifest.json in /no/such/checkpoint.
     """
     if not path.is_dir():
         raise FileNotFoundError(f"No {manifest_name} in {path}.")
@@ -290,19 +290,19 @@ def read_manifest(path: Path, manifest_name: str = "manifest.json", *, needs: Se
     try:
         manifest = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is damaged: {manifest_name} is no JSON ({error}).") from None
+        raise CorruptError(f"{path} is corrupt: {manifest_name} is no JSON ({error}).") from None
     if not isinstance(manifest, dict) or "format" not in manifest:
-        raise DamagedError(f"{path} is damaged: {manifest_name} lacks what a manifest holds.")
+        raise CorruptError(f"{path} is corrupt: {manifest_name} lacks what a manifest holds.")
     is_whole = manifest.pop("checksum", None) == _checksum_or_none(manifest)
     if manifest["format"] != FORMAT:
-        text = f"{path} has format {shown(manifest['format'])}; this version reads format {FORMAT}."
-        raise SnapshotError(text) if is_whole else DamagedError(f"{text} Or it is damaged.")
+        text = f"{path} has format {truncated_repr(manifest['format'])}; this version reads format {FORMAT}."
+        raise CheckpointError(text) if is_whole else CorruptError(f"{text} Or it is corrupt.")
     if not is_whole:
-        raise DamagedError(f"{path} is damaged: {manifest_name} does not hold what was written.")
+        raise CorruptError(f"{path} is corrupt: {manifest_name} does not hold what was written.")
     try:
         check_manifest(manifest, content, needs)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} is damaged: {manifest_name}: {first_problem(error)}.") from None
+        raise CorruptError(f"{path} is corrupt: {manifest_name}: {first_problem(error)}.") from None
     return manifest
 
 
@@ -357,11 +357,11 @@ def manifest_checksum(manifest: Mapping[str, Any]) -> str:
 def _read(path: Path, name: str) -> bytes:
     file = path / name
     if not file.is_file():  # to open a pipe would wait for ever
-        raise DamagedError(f"{path} is damaged: it has no {name}.")
+        raise CorruptError(f"{path} is corrupt: it has no {name}.")
     with file.open("rb") as opened:
         content = opened.read(_MAX_BYTES + 1)
     if _is_too_large(content):
-        raise DamagedError(f"{path} is damaged: {name} is larger than any manifest.")
+        raise CorruptError(f"{path} is corrupt: {name} is larger than any manifest.")
     return content
 
 

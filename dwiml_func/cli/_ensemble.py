@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.cli._messages import counted, say
+from dwiml_func.cli._messages import pluralize, print_progress
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.step import NonFiniteError
 from dwiml_func.ensemble.loop import EnsembleReport
@@ -16,7 +16,7 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.ensemble_members import create_ensemble
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
 from dwiml_func.experiment.folder import read_ended
-from dwiml_func.experiment.setup import Setup
+from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
@@ -77,15 +77,15 @@ def _locks(directory: Path, num_members: int) -> Iterator[None]:
 
 def _train(
     directory: Path,
-    setups: Sequence[Setup],
+    setups: Sequence[RunParts],
     ensemble: EnsembleState | None,
     histories: Sequence[tuple[EpochReport, ...]],
 ) -> None:
-    say(f"{directory}: an ensemble of {len(setups)} members, each in a folder of its own")
+    print_progress(f"{directory}: an ensemble of {len(setups)} members, each in a folder of its own")
     for number, setup in enumerate(setups):
         training = setup.config.training
         rate = " ".join(training.learning_rate)
-        say(f"  {number}: learning rate {rate}, weight decay {training.weight_decay:g}, rng {training.rng}")
+        print_progress(f"  {number}: learning rate {rate}, weight decay {training.weight_decay:g}, rng {training.rng}")
     failed: dict[int, str] = {}
     own = list(histories)
     max_epochs = setups[0].config.training.max_epochs
@@ -108,16 +108,18 @@ def _print(report: EnsembleReport, max_epochs: int) -> None:
         best = "  best" if own.is_best else ""
         valid = f"  validation loss {own.valid['loss']:.4f}" if own.valid else ""
         stop = "  stopped early" if own.stop == "patience" else ""
-        say(f"Epoch {report.epoch}/{max_epochs}  {number}: training loss {own.train['loss']:.4f}{valid}{best}{stop}")
+        print_progress(
+            f"Epoch {report.epoch}/{max_epochs}  {number}: training loss {own.train['loss']:.4f}{valid}{best}{stop}"
+        )
     for number, text in report.failed.items():
-        say(f"Epoch {report.epoch}/{max_epochs}  {number}: {text}")
+        print_progress(f"Epoch {report.epoch}/{max_epochs}  {number}: {text}")
 
 
 def _summarize(directory: Path, histories: Sequence[Sequence[EpochReport]], failed: dict[int, str]) -> None:
-    say("")
+    print_progress("")
     for number, history in enumerate(histories):
         found = "no best epoch"
         if history and history[-1].best.epoch is not None:
             found = f"best epoch {history[-1].best.epoch}, loss {history[-1].best.value:.4f}"
         broke = ", broke off" if number in failed else ""
-        say(f"  {directory / str(number)}: {counted(len(history), 'epoch')}, {found}{broke}")
+        print_progress(f"  {directory / str(number)}: {pluralize(len(history), 'epoch')}, {found}{broke}")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import IntEnum
 
-__all__ = ["MESSAGE_OPTIONS", "Verbosity", "counted", "is_quiet", "messages", "say", "take_verbosity"]
+__all__ = ["MESSAGE_OPTIONS", "Verbosity", "is_quiet", "messages", "pluralize", "print_progress", "take_verbosity"]
 
 MESSAGE_OPTIONS = (
     ("--verbose, -v", "Tell more: log lines with their time, and where an error comes from."),
@@ -70,7 +70,7 @@ def messages(program: str, verbosity: Verbosity) -> Iterator[None]:
 
     Example:
         >>> with messages("dwiml-func train", Verbosity.QUIET):
-        ...     say("Epoch 1")
+        ...     print_progress("Epoch 1")
     """
     root, package = logging.getLogger(), logging.getLogger("dwiml_func")
     handler, level = _Handler(program, verbosity), package.level
@@ -88,21 +88,21 @@ def messages(program: str, verbosity: Verbosity) -> Iterator[None]:
             _verbosity.reset(token)
 
 
-def say(text: str) -> None:
+def print_progress(text: str) -> None:
     """Print a line about the progress of a command on standard output, unless it shall be quiet.
 
     Args:
         text: the line.
 
     Example:
-        >>> say("Making the example data")
+        >>> print_progress("Making the example data")
         Making the example data
     """
     if not is_quiet():
         print(text, flush=True)  # a file or pipe would hold it back for a long time
 
 
-def counted(number: int, noun: str) -> str:
+def pluralize(number: int, noun: str) -> str:
     """A number of things.
 
     Args:
@@ -113,7 +113,7 @@ def counted(number: int, noun: str) -> str:
         The number and the noun.
 
     Example:
-        >>> counted(1, "testing subject"), counted(0, "epoch")
+        >>> pluralize(1, "testing subject"), pluralize(0, "epoch")
         ('1 testing subject', '0 epochs')
     """
     return f"{number} {noun}{'s' * (number != 1)}"

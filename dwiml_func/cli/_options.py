@@ -59,8 +59,8 @@ def list_options(description: type, part: str = "") -> list[Option]:
         The options, in the order of the fields.
 
     Example:
-        >>> from dwiml_func.experiment.config import SnapshotConfig
-        >>> option = list_options(SnapshotConfig)[0]
+        >>> from dwiml_func.experiment.config import CheckpointConfig
+        >>> option = list_options(CheckpointConfig)[0]
         >>> option.flags, option.value, option.default
         (('--checkpoint-every',), 'TEXT', '1epoch')
     """

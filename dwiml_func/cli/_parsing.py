@@ -78,7 +78,7 @@ def parse(
     options = {flag: option for option in list_options(description) for flag in option.flags}
     # A switch that `default` turns on can be turned off
     options |= {f"--no-{flag.removeprefix('--')}": option for flag, option in options.items() if not option.value}
-    _refuse_unknown(options, given, program)
+    _check_unknown(options, given, program)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -140,7 +140,7 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
     return found
 
 
-def _refuse_unknown(options: Mapping[str, Option], arguments: Sequence[str], program: str) -> None:
+def _check_unknown(options: Mapping[str, Option], arguments: Sequence[str], program: str) -> None:
     known = [*options, *(flag for flags, _ in MESSAGE_OPTIONS for flag in flags.split(", ")), "--help"]
     for argument in arguments:
         name, equals, value = argument.partition("=")

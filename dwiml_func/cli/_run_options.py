@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from dwiml_func._checks import shown
+from dwiml_func._checks import truncated_repr
 from dwiml_func.experiment.config import (
     BatchConfig,
+    CheckpointConfig,
     DataConfig,
     LoggingConfig,
     ModelConfig,
     RunConfig,
-    SnapshotConfig,
     TrainingConfig,
     config_from_json,
 )
@@ -36,7 +36,7 @@ RUN_SUBJECTS: Mapping[str, tuple[str, ...]] = {
     ),
     "Data": ("data",),
     "Machine": ("use_gpu", "num_threads", "processes", "compile", "precision", "lazy", "cache_size"),
-    "Snapshots": ("snapshots",),
+    "Checkpoints": ("checkpoints",),
     "Logs": ("logging",),
 }
 """How the help groups the options of a run: titles, and names of options or of parts of the config."""
@@ -55,7 +55,7 @@ class RunOptions:
     model: ModelConfig = field(default_factory=ModelConfig)
     batches: BatchConfig = field(default_factory=BatchConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def to_config(self, hdf5_file: str | Path) -> RunConfig:
@@ -112,7 +112,7 @@ def read_config_part(path: str | Path, base: RunOptions) -> tuple[RunOptions, st
     source = f"--config {path}"
     given = parse_json(read_config_file(Path(path), source=source), source=source)
     if not isinstance(given, dict):
-        raise ValueError(f"{source}: expected a JSON object, received {shown(given)}.")
+        raise ValueError(f"{source}: expected a JSON object, received {truncated_repr(given)}.")
     given.pop("origin", None)
     merged = {"hdf5_file": "", **asdict(base)}
     for name, value in given.items():

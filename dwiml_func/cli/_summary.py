@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dwiml_func.cli._messages import counted
+from dwiml_func.cli._messages import pluralize
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
 
@@ -36,7 +36,7 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
     minutes = sum(report.train_minutes + report.valid_minutes for report in history)
     reason = {"patience": "stopped early", "max_epochs": "finished", None: "stopped"}[last.stop]
     lines = [
-        f"{reason.capitalize()} after {counted(last.epoch, 'epoch')}, {_duration(minutes)}.",
+        f"{reason.capitalize()} after {pluralize(last.epoch, 'epoch')}, {_duration(minutes)}.",
         f"Best epoch {best.epoch}: training loss {best.train['loss']:.4f}"
         + (f", validation loss {best.valid['loss']:.4f}" if best.valid else ""),
         f"Mean angular error of the best model on the {subset} subjects,",

@@ -39,7 +39,7 @@ def run(arguments: Sequence[str], program: str) -> int:
         The exit code: 0 when nothing differs, 1 when something does.
 
     Raises:
-        ValueError, OSError: one is no experiment, or damaged.
+        ValueError, OSError: one is no experiment, or corrupt.
 
     Example:
         >>> run(["experiments/first_run", "experiments/second_run"], "dwiml-func diff")  # doctest: +SKIP

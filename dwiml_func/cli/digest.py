@@ -39,7 +39,7 @@ def run(arguments: Sequence[str], program: str) -> int:
         The exit code, 0.
 
     Raises:
-        ValueError, OSError: there is no snapshot, or it is damaged.
+        ValueError, OSError: there is no checkpoint, or it is corrupt.
 
     Example:
         >>> run(["experiments/first_run"], "dwiml-func digest")  # doctest: +SKIP

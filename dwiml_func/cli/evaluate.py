@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from dwiml_func._checks import require
-from dwiml_func.cli._messages import counted
+from dwiml_func._checks import check_number
+from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION
 from dwiml_func.data.hdf5.read import open_dataset
@@ -52,8 +52,8 @@ class EvaluateOptions:
     """CPU threads of the computation."""
 
     def __post_init__(self) -> None:
-        require("batch_size", self.batch_size, at_least=1)
-        require("num_threads", self.num_threads, at_least=1)
+        check_number("batch_size", self.batch_size, at_least=1)
+        check_number("num_threads", self.num_threads, at_least=1)
 
 
 def run(arguments: Sequence[str], program: str) -> int:
@@ -107,7 +107,7 @@ def _text(result: ModelEvaluation, subset: str, num_subjects: int) -> str:
     compared = result.compared
     principal = compared.principal_direction
     lines = [
-        f"{result.num_streamlines} streamlines of {counted(num_subjects, f'{subset} subject')}",
+        f"{result.num_streamlines} streamlines of {pluralize(num_subjects, f'{subset} subject')}",
         f"Mean loss at {result.num_points} points: {result.loss:.6g}",
         f"Mean angular error at all points that have a next direction: {result.angular_error:.2f} deg",
         f"Mean angular error at the {compared.num_points} points that have a previous direction too:",

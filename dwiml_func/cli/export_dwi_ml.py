@@ -1,4 +1,4 @@
-"""`dwiml-func export-reference`."""
+"""`dwiml-func export-dwi-ml`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 
 from dwiml_func.cli._output import new_folder
 from dwiml_func.cli._parsing import parse
-from dwiml_func.dwi_ml.models import shift_warning, write_reference
+from dwiml_func.dwi_ml.models import shift_warning, write_dwi_ml_model
 from dwiml_func.experiment.model_store import find_model, load_model
 
 __all__ = ["ExportOptions", "run"]
@@ -22,7 +22,7 @@ class ExportOptions:
     """Write a model in dwi_ml's files, for its scripts to track with and to look at. They expect it in a folder called
     best_model. Train with --interpolation trilinear-corner for that, which is how they read volumes.
 
-    Example: dwiml-func export-reference experiments/first_run exported/best_model
+    Example: dwiml-func export-dwi-ml experiments/first_run exported/best_model
     """
 
     experiment_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_DIR")]
@@ -45,14 +45,14 @@ def run(arguments: Sequence[str], program: str) -> int:
         ValueError, OSError: there is no such model, dwi_ml cannot run it, or the new folder cannot be made.
 
     Example:
-        >>> run(["experiments/first_run", "exported"], "dwiml-func export-reference")  # doctest: +SKIP
+        >>> run(["experiments/first_run", "exported"], "dwiml-func export-dwi-ml")  # doctest: +SKIP
     """
     options = parse(ExportOptions, arguments, program)
     with new_folder(options.out_dir) as out_dir:
         path = find_model(options.experiment_dir)
         model = load_model(path)
         experiment = path.parent if path.name == "best_model" else path
-        write_reference(out_dir, model, experiment_name=experiment.resolve().name)
+        write_dwi_ml_model(out_dir, model, experiment_name=experiment.resolve().name)
     warning = shift_warning(model.config)
     if warning is not None:
         print(f"{program}: warning: {warning}", file=sys.stderr)

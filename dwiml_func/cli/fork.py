@@ -9,15 +9,15 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli._messages import say
+from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli._run_options import RUN_SUBJECTS, RunOptions
 from dwiml_func.cli.train import train_with_progress
-from dwiml_func.distributed.process_group import process_group, rank_in
+from dwiml_func.distributed.process_group import join_process_group, rank_in
 from dwiml_func.experiment.compare import differences
 from dwiml_func.experiment.folder import check_new_experiment, experiment_directory, read_config
 from dwiml_func.experiment.fork import create_fork, prepare_fork
-from dwiml_func.experiment.resume import mend_experiment
+from dwiml_func.experiment.resume import repair_experiment
 from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
 
@@ -26,7 +26,7 @@ __all__ = ["ForkOptions", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class ForkOptions(RunOptions):
-    """Train a new experiment, beside SOURCE_DIR, that begins with one of its snapshots. Options that are not given have
+    """Train a new experiment, beside SOURCE_DIR, that begins with one of its checkpoints. Options that are not given have
     the source's values; a switch that is on there is turned off with --no- before its name. Any can change that leaves
     the shapes of the model's tensors as they are; within an epoch, only those of the training but the seed. Another
     optimizer begins with moments of zero. Epochs are counted on, for the learning rate too.
@@ -38,8 +38,8 @@ class ForkOptions(RunOptions):
     """Folder of the experiment to fork."""
     new_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NEW_NAME")]
     """Name of the new experiment."""
-    from_snapshot: Annotated[str | None, tyro.conf.arg(name="from", metavar="EPOCH")] = None
-    """Number of epochs after which to fork, or the name of any snapshot, such as 3-50. None: the latest."""
+    from_checkpoint: Annotated[str | None, tyro.conf.arg(name="from", metavar="EPOCH")] = None
+    """Number of epochs after which to fork, or the name of any checkpoint, such as 3-50. None: the latest."""
     hdf5_file: str | None = None
     """Another dataset. None: that of the source."""
 
@@ -69,10 +69,10 @@ def run(arguments: Sequence[str], program: str) -> int:
     if rank_in() == 0:
         check_new_experiment(experiments_path, options.new_name)
     config = options.to_config(options.hdf5_file or recorded.hdf5_file)
-    with process_group("cuda" if config.training.use_gpu else "cpu") as peers:
-        fork = prepare_fork(source, config, name=options.from_snapshot, peers=peers)
-        start = (directory, fork.setup, fork.snapshot.state, fork.snapshot.history)
-        if peers.rank > 0:  # the first process writes
+    with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
+        fork = prepare_fork(source, config, name=options.from_checkpoint, process_group=process_group)
+        start = (directory, fork.setup, fork.checkpoint.state, fork.checkpoint.history)
+        if process_group.rank > 0:  # the first process writes
             train_with_progress(*start)
             return 0
         with experiment_lock(experiments_path, wait=True):
@@ -81,8 +81,10 @@ def run(arguments: Sequence[str], program: str) -> int:
         with experiment_lock(directory):
             old, new = ({**each.to_dict(), "origin": None} for each in (recorded, config))
             changes = (*differences(old, new, ("there", "here")), *fork.notes)
-            say("\n  ".join([f"{directory}: forked from {source}, snapshot {fork.snapshot.name}", *changes]))
-            mend_experiment(*start)
+            print_progress(
+                "\n  ".join([f"{directory}: forked from {source}, checkpoint {fork.checkpoint.name}", *changes])
+            )
+            repair_experiment(*start)
             train_with_progress(*start)
     return 0
 

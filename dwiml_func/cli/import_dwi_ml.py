@@ -1,4 +1,4 @@
-"""`dwiml-func import-reference`."""
+"""`dwiml-func import-dwi-ml`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 from dwiml_func.cli._output import new_folder
 from dwiml_func.cli._parsing import parse
 from dwiml_func.core.state import init_state
-from dwiml_func.dwi_ml.models import read_reference
+from dwiml_func.dwi_ml.models import read_dwi_ml_model
 from dwiml_func.experiment.model_store import save_model
 from dwiml_func.optim.optimizers import sgd
 
@@ -23,7 +23,7 @@ class ImportOptions:
     """Make a model directory of a Learn2Track model that dwi_ml trained. It reads volumes as dwi_ml does
     (trilinear-corner), so that it gives dwi_ml's losses.
 
-    Example: dwiml-func import-reference dwi_ml_experiment/best_model imported
+    Example: dwiml-func import-dwi-ml dwi_ml_experiment/best_model imported
     """
 
     best_model_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BEST_MODEL_DIR")]
@@ -46,11 +46,11 @@ def run(arguments: Sequence[str], program: str) -> int:
         ValueError, OSError: there is no such model, it does not fit together, or the new folder cannot be made.
 
     Example:
-        >>> run(["best_model", "imported"], "dwiml-func import-reference")  # doctest: +SKIP
+        >>> run(["best_model", "imported"], "dwiml-func import-dwi-ml")  # doctest: +SKIP
     """
     options = parse(ImportOptions, arguments, program)
     with new_folder(options.out_dir) as out_dir:
-        reference = read_reference(options.best_model_dir)
+        reference = read_dwi_ml_model(options.best_model_dir)
         state = init_state(reference.module, sgd(), seed=0)
         facts = {"epoch": None, "reference_parameters": dict(reference.parameters)}
         save_model(out_dir, state, reference.config, nb_features=reference.module.nb_features, facts=facts)

@@ -13,23 +13,23 @@ from dwiml_func.cli._help import format_block
 from dwiml_func.cli._messages import MESSAGE_OPTIONS, Verbosity, messages, take_verbosity
 from dwiml_func.cli._parsing import nearest
 from dwiml_func.core.step import NonFiniteError
-from dwiml_func.distributed.process_group import PeerLostError, rank_in
+from dwiml_func.distributed.process_group import ProcessLostError, rank_in
 from dwiml_func.experiment.signals import TrainingStopped
 
 __all__ = ["main", "resume_training_from_checkpoint"]
 
 COMMANDS = {
     "train": "Train a model on a dataset, or on the built-in example data.",
-    "resume": "Go on with an experiment from its latest snapshot.",
-    "fork": "Train a new experiment from a snapshot of another one, with changed options.",
+    "resume": "Go on with an experiment from its latest checkpoint.",
+    "fork": "Train a new experiment from a checkpoint of another one, with changed options.",
     "example-data": "Write the built-in example data as an HDF5 dataset.",
     "create-hdf5": "Make an HDF5 dataset of NIfTI files and tractograms.",
     "info": "Print what an HDF5 dataset holds, and what is wrong with it.",
     "evaluate": "Print a model's loss and angular error on a subset of a dataset, beside two baselines.",
     "runs": "Print a table of experiments: how far each has come, and how good it is.",
     "plot": "Draw losses, angular errors, gradients and speed of experiments, over each other.",
-    "import-reference": "Make a model directory of a model that dwi_ml trained.",
-    "export-reference": "Write a model for dwi_ml's scripts.",
+    "import-dwi-ml": "Make a model directory of a model that dwi_ml trained.",
+    "export-dwi-ml": "Write a model for dwi_ml's scripts.",
     "digest": "Print the SHA-256 of an experiment's latest training state.",
     "verify": "Train an epoch of an experiment again, and compare it with the record bit for bit.",
     "diff": "Tell what differs between two experiments, and from which epoch on.",
@@ -107,12 +107,12 @@ def _run(command: str, arguments: Sequence[str], program: str) -> int:
         return code
     except TrainingStopped as stopped:
         return stopped.exit_code if rank_in() > 0 else _fail(_stopped(stopped, program), stopped.exit_code)
-    except (NonFiniteError, PeerLostError) as error:
+    except (NonFiniteError, ProcessLostError) as error:
         return _fail(f"{program}: {error}", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more as it ends
         if trains and "--help" not in arguments:
-            print(f"{program}: what read the output has closed it. The last snapshot stands.", file=sys.stderr)
+            print(f"{program}: what read the output has closed it. The last checkpoint stands.", file=sys.stderr)
         return _CLOSED_PIPE
     except (ValueError, OSError) as error:
         logging.getLogger(__name__).debug("", exc_info=error)
@@ -122,7 +122,7 @@ def _run(command: str, arguments: Sequence[str], program: str) -> int:
             raise
         return _fail(f"{program}: there is not enough memory. {_one_line(str(error))}", 2)
     except KeyboardInterrupt:
-        return _fail(f"{program}: interrupted.{' The last snapshot stands.' if trains else ''}", 130)
+        return _fail(f"{program}: interrupted.{' The last checkpoint stands.' if trains else ''}", 130)
 
 
 def _help() -> str:
@@ -141,7 +141,7 @@ def _help() -> str:
 
 def _stopped(stopped: TrainingStopped, program: str) -> str:
     place = shlex.join([str(stopped.directory.parent), stopped.directory.name])
-    saved = "before its first batch" if stopped.name is None else f"and saved as snapshot {stopped.name}"
+    saved = "before its first batch" if stopped.name is None else f"and saved as checkpoint {stopped.name}"
     return f"{program}: {_one_line(str(stopped))} {saved}. To go on: dwiml-func resume {place}"
 
 

@@ -13,7 +13,7 @@ import tyro
 from dwiml_func.cli._ensemble import resume_members
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli.train import train_with_progress
-from dwiml_func.distributed.process_group import in_turn, process_group
+from dwiml_func.distributed.process_group import join_process_group, rank_zero_first
 from dwiml_func.experiment.folder import experiment_directory, is_ensemble, read_config
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.files.lock import experiment_lock
@@ -23,7 +23,7 @@ __all__ = ["ResumeOptions", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeOptions:
-    """Go on with an experiment, or with an ensemble, from its latest snapshot, to the same bits as if it had never
+    """Go on with an experiment, or with an ensemble, from its latest checkpoint, to the same bits as if it had never
     stopped.
 
     Example: dwiml-func resume experiments first_run --new-max-epochs 200
@@ -42,9 +42,9 @@ class ResumeOptions:
     processes: int | None = None
     """New number of processes that load batches. The results are the same. None: as before."""
     checkpoint_every: str | None = None
-    """How often to save a snapshot from now on. The results are the same. None: as before."""
+    """How often to save a checkpoint from now on. The results are the same. None: as before."""
     keep: int | Literal["all"] | None = None
-    """How many snapshots at an epoch's end to keep from now on, or all. None: as before."""
+    """How many checkpoints at an epoch's end to keep from now on, or all. None: as before."""
 
 
 def run(arguments: Sequence[str], program: str) -> int:
@@ -72,8 +72,8 @@ def run(arguments: Sequence[str], program: str) -> int:
         resume_members(directory, **changes)
         return 0
     use_gpu = read_config(directory).training.use_gpu  # before the lock makes a file there
-    with process_group("cuda" if use_gpu else "cpu") as peers:
-        resume = partial(resume_experiment, directory, **changes, peers=peers)
-        with experiment_lock(directory) if peers.rank == 0 else nullcontext():
-            train_with_progress(directory, *in_turn(peers, resume))
+    with join_process_group("cuda" if use_gpu else "cpu") as process_group:
+        resume = partial(resume_experiment, directory, **changes, process_group=process_group)
+        with experiment_lock(directory) if process_group.rank == 0 else nullcontext():
+            train_with_progress(directory, *rank_zero_first(process_group, resume))
     return 0

@@ -69,7 +69,7 @@ def format_runs(runs: Sequence[RunOverview]) -> str:
         runs: the overviews.
 
     Returns:
-        A line for each run below a line of headings, and below them what is damaged.
+        A line for each run below a line of headings, and below them what is corrupt.
 
     Example:
         >>> print(format_runs([]))
@@ -94,7 +94,7 @@ def format_runs(runs: Sequence[RunOverview]) -> str:
 def _row(run: RunOverview) -> tuple[str, ...]:
     return (
         run.name if run.name.isprintable() else ascii(run.name),
-        run.state + (" (!)" if run.problems and run.state != "damaged" else ""),
+        run.state + (" (!)" if run.problems and run.state != "corrupt" else ""),
         f"{run.epochs}/{'?' if run.max_epochs is None else run.max_epochs}",
         "-" if run.best_loss is None else f"{run.best_loss:.4f}",
         "-" if run.best_epoch is None else str(run.best_epoch),

@@ -19,7 +19,7 @@ __all__ = ["SendToCometOptions", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class SendToCometOptions:
-    """Send an experiment's logs to Comet: parameters, and the metrics of all epochs up to the newest snapshot. What is
+    """Send an experiment's logs to Comet: parameters, and the metrics of all epochs up to the newest checkpoint. What is
     there already is not sent again. Without an API key or a network, and with --offline, they are archived in
     logs/comet, for `comet upload`.
 

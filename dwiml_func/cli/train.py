@@ -18,20 +18,20 @@ import tyro
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.cli._ensemble import train_members
 from dwiml_func.cli._example_options import example_options, kept_example_options
-from dwiml_func.cli._messages import counted, is_quiet, say
+from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
 from dwiml_func.cli._parsing import parse, value_of
 from dwiml_func.cli._run_options import RUN_SUBJECTS, RunOptions, read_config_part
 from dwiml_func.cli._summary import format_summary
-from dwiml_func.compiled.warmup import WarmStep
+from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState
-from dwiml_func.distributed.process_group import process_group, rank_in
+from dwiml_func.distributed.process_group import join_process_group, rank_in
 from dwiml_func.experiment.ensemble_members import member_configs
 from dwiml_func.experiment.evaluation import evaluate_best_model, write_evaluation
 from dwiml_func.experiment.folder import check_new_experiment, create_experiment, experiment_directory
-from dwiml_func.experiment.plots import leave_picture
+from dwiml_func.experiment.plots import save_run_figure
 from dwiml_func.experiment.run import run_experiment
-from dwiml_func.experiment.setup import Setup, prepare
+from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(RunOptions):
-    """Train a Learn2Track model. Every epoch ends with a snapshot in EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, from
+    """Train a Learn2Track model. Every epoch ends with a checkpoint in EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, from
     which `dwiml-func resume` goes on; the best epoch's model is kept in best_model, the logs in logs, a
     picture in plots.
 
@@ -103,14 +103,14 @@ def run(arguments: Sequence[str], program: str) -> int:
         return 0
     if options.hdf5_file is None:
         kept = shlex.join(kept_example_options(options))
-        say(f"Example data, with {kept}" if kept else "Example data")
+        print_progress(f"Example data, with {kept}" if kept else "Example data")
         _make_example_data(example)
     if len(members) > 1:
         train_members(options.experiments_path, options.experiment_name, members)
         return 0
-    with process_group("cuda" if config.training.use_gpu else "cpu") as peers:
-        setup = prepare(config, peers)
-        if peers.rank > 0:  # the first process writes
+    with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
+        setup = prepare(config, process_group)
+        if process_group.rank > 0:  # the first process writes
             train_with_progress(directory, setup, setup.state, ())
             return 0
         with experiment_lock(options.experiments_path, wait=True):
@@ -121,7 +121,7 @@ def run(arguments: Sequence[str], program: str) -> int:
     return 0
 
 
-def train_with_progress(directory: Path, setup: Setup, state: TrainState, history: tuple[EpochReport, ...]) -> None:
+def train_with_progress(directory: Path, setup: RunParts, state: TrainState, history: tuple[EpochReport, ...]) -> None:
     """Train with bars and a line an epoch, and print the summary.
 
     Args:
@@ -140,20 +140,20 @@ def train_with_progress(directory: Path, setup: Setup, state: TrainState, histor
     if progress is not None:
         valid = None if setup.valid is None else progress.track(setup.valid, "validation")
         setup = replace(setup, train=progress.track(setup.train, "training"), valid=valid)
-    say(_describe(directory, setup))
+    print_progress(_describe(directory, setup))
     _log.debug("%s", ", ".join(f"{name} {value}" for name, value in environment().items() if name != "num_threads"))
-    with stop_on_signals(setup.peers, at_second=_stop_at_once) as stop, progress or contextlib.nullcontext():
+    with stop_on_signals(setup.process_group, at_second=_stop_at_once) as stop, progress or contextlib.nullcontext():
         on_batch = None if progress is None else progress.on_batch
         for report in run_experiment(directory, setup, state=state, history=history, on_batch=on_batch, stop=stop):
             history = (*history, report)
             _tell_compilation(setup)
             if progress is not None:
                 progress(report)
-    if setup.peers.rank == 0:
+    if setup.process_group.rank == 0:
         _finish(directory, setup, history)
 
 
-def _finish(directory: Path, setup: Setup, history: tuple[EpochReport, ...]) -> None:
+def _finish(directory: Path, setup: RunParts, history: tuple[EpochReport, ...]) -> None:
     """Judge the best model, and leave what was found in the experiment: as numbers, as a picture and in words."""
     best = history[-1].best.epoch
     if best is None:
@@ -164,15 +164,15 @@ def _finish(directory: Path, setup: Setup, history: tuple[EpochReport, ...]) -> 
         write_evaluation(directory, evaluation, epoch=best, subset=subset)
     except OSError as error:
         _log.warning("The evaluation was not written: %s", error)
-    leave_picture(directory)
-    say("")
+    save_run_figure(directory)
+    print_progress("")
     print(format_summary(history, evaluation, subset=subset))
 
 
-def _tell_compilation(setup: Setup) -> None:
+def _tell_compilation(setup: RunParts) -> None:
     """Print once what compilation cost and brings."""
-    if isinstance(setup.step, WarmStep) and setup.step.report is not None:
-        say(str(setup.step.report))
+    if isinstance(setup.step, WarmUpStep) and setup.step.report is not None:
+        print_progress(str(setup.step.report))
         setup.step.report = None
 
 
@@ -197,16 +197,16 @@ def _read_options(arguments: Sequence[str], program: str) -> TrainOptions:
 
 def _stop_at_once(number: signal.Signals) -> NoReturn:
     """End the process here and now. An exception would run what is being cleaned up, which may wait for a disk."""
-    os.write(2, b"dwiml-func: stopped at once. The last snapshot stands.\n")
+    os.write(2, b"dwiml-func: stopped at once. The last checkpoint stands.\n")
     os._exit(128 + number)
 
 
-def _describe(directory: Path, setup: Setup) -> str:
+def _describe(directory: Path, setup: RunParts) -> str:
     training, validation = setup.training_set.index, setup.validation_set.index
     num_parameters = sum(tensor.numel() for tensor in setup.state.params.values())
     return (
-        f"{directory}: {training.num_total} streamlines of {counted(len(training.subjects), 'training subject')}, "
-        f"{validation.num_total} of {counted(len(validation.subjects), 'validation subject')}, "
+        f"{directory}: {training.num_total} streamlines of {pluralize(len(training.subjects), 'training subject')}, "
+        f"{validation.num_total} of {pluralize(len(validation.subjects), 'validation subject')}, "
         f"{setup.training_set.num_features} features, {num_parameters} parameters"
     )
 
@@ -216,5 +216,5 @@ def _make_example_data(path: Path) -> None:
         if not path.exists():
             from dwiml_func.data.example.dataset import make_example_data
 
-            say(f"Making the example data, once: {path}")
+            print_progress(f"Making the example data, once: {path}")
             make_example_data(path)

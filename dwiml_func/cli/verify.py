@@ -16,12 +16,12 @@ from dwiml_func.writers.progress import Progress
 
 __all__ = ["VerifyOptions", "format_verification", "run"]
 
-_NO_DIGEST = "but no digest of the state, which is not on record, for no snapshot was due"
+_NO_DIGEST = "but no digest of the state, which is not on record, for no checkpoint was due"
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Train an epoch again from the snapshot before it, on the recorded data, and compare state and metrics with the
+    """Train an epoch again from the checkpoint before it, on the recorded data, and compare state and metrics with the
     record, bit for bit. One line and exit code 0 when all is equal; else exit code 1 and what differs. Nothing is
     written.
 
@@ -74,7 +74,7 @@ def format_verification(verification: Verification, directory: str) -> str:
     Example:
         >>> print(format_verification(verify_epoch("run"), "run"))  # doctest: +SKIP
     """
-    start = "the first state" if verification.start is None else f"snapshot {verification.start}"
+    start = "the first state" if verification.start is None else f"checkpoint {verification.start}"
     head = f"{directory}: epoch {verification.epoch}"
     if verification.is_replayed:
         head += f", replayed from {start},"

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dwiml_func.compiled.graph import NO_KEY, WholeGraph, as_float64
-from dwiml_func.core.gradients import Engine, is_differentiated, value_and_grad
+from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
+from dwiml_func.core.gradients import AutodiffBackend, is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.types import Buffers, Params
@@ -49,7 +49,7 @@ class JitGradient:
 
         self._loss_fn = loss_fn
         self._draws = getattr(loss_fn, "stochastic", True)
-        self.graph = WholeGraph(graph, dynamic=dynamic, max_compilations=max_compilations, backend=backend)
+        self.graph = CompiledFunction(graph, dynamic=dynamic, max_compilations=max_compilations, backend=backend)
 
     def __call__(
         self,
@@ -59,14 +59,14 @@ class JitGradient:
         batch: Any,
         *,
         key: Key,
-        engine: Engine | None = None,
+        backend: AutodiffBackend | None = None,
     ) -> tuple[LossOut, dict[str, Tensor]]:
         """Evaluate the loss and its gradient.
 
         Args:
             loss_fn: the loss that was compiled.
             params, buffers, batch, key: as for `value_and_grad`.
-            engine: as there, where the gradient cannot be compiled.
+            backend: as there, where the gradient cannot be compiled.
 
         Returns:
             As `value_and_grad`.
@@ -77,10 +77,10 @@ class JitGradient:
         if loss_fn is not self._loss_fn:
             raise ValueError("Expected the loss that was compiled. Received: another one.")
         if is_differentiated(params):  # a graph would cut off the one around it
-            return value_and_grad(loss_fn, params, buffers, batch, key=key, engine=engine)
+            return value_and_grad(loss_fn, params, buffers, batch, key=key, backend=backend)
         with torch_rng(key) if self._draws else nullcontext():
             results = self.graph(batch, params=dict(params), buffers=dict(buffers))
         if results is None:
-            return value_and_grad(loss_fn, params, buffers, batch, key=key, engine=engine)
+            return value_and_grad(loss_fn, params, buffers, batch, key=key, backend=backend)
         loss, weight, new_buffers, aux, grads = results
         return LossOut(loss, weight, new_buffers, aux), grads

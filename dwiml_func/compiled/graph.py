@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-__all__ = ["NO_KEY", "WholeGraph", "as_float64"]
+__all__ = ["NO_KEY", "CompiledFunction", "as_float64"]
 
 _ARGUMENT = re.compile(r"$|(L\[')?(params|buffers|opt_state|batch|numbers)\b")  # of a guard's name; shapes have none
 _INDUCTOR = {
@@ -23,7 +23,7 @@ _INDUCTOR = {
 }
 
 
-class WholeGraph:
+class CompiledFunction:
     """A compiled function `(batch, **others) -> results`, tensors in and out.
 
     Args:
@@ -38,7 +38,7 @@ class WholeGraph:
         eager_reason: why calls give None from now on; None where they run compiled.
 
     Example:
-        >>> double = WholeGraph(lambda batch: 2 * batch, dynamic=False, max_compilations=1, backend="eager")
+        >>> double = CompiledFunction(lambda batch: 2 * batch, dynamic=False, max_compilations=1, backend="eager")
         >>> double(torch.ones(1)), double.num_compilations
         (tensor([2.]), 1)
     """

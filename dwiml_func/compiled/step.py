@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwiml_func.compiled.graph import NO_KEY, WholeGraph, as_float64
+from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
 from dwiml_func.core.gradients import is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.metrics import Metrics, Sum, add_metrics
 from dwiml_func.core.rng import Stream, fold_in, torch_rng
-from dwiml_func.core.state import TrainState, mark_donated, refuse_donated
+from dwiml_func.core.state import TrainState, check_not_donated, mark_donated
 from dwiml_func.core.step import NON_FINITE, clip_and_measure, raise_if_not_finite, train_step
 from dwiml_func.optim.optimizers import Optimizer
 
@@ -84,7 +84,7 @@ class JitStep:
 
     def __init__(self, eager: partial[Any], *, dynamic: bool, max_compilations: int, backend: str) -> None:
         self.eager = eager
-        self.graph = WholeGraph(
+        self.graph = CompiledFunction(
             _make_graph(**eager.keywords), dynamic=dynamic, max_compilations=max_compilations, backend=backend
         )
         self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
@@ -120,7 +120,7 @@ class JitStep:
             NonFiniteError: the loss or the gradient norm is NaN or infinite; the tensors of `state` are as they were.
             RuntimeError: the state was donated to an earlier step.
         """
-        refuse_donated(state)
+        check_not_donated(state)
         if self.eager_reason is not None or is_differentiated(state.params, lr):
             return self.eager(state, batch, lr=lr)
         device = next(iter(state.params.values())).device

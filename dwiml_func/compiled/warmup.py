@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from dwiml_func.compiled.graph import WholeGraph
+from dwiml_func.compiled.graph import CompiledFunction
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.step import NonFiniteError
 
-__all__ = ["CompilationReport", "WarmStep"]
+__all__ = ["CompilationReport", "WarmUpStep"]
 
 _REPEATS = 3
 
@@ -54,7 +54,7 @@ class CompilationReport(NamedTuple):
         )
 
 
-class WarmStep:
+class WarmUpStep:
     """A compiled step that is compiled at its first call, for a given batch, before it takes that call's step.
 
     Args:
@@ -69,7 +69,7 @@ class WarmStep:
 
     Example:
         >>> step = jit_step(loss_fn=loss_fn, optimizer=optimizer)  # doctest: +SKIP
-        >>> step = WarmStep(step, eager=step.eager, graph=step.graph, first_batch=lambda: batch)  # doctest: +SKIP
+        >>> step = WarmUpStep(step, eager=step.eager, graph=step.graph, first_batch=lambda: batch)  # doctest: +SKIP
         >>> state, metrics = step(state, batch, lr=0.001)  # doctest: +SKIP
     """
 
@@ -78,7 +78,7 @@ class WarmStep:
         step: Callable[..., tuple[TrainState, Metrics]],
         *,
         eager: Callable[..., tuple[TrainState, Metrics]],
-        graph: WholeGraph,
+        graph: CompiledFunction,
         first_batch: Callable[[], Any],
     ) -> None:
         self.report: CompilationReport | None = None

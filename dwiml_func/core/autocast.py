@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_forward", "require_bf16"]
+__all__ = ["autocast_forward", "check_bf16"]
 
 
 def autocast_forward(module: torch.nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
@@ -49,7 +49,7 @@ def autocast_forward(module: torch.nn.Module, dtype: torch.dtype) -> Callable[..
     return run
 
 
-def require_bf16(device: torch.device) -> None:
+def check_bf16(device: torch.device) -> None:
     """Refuse a device that has no arithmetic in bfloat16. Every CPU has, at some speed.
 
     Args:
@@ -59,7 +59,7 @@ def require_bf16(device: torch.device) -> None:
         ValueError: it has none.
 
     Example:
-        >>> require_bf16(torch.device("cpu"))
+        >>> check_bf16(torch.device("cpu"))
     """
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)

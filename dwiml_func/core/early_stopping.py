@@ -1,6 +1,6 @@
 """The best epoch and early stopping, as values.
 
-The pointer to the best epoch is part of the training state, so a snapshot commits the latest epoch and the best one
+The pointer to the best epoch is part of the training state, so a checkpoint commits the latest epoch and the best one
 together.
 """
 

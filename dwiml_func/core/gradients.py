@@ -1,4 +1,4 @@
-"""Gradients: one door to torch's two engines, and clipping by the global norm."""
+"""Gradients: one door to torch's two backends, and clipping by the global norm."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dwiml_func.core.rng import Key
 from dwiml_func.optim._foreach import arithmetic_for
 from dwiml_func.types import Buffers, Params
 
-__all__ = ["Engine", "ValueAndGrad", "clip_by_global_norm", "global_norm", "value_and_grad"]
+__all__ = ["AutodiffBackend", "ValueAndGrad", "clip_by_global_norm", "global_norm", "value_and_grad"]
 
-Engine = Literal["autograd", "func"]
+AutodiffBackend = Literal["autograd", "func"]
 """`"autograd"`: torch.autograd.grad on detached leaves, which nothing can be differentiated through. `"func"`:
 torch.func.grad_and_value, which composes with torch.func.grad, vmap and jacrev and with a graph around it, and costs
 more, since it always builds a graph of the backward pass."""
@@ -36,12 +36,12 @@ class ValueAndGrad(Protocol):
         batch: Any,
         *,
         key: Key,
-        engine: Engine | None = None,
+        backend: AutodiffBackend | None = None,
     ) -> tuple[LossOut, dict[str, Tensor]]: ...
 
 
 def value_and_grad(
-    loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, engine: Engine | None = None
+    loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, backend: AutodiffBackend | None = None
 ) -> tuple[LossOut, dict[str, Tensor]]:
     """Evaluate a loss in training mode, and its gradient with respect to the parameters.
 
@@ -51,14 +51,14 @@ def value_and_grad(
         buffers: other tensors, by name.
         batch: what the loss takes.
         key: the draws of the model.
-        engine: which of torch's engines computes the gradient. None takes "func" under a transform of torch.func and
+        backend: which of torch's backends computes the gradient. None takes "func" under a transform of torch.func and
             where parameters carry a graph, so that gradients of gradients are right, and "autograd" elsewhere.
 
     Returns:
         The loss's output, detached, and gradients by name, zero where the loss does not depend on a parameter.
 
     Raises:
-        ValueError: the loss does not depend on any parameter, is no scalar, or the engine is unknown.
+        ValueError: the loss does not depend on any parameter, is no scalar, or the backend is unknown.
 
     Example:
         >>> def loss_fn(params, buffers, batch, *, key, train):
@@ -67,9 +67,9 @@ def value_and_grad(
         >>> grads["w"]
         tensor([2., 3.])
     """
-    if engine is None:
-        engine = "func" if is_differentiated(params) else "autograd"
-    if engine == "autograd":
+    if backend is None:
+        backend = "func" if is_differentiated(params) else "autograd"
+    if backend == "autograd":
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
         with torch.enable_grad():
             out = loss_fn(leaves, buffers, batch, key=key, train=True)
@@ -82,7 +82,7 @@ def value_and_grad(
         }
         detached = LossOut(out.loss.detach(), out.weight, {name: _detached(b) for name, b in out.buffers.items()}, aux)
         return detached, dict(zip(leaves, grads, strict=True))
-    if engine == "func":
+    if backend == "func":
         plain_weight: list[int] = []  # grad_and_value hands tensors through, and nothing else
 
         def scalar_and_rest(values: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
@@ -97,7 +97,7 @@ def value_and_grad(
             dict(params)
         )
         return LossOut(loss, plain_weight[0] if plain_weight else weight, new_buffers, aux), grads
-    raise ValueError(f"Expected an engine 'autograd' or 'func'. Received: {engine!r}")
+    raise ValueError(f"Expected an backend 'autograd' or 'func'. Received: {backend!r}")
 
 
 def global_norm(grads: Params) -> Tensor:

@@ -2,7 +2,7 @@
 
 The training loop: a generator that yields the run and a report once per epoch, and does nothing else.
 
-The caller's `for` loop acts: it writes logs, saves snapshots, stops early.
+The caller's `for` loop acts: it writes logs, saves checkpoints, stops early.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def epoch_fn(
         state: the run. When `state.batch` is above 0 the epoch is under way, and `batches` must start at that batch.
         batches: training batches, in order.
         step: `step(state, batch) -> (state, metrics)`, e.g. `partial(train_step, loss_fn=..., optimizer=..., lr=...)`.
-        on_batch: called with the state and the batch's sums after each step, for snapshots and progress bars.
+        on_batch: called with the state and the batch's sums after each step, for checkpoints and progress bars.
 
     Returns:
         The run with `epoch` one higher, `batch` 0 and no sums, and the sums of the whole epoch, batches before a resume
@@ -144,8 +144,8 @@ class EpochReport:
         stop: why the run ends after this epoch: "max_epochs" or "patience"; None when it goes on.
         train_minutes: duration of the training part, in minutes, since the start or the last resume.
         valid_minutes: duration of the validation part, in minutes.
-        digest: SHA-256 of the state after the epoch, in a history that was restored from a snapshot; None before, and
-            where no snapshot was made at the epoch's end.
+        digest: SHA-256 of the state after the epoch, in a history that was restored from a checkpoint; None before, and
+            where no checkpoint was made at the epoch's end.
         timed_points: those of `num_points` that came within `train_minutes`, where a resume was within the epoch; None
             means all.
 
@@ -200,7 +200,7 @@ def train_and_validate(
     """Train and validate, epoch by epoch, until `max_epochs` or until patience runs out.
 
     Args:
-        state: where to start: `init_state(...)` or a restored snapshot, also one from the middle of an epoch.
+        state: where to start: `init_state(...)` or a restored checkpoint, also one from the middle of an epoch.
         train: `train(key, epoch, start_batch)` gives training batches, `key` being the run's root key.
         step: `step(state, batch, lr=...)`, e.g. `partial(train_step, loss_fn=..., optimizer=...)`.
         valid: like `train`, for validation; None validates nothing, and the training loss decides the best epoch. So it
@@ -242,7 +242,7 @@ def train_and_validate(
 
     def epochs(state: TrainState) -> Iterator[tuple[TrainState, EpochReport]]:
         while state.epoch < max_epochs and not should_stop(state.best, patience):
-            lr, earlier_sums, start = checked_rate(schedule(state.epoch)), state.sums, clock()
+            lr, earlier_sums, start = check_rate(schedule(state.epoch)), state.sums, clock()
             batches = train(state.key, state.epoch, state.batch)
             state, train_sums = epoch_fn(state, batches, step=partial(step, lr=lr), on_batch=on_batch)
             train_end, valid_sums = clock(), {}
@@ -311,7 +311,7 @@ def check_options(*, max_epochs: int, patience: int | None, patience_delta: floa
         raise ValueError(f"Expected a finite patience_delta of at least 0. Received: {patience_delta}")
 
 
-def checked_rate(lr: float) -> float:
+def check_rate(lr: float) -> float:
     """A learning rate, if it is one."""
     if not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"Expected a learning rate that is finite and at least 0. Received: {lr}")

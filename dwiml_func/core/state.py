@@ -123,7 +123,7 @@ def _donated_message(step: int) -> str:
     )
 
 
-def refuse_donated(state: TrainState) -> None:
+def check_not_donated(state: TrainState) -> None:
     """Raise an error when a state's memory was donated, also through another state that shared its dicts.
 
     Args:
@@ -139,7 +139,7 @@ def refuse_donated(state: TrainState) -> None:
 def mark_donated(state: TrainState) -> None:
     """Make every later use of a state's tensors an error that names the step.
 
-    The dicts are emptied too, for states that share them (`state.replace(...)` copies no tensor): see `refuse_donated`.
+    The dicts are emptied too, for states that share them (`state.replace(...)` copies no tensor): see `check_not_donated`.
 
     Args:
         state: the state whose memory an update has reused.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dwiml_func._transforms import is_transformed
-from dwiml_func.core.gradients import Engine, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
+from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.metrics import Metrics, Sum, add_metrics, weighted_sum
 from dwiml_func.core.rng import Stream, fold_in
-from dwiml_func.core.state import TrainState, mark_donated, refuse_donated
+from dwiml_func.core.state import TrainState, check_not_donated, mark_donated
 from dwiml_func.optim.optimizers import Optimizer
 
 __all__ = ["NON_FINITE", "NonFiniteError", "eval_step", "train_step"]
@@ -43,7 +43,7 @@ def train_step(
     lr: float | Tensor,
     clip_grad: float | None = None,
     donate: bool = False,
-    engine: Engine | None = None,
+    backend: AutodiffBackend | None = None,
     gradient_fn: ValueAndGrad = value_and_grad,
     non_finite: Literal["raise", "defer"] | None = None,
 ) -> tuple[TrainState, Metrics]:
@@ -57,8 +57,8 @@ def train_step(
         lr: learning rate, a number or a () tensor.
         clip_grad: largest global gradient norm; None does not clip.
         donate: reuse the memory of `state`, which must not be used afterwards (doing so raises an error).
-        engine: `"autograd"` or `"func"`, see `dwiml_func.core.gradients`; None takes what fits.
-        gradient_fn: evaluates loss and gradients, e.g. `sharded_value_and_grad(peers)` for batches cut into shards.
+        backend: `"autograd"` or `"func"`, see `dwiml_func.core.gradients`; None takes what fits.
+        gradient_fn: evaluates loss and gradients, e.g. `sharded_value_and_grad(process_group)` for batches cut into shards.
         non_finite: `"raise"` looks at the loss and the gradient norm at once, which waits for the device; `"defer"`
             leaves parameters, buffers and moments as they were, on the device, and `epoch_fn` raises at its end.
             None raises on the CPU, and defers elsewhere and under transforms of torch.func.
@@ -83,9 +83,9 @@ def train_step(
         >>> state.step, sorted(metrics)
         (1, ['grad_norm', 'loss', 'unclipped_grad_norm'])
     """
-    refuse_donated(state)
+    check_not_donated(state)
     key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
-    out, grads = gradient_fn(loss_fn, state.params, state.buffers, batch, key=key, engine=engine)
+    out, grads = gradient_fn(loss_fn, state.params, state.buffers, batch, key=key, backend=backend)
     grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
 
     defer = non_finite == "defer"
@@ -141,7 +141,7 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
         >>> eval_step(init_state(model, sgd(), seed=0), torch.ones(4, 2), loss_fn=loss_fn)
         {'loss': Sum(total=8.0, weight=4.0)}
     """
-    refuse_donated(state)
+    check_not_donated(state)
     key = fold_in(state.key, Stream.VALID_STEP, state.epoch, state.batch)
     with torch.no_grad():
         return loss_metrics(loss_fn(state.params, state.buffers, batch, key=key, train=False))

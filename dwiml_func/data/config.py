@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from dwiml_func._checks import STRICT, require
+from dwiml_func._checks import STRICT, check_number
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.hdf5.lazy import parse_bytes
 from dwiml_func.data.neighborhood import Neighborhood
@@ -114,13 +114,13 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size_training", "batch_size_validation"):
-            require(name, getattr(self, name), at_least=1)
+            check_number(name, getattr(self, name), at_least=1)
         for name in ("max_batches_per_epoch_training", "max_batches_per_epoch_validation"):
-            require(name, getattr(self, name), at_least=1)
-        require("processes", self.processes, at_least=0)
+            check_number(name, getattr(self, name), at_least=1)
+        check_number("processes", self.processes, at_least=0)
         for name in ("nb_streamlines_per_chunk", "nb_subjects_per_batch", "cycles"):
             if getattr(self, name) is not None:
-                require(name, getattr(self, name), at_least=1)
+                check_number(name, getattr(self, name), at_least=1)
         if self.cycles is not None and self.nb_subjects_per_batch is None:
             raise ValueError("cycles: expected nb_subjects_per_batch beside it, received none.")
         _ = self.resampling, self.augmentation

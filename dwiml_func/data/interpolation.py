@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["Interpolation", "interpolate", "require_mode"]
+__all__ = ["Interpolation", "check_mode", "interpolate"]
 
 Interpolation = Literal["nearest", "trilinear", "trilinear-corner"]
 """A mode of `interpolate`, by name."""
@@ -17,7 +17,7 @@ _MODES = get_args(Interpolation)
 _VALUE_AT = {"trilinear": 0.5, "trilinear-corner": 0.0}  # where in its voxel a voxel's value holds, on each axis
 
 
-def require_mode(mode: str) -> None:
+def check_mode(mode: str) -> None:
     """Refuse what is not a mode of `interpolate`.
 
     Args:
@@ -27,7 +27,7 @@ def require_mode(mode: str) -> None:
         ValueError: there is no such mode.
 
     Example:
-        >>> require_mode("trilinear")
+        >>> check_mode("trilinear")
     """
     if mode not in _MODES:
         raise ValueError(f"Expected an interpolation among {', '.join(_MODES)}. Received: {mode!r}")
@@ -61,7 +61,7 @@ def interpolate(volume: Tensor, points: Tensor, *, mode: Interpolation = "trilin
         >>> interpolate(volume, points, mode="trilinear-corner").tolist()
         [[15.0], [20.0]]
     """
-    require_mode(mode)
+    check_mode(mode)
     if volume.ndim != 4 or points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(
             "Expected a volume of shape (X, Y, Z, F) and points of shape (P, 3). "

@@ -24,7 +24,7 @@ from dwiml_func.data.augmentation import (
 )
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
-from dwiml_func.data.interpolation import Interpolation, require_mode
+from dwiml_func.data.interpolation import Interpolation, check_mode
 from dwiml_func.data.neighborhood import Neighborhood, interpolate_neighborhood
 from dwiml_func.data.resampling import Resampling, resample_streamlines
 from dwiml_func.data.sampler import EpochPlan, SamplerSpec, sample_epoch
@@ -80,7 +80,7 @@ class LoaderSpec:
     add_eos: bool = False
 
     def __post_init__(self) -> None:
-        require_mode(self.interpolation)
+        check_mode(self.interpolation)
 
     def num_inputs(self, dataset: StreamlineDataset) -> int:
         """Features of a batch's inputs at a point: those of the volume, at the point and at each neighbour."""
@@ -103,7 +103,7 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
         streamline stand side by side, with the same id.
 
     Raises:
-        ValueError: there is augmentation and no key; or what a lazy dataset reads is not finite, or damaged.
+        ValueError: there is augmentation and no key; or what a lazy dataset reads is not finite, or corrupt.
 
     Example:
         >>> from pathlib import Path

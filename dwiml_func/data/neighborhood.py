@@ -16,9 +16,9 @@ from dwiml_func.data.interpolation import Interpolation, interpolate
 __all__ = [
     "Neighborhood",
     "NeighborhoodType",
+    "check_cubic_voxels",
     "interpolate_neighborhood",
     "neighborhood_vectors",
-    "require_cubic_voxels",
 ]
 
 NeighborhoodType = Literal["axes", "grid"]
@@ -115,7 +115,7 @@ def interpolate_neighborhood(
     return interpolate(volume, around, mode=mode).reshape(len(points), num_features)
 
 
-def require_cubic_voxels(voxel_sizes: Tensor, subjects: Sequence[str]) -> None:
+def check_cubic_voxels(voxel_sizes: Tensor, subjects: Sequence[str]) -> None:
     """Refuse voxels that are not cubes: steps counted in voxels would not go equally far along the three axes.
 
     Args:
@@ -128,7 +128,7 @@ def require_cubic_voxels(voxel_sizes: Tensor, subjects: Sequence[str]) -> None:
     Source: dwi_ml, `neighborhood.py`, which asks for this and does not check it.
 
     Example:
-        >>> require_cubic_voxels(torch.tensor([[2.0, 2.0, 3.0]]), ["anna"])  # doctest: +ELLIPSIS
+        >>> check_cubic_voxels(torch.tensor([[2.0, 2.0, 3.0]]), ["anna"])  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         ValueError: A neighbourhood counts its steps in voxels, so it needs cubic voxels. Received: 2 x 2 x 3 mm ...

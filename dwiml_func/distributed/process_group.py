@@ -11,28 +11,28 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dwiml_func.distributed.sharding import ALONE, Peers
+from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 
-__all__ = ["PeerLostError", "in_turn", "process_group", "rank_in"]
+__all__ = ["ProcessLostError", "join_process_group", "rank_in", "rank_zero_first"]
 
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=10)  # for one that hangs; one that dies closes its connections, which shows at once
 
 
-class PeerLostError(RuntimeError):
+class ProcessLostError(RuntimeError):
     """Another process of the run has ended, so that this one cannot go on.
 
     Example:
-        >>> raise PeerLostError("gone")
+        >>> raise ProcessLostError("gone")
         Traceback (most recent call last):
         ...
-        dwiml_func.distributed.process_group.PeerLostError: gone
+        dwiml_func.distributed.process_group.ProcessLostError: gone
     """
 
 
 @contextmanager
-def process_group(device: str = "cpu", *, environment: Mapping[str, str] = os.environ) -> Iterator[Peers]:
+def join_process_group(device: str = "cpu", *, environment: Mapping[str, str] = os.environ) -> Iterator[ProcessGroup]:
     """Join the other processes that `torchrun` started, while the block runs.
 
     Args:
@@ -43,15 +43,15 @@ def process_group(device: str = "cpu", *, environment: Mapping[str, str] = os.en
         The processes; one alone where `torchrun` did not start this one.
 
     Raises:
-        PeerLostError: in the block, at an exchange: another process has ended.
+        ProcessLostError: in the block, at an exchange: another process has ended.
 
     Example:
-        >>> with process_group(environment={}) as peers:
-        ...     peers.size
+        >>> with join_process_group(environment={}) as process_group:
+        ...     process_group.size
         1
     """
     if int(environment.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     import torch.distributed as dist
 
@@ -80,29 +80,29 @@ def rank_in(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("RANK", "0"))
 
 
-def in_turn(peers: Peers, function: Callable[[], T]) -> T:
+def rank_zero_first(process_group: ProcessGroup, function: Callable[[], T]) -> T:
     """Call a function in the first process, which may write what the others read, and then in the others.
 
     Args:
-        peers: the processes.
+        process_group: the processes.
         function: what to call.
 
     Returns:
         What the function returned in this process, once it has returned in all.
 
     Raises:
-        PeerLostError: another process has ended.
+        ProcessLostError: another process has ended.
 
     Example:
-        >>> in_turn(ALONE, lambda: 3)
+        >>> rank_zero_first(SINGLE_PROCESS, lambda: 3)
         3
     """
-    if peers.rank > 0:
-        peers.gather(torch.zeros(1))  # the first has called it
+    if process_group.rank > 0:
+        process_group.gather(torch.zeros(1))  # the first has called it
     result = function()
-    if peers.rank == 0:
-        peers.gather(torch.zeros(1))
-    peers.gather(torch.zeros(1))  # all have
+    if process_group.rank == 0:
+        process_group.gather(torch.zeros(1))
+    process_group.gather(torch.zeros(1))  # all have
     return result
 
 
@@ -118,8 +118,8 @@ class _Group:
         try:
             dist.all_gather(gathered, tensor.contiguous())
         except RuntimeError as error:
-            raise PeerLostError(
-                f"Another of the {self.size} processes of this run has ended, or does not answer. The last snapshot "
+            raise ProcessLostError(
+                f"Another of the {self.size} processes of this run has ended, or does not answer. The last checkpoint "
                 "stands: see what that process printed, then resume with any number of processes that divides the "
                 "number of shards."
             ) from error

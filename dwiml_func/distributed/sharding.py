@@ -14,19 +14,19 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dwiml_func.core.gradients import Engine, ValueAndGrad, value_and_grad
+from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.rng import Key, fold_in
 from dwiml_func.types import Buffers, Params
 
-__all__ = ["ALONE", "Peers", "require_shards", "sharded_loss", "sharded_value_and_grad"]
+__all__ = ["SINGLE_PROCESS", "ProcessGroup", "check_shards", "sharded_loss", "sharded_value_and_grad"]
 
 
-class Peers(Protocol):
+class ProcessGroup(Protocol):
     """The processes that train together, each with the same state and the same batches.
 
     Example:
-        >>> ALONE.rank, ALONE.size, ALONE.gather(torch.ones(1))
+        >>> SINGLE_PROCESS.rank, SINGLE_PROCESS.size, SINGLE_PROCESS.gather(torch.ones(1))
         (0, 1, [tensor([1.])])
     """
 
@@ -45,7 +45,7 @@ class Peers(Protocol):
         ...
 
 
-class _Alone:
+class _SingleProcess:
     rank = 0
     size = 1
 
@@ -53,15 +53,17 @@ class _Alone:
         return [tensor]
 
 
-ALONE: Peers = _Alone()
+SINGLE_PROCESS: ProcessGroup = _SingleProcess()
 """One process that trains by itself."""
 
 
-def sharded_value_and_grad(peers: Peers = ALONE, gradient_fn: ValueAndGrad = value_and_grad) -> ValueAndGrad:
+def sharded_value_and_grad(
+    process_group: ProcessGroup = SINGLE_PROCESS, gradient_fn: ValueAndGrad = value_and_grad
+) -> ValueAndGrad:
     """What `value_and_grad` computes, for batches that are cut into shards.
 
     Args:
-        peers: the processes that share the work; their number divides that of the shards.
+        process_group: the processes that share the work; their number divides that of the shards.
         gradient_fn: evaluates loss and gradients of one shard.
 
     Returns:
@@ -83,13 +85,19 @@ def sharded_value_and_grad(peers: Peers = ALONE, gradient_fn: ValueAndGrad = val
     """
 
     def function(
-        loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, engine: Engine | None = None
+        loss_fn: LossFn,
+        params: Params,
+        buffers: Buffers,
+        batch: Any,
+        *,
+        key: Key,
+        backend: AutodiffBackend | None = None,
     ) -> tuple[LossOut, dict[str, Tensor]]:
         def evaluate(shard: Any, number: int, is_empty: bool) -> _Part:
-            out, grads = gradient_fn(loss_fn, params, buffers, shard, key=fold_in(key, number), engine=engine)
+            out, grads = gradient_fn(loss_fn, params, buffers, shard, key=fold_in(key, number), backend=backend)
             return _part(out, buffers, grads, is_empty)
 
-        out, total = _over_shards(batch, evaluate, buffers, peers)
+        out, total = _over_shards(batch, evaluate, buffers, process_group)
         return out, {
             name: grad
             for dtype, flat in total.gradients.items()
@@ -99,12 +107,12 @@ def sharded_value_and_grad(peers: Peers = ALONE, gradient_fn: ValueAndGrad = val
     return function
 
 
-def sharded_loss(loss_fn: LossFn, peers: Peers = ALONE) -> LossFn:
+def sharded_loss(loss_fn: LossFn, process_group: ProcessGroup = SINGLE_PROCESS) -> LossFn:
     """A loss function for batches that are cut into shards, for `eval_step`.
 
     Args:
         loss_fn: the loss of one shard.
-        peers: the processes that share the work.
+        process_group: the processes that share the work.
 
     Returns:
         A loss function, as `sharded_value_and_grad` without gradients.
@@ -122,28 +130,28 @@ def sharded_loss(loss_fn: LossFn, peers: Peers = ALONE) -> LossFn:
             out = loss_fn(params, buffers, shard, key=fold_in(key, number), train=train)
             return _part(out, buffers, {}, is_empty)
 
-        return _over_shards(batch, evaluate, buffers, peers)[0]
+        return _over_shards(batch, evaluate, buffers, process_group)[0]
 
     return function
 
 
-def require_shards(num_shards: int, peers: Peers) -> None:
+def check_shards(num_shards: int, process_group: ProcessGroup) -> None:
     """Refuse a number of processes that cannot share the shards evenly.
 
     Args:
         num_shards: shards of a batch.
-        peers: the processes.
+        process_group: the processes.
 
     Raises:
         ValueError: the number of processes does not divide that of the shards.
 
     Example:
-        >>> require_shards(4, ALONE)
+        >>> check_shards(4, SINGLE_PROCESS)
     """
-    if num_shards < 1 or num_shards % peers.size:
+    if num_shards < 1 or num_shards % process_group.size:
         fitting = [size for size in range(1, num_shards + 1) if num_shards % size == 0]
         raise ValueError(
-            f"{peers.size} processes cannot share {num_shards} shards a batch evenly. Expected one of "
+            f"{process_group.size} processes cannot share {num_shards} shards a batch evenly. Expected one of "
             f"{', '.join(map(str, fitting)) or 'no number'} of processes, or another num_shards."
         )
 
@@ -178,13 +186,13 @@ def _part(out: LossOut, buffers: Buffers, grads: Mapping[str, Tensor], is_empty:
 
 
 def _over_shards(
-    batch: Sequence[Any], evaluate: Callable[[Any, int, bool], _Part], buffers: Buffers, peers: Peers
+    batch: Sequence[Any], evaluate: Callable[[Any, int, bool], _Part], buffers: Buffers, process_group: ProcessGroup
 ) -> tuple[LossOut, _Part]:
     """Evaluate this process's shards, exchange the sums, and add them up."""
-    require_shards(len(batch), peers)
-    block = len(batch) // peers.size
+    check_shards(len(batch), process_group)
+    block = len(batch) // process_group.size
     branch = block & -block  # the largest power of two that divides it: so many shards are a whole branch of the tree
-    first = peers.rank * block
+    first = process_group.rank * block
 
     def evaluated(number: int) -> _Part:
         # The first shard stands in for an empty one, with no weight, so that all processes know the names of the means.
@@ -195,24 +203,24 @@ def _over_shards(
         _tree([partial(evaluated, number) for number in range(start, start + branch)])
         for start in range(first, first + block, branch)
     ]
-    gathered = _exchange(branches, peers)
+    gathered = _exchange(branches, process_group)
     total = _tree([partial(lambda part: part, part) for part in gathered])
     changed, loss, weight, *rest = total.numbers.unbind()
     if not float(weight) > 0:
         raise ValueError("Expected a batch with at least one point. Received: shards without any.")
     if float(changed) > 0:
-        buffers = {name: peers.gather(tensor)[0] for name, tensor in branches[0].buffers.items()}
+        buffers = {name: process_group.gather(tensor)[0] for name, tensor in branches[0].buffers.items()}
     aux = {name: (rest[2 * i] / rest[2 * i + 1], rest[2 * i + 1]) for i, name in enumerate(total.names)}
     return LossOut(loss / weight, weight, buffers, aux), total
 
 
-def _exchange(branches: Sequence[_Part], peers: Peers) -> list[_Part]:
+def _exchange(branches: Sequence[_Part], process_group: ProcessGroup) -> list[_Part]:
     """The sums of all branches of all processes, in the order of shards."""
-    if peers.size == 1:
+    if process_group.size == 1:
         return list(branches)
-    numbers = torch.cat(peers.gather(torch.stack([part.numbers for part in branches])))
+    numbers = torch.cat(process_group.gather(torch.stack([part.numbers for part in branches])))
     flats = {
-        dtype: torch.cat(peers.gather(torch.stack([part.gradients[dtype] for part in branches])))
+        dtype: torch.cat(process_group.gather(torch.stack([part.gradients[dtype] for part in branches])))
         for dtype in branches[0].gradients
     }
     like = branches[0]

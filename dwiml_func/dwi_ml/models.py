@@ -20,20 +20,20 @@ from typing import Any
 
 import torch
 
-from dwiml_func.dwi_ml.parameters import config_of, parameters_of, require_whole_grid
+from dwiml_func.dwi_ml.parameters import check_whole_grid, config_of, parameters_of
 from dwiml_func.dwi_ml.upgrade import upgraded_parameters, upgraded_state
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import LoadedModel, build_model, filled_model
 from dwiml_func.files.atomic import atomic_directory
 from dwiml_func.models.learn2track import Learn2Track
 
-__all__ = ["ReferenceModel", "read_reference", "shift_warning", "write_reference"]
+__all__ = ["DwiMlModel", "read_dwi_ml_model", "shift_warning", "write_dwi_ml_model"]
 
 MODEL_TYPE = "Learn2TrackModel"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReferenceModel:
+class DwiMlModel:
     """A model that was read from dwi_ml's files.
 
     Args:
@@ -42,7 +42,7 @@ class ReferenceModel:
         parameters: `parameters.json` as it stands there or, if an older dwi_ml wrote it, in today's names.
 
     Example:
-        >>> ReferenceModel.__slots__
+        >>> DwiMlModel.__slots__
         ('module', 'config', 'parameters')
     """
 
@@ -51,7 +51,7 @@ class ReferenceModel:
     parameters: Mapping[str, Any]
 
 
-def read_reference(path: str | Path) -> ReferenceModel:
+def read_dwi_ml_model(path: str | Path) -> DwiMlModel:
     """Read a folder of dwi_ml with a Learn2Track model: `best_model` or `checkpoint/model` of an experiment.
 
     Args:
@@ -65,7 +65,7 @@ def read_reference(path: str | Path) -> ReferenceModel:
         ValueError: it holds another kind of model, or one that does not fit together; one line says all that is wrong.
 
     Example:
-        >>> read_reference("/no/such/model")
+        >>> read_dwi_ml_model("/no/such/model")
         Traceback (most recent call last):
         ...
         FileNotFoundError: '/no/such/model' is not a folder. Expected dwi_ml's folder best_model of an experiment.
@@ -97,11 +97,11 @@ def read_reference(path: str | Path) -> ReferenceModel:
             raise ValueError(f"{source}: {error}") from None
 
     module = filled_model(build, state, source=str(path / "model_state.pkl"))
-    require_whole_grid(config, source=source)
-    return ReferenceModel(module=module, config=config, parameters=parameters)
+    check_whole_grid(config, source=source)
+    return DwiMlModel(module=module, config=config, parameters=parameters)
 
 
-def write_reference(path: str | Path, model: LoadedModel, *, experiment_name: str) -> None:
+def write_dwi_ml_model(path: str | Path, model: LoadedModel, *, experiment_name: str) -> None:
     """Write a model as dwi_ml does, for its scripts to track with and to look at.
 
     Args:
@@ -113,7 +113,7 @@ def write_reference(path: str | Path, model: LoadedModel, *, experiment_name: st
         ValueError: dwi_ml cannot run such a model.
 
     Example:
-        >>> write_reference("exported/best_model", load_model("best_model"), experiment_name="a")  # doctest: +SKIP
+        >>> write_dwi_ml_model("exported/best_model", load_model("best_model"), experiment_name="a")  # doctest: +SKIP
     """
     parameters = model.facts.get("reference_parameters")
     if parameters is None:
@@ -150,7 +150,7 @@ def shift_warning(config: RunConfig) -> str | None:
 
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
-    _require_whole(path)
+    _check_whole(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns of some of what it then refuses
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -162,17 +162,17 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
     return state
 
 
-def _require_whole(path: Path) -> None:
+def _check_whole(path: Path) -> None:
     """Refuse a file whose checksums do not hold: torch reads it all the same, with other values."""
     if not zipfile.is_zipfile(path):
         return  # written by torch before 1.6, or no file of tensors at all: torch.load tells
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
+            corrupt = file.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError) as error:
-        damaged = str(error)
-    if damaged is not None:
-        raise ValueError(f"{path} is damaged: the checksum of a part does not hold ({damaged}). Copy it anew.")
+        corrupt = str(error)
+    if corrupt is not None:
+        raise ValueError(f"{path} is corrupt: the checksum of a part does not hold ({corrupt}). Copy it anew.")
 
 
 def _is_plain(value: Any) -> bool:

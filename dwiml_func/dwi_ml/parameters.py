@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from dwiml_func._checks import require, shown
+from dwiml_func._checks import check_number, truncated_repr
 from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
-__all__ = ["config_of", "parameters_of", "require_whole_grid"]
+__all__ = ["check_whole_grid", "config_of", "parameters_of"]
 
 _SAME = (  # options of the model that have one name and one meaning on both sides
     *("input_embedding_key", "kernel_size", "nb_cnn_filters", "dg_key", "nb_previous_dirs"),
@@ -83,8 +83,8 @@ def config_of(parameters: Any, *, source: str) -> tuple[RunConfig, int]:
     config = config_from_json(json.dumps(described), source=source)
     nb_features = parameters["nb_features"]
     if not isinstance(nb_features, int):
-        raise ValueError(f"{source}: nb_features: expected a whole number, received {shown(nb_features)}.")
-    require(f"{source}: nb_features", nb_features, at_least=1)
+        raise ValueError(f"{source}: nb_features: expected a whole number, received {truncated_repr(nb_features)}.")
+    check_number(f"{source}: nb_features", nb_features, at_least=1)
     return config, nb_features
 
 
@@ -147,7 +147,7 @@ def parameters_of(config: RunConfig, *, nb_features: int, experiment_name: str) 
     }
 
 
-def require_whole_grid(config: RunConfig, *, source: str) -> None:
+def check_whole_grid(config: RunConfig, *, source: str) -> None:
     """Refuse convolutions over a grid that dwi_ml, which divides float32 and cuts off, does not put together.
 
     Args:
@@ -158,7 +158,7 @@ def require_whole_grid(config: RunConfig, *, source: str) -> None:
         ValueError: some points of the grid stay empty in dwi_ml.
 
     Example:
-        >>> require_whole_grid(RunConfig(hdf5_file=""), source="parameters.json")
+        >>> check_whole_grid(RunConfig(hdf5_file=""), source="parameters.json")
     """
     if config.model.input_embedding_key != "cnn_embedding":
         return
@@ -173,10 +173,10 @@ def require_whole_grid(config: RunConfig, *, source: str) -> None:
 
 def _check_keys(parameters: Any, source: str) -> None:
     if not isinstance(parameters, Mapping):
-        raise ValueError(f"{source}: expected names and values, received {shown(parameters)}.")
+        raise ValueError(f"{source}: expected names and values, received {truncated_repr(parameters)}.")
     dg_args = parameters.get("dg_args")
     if not isinstance(dg_args, Mapping | None):
-        raise ValueError(f"{source}: dg_args: expected names and values, received {shown(dg_args)}.")
+        raise ValueError(f"{source}: dg_args: expected names and values, received {truncated_repr(dg_args)}.")
     missing = [name for name in _REQUIRED if name not in parameters]
     unknown = [name for name in parameters if name not in (*_REQUIRED, *_OPTIONAL)]
     unknown += [f"dg_args.{name}" for name in dg_args or () if name not in _GETTER_ARGUMENTS]
@@ -194,7 +194,7 @@ def _previous_directions(parameters: Mapping[str, Any], source: str) -> dict[str
         if isinstance(num, int) and size not in (None, 3 * num):
             raise ValueError(
                 f"{source}: prev_dirs_embedded_size: expected {3 * num} for {num} previous directions without "
-                f"embedding, received {shown(size)}."
+                f"embedding, received {truncated_repr(size)}."
             )
         size = None
     return {

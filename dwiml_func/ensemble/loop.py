@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.early_stopping import should_stop
-from dwiml_func.core.loop import Batches, EpochReport, check_options, checked_rate, judge_epoch
+from dwiml_func.core.loop import Batches, EpochReport, check_options, check_rate, judge_epoch
 from dwiml_func.core.metrics import Metrics, Sum, add_metrics
 from dwiml_func.ensemble.state import EnsembleState, member_sums
 from dwiml_func.optim.schedules import Schedule, constant
@@ -113,7 +113,7 @@ def train_and_validate_ensemble(
         ensemble = _without_patience(ensemble, patience)
         while ensemble.epoch < max_epochs and any(running := ensemble.active.tolist()):
             earlier_sums, start = member_sums(ensemble.sums, len(ensemble)), clock()
-            rates = [checked_rate(schedule(ensemble.epoch)) for schedule in schedules]
+            rates = [check_rate(schedule(ensemble.epoch)) for schedule in schedules]
             ensemble = _train(ensemble, train, partial(step, lr=_one_or_each(rates, ensemble)), on_batch)
             still = ensemble.active.tolist()
             failed = {n: _failure(ensemble, n) for n, ran in enumerate(running) if ran and not still[n]}

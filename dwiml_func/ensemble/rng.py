@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from dwiml_func.core.rng import Key, default_generators, fold_in, torch_rng
 
-__all__ = ["member_draws"]
+__all__ = ["per_member_rng"]
 
 # Each multiplies its input by a mask that depends on the input's shape alone.
 _MASKS: dict[Any, Callable[..., tuple[Tensor, float, bool, bool]]] = {
@@ -31,7 +31,7 @@ _MASKS: dict[Any, Callable[..., tuple[Tensor, float, bool, bool]]] = {
 _DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.bernoulli}
 
 
-class member_draws(TorchFunctionMode):
+class per_member_rng(TorchFunctionMode):
     """Give each member of a `vmap` the draws of its own key, inside a `with` block in the mapped function.
 
     It serves dropout (`torch.nn.functional.dropout` and its kin for channels, and the modules made of them),
@@ -47,7 +47,7 @@ class member_draws(TorchFunctionMode):
     Example:
         >>> keys = [Key(1), Key(2)]
         >>> def dropped(index):
-        ...     with member_draws(keys, index):
+        ...     with per_member_rng(keys, index):
         ...         return F.dropout(torch.ones(4))
         >>> both = torch.func.vmap(dropped)(torch.arange(2))
         >>> with torch_rng(keys[1]):

@@ -11,7 +11,7 @@ from torch import Tensor
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Metrics, Sum
 from dwiml_func.core.rng import Key
-from dwiml_func.core.state import TrainState, refuse_donated
+from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.types import Buffers, OptState, Params
 
 __all__ = ["EnsembleState", "member", "member_sums", "stack_states"]
@@ -98,8 +98,8 @@ def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None 
     if len(active) != len(states):
         raise ValueError(f"Expected active to have a value for each of {len(states)} states. Received: {len(active)}")
     for number, state in enumerate(states):
-        refuse_donated(state)
-        _require_alike(state, states[0], number)
+        check_not_donated(state)
+        _check_alike(state, states[0], number)
     done = [(state.step, state.epoch, state.batch) for state in states]
     positions = {position for position, is_active in zip(done, active, strict=True) if is_active} or {max(done)}
     if len(positions) > 1:
@@ -202,7 +202,7 @@ def _own(part: float | Tensor, number: int) -> float | Tensor:
     return part[number].item() if part.device.type == "cpu" else part[number].clone()
 
 
-def _require_alike(state: TrainState, first: TrainState, number: int) -> None:
+def _check_alike(state: TrainState, first: TrainState, number: int) -> None:
     one, other = _table(first), _table(state)
     for name in sorted(one.keys() | other.keys()):
         if one.get(name) != other.get(name):

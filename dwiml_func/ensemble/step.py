@@ -18,7 +18,7 @@ from dwiml_func.core.loss import LossFn
 from dwiml_func.core.metrics import Metrics, Sum, add_metrics
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.step import loss_metrics
-from dwiml_func.ensemble.rng import member_draws
+from dwiml_func.ensemble.rng import per_member_rng
 from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.optim.optimizers import Optimizer
 from dwiml_func.types import Buffers, OptState, Params
@@ -39,7 +39,7 @@ def ensemble_step(
     """Take one optimizer step with each active member, on the same batch.
 
     What a member becomes is what `train_step` would make of it, but for the last bits: sums run in another order. Draws
-    are those of its own key, see `member_draws`; those that a loss makes by itself from the key it is given are those
+    are those of its own key, see `per_member_rng`; those that a loss makes by itself from the key it is given are those
     of the first member's. A member whose loss or gradient norm is not finite stays as it was, and is no longer active.
     Nothing waits for the device.
 
@@ -137,7 +137,7 @@ def _evaluate(
     numbers: dict[str, float] = {}  # weights that are no tensors: vmap hands tensors through, and nothing else
 
     def one(params: Params, buffers: Buffers, index: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, ...]], Buffers]:
-        with member_draws(ensemble.keys, index, path=place):
+        with per_member_rng(ensemble.keys, index, path=place):
             out = loss_fn(params, buffers, batch, key=key, train=is_training)
         if out.loss.dim() != 0:
             shape = tuple(out.loss.shape)

@@ -25,7 +25,7 @@ class Comparison:
 
     Args:
         config: a text for each difference between the configs.
-        environment: the same for what wrote the newest snapshots; None where one is not on record.
+        environment: the same for what wrote the newest checkpoints; None where one is not on record.
         data: the same for the fingerprints of the data; None where one is not on record.
         num_epochs: epochs on record in A and in B.
         num_digests: epochs that both have, with a digest on record in both.
@@ -68,7 +68,7 @@ def compare_experiments(a: str | Path, b: str | Path) -> Comparison:
 
     Raises:
         FileNotFoundError: one is no experiment.
-        ValueError: a `config.json`, or every snapshot of one, is damaged.
+        ValueError: a `config.json`, or every checkpoint of one, is corrupt.
 
     Example:
         >>> compare_experiments("/no/such/experiment", "/nor/this")
@@ -194,11 +194,11 @@ def _notes(records: Sequence[Record | None], *, num_without: int) -> list[str]:
     notes = []
     for label, record in zip("AB", records, strict=True):
         if record is None:
-            notes.append(f"{label} has no snapshot yet")
+            notes.append(f"{label} has no checkpoint yet")
             continue
         if not record.data:
             notes.append(f"{label} does not have on record what its data were")
-        notes += [f"{label}: {sentence}" for sentence in record.damaged]
+        notes += [f"{label}: {sentence}" for sentence in record.corrupt]
     if num_without:
-        notes.append(f"{num_without} of the common epochs have no digest on record: no snapshot was due there")
+        notes.append(f"{num_without} of the common epochs have no digest on record: no checkpoint was due there")
     return notes

@@ -1,6 +1,6 @@
-"""How often a run saves a snapshot: every so many batches, minutes or epochs.
+"""How often a run saves a checkpoint: every so many batches, minutes or epochs.
 
-The one description of a run: frozen dataclasses that are the command line, `config.json` and a snapshot's record.
+The one description of a run: frozen dataclasses that are the command line, `config.json` and a checkpoint's record.
 
 Option names and defaults are those of the reference's training scripts.
 """
@@ -13,24 +13,24 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-from dwiml_func._checks import STRICT, require, shown
+from dwiml_func._checks import STRICT, check_number, truncated_repr
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.files.json import parse_json
-from dwiml_func.models.config import ModelConfig, require_fitting_data
+from dwiml_func.models.config import ModelConfig, check_fitting_data
 from dwiml_func.optim.schedules import parse_learning_rate
 
 __all__ = [
     "BatchConfig",
-    "Cadence",
+    "CheckpointConfig",
     "DataConfig",
     "LoggingConfig",
     "ModelConfig",
     "Origin",
     "RunConfig",
-    "SnapshotConfig",
+    "SaveInterval",
     "TrainingConfig",
     "config_from_json",
-    "parse_cadence",
+    "parse_save_interval",
 ]
 
 _FORM = re.compile(
@@ -39,17 +39,17 @@ _FORM = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Cadence:
+class SaveInterval:
     """How often to save.
 
-    A snapshot at the end of an epoch is always due, but where the unit is epochs.
+    A checkpoint at the end of an epoch is always due, but where the unit is epochs.
 
     Args:
         number: how many of the unit, above 0.
         unit: what is counted: batches and minutes within an epoch, or epochs.
 
     Example:
-        >>> Cadence(50, "batch").due_within_epoch(batch=100, seconds=3.0)
+        >>> SaveInterval(50, "batch").due_within_epoch(batch=100, seconds=3.0)
         True
     """
 
@@ -64,7 +64,7 @@ class Cadence:
             seconds: time since the last save.
 
         Returns:
-            True when a snapshot is due.
+            True when a checkpoint is due.
         """
         if self.unit == "batch":
             return batch % self.number == 0
@@ -77,41 +77,41 @@ class Cadence:
             epoch: epochs done.
 
         Returns:
-            True when a snapshot is due.
+            True when a checkpoint is due.
 
         Example:
-            >>> [epoch for epoch in range(1, 8) if Cadence(3, "epoch").due_after_epoch(epoch)]
+            >>> [epoch for epoch in range(1, 8) if SaveInterval(3, "epoch").due_after_epoch(epoch)]
             [3, 6]
         """
         return self.unit != "epoch" or epoch % self.number == 0
 
 
-def parse_cadence(text: str) -> Cadence:
+def parse_save_interval(text: str) -> SaveInterval:
     """Read how often to save.
 
     Args:
         text: a number and a unit: "50batches", "10minutes", "0.5 minutes", "1epoch".
 
     Returns:
-        The cadence.
+        The save_interval.
 
     Raises:
         ValueError: the text has another form, or the number is 0 or, for batches and epochs, not whole.
 
     Example:
-        >>> parse_cadence("50batches")
-        Cadence(number=50, unit='batch')
+        >>> parse_save_interval("50batches")
+        SaveInterval(number=50, unit='batch')
     """
     match = _FORM.fullmatch(text)
     number = float(match["number"]) if match else 0.0
     if match and number > 0:
         if match["minute"]:
-            return Cadence(number, "minute")
+            return SaveInterval(number, "minute")
         if number.is_integer():
-            return Cadence(int(number), "batch" if match["batch"] else "epoch")
+            return SaveInterval(int(number), "batch" if match["batch"] else "epoch")
     raise ValueError(
         f"checkpoint_every: expected a number and a unit, such as 50batches, 10minutes or 1epoch, "
-        f"received {shown(text)}."
+        f"received {truncated_repr(text)}."
     )
 
 
@@ -161,18 +161,18 @@ class TrainingConfig:
     divides this one gives the same bits."""
 
     def __post_init__(self) -> None:
-        require("max_epochs", self.max_epochs, at_least=1)
+        check_number("max_epochs", self.max_epochs, at_least=1)
         if self.patience is not None:
-            require("patience", self.patience, at_least=1)
-        require("patience_delta", self.patience_delta, at_least=0)
-        require("weight_decay", self.weight_decay, at_least=0)
+            check_number("patience", self.patience, at_least=1)
+        check_number("patience_delta", self.patience_delta, at_least=0)
+        check_number("weight_decay", self.weight_decay, at_least=0)
         if self.clip_grad is not None:
-            require("clip_grad", self.clip_grad, above=0)
-        require("num_threads", self.num_threads, at_least=1, below=1 << 12)
-        require("num_shards", self.num_shards, at_least=1)
-        require("rng", self.rng, at_least=0, below=1 << 64)
+            check_number("clip_grad", self.clip_grad, above=0)
+        check_number("num_threads", self.num_threads, at_least=1, below=1 << 12)
+        check_number("num_shards", self.num_shards, at_least=1)
+        check_number("rng", self.rng, at_least=0, below=1 << 64)
         if self.data_rng is not None:
-            require("data_rng", self.data_rng, at_least=0, below=1 << 64)
+            check_number("data_rng", self.data_rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
 
     @property
@@ -182,33 +182,33 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SnapshotConfig:
-    """When snapshots are saved, and which are kept. It cannot change the training.
+class CheckpointConfig:
+    """When checkpoints are saved, and which are kept. It cannot change the training.
 
     Raises:
         ValueError: a value out of range, or of another form.
 
     Example:
-        >>> SnapshotConfig(checkpoint_every="50batches").cadence
-        Cadence(number=50, unit='batch')
+        >>> CheckpointConfig(checkpoint_every="50batches").save_interval
+        SaveInterval(number=50, unit='batch')
     """
 
     __pydantic_config__: ClassVar = STRICT
 
     checkpoint_every: str = "1epoch"
-    """How often to save a snapshot: "50batches" or "10minutes" (and at each epoch's end), "3epochs" (and at a best)."""
+    """How often to save a checkpoint: "50batches" or "10minutes" (and at each epoch's end), "3epochs" (and at a best)."""
     keep: int | Literal["all"] = 2
-    """How many of the latest snapshots at an epoch's end to keep, besides that of the best epoch; or all."""
+    """How many of the latest checkpoints at an epoch's end to keep, besides that of the best epoch; or all."""
 
     def __post_init__(self) -> None:
         if self.keep != "all":
-            require("keep", self.keep, at_least=1)
-        _ = self.cadence
+            check_number("keep", self.keep, at_least=1)
+        _ = self.save_interval
 
     @property
-    def cadence(self) -> Cadence:
+    def save_interval(self) -> SaveInterval:
         """How often to save."""
-        return parse_cadence(self.checkpoint_every)
+        return parse_save_interval(self.checkpoint_every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,19 +242,19 @@ class Origin:
 
     Args:
         experiment: the directory it was forked from.
-        snapshot: the name of the snapshot.
-        digest: of the state in that snapshot.
+        checkpoint: the name of the checkpoint.
+        digest: of the state in that checkpoint.
         start_digest: of the state with which the fork began; another one where moments, seed or best epoch began anew.
 
     Example:
-        >>> Origin(experiment="experiments/a", snapshot="3", digest="0" * 64, start_digest="0" * 64).snapshot
+        >>> Origin(experiment="experiments/a", checkpoint="3", digest="0" * 64, start_digest="0" * 64).checkpoint
         '3'
     """
 
     __pydantic_config__: ClassVar = STRICT
 
     experiment: str
-    snapshot: str
+    checkpoint: str
     digest: str
     start_digest: str
 
@@ -269,7 +269,7 @@ class RunConfig:
         batches: how batches are made.
         model: the model.
         training: the training.
-        snapshots: when snapshots are saved.
+        checkpoints: when checkpoints are saved.
         logging: what is logged besides the files that every run has.
         origin: where a forked run came from; None for one that began by itself.
 
@@ -289,12 +289,12 @@ class RunConfig:
     batches: BatchConfig = field(default_factory=BatchConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        require_fitting_data(self.model, self.data, self.batches)
+        check_fitting_data(self.model, self.data, self.batches)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON data.
@@ -347,5 +347,5 @@ def _describe(problem: Mapping[str, Any]) -> str:
     if "error" in problem.get("ctx", {}) and problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    received = shown(problem["input"])
+    received = truncated_repr(problem["input"])
     return f"{place}: {message}, received {received}" if place else f"{message}, received {received}"

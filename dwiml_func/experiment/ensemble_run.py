@@ -11,22 +11,22 @@ from typing import Any
 
 import torch
 
-from dwiml_func.checkpoint.arrays import DamagedError
-from dwiml_func.checkpoint.checkpoint import Snapshot, remove_old, restore, save
+from dwiml_func.checkpoint.arrays import CorruptError
+from dwiml_func.checkpoint.checkpoint import Checkpoint, remove_old, restore, save
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import fill_digests
-from dwiml_func.checkpoint.index import list_snapshots, snapshot_name
+from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.rng import Key
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
-from dwiml_func.experiment.best_model import mend_best_model, save_best_model
+from dwiml_func.experiment.best_model import repair_best_model, save_best_model
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config, read_ended, write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.resume import with_new_options
-from dwiml_func.experiment.setup import Setup, make_optimizer, prepare, with_seed
+from dwiml_func.experiment.setup import RunParts, make_optimizer, prepare, with_seed
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import fingerprint, same_file
@@ -38,7 +38,7 @@ Histories = Sequence[tuple[EpochReport, ...]]
 """The reports of each member's epochs so far."""
 
 
-def prepare_ensemble(configs: Sequence[RunConfig]) -> list[Setup]:
+def prepare_ensemble(configs: Sequence[RunConfig]) -> list[RunParts]:
     """The parts of all members' runs, which share the data. Nothing is written.
 
     Args:
@@ -64,13 +64,13 @@ def prepare_ensemble(configs: Sequence[RunConfig]) -> list[Setup]:
 
 def run_ensemble(
     directory: Path,
-    setups: Sequence[Setup],
+    setups: Sequence[RunParts],
     *,
     ensemble: EnsembleState | None = None,
     histories: Histories | None = None,
     stop: StopRequest | None = None,
 ) -> Iterator[EnsembleReport]:
-    """Train all members; save snapshots, best models and logs of each as `run_experiment` does for one.
+    """Train all members; save checkpoints, best models and logs of each as `run_experiment` does for one.
 
     A member is saved whenever the others are, until it has stopped. Hold the locks of the ensemble and of its members.
 
@@ -86,7 +86,7 @@ def run_ensemble(
 
     Raises:
         TrainingStopped: `stop` asked for it; all members are saved up to the last batch.
-        OSError: a snapshot could not be saved; those before stand.
+        OSError: a checkpoint could not be saved; those before stand.
 
     Example:
         >>> for report in run_ensemble(directory, prepare_ensemble(configs)):  # doctest: +SKIP
@@ -115,8 +115,8 @@ def resume_ensemble(
     processes: int | None = None,
     checkpoint_every: str | None = None,
     keep: int | str | None = None,
-) -> tuple[list[Setup], EnsembleState, list[tuple[EpochReport, ...]]]:
-    """Make ready to go on with an ensemble, from the newest snapshot that all members that had not stopped have.
+) -> tuple[list[RunParts], EnsembleState, list[tuple[EpochReport, ...]]]:
+    """Make ready to go on with an ensemble, from the newest checkpoint that all members that had not stopped have.
 
     Args:
         directory: the ensemble.
@@ -138,33 +138,35 @@ def resume_ensemble(
     new = partial(with_new_options, new_max_epochs=new_max_epochs, new_patience=new_patience, hdf5_file=hdf5_file)
     configs = [new(config, processes=processes, checkpoint_every=checkpoint_every, keep=keep) for config in old]
     setups = prepare_ensemble(configs)
-    snapshots = _newest_of_all(folders, setups, ended)
-    if snapshots is None:
+    checkpoints = _newest_of_all(folders, setups, ended)
+    if checkpoints is None:
         ensemble, histories = stack_states([setup.state for setup in setups]), [()] * num_members
     else:
-        if snapshots[0].data and not same_file(snapshots[0].data, configs[0].hdf5_file):
+        if checkpoints[0].data and not same_file(checkpoints[0].data, configs[0].hdf5_file):
             raise ValueError(f"{configs[0].hdf5_file} is not the dataset that this ensemble was trained on.")
-        active = [ended.get(number) != snapshot.name for number, snapshot in enumerate(snapshots)]
-        ensemble = stack_states([snapshot.state for snapshot in snapshots], active=active)
-        histories = [snapshot.history for snapshot in snapshots]
+        active = [ended.get(number) != checkpoint.name for number, checkpoint in enumerate(checkpoints)]
+        ensemble = stack_states([checkpoint.state for checkpoint in checkpoints], active=active)
+        histories = [checkpoint.history for checkpoint in checkpoints]
         if not any(active) or ensemble.epoch >= configs[0].training.max_epochs:
             raise ValueError(
                 f"No member of {directory} has an epoch left to do after epoch {ensemble.epoch}. Give --new-max-epochs "
                 f"if one has not stopped early, or go on with one alone: dwiml-func resume {directory} 0"
             )
-    for folder, before, setup, state in zip(folders, old, setups, snapshots or [None] * num_members, strict=True):
+    for folder, before, setup, state in zip(folders, old, setups, checkpoints or [None] * num_members, strict=True):
         for part in (folder, folder / "checkpoint", folder / "logs"):
             remove_leftovers(part)
         if setup.config != before:
             atomic_write(folder / "config.json", setup.config.to_json())
         if state is not None and state.history:
-            mend_best_model(folder, setup, state.state)
+            repair_best_model(folder, setup, state.state)
     return setups, ensemble, histories
 
 
-def _newest_of_all(folders: Sequence[Path], setups: Sequence[Setup], ended: dict[int, str]) -> list[Snapshot] | None:
-    """The newest snapshot that all members that had not stopped have, and those of the others; None: there are none."""
-    names = [list_snapshots(folder) for folder in folders]
+def _newest_of_all(
+    folders: Sequence[Path], setups: Sequence[RunParts], ended: dict[int, str]
+) -> list[Checkpoint] | None:
+    """The newest checkpoint that all members that had not stopped have, and those of the others; None: there are none."""
+    names = [list_checkpoints(folder) for folder in folders]
     running = [number for number in range(len(folders)) if number not in ended]
     common = [name for name in names[running[0]] if all(name in names[n] for n in running)] if running else [""]
     for name in reversed(common):
@@ -173,11 +175,11 @@ def _newest_of_all(folders: Sequence[Path], setups: Sequence[Setup], ended: dict
                 restore(folder, setup.state, name=ended.get(number, name))
                 for number, (folder, setup) in enumerate(zip(folders, setups, strict=True))
             ]
-        except DamagedError:
+        except CorruptError:
             continue
     if max(map(len, names)) > 1 or all(names):  # else the very first save was cut off
-        raise DamagedError(
-            f"The members in {folders[0].parent} have no sound snapshot of the same epoch and batch. "
+        raise CorruptError(
+            f"The members in {folders[0].parent} have no sound checkpoint of the same epoch and batch. "
             f"Go on with each by itself: dwiml-func resume {folders[0].parent} 0"
         )
     return None
@@ -190,7 +192,7 @@ class _Stop(Exception):
 class _Run:
     """The position of an ensemble between its loop and the disk."""
 
-    def __init__(self, directory: Path, setups: Sequence[Setup], histories: Histories, stop: StopRequest) -> None:
+    def __init__(self, directory: Path, setups: Sequence[RunParts], histories: Histories, stop: StopRequest) -> None:
         self.stop = stop
         self._directory = directory
         self._setups = setups
@@ -206,7 +208,7 @@ class _Run:
 
     def epochs(self, ensemble: EnsembleState) -> Iterator[EnsembleReport]:
         first, configs = self._setups[0], [setup.config.training for setup in self._setups]
-        cadence = first.config.snapshots.cadence
+        save_interval = first.config.checkpoints.save_interval
         decays = [training.weight_decay for training in configs]
         bound: dict[str, Any] = {"loss_fn": first.loss_fn, "clip_grad": configs[0].clip_grad}
         if len(set(decays)) == 1:
@@ -233,27 +235,27 @@ class _Run:
             self._unsaved = ensemble
             self._is_best = {number for number, own in report.members.items() if own.is_best}
             ends = report.failed or any(own.stop for own in report.members.values())
-            if cadence.due_after_epoch(report.epoch) or self._is_best or ends:
+            if save_interval.due_after_epoch(report.epoch) or self._is_best or ends:
                 self.save_position()
             yield report
             if self.stop.agreed() and ensemble.epoch < configs[0].max_epochs and bool(ensemble.active.any()):
                 raise _Stop
 
     def save_position(self) -> str | None:
-        """Save all members that moved since they were saved last; returns the name of the newest snapshot."""
+        """Save all members that moved since they were saved last; returns the name of the newest checkpoint."""
         ensemble = self._unsaved
         if ensemble is None:
             return self._name
         states, active = [member(ensemble, number) for number in range(len(self._folders))], ensemble.active.tolist()
         for number, (folder, state) in enumerate(zip(self._folders, states, strict=True)):
-            if snapshot_name(state) not in list_snapshots(folder):
+            if checkpoint_name(state) not in list_checkpoints(folder):
                 config = self._setups[number].config.to_dict()
                 save(folder, state, self._histories[number], config=config, data=self._data, keep=None)
             elif active[number] and state.batch == 0:
                 # It was saved before a kill, ahead of others. The epoch's report has been made again since then.
                 digest = state_digest(state)
                 self._histories[number] = fill_digests(self._histories[number], (), state.epoch, digest)
-        # Only now, when all have this snapshot, is anything removed, or written that may be ahead of one before it.
+        # Only now, when all have this checkpoint, is anything removed, or written that may be ahead of one before it.
         ended: dict[int, str] = {}
         for number, (folder, setup, state) in enumerate(zip(self._folders, self._setups, states, strict=True)):
             if number in self._is_best:
@@ -262,10 +264,10 @@ class _Run:
                 self._writers[number](*self._unwritten[number])
                 self._unwritten[number] = ()
             if active[number]:
-                self._name = snapshot_name(state)
+                self._name = checkpoint_name(state)
             else:
-                ended[number] = snapshot_name(state)
-            keep = setup.config.snapshots.keep
+                ended[number] = checkpoint_name(state)
+            keep = setup.config.checkpoints.keep
             remove_old(folder, state, None if keep == "all" else keep)
         write_ended(self._directory, len(self._folders), ended)
         self._unsaved, self._is_best, self._saved_at = None, set(), time.monotonic()
@@ -275,8 +277,8 @@ class _Run:
         self._unsaved, self._is_best = ensemble, set()
         if self.stop.agreed():
             raise _Stop
-        cadence = self._setups[0].config.snapshots.cadence
-        if cadence.due_within_epoch(batch=ensemble.batch, seconds=time.monotonic() - self._saved_at):
+        save_interval = self._setups[0].config.checkpoints.save_interval
+        if save_interval.due_within_epoch(batch=ensemble.batch, seconds=time.monotonic() - self._saved_at):
             self.save_position()
 
     def _stoppable(self, batches: Callable[[Key, int, int], Iterable[Any]]) -> Callable[[Key, int, int], Iterator[Any]]:

@@ -24,7 +24,7 @@ from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment.model_store import LoadedModel, load_model
-from dwiml_func.experiment.setup import Setup, loader_spec, require_usable
+from dwiml_func.experiment.setup import RunParts, check_usable, loader_spec
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 
@@ -112,7 +112,7 @@ def evaluate_directions(
     )
 
 
-def evaluate_best_model(directory: str | Path, setup: Setup) -> Evaluation:
+def evaluate_best_model(directory: str | Path, setup: RunParts) -> Evaluation:
     """Compare an experiment's best model with the baselines on the batches that are there to judge it.
 
     Args:
@@ -123,7 +123,7 @@ def evaluate_best_model(directory: str | Path, setup: Setup) -> Evaluation:
         The errors, on the validation subjects or, where there are none, on the training subjects.
 
     Raises:
-        ValueError, OSError: there is no best model, or it is damaged.
+        ValueError, OSError: there is no best model, or it is corrupt.
 
     Example:
         >>> evaluate_best_model("experiments/first_run", prepare(config)).model  # doctest: +SKIP
@@ -184,7 +184,7 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
             f"The model reads {module.nb_features} features a voxel, and the input volumes of {dataset.path} have "
             f"{dataset.num_features}. Evaluate on the volumes it was trained on (see --input-group-name)."
         )
-    require_usable(dataset, model.config)
+    check_usable(dataset, model.config)
     sampler = SamplerSpec(batch_size=batch_size)
     batches = Prefetched(epoch_batches(dataset, sampler, loader_spec(model.config), key=Key(0), epoch=0))
     sums: Metrics = {}
@@ -245,7 +245,7 @@ def read_evaluation(directory: str | Path) -> Evaluation | None:
         directory: the experiment.
 
     Returns:
-        The evaluation; None where there is none, or the file is damaged.
+        The evaluation; None where there is none, or the file is corrupt.
 
     Example:
         >>> read_evaluation("/no/such/experiment") is None

@@ -129,7 +129,7 @@ def read_config(directory: Path) -> RunConfig:
 
     Raises:
         FileNotFoundError: there is no such experiment.
-        ValueError: `config.json` is damaged, or the directory is that of an ensemble.
+        ValueError: `config.json` is corrupt, or the directory is that of an ensemble.
     """
     path = directory / "config.json"
     if is_ensemble(directory):
@@ -183,10 +183,10 @@ def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
         directory: the ensemble.
 
     Returns:
-        The number of members; and of those that have stopped the snapshots, by number.
+        The number of members; and of those that have stopped the checkpoints, by number.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is corrupt.
 
     Example:
         >>> read_ended(directory)  # doctest: +SKIP
@@ -196,16 +196,16 @@ def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
         content = json.loads((directory / ENSEMBLE_FILE).read_bytes())
         return int(content["num_members"]), {int(number): str(name) for number, name in content["ended"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{directory / ENSEMBLE_FILE} is damaged: {error}.") from None
+        raise ValueError(f"{directory / ENSEMBLE_FILE} is corrupt: {error}.") from None
 
 
 def write_ended(directory: Path, num_members: int, ended: dict[int, str]) -> None:
-    """Record which members have stopped for good, once their snapshots are on the disk.
+    """Record which members have stopped for good, once their checkpoints are on the disk.
 
     Args:
         directory: the ensemble.
         num_members: K.
-        ended: snapshots of those that have stopped, by number.
+        ended: checkpoints of those that have stopped, by number.
 
     Example:
         >>> write_ended(directory, 3, {1: "4"})  # doctest: +SKIP

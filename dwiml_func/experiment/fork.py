@@ -1,4 +1,4 @@
-"""A new experiment that begins with a snapshot of another one, with changed options."""
+"""A new experiment that begins with a checkpoint of another one, with changed options."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dwiml_func.checkpoint.checkpoint import Snapshot, restore, restore_newest, write_snapshot
+from dwiml_func.checkpoint.checkpoint import Checkpoint, restore, restore_newest, write_checkpoint
 from dwiml_func.checkpoint.digest import state_digest
-from dwiml_func.checkpoint.manifest import DamagedError, SnapshotError
+from dwiml_func.checkpoint.manifest import CheckpointError, CorruptError
 from dwiml_func.core.early_stopping import Best, should_stop
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
-from dwiml_func.distributed.sharding import ALONE, Peers
+from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
-from dwiml_func.experiment.setup import Setup, make_optimizer, prepare
+from dwiml_func.experiment.setup import RunParts, make_optimizer, prepare
 from dwiml_func.files.fingerprint import fingerprint, same_file
 
 __all__ = ["Fork", "create_fork", "prepare_fork"]
@@ -38,7 +38,7 @@ class Fork:
 
     Args:
         setup: its parts; `setup.config` names its origin.
-        snapshot: what it begins with: the state, with what begins anew, and the reports of the source's epochs with the
+        checkpoint: what it begins with: the state, with what begins anew, and the reports of the source's epochs with the
             digests that they have there.
         best_state: the run after the best epoch so far; None where the best epoch begins anew.
         notes: a sentence for each change that reaches further than its option.
@@ -49,13 +49,15 @@ class Fork:
         ('Optimizer SGD instead of Adam: its moments begin at zero.',)
     """
 
-    setup: Setup
-    snapshot: Snapshot
+    setup: RunParts
+    checkpoint: Checkpoint
     best_state: TrainState | None = None
     notes: tuple[str, ...] = ()
 
 
-def prepare_fork(source: Path, config: RunConfig, *, name: str | None = None, peers: Peers = ALONE) -> Fork:
+def prepare_fork(
+    source: Path, config: RunConfig, *, name: str | None = None, process_group: ProcessGroup = SINGLE_PROCESS
+) -> Fork:
     """Make ready to fork an experiment. Nothing is written, and the source may be training meanwhile.
 
     The state is taken over whole: a fork without changes goes on to the same bits as its source. What cannot go on
@@ -67,16 +69,16 @@ def prepare_fork(source: Path, config: RunConfig, *, name: str | None = None, pe
         source: the experiment's directory.
         config: the fork's config: that of the source with other values of any option that leaves the shapes of the
             model's tensors as they are. Learning rates are counted from the source's first epoch.
-        name: which snapshot, e.g. "3" or, within an epoch, "3-50"; None takes the newest sound one. Within an epoch the
+        name: which checkpoint, e.g. "3" or, within an epoch, "3-50"; None takes the newest sound one. Within an epoch the
             model, the training batches and the seed cannot change.
-        peers: the processes that train together, see `dwiml_func.distributed.process_group`. Only the first writes.
+        process_group: the processes that train together, see `dwiml_func.distributed.process_group`. Only the first writes.
 
     Returns:
         The fork.
 
     Raises:
-        FileNotFoundError: there is no such experiment, snapshot or dataset.
-        DamagedError: the snapshot is damaged.
+        FileNotFoundError: there is no such experiment, checkpoint or dataset.
+        CorruptError: the checkpoint is corrupt.
         ValueError: the model has other tensors (the message lists all differences); an option cannot change within an
             epoch; the fork would end at once; or the dataset has changed under the same path.
 
@@ -88,43 +90,43 @@ def prepare_fork(source: Path, config: RunConfig, *, name: str | None = None, pe
     """
     recorded = read_config(source)
     changed = _changed_options(recorded, config)
-    setup = prepare(config, peers)
+    setup = prepare(config, process_group)
     like = setup.state.replace(
         key=Key(recorded.training.rng), opt_state=make_optimizer(recorded.training).init(setup.state.params)
     )
-    snapshot = _restore(source, like, name, changed)
-    has_same_data = _has_same_data(snapshot, recorded, config)
-    data = snapshot.data if has_same_data else fingerprint(config.hdf5_file)
+    checkpoint = _restore(source, like, name, changed)
+    has_same_data = _has_same_data(checkpoint, recorded, config)
+    data = checkpoint.data if has_same_data else fingerprint(config.hdf5_file)
     if not has_same_data:
         changed = changed | {"hdf5_file"}
-    if snapshot.state.batch:
-        _refuse_within_epoch(snapshot, changed)
+    if checkpoint.state.batch:
+        _check_within_epoch(checkpoint, changed)
 
-    state, notes = snapshot.state, []
+    state, notes = checkpoint.state, []
     if "training.optimizer" in changed:
         state = state.replace(opt_state=setup.state.opt_state, step=0)
         old, new = recorded.training.optimizer, config.training.optimizer
         notes.append(f"Optimizer {new} instead of {old}: its moments begin at zero.")
     state = state.replace(key=Key(config.training.rng))
-    best_state, why = _best(source, like, snapshot.state, changed, is_validated=setup.valid is not None)
+    best_state, why = _best(source, like, checkpoint.state, changed, is_validated=setup.valid is not None)
     if why is not None:
         state = state.replace(best=Best())
         notes.append(f"The best epoch and the count of bad epochs begin anew: {why}.")
-    _refuse_to_end_at_once(state, config)
+    _check_to_end_at_once(state, config)
 
     origin = Origin(
         experiment=str(source.absolute()),
-        snapshot=snapshot.name,
-        digest=state_digest(snapshot.state),
+        checkpoint=checkpoint.name,
+        digest=state_digest(checkpoint.state),
         start_digest=state_digest(state),
     )
     setup = replace(setup, config=replace(config, origin=origin))
-    snapshot = replace(snapshot, state=state, config=setup.config.to_dict(), data=data)
-    return Fork(setup=setup, snapshot=snapshot, best_state=best_state, notes=tuple(notes))
+    checkpoint = replace(checkpoint, state=state, config=setup.config.to_dict(), data=data)
+    return Fork(setup=setup, checkpoint=checkpoint, best_state=best_state, notes=tuple(notes))
 
 
 def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) -> Path:
-    """Make a fork's directory with its config, its snapshot and the best model so far. It appears in one step.
+    """Make a fork's directory with its config, its checkpoint and the best model so far. It appears in one step.
 
     Args:
         experiments_path: folder of all experiments; it exists.
@@ -143,7 +145,7 @@ def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) 
     """
 
     def fill(directory: Path) -> None:
-        write_snapshot(directory, fork.snapshot)
+        write_checkpoint(directory, fork.checkpoint)
         if fork.best_state is not None:
             save_best_model(directory, fork.setup, fork.best_state)
 
@@ -156,25 +158,27 @@ def _changed_options(recorded: RunConfig, config: RunConfig) -> Set[str]:
     return {f"{part}.{name}" for part, (old, new) in pairs.items() for name in old if old[name] != new[name]}
 
 
-def _restore(source: Path, like: TrainState, name: str | None, changed: Set[str]) -> Snapshot:
+def _restore(source: Path, like: TrainState, name: str | None, changed: Set[str]) -> Checkpoint:
     try:
         if name is not None:
             return restore(source, like, name=name)
-        snapshot, damaged = restore_newest(source, like)
-    except DamagedError:
+        checkpoint, corrupt = restore_newest(source, like)
+    except CorruptError:
         raise
-    except SnapshotError as error:
+    except CheckpointError as error:
         options = ", ".join(sorted(option for option in changed if not option.startswith("training."))) or "nothing"
         raise ValueError(f"{error} A fork keeps the model's tensors. Changed: {options}.") from None
-    for newer in damaged:
-        logging.getLogger(__name__).warning("Snapshot %s of %s is damaged; forking %s.", newer, source, snapshot.name)
-    return snapshot
+    for newer in corrupt:
+        logging.getLogger(__name__).warning(
+            "Checkpoint %s of %s is corrupt; forking %s.", newer, source, checkpoint.name
+        )
+    return checkpoint
 
 
-def _has_same_data(snapshot: Snapshot, recorded: RunConfig, config: RunConfig) -> bool:
-    if not snapshot.data:
+def _has_same_data(checkpoint: Checkpoint, recorded: RunConfig, config: RunConfig) -> bool:
+    if not checkpoint.data:
         return config.hdf5_file == recorded.hdf5_file
-    if same_file(snapshot.data, config.hdf5_file):
+    if same_file(checkpoint.data, config.hdf5_file):
         return True
     if config.hdf5_file == recorded.hdf5_file:
         raise ValueError(
@@ -184,12 +188,12 @@ def _has_same_data(snapshot: Snapshot, recorded: RunConfig, config: RunConfig) -
     return False
 
 
-def _refuse_within_epoch(snapshot: Snapshot, changed: Set[str]) -> None:
+def _check_within_epoch(checkpoint: Checkpoint, changed: Set[str]) -> None:
     fixed = {option for option in changed if not option.startswith("training.")} - _SAME_RESULTS - _VALIDATION_ONLY
     if fixed := sorted(fixed | (changed & {"training.rng"})):
         raise ValueError(
-            f"Snapshot {snapshot.name} is within epoch {snapshot.state.epoch + 1}, where {', '.join(fixed)} cannot "
-            f"change. Expected a snapshot at the end of an epoch, or only other options of the training."
+            f"Checkpoint {checkpoint.name} is within epoch {checkpoint.state.epoch + 1}, where {', '.join(fixed)} cannot "
+            f"change. Expected a checkpoint at the end of an epoch, or only other options of the training."
         )
 
 
@@ -206,20 +210,20 @@ def _best(
         return state, None
     try:
         return restore(source, like, name=str(state.best.epoch)).state, None
-    except (FileNotFoundError, SnapshotError) as error:
+    except (FileNotFoundError, CheckpointError) as error:
         return None, f"the model of the best one, {state.best.epoch}, is gone ({str(error).rstrip('.')})"
 
 
-def _refuse_to_end_at_once(state: TrainState, config: RunConfig) -> None:
+def _check_to_end_at_once(state: TrainState, config: RunConfig) -> None:
     training = config.training
     if state.epoch >= training.max_epochs:
         raise ValueError(
-            f"The snapshot has {state.epoch} epochs done, so a maximum of {training.max_epochs} would end the fork at "
-            f"once. Give --max-epochs of at least {state.epoch + 1}, or fork from an earlier snapshot."
+            f"The checkpoint has {state.epoch} epochs done, so a maximum of {training.max_epochs} would end the fork at "
+            f"once. Give --max-epochs of at least {state.epoch + 1}, or fork from an earlier checkpoint."
         )
     if should_stop(state.best, training.patience):
         raise ValueError(
-            f"The snapshot has {state.best.num_bad_epochs} epochs in a row without improvement, so a patience of "
+            f"The checkpoint has {state.best.num_bad_epochs} epochs in a row without improvement, so a patience of "
             f"{training.patience} would end the fork at once. Give --patience of at least "
-            f"{state.best.num_bad_epochs + 1}, or fork from an earlier snapshot."
+            f"{state.best.num_bad_epochs + 1}, or fork from an earlier checkpoint."
         )

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import shown
+from dwiml_func._checks import truncated_repr
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.digest import leaf_differences
-from dwiml_func.checkpoint.manifest import DamagedError, first_problem
+from dwiml_func.checkpoint.manifest import CorruptError, first_problem
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import Neighborhood
@@ -31,18 +31,18 @@ from dwiml_func.models.learn2track import Learn2Track
 __all__ = [
     "LoadedModel",
     "build_model",
+    "check_memory",
     "filled_model",
     "find_model",
     "load_model",
     "model_shapes",
-    "require_memory",
     "save_model",
 ]
 
 _BYTES = 4 * 4  # a parameter, its gradient and two moments, float32
 
 
-def require_memory(config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None) -> None:
+def check_memory(config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None) -> None:
     """Refuse a model that cannot be trained in this machine's memory, whatever the batches are.
 
     Args:
@@ -54,7 +54,7 @@ def require_memory(config: ModelConfig, *, nb_features: int, neighborhood: Neigh
         ValueError: its parameters, their gradients and moments take more than all memory.
 
     Example:
-        >>> require_memory(ModelConfig(rnn_layer_sizes=(10**9,)), nb_features=3)  # doctest: +ELLIPSIS
+        >>> check_memory(ModelConfig(rnn_layer_sizes=(10**9,)), nb_features=3)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         ValueError: The layers of this model are too large (rnn_layer_sizes (1000000000,)): it has ...
@@ -179,7 +179,7 @@ def load_model(path: str | Path) -> LoadedModel:
 
     Raises:
         FileNotFoundError: there is none.
-        DamagedError: it is damaged.
+        CorruptError: it is corrupt.
         ValueError: it holds another class of model, or is of an older layout.
 
     Example:
@@ -193,14 +193,14 @@ def load_model(path: str | Path) -> LoadedModel:
         raise FileNotFoundError(f"No {MANIFEST} in {path}.")
     facts = read_manifest(path, MANIFEST, needs=("class", "options", "nb_features"))
     if facts["class"] != "Learn2Track":
-        raise ValueError(f"{path} holds a model of class {shown(facts['class'])}; expected 'Learn2Track'.")
+        raise ValueError(f"{path} holds a model of class {truncated_repr(facts['class'])}; expected 'Learn2Track'.")
     if facts.get("layout") != _LAYOUT:
         raise ValueError(
             f"{path} has layout {facts.get('layout', 1)} of model directories; this version reads layout {_LAYOUT}. "
             f"Read it with the version of dwiml_func that wrote it, or train the model again."
         )
     if missing := [name for name in (*_DATA_FACTS, *_BATCH_FACTS) if name not in facts]:
-        raise DamagedError(f"{path} is damaged: {MANIFEST} lacks {', '.join(missing)}.")
+        raise CorruptError(f"{path} is corrupt: {MANIFEST} lacks {', '.join(missing)}.")
     recorded = {
         "hdf5_file": "",
         "model": facts["options"],
@@ -214,11 +214,11 @@ def load_model(path: str | Path) -> LoadedModel:
         )
         expected = model_shapes(build)
     except (ValueError, TypeError, OverflowError) as error:
-        raise DamagedError(
-            f"{path} is damaged: {MANIFEST} has no options of a model ({first_problem(error)})."
+        raise CorruptError(
+            f"{path} is corrupt: {MANIFEST} has no options of a model ({first_problem(error)})."
         ) from None
     if differences := leaf_differences(facts["leaves"], expected):
-        raise DamagedError(f"{path} is damaged: its tensors are not those of its options: {'; '.join(differences)}.")
+        raise CorruptError(f"{path} is corrupt: its tensors are not those of its options: {'; '.join(differences)}.")
     module = filled_model(build, load_leaves(path, facts), source=str(path))
     return LoadedModel(module=module, config=config, facts=facts)
 
@@ -292,7 +292,7 @@ def find_model(path: str | Path) -> Path:
             return folder
     for folder in (path, path / "best_model"):
         if (folder / "model_state.pkl").is_file():
-            raise ValueError(f"{str(folder)!r} holds a model of dwi_ml. First run dwiml-func import-reference on it.")
+            raise ValueError(f"{str(folder)!r} holds a model of dwi_ml. First run dwiml-func import-dwi-ml on it.")
     if (path / "config.json").is_file():
         raise ValueError(f"Experiment {str(path)!r} has no best model yet. Train it for an epoch.")
     if is_ensemble(path):

@@ -2,7 +2,7 @@
 
 The only module that imports matplotlib, without its `pyplot`, so that nothing global is touched.
 
-Pictures of experiments, from what their snapshots have on record.
+Pictures of experiments, from what their checkpoints have on record.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["PlottedRun", "check_format", "draw_experiments", "leave_picture", "plot_runs", "save_figure"]
+__all__ = ["PlottedRun", "check_format", "draw_experiments", "plot_runs", "save_figure", "save_run_figure"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color/), without its
@@ -304,7 +304,7 @@ def draw_experiments(directories: Sequence[str | Path]) -> Figure:
 
     Raises:
         FileNotFoundError: one is no experiment.
-        ValueError: one has no finished epoch yet, or is damaged.
+        ValueError: one has no finished epoch yet, or is corrupt.
 
     Example:
         >>> draw_experiments(["/no/such/experiment"])
@@ -320,7 +320,7 @@ def draw_experiments(directories: Sequence[str | Path]) -> Figure:
         record = newest_record(path)
         if record is None or not record.history:
             raise ValueError(f"{str(path)!r} has no finished epoch on record yet: there is nothing to draw.")
-        for sentence in record.damaged:
+        for sentence in record.corrupt:
             _log.warning("%s Drawn from %s.", sentence, record.name)
         runs.append(
             PlottedRun(label=_label(path, config, own), history=record.history, evaluation=read_evaluation(path))
@@ -335,19 +335,19 @@ def _label(directory: Path, config: RunConfig, options: Mapping[str, str]) -> st
     if len(named) > _MOST:
         named[_MOST:] = [f"and {len(named) - _MOST} more"]
     if config.origin is not None:
-        named.insert(0, f"forked from {Path(config.origin.experiment).name} at {config.origin.snapshot}")
+        named.insert(0, f"forked from {Path(config.origin.experiment).name} at {config.origin.checkpoint}")
     name = directory.resolve().name
     return f"{name}: {', '.join(named)}" if named else name
 
 
-def leave_picture(directory: Path) -> None:
+def save_run_figure(directory: Path) -> None:
     """Draw an experiment into its `plots/training.png`. A failure costs a warning and nothing else.
 
     Args:
         directory: the experiment.
 
     Example:
-        >>> leave_picture(Path("/no/such/experiment"))
+        >>> save_run_figure(Path("/no/such/experiment"))
     """
     try:
         figure = draw_experiments([directory])

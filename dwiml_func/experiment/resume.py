@@ -1,4 +1,4 @@
-"""Going on with an experiment from its newest sound snapshot."""
+"""Going on with an experiment from its newest sound checkpoint."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.checkpoint.checkpoint import Snapshot, list_snapshots, restore_newest
+from dwiml_func.checkpoint.checkpoint import Checkpoint, list_checkpoints, restore_newest
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState
-from dwiml_func.distributed.sharding import ALONE, Peers
-from dwiml_func.experiment.best_model import mend_best_model
+from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
+from dwiml_func.experiment.best_model import repair_best_model
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import read_config
-from dwiml_func.experiment.setup import Setup, prepare
+from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import same_file
 from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy
 from dwiml_func.writers.writer import fan_out
 
-__all__ = ["mend_experiment", "refuse_to_continue", "resume_experiment", "with_new_options"]
+__all__ = ["check_can_resume", "repair_experiment", "resume_experiment", "with_new_options"]
 
 _DECIDE_BITS = {"dwiml_func", "torch", "numpy", "machine", "cpu", "cpu_capability", "devices"}
 
@@ -41,12 +41,12 @@ def resume_experiment(
     processes: int | None = None,
     checkpoint_every: str | None = None,
     keep: int | str | None = None,
-    peers: Peers = ALONE,
-) -> tuple[Setup, TrainState, tuple[EpochReport, ...]]:
-    """Make ready to go on with an experiment, from its newest sound snapshot or, where there is none, from the start.
+    process_group: ProcessGroup = SINGLE_PROCESS,
+) -> tuple[RunParts, TrainState, tuple[EpochReport, ...]]:
+    """Make ready to go on with an experiment, from its newest sound checkpoint or, where there is none, from the start.
 
-    Removes what a crash left behind, writes the best model again where it came before that, and sets damaged snapshots
-    aside, as `checkpoint/<name>.damaged`. Warns where another machine or another version goes on. Hold the experiment's
+    Removes what a crash left behind, writes the best model again where it came before that, and sets corrupt checkpoints
+    aside, as `checkpoint/<name>.corrupt`. Warns where another machine or another version goes on. Hold the experiment's
     lock, see `dwiml_func.files.lock`.
 
     Args:
@@ -55,9 +55,9 @@ def resume_experiment(
         new_patience: replaces the patience.
         hdf5_file: replaces the dataset's path, for data that has moved.
         processes: replaces the number of processes that load batches.
-        checkpoint_every: replaces how often snapshots are saved.
-        keep: replaces how many snapshots are kept.
-        peers: the processes that train together. Only the first writes; the others call this after it.
+        checkpoint_every: replaces how often checkpoints are saved.
+        keep: replaces how many checkpoints are kept.
+        process_group: the processes that train together. Only the first writes; the others call this after it.
 
     Returns:
         The parts, the state and the history for `run_experiment`.
@@ -80,23 +80,27 @@ def resume_experiment(
         checkpoint_every=checkpoint_every,
         keep=keep,
     )
-    setup = prepare(changed, peers)
-    state, history, damaged = setup.state, (), []
-    if list_snapshots(directory):
-        snapshot, damaged = restore_newest(directory, setup.state)
-        _refuse_other_data(snapshot, changed)
-        state, history = snapshot.state, snapshot.history
-        if peers.rank == 0:
-            _warn_of_other_machine(snapshot, setup.state)
-        for name in damaged:
-            _log.warning("Snapshot %s is damaged; going on from %s.", directory / "checkpoint" / name, snapshot.name)
-    if peers.rank == 0:
-        mend_experiment(directory, setup, state, history)  # also a run that has ended: a crash may have come right then
+    setup = prepare(changed, process_group)
+    state, history, corrupt = setup.state, (), []
+    if list_checkpoints(directory):
+        checkpoint, corrupt = restore_newest(directory, setup.state)
+        _check_other_data(checkpoint, changed)
+        state, history = checkpoint.state, checkpoint.history
+        if process_group.rank == 0:
+            _warn_of_other_machine(checkpoint, setup.state)
+        for name in corrupt:
+            _log.warning(
+                "Checkpoint %s is corrupt; going on from %s.", directory / "checkpoint" / name, checkpoint.name
+            )
+    if process_group.rank == 0:
+        repair_experiment(
+            directory, setup, state, history
+        )  # also a run that has ended: a crash may have come right then
     if history:
-        refuse_to_continue(state, config.training, new_max_epochs=new_max_epochs, new_patience=new_patience)
-    if peers.rank > 0:
+        check_can_resume(state, config.training, new_max_epochs=new_max_epochs, new_patience=new_patience)
+    if process_group.rank > 0:
         return setup, state, history
-    for name in damaged:
+    for name in corrupt:
         _set_aside(directory / "checkpoint" / name)
     if changed != config:
         atomic_write(directory / "config.json", changed.to_json())
@@ -135,12 +139,12 @@ def with_new_options(
         hdf5_file=str(Path(hdf5_file).absolute()) if hdf5_file else config.hdf5_file,
         training=_changed(config.training, max_epochs=new_max_epochs, patience=new_patience),
         batches=_changed(config.batches, processes=processes),
-        snapshots=_changed(config.snapshots, checkpoint_every=checkpoint_every, keep=keep),
+        checkpoints=_changed(config.checkpoints, checkpoint_every=checkpoint_every, keep=keep),
     )
 
 
-def mend_experiment(directory: Path, setup: Setup, state: TrainState, history: Sequence[EpochReport]) -> None:
-    """Remove what a crash left behind, and bring best model and logs up to date with the snapshot.
+def repair_experiment(directory: Path, setup: RunParts, state: TrainState, history: Sequence[EpochReport]) -> None:
+    """Remove what a crash left behind, and bring best model and logs up to date with the checkpoint.
 
     Args:
         directory: the experiment.
@@ -149,16 +153,16 @@ def mend_experiment(directory: Path, setup: Setup, state: TrainState, history: S
         history: the reports so far.
 
     Example:
-        >>> mend_experiment(directory, setup, state, history)  # doctest: +SKIP
+        >>> repair_experiment(directory, setup, state, history)  # doctest: +SKIP
     """
     for folder in (directory, *(directory / name for name in ("checkpoint", "logs", "logs/comet", "logs/tensorboard"))):
         remove_leftovers(folder)
     if history:
-        mend_best_model(directory, setup, state)
+        repair_best_model(directory, setup, state)
         fan_out(npy(directory), jsonl(directory))(*history)  # they did not wait for the disk
 
 
-def refuse_to_continue(
+def check_can_resume(
     state: TrainState, training: TrainingConfig, *, new_max_epochs: int | None, new_patience: int | None
 ) -> None:
     """Refuse to go on with a run that had ended and would end again at once.
@@ -199,24 +203,26 @@ def _changed(part: Any, **values: Any) -> Any:
     return replace(part, **{name: value for name, value in values.items() if value is not None})
 
 
-def _refuse_other_data(snapshot: Snapshot, config: RunConfig) -> None:
-    if snapshot.data and not same_file(snapshot.data, config.hdf5_file):
+def _check_other_data(checkpoint: Checkpoint, config: RunConfig) -> None:
+    if checkpoint.data and not same_file(checkpoint.data, config.hdf5_file):
         raise ValueError(
             f"{config.hdf5_file} is not the dataset that this run was trained on: its bytes differ. Expected the same "
             f"data, so that the run goes on to the same bits. To train on other data, use dwiml-func fork."
         )
 
 
-def _warn_of_other_machine(snapshot: Snapshot, like: TrainState) -> None:
+def _warn_of_other_machine(checkpoint: Checkpoint, like: TrainState) -> None:
     now = environment({str(leaf.device) for leaf in state_leaves(like).values()})
-    recorded = {name: value for name, value in snapshot.environment.items() if name in _DECIDE_BITS}
+    recorded = {name: value for name, value in checkpoint.environment.items() if name in _DECIDE_BITS}
     changes = environment_differences(recorded, {name: now[name] for name in recorded})
     if changes:
-        message = "Snapshot %s comes from other versions or another machine (%s), so from here on last bits may differ."
-        _log.warning(message, snapshot.name, "; ".join(changes))
+        message = (
+            "Checkpoint %s comes from other versions or another machine (%s), so from here on last bits may differ."
+        )
+        _log.warning(message, checkpoint.name, "; ".join(changes))
 
 
 def _set_aside(path: Path) -> None:
-    aside = path.with_name(f"{path.name}.damaged")
+    aside = path.with_name(f"{path.name}.corrupt")
     shutil.rmtree(aside, ignore_errors=True)
     path.rename(aside)

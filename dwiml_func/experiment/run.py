@@ -1,4 +1,4 @@
-"""A run in its experiment's directory: the loop, with snapshots, the best model and logs."""
+"""A run in its experiment's directory: the loop, with checkpoints, the best model and logs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from dwiml_func.checkpoint.background import NoSaver, Saver
+from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer
 from dwiml_func.checkpoint.digest import state_digest
-from dwiml_func.checkpoint.index import list_snapshots, snapshot_name
+from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
 from dwiml_func.core.loop import EpochReport, train_and_validate
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
-from dwiml_func.distributed.process_group import PeerLostError
+from dwiml_func.distributed.process_group import ProcessLostError
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
-from dwiml_func.experiment.setup import Setup
+from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.fingerprint import FingerprintInBackground
 from dwiml_func.optim.schedules import per_epoch
@@ -33,7 +33,7 @@ __all__ = ["run_experiment"]
 
 def run_experiment(
     directory: Path,
-    setup: Setup,
+    setup: RunParts,
     *,
     state: TrainState | None = None,
     history: Sequence[EpochReport] = (),
@@ -41,10 +41,10 @@ def run_experiment(
     write: Writer | None = None,
     stop: StopRequest | None = None,
 ) -> Iterator[EpochReport]:
-    """Train; save snapshots as the config says and, with each that ends an epoch, the best model and the logs.
+    """Train; save checkpoints as the config says and, with each that ends an epoch, the best model and the logs.
 
-    Snapshots, best model and logs are written in the background, in this order, so that a crash leaves none of them
-    ahead of the snapshot, and a resume writes what it left out. Sets torch's number of threads. Hold the experiment's
+    Checkpoints, best model and logs are written in the background, in this order, so that a crash leaves none of them
+    ahead of the checkpoint, and a resume writes what it left out. Sets torch's number of threads. Hold the experiment's
     lock, see `dwiml_func.files.lock`.
 
     Args:
@@ -53,7 +53,7 @@ def run_experiment(
         state: where to go on from; None starts at the beginning.
         history: the reports of the epochs before `state`.
         on_batch: called after each training batch, e.g. by a progress bar.
-        write: writes the logs. It is given the history first, then each epoch whose snapshot is saved; an error of it
+        write: writes the logs. It is given the history first, then each epoch whose checkpoint is saved; an error of it
             is warned of once, and cannot stop the training. None writes those of an experiment, `fan_out()` none.
         stop: looked at after each batch; see `dwiml_func.experiment.signals.stop_on_signals`.
 
@@ -62,8 +62,8 @@ def run_experiment(
 
     Raises:
         TrainingStopped: `stop` asked for it; the run is saved up to the last batch.
-        NonFiniteError: a loss or gradient was not finite; the last snapshot stands.
-        OSError: a snapshot could not be saved; the one before stands.
+        NonFiniteError: a loss or gradient was not finite; the last checkpoint stands.
+        OSError: a checkpoint could not be saved; the one before stands.
 
     Example:
         >>> for report in run_experiment(directory, prepare(config)):  # doctest: +SKIP
@@ -72,19 +72,19 @@ def run_experiment(
     config = setup.config
     state = setup.state if state is None else state
     _set_num_threads(config.training.num_threads)
-    stop = StopRequest(peers=setup.peers) if stop is None else stop
-    if setup.peers.size > 1:
-        _require_same_start(setup, state)
+    stop = StopRequest(process_group=setup.process_group) if stop is None else stop
+    if setup.process_group.size > 1:
+        _check_same_start(setup, state)
     write = experiment_writer(directory, config) if write is None else fan_out(write)
-    if setup.peers.rank == 0:
+    if setup.process_group.rank == 0:
         write_parameters(directory, config, nb_features=setup.nb_features, now=datetime.now())
         if history:
             write(*history)
-    with _saver(directory, setup) as saver:
-        run = _Run(directory, setup, saver, tuple(history), stop, on_batch, write)
+    with _checkpointer(directory, setup) as checkpointer:
+        run = _Run(directory, setup, checkpointer, tuple(history), stop, on_batch, write)
         try:
             yield from run.epochs(state)
-        except PeerLostError:
+        except ProcessLostError:
             raise  # `stop` may be set: torchrun sends SIGTERM when one of its processes has ended
         except Exception as error:
             if stop.signal is None:
@@ -92,32 +92,32 @@ def run_experiment(
             # Not only `_Stop`: what was trained before another error is saved too, and the error told.
             besides = None if isinstance(error, _Stop) else error
             name = run.save_position()
-            saver.wait()
-            names = list_snapshots(directory)
+            checkpointer.wait()
+            names = list_checkpoints(directory)
             newest = name or (names[-1] if names else None)
             raise TrainingStopped(stop.signal, directory, newest, error=besides) from besides
 
 
-def _saver(directory: Path, setup: Setup) -> Saver | NoSaver:
+def _checkpointer(directory: Path, setup: RunParts) -> AsyncCheckpointer | NoCheckpointer:
     """Of several processes that train together, the first saves."""
-    if setup.peers.rank > 0:
-        return NoSaver()
+    if setup.process_group.rank > 0:
+        return NoCheckpointer()
     config = setup.config
-    keep = None if config.snapshots.keep == "all" else config.snapshots.keep
+    keep = None if config.checkpoints.keep == "all" else config.checkpoints.keep
     data = FingerprintInBackground(config.hdf5_file).result
-    began = () if config.origin is None else (config.origin.snapshot,)  # a fork cannot make its first state again
-    return Saver(directory, config=config.to_dict(), data=data, keep=keep, keep_always=began)
+    began = () if config.origin is None else (config.origin.checkpoint,)  # a fork cannot make its first state again
+    return AsyncCheckpointer(directory, config=config.to_dict(), data=data, keep=keep, keep_always=began)
 
 
-def _require_same_start(setup: Setup, state: TrainState) -> None:
+def _check_same_start(setup: RunParts, state: TrainState) -> None:
     """Refuse to train together with a process that has another config or state."""
     text = setup.config.to_json() + state_digest(state)
-    digests = setup.peers.gather(torch.tensor(list(hashlib.sha256(text.encode()).digest())))
+    digests = setup.process_group.gather(torch.tensor(list(hashlib.sha256(text.encode()).digest())))
     different = [rank for rank, digest in enumerate(digests) if not torch.equal(digest, digests[0])]
     if different:
         raise ValueError(
             f"Processes {', '.join(map(str, different))} do not start from the config and state of process 0. "
-            "Expected the same command line, versions and snapshots in all of them."
+            "Expected the same command line, versions and checkpoints in all of them."
         )
 
 
@@ -126,13 +126,13 @@ class _Stop(Exception):
 
 
 class _Run:
-    """The position of a run between its loop and its saver."""
+    """The position of a run between its loop and its checkpointer."""
 
     def __init__(
         self,
         directory: Path,
-        setup: Setup,
-        saver: Saver | NoSaver,
+        setup: RunParts,
+        checkpointer: AsyncCheckpointer | NoCheckpointer,
         history: tuple[EpochReport, ...],
         stop: StopRequest,
         on_batch: Callable[[TrainState, Metrics], None] | None,
@@ -140,14 +140,14 @@ class _Run:
     ) -> None:
         self._directory = directory
         self._setup = setup
-        self._saver = saver
+        self._checkpointer = checkpointer
         self._history = history
         self._stop = stop
         self._on_batch = on_batch
         self._write = write
-        self._cadence = setup.config.snapshots.cadence
-        self._unsaved: TrainState | None = None  # the state after the last batch, where no snapshot has it
-        self._unwritten: tuple[EpochReport, ...] = ()  # those of epochs that no snapshot has
+        self._cadence = setup.config.checkpoints.save_interval
+        self._unsaved: TrainState | None = None  # the state after the last batch, where no checkpoint has it
+        self._unwritten: tuple[EpochReport, ...] = ()  # those of epochs that no checkpoint has
         self._saved_at = time.monotonic()
 
     def epochs(self, state: TrainState) -> Iterator[EpochReport]:
@@ -177,12 +177,12 @@ class _Run:
                 raise _Stop
 
     def save_position(self) -> str | None:
-        """Save the state after the last batch, unless it is saved already; returns the snapshot's name."""
+        """Save the state after the last batch, unless it is saved already; returns the checkpoint's name."""
         state = self._unsaved
         if state is None:
             return None
         self._save(state)
-        return snapshot_name(state)
+        return checkpoint_name(state)
 
     def _after_batch(self, state: TrainState, metrics: Metrics) -> None:
         self._unsaved = state
@@ -202,7 +202,7 @@ class _Run:
             if reports:
                 self._write(*reports)
 
-        self._saver.save(state, self._history, then=then)
+        self._checkpointer.save(state, self._history, then=then)
         self._unsaved = None
         self._saved_at = time.monotonic()
 

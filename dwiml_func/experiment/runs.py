@@ -15,7 +15,7 @@ from dwiml_func.files.lock import is_locked
 
 __all__ = ["RunOverview", "list_runs"]
 
-RunState = Literal["running", "finished", "stopped early", "interrupted", "damaged"]
+RunState = Literal["running", "finished", "stopped early", "interrupted", "corrupt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +24,15 @@ class RunOverview:
 
     Args:
         name: the experiment's name; of a member "ENSEMBLE/NUMBER".
-        state: "running" while a process holds its lock; "damaged" where config or all snapshots cannot be read.
-        epochs: epochs done, as far as snapshots have them.
+        state: "running" while a process holds its lock; "corrupt" where config or all checkpoints cannot be read.
+        epochs: epochs done, as far as checkpoints have them.
         max_epochs: epochs to do; None where the config cannot be read.
         best_epoch: the best epoch, if there is one.
         best_loss: the monitored loss after it.
         angular_error_deg: mean angular error of the validation in it, in degrees, if it is on record.
         minutes: duration of all epochs, in minutes.
-        last_change: when anything in the experiment's folder or its snapshots changed last, local time.
-        problems: what is damaged, a sentence for each.
+        last_change: when anything in the experiment's folder or its checkpoints changed last, local time.
+        problems: what is corrupt, a sentence for each.
 
     Example:
         >>> RunOverview.__slots__[:2]
@@ -90,7 +90,7 @@ def _overview(directory: Path, name: str) -> RunOverview:
         problem = " ".join(str(error).split())
         return RunOverview(
             name=name,
-            state="running" if is_running else "damaged",
+            state="running" if is_running else "corrupt",
             last_change=_last_change(directory),
             problems=(problem,),
         )
@@ -107,7 +107,7 @@ def _overview(directory: Path, name: str) -> RunOverview:
         angular_error_deg=at_best.valid.get("angular_error") if at_best else None,
         minutes=sum(report.train_minutes + report.valid_minutes for report in history),
         last_change=_last_change(directory),
-        problems=record.damaged if record else (),
+        problems=record.corrupt if record else (),
     )
 
 

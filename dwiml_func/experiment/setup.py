@@ -15,8 +15,8 @@ import torch
 from dwiml_func import optim
 from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.compiled.step import jit_step
-from dwiml_func.compiled.warmup import WarmStep
-from dwiml_func.core.autocast import require_bf16
+from dwiml_func.compiled.warmup import WarmUpStep
+from dwiml_func.core.autocast import check_bf16
 from dwiml_func.core.loop import Batches
 from dwiml_func.core.loss import LossFn, module_loss
 from dwiml_func.core.metrics import Metrics
@@ -27,27 +27,33 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import LoaderSpec, epoch_batches
-from dwiml_func.data.neighborhood import require_cubic_voxels
+from dwiml_func.data.neighborhood import check_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.shards import ShardedBatch, cut_batch
-from dwiml_func.distributed.sharding import ALONE, Peers, require_shards, sharded_loss, sharded_value_and_grad
+from dwiml_func.distributed.sharding import (
+    SINGLE_PROCESS,
+    ProcessGroup,
+    check_shards,
+    sharded_loss,
+    sharded_value_and_grad,
+)
 from dwiml_func.experiment.config import BatchConfig, RunConfig, TrainingConfig
-from dwiml_func.experiment.model_store import build_model, require_memory
-from dwiml_func.models.config import require_getter_for_compressed
+from dwiml_func.experiment.model_store import build_model, check_memory
+from dwiml_func.models.config import check_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.optim._foreach import Number
 from dwiml_func.optim.optimizers import Optimizer
 
 __all__ = [
-    "Setup",
+    "RunParts",
+    "check_usable",
     "loader_spec",
     "make_eval_step",
     "make_optimizer",
     "make_step",
     "prepare",
-    "require_usable",
     "with_seed",
 ]
 
@@ -58,7 +64,7 @@ def make_step(
     optimizer: Optimizer,
     clip_grad: float | None,
     num_shards: int,
-    peers: Peers,
+    process_group: ProcessGroup,
     compile_for: Callable[[], Any] | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The training step, which takes over the memory of the states that it is given.
@@ -69,7 +75,7 @@ def make_step(
     Args:
         loss_fn, optimizer, clip_grad: as for `train_step`.
         num_shards: parts of a batch; above 1 the step takes batches that are cut.
-        peers: the processes that share the shards.
+        process_group: the processes that share the shards.
         compile_for: gives a batch, or a shard of one, to compile for; None does not compile.
 
     Returns:
@@ -83,35 +89,37 @@ def make_step(
         if compile_for is None:
             return partial(train_step, **parts)
         step = jit_step(**parts, dynamic=True)
-        return WarmStep(step, eager=step.eager, graph=step.graph, first_batch=compile_for)
-    eager = partial(train_step, **parts, gradient_fn=sharded_value_and_grad(peers))
+        return WarmUpStep(step, eager=step.eager, graph=step.graph, first_batch=compile_for)
+    eager = partial(train_step, **parts, gradient_fn=sharded_value_and_grad(process_group))
     if compile_for is None:
         return eager
     gradient = JitGradient(loss_fn, dynamic=True)
-    compiled = partial(train_step, **parts, gradient_fn=sharded_value_and_grad(peers, gradient))
-    return WarmStep(compiled, eager=eager, graph=gradient.graph, first_batch=lambda: (compile_for(),) * num_shards)
+    compiled = partial(train_step, **parts, gradient_fn=sharded_value_and_grad(process_group, gradient))
+    return WarmUpStep(compiled, eager=eager, graph=gradient.graph, first_batch=lambda: (compile_for(),) * num_shards)
 
 
-def make_eval_step(loss_fn: LossFn, *, num_shards: int, peers: Peers) -> Callable[[TrainState, Any], Metrics]:
+def make_eval_step(
+    loss_fn: LossFn, *, num_shards: int, process_group: ProcessGroup
+) -> Callable[[TrainState, Any], Metrics]:
     """The validation step.
 
     Args:
-        loss_fn, num_shards, peers: as for `make_step`.
+        loss_fn, num_shards, process_group: as for `make_step`.
 
     Returns:
         `eval_step(state, batch)`.
 
     Example:
-        >>> evaluate = make_eval_step(loss_fn, num_shards=1, peers=ALONE)  # doctest: +SKIP
+        >>> evaluate = make_eval_step(loss_fn, num_shards=1, process_group=SINGLE_PROCESS)  # doctest: +SKIP
     """
-    return partial(eval_step, loss_fn=loss_fn if num_shards == 1 else sharded_loss(loss_fn, peers))
+    return partial(eval_step, loss_fn=loss_fn if num_shards == 1 else sharded_loss(loss_fn, process_group))
 
 
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Setup:
+class RunParts:
     """All parts of a run, made from its config.
 
     Args:
@@ -128,7 +136,7 @@ class Setup:
         training_set: the training subjects.
         validation_set: the validation subjects, possibly none.
         evaluation_set: those of `evaluation`.
-        peers: the processes that train together.
+        process_group: the processes that train together.
 
     Example:
         >>> state, metrics = setup.step(setup.state, batch, lr=0.001)  # doctest: +SKIP
@@ -146,28 +154,28 @@ class Setup:
     training_set: StreamlineDataset
     validation_set: StreamlineDataset
     evaluation_set: StreamlineDataset
-    peers: Peers = ALONE
+    process_group: ProcessGroup = SINGLE_PROCESS
 
 
-def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
+def prepare(config: RunConfig, process_group: ProcessGroup = SINGLE_PROCESS) -> RunParts:
     """Open the data and build the model, the optimizer and the steps of a run. Nothing is written.
 
     Args:
         config: the run's config.
-        peers: the processes that train together, see `dwiml_func.distributed.process_group`.
+        process_group: the processes that train together, see `dwiml_func.distributed.process_group`.
 
     Returns:
         The parts.
 
     Raises:
-        FileNotFoundError, ValueError: the dataset is missing, damaged or lacks what the config asks for, or there is no
+        FileNotFoundError, ValueError: the dataset is missing, corrupt or lacks what the config asks for, or there is no
             GPU for `use_gpu` or none that has `precision`, or the processes cannot share the shards evenly.
 
     Example:
         >>> setup = prepare(RunConfig(hdf5_file="data.hdf5"))  # doctest: +SKIP
     """
     device = _device(config.training)
-    require_shards(config.training.num_shards, peers)
+    check_shards(config.training.num_shards, process_group)
     groups = {
         "input_group_name": config.data.input_group_name,
         "streamline_group_name": config.data.streamline_group_name,
@@ -175,8 +183,8 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
     storage = {"lazy": config.data.lazy, "cache_size": config.data.cache_size}
     training_set = open_dataset(config.hdf5_file, "training", **groups, **storage)
     validation_set = open_dataset(config.hdf5_file, "validation", **groups, **storage)
-    require_usable(training_set, config)
-    require_usable(validation_set, config)
+    check_usable(training_set, config)
+    check_usable(validation_set, config)
     validation_loader = loader_spec(config)
     training_loader = replace(validation_loader, augmentation=config.batches.augmentation)
     model = _new_model(config, training_set.num_features)
@@ -220,23 +228,23 @@ def prepare(config: RunConfig, peers: Peers = ALONE) -> Setup:
         optimizer=optimizer,
         clip_grad=config.training.clip_grad,
         num_shards=num_shards,
-        peers=peers,
+        process_group=process_group,
         compile_for=first_batch if config.training.compile else None,
     )
-    return Setup(
+    return RunParts(
         config=config,
         state=init_state(model.to(device), optimizer, seed=config.training.rng),
         train=train,
         valid=partial(evaluation, num_shards=num_shards) if evaluation_set is validation_set else None,
         evaluation=evaluation,
         step=step,
-        eval_step=make_eval_step(loss_fn, num_shards=num_shards, peers=peers),
+        eval_step=make_eval_step(loss_fn, num_shards=num_shards, process_group=process_group),
         loss_fn=loss_fn,
         nb_features=training_set.num_features,
         training_set=training_set,
         validation_set=validation_set,
         evaluation_set=evaluation_set,
-        peers=peers,
+        process_group=process_group,
     )
 
 
@@ -258,7 +266,7 @@ def make_optimizer(training: TrainingConfig, *, weight_decay: Number | None = No
     return makers[training.optimizer](weight_decay=training.weight_decay if weight_decay is None else weight_decay)
 
 
-def with_seed(setup: Setup, config: RunConfig) -> Setup:
+def with_seed(setup: RunParts, config: RunConfig) -> RunParts:
     """The parts of another run on the same data, with the same model: its first state is that of its own seed.
 
     Args:
@@ -297,7 +305,7 @@ def loader_spec(config: RunConfig) -> LoaderSpec:
     )
 
 
-def require_usable(dataset: StreamlineDataset, config: RunConfig) -> None:
+def check_usable(dataset: StreamlineDataset, config: RunConfig) -> None:
     """Refuse a dataset that the model cannot use.
 
     Args:
@@ -309,12 +317,12 @@ def require_usable(dataset: StreamlineDataset, config: RunConfig) -> None:
             which the direction getter cannot use.
 
     Example:
-        >>> require_usable(dataset, config)  # doctest: +SKIP
+        >>> check_usable(dataset, config)  # doctest: +SKIP
     """
     if config.data.neighborhood is not None:
-        require_cubic_voxels(dataset.voxel_sizes, dataset.index.subjects)
+        check_cubic_voxels(dataset.voxel_sizes, dataset.index.subjects)
     if dataset.resampling.compress is not None and config.batches.resampling == Resampling():
-        require_getter_for_compressed(config.model.dg_key, f"{dataset.path} was compressed when it was made")
+        check_getter_for_compressed(config.model.dg_key, f"{dataset.path} was compressed when it was made")
 
 
 def _sampler_spec(batches: BatchConfig, batch_size: int, max_batches: int) -> SamplerSpec:
@@ -356,12 +364,12 @@ def _device(training: TrainingConfig) -> torch.device:
         raise ValueError("--use-gpu: no CUDA device was found. Leave the option out to train on the CPU.")
     device = torch.device("cuda" if training.use_gpu else "cpu")
     if training.precision == "bf16":
-        require_bf16(device)
+        check_bf16(device)
     return device
 
 
 def _new_model(config: RunConfig, nb_features: int) -> torch.nn.Module:
     shape = {"nb_features": nb_features, "neighborhood": config.data.neighborhood}
-    require_memory(config.model, **shape)
+    check_memory(config.model, **shape)
     with torch_rng(fold_in(Key(config.training.rng), Stream.INIT)):
         return build_model(config.model, **shape)

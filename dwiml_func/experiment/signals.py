@@ -13,7 +13,7 @@ from types import FrameType
 
 import torch
 
-from dwiml_func.distributed.sharding import ALONE, Peers
+from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 
 __all__ = ["StopRequest", "TrainingStopped", "stop_on_signals"]
 
@@ -26,7 +26,7 @@ class StopRequest:
 
     Args:
         signal: the signal that asked for it; None while nothing did.
-        peers: the processes that train together; when one is asked to stop, all do.
+        process_group: the processes that train together; when one is asked to stop, all do.
 
     Example:
         >>> StopRequest().agreed()
@@ -34,7 +34,7 @@ class StopRequest:
     """
 
     signal: signal.Signals | None = None
-    peers: Peers = ALONE
+    process_group: ProcessGroup = SINGLE_PROCESS
 
     def agreed(self) -> bool:
         """Whether this process, or another that trains with it, was asked to stop.
@@ -42,9 +42,9 @@ class StopRequest:
         Returns:
             The same in all processes. They all call it at the same points of the run.
         """
-        if self.peers.size > 1:
+        if self.process_group.size > 1:
             asked = torch.tensor([0 if self.signal is None else int(self.signal)])
-            number = max(int(given) for given in self.peers.gather(asked))
+            number = max(int(given) for given in self.process_group.gather(asked))
             self.signal = signal.Signals(number) if number else None
         return self.signal is not None
 
@@ -55,7 +55,7 @@ class TrainingStopped(Exception):
     Args:
         signal: the signal that asked for it.
         directory: the experiment.
-        name: the name of the newest snapshot; None when there is none.
+        name: the name of the newest checkpoint; None when there is none.
         error: what went wrong between the signal and the end; None when nothing did.
 
     Example:
@@ -80,12 +80,12 @@ class TrainingStopped(Exception):
 
 @contextmanager
 def stop_on_signals(
-    peers: Peers = ALONE, *, at_second: Callable[[signal.Signals], object] | None = None
+    process_group: ProcessGroup = SINGLE_PROCESS, *, at_second: Callable[[signal.Signals], object] | None = None
 ) -> Iterator[StopRequest]:
     """Turn the first SIGINT (Ctrl-C) or SIGTERM within the block into a request.
 
     Args:
-        peers: the processes that train together.
+        process_group: the processes that train together.
         at_second: called at a second signal, in the main thread; None lets that act as usual.
 
     Yields:
@@ -98,7 +98,7 @@ def stop_on_signals(
         ...     stop.signal.name
         'SIGINT'
     """
-    request = StopRequest(peers=peers)
+    request = StopRequest(process_group=process_group)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

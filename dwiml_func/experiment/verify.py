@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from dwiml_func.checkpoint.arrays import load_leaves
-from dwiml_func.checkpoint.checkpoint import list_snapshots, restore
+from dwiml_func.checkpoint.checkpoint import list_checkpoints, restore
 from dwiml_func.checkpoint.digest import bit_difference, leaf_differences, state_digest, state_leaves, state_numbers
 from dwiml_func.checkpoint.index import Record, newest_record, read_record
-from dwiml_func.checkpoint.manifest import DamagedError
+from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.loop import Batches, EpochReport, train_and_validate
 from dwiml_func.core.state import TrainState
@@ -23,7 +23,7 @@ from dwiml_func.core.step import NonFiniteError
 from dwiml_func.experiment.compare import differences, report_differences, report_values
 from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
-from dwiml_func.experiment.setup import Setup, prepare
+from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.files.fingerprint import fingerprint
 from dwiml_func.optim.schedules import per_epoch
 
@@ -40,7 +40,7 @@ class Verification:
     Args:
         epoch: the epoch; 1 is the first.
         is_replayed: whether the epoch could be trained again.
-        start: where the replay began: the name of a snapshot, or None for the first state of all.
+        start: where the replay began: the name of a checkpoint, or None for the first state of all.
         digest: on record for the state after the epoch; None where none is.
         num_values: numbers of the epoch's report that were compared.
         problems: a text for each thing that is not as recorded.
@@ -67,11 +67,11 @@ def verify_epoch(
     hdf5_file: str | None = None,
     track: Callable[[Batches, str], Batches] = lambda batches, label: batches,
 ) -> Verification:
-    """Train an epoch again from the snapshot before it, or the nearest one before that, and compare.
+    """Train an epoch again from the checkpoint before it, or the nearest one before that, and compare.
 
     The config is that of `config.json`, the number of threads the recorded one; it is put back afterwards. Compared
     with the record are the state's digest, every metric, the digest of the state that the replay began from, the
-    snapshot after the epoch, where there is one, and the data file.
+    checkpoint after the epoch, where there is one, and the data file.
 
     Args:
         directory: the experiment.
@@ -102,11 +102,11 @@ def verify_epoch(
     epoch = record.history[-1].epoch if epoch is None else epoch
     if epoch not in reports:
         raise ValueError(f"Epoch {epoch} of {directory} is not on record. Expected one of 1 to {max(reports)}.")
-    _refuse_epochs_of_origin(config, epoch)
+    _check_epochs_of_origin(config, epoch)
     replayed_config = replace(config, hdf5_file=str(Path(hdf5_file).absolute())) if hdf5_file is not None else config
 
-    problems = list(record.damaged)
-    after = _Snapshot(directory, epoch)
+    problems = list(record.corrupt)
+    after = _Checkpoint(directory, epoch)
     problems += after.problems
     recorded_environment = after.environment or record.environment
     surroundings = differences(record.config, config.to_dict(), ("recorded", "in config.json"))
@@ -117,8 +117,8 @@ def verify_epoch(
         try:
             setup = prepare(replayed_config)
             devices = {str(leaf.device) for leaf in state_leaves(setup.state).values()}
-            state, start, damaged = _start(directory, config, setup, epoch)
-            problems += damaged
+            state, start, corrupt = _start(directory, config, setup, epoch)
+            problems += corrupt
             problems += _start_problems(state, start, reports, config.origin)
             problems += _replay_problems(state, setup, track, reports, epoch, after)
             is_replayed = True
@@ -146,20 +146,20 @@ class _NothingLeft(ValueError):
     pass
 
 
-class _Snapshot:
-    """The snapshot after the epoch, if there is one: what it records, and its leaves from the bytes on disk."""
+class _Checkpoint:
+    """The checkpoint after the epoch, if there is one: what it records, and its leaves from the bytes on disk."""
 
     def __init__(self, directory: Path, epoch: int) -> None:
         self.name = str(epoch)
         self.manifest: dict[str, Any] = {}
         self.leaves: dict[str, Tensor] | None = None
         self.problems: list[str] = []
-        if self.name not in list_snapshots(directory):
+        if self.name not in list_checkpoints(directory):
             return
         try:
             self.manifest = read_record(directory, self.name)
             self.leaves = load_leaves(directory / "checkpoint" / self.name, self.manifest)
-        except DamagedError as error:
+        except CorruptError as error:
             self.problems.append(str(error))
 
     @property
@@ -167,10 +167,10 @@ class _Snapshot:
         return self.manifest.get("environment", {})
 
 
-def _refuse_epochs_of_origin(config: RunConfig, epoch: int) -> None:
+def _check_epochs_of_origin(config: RunConfig, epoch: int) -> None:
     if config.origin is None:
         return
-    forked = int(config.origin.snapshot.partition("-")[0])
+    forked = int(config.origin.checkpoint.partition("-")[0])
     if epoch <= forked:
         raise ValueError(
             f"Epoch {epoch} was trained before this run was forked, after epoch {forked}, "
@@ -178,46 +178,46 @@ def _refuse_epochs_of_origin(config: RunConfig, epoch: int) -> None:
         )
 
 
-def _start(directory: Path, config: RunConfig, setup: Setup, epoch: int) -> tuple[TrainState, str | None, list[str]]:
-    """The newest sound state at the end of an epoch before this one, its snapshot's name, and what is damaged."""
-    names = list_snapshots(directory)
+def _start(directory: Path, config: RunConfig, setup: RunParts, epoch: int) -> tuple[TrainState, str | None, list[str]]:
+    """The newest sound state at the end of an epoch before this one, its checkpoint's name, and what is corrupt."""
+    names = list_checkpoints(directory)
     candidates = [name for name in reversed(names) if "-" not in name and int(name) < epoch]
-    if config.origin is not None and config.origin.snapshot in names and config.origin.snapshot not in candidates:
-        candidates.append(config.origin.snapshot)  # within an epoch
-    damaged = []
+    if config.origin is not None and config.origin.checkpoint in names and config.origin.checkpoint not in candidates:
+        candidates.append(config.origin.checkpoint)  # within an epoch
+    corrupt = []
     for name in candidates:
         try:
-            return restore(directory, setup.state, name=name).state, name, damaged
-        except DamagedError as error:
-            damaged.append(str(error))
+            return restore(directory, setup.state, name=name).state, name, corrupt
+        except CorruptError as error:
+            corrupt.append(str(error))
     if config.origin is None:
-        return setup.state, None, damaged
+        return setup.state, None, corrupt
     raise _NothingLeft(
-        f"{directory} has no sound snapshot before epoch {epoch} to replay it from. "
-        f"Expected that of {config.origin.snapshot}, where it was forked, or a later one."
+        f"{directory} has no sound checkpoint before epoch {epoch} to replay it from. "
+        f"Expected that of {config.origin.checkpoint}, where it was forked, or a later one."
     )
 
 
 def _start_problems(
     state: TrainState, start: str | None, reports: Mapping[int, EpochReport], origin: Origin | None
 ) -> list[str]:
-    if origin is not None and start == origin.snapshot:
+    if origin is not None and start == origin.checkpoint:
         recorded = origin.start_digest
     else:
         recorded = reports[state.epoch].digest if state.epoch in reports and not state.batch else None
     found = state_digest(state)
     if recorded in (None, found):
         return []
-    return [f"snapshot {start}, where the replay began: digest {recorded} recorded, {found} found"]
+    return [f"checkpoint {start}, where the replay began: digest {recorded} recorded, {found} found"]
 
 
 def _replay_problems(
     state: TrainState,
-    setup: Setup,
+    setup: RunParts,
     track: Callable[[Batches, str], Batches],
     reports: Mapping[int, EpochReport],
     epoch: int,
-    after: _Snapshot,
+    after: _Checkpoint,
 ) -> list[str]:
     training = setup.config.training
     epochs = train_and_validate(
@@ -241,21 +241,21 @@ def _replay_problems(
     raise AssertionError("the state to start from is before the epoch")
 
 
-def _state_problems(state: TrainState, digest: str, recorded: EpochReport, after: _Snapshot) -> list[str]:
+def _state_problems(state: TrainState, digest: str, recorded: EpochReport, after: _Checkpoint) -> list[str]:
     """The first leaf that differs, where it is known, and the digests."""
     problems = []
     if after.leaves is not None and after.manifest["digest"] != digest:
         problems += _first_leaf(after.leaves, state_leaves(state), after.name)
         problems += differences(
-            after.manifest["numbers"], state_numbers(state), (f"in snapshot {after.name}", "replayed")
+            after.manifest["numbers"], state_numbers(state), (f"in checkpoint {after.name}", "replayed")
         )
     if recorded.digest not in (None, digest):
         problems.append(f"digest of the state: {recorded.digest} recorded, {digest} replayed")
         if after.leaves is None:
-            problems.append(f"which leaf differs is not known, for there is no sound snapshot {after.name}")
+            problems.append(f"which leaf differs is not known, for there is no sound checkpoint {after.name}")
     if after.leaves is not None and recorded.digest not in (None, after.manifest["digest"]):
         problems.append(
-            f"digest of snapshot {after.name}: {recorded.digest} recorded, {after.manifest['digest']} found"
+            f"digest of checkpoint {after.name}: {recorded.digest} recorded, {after.manifest['digest']} found"
         )
     return problems
 
@@ -271,7 +271,7 @@ def _first_leaf(stored: Mapping[str, Tensor], replayed: Mapping[str, Tensor], na
     leaf, one = differing[0]
     return [
         f"first leaf that differs: {leaf}, {one.num_different} of {one.num_values} values, by {one.largest:.3g} "
-        f"at most; the first at {list(one.first)}: {one.values[0]} in snapshot {name}, {one.values[1]} replayed, "
+        f"at most; the first at {list(one.first)}: {one.values[0]} in checkpoint {name}, {one.values[1]} replayed, "
         f"{one.ulps} ulp apart ({len(differing)} of {len(found)} leaves differ)"
     ]
 

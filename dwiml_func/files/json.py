@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dwiml_func._checks import shown
+from dwiml_func._checks import truncated_repr
 
 __all__ = ["parse_json", "read_config_file"]
 
@@ -56,7 +56,7 @@ def parse_json(text: str | bytes, *, source: str) -> Any:
         ValueError: config.json: 'rng' is there twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_refuse_twice)
+        return json.loads(text, object_pairs_hook=_check_twice)
     except _TwiceError as error:
         raise ValueError(f"{source}: {error} is there twice.") from None
     except (ValueError, RecursionError) as error:
@@ -67,8 +67,8 @@ class _TwiceError(Exception):
     pass
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _check_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise _TwiceError(shown(next(key for key in found if sum(key == other for other, _ in pairs) > 1)))
+        raise _TwiceError(truncated_repr(next(key for key in found if sum(key == other for other, _ in pairs) > 1)))
     return found

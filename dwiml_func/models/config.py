@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from dwiml_func._checks import STRICT, require
+from dwiml_func._checks import STRICT, check_number
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
-__all__ = ["ModelConfig", "require_fitting_data", "require_getter_for_compressed"]
+__all__ = ["ModelConfig", "check_fitting_data", "check_getter_for_compressed"]
 
 _MOST_LAYERS = 1000
 
@@ -123,16 +123,16 @@ class ModelConfig:
             )
         for name in ("rnn_layer_sizes", "nb_cnn_filters", "kernel_size"):
             for size in getattr(self, name) or ():
-                require(name, size, at_least=1)
-        require("nb_previous_dirs", self.nb_previous_dirs, at_least=0)
+                check_number(name, size, at_least=1)
+        check_number("nb_previous_dirs", self.nb_previous_dirs, at_least=0)
         for name in ("dropout", "dg_dropout"):
-            require(name, getattr(self, name), at_least=0, below=1)
+            check_number(name, getattr(self, name), at_least=0, below=1)
         for name in ("input_embedded_size", "prev_dirs_embedded_size", "dg_nb_gaussians", "dg_nb_clusters"):
             if getattr(self, name) is not None:
-                require(name, getattr(self, name), at_least=1)
+                check_number(name, getattr(self, name), at_least=1)
         for name in ("normalize_targets", "normalize_outputs", "add_entropy_to_gauss"):
             if getattr(self, name) is not None:
-                require(name, getattr(self, name), above=0)
+                check_number(name, getattr(self, name), above=0)
         self._check_embeddings()
         self._check_getter()
 
@@ -189,7 +189,7 @@ class ModelConfig:
                     f"{option}: {self.dg_key} has no such option. Its options: {', '.join(known) or 'none'}."
                 )
         if self.eos_weight is not None:
-            require("eos_weight", self.eos_weight, at_least=0)
+            check_number("eos_weight", self.eos_weight, at_least=0)
             if not self.add_eos:
                 raise ValueError(f"eos_weight: expected add_eos beside it, received {self.eos_weight} without.")
             if self.dg_key.endswith("classification"):
@@ -199,7 +199,7 @@ class ModelConfig:
                 )
 
 
-def require_fitting_data(model: ModelConfig, data: DataConfig, batches: BatchConfig) -> None:
+def check_fitting_data(model: ModelConfig, data: DataConfig, batches: BatchConfig) -> None:
     """Refuse a model that cannot learn from the data it would get.
 
     Args:
@@ -212,13 +212,13 @@ def require_fitting_data(model: ModelConfig, data: DataConfig, batches: BatchCon
             the neighbourhood.
 
     Example:
-        >>> require_fitting_data(ModelConfig(), DataConfig(), BatchConfig(compress=0.1))  # doctest: +ELLIPSIS
+        >>> check_fitting_data(ModelConfig(), DataConfig(), BatchConfig(compress=0.1))  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
         ValueError: compress: cosine-regression cannot learn from compressed streamlines, ...
     """
     if batches.compress is not None:
-        require_getter_for_compressed(model.dg_key, "compress")
+        check_getter_for_compressed(model.dg_key, "compress")
     if model.input_embedding_key == "cnn_embedding":
         if data.neighborhood_type != "grid":
             raise ValueError(
@@ -233,7 +233,7 @@ def require_fitting_data(model: ModelConfig, data: DataConfig, batches: BatchCon
             )
 
 
-def require_getter_for_compressed(dg_key: str, what: str) -> None:
+def check_getter_for_compressed(dg_key: str, what: str) -> None:
     """Refuse compressed streamlines for a direction getter that cannot use them.
 
     Args:
@@ -244,7 +244,7 @@ def require_getter_for_compressed(dg_key: str, what: str) -> None:
         ValueError: the getter needs steps of one length.
 
     Example:
-        >>> require_getter_for_compressed("l2-regression", "compress")
+        >>> check_getter_for_compressed("l2-regression", "compress")
     """
     if not DIRECTION_GETTERS[dg_key].supports_compressed:
         able = ", ".join(key for key, getter in DIRECTION_GETTERS.items() if getter.supports_compressed)

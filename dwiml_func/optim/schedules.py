@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from dwiml_func._checks import shown
+from dwiml_func._checks import truncated_repr
 
 __all__ = ["Schedule", "constant", "cosine", "parse_learning_rate", "per_epoch", "warm_up"]
 
@@ -74,7 +74,7 @@ def parse_learning_rate(text: str) -> tuple[float, ...]:
         (0.001, 0.001, 0.001, 0.0001)
     """
     expected = "Expected RATE, or RATE*EPOCHS ... RATE such as '0.001*3 0.0001'."
-    terms, given = text.split(), f"Learning rate {shown(text)}"
+    terms, given = text.split(), f"Learning rate {truncated_repr(text)}"
     if not terms:
         raise ValueError(f"Learning rate is empty. {expected}")
     rates: list[float] = []
@@ -84,13 +84,15 @@ def parse_learning_rate(text: str) -> tuple[float, ...]:
         try:
             value, count = float(rate), int(epochs) if star else 1
         except ValueError:
-            raise ValueError(f"{given}: cannot read {shown(term)}. {expected}") from None
+            raise ValueError(f"{given}: cannot read {truncated_repr(term)}. {expected}") from None
         if not star and not is_last:
-            raise ValueError(f"{given}: {shown(term)} has no number of epochs. {expected}")
+            raise ValueError(f"{given}: {truncated_repr(term)} has no number of epochs. {expected}")
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{given}: {shown(term)} is not a positive finite rate. {expected}")
+            raise ValueError(f"{given}: {truncated_repr(term)} is not a positive finite rate. {expected}")
         if not 1 <= count <= _MAX_EPOCHS:
-            raise ValueError(f"{given}: {shown(term)} lasts {shown(count)} epochs, expected 1 to {_MAX_EPOCHS}.")
+            raise ValueError(
+                f"{given}: {truncated_repr(term)} lasts {truncated_repr(count)} epochs, expected 1 to {_MAX_EPOCHS}."
+            )
         if len(rates) > _MAX_EPOCHS:
             raise ValueError(f"{given}: more than {_MAX_EPOCHS} epochs before its end.")
         rates.extend([value] * count)

@@ -31,7 +31,7 @@ class Comet:
     process: its failure costs one warning, its slowness nothing, and only the end of the run waits for it, for a while.
 
     A run that goes on is the same Comet experiment, since the key of that is made of the first report of all, see
-    `comet_key`, which every snapshot has. What the server has already is not sent twice, and an archive always holds
+    `comet_key`, which every checkpoint has. What the server has already is not sent twice, and an archive always holds
     the whole run.
 
     Args:
@@ -86,7 +86,7 @@ class Comet:
         if not self._metrics and reports[0].epoch != 1:
             raise ValueError(
                 f"the first report was that of epoch {reports[0].epoch}. Expected that of epoch 1: when a run goes on "
-                f"from a snapshot, give the writer its history first, write(*history)"
+                f"from a checkpoint, give the writer its history first, write(*history)"
             )
         metrics = [row for report in reports for row in comet_metrics(report)]
         if not self._metrics:
@@ -121,7 +121,7 @@ def comet_key(first: EpochReport, *, branch: str = "") -> str:
     """The key of a run's Comet experiment.
 
     It is made of the report of the first epoch, whose durations no other run has to the last bit. So it is on record in
-    every snapshot, needs no server to be given, and the logs of a finished run can be sent again and again.
+    every checkpoint, needs no server to be given, and the logs of a finished run can be sent again and again.
 
     Args:
         first: the report of the run's first epoch.

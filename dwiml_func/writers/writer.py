@@ -42,7 +42,7 @@ def fan_out(*writers: Writer) -> Writer:
         >>> from dwiml_func.writers.npy import npy
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     write = fan_out(npy(directory), jsonl(directory))
-        ...     history = ()  # of the epochs that a snapshot has, where the run goes on from one
+        ...     history = ()  # of the epochs that a checkpoint has, where the run goes on from one
         ...     write(*history)
     """
     told: set[tuple[str, int]] = set()
@@ -67,7 +67,7 @@ def fan_out(*writers: Writer) -> Writer:
 def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
     """Make a writer of a function that writes a log anew from the reports of all epochs.
 
-    Such a log needs nothing of what was written before: whatever was lost or damaged is whole again with the next
+    Such a log needs nothing of what was written before: whatever was lost or corrupt is whole again with the next
     report.
 
     Args:
@@ -90,7 +90,7 @@ def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
             if report.epoch > len(history) + 1:
                 raise ValueError(
                     f"a report of epoch {report.epoch} came after that of epoch {len(history)}. Expected all in order: "
-                    f"when a run goes on from a snapshot, give the writer its history first, write(*history)"
+                    f"when a run goes on from a checkpoint, give the writer its history first, write(*history)"
                 )
             history[report.epoch - 1 :] = [report]
         if reports:

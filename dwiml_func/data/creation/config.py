@@ -72,7 +72,7 @@ class VolumeGroup:
     std_mask: _Names = ()
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        _check_files(self.files)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class StreamlineGroup:
     connectivity_labels: str | None = None
 
     def __post_init__(self) -> None:
-        _require_files(self.files)
+        _check_files(self.files)
         if self.connectivity_nb_blocs is not None and min(self.connectivity_nb_blocs) < 1:
             raise ValueError(f"connectivity_nb_blocs: expected at least 1, received {self.connectivity_nb_blocs}")
         received = [
@@ -187,7 +187,7 @@ def check_groups_config(content: object, *, source: str = "config") -> GroupsCon
     return groups
 
 
-def _require_files(files: tuple[str, ...]) -> None:
+def _check_files(files: tuple[str, ...]) -> None:
     if not files or not all(files):
         raise ValueError("files: expected at least one file, received none")
 

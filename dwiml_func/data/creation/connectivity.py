@@ -60,7 +60,7 @@ def load_connectivity(group: StreamlineGroup, found: GroupFiles, expected: Grid 
         return None
     try:
         values = np.load(source.path, allow_pickle=False)
-    except Exception as error:  # numpy raises of many kinds about damaged files
+    except Exception as error:  # numpy raises of many kinds about corrupt files
         reason = " ".join(str(error).split())
         raise ValueError(f"{source}: cannot be read as a matrix in .npy ({reason})") from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from dwiml_func.data.creation.config import GroupsConfig, StreamlineGroup, VolumeGroup
 from dwiml_func.data.creation.connectivity import load_connectivity, write_connectivity
-from dwiml_func.data.creation.files import GroupFiles, find_files, require_subjects
+from dwiml_func.data.creation.files import GroupFiles, check_subjects, find_files
 from dwiml_func.data.creation.tractograms import load_streamlines
 from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.data.grid import Grid
@@ -56,7 +56,7 @@ def create_dataset(
         validation: names of the validation subjects.
         testing: names of the testing subjects.
         resampling: how streamlines are sampled anew; None leaves their points as they are.
-        remove_invalid: leave out streamlines that leave the volume, are damaged or have no length.
+        remove_invalid: leave out streamlines that leave the volume, are corrupt or have no length.
         enforce_files_presence: fail when a file is missing. Otherwise it is passed over.
         overwrite: replace an existing file.
         date: text for the file's `data_and_time`; None takes the clock.
@@ -67,7 +67,7 @@ def create_dataset(
     Raises:
         FileNotFoundError: a folder, a subject or a file does not exist.
         FileExistsError: `out` exists and `overwrite` is False.
-        ValueError: a file is damaged or does not fit; the line names subject, group and file.
+        ValueError: a file is corrupt or does not fit; the line names subject, group and file.
         OSError: the file cannot be written.
 
     Example:
@@ -83,7 +83,7 @@ def create_dataset(
     folder = Path(folder)
     resampling = resampling or Resampling()
     subsets = {"training": training, "validation": validation, "testing": testing}
-    subjects = require_subjects(folder, subsets)
+    subjects = check_subjects(folder, subsets)
     notes: list[str] = []
     files: dict[str, dict[str, GroupFiles]] = {}
     for subject in subjects:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from dwiml_func.data.creation.config import GroupsConfig, VolumeGroup
 
-__all__ = ["GroupFiles", "Source", "find_files", "read_subjects", "require_subjects"]
+__all__ = ["GroupFiles", "Source", "check_subjects", "find_files", "read_subjects"]
 
 
 class Source(NamedTuple):
@@ -82,7 +82,7 @@ def read_subjects(path: str | os.PathLike[str]) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip())
 
 
-def require_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def check_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """Check that every subject stands once in one subset and has a folder.
 
     Args:
@@ -97,7 +97,7 @@ def require_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tupl
         ValueError: no subjects, a subject twice, or a name that is no folder's.
 
     Example:
-        >>> require_subjects(Path("/"), {"training": ["anna"], "validation": ["anna"]})
+        >>> check_subjects(Path("/"), {"training": ["anna"], "validation": ["anna"]})
         Traceback (most recent call last):
         ValueError: Subject 'anna' is in two subsets, training and validation. Expected each subject in one
     """

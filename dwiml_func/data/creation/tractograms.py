@@ -99,7 +99,7 @@ def _read(source: Source, dps_keys: Sequence[str]) -> Tractogram:
         raise ValueError(f"{source}: expected a tractogram, .trk, .tck or .trx")
     try:
         tractogram = readers[suffix](source)
-    except Exception as error:  # the readers raise of many kinds about damaged files
+    except Exception as error:  # the readers raise of many kinds about corrupt files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{source}: cannot be read as {suffix[1:].upper()} ({reason})") from error
     if len(tractogram.offsets) == 1:
@@ -167,10 +167,10 @@ def _valid_only(
     moves = np.zeros(len(voxel), dtype=bool)
     moves[1:] = (np.diff(tractogram.points, axis=0) != 0).any(axis=1)
     moves[tractogram.offsets[:-1][np.diff(tractogram.offsets) > 0]] = False  # the way from one streamline to the next
-    damaged = np.bincount(streamline, not_finite, num) > 0
-    outside = (np.bincount(streamline, leaves, num) > 0) & ~damaged
-    short = (np.bincount(streamline, moves, num) == 0) & ~damaged & ~outside
-    invalid = damaged | outside | short
+    corrupt = np.bincount(streamline, not_finite, num) > 0
+    outside = (np.bincount(streamline, leaves, num) > 0) & ~corrupt
+    short = (np.bincount(streamline, moves, num) == 0) & ~corrupt & ~outside
+    invalid = corrupt | outside | short
     if not invalid.any():
         return tractogram
     size = " x ".join(map(str, grid.shape))
@@ -178,7 +178,7 @@ def _valid_only(
         f"{np.count_nonzero(which)} {what}"
         for which, what in (
             (outside, f"outside the volume of {size} voxels"),
-            (damaged, "with NaN or infinite points"),
+            (corrupt, "with NaN or infinite points"),
             (short, "of no length"),
         )
         if which.any()

@@ -67,9 +67,9 @@ def load_volume(
     images = [_open(source) for source in files]
     grid = _grid(files[0], images[0])
     for source, image in zip(files, images, strict=True):
-        _require_grid(source, _grid(source, image), grid, "as the group's first file has")
+        _check_grid(source, _grid(source, image), grid, "as the group's first file has")
         if expected is not None:
-            _require_grid(source, grid, expected, "as the subject's first volume group has")
+            _check_grid(source, grid, expected, "as the subject's first volume group has")
     widths = [1 if len(image.shape) == 3 else image.shape[3] for image in images]
     mask = _union(masks, grid)
     data = np.empty((*grid.shape, sum(widths)), dtype=np.float32)
@@ -77,7 +77,7 @@ def load_volume(
     for source, image, end, width in zip(files, images, np.cumsum(widths), widths, strict=True):
         part = data[..., end - width : end]
         part[...] = _read(source, image).reshape(part.shape)
-        _require_finite(source, part)
+        _check_finite(source, part)
         if refuse_masks and len(image.shape) == 3 and ((part == 0) | (part == part.max())).all():
             raise ValueError(
                 f"{source}: a 3-D mask (zero and one other value) as a model's input. Expected a diffusion or "
@@ -115,7 +115,7 @@ def load_labels(source: Source, expected: Grid | None) -> NDArray[np.int64]:
     if len(image.shape) != 3:
         raise ValueError(f"{source}: labels of shape {image.shape}. Expected (X, Y, Z)")
     if expected is not None:
-        _require_grid(source, _grid(source, image), expected, "as the subject's volumes have")
+        _check_grid(source, _grid(source, image), expected, "as the subject's volumes have")
     data = _read(source, image)
     if not (np.isfinite(data) & (data >= 0) & (data == np.rint(data))).all():
         raise ValueError(f"{source}: expected labels, whole numbers of at least 0. Received others")
@@ -169,7 +169,7 @@ def _open(source: Source) -> Any:
         raise ValueError(f"{source}: expected a NIfTI file, .nii or .nii.gz")
     try:
         image: Any = nib.load(source.path)
-    except Exception as error:  # nibabel raises of many kinds about damaged files
+    except Exception as error:  # nibabel raises of many kinds about corrupt files
         raise ValueError(f"{source}: cannot be read as NIfTI ({_reason(error)})") from error
     if len(image.shape) not in (3, 4) or 0 in image.shape:
         raise ValueError(f"{source}: a volume of shape {image.shape}. Expected (X, Y, Z) or (X, Y, Z, features)")
@@ -194,13 +194,13 @@ def _grid(source: Source, image: Any) -> Grid:
         raise ValueError(f"{source}: {error}") from None
 
 
-def _require_grid(source: Source, received: Grid, expected: Grid, as_where: str) -> None:
+def _check_grid(source: Source, received: Grid, expected: Grid, as_where: str) -> None:
     difference = grid_difference(received, expected)
     if difference is not None:
         raise ValueError(f"{source}: {difference}, {as_where}")
 
 
-def _require_finite(source: Source, data: NDArray[np.float32]) -> None:
+def _check_finite(source: Source, data: NDArray[np.float32]) -> None:
     num_bad = data.size - np.count_nonzero(np.isfinite(data))
     if num_bad:
         raise ValueError(f"{source}: {num_bad} of {data.size} values are NaN or infinite. Expected finite values only")
@@ -212,6 +212,6 @@ def _union(masks: Sequence[Source], grid: Grid) -> NDArray[np.bool_] | None:
         image = _open(source)
         if len(image.shape) == 4 and image.shape[3] != 1:
             raise ValueError(f"{source}: a mask of shape {image.shape}. Expected (X, Y, Z)")
-        _require_grid(source, _grid(source, image), grid, "as the group's first file has")
+        _check_grid(source, _grid(source, image), grid, "as the group's first file has")
         union |= _read(source, image).reshape(grid.shape) > 0
     return union if masks else None

@@ -24,9 +24,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from dwiml_func._checks import shown
+from dwiml_func._checks import truncated_repr
 from dwiml_func.data.dataset import DatasetIndex
-from dwiml_func.data.hdf5.layout import read_volume, refuse_any
+from dwiml_func.data.hdf5.layout import check_no_problem, read_volume
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def read_bytes(
     """Read rows of 12 bytes past the HDF5 library, which takes several times as long to find them."""
     wanted: Any = out[place : place + num]  # contiguous, so the bytes of the rows are one piece
     if os.preadv(descriptor, [wanted], address + 12 * start) != 12 * num:
-        raise ValueError(f"The HDF5 file is truncated or damaged: {file.filename}. Copy or create it anew")
+        raise ValueError(f"The HDF5 file is truncated or corrupt: {file.filename}. Copy or create it anew")
 
 
 class RowReader:
@@ -107,7 +107,7 @@ def parse_bytes(size: str | int) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Z]*)", str(size).strip().upper())
     number = float(found[1]) if found else math.inf
     if found is None or found[2] not in _UNITS or number == math.inf:
-        raise ValueError(f"cache_size: expected bytes, such as 2GB, 500MB or 512MiB. Received: {shown(size)}")
+        raise ValueError(f"cache_size: expected bytes, such as 2GB, 500MB or 512MiB. Received: {truncated_repr(size)}")
     return int(number * _UNITS[found[2]])
 
 
@@ -153,7 +153,7 @@ class _ProcessStore:
             except (OSError, RuntimeError, KeyError) as error:
                 reason = " ".join(str(error).split())
                 raise ValueError(
-                    f"The HDF5 file is truncated or damaged: {version.path} ({reason}). Copy or create it anew"
+                    f"The HDF5 file is truncated or corrupt: {version.path} ({reason}). Copy or create it anew"
                 ) from error
 
     def volume(self, version: _FileVersion, subject: str, group: str, num_bytes: int, budget: int) -> Tensor:
@@ -290,7 +290,7 @@ class LazyStreamlines:
 
         Raises:
             IndexError: an id is out of range.
-            ValueError: a point is NaN or infinite; the file is damaged, or has changed since the dataset was opened.
+            ValueError: a point is NaN or infinite; the file is corrupt, or has changed since the dataset was opened.
         """
         numbers = np.asarray(ids, dtype=np.int64)
         lengths = self._lengths.index_select(0, torch.from_numpy(numbers.copy()))
@@ -331,7 +331,7 @@ class LazyStreamlines:
         marked = np.zeros(numbers[subject], dtype=bool)
         marked[(ids - numbers[:subject].sum())[bad & (subjects == subject)]] = True
         group = _known_group(file, self._index.subjects[subject], self._group_name)
-        refuse_any(group, marked, "with NaN or infinite points")
+        check_no_problem(group, marked, "with NaN or infinite points")
 
 
 def _known_group(file: h5py.File, subject: str, name: str) -> h5py.Group:

@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
 from dwiml_func.data.hdf5.layout import (
+    check_same_space,
     group_of,
-    opened,
-    place,
-    plain,
+    location,
+    open_hdf5,
     read_lengths_mm,
     read_points,
     read_resampling,
     read_table,
     read_volume,
-    require_same_space,
     subjects_of,
+    to_python,
     volume_shape,
     voxel_sizes_of,
 )
@@ -50,7 +50,7 @@ def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not HDF5, or it is damaged.
+        ValueError: it is not HDF5, or it is corrupt.
 
     Example:
         >>> import tempfile
@@ -62,7 +62,7 @@ def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
         ...     read_subsets(path)
         {'training': ('anna',), 'validation': (), 'testing': ()}
     """
-    with opened(Path(path)) as file:
+    with open_hdf5(Path(path)) as file:
         return {subset: subjects_of(file, subset) for subset in get_args(Subset)}
 
 
@@ -91,7 +91,7 @@ def open_dataset(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not HDF5, or damaged; there are no training subjects, or no training streamlines; a subject,
+        ValueError: it is not HDF5, or corrupt; there are no training subjects, or no training streamlines; a subject,
             group, dataset or attribute is missing or of another kind; streamlines are not in voxel space with corner
             origin, or not on the volume's grid; a value is NaN or infinite; a streamline has fewer than two points.
 
@@ -115,7 +115,7 @@ def open_dataset(
     if subset not in get_args(Subset):
         raise ValueError(f"Expected a subset among {', '.join(get_args(Subset))}. Received: {subset!r}")
     budget = parse_bytes(cache_size)
-    with opened(path) as file:
+    with open_hdf5(path) as file:
         subjects = subjects_of(file, subset)
         if not subjects and subset == "training":
             raise ValueError(f"{path} lists no training subjects: its attribute training_subjs is missing or empty")
@@ -134,12 +134,12 @@ def open_dataset(
             shapes.append(volume_shape(input_group))
             if shapes[-1][3] != shapes[0][3]:
                 raise ValueError(
-                    f"{place(input_group)} has {shapes[-1][3]} features, but subject {subjects[0]} has "
+                    f"{location(input_group)} has {shapes[-1][3]} features, but subject {subjects[0]} has "
                     f"{shapes[0][3]}. Expected the same number for all subjects"
                 )
             if not lazy:
                 volumes.append(read_volume(input_group))
-            require_same_space(input_group, shapes[-1][:3], streamline_group)
+            check_same_space(input_group, shapes[-1][:3], streamline_group)
             voxel_sizes.append(voxel_sizes_of(streamline_group))
             starts_of_subject, lengths_of_subject = read_table(streamline_group)
             starts.append(starts_of_subject)
@@ -148,7 +148,7 @@ def open_dataset(
             if not lazy:
                 points.append(read_points(streamline_group, starts_of_subject, lengths_of_subject))
             if subject == subjects[0]:
-                input_attributes = {name: plain(value) for name, value in input_group.attrs.items()}
+                input_attributes = {name: to_python(value) for name, value in input_group.attrs.items()}
     num_streamlines = np.array([len(of_subject) for of_subject in lengths], dtype=np.int64)
     if subset == "training" and num_streamlines.sum() == 0:
         raise ValueError(f"{path}: the training subjects have no streamlines in group {streamline_group_name!r}")

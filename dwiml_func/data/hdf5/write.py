@@ -234,7 +234,7 @@ def write_volume(
     """
     if data.ndim != 4:
         raise ValueError(f"Expected a volume of shape (X, Y, Z, F) for group '{name}'. Received: {data.shape}")
-    affine = _checked_affine(affine, name)
+    affine = _check_affine(affine, name)
     group = subject.create_group(name)
     group.attrs["type"] = "volume"
     group.attrs["affine"] = affine
@@ -297,7 +297,7 @@ def write_streamlines(
             f"Expected offsets that rise from 0 to the number of points, {len(points)}, for group '{name}'. "
             f"Received: {np.array2string(offsets, threshold=6)}"
         )
-    affine = _checked_affine(affine, name)
+    affine = _check_affine(affine, name)
     group = subject.create_group(name)
     group.attrs["type"] = "streamlines"
     group.attrs["space"] = "Space.VOX"
@@ -315,7 +315,7 @@ def write_streamlines(
     group.create_dataset("euclidean_lengths", data=_lengths_mm(points, offsets, affine))
 
 
-def _checked_affine(affine: np.ndarray, name: str) -> np.ndarray:
+def _check_affine(affine: np.ndarray, name: str) -> np.ndarray:
     affine = np.asarray(affine, dtype=np.float64)
     if affine.shape != (4, 4):
         raise ValueError(f"Expected an affine of shape (4, 4) for group '{name}'. Received: {affine.shape}")

@@ -203,7 +203,7 @@ def _dataset(group: h5py.Group, name: str, kinds: str, report: Report) -> h5py.D
         report(f"dataset {name!r} is of dtype {dataset.dtype}, expected {'numbers' if 'f' in kinds else 'integers'}")
         return None
     stored = dataset.id.get_storage_size()
-    if dataset.chunks is None and dataset.nbytes > stored:  # a damaged shape could make reading it endless
+    if dataset.chunks is None and dataset.nbytes > stored:  # a corrupt shape could make reading it endless
         report(f"dataset {name!r} of shape {dataset.shape} has {stored} of its {dataset.nbytes} bytes")
         return None
     return dataset

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Inspection", "inspect_dataset"]
 
-# What h5py raises about damaged parts, whichever they are; memory runs out when it is a size that is damaged.
+# What h5py raises about corrupt parts, whichever they are; memory runs out when it is a size that is corrupt.
 _H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
 _SUBSETS = ("training", "validation", "testing")
 _STEP_TOLERANCE = 0.2  # of the step that the file names; the reference's own steps are up to this much longer
@@ -65,7 +65,7 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not HDF5, or so damaged that it cannot be opened.
+        ValueError: it is not HDF5, or so corrupt that it cannot be opened.
 
     Example:
         >>> inspect_dataset("/nowhere/data.hdf5")
@@ -90,7 +90,7 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
             subjects = {name: _inspect_subject(file, name, problems.append) for name in names}
     except _H5PY_ERRORS as error:
         reason = " ".join(str(error).split())
-        what = "truncated or damaged" if h5py.is_hdf5(path) or _has_signature(path) else "no HDF5 file"
+        what = "truncated or corrupt" if h5py.is_hdf5(path) or _has_signature(path) else "no HDF5 file"
         raise ValueError(f"{path} is {what} ({reason}). Copy or create it anew") from error
     _compare_subjects(subjects, problems.append)
     _check_step(attributes, subjects, problems.append)
@@ -163,7 +163,7 @@ def _inspect_subject(file: h5py.File, name: str, report: Report) -> dict[str, Vo
                 report_here(f"type {kind!r}, expected 'volume' or 'streamlines'")
                 continue
         except _H5PY_ERRORS as error:
-            report_here(f"damaged, cannot be read ({' '.join(str(error).split())})")
+            report_here(f"corrupt, cannot be read ({' '.join(str(error).split())})")
             continue
         summaries[group_name] = summary
         if summary.grid is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, where
 from torch.nn.functional import dropout
 
-__all__ = ["TwoLayerNetwork", "checked_length", "unit_vectors"]
+__all__ = ["TwoLayerNetwork", "check_length", "unit_vectors"]
 
 
 class TwoLayerNetwork(torch.nn.ModuleList):
@@ -83,7 +83,7 @@ def unit_vectors(vectors: Tensor) -> Tensor:
     return vectors / where(squares == 0, 1.0, squares).sqrt()
 
 
-def checked_length(name: str, length: float | None) -> float | None:
+def check_length(name: str, length: float | None) -> float | None:
     """Check an option that gives vectors a length.
 
     Args:
@@ -97,7 +97,7 @@ def checked_length(name: str, length: float | None) -> float | None:
         ValueError: it is neither.
 
     Example:
-        >>> checked_length("normalize_targets", -1.0)
+        >>> check_length("normalize_targets", -1.0)
         Traceback (most recent call last):
         ...
         ValueError: Expected a finite normalize_targets above 0, or None for no normalisation. Received: -1.0

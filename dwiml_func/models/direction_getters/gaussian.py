@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, checked_length, unit_vectors
+from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, check_length, unit_vectors
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
 __all__ = ["Gaussian", "bounded_log_sigmas", "gaussian_log_density"]
@@ -62,7 +62,7 @@ class Gaussian(DirectionGetter):
         super().__init__(input_size, add_eos=add_eos, eos_weight=eos_weight)
         if not (math.isfinite(entropy_weight) and entropy_weight >= 0):
             raise ValueError(f"Expected a finite entropy_weight of at least 0. Received: {entropy_weight}")
-        self.normalize_targets = checked_length("normalize_targets", normalize_targets)
+        self.normalize_targets = check_length("normalize_targets", normalize_targets)
         self.entropy_weight = entropy_weight
         self.output_size = 6 + add_eos
         self.layers_mean = TwoLayerNetwork(input_size, 3 + add_eos, dropout)

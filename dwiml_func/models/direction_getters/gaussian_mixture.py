@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, checked_length, unit_vectors
+from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, check_length, unit_vectors
 from dwiml_func.models.direction_getters._mixture import component, draw_components, mixture_log_density
 from dwiml_func.models.direction_getters.base import DirectionGetter
 from dwiml_func.models.direction_getters.gaussian import bounded_log_sigmas, gaussian_log_density
@@ -61,7 +61,7 @@ class GaussianMixture(DirectionGetter):
         if nb_gaussians < 1:
             raise ValueError(f"Expected nb_gaussians of at least 1. Received: {nb_gaussians}")
         self.nb_gaussians = nb_gaussians
-        self.normalize_targets = checked_length("normalize_targets", normalize_targets)
+        self.normalize_targets = check_length("normalize_targets", normalize_targets)
         self.output_size = 7 * nb_gaussians + add_eos
         self.layers_mixture = TwoLayerNetwork(input_size, nb_gaussians, dropout)
         self.layers_mean = TwoLayerNetwork(input_size, 3 * nb_gaussians + add_eos, dropout)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, checked_length, unit_vectors
+from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, check_length, unit_vectors
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
 __all__ = ["CosinePlusL2Regression", "CosineRegression", "L2Regression", "Regression", "cosine_losses", "l2_losses"]
@@ -57,8 +57,8 @@ class Regression(DirectionGetter):
         normalize_outputs: float | None = None,
     ) -> None:
         super().__init__(input_size, add_eos=add_eos, eos_weight=eos_weight)
-        self.normalize_targets = checked_length("normalize_targets", normalize_targets)
-        self.normalize_outputs = checked_length("normalize_outputs", normalize_outputs or None)
+        self.normalize_targets = check_length("normalize_targets", normalize_targets)
+        self.normalize_outputs = check_length("normalize_outputs", normalize_outputs or None)
         self.output_size = 4 if add_eos else 3
         self.layers = TwoLayerNetwork(input_size, self.output_size, dropout)
 

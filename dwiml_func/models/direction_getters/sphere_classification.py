@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import shown
+from dwiml_func._checks import truncated_repr
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters._layers import TwoLayerNetwork
 from dwiml_func.models.direction_getters.base import DirectionGetter
@@ -41,7 +41,7 @@ def sphere_vertices(name: str = "symmetric724") -> Tensor:
     from dipy.data import SPHERE_FILES, get_sphere
 
     if name not in SPHERE_FILES:
-        raise ValueError(f"Expected a sphere among {', '.join(SPHERE_FILES)}. Received: {shown(name)}")
+        raise ValueError(f"Expected a sphere among {', '.join(SPHERE_FILES)}. Received: {truncated_repr(name)}")
     return torch.tensor(get_sphere(name=name).vertices, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""Claims about faults: damage is named and passed over; a full or closed disk costs no snapshot that was there."""
+"""Claims about faults: damage is named and passed over; a full or closed disk costs no checkpoint that was there."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func import TrainState, adam, init_state
-from dwiml_func.checkpoint import checkpoint as snapshot_io
-from dwiml_func.checkpoint.arrays import DamagedError
-from dwiml_func.checkpoint.background import Saver
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, read_record, restore, restore_newest, save
+from dwiml_func.checkpoint import checkpoint as checkpoint_io
+from dwiml_func.checkpoint.arrays import CorruptError
+from dwiml_func.checkpoint.background import AsyncCheckpointer
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints, read_record, restore, restore_newest, save
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import load_model
@@ -44,8 +44,8 @@ def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def damaged(two_epochs: Path, tmp_path: Path) -> Path:
-    """A copy to damage: the directory of the newest snapshot."""
+def corrupt(two_epochs: Path, tmp_path: Path) -> Path:
+    """A copy to damage: the directory of the newest checkpoint."""
     return Path(shutil.copytree(two_epochs, tmp_path / "run")) / "checkpoint" / "2"
 
 
@@ -53,38 +53,38 @@ def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def check_passed_over(snapshot: Path, file: Path) -> None:
-    """The snapshot is refused by the name of the file, and the one before is restored as it was."""
-    directory = snapshot.parent.parent
-    with pytest.raises(DamagedError) as raised:
+def check_passed_over(checkpoint: Path, file: Path) -> None:
+    """The checkpoint is refused by the name of the file, and the one before is restored as it was."""
+    directory = checkpoint.parent.parent
+    with pytest.raises(CorruptError) as raised:
         restore(directory, run_at(0))
     message = str(raised.value)
-    assert message.startswith(f"{snapshot} ")
-    assert file.relative_to(snapshot).as_posix() in message or "has format" in message
+    assert message.startswith(f"{checkpoint} ")
+    assert file.relative_to(checkpoint).as_posix() in message or "has format" in message
     assert "\n" not in message
     found, names = restore_newest(directory, run_at(0))
     assert (found.name, names, found.config) == ("1", ["2"], {"epochs": 1})
     assert state_digest(found.state) == state_digest(run_at(1))
-    with pytest.raises(DamagedError):
+    with pytest.raises(CorruptError):
         latest_digest(directory)
 
 
-def test_each_file_cut_short_or_gone_is_named_and_passed_over(damaged, capfd):
-    assert len(files_of(damaged)) > 5
-    for file in files_of(damaged):
+def test_each_file_cut_short_or_gone_is_named_and_passed_over(corrupt, capfd):
+    assert len(files_of(corrupt)) > 5
+    for file in files_of(corrupt):
         content = file.read_bytes()
         for length in sorted({0, 1, len(content) // 2, len(content) - 1}):
             file.write_bytes(content[:length])
-            check_passed_over(damaged, file)
+            check_passed_over(corrupt, file)
         file.write_bytes(content + b"\0")
-        check_passed_over(damaged, file)
+        check_passed_over(corrupt, file)
         file.unlink()
-        check_passed_over(damaged, file)
+        check_passed_over(corrupt, file)
         file.mkdir()
-        check_passed_over(damaged, file)
+        check_passed_over(corrupt, file)
         file.rmdir()
         file.write_bytes(content)
-    assert state_digest(restore(damaged.parent.parent, run_at(0)).state) == state_digest(run_at(2))
+    assert state_digest(restore(corrupt.parent.parent, run_at(0)).state) == state_digest(run_at(2))
     assert capfd.readouterr().err == ""  # orbax's threads would print tracebacks
 
 
@@ -101,59 +101,59 @@ def test_a_flipped_bit_anywhere_is_named_and_passed_over(two_epochs, data, tmp_p
     check_passed_over(copy, copy / file.relative_to(newest))
 
 
-def test_a_missing_folder_of_leaves_and_an_empty_snapshot_are_passed_over(damaged):
-    shutil.rmtree(damaged / "leaves")
-    check_passed_over(damaged, damaged / "leaves" / "_CHECKPOINT_METADATA")
-    shutil.rmtree(damaged)
-    damaged.mkdir()
-    check_passed_over(damaged, damaged / "manifest.json")
+def test_a_missing_folder_of_leaves_and_an_empty_checkpoint_are_passed_over(corrupt):
+    shutil.rmtree(corrupt / "leaves")
+    check_passed_over(corrupt, corrupt / "leaves" / "_CHECKPOINT_METADATA")
+    shutil.rmtree(corrupt)
+    corrupt.mkdir()
+    check_passed_over(corrupt, corrupt / "manifest.json")
 
 
-def test_when_all_are_damaged_each_is_named(damaged):
+def test_when_all_are_damaged_each_is_named(corrupt):
     for name in ("1", "2"):
-        (damaged.parent / name / "manifest.json").write_text("{}")
-    with pytest.raises(DamagedError, match=r"checkpoint/2 is damaged.*checkpoint/1 is damaged"):
-        restore_newest(damaged.parent.parent, run_at(0))
+        (corrupt.parent / name / "manifest.json").write_text("{}")
+    with pytest.raises(CorruptError, match=r"checkpoint/2 is corrupt.*checkpoint/1 is corrupt"):
+        restore_newest(corrupt.parent.parent, run_at(0))
 
 
-def test_a_snapshot_under_another_name_is_noticed(damaged):
+def test_a_checkpoint_under_another_name_is_noticed(corrupt):
     """A copy under a later name would be what every resume goes on from, whatever was trained since."""
-    directory = damaged.parent.parent
-    shutil.copytree(damaged, damaged.with_name("9"))
-    with pytest.raises(DamagedError, match="checkpoint/9 is damaged: what it holds was saved as 2"):
+    directory = corrupt.parent.parent
+    shutil.copytree(corrupt, corrupt.with_name("9"))
+    with pytest.raises(CorruptError, match="checkpoint/9 is corrupt: what it holds was saved as 2"):
         restore(directory, run_at(0))
     found, names = restore_newest(directory, run_at(0))
     assert (found.name, names) == ("2", ["9"])
     assert len(read_record(directory)["history"]) == 0
 
 
-def test_a_snapshot_that_a_training_run_removes_while_it_is_read_is_not_damaged(damaged, monkeypatch):
+def test_a_checkpoint_that_a_training_run_removes_while_it_is_read_is_not_damaged(corrupt, monkeypatch):
     """As `fork` reads what another process trains: what was the newest goes, and a newer one is there by then."""
-    directory, load = damaged.parent.parent, snapshot_io.load_leaves
+    directory, load = corrupt.parent.parent, checkpoint_io.load_leaves
 
     def load_meanwhile(path: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         if path.name == "2":
             save(directory, run_at(3), config={"epochs": 3}, keep=1)
         return load(path, manifest)
 
-    monkeypatch.setattr(snapshot_io, "load_leaves", load_meanwhile)
+    monkeypatch.setattr(checkpoint_io, "load_leaves", load_meanwhile)
     found, names = restore_newest(directory, run_at(0))
     assert (found.name, names, found.config) == ("3", [], {"epochs": 3})
     assert state_digest(found.state) == state_digest(run_at(3))
 
 
-def test_files_swapped_between_two_snapshots_are_noticed(damaged):
-    for file in files_of(damaged):
-        other = damaged.parent / "1" / file.relative_to(damaged)
+def test_files_swapped_between_two_checkpoints_are_noticed(corrupt):
+    for file in files_of(corrupt):
+        other = corrupt.parent / "1" / file.relative_to(corrupt)
         if file.name == "manifest.json" or not other.is_file() or other.read_bytes() == file.read_bytes():
             continue
         content = file.read_bytes()
         shutil.copy(other, file)
-        check_passed_over(damaged, file)
+        check_passed_over(corrupt, file)
         file.write_bytes(content)
-    shutil.copy(damaged.parent / "1" / "manifest.json", damaged / "manifest.json")
-    with pytest.raises(DamagedError, match="checkpoint/2 is damaged"):
-        restore(damaged.parent.parent, run_at(0))
+    shutil.copy(corrupt.parent / "1" / "manifest.json", corrupt / "manifest.json")
+    with pytest.raises(CorruptError, match="checkpoint/2 is corrupt"):
+        restore(corrupt.parent.parent, run_at(0))
 
 
 def test_a_best_model_with_any_file_damaged_does_not_load(experiments):
@@ -163,10 +163,10 @@ def test_a_best_model_with_any_file_damaged_does_not_load(experiments):
         content = file.read_bytes()
         for place in {0, len(content) // 3, len(content) - 1}:
             file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
-            with pytest.raises(DamagedError, match=str(model)):
+            with pytest.raises(CorruptError, match=str(model)):
                 load_model(model)
         file.unlink()
-        with pytest.raises((DamagedError, FileNotFoundError), match=str(model)):
+        with pytest.raises((CorruptError, FileNotFoundError), match=str(model)):
             load_model(model)
         file.write_bytes(content)
     assert all(torch.equal(before[name], value) for name, value in load_model(model).module.state_dict().items())
@@ -177,19 +177,19 @@ import resource, signal, sys
 import orbax.checkpoint
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
-from test_snapshot_faults import run_at
+from test_checkpoint_faults import run_at
 from dwiml_func.checkpoint import arrays as leaf_store
-from dwiml_func.checkpoint.background import Saver
+from dwiml_func.checkpoint.background import AsyncCheckpointer
 if sys.argv[4] == "unreserved":
     leaf_store._reserve = lambda directory, num_bytes: None
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = int(sys.argv[3])
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-saver = Saver(sys.argv[1])
-saver.save(run_at(3))
+checkpointer = AsyncCheckpointer(sys.argv[1])
+checkpointer.save(run_at(3))
 try:
-    saver.save(run_at(4))
+    checkpointer.save(run_at(4))
 except OSError as error:
     print(error)
 """
@@ -214,7 +214,7 @@ def save_on_full_disk(directory: Path, limit: int, kind: str) -> subprocess.Comp
 
 
 def check_untouched(directory: Path) -> None:
-    assert list_snapshots(directory) == ["1", "2"]
+    assert list_checkpoints(directory) == ["1", "2"]
     assert sorted(entry.name for entry in (directory / "checkpoint").iterdir()) == ["1", "2"]
     assert state_digest(restore(directory, run_at(0)).state) == state_digest(run_at(2))
 
@@ -259,14 +259,14 @@ def test_a_small_disk_runs_full_and_goes_on_when_there_is_room(small_disk):
     save(small_disk / "run", run_at(1))
     filler = small_disk / "filler"
     filler.write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 20_000))
-    with Saver(small_disk / "run") as saver:
-        saver.save(run_at(2))
+    with AsyncCheckpointer(small_disk / "run") as checkpointer:
+        checkpointer.save(run_at(2))
         with pytest.raises(OSError, match=r"No space left on device: '.*/run/checkpoint/2'"):
-            saver.wait()
+            checkpointer.wait()
         assert [entry.name for entry in (small_disk / "run" / "checkpoint").iterdir()] == ["1"]
         assert state_digest(restore(small_disk / "run", run_at(0)).state) == state_digest(run_at(1))
         filler.unlink()
-        saver.save(run_at(3))
+        checkpointer.save(run_at(3))
     assert state_digest(restore(small_disk / "run", run_at(0)).state) == state_digest(run_at(3))
 
 
@@ -336,19 +336,19 @@ def test_in_a_folder_that_cannot_be_written_to_what_writes_is_refused_in_one_lin
     assert {path: path.read_bytes() for path in experiments.rglob("*") if path.is_file()} == before
 
 
-def test_when_the_folder_of_snapshots_is_closed_the_run_stops_with_an_error_and_goes_on_to_the_same_bits(
+def test_when_the_folder_of_checkpoints_is_closed_the_run_stops_with_an_error_and_goes_on_to_the_same_bits(
     cli, tmp_path, tmp_path_factory
 ):
     checkpoint = tmp_path / "run" / "checkpoint"
     options = ("--checkpoint-every", "1batches")
     with gated(tmp_path, "step", 6, *options, prefix=without_roots_powers()) as process, read_only(checkpoint):
-        last = list_snapshots(tmp_path / "run")[-1]
+        last = list_checkpoints(tmp_path / "run")[-1]
         err = process.communicate("go on\n")[1]
     assert process.returncode == 2
     (line,) = err.splitlines()
     assert line.startswith(f"dwiml-func train: [Errno 13] Permission denied: '{checkpoint}/")
     assert last in ("1", "1-1")
-    assert list_snapshots(tmp_path / "run")[-1] == last
+    assert list_checkpoints(tmp_path / "run")[-1] == last
     assert cli("resume", tmp_path, "run", "--checkpoint-every", "1epoch").code == 0
     check_same_end(tmp_path / "run", train_whole(tmp_path_factory.mktemp("whole")))
 
@@ -369,11 +369,11 @@ def test_a_run_on_a_full_disk_stops_with_an_error_and_goes_on_to_the_same_digest
     whole = Path(shutil.copytree(experiments, experiments.parent / "whole"))
     assert resume(whole, None).returncode == 0
     for limit in (3000, 12_000):
-        newest = list_snapshots(experiments / "run")[-1]
+        newest = list_checkpoints(experiments / "run")[-1]
         stopped = resume(experiments, limit)
         assert stopped.returncode != 0
         assert "File too large" in stopped.stderr.splitlines()[-1]
-        assert list_snapshots(experiments / "run")[-1] == newest
+        assert list_checkpoints(experiments / "run")[-1] == newest
         left = [path for path in experiments.rglob(".*") if path.name.startswith((".tmp", ".old"))]
         assert left == []
     assert resume(experiments, None).returncode == 0

@@ -1,4 +1,4 @@
-"""Claims about snapshots: whole or absent, never silently wrong, and what is kept."""
+"""Claims about checkpoints: whole or absent, never silently wrong, and what is kept."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func import EpochReport, Key, TrainState, adam, init_state, sgd
-from dwiml_func.checkpoint.arrays import SnapshotError
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, restore, restore_or, save
+from dwiml_func.checkpoint.arrays import CheckpointError
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints, restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Sum
@@ -142,11 +142,11 @@ def test_the_history_and_the_config_come_back(tmp_path):
     )
     config = {"a": {"b": [1, None, "é", 0.1]}, "c": -math.inf}
     save(tmp_path, linear_state(), history, config=config)
-    snapshot = restore(tmp_path, linear_state())
-    assert repr(snapshot.history) == repr(history)  # a NaN is not equal to itself
-    assert snapshot.history[1] == history[1]
-    assert isinstance(snapshot.history[1].best, Best)
-    assert snapshot.config == config
+    checkpoint = restore(tmp_path, linear_state())
+    assert repr(checkpoint.history) == repr(history)  # a NaN is not equal to itself
+    assert checkpoint.history[1] == history[1]
+    assert isinstance(checkpoint.history[1].best, Best)
+    assert checkpoint.config == config
 
 
 def test_saving_changes_neither_the_state_nor_torchs_generator(tmp_path):
@@ -171,7 +171,7 @@ def test_a_restored_state_shares_no_memory(tmp_path):
 def test_names_sort_by_number(tmp_path):
     for epoch, batch in [(10, 0), (3, 50), (9, 0), (4, 0), (3, 0), (3, 9), (0, 0), (0, 1)]:
         save(tmp_path, linear_state(epoch=epoch, batch=batch), keep=None)
-    assert list_snapshots(tmp_path) == ["0", "0-1", "3", "3-9", "3-50", "4", "9", "10"]
+    assert list_checkpoints(tmp_path) == ["0", "0-1", "3", "3-9", "3-50", "4", "9", "10"]
     assert restore(tmp_path, linear_state()).state.epoch == 10
     assert restore(tmp_path, linear_state(), name="3-50").state.batch == 50
 
@@ -182,24 +182,24 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
         best = Best(0.5, min(epoch, 2), max(0, epoch - 2))
         path = save(tmp_path, linear_state(epoch=epoch, best=best))
         assert path == tmp_path / "checkpoint" / str(epoch)
-        kept.append(list_snapshots(tmp_path))
+        kept.append(list_checkpoints(tmp_path))
     assert kept == [["1"], ["1", "2"], ["2", "3"], ["2", "3", "4"], ["2", "4", "5"]]
     save(tmp_path, linear_state(epoch=6, best=Best(0.4, 6)))
-    assert list_snapshots(tmp_path) == ["5", "6"]
+    assert list_checkpoints(tmp_path) == ["5", "6"]
     save(tmp_path, linear_state(epoch=6, batch=10, best=Best(0.4, 6)), keep=1)
-    assert list_snapshots(tmp_path) == ["6", "6-10"]
+    assert list_checkpoints(tmp_path) == ["6", "6-10"]
 
 
 def test_without_a_best_epoch_only_the_latest_are_kept(tmp_path):
     for epoch in range(4):
         save(tmp_path, linear_state(epoch=epoch))
-    assert list_snapshots(tmp_path) == ["2", "3"]
+    assert list_checkpoints(tmp_path) == ["2", "3"]
 
 
 def test_keep_none_keeps_all(tmp_path):
     for epoch in range(5):
         save(tmp_path, linear_state(epoch=epoch), keep=None)
-    assert list_snapshots(tmp_path) == ["0", "1", "2", "3", "4"]
+    assert list_checkpoints(tmp_path) == ["0", "1", "2", "3", "4"]
 
 
 def test_anything_else_in_the_folder_is_ignored_and_stays(tmp_path):
@@ -208,16 +208,16 @@ def test_anything_else_in_the_folder_is_ignored_and_stays(tmp_path):
     strangers = ["notes", "-1", "03", "3-0", "3-", "3-05", "1.5", "+9", "٣", "²", "9 ", "best", ".tmp-9-x", "9-9-9"]
     for name in strangers:
         (folder / name).mkdir()
-    (folder / "99").write_text("a file, not a snapshot")
-    assert list_snapshots(tmp_path) == []
+    (folder / "99").write_text("a file, not a checkpoint")
+    assert list_checkpoints(tmp_path) == []
     for epoch in range(3):
         save(tmp_path, linear_state(epoch=epoch), keep=1)
-    assert list_snapshots(tmp_path) == ["2"]
+    assert list_checkpoints(tmp_path) == ["2"]
     assert sorted(entry.name for entry in folder.iterdir()) == sorted([*strangers, "99", "2"])
     assert restore(tmp_path, linear_state()).state.epoch == 2
 
 
-def test_a_snapshot_replaces_one_of_the_same_name(tmp_path):
+def test_a_checkpoint_replaces_one_of_the_same_name(tmp_path):
     save(tmp_path, linear_state(epoch=3, step=1))
     save(tmp_path, linear_state(epoch=3, step=2))
     assert restore(tmp_path, linear_state()).state.step == 2
@@ -243,29 +243,29 @@ def test_what_does_not_fit_is_listed_whole_with_both_values(tmp_path):
         key=Key(2),
     )
     save(tmp_path, saved)
-    with pytest.raises(SnapshotError) as raised:
+    with pytest.raises(CheckpointError) as raised:
         restore(tmp_path, like)
     message = str(raised.value)
     assert "\n" not in message
     head, _, listed = message.partition("restore into: ")
     assert str(tmp_path / "checkpoint" / "0") in head
     assert listed.removesuffix(".").split("; ") == [
-        "buffers/moved: float32 (5,) in the snapshot, not expected",
-        "opt_state/exp_avg/same: float32 (1,) in the snapshot, not expected",
-        "opt_state/momentum/same: not in the snapshot, float32 (1,) expected",
-        "params/dtype: float32 (3,) in the snapshot, float16 (3,) expected",
-        "params/gone: float32 (4,) in the snapshot, not expected",
-        "params/moved: not in the snapshot, float32 (5,) expected",
-        "params/shape: float32 (2,) in the snapshot, float32 (2, 1) expected",
-        "key: Key(seed=1, path=()) in the snapshot, Key(seed=2, path=()) expected",
+        "buffers/moved: float32 (5,) in the checkpoint, not expected",
+        "opt_state/exp_avg/same: float32 (1,) in the checkpoint, not expected",
+        "opt_state/momentum/same: not in the checkpoint, float32 (1,) expected",
+        "params/dtype: float32 (3,) in the checkpoint, float16 (3,) expected",
+        "params/gone: float32 (4,) in the checkpoint, not expected",
+        "params/moved: not in the checkpoint, float32 (5,) expected",
+        "params/shape: float32 (2,) in the checkpoint, float32 (2, 1) expected",
+        "key: Key(seed=1, path=()) in the checkpoint, Key(seed=2, path=()) expected",
     ]
 
 
 def test_another_optimizer_or_seed_does_not_fit(tmp_path):
     save(tmp_path, linear_state())
-    with pytest.raises(SnapshotError, match=r"opt_state/exp_avg/bias: .* not expected"):
+    with pytest.raises(CheckpointError, match=r"opt_state/exp_avg/bias: .* not expected"):
         restore(tmp_path, init_state(torch.nn.Linear(2, 1), sgd(), seed=7))
-    with pytest.raises(SnapshotError, match=r"seed=7.*seed=8"):
+    with pytest.raises(CheckpointError, match=r"seed=7.*seed=8"):
         restore(tmp_path, init_state(torch.nn.Linear(2, 1), adam(), seed=8))
 
 
@@ -287,11 +287,11 @@ def test_damage_of_any_file_is_noticed_or_harmless(tmp_path):
             else:
                 file.write_bytes(variant)
             try:
-                snapshot = restore(tmp_path, state)
-            except (SnapshotError, FileNotFoundError):
+                checkpoint = restore(tmp_path, state)
+            except (CheckpointError, FileNotFoundError):
                 continue
-            check_equal(snapshot.state, state)
-            assert (snapshot.history, snapshot.config) == (whole.history, whole.config)
+            check_equal(checkpoint.state, state)
+            assert (checkpoint.history, checkpoint.config) == (whole.history, whole.config)
         file.write_bytes(content)
     check_equal(restore(tmp_path, state).state, state)
 
@@ -305,19 +305,19 @@ def test_a_changed_number_in_the_manifest_is_noticed(tmp_path, old, new):
     assert text.count(old) == 1
     manifest.write_text(text.replace(old, new))
     for read in (lambda: restore(tmp_path, linear_state()), lambda: latest_digest(tmp_path)):
-        with pytest.raises(SnapshotError, match=r"manifest\.json does not hold what was written"):
+        with pytest.raises(CheckpointError, match=r"manifest\.json does not hold what was written"):
             read()
 
 
 def test_a_later_format_is_refused(tmp_path):
     manifest = save(tmp_path, linear_state()) / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
-    with pytest.raises(SnapshotError, match="has format 2; this version reads format 1"):
+    with pytest.raises(CheckpointError, match="has format 2; this version reads format 1"):
         restore(tmp_path, linear_state())
 
 
 @pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.write_text"])
-def test_a_write_that_fails_leaves_the_older_snapshots(tmp_path, monkeypatch, broken):
+def test_a_write_that_fails_leaves_the_older_checkpoints(tmp_path, monkeypatch, broken):
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
@@ -332,14 +332,14 @@ def test_a_write_that_fails_leaves_the_older_snapshots(tmp_path, monkeypatch, br
     assert restore(tmp_path, linear_state()).state.step == 0
 
 
-def test_a_missing_snapshot_is_an_error_that_says_what_there_is(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"No snapshot in .*checkpoint"):
+def test_a_missing_checkpoint_is_an_error_that_says_what_there_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No checkpoint in .*checkpoint"):
         restore(tmp_path, linear_state())
-    with pytest.raises(FileNotFoundError, match=r"No snapshot in .*checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"No checkpoint in .*checkpoint"):
         latest_digest(tmp_path)
     save(tmp_path, linear_state(epoch=1))
     save(tmp_path, linear_state(epoch=2))
-    with pytest.raises(FileNotFoundError, match=r"No snapshot '3' in .*There are: 1, 2\."):
+    with pytest.raises(FileNotFoundError, match=r"No checkpoint '3' in .*There are: 1, 2\."):
         restore(tmp_path, linear_state(), name="3")
 
 
@@ -352,7 +352,7 @@ def test_restore_or_takes_the_latest_or_the_state_that_is_given(tmp_path):
     assert state_digest(state) == state_digest(saved)
     assert history == (dataclasses.replace(report(), digest=state_digest(saved)),)
     shutil.rmtree(Path(tmp_path) / "checkpoint" / "1" / "leaves")
-    with pytest.raises(SnapshotError, match="damaged"):  # never from the beginning, silently
+    with pytest.raises(CheckpointError, match="corrupt"):  # never from the beginning, silently
         restore_or(tmp_path, first)
 
 

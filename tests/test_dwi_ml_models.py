@@ -40,7 +40,7 @@ def evaluated(cli, model: Path) -> dict[str, Any]:
 
 @by_name
 def test_the_loss_is_the_one_that_dwi_ml_reported(cli, folder, tmp_path):
-    assert cli("import-reference", folder, tmp_path / "model").code == 0
+    assert cli("import-dwi-ml", folder, tmp_path / "model").code == 0
     result = evaluated(cli, tmp_path / "model")
     expected = json.loads((folder.parent / "expected_losses.json").read_text())[folder.name]
     parameters = json.loads((folder / "parameters.json").read_text())
@@ -52,8 +52,8 @@ def test_the_loss_is_the_one_that_dwi_ml_reported(cli, folder, tmp_path):
 
 @by_name
 def test_export_gives_back_what_was_imported(cli, folder, tmp_path):
-    assert cli("import-reference", folder, tmp_path / "model").code == 0
-    assert cli("export-reference", tmp_path / "model", tmp_path / "exported").code == 0
+    assert cli("import-dwi-ml", folder, tmp_path / "model").code == 0
+    assert cli("export-dwi-ml", tmp_path / "model", tmp_path / "exported").code == 0
     for file in ("parameters.json", "model_type.txt"):
         assert (tmp_path / "exported" / file).read_text() == (folder / file).read_text()
     before, after = read_state(folder), read_state(tmp_path / "exported")
@@ -80,9 +80,9 @@ def copied(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) 
 )
 def test_keys_that_dwi_ml_can_do_without_may_be_absent_and_stay_so(cli, absent, tmp_path):
     folder = copied(tmp_path / "cos", "cos", lambda parameters: [parameters.pop(name) for name in absent])
-    assert cli("import-reference", folder, tmp_path / "model").code == 0
+    assert cli("import-dwi-ml", folder, tmp_path / "model").code == 0
     assert evaluated(cli, tmp_path / "model")["loss"] == pytest.approx(0.9573483467102051, rel=1e-5)
-    assert cli("export-reference", tmp_path / "model", tmp_path / "exported").code == 0
+    assert cli("export-dwi-ml", tmp_path / "model", tmp_path / "exported").code == 0
     written = json.loads((tmp_path / "exported" / "parameters.json").read_text())
     assert written == json.loads((folder / "parameters.json").read_text())
 
@@ -105,10 +105,10 @@ def test_a_model_of_an_older_dwi_ml_is_imported_and_exported_for_the_present_one
     state = {key.replace("embedding_layer.", "embedding."): value for key, value in read_state(folder).items()}
     assert any(key.startswith("input_embedding.") for key in state)
     torch.save(state, folder / "model_state.pkl")
-    assert cli("import-reference", folder, tmp_path / "model").code == 0
+    assert cli("import-dwi-ml", folder, tmp_path / "model").code == 0
     expected = json.loads((PARITY / "expected_losses.json").read_text())[name]
     assert evaluated(cli, tmp_path / "model")["loss"] == pytest.approx(expected, rel=1e-5)
-    assert cli("export-reference", tmp_path / "model", tmp_path / "exported").code == 0
+    assert cli("export-dwi-ml", tmp_path / "model", tmp_path / "exported").code == 0
     present = json.loads((PARITY / name / "parameters.json").read_text())
     del present["nb_points"]
     assert json.loads((tmp_path / "exported" / "parameters.json").read_text()) == present
@@ -153,14 +153,14 @@ def test_parameters_of_the_present_dwi_ml_are_left_as_they_are():
 )
 def test_parameters_that_make_no_model_are_refused_by_name_and_value(cli, change, named, tmp_path):
     folder = copied(tmp_path / "cos", "cos", change)
-    outcome = cli("import-reference", folder, tmp_path / "model")
+    outcome = cli("import-dwi-ml", folder, tmp_path / "model")
     outcome.check_refusal(str(folder / "parameters.json"), *named)
     assert not (tmp_path / "model").exists()
 
 
 def test_the_eos_weight_of_a_classification_is_refused(cli, tmp_path):
     folder = copied(tmp_path / "a", "sphere_eos", lambda p: p["dg_args"].update(eos_weight=0.5))
-    cli("import-reference", folder, tmp_path / "model").check_refusal("eos_weight", "sphere-classification", "0.5")
+    cli("import-dwi-ml", folder, tmp_path / "model").check_refusal("eos_weight", "sphere-classification", "0.5")
 
 
 def test_tensors_that_do_not_fit_are_refused_all_of_them_in_one_line(cli, tmp_path):
@@ -174,7 +174,7 @@ def test_tensors_that_do_not_fit_are_refused_all_of_them_in_one_line(cli, tmp_pa
     state["direction_getter.layers.0.bias"] = 1e300 * torch.ones(6, dtype=torch.float64)  # infinite in float32
     state["direction_getter.layers.1.weight"][0, 0] = torch.nan
     torch.save(state, folder / "model_state.pkl")
-    cli("import-reference", folder, tmp_path / "model").check_refusal(
+    cli("import-dwi-ml", folder, tmp_path / "model").check_refusal(
         str(folder / "model_state.pkl"),
         "no rnn_model.rnn_0.bias_hh_l0",
         "unexpected surplus",
@@ -195,7 +195,7 @@ def grow(parameters: dict[str, Any], radius: int) -> None:
 @pytest.mark.parametrize("radius", [10**9, 10**30])
 def test_a_model_that_no_memory_could_hold_is_refused_without_taking_any(cli, radius, tmp_path):
     folder = copied(tmp_path / "cos", "cos", lambda parameters: grow(parameters, radius))
-    outcome = cli("import-reference", folder, tmp_path / "model")
+    outcome = cli("import-dwi-ml", folder, tmp_path / "model")
     outcome.check_refusal(str(folder / "model_state.pkl"), "does not fit the model: No machine can hold a model")
 
 
@@ -206,7 +206,7 @@ def test_a_flipped_bit_in_a_weight_is_told_which_torch_does_not_see(cli, tmp_pat
     at = content.index(weight)
     (folder / "model_state.pkl").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     read_state(folder)
-    cli("import-reference", folder, tmp_path / "model").check_refusal("model_state.pkl is damaged", "checksum")
+    cli("import-dwi-ml", folder, tmp_path / "model").check_refusal("model_state.pkl is corrupt", "checksum")
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
@@ -218,7 +218,7 @@ def test_tensors_without_a_number_for_each_element_are_refused(cli, change, tmp_
     state = read_state(folder)
     state["rnn_model.rnn_0.weight_ih_l0"] = change(state["rnn_model.rnn_0.weight_ih_l0"])
     torch.save(state, folder / "model_state.pkl")
-    cli("import-reference", folder, tmp_path / "model").check_refusal("does not hold tensors by name")
+    cli("import-dwi-ml", folder, tmp_path / "model").check_refusal("does not hold tensors by name")
 
 
 def spoil_state(folder: Path) -> None:
@@ -245,13 +245,13 @@ def spoil_state(folder: Path) -> None:
 def test_what_is_no_model_of_dwi_ml_is_refused(cli, spoil, named, tmp_path):
     shutil.copytree(DATA / "cos", tmp_path / "cos")
     spoil(tmp_path / "cos")
-    cli("import-reference", tmp_path / "cos", tmp_path / "model").check_refusal(str(tmp_path / "cos"), *named)
+    cli("import-dwi-ml", tmp_path / "cos", tmp_path / "model").check_refusal(str(tmp_path / "cos"), *named)
     assert not (tmp_path / "model").exists()
 
 
 def test_the_folder_of_the_experiment_is_told_from_that_of_its_best_model(cli, tmp_path):
     shutil.copytree(DATA / "cos", tmp_path / "experiment" / "best_model")
-    outcome = cli("import-reference", tmp_path / "experiment", tmp_path / "model")
+    outcome = cli("import-dwi-ml", tmp_path / "experiment", tmp_path / "model")
     outcome.check_refusal("no parameters.json", "Its folder best_model may be meant.")
 
 
@@ -263,5 +263,5 @@ def test_code_in_a_model_state_is_not_run(cli, tmp_path):
             return Path.touch, (tmp_path / "harm",)
 
     torch.save({"a": Harmful()}, tmp_path / "cos" / "model_state.pkl")
-    cli("import-reference", tmp_path / "cos", tmp_path / "model").check_refusal("cannot be read as tensors by name")
+    cli("import-dwi-ml", tmp_path / "cos", tmp_path / "model").check_refusal("cannot be read as tensors by name")
     assert not (tmp_path / "harm").exists()

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dwiml_func import TrainState, adam, init_state, module_loss, sgd, train_step
-from dwiml_func.checkpoint.background import Saver, copy_to_host
-from dwiml_func.checkpoint.checkpoint import list_snapshots, restore
-from dwiml_func.checkpoint.checkpoint import save as save_snapshot
+from dwiml_func.checkpoint.background import AsyncCheckpointer, copy_to_host
+from dwiml_func.checkpoint.checkpoint import list_checkpoints, restore
+from dwiml_func.checkpoint.checkpoint import save as save_checkpoint
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment
@@ -38,7 +38,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     def save(*args: Any, **kwargs: Any) -> Path:
         assert go.wait(60)
-        return save_snapshot(*args, **kwargs)
+        return save_checkpoint(*args, **kwargs)
 
     monkeypatch.setattr(SAVE, save)
     return go
@@ -51,8 +51,8 @@ def test_a_donated_state_that_is_written_over_is_saved_as_it_was(tmp_path, held)
     state, batch = init_state(model, adam(), seed=1), torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
     state, _ = step(state, batch)
     digest, memory = state_digest(state), {leaf.data_ptr() for leaf in state_leaves(state).values()}
-    with Saver(tmp_path) as saver:
-        saver.save(state)
+    with AsyncCheckpointer(tmp_path) as checkpointer:
+        checkpointer.save(state)
         later, _ = step(state, batch)
         assert memory & {leaf.data_ptr() for leaf in state_leaves(later).values()}  # the step reused it
         for leaf in state_leaves(later).values():
@@ -72,7 +72,7 @@ def test_the_copy_shares_no_memory_and_a_donated_state_has_none(tmp_path):
     loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
     train_step(state, torch.randn(4, 2), loss_fn=loss_fn, optimizer=adam(), lr=0.1, donate=True)
     with pytest.raises(RuntimeError, match="donated to the update after step 0"):
-        Saver(tmp_path).save(state)
+        AsyncCheckpointer(tmp_path).save(state)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,8 +82,8 @@ def test_the_record_has_the_devices_of_the_state_and_not_of_its_copy(tmp_path, m
     monkeypatch.setattr(
         "dwiml_func.checkpoint.background.copy_to_host", lambda state, reuse: on_host
     )  # meta tensors have no bytes
-    with Saver(tmp_path) as saver:
-        saver.save(state)
+    with AsyncCheckpointer(tmp_path) as checkpointer:
+        checkpointer.save(state)
     assert restore(tmp_path, on_host).environment["devices"] == ["meta"]
 
 
@@ -95,93 +95,93 @@ def test_one_save_at_a_time_in_the_order_of_the_calls(tmp_path, monkeypatch):
         seen.append(("end", state.epoch))
 
     monkeypatch.setattr(SAVE, save)
-    with Saver(tmp_path) as saver:
+    with AsyncCheckpointer(tmp_path) as checkpointer:
         for epoch in range(20):
-            saver.save(state_at(epoch), then=lambda state: seen.append(("then", state.epoch)))
+            checkpointer.save(state_at(epoch), then=lambda state: seen.append(("then", state.epoch)))
     assert seen == [(what, epoch) for epoch in range(20) for what in ("begin", "end", "then")]
 
 
-def test_the_training_thread_goes_on_while_a_snapshot_is_written(tmp_path, held):
-    with Saver(tmp_path) as saver:
-        saver.save(state_at(1))
-        assert list_snapshots(tmp_path) == []
+def test_the_training_thread_goes_on_while_a_checkpoint_is_written(tmp_path, held):
+    with AsyncCheckpointer(tmp_path) as checkpointer:
+        checkpointer.save(state_at(1))
+        assert list_checkpoints(tmp_path) == []
         held.set()
-    assert list_snapshots(tmp_path) == ["1"]
+    assert list_checkpoints(tmp_path) == ["1"]
 
 
 def fail_at(*epochs: int) -> Any:
     def save(directory: Path, state: TrainState, *args: Any, **kwargs: Any) -> Path:
         if state.epoch in epochs:
             raise OSError(28, f"no space for {state.epoch}")
-        return save_snapshot(directory, state, *args, **kwargs)
+        return save_checkpoint(directory, state, *args, **kwargs)
 
     return save
 
 
 def test_an_error_surfaces_at_the_next_save_once(tmp_path, monkeypatch):
     monkeypatch.setattr(SAVE, fail_at(1))
-    with Saver(tmp_path) as saver:
-        saver.save(state_at(1))
+    with AsyncCheckpointer(tmp_path) as checkpointer:
+        checkpointer.save(state_at(1))
         with pytest.raises(OSError, match="no space for 1"):
-            saver.save(state_at(2))
-        saver.save(state_at(3))  # the caller may go on
-    assert list_snapshots(tmp_path) == ["3"]
+            checkpointer.save(state_at(2))
+        checkpointer.save(state_at(3))  # the caller may go on
+    assert list_checkpoints(tmp_path) == ["3"]
 
 
 def test_an_error_surfaces_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(SAVE, fail_at(2))
 
     def run() -> None:
-        with Saver(tmp_path) as saver:
-            saver.save(state_at(1))
-            saver.save(state_at(2))
+        with AsyncCheckpointer(tmp_path) as checkpointer:
+            checkpointer.save(state_at(1))
+            checkpointer.save(state_at(2))
 
     with pytest.raises(OSError, match="no space for 2"):
         run()
-    assert list_snapshots(tmp_path) == ["1"]
+    assert list_checkpoints(tmp_path) == ["1"]
 
 
-def test_an_error_after_the_snapshot_surfaces_too_and_the_snapshot_stands(tmp_path):
+def test_an_error_after_the_checkpoint_surfaces_too_and_the_checkpoint_stands(tmp_path):
     def then(_: TrainState) -> None:
         raise ValueError("no best model")
 
-    saver = Saver(tmp_path)
-    saver.save(state_at(1), then=then)
+    checkpointer = AsyncCheckpointer(tmp_path)
+    checkpointer.save(state_at(1), then=then)
     with pytest.raises(ValueError, match="no best model"):
-        saver.wait()
-    assert list_snapshots(tmp_path) == ["1"]
+        checkpointer.wait()
+    assert list_checkpoints(tmp_path) == ["1"]
 
 
 def test_the_error_of_the_training_goes_first_and_tells_of_the_other(tmp_path, monkeypatch):
     monkeypatch.setattr(SAVE, fail_at(1))
 
     def run() -> None:
-        with Saver(tmp_path) as saver:
-            saver.save(state_at(1))
+        with AsyncCheckpointer(tmp_path) as checkpointer:
+            checkpointer.save(state_at(1))
             raise ZeroDivisionError("of the training")
 
     with pytest.raises(ZeroDivisionError, match="of the training") as raised:
         run()
     (note,) = raised.value.__notes__
-    assert "the last snapshot could not be saved: [Errno 28] no space for 1" in note
+    assert "the last checkpoint could not be saved: [Errno 28] no space for 1" in note
 
 
 def test_a_ctrl_c_does_not_wait_for_the_disk(tmp_path, held):
     def run() -> None:
-        with Saver(tmp_path) as saver:
-            saver.save(state_at(1))
+        with AsyncCheckpointer(tmp_path) as checkpointer:
+            checkpointer.save(state_at(1))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run()
-    assert list_snapshots(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
     held.set()
     for thread in threading.enumerate():
-        if thread.name == "saver":
+        if thread.name == "checkpointer":
             thread.join()
 
 
-def test_snapshot_then_best_model_then_logs(tmp_path, monkeypatch):
+def test_checkpoint_then_best_model_then_logs(tmp_path, monkeypatch):
     """Each is on the disk before the next begins, so that a crash leaves neither model nor logs ahead of the state."""
     config = RunConfig(
         hdf5_file=str(PHANTOM),
@@ -195,7 +195,7 @@ def test_snapshot_then_best_model_then_logs(tmp_path, monkeypatch):
     def note(what: str) -> None:
         model, log = directory / "best_model", directory / "logs" / "train_loss_monitor_per_epoch.npy"
         best = load_model(model).facts["epoch"] if model.exists() else None
-        seen.append((what, list_snapshots(directory), best, [len(np.load(log))] if log.exists() else []))
+        seen.append((what, list_checkpoints(directory), best, [len(np.load(log))] if log.exists() else []))
 
     def observed(what: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -207,14 +207,14 @@ def test_snapshot_then_best_model_then_logs(tmp_path, monkeypatch):
     from dwiml_func.experiment.folder import run as training_run
     from dwiml_func.writers.npy import npy
 
-    monkeypatch.setattr(SAVE, observed("snapshot", save_snapshot))
+    monkeypatch.setattr(SAVE, observed("checkpoint", save_checkpoint))
     monkeypatch.setattr(training_run, "save_best_model", observed("best", training_run.save_best_model))
     list(run_experiment(directory, prepare(config), write=observed("logs", npy(directory))))
     assert seen == [
-        ("snapshot", [], None, []),
+        ("checkpoint", [], None, []),
         ("best", ["1"], None, []),
         ("logs", ["1"], 1, []),
-        ("snapshot", ["1"], 1, [1]),
+        ("checkpoint", ["1"], 1, [1]),
         ("logs", ["1", "2"], 1, [1]),  # the second epoch learns nothing, so it is not the best
     ]
 
@@ -235,8 +235,8 @@ def test_the_memory_of_a_copy_is_used_again_where_it_fits():
 
 
 def test_saves_that_share_memory_hold_each_its_own_values(tmp_path):
-    with Saver(tmp_path, keep=None) as saver:
+    with AsyncCheckpointer(tmp_path, keep=None) as checkpointer:
         for epoch in range(4):
-            saver.save(state_at(epoch))
+            checkpointer.save(state_at(epoch))
     for epoch in range(4):
         assert state_digest(restore(tmp_path, state_at(9), name=str(epoch)).state) == state_digest(state_at(epoch))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.ensemble.rng import member_draws
+from dwiml_func.ensemble.rng import per_member_rng
 
 KEYS = [Key(1), Key(2, (7,)), Key(3)]
 
@@ -39,7 +39,7 @@ def test_each_member_draws_what_it_would_draw_alone(draw, keys, is_shared):
         return out.detach(), torch.autograd.grad(out.sum(), x)[0]
 
     def value(x: Tensor, index: Tensor) -> Tensor:
-        with member_draws(keys, index):
+        with per_member_rng(keys, index):
             return draw(x)
 
     def mapped(x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def test_each_member_draws_what_it_would_draw_alone(draw, keys, is_shared):
 
 def test_it_works_with_the_gradients_of_torch_func():
     def loss(x: Tensor, index: Tensor) -> Tensor:
-        with member_draws(KEYS, index):
+        with per_member_rng(KEYS, index):
             return F.dropout(x, 0.5).square().sum()
 
     x = torch.ones(3, 16)
@@ -68,7 +68,7 @@ def test_it_works_with_the_gradients_of_torch_func():
 
 def test_draws_that_have_no_member_are_refused():
     def value(x: Tensor, index: Tensor) -> Tensor:
-        with member_draws(KEYS, index):
+        with per_member_rng(KEYS, index):
             return x + torch.empty(3).normal_()
 
     with pytest.raises(RuntimeError, match="random"):
@@ -79,7 +79,7 @@ def test_the_global_generators_stay_as_they_were():
     before = torch.get_rng_state()
 
     def value(index: Tensor) -> Tensor:
-        with member_draws(KEYS, index):
+        with per_member_rng(KEYS, index):
             return F.dropout(torch.ones(3)) + torch.rand(3)
 
     torch.func.vmap(value)(torch.arange(3))

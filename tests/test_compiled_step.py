@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
-from dwiml_func.compiled.graph import WholeGraph
+from dwiml_func.compiled.graph import CompiledFunction
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut
 from dwiml_func.core.rng import torch_rng
@@ -133,7 +133,7 @@ def test_without_dynamic_shapes_each_shape_has_its_graph_up_to_a_limit(caplog):
 
 
 def test_a_batch_of_another_first_size_finds_its_dynamic_graph_at_once_and_leaves_nothing_behind(monkeypatch):
-    total = WholeGraph(lambda batch: batch.sum(), dynamic=True, max_compilations=1, backend="eager")
+    total = CompiledFunction(lambda batch: batch.sum(), dynamic=True, max_compilations=1, backend="eager")
     assert total(torch.ones(3, 2)) == 6
     monkeypatch.setattr(total, "_compile_and_run", None)
     for size in range(1, 9):
@@ -159,14 +159,14 @@ def test_a_batch_of_a_known_shape_with_other_strides_or_another_dtype_gets_its_o
 
 
 def test_a_graph_that_needs_no_gradient_is_made_anew_for_another_dtype():
-    double = WholeGraph(lambda batch: 2 * batch, dynamic=False, max_compilations=2, backend="eager")
+    double = CompiledFunction(lambda batch: 2 * batch, dynamic=False, max_compilations=2, backend="eager")
     results = [double(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.float32)]
     assert [result.dtype for result in results] == [torch.float32, torch.float64, torch.float32]
     assert double.num_compilations == 2
 
 
 def test_errors_of_a_graph_at_work_are_not_taken_for_those_of_its_making():
-    graph = WholeGraph(lambda batch: _refuse_twos(batch), dynamic=False, max_compilations=1, backend="eager")
+    graph = CompiledFunction(lambda batch: _check_twos(batch), dynamic=False, max_compilations=1, backend="eager")
     assert graph(torch.ones(2)).tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match="a two"):
         graph(torch.full((2,), 2.0))
@@ -175,13 +175,13 @@ def test_errors_of_a_graph_at_work_are_not_taken_for_those_of_its_making():
 
 
 @torch.library.custom_op("dwiml_func_tests::refuse_twos", mutates_args=())
-def _refuse_twos(numbers: Tensor) -> Tensor:
+def _check_twos(numbers: Tensor) -> Tensor:
     if (numbers == 2).any():
         raise ValueError("a two")
     return numbers.clone()
 
 
-@_refuse_twos.register_fake
+@_check_twos.register_fake
 def _(numbers: Tensor) -> Tensor:
     return torch.empty_like(numbers)
 

@@ -68,7 +68,7 @@ def test_it_agrees_with_looking_at_all_epochs_at_once(values, delta):
 
 @given(st.lists(LOSSES, max_size=12), st.integers(0, 12))
 def test_a_best_can_be_stopped_and_resumed_anywhere(values, cut):
-    stored = follow(values[:cut])._asdict()  # as a snapshot keeps it
+    stored = follow(values[:cut])._asdict()  # as a checkpoint keeps it
     assert follow(values[cut:], Best(**stored), first_epoch=len(values[:cut]) + 1) == follow(values)
 
 

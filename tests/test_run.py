@@ -24,7 +24,7 @@ from experiment_cases import (
 )
 
 from dwiml_func import NonFiniteError, TrainState
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_snapshots, restore
+from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints, restore
 from dwiml_func.checkpoint.digest import leaf_digest, state_leaves
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Metrics
@@ -77,7 +77,7 @@ def test_the_best_model_is_that_of_the_best_epoch_and_gives_its_loss(stopped_ear
     state, history = restored(stopped_early)
     assert state.best == Best(history[1].valid["loss"], 2, 2)
     assert history[-1].stop == "patience"
-    assert list_snapshots(stopped_early) == ["2", "3", "4"]
+    assert list_checkpoints(stopped_early) == ["2", "3", "4"]
 
     loaded = load_model(stopped_early / "best_model")
     best = restore(stopped_early, prepare(read_config(stopped_early)).state, name="2").state
@@ -160,7 +160,7 @@ def test_without_validation_the_training_loss_decides(tmp_path):
     assert not (directory / "logs" / "valid_local_loss_monitor_per_epoch.npy").exists()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_snapshot_stands(tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stands(tmp_path):
     rates = TrainingConfig(max_epochs=3, optimizer="SGD", learning_rate=("0.01*1", "1e38"))
     directory = create_experiment(tmp_path, "run", replace(CONFIG, training=rates))
     setup, reports = prepare(read_config(directory)), []
@@ -168,7 +168,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_snapshot_stands(tmp
         reports.extend(run_experiment(directory, setup))
     state, history = restored(directory)
     assert (state.epoch, state.step, len(history)) == (1, 3, 1)
-    assert list_snapshots(directory) == ["1"]
+    assert list_checkpoints(directory) == ["1"]
     assert np.load(directory / "logs" / "train_loss_monitor_per_epoch.npy").shape == (1,)
 
 
@@ -184,7 +184,7 @@ def test_an_error_after_a_signal_is_told_beside_it_and_the_batches_before_it_are
         list(run_experiment(directory, prepare(CONFIG), on_batch=fail, stop=stop))
     assert str(raised.value.__cause__) == "no\nbar"
     assert (raised.value.exit_code, raised.value.name) == (143, "0-2")
-    assert list_snapshots(directory) == ["0-2"]
+    assert list_checkpoints(directory) == ["0-2"]
 
 
 def test_the_runs_number_of_threads_is_set_by_the_first_run_and_by_a_resume(tmp_path, threads):

@@ -1,4 +1,4 @@
-"""What a snapshot costs: how long training waits, bytes, restoring, digests; beside `torch.save` and orbax alone."""
+"""What a checkpoint costs: how long training waits, bytes, restoring, digests; beside `torch.save` and orbax alone."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from torch import nn
 from verdicts import conclude
 
 from dwiml_func import TrainState, adam, init_state
-from dwiml_func.checkpoint.background import Saver
+from dwiml_func.checkpoint.background import AsyncCheckpointer
 from dwiml_func.checkpoint.checkpoint import restore, save
 from dwiml_func.checkpoint.digest import leaf_digest, state_leaves
 
 HIDDEN = {"0.15": 100, "10": 900}
 """Hidden size of a two-layer LSTM on 48 inputs, by its millions of parameters."""
 
-BLOCKED = "Saver.save: training is blocked"
+BLOCKED = "AsyncCheckpointer.save: training is blocked"
 WHOLE = "save: whole, with fsync and digests"
 ORBAX = "orbax, in the foreground"
 BASELINE = "torch.save, no fsync"
@@ -70,7 +70,7 @@ def measure(state: TrainState, folder: Path, rounds: int) -> tuple[dict[str, lis
     """Seconds of everything that is compared, and bytes on disk. The variants take turns."""
     tree = {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state, "step": state.step}
     arrays = {name: leaf.numpy() for name, leaf in state_leaves(state).items()}
-    saver = Saver(folder / "saver")
+    checkpointer = AsyncCheckpointer(folder / "checkpointer")
     asynchronous = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     args = ocp.args.PyTreeSave(arrays)
     numbers = iter(range(1_000_000))
@@ -96,7 +96,7 @@ def measure(state: TrainState, folder: Path, rounds: int) -> tuple[dict[str, lis
             leaf_digest(leaf)
 
     def next_save() -> None:
-        saver.save(state.replace(epoch=next(numbers)))
+        checkpointer.save(state.replace(epoch=next(numbers)))
 
     def nothing() -> None:
         pass
@@ -104,8 +104,8 @@ def measure(state: TrainState, folder: Path, rounds: int) -> tuple[dict[str, lis
     variants: dict[str, tuple[Callable[[], object], Callable[[], object], Callable[[], object]]] = {
         BASELINE: (nothing, lambda: torch_save(fsync=False), nothing),
         "torch.save, fsync": (nothing, lambda: torch_save(fsync=True), nothing),
-        BLOCKED: (nothing, next_save, saver.wait),
-        "Saver.save right after another: waits": (next_save, next_save, saver.wait),
+        BLOCKED: (nothing, next_save, checkpointer.wait),
+        "AsyncCheckpointer.save right after another: waits": (next_save, next_save, checkpointer.wait),
         WHOLE: (nothing, lambda: save(folder / "save", state), nothing),
         ORBAX: (nothing, orbax_save, nothing),
         "orbax, asynchronous: blocked": (
