@@ -1,10 +1,13 @@
 """Functional, JAX-style training of tractography models in PyTorch.
 
 A run is an immutable value, the `TrainState`; pure functions map a state and a batch to the next state. The names below
-are the trainer core. Data, models and commands live in `dwiml_func.data`, `dwiml_func.models` and `dwiml_func.cli`.
+are all that a training loop in a script needs. Data, models, writers and commands live in `dwiml_func.data`,
+`dwiml_func.models`, `dwiml_func.writers` and `dwiml_func.cli`.
 """
 
-from dwiml_func import optim
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from dwiml_func.core.early_stopping import Best, should_stop, update_best
 from dwiml_func.core.gradients import clip_by_global_norm, value_and_grad
 from dwiml_func.core.loop import EpochReport, epoch_fn, eval_epoch_fn, train_and_validate
@@ -13,40 +16,74 @@ from dwiml_func.core.metrics import Metrics, Sum, read_means
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import NonFiniteError, eval_step, train_step
-from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
+from dwiml_func.optim import Optimizer, Schedule, adam, adamw, constant, cosine, per_epoch, radam, sgd, warm_up
+from dwiml_func.types import Buffers, OptState, Params
+
+if TYPE_CHECKING:
+    from dwiml_func.checkpoint import list_checkpoints, restore, restore_or, save
+    from dwiml_func.compiled import jit_step
+    from dwiml_func.ensemble import ensemble_step, member, stack_states, train_and_validate_ensemble
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Best",
+    "Buffers",
     "EpochReport",
     "Key",
     "LossFn",
     "LossOut",
     "Metrics",
     "NonFiniteError",
+    "OptState",
     "Optimizer",
+    "Params",
+    "Schedule",
     "Stream",
     "Sum",
     "TrainState",
     "adam",
     "adamw",
     "clip_by_global_norm",
+    "constant",
+    "cosine",
+    "ensemble_step",
     "epoch_fn",
     "eval_epoch_fn",
     "eval_step",
     "fold_in",
     "init_state",
+    "jit_step",
+    "list_checkpoints",
+    "member",
     "module_loss",
     "numpy_rng",
-    "optim",
+    "per_epoch",
     "radam",
     "read_means",
+    "restore",
+    "restore_or",
+    "save",
     "sgd",
     "should_stop",
+    "stack_states",
     "torch_rng",
     "train_and_validate",
+    "train_and_validate_ensemble",
     "train_step",
     "update_best",
     "value_and_grad",
+    "warm_up",
 ]
+
+_MODULES = {  # loaded at the first use of a name: a loop that saves nothing does not wait for them
+    **dict.fromkeys(("list_checkpoints", "restore", "restore_or", "save"), "checkpoint"),
+    **dict.fromkeys(("ensemble_step", "member", "stack_states", "train_and_validate_ensemble"), "ensemble"),
+    "jit_step": "compiled",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"dwiml_func.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

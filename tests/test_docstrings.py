@@ -39,7 +39,7 @@ def documented_names(tree: ast.Module) -> set[str]:
 
 
 def test_the_modules_of_the_core_are_found():
-    assert {f"dwiml_func.{name}" for name in ("state", "step", "epoch", "loop", "optim", "rng")} <= set(MODULES)
+    assert {f"dwiml_func.core.{name}" for name in ("state", "step", "loop", "rng")} <= set(MODULES)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -59,8 +59,9 @@ def test_every_public_name_is_documented(name):
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
-    }  # documented where they are defined
-    undocumented = sorted(set(public) - imported - documented_names(tree))
+    }  # documented where they are defined, as are those that a package loads at their first use
+    lazy = set(getattr(module, "_MODULES", ()))
+    undocumented = sorted(set(public) - imported - lazy - documented_names(tree))
     assert not undocumented, f"{name} has public names without a docstring: {undocumented}"
 
 

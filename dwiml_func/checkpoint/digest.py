@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.metrics import Sum
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, check_not_donated
+from dwiml_func.types import Sum
 
 __all__ = [
     "BitDifference",

@@ -18,11 +18,11 @@ from torch import Tensor
 from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
 from dwiml_func.core.gradients import is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn
-from dwiml_func.core.metrics import Metrics, Sum, add_metrics
+from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, check_not_donated, mark_donated
 from dwiml_func.core.step import NON_FINITE, clip_and_measure, raise_if_not_finite, train_step
-from dwiml_func.optim.optimizers import Optimizer
+from dwiml_func.types import Metrics, Optimizer, Sum
 
 __all__ = ["JitStep", "jit_step"]
 

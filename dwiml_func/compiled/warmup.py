@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dwiml_func.compiled.graph import CompiledFunction
-from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.step import NonFiniteError
+from dwiml_func.types import Metrics
 
 __all__ = ["CompilationReport", "WarmUpStep"]
 

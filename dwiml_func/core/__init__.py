@@ -1,1 +1,1 @@
-"""core"""
+"""The training state, the steps and the loop: pure functions of values."""

@@ -15,11 +15,12 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from dwiml_func.core.early_stopping import Best, should_stop, update_best
-from dwiml_func.core.metrics import Metrics, Sum, add_metrics, read_means
+from dwiml_func.core.metrics import add_metrics, read_means
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.step import NON_FINITE, NonFiniteError
-from dwiml_func.optim.schedules import Schedule, constant
+from dwiml_func.optim.schedules import constant
+from dwiml_func.types import Metrics, Schedule, Sum
 
 __all__ = ["Batches", "EpochReport", "EvalStep", "TrainStep", "epoch_fn", "eval_epoch_fn", "train_and_validate"]
 

@@ -8,35 +8,13 @@ they do under torch.func and torch.compile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from dwiml_func._transforms import is_transformed
+from dwiml_func.types import Metrics, Sum
 
 __all__ = ["Metrics", "Sum", "add_metrics", "read_means", "weighted_sum"]
-
-
-class Sum(NamedTuple):
-    """A weighted sum of one metric.
-
-    Args:
-        total: sum of weight times value; float, or () float64 tensor.
-        weight: sum of the weights (points of streamlines for a loss, batches for a gradient norm).
-
-    Example:
-        >>> Sum(6.0, 3.0).total
-        6.0
-    """
-
-    total: float | Tensor
-    weight: float | Tensor
-
-
-Metrics = Mapping[str, Sum]
-"""Sums by name, e.g. `{"loss": Sum(...), "grad_norm": Sum(...)}`."""
 
 
 def weighted_sum(mean: float | Tensor, weight: float | Tensor) -> Sum:

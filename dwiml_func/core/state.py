@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key, fold_in
-from dwiml_func.types import Buffers, OptState, Params
+from dwiml_func.types import Buffers, Metrics, OptState, Params
 
 if TYPE_CHECKING:
     from dwiml_func.optim.optimizers import Optimizer

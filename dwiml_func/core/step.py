@@ -12,10 +12,10 @@ from torch import Tensor
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
-from dwiml_func.core.metrics import Metrics, Sum, add_metrics, weighted_sum
+from dwiml_func.core.metrics import add_metrics, weighted_sum
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.state import TrainState, check_not_donated, mark_donated
-from dwiml_func.optim.optimizers import Optimizer
+from dwiml_func.types import Metrics, Optimizer, Sum
 
 __all__ = ["NON_FINITE", "NonFiniteError", "eval_step", "train_step"]
 

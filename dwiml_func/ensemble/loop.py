@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.loop import Batches, EpochReport, check_options, check_rate, judge_epoch
-from dwiml_func.core.metrics import Metrics, Sum, add_metrics
+from dwiml_func.core.metrics import add_metrics
 from dwiml_func.ensemble.state import EnsembleState, member_sums
-from dwiml_func.optim.schedules import Schedule, constant
+from dwiml_func.optim.schedules import constant
+from dwiml_func.types import Metrics, Schedule, Sum
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]
 

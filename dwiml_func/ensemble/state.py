@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.metrics import Metrics, Sum
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, check_not_donated
-from dwiml_func.types import Buffers, OptState, Params
+from dwiml_func.types import Buffers, Metrics, OptState, Params, Sum
 
 __all__ = ["EnsembleState", "member", "member_sums", "stack_states"]
 

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.loss import LossFn
-from dwiml_func.core.metrics import Metrics, Sum, add_metrics
+from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.step import loss_metrics
 from dwiml_func.ensemble.rng import per_member_rng
 from dwiml_func.ensemble.state import EnsembleState
-from dwiml_func.optim.optimizers import Optimizer
-from dwiml_func.types import Buffers, OptState, Params
+from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Sum
 
 __all__ = ["ensemble_eval_step", "ensemble_step"]
 

@@ -1,1 +1,1 @@
-"""experiment"""
+"""A run in its folder: configuration, training, resuming, comparing and verifying."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func.core.metrics import Metrics, add_metrics, read_means, weighted_sum
+from dwiml_func.core.metrics import add_metrics, read_means, weighted_sum
 from dwiml_func.core.rng import Key
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
@@ -27,6 +27,7 @@ from dwiml_func.experiment.model_store import LoadedModel, load_model
 from dwiml_func.experiment.setup import RunParts, check_usable, loader_spec
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
+from dwiml_func.types import Metrics
 
 __all__ = [
     "Evaluation",

@@ -16,7 +16,6 @@ from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
 from dwiml_func.core.loop import EpochReport, train_and_validate
-from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.process_group import ProcessLostError
@@ -26,6 +25,7 @@ from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.fingerprint import FingerprintInBackground
 from dwiml_func.optim.schedules import per_epoch
+from dwiml_func.types import Metrics
 from dwiml_func.writers.writer import Writer, fan_out
 
 __all__ = ["run_experiment"]

@@ -19,7 +19,6 @@ from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.autocast import check_bf16
 from dwiml_func.core.loop import Batches
 from dwiml_func.core.loss import LossFn, module_loss
-from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
@@ -44,7 +43,7 @@ from dwiml_func.experiment.model_store import build_model, check_memory
 from dwiml_func.models.config import check_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.optim._foreach import Number
-from dwiml_func.optim.optimizers import Optimizer
+from dwiml_func.types import Metrics, Optimizer
 
 __all__ = [
     "RunParts",

@@ -1,4 +1,26 @@
 """Models that learn tractography, and what they are compared with.
 
-Each module is imported by its own name (`dwiml_func.models.learn2track`), so that one model does not load another.
+Names are loaded at their first use, so that one model does not load another.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dwiml_func.models.direction_getters import make_direction_getter
+    from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
+
+__all__ = ["Learn2Track", "compute_batch_loss", "load_model", "make_direction_getter"]
+
+_MODULES = {
+    "Learn2Track": "models.learn2track",
+    "compute_batch_loss": "models.learn2track",
+    "load_model": "experiment.model_store",  # a door only: nothing in this room uses what stands above it
+    "make_direction_getter": "models.direction_getters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(import_module(f"dwiml_func.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dwiml_func.optim._foreach import Arithmetic, Number, Tensors, arithmetic_for
-from dwiml_func.types import OptState, Params
+from dwiml_func.types import Optimizer, OptState, Params
 
 __all__ = ["Optimizer", "adam", "adamw", "radam", "sgd"]
 
@@ -23,28 +22,6 @@ Kernel = Callable[
     [Arithmetic, Tensors, Tensors, dict[str, Tensors], Number, Number, bool], tuple[Tensors, dict[str, Tensors]]
 ]
 """(arithmetic, grads, params, moments, lr, step, donate) -> (new params, new moments), lists in one order of names."""
-
-
-class Optimizer(NamedTuple):
-    """An optimizer: two pure functions.
-
-    Args:
-        init: `init(params) -> opt_state`, moments of zeros.
-        update: `update(grads, opt_state, params, *, lr, step, donate=False) -> (params, opt_state)`. `step` is the
-            number of updates done before this one. `lr` and `step` are numbers or () tensors, and the result can be
-            differentiated with respect to `lr` and to a `weight_decay` that the optimizer was made with as a tensor.
-            With `donate=True` the memory of `opt_state` and `params` is reused, where numbers and tensors are plain.
-
-    Example:
-        >>> params = {"w": torch.ones(2)}
-        >>> optimizer = sgd()
-        >>> params, _ = optimizer.update({"w": torch.ones(2)}, optimizer.init(params), params, lr=0.25, step=0)
-        >>> params["w"]
-        tensor([0.7500, 0.7500])
-    """
-
-    init: Callable[[Params], OptState]
-    update: Callable[..., tuple[dict[str, Tensor], OptState]]
 
 
 def sgd(*, momentum: float = 0.0, weight_decay: Number = 0.0, nesterov: bool = False) -> Optimizer:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from dwiml_func._checks import truncated_repr
+from dwiml_func.types import Schedule
 
 __all__ = ["Schedule", "constant", "cosine", "parse_learning_rate", "per_epoch", "warm_up"]
-
-Schedule = Callable[[int], float]
-"""Maps the number of epochs done (0 for the first epoch) to that epoch's learning rate."""
 
 _MAX_EPOCHS = 1_000_000  # a slip of the finger ("0.1*99999999999") must not fill the memory
 

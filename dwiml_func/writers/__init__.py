@@ -1,1 +1,10 @@
-"""What is written about a run: logs, parameters, progress. Writers are callables on `EpochReport`s, see `writer`."""
+"""What is written about a run. A writer is any callable on `EpochReport`s; `fan_out` joins several."""
+
+from dwiml_func.writers.comet import Comet
+from dwiml_func.writers.jsonl import jsonl
+from dwiml_func.writers.npy import npy
+from dwiml_func.writers.progress import Progress
+from dwiml_func.writers.tensorboard import tensorboard
+from dwiml_func.writers.writer import Writer, fan_out
+
+__all__ = ["Comet", "Progress", "Writer", "fan_out", "jsonl", "npy", "tensorboard"]

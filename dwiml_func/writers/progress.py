@@ -11,9 +11,9 @@ from typing import Any
 from tqdm import tqdm
 
 from dwiml_func.core.loop import Batches, EpochReport
-from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
+from dwiml_func.types import Metrics
 
 __all__ = ["Progress"]
 

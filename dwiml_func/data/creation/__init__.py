@@ -1,1 +1,1 @@
-"""creation"""
+"""HDF5 datasets made of NIfTI files and tractograms."""

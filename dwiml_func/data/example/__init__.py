@@ -1,1 +1,1 @@
-"""example"""
+"""The built-in example data: simulated signal along real bundles."""

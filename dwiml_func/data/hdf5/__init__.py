@@ -1,1 +1,1 @@
-"""hdf5"""
+"""HDF5 datasets: layout, reading and writing."""
