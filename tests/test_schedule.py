@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.optim.schedules import constant, cosine, parse_learning_rate, per_epoch, warm_up
+from dwiml_func.experiment.config import parse_learning_rate
+from dwiml_func.optim.schedules import constant, cosine, per_epoch, warm_up
 
 RATES = st.floats(min_value=1e-300, max_value=1e10, exclude_min=True)
 TERMS = st.lists(st.tuples(RATES, st.integers(1, 20)), max_size=5)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dwiml_func._checks import truncated_repr
 from dwiml_func.types import Schedule
 
-__all__ = ["Schedule", "constant", "cosine", "parse_learning_rate", "per_epoch", "warm_up"]
-
-_MAX_EPOCHS = 1_000_000  # a slip of the finger ("0.1*99999999999") must not fill the memory
+__all__ = ["Schedule", "constant", "cosine", "per_epoch", "warm_up"]
 
 
 def constant(value: float) -> Schedule:
@@ -53,48 +50,6 @@ def per_epoch(values: Sequence[float]) -> Schedule:
         if not (math.isfinite(rate) and rate > 0):
             raise ValueError(f"Expected learning rates that are positive and finite. Received: {rate:g}")
     return lambda epoch: rates[min(epoch, len(rates) - 1)]
-
-
-def parse_learning_rate(text: str) -> tuple[float, ...]:
-    """Read the notation of the command line: `RATE*EPOCHS ... RATE`.
-
-    Args:
-        text: e.g. "0.001*3 0.0001": three epochs at 0.001, then 0.0001 until the end.
-
-    Returns:
-        One learning rate an epoch, for `per_epoch`.
-
-    Raises:
-        ValueError: the text is empty or malformed, or a rate is not positive.
-
-    Example:
-        >>> parse_learning_rate("0.001*3 0.0001")
-        (0.001, 0.001, 0.001, 0.0001)
-    """
-    expected = "Expected RATE, or RATE*EPOCHS ... RATE such as '0.001*3 0.0001'."
-    terms, given = text.split(), f"Learning rate {truncated_repr(text)}"
-    if not terms:
-        raise ValueError(f"Learning rate is empty. {expected}")
-    rates: list[float] = []
-    for position, term in enumerate(terms):
-        rate, star, epochs = term.partition("*")
-        is_last = position == len(terms) - 1
-        try:
-            value, count = float(rate), int(epochs) if star else 1
-        except ValueError:
-            raise ValueError(f"{given}: cannot read {truncated_repr(term)}. {expected}") from None
-        if not star and not is_last:
-            raise ValueError(f"{given}: {truncated_repr(term)} has no number of epochs. {expected}")
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{given}: {truncated_repr(term)} is not a positive finite rate. {expected}")
-        if not 1 <= count <= _MAX_EPOCHS:
-            raise ValueError(
-                f"{given}: {truncated_repr(term)} lasts {truncated_repr(count)} epochs, expected 1 to {_MAX_EPOCHS}."
-            )
-        if len(rates) > _MAX_EPOCHS:
-            raise ValueError(f"{given}: more than {_MAX_EPOCHS} epochs before its end.")
-        rates.extend([value] * count)
-    return tuple(rates)
 
 
 def cosine(initial: float, *, num_epochs: int, final: float = 0.0) -> Schedule:
