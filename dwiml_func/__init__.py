@@ -16,6 +16,7 @@ from dwiml_func.core.metrics import Metrics, Sum, read_means
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import NonFiniteError, eval_step, train_step
+from dwiml_func.core.weights import load_into
 from dwiml_func.optim import Optimizer, Schedule, adam, adamw, constant, cosine, per_epoch, radam, sgd, warm_up
 from dwiml_func.types import Buffers, OptState, Params
 
@@ -55,6 +56,7 @@ __all__ = [
     "init_state",
     "jit_step",
     "list_checkpoints",
+    "load_into",
     "member",
     "module_loss",
     "numpy_rng",

@@ -1,0 +1,61 @@
+"""The weights of a run, back in a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from dwiml_func.core.state import TrainState, check_not_donated
+
+__all__ = ["load_into"]
+
+
+def load_into(module: torch.nn.Module, state: TrainState, *, params: Mapping[str, Tensor] | None = None) -> None:
+    """Write a run's parameters and buffers into a module, in place.
+
+    It is the inverse of `init_state`: tied weights stay tied, buffers that are not persistent and frozen parameters are
+    written too, and the module keeps its device, its mode and its `requires_grad` flags.
+
+    Args:
+        module: the module that the run was made from, or one with the same names and shapes.
+        state: the run.
+        params: parameters to write in place of `state.params`, e.g. averaged ones. None takes the run's own.
+
+    Raises:
+        ValueError: names, shapes or dtypes differ. Nothing is written then.
+        RuntimeError: the state was donated to a step.
+
+    Example:
+        >>> from dwiml_func.core.state import init_state
+        >>> from dwiml_func.optim import sgd
+        >>> model = torch.nn.Linear(2, 1)
+        >>> state = init_state(model, sgd(), seed=0)
+        >>> load_into(model, state.replace(params={name: p * 0 for name, p in state.params.items()}))
+        >>> float(model.weight.abs().sum())
+        0.0
+    """
+    check_not_donated(state)
+    tensors = {**(state.params if params is None else params), **state.buffers}
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    if problems := list(_differences(own, tensors)):
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(
+            f"The state does not fit the module {type(module).__name__}: {'; '.join(problems[:3])}{more}. "
+            f"Expected the module that the run was made from. Nothing was written."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    yield from (f"the module has no {name}" for name in tensors if name not in own)
+    for name, tensor in own.items():
+        if name not in tensors:
+            yield f"the state has no {name}"
+        elif tensors[name].shape != tensor.shape:
+            yield f"{name} has shape {tuple(tensors[name].shape)} in the state and {tuple(tensor.shape)} in the module"
+        elif tensors[name].dtype != tensor.dtype:
+            yield f"{name} is {tensors[name].dtype} in the state and {tensor.dtype} in the module"
