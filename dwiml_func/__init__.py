@@ -23,6 +23,7 @@ from dwiml_func.types import Buffers, OptState, Params
 if TYPE_CHECKING:
     from dwiml_func.checkpoint import list_checkpoints, restore, restore_or, save
     from dwiml_func.compiled import jit_step
+    from dwiml_func.data.dataloader import from_loader
     from dwiml_func.ensemble import ensemble_step, member, stack_states, train_and_validate_ensemble
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ __all__ = [
     "eval_epoch_fn",
     "eval_step",
     "fold_in",
+    "from_loader",
     "init_state",
     "jit_step",
     "list_checkpoints",
@@ -81,6 +83,7 @@ __all__ = [
 _MODULES = {  # loaded at the first use of a name: a loop that saves nothing does not wait for them
     **dict.fromkeys(("list_checkpoints", "restore", "restore_or", "save"), "checkpoint"),
     **dict.fromkeys(("ensemble_step", "member", "stack_states", "train_and_validate_ensemble"), "ensemble"),
+    "from_loader": "data.dataloader",
     "jit_step": "compiled",
 }
 

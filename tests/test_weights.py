@@ -12,6 +12,8 @@ from dwiml_func import init_state, load_into, module_loss, sgd, train_step
 class Tied(nn.Module):
     """Tied weights, a frozen parameter, a buffer that is not persistent."""
 
+    positions: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.encode, self.decode = nn.Linear(4, 4), nn.Linear(4, 4)

@@ -28,12 +28,11 @@ def load_into(module: torch.nn.Module, state: TrainState, *, params: Mapping[str
         RuntimeError: the state was donated to a step.
 
     Example:
-        >>> from dwiml_func.core.state import init_state
-        >>> from dwiml_func.optim import sgd
+        >>> from dwiml_func import init_state, sgd
         >>> model = torch.nn.Linear(2, 1)
         >>> state = init_state(model, sgd(), seed=0)
         >>> load_into(model, state.replace(params={name: p * 0 for name, p in state.params.items()}))
-        >>> float(model.weight.abs().sum())
+        >>> float(model.weight.detach().abs().sum())
         0.0
     """
     check_not_donated(state)

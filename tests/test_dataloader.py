@@ -1,0 +1,80 @@
+"""Claims about `dwiml_func.data.dataloader`: a batch is a function of key, epoch and number."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from dwiml_func import Key, Stream, from_loader
+
+
+class Noisy(Dataset):
+    """Draws from every global generator."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> list[float]:
+        return [float(index), float(torch.rand(())), float(np.random.rand()), random.random()]  # noqa: NPY002
+
+
+class Stream10(IterableDataset):
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(10))
+
+
+def batches(source, epoch: int = 0, start: int = 0, seed: int = 7) -> list:
+    key = Key(seed)
+    return [torch.stack(b).tolist() if isinstance(b, list) else b.tolist() for b in source(key, epoch, start)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_depends_on_key_epoch_and_number_alone(num_workers: int) -> None:
+    context = "fork" if num_workers else None
+    alone = from_loader(lambda: DataLoader(Noisy(), batch_size=3, shuffle=True))
+    source = from_loader(
+        lambda: DataLoader(
+            Noisy(), batch_size=3, shuffle=True, num_workers=num_workers, multiprocessing_context=context
+        )
+    )
+    whole = batches(source)
+    assert whole == batches(alone)
+    assert [len(batch[0]) for batch in whole] == [3, 3, 3, 1]
+    assert sorted(index for batch in whole for index in batch[0]) == list(range(10))
+    for start in range(5):
+        assert batches(source, start=start) == whole[start:]
+        assert len(source(Key(7), 0, start)) == 4 - start
+    assert batches(source, epoch=1) != whole
+    assert batches(source, seed=8) != whole
+    noise = {value for batch in whole for row in batch[1:] for value in row}
+    assert len(noise) == 30  # no number is drawn twice
+
+
+def test_global_generators_are_left_alone() -> None:
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002
+    batches(from_loader(lambda: DataLoader(Noisy(), batch_size=3, shuffle=True)))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert repr(np.random.get_state()) == before[2]  # noqa: NPY002
+
+
+def test_a_generator_of_the_loaders_own_is_seeded_by_the_key() -> None:
+    def make() -> DataLoader:
+        return DataLoader(range(20), batch_size=4, shuffle=True, generator=torch.Generator())  # type: ignore[arg-type]
+
+    source = from_loader(make)
+    assert batches(source) == batches(source)
+    assert batches(source, epoch=1) != batches(source)
+    assert batches(source) != batches(from_loader(make, stream=Stream.VALID_PLAN))
+
+
+def test_samples_without_batches_and_iterable_datasets_resume_too() -> None:
+    single = from_loader(lambda: DataLoader(torch.arange(5.0), batch_size=None, shuffle=True))  # type: ignore[arg-type]
+    assert batches(single, start=2) == batches(single)[2:]
+    stream = from_loader(lambda: DataLoader(Stream10(), batch_size=4))
+    assert batches(stream, start=1) == [[4, 5, 6, 7], [8, 9]]
