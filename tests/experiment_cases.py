@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 
 from dwiml_func import EpochReport, TrainState
-from dwiml_func.checkpoint.checkpoint import restore
+from dwiml_func.checkpoint.checkpoint import read, restore
+from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.run import run_experiment
@@ -26,6 +27,11 @@ def trained(parent: Path, config: RunConfig, name: str = "run") -> Path:
     directory = create_experiment(parent, name, config)
     list(run_experiment(directory, prepare(config)))
     return directory
+
+
+def latest_digest(directory: Path) -> str:
+    """The digest of the latest state, computed from the bytes on disk."""
+    return state_digest(read(directory).state)
 
 
 def restored(directory: Path) -> tuple[TrainState, tuple[EpochReport, ...]]:

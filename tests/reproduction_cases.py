@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
-from dwiml_func.checkpoint.checkpoint import latest_digest, read_record
-from dwiml_func.checkpoint.digest import combine_digests
+from dwiml_func.checkpoint.checkpoint import read
+from dwiml_func.checkpoint.digest import combine_digests, state_digest
+from dwiml_func.checkpoint.history import history_to_json
 from dwiml_func.experiment.model_store import MANIFEST
 
 DATA = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -55,12 +56,13 @@ def results(directory: Path) -> dict[str, Any]:
     """All that a run has come to, durations aside."""
     manifest = read_manifest(directory / "best_model", MANIFEST)
     load_leaves(directory / "best_model", manifest)
+    checkpoint = read(directory)
     history = [
         {name: value for name, value in report.items() if name != "timed_points" and not name.endswith("_minutes")}
-        for report in read_record(directory)["history"]
+        for report in history_to_json(checkpoint.history)
     ]
     return {
-        "digest": latest_digest(directory),
+        "digest": state_digest(checkpoint.state),
         "history": history,
         "best_model": combine_digests({row["name"]: row["sha256"] for row in manifest["leaves"]}, {}),
         "best_epoch_losses": (directory / "best_epoch_losses.json").read_bytes(),

@@ -13,9 +13,10 @@ import torch
 
 from dwiml_func import TrainState, adam, init_state, module_loss, sgd, train_step
 from dwiml_func.checkpoint.background import AsyncCheckpointer, copy_to_host
-from dwiml_func.checkpoint.checkpoint import list_checkpoints, restore
+from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.checkpoint import save as save_checkpoint
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.model_store import load_model
@@ -204,7 +205,7 @@ def test_checkpoint_then_best_model_then_logs(tmp_path, monkeypatch):
 
         return call
 
-    from dwiml_func.experiment.folder import run as training_run
+    from dwiml_func.experiment import run as training_run
     from dwiml_func.writers.npy import npy
 
     monkeypatch.setattr(SAVE, observed("checkpoint", save_checkpoint))

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from experiment_cases import latest_digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func import EpochReport, Key, TrainState, adam, init_state, sgd
 from dwiml_func.checkpoint.arrays import CheckpointError
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints, restore, restore_or, save
+from dwiml_func.checkpoint.checkpoint import restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Sum
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from experiment_cases import latest_digest
 from gated_run import check_same_end, gated, train_whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,8 +23,9 @@ from dwiml_func import TrainState, adam, init_state
 from dwiml_func.checkpoint import checkpoint as checkpoint_io
 from dwiml_func.checkpoint.arrays import CorruptError
 from dwiml_func.checkpoint.background import AsyncCheckpointer
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints, read_record, restore, restore_newest, save
+from dwiml_func.checkpoint.checkpoint import newest, restore, save
 from dwiml_func.checkpoint.digest import state_digest
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import load_model
 
@@ -62,8 +64,9 @@ def check_passed_over(checkpoint: Path, file: Path) -> None:
     assert message.startswith(f"{checkpoint} ")
     assert file.relative_to(checkpoint).as_posix() in message or "has format" in message
     assert "\n" not in message
-    found, names = restore_newest(directory, run_at(0))
-    assert (found.name, names, found.config) == ("1", ["2"], {"epochs": 1})
+    found = newest(directory, like=run_at(0))
+    assert found is not None
+    assert (found.name, list(found.corrupt), found.config) == ("1", ["2"], {"epochs": 1})
     assert state_digest(found.state) == state_digest(run_at(1))
     with pytest.raises(CorruptError):
         latest_digest(directory)
@@ -113,7 +116,7 @@ def test_when_all_are_damaged_each_is_named(corrupt):
     for name in ("1", "2"):
         (corrupt.parent / name / "manifest.json").write_text("{}")
     with pytest.raises(CorruptError, match=r"checkpoint/2 is corrupt.*checkpoint/1 is corrupt"):
-        restore_newest(corrupt.parent.parent, run_at(0))
+        newest(corrupt.parent.parent, like=run_at(0))
 
 
 def test_a_checkpoint_under_another_name_is_noticed(corrupt):
@@ -122,9 +125,10 @@ def test_a_checkpoint_under_another_name_is_noticed(corrupt):
     shutil.copytree(corrupt, corrupt.with_name("9"))
     with pytest.raises(CorruptError, match="checkpoint/9 is corrupt: what it holds was saved as 2"):
         restore(directory, run_at(0))
-    found, names = restore_newest(directory, run_at(0))
-    assert (found.name, names) == ("2", ["9"])
-    assert len(read_record(directory)["history"]) == 0
+    found = newest(directory, like=run_at(0))
+    assert found is not None
+    assert (found.name, list(found.corrupt)) == ("2", ["9"])
+    assert newest(directory) is not None
 
 
 def test_a_checkpoint_that_a_training_run_removes_while_it_is_read_is_not_damaged(corrupt, monkeypatch):
@@ -137,8 +141,9 @@ def test_a_checkpoint_that_a_training_run_removes_while_it_is_read_is_not_damage
         return load(path, manifest)
 
     monkeypatch.setattr(checkpoint_io, "load_leaves", load_meanwhile)
-    found, names = restore_newest(directory, run_at(0))
-    assert (found.name, names, found.config) == ("3", [], {"epochs": 3})
+    found = newest(directory, like=run_at(0))
+    assert found is not None
+    assert (found.name, list(found.corrupt), found.config) == ("3", [], {"epochs": 3})
     assert state_digest(found.state) == state_digest(run_at(3))
 
 

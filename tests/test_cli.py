@@ -9,8 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from experiment_cases import latest_digest
 
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.cli.main import COMMANDS
 from dwiml_func.experiment.config import (
     BatchConfig,

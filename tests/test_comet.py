@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 from comet_server import CometServer, comet_server
+from experiment_cases import latest_digest
 from report_cases import report
 
-from dwiml_func.checkpoint.checkpoint import latest_digest
-from dwiml_func.checkpoint.index import newest_record
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.experiment.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.logs import experiment_comet
@@ -161,7 +161,7 @@ def check_send_again(directory: Path, archive: Path) -> None:
     """The archive of the recorded history is the one that the run left."""
     before = archived(archive)[:2]
     archive.unlink()
-    record = newest_record(directory)
+    record = newest(directory)
     assert record is not None
     place = experiment_comet(directory, read_config(directory), offline=True, patience=PATIENCE).send(*record.history)
     assert place == str(archive)
@@ -263,7 +263,7 @@ def test_a_broken_comet_costs_one_warning_and_changes_nothing(tmp_path, monkeypa
 
 def test_the_command_sends_a_finished_run(stopped_early, tmp_path, cli, server):
     done = cli("send-to-comet", stopped_early / "run", "--comet-project", "tracking")
-    record = newest_record(stopped_early / "run")
+    record = newest(stopped_early / "run")
     assert record is not None
     key = comet_key(record.history[0])
     assert (done.code, done.out) == (0, f"{server.address}/{key}\n")

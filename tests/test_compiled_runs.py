@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from experiment_cases import latest_digest
 from preloaded import run_command
 
 from dwiml_func import init_state, module_loss, sgd
-from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.compiled.warmup import CompilationReport, WarmUpStep
 

@@ -13,7 +13,7 @@ import pytest
 from preloaded import Fork, run_command, start_command
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
 
-from dwiml_func.checkpoint.checkpoint import list_checkpoints
+from dwiml_func.checkpoint.index import list_checkpoints
 
 pytestmark = pytest.mark.soak
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from experiment_cases import latest_digest
 
-from dwiml_func.checkpoint.checkpoint import latest_digest, restore
+from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from experiment_cases import latest_digest
 from reproduction_cases import logs
 
-from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment

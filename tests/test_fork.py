@@ -13,11 +13,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from experiment_cases import latest_digest
 from reproduction_cases import DATA, STOCHASTIC, differences, results
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints, read_record, restore
-from dwiml_func.checkpoint.history import history_from_json
+from dwiml_func.checkpoint.checkpoint import read, restore
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.cli.main import main
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import EpochReport
@@ -46,7 +47,7 @@ def source(finished: Path, tmp_path: Path) -> Path:
 
 
 def history(directory: Path) -> tuple[EpochReport, ...]:
-    return history_from_json(read_record(directory)["history"])
+    return read(directory).history
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -67,7 +68,7 @@ def test_a_fork_without_changes_ends_as_its_source(cli, source, name):
     assert differences(results(same), results(source)) == []
     assert tree(source) == before
     config = read_config(same)
-    digest = read_record(source, name)["digest"]
+    digest = read(source, name).digest
     assert config.origin == Origin(experiment=str(source), checkpoint=name, digest=digest, start_digest=digest)
     assert dataclasses.replace(config, origin=None) == read_config(source)
     assert name in list_checkpoints(same)
@@ -231,8 +232,8 @@ def test_other_data_are_taken_when_asked_for_and_noticed_when_not(cli, source):
     outcome = cli("fork", source, "other", "--from", "3", "--hdf5-file", data)
     assert outcome.code == 0
     assert "with another hdf5_file" in outcome.out
-    found = read_record(source.parent / "other", "3")["data"]
-    assert found["sha256"] == fingerprint(data)["sha256"] != read_record(source, "3")["data"]["sha256"]
+    found = read(source.parent / "other", "3").data
+    assert found["sha256"] == fingerprint(data)["sha256"] != read(source, "3").data["sha256"]
     assert cli("verify", source.parent / "other").code == 0
 
     config = json.loads((source / "config.json").read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from gated_run import check_same_end, gated, read_to, train_whole
 
-from dwiml_func.checkpoint.checkpoint import list_checkpoints
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals
 
 

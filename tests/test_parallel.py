@@ -15,7 +15,7 @@ import pytest
 from preloaded import run_ranks
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
 
-from dwiml_func.checkpoint.checkpoint import list_checkpoints
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.distributed.process_group import join_process_group, rank_zero_first
 
 pytestmark = pytest.mark.soak

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dwiml_func.checkpoint.index import newest_record
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
@@ -151,7 +151,7 @@ def test_training_leaves_a_picture_and_its_evaluation(stopped_early: Path) -> No
     assert evaluation.num_streamlines == 48
     assert evaluation.principal_direction is not None
     figure = draw_experiments([run])
-    record = newest_record(run)
+    record = newest(run)
     assert record is not None
     assert lines(figure.axes[0])["validation"].tolist() == [report.valid["loss"] for report in record.history]
     assert figure.get_suptitle() == "run"

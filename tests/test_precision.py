@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from experiment_cases import CONFIG, PHANTOM
+from experiment_cases import CONFIG, PHANTOM, latest_digest
 from reproduction_cases import STOCHASTIC
 from test_compiled_learn2track import NUM_FEATURES, some_batch
 from torch import Tensor
 from torch.func import grad, vmap
 
 from dwiml_func import Key, adam, init_state, module_loss, read_means, train_step, value_and_grad
-from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.autocast import autocast_forward, check_bf16
 from dwiml_func.core.metrics import add_metrics

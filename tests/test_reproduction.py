@@ -17,7 +17,9 @@ from preloaded import run_command, run_program
 from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results
 from reproduction_cases import train as train_from_scratch
 
-from dwiml_func.checkpoint.checkpoint import list_checkpoints, read_record
+from dwiml_func.checkpoint.checkpoint import read
+from dwiml_func.checkpoint.digest import leaf_digest, state_leaves
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.folder import create_experiment, read_config
 
 pytestmark = pytest.mark.soak
@@ -145,14 +147,17 @@ def _train_without(folder: Path, source: Path, what: str) -> Path:
 def test_without_writers(uninterrupted: Path, tmp_path: Path) -> None:
     directory = _train_without(tmp_path, uninterrupted, "writers")
     assert not (directory / "logs").exists()
-    assert read_record(directory)["digest"] == read_record(uninterrupted)["digest"]
+    assert read(directory).digest == read(uninterrupted).digest
 
 
 def test_without_validation_the_leaves_are_equal(uninterrupted: Path, tmp_path: Path) -> None:
     directory = _train_without(tmp_path, uninterrupted, "validation")
-    record = read_record(directory)
-    assert record["leaves"] == read_record(uninterrupted)["leaves"]
-    assert all(report["valid"] == {} for report in record["history"])
+    leaves, others = (
+        {name: leaf_digest(leaf) for name, leaf in state_leaves(read(path).state).items()}
+        for path in (directory, uninterrupted)
+    )
+    assert leaves == others
+    assert all(report.valid == {} for report in read(directory).history)
 
 
 def test_with_progress_bars_on_a_terminal(uninterrupted: Path, tmp_path: Path) -> None:
@@ -181,8 +186,7 @@ def test_with_progress_bars_on_a_terminal(uninterrupted: Path, tmp_path: Path) -
 
 def test_the_record_has_the_digest_of_every_epoch(tmp_path: Path) -> None:
     directory = train(tmp_path, "--keep", "all", epochs=3)
-    record = read_record(directory)
     assert list_checkpoints(directory) == ["1", "2", "3"]
-    assert [report["digest"] for report in record["history"]] == [
-        read_record(directory, name)["digest"] for name in ("1", "2", "3")
+    assert [report.digest for report in read(directory).history] == [
+        read(directory, name).digest for name in ("1", "2", "3")
     ]

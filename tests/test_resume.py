@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from experiment_cases import latest_digest
 from reproduction_cases import logs
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints
 from dwiml_func.checkpoint.digest import leaf_digest
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.folder import read_config
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

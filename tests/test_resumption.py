@@ -17,6 +17,7 @@ from experiment_cases import (
     CONFIG,
     PHANTOM,
     contents,
+    latest_digest,
     restored,
     train_stopped_early,
     trained,
@@ -24,7 +25,7 @@ from experiment_cases import (
 )
 
 from dwiml_func.checkpoint.arrays import CheckpointError
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.experiment.config import TrainingConfig

@@ -16,6 +16,7 @@ from experiment_cases import (
     BATCHES,
     CONFIG,
     PHANTOM,
+    latest_digest,
     restored,
     train_stopped_early,
     trained,
@@ -24,8 +25,9 @@ from experiment_cases import (
 )
 
 from dwiml_func import NonFiniteError, TrainState
-from dwiml_func.checkpoint.checkpoint import latest_digest, list_checkpoints, restore
+from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.digest import leaf_digest, state_leaves
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.data.hdf5.read import open_dataset

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from experiment_cases import latest_digest
 
-from dwiml_func.checkpoint.checkpoint import latest_digest
 from dwiml_func.cli._example_options import example_options, kept_example_options
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli._run_options import RunOptions

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dwiml_func.checkpoint.index import newest_record
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli.runs import format_runs
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config
@@ -36,7 +36,7 @@ def change(run: Path, **training: object) -> None:
 
 
 def test_a_run_is_shown_as_its_record_has_it(cli, experiments: Path) -> None:
-    record = newest_record(experiments / "run")
+    record = newest(experiments / "run")
     assert record is not None
     best = record.history[1]
     (row,) = rows(cli, experiments).values()

@@ -1,6 +1,6 @@
-"""Checkpoints: a run on disk, written by one rename and proved by digests."""
+"""Checkpoints of a run on disk: each appears by one rename, and digests prove its content."""
 
-from dwiml_func.checkpoint.checkpoint import Checkpoint, restore, restore_newest, restore_or, save
+from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, read, restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import CheckpointError, CorruptError
@@ -10,8 +10,9 @@ __all__ = [
     "CheckpointError",
     "CorruptError",
     "list_checkpoints",
+    "newest",
+    "read",
     "restore",
-    "restore_newest",
     "restore_or",
     "save",
     "state_digest",

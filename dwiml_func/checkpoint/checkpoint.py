@@ -1,109 +1,157 @@
-"""One checkpoint on disk: written as it is, and read into a state of the same structure.
+"""Checkpoints of a run on disk: `checkpoint/<epoch>[-<batch>]/` in an experiment, each complete or absent.
 
-Checkpoints of a run on disk: `checkpoint/<epoch>[-<batch>]/`, each whole or absent.
-
-A checkpoint holds the state, the reports of all epochs so far, the run's config, and what wrote it. Its `manifest.json`
-is readable without the tensors.
+A checkpoint holds the state, the reports of all epochs so far, the run's config, and the environment that wrote it.
+All but the tensors stands in its `manifest.json`, so a `Checkpoint` reads them only when its state is asked for.
+`read` takes the checkpoint of a name, `newest` the newest valid one; `restore` and `restore_or` are built on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.checkpoint.arrays import CheckpointError, load_leaves, save_leaves
+from dwiml_func.checkpoint.arrays import CheckpointError, CorruptError, load_leaves, save_leaves
 from dwiml_func.checkpoint.digest import (
     combine_digests,
     leaf_differences,
     leaf_digest,
     numbers_to_fields,
+    state_from_leaves,
     state_leaves,
     state_numbers,
 )
 from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
-from dwiml_func.checkpoint.index import checkpoint_name, checkpoint_path, list_checkpoints, newest_valid, read_record
+from dwiml_func.checkpoint.index import checkpoint_name, checkpoint_path, list_checkpoints, position_name
+from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.files.atomic import atomic_remove, make_directory
 
-__all__ = [
-    "Checkpoint",
-    "latest_digest",
-    "list_checkpoints",
-    "read_record",
-    "remove_old",
-    "restore",
-    "restore_newest",
-    "restore_or",
-    "save",
-    "write_checkpoint",
-]
+__all__ = ["Checkpoint", "newest", "read", "remove_old", "restore", "restore_or", "save", "write"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A restored checkpoint.
+    """A checkpoint on disk. Its tensors are read when `state` is first asked for.
 
     Args:
-        name: its name, such as "3" (after three epochs) or "3-50" (and fifty batches of the fourth).
-        state: the run.
+        name: such as "3" (after three epochs) or "3-50" (and fifty batches of the fourth).
+        digest: the recorded `state_digest` of the state.
         history: the reports of all epochs up to it, with their digests.
-        config: what was recorded as the run's config.
+        config: the run's config, as JSON data.
         environment: what wrote it: versions, processor, number of threads, devices.
-        data: the fingerprint of the data, as it was given to `save`.
-
-    Example:
-        >>> Checkpoint.__slots__
-        ('name', 'state', 'history', 'config', 'environment', 'data')
-    """
-
-    name: str
-    state: TrainState
-    history: tuple[EpochReport, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-
-
-def write_checkpoint(
-    directory: str | Path, checkpoint: Checkpoint, *, leaf_digests: Mapping[str, str] | None = None
-) -> Path:
-    """Write a checkpoint as it is: the inverse of `restore`. No other one is looked at or removed.
-
-    Args:
-        directory: the experiment; checkpoints go to its sub-folder `checkpoint`, made where needed.
-        checkpoint: what to write; without an `environment`, that of this process.
-        leaf_digests: what `dwiml_func.checkpoint.digest.leaf_digest` gives for each leaf of the state, if it is known.
-
-    Returns:
-        The checkpoint's directory. It appears by one rename, after its bytes are on the disk.
+        data: the fingerprint of the data; empty where none was recorded.
+        corrupt: what is wrong with newer checkpoints, by name; only `newest` fills it.
+        load: reads the state.
 
     Example:
         >>> import tempfile, torch
         >>> from dwiml_func import init_state, sgd
-        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     path = write_checkpoint(directory, Checkpoint(name="0", state=state, data={"sha256": "0f3a"}))
-        ...     restore(directory, state).data
-        {'sha256': '0f3a'}
+        ...     _ = save(directory, init_state(torch.nn.Linear(1, 1), sgd(), seed=0), config={"lr": 0.1})
+        ...     checkpoint = read(directory)
+        ...     checkpoint.name, checkpoint.config, checkpoint.state.step
+        ('0', {'lr': 0.1}, 0)
     """
-    folder = Path(directory) / "checkpoint"
-    make_directory(folder)
-    facts = {
-        "history": history_to_json(checkpoint.history),
-        "config": dict(checkpoint.config),
-        "data": dict(checkpoint.data),
-        **({"environment": dict(checkpoint.environment)} if checkpoint.environment else {}),
-    }
-    path, state = folder / checkpoint.name, checkpoint.state
-    save_leaves(path, state_leaves(state), facts, numbers=state_numbers(state), leaf_digests=leaf_digests)
-    return path
+
+    name: str
+    digest: str
+    history: tuple[EpochReport, ...]
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    data: Mapping[str, Any]
+    corrupt: Mapping[str, str] = field(default_factory=dict)
+    load: Callable[[], TrainState] = field(repr=False, compare=False)
+
+    @cached_property
+    def state(self) -> TrainState:
+        """The training state, whose tensors are checked against their digests as they are read."""
+        return self.load()
+
+
+def read(directory: str | Path, name: str | None = None, *, like: TrainState | None = None) -> Checkpoint:
+    """Read a checkpoint without its tensors.
+
+    Args:
+        directory: the experiment.
+        name: which checkpoint, e.g. "3" or "3-50"; None takes the latest.
+        like: a state with the names, shapes, dtypes, devices and key to expect. Without it, the checkpoint's state is
+            as recorded, on the CPU.
+
+    Returns:
+        The checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint, or none of that name.
+        CorruptError: its manifest is corrupt. The same error comes from `state` if its tensors are.
+        CheckpointError: it differs from `like`.
+
+    Example:
+        >>> read("/no/such/run")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: No checkpoint in /no/such/run/checkpoint. Has an epoch been finished there?
+    """
+    path = checkpoint_path(directory, name)
+    manifest = read_manifest(path, needs=("numbers", "history", "config"))
+    saved_as = position_name(manifest["numbers"]["epoch"], manifest["numbers"]["batch"])
+    if saved_as != path.name:
+        raise CorruptError(f"{path} is corrupt: what it holds was saved as {saved_as}.")
+    if like is not None:
+        _check_fit(path, manifest, like)
+    return Checkpoint(
+        name=path.name,
+        digest=manifest["digest"],
+        history=history_from_json(manifest["history"]),
+        config=manifest["config"],
+        environment=manifest["environment"],
+        data=manifest.get("data") or {},
+        load=partial(_load_state, path, manifest, like),
+    )
+
+
+def newest(directory: str | Path, *, like: TrainState | None = None) -> Checkpoint | None:
+    """Read the newest valid checkpoint, also while a run in another process saves and removes checkpoints.
+
+    Args:
+        directory: the experiment.
+        like: as for `read`. With it the tensors are read too, and must be valid; without it, only the manifest.
+
+    Returns:
+        The checkpoint, whose `corrupt` says what is wrong with newer ones; None where there is no checkpoint yet.
+
+    Raises:
+        CorruptError: all are corrupt.
+        CheckpointError: the newest valid one differs from `like`.
+
+    Example:
+        >>> newest("/no/such/run") is None
+        True
+    """
+    corrupt: dict[str, str] = {}
+    while names := [name for name in list_checkpoints(directory) if name not in corrupt]:
+        try:
+            found = replace(read(directory, names[-1], like=like), corrupt=corrupt)
+            if like is not None:
+                _ = found.state
+        except (CorruptError, FileNotFoundError) as error:
+            if names[-1] not in list_checkpoints(directory):
+                continue  # it was removed while it was read
+            if not isinstance(error, CorruptError):
+                raise
+            corrupt[names[-1]] = str(error)
+        else:
+            return found
+    if corrupt:
+        raise CorruptError(f"Every checkpoint is corrupt. {' '.join(corrupt.values())}")
+    return None
 
 
 def restore(directory: str | Path, like: TrainState, *, name: str | None = None) -> Checkpoint:
-    """Read a checkpoint into a state of the same structure.
+    """Read a checkpoint with its tensors into a state of the same structure.
 
     Args:
         directory: the experiment.
@@ -112,49 +160,49 @@ def restore(directory: str | Path, like: TrainState, *, name: str | None = None)
         name: which checkpoint, e.g. "3" or "3-50"; None takes the latest.
 
     Returns:
-        The checkpoint; its tensors are on the devices of those of `like`.
+        The checkpoint; the tensors of its `state` are on the devices of those of `like`.
 
     Raises:
         FileNotFoundError: there is no checkpoint, or none of that name.
         CorruptError: it is corrupt.
-        CheckpointError: it differs from `like`; the message lists every difference, with both values.
+        CheckpointError: it differs from `like`.
 
     Example:
         >>> import tempfile, torch
         >>> from dwiml_func import init_state, sgd
-        >>> from dwiml_func.checkpoint.checkpoint import save
         >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     _ = save(directory, state.replace(epoch=3))
         ...     restore(directory, state).state.epoch
         3
     """
-    path = checkpoint_path(directory, name)
-    manifest = read_record(directory, path.name)
-    differences = leaf_differences(manifest["leaves"], state_leaves(like))
-    fields = numbers_to_fields(manifest["numbers"])
-    if fields["key"] != like.key:
-        differences.append(f"key: {fields['key']} in the checkpoint, {like.key} expected")
-    if differences:
-        raise CheckpointError(f"Checkpoint {path} does not fit the state to restore into: {'; '.join(differences)}.")
-    leaves = load_leaves(path, manifest)
-    state = TrainState(
-        params={name: leaves[f"params/{name}"].to(like.params[name].device) for name in like.params},
-        buffers={name: leaves[f"buffers/{name}"].to(like.buffers[name].device) for name in like.buffers},
-        opt_state={
-            kind: {name: leaves[f"opt_state/{kind}/{name}"].to(moments[name].device) for name in moments}
-            for kind, moments in like.opt_state.items()
-        },
-        **fields,
-    )
-    return Checkpoint(
-        name=path.name,
-        state=state,
-        history=history_from_json(manifest["history"]),
-        config=manifest["config"],
-        environment=manifest["environment"],
-        data=manifest.get("data", {}),
-    )
+    checkpoint = read(directory, name, like=like)
+    _ = checkpoint.state
+    return checkpoint
+
+
+def restore_or(directory: str | Path, state: TrainState) -> tuple[TrainState, tuple[EpochReport, ...]]:
+    """The newest valid checkpoint of a run or, where there is none yet, the given state.
+
+    Args:
+        directory: the experiment; it need not exist.
+        state: the first state of the run.
+
+    Returns:
+        The state to continue from and the reports of the epochs so far.
+
+    Raises:
+        CheckpointError: as `newest`.
+
+    Example:
+        >>> import torch
+        >>> from dwiml_func import init_state, sgd
+        >>> state, history = restore_or("/no/such/run", init_state(torch.nn.Linear(1, 1), sgd(), seed=0))
+        >>> state.epoch, history
+        (0, ())
+    """
+    checkpoint = newest(directory, like=state)
+    return (state, ()) if checkpoint is None else (checkpoint.state, checkpoint.history)
 
 
 def save(
@@ -173,17 +221,21 @@ def save(
     Args:
         directory: the experiment; checkpoints go to its sub-folder `checkpoint`, made where needed.
         state: the run.
-        history: the reports of all epochs so far. Digests that they lack are taken from the checkpoints before, and from
-            the state itself.
+        history: the reports of all epochs so far. Missing digests are taken from the checkpoints before, and from the
+            state itself.
         config: JSON data to record, e.g. the run's config.
         data: a fingerprint of the data to record.
         environment: what computed the state; None takes this process and the devices of the state's tensors.
-        keep: how many of the latest checkpoints at an epoch's end stay, besides that of the best epoch and the latest two
-            within the epoch under way; None keeps all.
+        keep: how many of the latest checkpoints at an epoch's end stay, besides that of the best epoch and the latest
+            two within the current epoch; None keeps all.
         keep_always: names of checkpoints that stay whatever `keep` is.
 
     Returns:
         The checkpoint's directory. It appears by one rename, after its bytes are on the disk.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to; the checkpoints before stay.
+        ValueError: something given is not JSON data.
 
     Example:
         >>> import tempfile, torch
@@ -196,121 +248,36 @@ def save(
     """
     leaf_digests = {name: leaf_digest(leaf) for name, leaf in state_leaves(state).items()}
     digest = combine_digests(leaf_digests, state_numbers(state)) if state.batch == 0 else None
-    checkpoint = Checkpoint(
-        name=checkpoint_name(state),
-        state=state,
-        history=fill_digests(history, _earlier_history(directory), state.epoch, digest),
-        config=config or {},
-        data=data or {},
-        environment=environment or {},
-    )
-    path = write_checkpoint(directory, checkpoint, leaf_digests=leaf_digests)
+    history = fill_digests(history, _earlier_history(directory), state.epoch, digest)
+    facts = {"config": config, "data": data, "environment": environment}
+    path = write(directory, state, history, leaf_digests=leaf_digests, **facts)
     remove_old(directory, state, keep, keep_always)
     return path
 
 
-def restore_newest(directory: str | Path, like: TrainState) -> tuple[Checkpoint, list[str]]:
-    """Restore the newest checkpoint that is not corrupt.
-
-    Args:
-        directory: the experiment.
-        like: as for `restore`.
-
-    Returns:
-        The checkpoint, and the names of newer ones that are corrupt.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        CorruptError: all are corrupt; the message names each.
-        CheckpointError: the newest sound one differs from `like`.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from dwiml_func import init_state, sgd
-        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     _ = save(directory, state.replace(epoch=1))
-        ...     (save(directory, state.replace(epoch=2)) / "manifest.json").unlink()
-        ...     checkpoint, corrupt = restore_newest(directory, state)
-        ...     checkpoint.name, corrupt
-        ('1', ['2'])
-    """
-    checkpoint, corrupt = newest_valid(directory, lambda name: restore(directory, like, name=name))
-    return checkpoint, list(corrupt)
-
-
-def restore_or(directory: str | Path, state: TrainState) -> tuple[TrainState, tuple[EpochReport, ...]]:
-    """The newest sound checkpoint of a run, or, where there is none yet, the state that is given.
-
-    Args:
-        directory: the experiment; it need not exist.
-        state: the first state of the run.
-
-    Returns:
-        The state to go on from and the reports of the epochs so far.
-
-    Raises:
-        CheckpointError: as `restore_newest`.
-
-    Example:
-        >>> import torch
-        >>> from dwiml_func import init_state, sgd
-        >>> state, history = restore_or("/no/such/run", init_state(torch.nn.Linear(1, 1), sgd(), seed=0))
-        >>> state.epoch, history
-        (0, ())
-    """
-    if not list_checkpoints(directory):
-        return state, ()
-    checkpoint, _ = restore_newest(directory, state)
-    return checkpoint.state, checkpoint.history
-
-
-def latest_digest(directory: str | Path) -> str:
-    """The digest of an experiment's latest state, computed from the bytes on disk.
-
-    Args:
-        directory: the experiment.
-
-    Returns:
-        What `dwiml_func.checkpoint.digest.state_digest` gives for that state: 64 hexadecimal digits.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint.
-        CheckpointError: it is corrupt.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from dwiml_func import digest, init_state, sgd
-        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     _ = save(directory, state)
-        ...     latest_digest(directory) == digest.state_digest(state)
-        True
-    """
-    path = checkpoint_path(directory, None)
-    manifest = read_record(directory, path.name)
-    leaves = {name: leaf_digest(leaf) for name, leaf in load_leaves(path, manifest).items()}
-    return combine_digests(leaves, manifest["numbers"])
-
-
-def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
-    try:
-        return history_from_json(read_record(directory)["history"])
-    except (FileNotFoundError, CheckpointError):
-        return ()
+def write(
+    directory: str | Path,
+    state: TrainState,
+    history: Sequence[EpochReport],
+    *,
+    config: Mapping[str, Any] | None,
+    data: Mapping[str, Any] | None,
+    environment: Mapping[str, Any] | None,
+    leaf_digests: Mapping[str, str] | None = None,
+) -> Path:
+    """Write one checkpoint, as `save` does, with the history as it is; no other checkpoint is read or removed."""
+    folder = Path(directory) / "checkpoint"
+    make_directory(folder)
+    facts = {"history": history_to_json(history), "config": dict(config or {}), "data": dict(data or {})}
+    if environment:
+        facts["environment"] = dict(environment)
+    path = folder / checkpoint_name(state)
+    save_leaves(path, state_leaves(state), facts, numbers=state_numbers(state), leaf_digests=leaf_digests)
+    return path
 
 
 def remove_old(directory: str | Path, state: TrainState, keep: int | None, keep_always: Collection[str] = ()) -> None:
-    """Remove checkpoints, as `save` does.
-
-    Args:
-        directory: the experiment.
-        state: that of its latest checkpoint.
-        keep, keep_always: as for `save`.
-
-    Example:
-        >>> remove_old(directory, state, keep=2)  # doctest: +SKIP
-    """
+    """Remove checkpoints as `save` does, where `state` is that of the latest."""
     if keep is None:
         return
     names = list_checkpoints(directory)
@@ -320,3 +287,35 @@ def remove_old(directory: str | Path, state: TrainState, keep: int | None, keep_
     for name in names:
         if name not in kept:
             atomic_remove(Path(directory) / "checkpoint" / name)
+
+
+def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
+    try:
+        found = newest(directory)
+    except CheckpointError:
+        return ()
+    return found.history if found else ()
+
+
+def _check_fit(path: Path, manifest: Mapping[str, Any], like: TrainState) -> None:
+    differences = leaf_differences(manifest["leaves"], state_leaves(like))
+    key = numbers_to_fields(manifest["numbers"])["key"]
+    if key != like.key:
+        differences.append(f"key: {key} in the checkpoint, {like.key} expected")
+    if differences:
+        raise CheckpointError(f"Checkpoint {path} does not fit the state to restore into: {'; '.join(differences)}.")
+
+
+def _load_state(path: Path, manifest: Mapping[str, Any], like: TrainState | None) -> TrainState:
+    leaves, fields = load_leaves(path, manifest), numbers_to_fields(manifest["numbers"])
+    if like is None:
+        return state_from_leaves(leaves, fields)
+    return TrainState(
+        params={name: leaves[f"params/{name}"].to(like.params[name].device) for name in like.params},
+        buffers={name: leaves[f"buffers/{name}"].to(like.buffers[name].device) for name in like.buffers},
+        opt_state={
+            kind: {name: leaves[f"opt_state/{kind}/{name}"].to(tensors[name].device) for name in tensors}
+            for kind, tensors in like.opt_state.items()
+        },
+        **fields,
+    )

@@ -29,6 +29,7 @@ __all__ = [
     "leaf_differences",
     "leaf_digest",
     "state_digest",
+    "state_from_leaves",
     "state_leaves",
     "state_numbers",
     "tensor_bytes",
@@ -182,6 +183,20 @@ def numbers_to_fields(numbers: dict[str, Any]) -> dict[str, Any]:
         "sums": {name: Sum(*pair) for name, pair in numbers["sums"].items()},
         "best": Best(**numbers["best"]),
     }
+
+
+def state_from_leaves(leaves: Mapping[str, Tensor], fields: Mapping[str, Any]) -> TrainState:
+    """The inverse of `state_leaves` and `numbers_to_fields`."""
+    groups: dict[str, dict[str, Tensor]] = {"params": {}, "buffers": {}}
+    opt_state: dict[str, dict[str, Tensor]] = {}
+    for path, leaf in leaves.items():
+        group, name = path.split("/", 1)
+        if group == "opt_state":
+            kind, name = name.split("/", 1)
+            opt_state.setdefault(kind, {})[name] = leaf
+        else:
+            groups[group][name] = leaf
+    return TrainState(**groups, opt_state=opt_state, **fields)
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:

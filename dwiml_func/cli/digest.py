@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.checkpoint.checkpoint import latest_digest
+from dwiml_func.checkpoint.checkpoint import read
+from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.cli._parsing import parse
 from dwiml_func.experiment.folder import is_ensemble, member_folders
 
@@ -48,5 +49,5 @@ def run(arguments: Sequence[str], program: str) -> int:
     directory = Path(options.experiment_dir)
     folders = member_folders(directory) if is_ensemble(directory) else [directory]
     for folder in folders:
-        print(latest_digest(folder))
+        print(state_digest(read(folder).state))
     return 0

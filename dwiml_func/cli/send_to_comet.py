@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.checkpoint.index import newest_record
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._parsing import parse
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.logs import experiment_comet
@@ -54,13 +54,13 @@ def run(arguments: Sequence[str], program: str) -> int:
     """
     options = parse(SendToCometOptions, arguments, program)
     directory = Path(options.experiment_dir)
-    config, record = read_config(directory), newest_record(directory)
-    if record is None or not record.history:
+    config, checkpoint = read_config(directory), newest(directory)
+    if checkpoint is None or not checkpoint.history:
         raise ValueError(f"{directory} has no epoch on record yet. Expected one that has been finished and saved.")
     given = {"workspace": options.comet_workspace, "project": options.comet_project}
     places = {name: value for name, value in given.items() if value is not None}
     comet = experiment_comet(directory, config, offline=options.offline, patience=600.0, **places)
-    place = comet.send(*record.history)
+    place = comet.send(*checkpoint.history)
     if place is None:
         return 1
     print(place)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
 from dwiml_func.checkpoint.history import history_to_json
-from dwiml_func.checkpoint.index import Record, newest_record
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.folder import read_config
 
@@ -77,22 +77,22 @@ def compare_experiments(a: str | Path, b: str | Path) -> Comparison:
         FileNotFoundError: '/no/such/experiment' is not an experiment: it has no config.json.
     """
     config_a, config_b = (read_config(Path(directory)).to_dict() for directory in (a, b))
-    records = [newest_record(directory) for directory in (a, b)]
-    histories = [record.history if record else () for record in records]
+    checkpoints = [newest(directory) for directory in (a, b)]
+    histories = [checkpoint.history if checkpoint else () for checkpoint in checkpoints]
     common = list(zip(*histories, strict=False))
     with_digest = [pair for pair in common if pair[0].digest is not None and pair[1].digest is not None]
     first_metrics = next((pair for pair in common if report_differences(*pair)), None)
-    known = [record for record in records if record]
+    known = [checkpoint for checkpoint in checkpoints if checkpoint]
     return Comparison(
         config=tuple(differences(config_a, config_b)),
-        environment=_compared([record.environment for record in known]),
-        data=_compared([_content(record.data) for record in known if record.data]),
+        environment=_compared([checkpoint.environment for checkpoint in known]),
+        data=_compared([_content(checkpoint.data) for checkpoint in known if checkpoint.data]),
         num_epochs=(len(histories[0]), len(histories[1])),
         num_digests=len(with_digest),
         first_state=next((pair[0].epoch for pair in with_digest if pair[0].digest != pair[1].digest), None),
         first_metrics=first_metrics[0].epoch if first_metrics else None,
         metrics=tuple(report_differences(*first_metrics)) if first_metrics else (),
-        notes=tuple(_notes(records, num_without=len(common) - len(with_digest))),
+        notes=tuple(_notes(checkpoints, num_without=len(common) - len(with_digest))),
     )
 
 
@@ -190,15 +190,15 @@ def _content(data: Mapping[str, Any]) -> dict[str, Any]:
     return {name: data.get(name) for name in ("sha256", "size")}
 
 
-def _notes(records: Sequence[Record | None], *, num_without: int) -> list[str]:
+def _notes(checkpoints: Sequence[Checkpoint | None], *, num_without: int) -> list[str]:
     notes = []
-    for label, record in zip("AB", records, strict=True):
-        if record is None:
+    for label, checkpoint in zip("AB", checkpoints, strict=True):
+        if checkpoint is None:
             notes.append(f"{label} has no checkpoint yet")
             continue
-        if not record.data:
+        if not checkpoint.data:
             notes.append(f"{label} does not have on record what its data were")
-        notes += [f"{label}: {sentence}" for sentence in record.corrupt]
+        notes += [f"{label}: {sentence}" for sentence in checkpoint.corrupt.values()]
     if num_without:
         notes.append(f"{num_without} of the common epochs have no digest on record: no checkpoint was due there")
     return notes

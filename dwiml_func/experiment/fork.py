@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from dwiml_func.checkpoint.checkpoint import Checkpoint, restore, restore_newest, write_checkpoint
+from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, restore, write
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.manifest import CheckpointError, CorruptError
 from dwiml_func.core.early_stopping import Best, should_stop
@@ -38,8 +39,9 @@ class Fork:
 
     Args:
         setup: its parts; `setup.config` names its origin.
-        checkpoint: what it begins with: the state, with what begins anew, and the reports of the source's epochs with the
-            digests that they have there.
+        checkpoint: that of the source.
+        state: what the fork begins with: the state of the checkpoint, with what is reset.
+        data: the fingerprint of the data to record.
         best_state: the run after the best epoch so far; None where the best epoch begins anew.
         notes: a sentence for each change that reaches further than its option.
 
@@ -51,6 +53,8 @@ class Fork:
 
     setup: RunParts
     checkpoint: Checkpoint
+    state: TrainState
+    data: Mapping[str, Any]
     best_state: TrainState | None = None
     notes: tuple[str, ...] = ()
 
@@ -121,8 +125,7 @@ def prepare_fork(
         start_digest=state_digest(state),
     )
     setup = replace(setup, config=replace(config, origin=origin))
-    checkpoint = replace(checkpoint, state=state, config=setup.config.to_dict(), data=data)
-    return Fork(setup=setup, checkpoint=checkpoint, best_state=best_state, notes=tuple(notes))
+    return Fork(setup=setup, checkpoint=checkpoint, state=state, data=data, best_state=best_state, notes=tuple(notes))
 
 
 def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) -> Path:
@@ -145,7 +148,8 @@ def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) 
     """
 
     def fill(directory: Path) -> None:
-        write_checkpoint(directory, fork.checkpoint)
+        source, config = fork.checkpoint, fork.setup.config.to_dict()
+        write(directory, fork.state, source.history, config=config, data=fork.data, environment=source.environment)
         if fork.best_state is not None:
             save_best_model(directory, fork.setup, fork.best_state)
 
@@ -162,13 +166,13 @@ def _restore(source: Path, like: TrainState, name: str | None, changed: Set[str]
     try:
         if name is not None:
             return restore(source, like, name=name)
-        checkpoint, corrupt = restore_newest(source, like)
+        checkpoint = newest(source, like=like) or restore(source, like)  # raises: there is none
     except CorruptError:
         raise
     except CheckpointError as error:
         options = ", ".join(sorted(option for option in changed if not option.startswith("training."))) or "nothing"
         raise ValueError(f"{error} A fork keeps the model's tensors. Changed: {options}.") from None
-    for newer in corrupt:
+    for newer in checkpoint.corrupt:
         logging.getLogger(__name__).warning(
             "Checkpoint %s of %s is corrupt; forking %s.", newer, source, checkpoint.name
         )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dwiml_func.checkpoint.index import newest_record
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.compare import distinguishing
 from dwiml_func.experiment.config import RunConfig
@@ -317,13 +317,13 @@ def draw_experiments(directories: Sequence[str | Path]) -> Figure:
     options = distinguishing([replace(config, origin=None).to_dict() for config in configs])
     runs = []
     for path, config, own in zip(paths, configs, options, strict=True):
-        record = newest_record(path)
-        if record is None or not record.history:
+        checkpoint = newest(path)
+        if checkpoint is None or not checkpoint.history:
             raise ValueError(f"{str(path)!r} has no finished epoch on record yet: there is nothing to draw.")
-        for sentence in record.corrupt:
-            _log.warning("%s Drawn from %s.", sentence, record.name)
+        for sentence in checkpoint.corrupt.values():
+            _log.warning("%s Drawn from %s.", sentence, checkpoint.name)
         runs.append(
-            PlottedRun(label=_label(path, config, own), history=record.history, evaluation=read_evaluation(path))
+            PlottedRun(label=_label(path, config, own), history=checkpoint.history, evaluation=read_evaluation(path))
         )
     return plot_runs(runs)
 

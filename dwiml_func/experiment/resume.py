@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.checkpoint.checkpoint import Checkpoint, list_checkpoints, restore_newest
+from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.loop import EpochReport
@@ -81,11 +81,11 @@ def resume_experiment(
         keep=keep,
     )
     setup = prepare(changed, process_group)
-    state, history, corrupt = setup.state, (), []
-    if list_checkpoints(directory):
-        checkpoint, corrupt = restore_newest(directory, setup.state)
+    state, history, corrupt = setup.state, (), {}
+    checkpoint = newest(directory, like=setup.state)
+    if checkpoint is not None:
         _check_other_data(checkpoint, changed)
-        state, history = checkpoint.state, checkpoint.history
+        state, history, corrupt = checkpoint.state, checkpoint.history, checkpoint.corrupt
         if process_group.rank == 0:
             _warn_of_other_machine(checkpoint, setup.state)
         for name in corrupt:

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from dwiml_func.checkpoint.index import newest_record
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.config import TrainingConfig
 from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
@@ -85,7 +85,7 @@ def _overview(directory: Path, name: str) -> RunOverview:
     is_running = is_locked(directory)
     try:
         training = read_config(directory).training
-        record = newest_record(directory)
+        checkpoint = newest(directory)
     except (ValueError, OSError) as error:
         problem = " ".join(str(error).split())
         return RunOverview(
@@ -94,7 +94,7 @@ def _overview(directory: Path, name: str) -> RunOverview:
             last_change=_last_change(directory),
             problems=(problem,),
         )
-    history = record.history if record else ()
+    history = checkpoint.history if checkpoint else ()
     best = history[-1].best if history else None
     at_best = history[best.epoch - 1] if best and best.epoch else None
     return RunOverview(
@@ -107,7 +107,7 @@ def _overview(directory: Path, name: str) -> RunOverview:
         angular_error_deg=at_best.valid.get("angular_error") if at_best else None,
         minutes=sum(report.train_minutes + report.valid_minutes for report in history),
         last_change=_last_change(directory),
-        problems=record.corrupt if record else (),
+        problems=tuple(checkpoint.corrupt.values()) if checkpoint else (),
     )
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func.checkpoint.arrays import load_leaves
-from dwiml_func.checkpoint.checkpoint import list_checkpoints, restore
+from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, read, restore
 from dwiml_func.checkpoint.digest import bit_difference, leaf_differences, state_digest, state_leaves, state_numbers
-from dwiml_func.checkpoint.index import Record, newest_record, read_record
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.loop import Batches, EpochReport, train_and_validate
@@ -95,22 +94,22 @@ def verify_epoch(
     """
     directory = Path(directory)
     config = read_config(directory)
-    record = newest_record(directory)
-    if record is None or not record.history:
+    latest = newest(directory)
+    if latest is None or not latest.history:
         raise ValueError(f"{directory} has no epoch on record yet. Expected one that has been finished and saved.")
-    reports = {report.epoch: report for report in record.history}
-    epoch = record.history[-1].epoch if epoch is None else epoch
+    reports = {report.epoch: report for report in latest.history}
+    epoch = latest.history[-1].epoch if epoch is None else epoch
     if epoch not in reports:
         raise ValueError(f"Epoch {epoch} of {directory} is not on record. Expected one of 1 to {max(reports)}.")
     _check_epochs_of_origin(config, epoch)
     replayed_config = replace(config, hdf5_file=str(Path(hdf5_file).absolute())) if hdf5_file is not None else config
 
-    problems = list(record.corrupt)
-    after = _Checkpoint(directory, epoch)
-    problems += after.problems
-    recorded_environment = after.environment or record.environment
-    surroundings = differences(record.config, config.to_dict(), ("recorded", "in config.json"))
-    data_problems = _data_problems(record, replayed_config.hdf5_file)
+    problems = list(latest.corrupt.values())
+    after, corrupt = _checkpoint_after(directory, epoch)
+    problems += [problem for problem in corrupt if problem not in problems]
+    recorded_environment = (after or latest).environment
+    surroundings = differences(latest.config, config.to_dict(), ("recorded", "in config.json"))
+    data_problems = _data_problems(latest, replayed_config.hdf5_file)
     with _num_threads(recorded_environment.get("num_threads"), default=config.training.num_threads):
         # Where nothing can be replayed, nothing is known of another device either.
         devices, start, is_replayed = set(recorded_environment.get("devices", ())), None, False
@@ -146,25 +145,16 @@ class _NothingLeft(ValueError):
     pass
 
 
-class _Checkpoint:
-    """The checkpoint after the epoch, if there is one: what it records, and its leaves from the bytes on disk."""
-
-    def __init__(self, directory: Path, epoch: int) -> None:
-        self.name = str(epoch)
-        self.manifest: dict[str, Any] = {}
-        self.leaves: dict[str, Tensor] | None = None
-        self.problems: list[str] = []
-        if self.name not in list_checkpoints(directory):
-            return
-        try:
-            self.manifest = read_record(directory, self.name)
-            self.leaves = load_leaves(directory / "checkpoint" / self.name, self.manifest)
-        except CorruptError as error:
-            self.problems.append(str(error))
-
-    @property
-    def environment(self) -> Mapping[str, Any]:
-        return self.manifest.get("environment", {})
+def _checkpoint_after(directory: Path, epoch: int) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint after the epoch, with its tensors, or what is wrong with it."""
+    if str(epoch) not in list_checkpoints(directory):
+        return None, []
+    try:
+        checkpoint = read(directory, str(epoch))
+        _ = checkpoint.state
+    except CorruptError as error:
+        return None, [str(error)]
+    return checkpoint, []
 
 
 def _check_epochs_of_origin(config: RunConfig, epoch: int) -> None:
@@ -217,7 +207,7 @@ def _replay_problems(
     track: Callable[[Batches, str], Batches],
     reports: Mapping[int, EpochReport],
     epoch: int,
-    after: _Checkpoint,
+    after: Checkpoint | None,
 ) -> list[str]:
     training = setup.config.training
     epochs = train_and_validate(
@@ -241,22 +231,19 @@ def _replay_problems(
     raise AssertionError("the state to start from is before the epoch")
 
 
-def _state_problems(state: TrainState, digest: str, recorded: EpochReport, after: _Checkpoint) -> list[str]:
+def _state_problems(state: TrainState, digest: str, recorded: EpochReport, after: Checkpoint | None) -> list[str]:
     """The first leaf that differs, where it is known, and the digests."""
     problems = []
-    if after.leaves is not None and after.manifest["digest"] != digest:
-        problems += _first_leaf(after.leaves, state_leaves(state), after.name)
-        problems += differences(
-            after.manifest["numbers"], state_numbers(state), (f"in checkpoint {after.name}", "replayed")
-        )
+    if after is not None and after.digest != digest:
+        problems += _first_leaf(state_leaves(after.state), state_leaves(state), after.name)
+        labels = (f"in checkpoint {after.name}", "replayed")
+        problems += differences(state_numbers(after.state), state_numbers(state), labels)
     if recorded.digest not in (None, digest):
         problems.append(f"digest of the state: {recorded.digest} recorded, {digest} replayed")
-        if after.leaves is None:
-            problems.append(f"which leaf differs is not known, for there is no sound checkpoint {after.name}")
-    if after.leaves is not None and recorded.digest not in (None, after.manifest["digest"]):
-        problems.append(
-            f"digest of checkpoint {after.name}: {recorded.digest} recorded, {after.manifest['digest']} found"
-        )
+        if after is None:
+            problems.append(f"which leaf differs is not known, for there is no valid checkpoint {recorded.epoch}")
+    if after is not None and recorded.digest not in (None, after.digest):
+        problems.append(f"digest of checkpoint {after.name}: {recorded.digest} recorded, {after.digest} found")
     return problems
 
 
@@ -276,13 +263,13 @@ def _first_leaf(stored: Mapping[str, Tensor], replayed: Mapping[str, Tensor], na
     ]
 
 
-def _data_problems(record: Record, hdf5_file: str) -> list[str]:
-    if not record.data:
+def _data_problems(latest: Checkpoint, hdf5_file: str) -> list[str]:
+    if not latest.data:
         return []
     if not Path(hdf5_file).is_file():
         raise FileNotFoundError(f"No dataset {hdf5_file}. If it has moved, say where it is (--hdf5-file).")
     found = fingerprint(hdf5_file)
-    recorded = {name: record.data[name] for name in ("size", "sha256") if name in record.data}
+    recorded = {name: latest.data[name] for name in ("size", "sha256") if name in latest.data}
     lines = differences(recorded, {name: found[name] for name in recorded}, ("recorded", "now"))
     return [f"data file {hdf5_file}: {text}" for text in lines]
 
