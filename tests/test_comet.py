@@ -1,4 +1,4 @@
-"""Claims about Comet: every metric once, online and in archives, also after a kill; and training takes no harm."""
+"""Claims about Comet: every metric once, online and offline, also after a kill; failures do not affect training."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def logged(metrics: list[dict[str, Any]]) -> Counter[Row]:
 
 
 def read_archive(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """An archive's description, and its messages."""
+    """An archive's description and messages."""
     with zipfile.ZipFile(path) as archive:
         lines = archive.read("messages.json").decode().splitlines()
         return json.loads(archive.read("experiment.json")), [json.loads(line) for line in lines]
 
 
 def archived(path: Path) -> tuple[Counter[Row], dict[str, Any], dict[str, Any]]:
-    """Metrics and parameters of an archive, and what it says of itself."""
+    """Metrics, parameters and description of an archive."""
     facts, messages = read_archive(path)
     payloads = [(message["type"], message["payload"]) for message in messages]
     metrics = [row["metric"] | {"context": row.get("context")} for kind, row in payloads if kind == "metric_msg"]
@@ -88,7 +88,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_an_epochs_metrics_have_the_references_names_contexts_and_units():
+def test_an_epochs_metrics_have_dwi_mls_names_contexts_and_units():
     assert comet_metrics(report(3)) == [
         (None, "learning_rate", 0.1 / 3, 3),
         ("train", "train_loss_monitor", 1 / 3, 3),
@@ -105,7 +105,7 @@ def test_an_epochs_metrics_have_the_references_names_contexts_and_units():
     assert [context for context, *_ in comet_metrics(report(1, valid={}))].count("validate") == 0
 
 
-def test_a_run_has_one_key_for_ever_and_no_other_run_has_it():
+def test_the_key_of_a_run_never_changes_and_no_other_run_has_it():
     key = comet_key(report(1))
     assert comet_key(report(1, digest="0" * 64, stop="max_epochs")) == key  # as a checkpoint has it
     others = [comet_key(report(1, train_minutes=0.25 + 1e-12)), comet_key(report(1), branch="fork")]
@@ -168,7 +168,7 @@ def check_send_again(directory: Path, archive: Path) -> None:
     assert archived(archive)[:2] == before
 
 
-def test_online_a_resumed_run_goes_on_in_the_same_experiment_and_nothing_is_sent_twice(tmp_path, server, caplog):
+def test_online_a_resumed_run_continues_the_same_experiment_and_nothing_is_sent_twice(tmp_path, server, caplog):
     one, two, three = report(1), report(2), report(3, stop="max_epochs")
     first = Comet(tmp_path, workspace="lab", project="tracking", parameters={"a": 1}, patience=PATIENCE)
     key = comet_key(one)
@@ -187,7 +187,7 @@ def test_online_a_resumed_run_goes_on_in_the_same_experiment_and_nothing_is_sent
     assert not list(tmp_path.rglob("*.zip"))
 
 
-def test_a_key_without_a_network_makes_an_archive_with_the_key_that_the_run_has_online(tmp_path, monkeypatch, caplog):
+def test_without_a_network_an_archive_has_the_key_that_the_run_has_online(tmp_path, monkeypatch, caplog):
     with comet_server() as gone:
         address = gone.address
     monkeypatch.setenv("COMET_API_KEY", "k" * 25)
@@ -200,7 +200,7 @@ def test_a_key_without_a_network_makes_an_archive_with_the_key_that_the_run_has_
     assert "127.0.0.1 cannot be reached" in warning
 
 
-def test_a_key_that_comet_refuses_makes_an_archive(tmp_path, server, caplog):
+def test_an_api_key_that_comet_refuses_makes_an_archive(tmp_path, server, caplog):
     server.refuses = True
     place = Comet(tmp_path, patience=PATIENCE).send(report(1))
     assert place == str(tmp_path / "logs" / "comet" / f"{comet_key(report(1))}.zip")
@@ -216,8 +216,8 @@ def test_a_report_given_twice_counts_once_in_an_archive(tmp_path):
     assert archived(Path(place))[0] == rows(report(1), report(2), report(3))
 
 
-def test_without_its_first_epoch_a_run_is_not_known(tmp_path):
-    with pytest.raises(ValueError, match=r"was that of epoch 2.*write\(\*history\)"):
+def test_the_first_report_must_be_that_of_epoch_1(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected the report of epoch 1 .*: epoch 2\. .*write\(\*history\)"):
         Comet(tmp_path)(report(2))
 
 
@@ -270,6 +270,6 @@ def test_the_command_sends_a_finished_run(stopped_early, tmp_path, cli, server):
     assert logged(server.metrics[key]) == rows(*record.history)
 
 
-def test_the_command_refuses_what_has_no_epoch(tmp_path, cli):
+def test_the_command_refuses_an_experiment_without_an_epoch(tmp_path, cli):
     create_experiment(tmp_path, "run", CONFIG)
     cli("send-to-comet", tmp_path / "run").check_refusal("no epoch on record yet")

@@ -1,4 +1,4 @@
-"""Claims about `metrics.jsonl`: one object an epoch, strict JSON, always all of them."""
+"""Claims about `metrics.jsonl`: one object per epoch, strict JSON, always all of them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dwiml_func.writers.jsonl import jsonl
 
 
 def rows(directory: Path) -> list[dict[str, object]]:
-    def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+    def fail(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
 
     text = (directory / "logs" / "metrics.jsonl").read_text()
     assert text.endswith("\n")
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    return [json.loads(line, parse_constant=fail) for line in text.splitlines()]
 
 
-def test_a_line_has_all_that_a_report_says_to_the_last_bit(tmp_path):
+def test_a_line_holds_all_values_of_a_report_bitwise(tmp_path):
     jsonl(tmp_path)(report(1), report(2), report(3))
     assert rows(tmp_path)[2] == {
         "epoch": 3,
@@ -51,7 +51,7 @@ def test_the_speed_of_an_epoch_that_was_resumed_can_be_computed(tmp_path):
     assert row["points_in_train_minutes"] / row["train_minutes"] / 60 == resumed.points_per_second
 
 
-def test_there_is_a_line_an_epoch(tmp_path):
+def test_there_is_one_line_per_epoch(tmp_path):
     write = jsonl(tmp_path)
     write(report(1), report(2))
     write(report(3))

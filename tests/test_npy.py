@@ -1,4 +1,4 @@
-"""Claims about the logs: the reference's file names, one value an epoch, always all of them."""
+"""Claims about the logs: dwi_ml's file names, one value per epoch, always all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from report_cases import report
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.writers.npy import epoch_arrays, npy
 
-REFERENCE_NAMES = {
+DWI_ML_NAMES = {
     "train_loss_monitor_per_epoch",
     "valid_local_loss_monitor_per_epoch",
     "unclipped_grad_norm_monitor_per_epoch",
@@ -31,16 +31,16 @@ def logs(directory: Path) -> dict[str, np.ndarray]:
     return {file.stem: np.load(file) for file in files}
 
 
-def test_the_files_have_the_references_names_and_ours_beside_them():
+def test_the_files_have_dwi_mls_names_and_ours_beside_them():
     ours = {
         "learning_rate_per_epoch",
         "train_angular_error_monitor_per_epoch",
         "valid_angular_error_monitor_per_epoch",
     }
-    assert set(epoch_arrays([report(1)])) == REFERENCE_NAMES | ours
+    assert set(epoch_arrays([report(1)])) == DWI_ML_NAMES | ours
 
 
-def test_each_array_has_one_value_an_epoch_in_order():
+def test_each_array_has_one_value_per_epoch_in_order():
     arrays = epoch_arrays([report(epoch) for epoch in (1, 2, 4)])
     assert {array.shape for array in arrays.values()} == {(3,)}
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.float64)}
@@ -80,7 +80,7 @@ def test_every_call_writes_the_whole_history(tmp_path):
         assert written[name].dtype == np.float64
 
 
-def test_the_losses_of_the_best_epoch_are_the_references_file(tmp_path):
+def test_the_losses_of_the_best_epoch_are_in_dwi_mls_file(tmp_path):
     history = [report(1), report(2, best=Best(2.0, 1, 1), is_best=False)]
     write = npy(tmp_path)
     write(*history)

@@ -1,4 +1,4 @@
-"""Claims about writers: one that fails stops neither the training nor the others, and logs are whole again after it."""
+"""Claims about writers: one that fails stops neither the training nor the others, and the logs are completed later."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_writer_gets_every_report_in_order():
     assert seen == [("a", [1, 2]), ("b", [1, 2]), ("a", [3]), ("b", [3])]
 
 
-def test_one_that_fails_is_warned_of_once_and_called_again_and_the_others_go_on(caplog):
+def test_a_failing_writer_costs_one_warning_and_is_called_again_and_the_others_continue(caplog):
     failing, other = Failing(OSError(28, "No space left on device", "/logs/a.npy")), Failing(RuntimeError("not\nmine"))
     same = Failing(OSError(28, "No space left on device", "/logs/b.jsonl"))
     seen: list[int] = []
@@ -53,11 +53,11 @@ def test_one_that_fails_is_warned_of_once_and_called_again_and_the_others_go_on(
             write(report(epoch))
     assert failing.seen == other.seen == same.seen == seen == [1, 2, 3]
     first, second = (record.getMessage() for record in caplog.records)
-    assert "Logs were not written: [Errno 28] No space left on device: '/logs/a.npy'. Training goes on" in first
-    assert "RuntimeError: not mine. Training goes on" in second
+    assert "Logs were not written: [Errno 28] No space left on device: '/logs/a.npy'. Training continues" in first
+    assert "RuntimeError: not mine. Training continues" in second
 
 
-def test_ctrl_c_is_no_failure_of_a_writer():
+def test_ctrl_c_is_not_an_error_of_a_writer():
     def interrupt(*_: EpochReport) -> None:
         raise KeyboardInterrupt
 
@@ -66,7 +66,7 @@ def test_ctrl_c_is_no_failure_of_a_writer():
 
 
 @pytest.mark.parametrize("nested", [fan_out(), fan_out(fan_out())])
-def test_none_is_a_writer_too(nested: Writer):
+def test_no_writer_is_a_writer_too(nested: Writer):
     nested(report(1))
 
 
@@ -78,27 +78,27 @@ def kept(*calls: tuple[EpochReport, ...]) -> list[list[int]]:
     return written
 
 
-def test_a_log_is_written_anew_from_all_epochs():
+def test_a_log_is_rewritten_from_all_epochs():
     one, two, three = (report(epoch, num_batches=epoch) for epoch in (1, 2, 3))
     assert kept((), (one,), (two, three)) == [[1], [1, 2, 3]]
 
 
-def test_an_epoch_that_is_done_again_takes_its_place_and_that_of_all_after_it():
+def test_a_repeated_epoch_replaces_its_report_and_all_after_it():
     history = [report(epoch, num_batches=epoch) for epoch in (1, 2, 3)]
     assert kept((*history,), (report(2, num_batches=20),)) == [[1, 2, 3], [1, 20]]
     assert kept((*history,), (*history[:2],)) == [[1, 2, 3], [1, 2]]
 
 
-def test_a_gap_is_refused_and_nothing_is_written():
+def test_a_missing_report_is_an_error_and_nothing_is_written():
     written: list[object] = []
     write = from_history(written.append)
-    with pytest.raises(ValueError, match=r"epoch 5 came after that of epoch 0.*write\(\*history\)"):
+    with pytest.raises(ValueError, match=r"Expected the report of epoch 1\. Received: epoch 5\. .*write\(\*history\)"):
         write(report(5))
     assert written == []
 
 
 def train(directory: Path, *, killed_after: int | None = None) -> None:
-    """A loop of one's own, as the README has it; killed after an epoch's checkpoint and before its logs."""
+    """The README's loop, killed after an epoch's checkpoint and before its logs."""
     model = torch.nn.Linear(2, 1)
     loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
     start, history = restore_or(directory, init_state(model, sgd(), seed=0))
@@ -119,7 +119,7 @@ def train(directory: Path, *, killed_after: int | None = None) -> None:
         write(one)
 
 
-def test_a_loop_of_ones_own_that_is_killed_and_starts_again_has_whole_logs(tmp_path):
+def test_a_loop_in_a_script_that_is_killed_and_restarted_has_complete_logs(tmp_path):
     torch.manual_seed(0)
     train(tmp_path / "whole")
     torch.manual_seed(0)

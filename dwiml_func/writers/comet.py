@@ -1,11 +1,10 @@
-"""Comet: a writer that hands every report to a process of its own, which logs it online or keeps it for an archive."""
+"""Comet: a writer that passes every report to a separate process, which logs it online or keeps it for an archive."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import queue
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.core.loop import EpochReport
+from dwiml_func.writers.npy import monitor_name
 
 __all__ = ["Comet", "comet_key", "comet_metrics"]
 
@@ -26,21 +26,20 @@ _log = logging.getLogger(__name__)
 class Comet:
     """A writer that logs a run as a Comet experiment.
 
-    Online with an API key (COMET_API_KEY, or comet's config) and a network; else the run's end leaves an archive
-    `logs/comet/<key>.zip` for `comet upload`, and a warning says so at the start. Nothing of Comet runs in this
-    process: its failure costs one warning, its slowness nothing, and only the end of the run waits for it, for a while.
+    With an API key (COMET_API_KEY, or comet's config) and a network it logs online. Otherwise it warns at the start and
+    the end of the run writes an archive `logs/comet/<key>.zip` for `comet upload`. Comet runs in a separate process: if
+    it fails, training continues with a warning, and only the end of the run waits for it.
 
-    A run that goes on is the same Comet experiment, since the key of that is made of the first report of all, see
-    `comet_key`, which every checkpoint has. What the server has already is not sent twice, and an archive always holds
-    the whole run.
+    A resumed run continues the same Comet experiment, whose key is made of the run's first report, see `comet_key`.
+    Metrics that the server has already are not sent twice, and an archive holds the whole run.
 
     Args:
-        directory: the run's experiment.
-        workspace: the Comet workspace; None is the account's own.
-        project: the Comet project; None is Comet's project for what has none.
+        directory: the experiment.
+        workspace: the Comet workspace; None takes the account's default.
+        project: the Comet project; None takes Comet's default project.
         parameters: the run's options, logged once.
-        branch: tells a fork from the run whose first epochs it shares.
-        offline: write an archive, even where it could be sent.
+        branch: distinguishes a fork from the run whose first epochs it shares.
+        offline: write an archive even if Comet can be reached.
         patience: seconds that the end of the run waits.
 
     Example:
@@ -70,172 +69,139 @@ class Comet:
         self._branch = branch
         self._patience = patience
         self._metrics: list[tuple[str | None, str, float, int]] = []
-        self._talk: _Talk | None = None
+        self._process: _CometProcess | None = None
 
     def __call__(self, *reports: EpochReport) -> None:
-        """Hand on reports; after the last one of the run, wait until all is sent or archived.
+        """Send reports in order; after the last epoch of the run, wait until all is sent or archived.
 
-        Args:
-            *reports: of epochs, in order.
-
-        Raises:
-            ValueError: the first of all is not that of epoch 1.
+        Raises ValueError if the first of all reports is not that of epoch 1.
         """
         if not reports:
             return
         if not self._metrics and reports[0].epoch != 1:
             raise ValueError(
-                f"the first report was that of epoch {reports[0].epoch}. Expected that of epoch 1: when a run goes on "
-                f"from a checkpoint, give the writer its history first, write(*history)"
+                f"Expected the report of epoch 1 first. Received: epoch {reports[0].epoch}. "
+                f"To resume from a checkpoint, call write(*history) first."
             )
         metrics = [row for report in reports for row in comet_metrics(report)]
         if not self._metrics:
             self._run["key"] = comet_key(reports[0], branch=self._branch)
         self._metrics += metrics
-        if self._talk is None:
-            self._talk = _Talk(self._run)
-            weakref.finalize(self, self._talk.hang_up)
+        if self._process is None:
+            self._process = _CometProcess(self._run)
+            weakref.finalize(self, self._process.close)
             metrics = self._metrics
-        self._talk.say({"metrics": metrics})
+        self._process.send({"metrics": metrics})
         if reports[-1].stop is not None:
             self._finish()
 
     def send(self, *history: EpochReport) -> str | None:
-        """Log a whole run, finished or not, and wait until it is done. Raises no error of Comet's.
+        """Log a whole run, finished or not, and wait until it is done. Comet's errors are only warned of.
 
         Args:
             *history: the reports of all epochs.
 
         Returns:
-            The experiment's address, or the archive's path; None when it failed, or took too long: a warning says why.
+            The experiment's address or the archive's path; None if it failed or took too long.
         """
         self(*(replace(report, stop=None) for report in history))
         return self._finish()
 
     def _finish(self) -> str | None:
-        talk, self._talk = self._talk, None
-        return None if talk is None else talk.end(self._patience)
+        process, self._process = self._process, None
+        return None if process is None else process.finish(self._patience)
 
 
 def comet_key(first: EpochReport, *, branch: str = "") -> str:
-    """The key of a run's Comet experiment.
+    """The key of a run's Comet experiment: 32 hexadecimal digits made of the first epoch's report.
 
-    It is made of the report of the first epoch, whose durations no other run has to the last bit. So it is on record in
-    every checkpoint, needs no server to be given, and the logs of a finished run can be sent again and again.
-
-    Args:
-        first: the report of the run's first epoch.
-        branch: tells a fork from the run whose first epochs it shares.
-
-    Returns:
-        32 hexadecimal digits.
-
-    Example:
-        >>> comet_key(report) == comet_key(report)  # doctest: +SKIP
-        True
+    No other run has bitwise identical durations, and every checkpoint holds the report, so any later process finds the
+    same key without asking a server.
     """
     facts = [branch, first.learning_rate, first.train, first.valid, first.train_minutes, first.valid_minutes]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def comet_metrics(report: EpochReport) -> list[tuple[str | None, str, float, int]]:
-    """What Comet gets of an epoch, under dwi_ml's names and contexts.
+    """An epoch's metrics under dwi_ml's names: context ("train", "validate" or None), name, value, epoch.
 
-    Args:
-        report: the epoch's report.
-
-    Returns:
-        Context ("train", "validate" or None), name, value, and the epoch, which is Comet's step too. Losses are means
-        weighted by points, durations in minutes, angular errors in degrees.
-
-    Example:
-        >>> comet_metrics(report)[0]  # doctest: +SKIP
-        ('train', 'train_loss_monitor', 0.5, 1)
+    Losses are means weighted by points, durations in minutes, angular errors in degrees.
     """
     rows: list[tuple[str | None, str, float]] = [(None, "learning_rate", report.learning_rate)]
-    names = {"loss": "train_loss_monitor", "grad_norm": "grad_norm_monitor"}
-    names["unclipped_grad_norm"] = "unclipped_grad_norm_monitor"
-    rows += [("train", names.get(name, f"train_{name}_monitor"), value) for name, value in report.train.items()]
+    rows += [("train", monitor_name("train", name), value) for name, value in report.train.items()]
     rows += [("train", "training_time_monitor", report.train_minutes)]
     if report.valid:
-        names = {"loss": "valid_local_loss_monitor"}
-        rows += [("validate", names.get(name, f"valid_{name}_monitor"), value) for name, value in report.valid.items()]
+        rows += [("validate", monitor_name("valid", name), value) for name, value in report.valid.items()]
         rows += [("validate", "validation_time_monitor", report.valid_minutes)]
     if report.best.epoch is not None:
         rows += [(None, "best_epoch", report.best.epoch), (None, "best_loss", report.best.value)]
     return [(context, name, value, report.epoch) for context, name, value in rows]
 
 
-class _Talk:
-    """The process, and two threads that speak with it: a pipe may be full, an answer may take long or never come."""
+class _CometProcess:
+    """The running process, and a thread that listens to its answers."""
 
     def __init__(self, run: Mapping[str, Any]) -> None:
-        script = Path(__file__).with_name("comet_process.py")
+        script = Path(__file__).with_name("_comet_process.py")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(script)],  # -P: the modules beside it are not for it to import
+            [sys.executable, "-P", str(script)],  # -P: it must not import the modules beside it
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             start_new_session=True,  # Ctrl-C is for the training
         )
-        self._messages: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._directory = Path(run["directory"])
         self._is_archive_wanted = run["offline"]
         self._has_warned = False
-        self._place: str | None = None
-        self._is_done = (
-            threading.Event()
-        )  # comet_ml takes a while at its process's exit, which nobody needs to wait for
-        for work in (self._speak, self._listen):
-            threading.Thread(target=work, name="comet", daemon=True).start()
-        self.say(run)
+        self._location: str | None = None
+        self._is_done = threading.Event()  # before the process ends: comet_ml takes a while at its exit
+        threading.Thread(target=self._listen, name="comet", daemon=True).start()
+        self.send(run)
 
-    def say(self, message: Mapping[str, Any]) -> None:
-        self._messages.put(message)
+    def send(self, message: Mapping[str, Any]) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):  # `_listen` reports why the process has ended
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
 
-    def hang_up(self) -> None:
-        self._messages.put(None)
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
 
-    def end(self, patience: float) -> str | None:
-        self.say({"end": True})
-        self.hang_up()
+    def finish(self, patience: float) -> str | None:
+        self.send({"end": True})
+        self.close()
         if not self._is_done.wait(patience):
             self._warn_of_failure(f"it did not end within {patience:g} seconds")
             self._process.kill()
-        return self._place
-
-    def _speak(self) -> None:
-        assert self._process.stdin is not None
-        with suppress(OSError), self._process.stdin as pipe:  # why the process is gone, `_listen` hears
-            for message in iter(self._messages.get, None):
-                pipe.write(json.dumps(message) + "\n")
-                pipe.flush()
+        return self._location
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
         with self._process.stdout as answers:
             for line in answers:
-                self._hear(json.loads(line))
+                self._handle(json.loads(line))
         code = self._process.wait()
-        if code != 0 and self._place is None:
+        if code != 0 and self._location is None:
             self._warn_of_failure(f"its process ended with code {code}")
         self._is_done.set()
 
-    def _hear(self, answer: Mapping[str, str]) -> None:
+    def _handle(self, answer: Mapping[str, str]) -> None:
         if "online" in answer:
             _log.info("Comet: %s", answer["online"])
         elif "done" in answer:
-            self._place = answer["done"]
+            self._location = answer["done"]
             self._is_done.set()
         elif "error" in answer:
             self._warn_of_failure(answer["error"])
         elif not self._is_archive_wanted:
-            self._warn(f"{answer['offline']}. At the end the logs are archived in {self._directory}, for comet upload")
+            self._warn(f"{answer['offline']}. The run's end archives the logs in {self._directory} for comet upload")
 
     def _warn_of_failure(self, reason: str) -> None:
         experiment = self._directory.parent.parent
-        self._warn(f"{reason}. Training goes on; to send its logs again: dwiml-func send-to-comet {experiment}")
+        self._warn(f"{reason}. Training continues. To send the logs again: dwiml-func send-to-comet {experiment}")
 
     def _warn(self, text: str) -> None:
         if not self._has_warned:

@@ -1,4 +1,4 @@
-"""`logs/metrics.jsonl`: one JSON object an epoch, for pandas, jq and the like."""
+"""`logs/metrics.jsonl`: one JSON object per epoch, for pandas, jq and others."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["epoch_row", "jsonl"]
 
 
 def jsonl(directory: str | Path) -> Writer:
-    """A writer of `logs/metrics.jsonl`, written anew with every report.
+    """A writer of `logs/metrics.jsonl`; every report rewrites it.
 
     Args:
         directory: the experiment.
 
     Returns:
-        The writer. It raises OSError when the disk is full, or the folder cannot be written to.
+        The writer. It raises OSError if the disk is full or the folder is not writable.
 
     Example:
         >>> import tempfile
@@ -35,20 +35,10 @@ def jsonl(directory: str | Path) -> Writer:
 
 
 def epoch_row(report: EpochReport) -> dict[str, float | int | bool | None]:
-    """An epoch as a flat row.
+    """An epoch as a flat row, durations in minutes; None replaces what is not finite, which JSON cannot express.
 
-    Args:
-        report: the epoch's report.
-
-    Returns:
-        Values by name: `epoch`, `learning_rate`, `train_*` and `valid_*` with the metrics' names, `num_batches`,
-        `num_points`, `best_epoch`, `best_loss`, `is_best`, durations in minutes, and `points_in_train_minutes`, those
-        of `num_points` that came within `train_minutes`: fewer where the epoch was resumed. None stands for what is not
-        finite, which JSON has no word for.
-
-    Example:
-        >>> epoch_row(report)["train_loss"]  # doctest: +SKIP
-        0.5
+    `points_in_train_minutes` is the number of points trained in `train_minutes`: fewer than `num_points` in a resumed
+    epoch.
     """
     row = {
         "epoch": report.epoch,

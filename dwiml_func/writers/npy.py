@@ -1,4 +1,4 @@
-"""Logs under the reference's file names, so that its plotting scripts read our runs."""
+"""Logs under dwi_ml's file names, so that its plotting scripts read our runs."""
 
 from __future__ import annotations
 
@@ -14,47 +14,23 @@ from dwiml_func.core.loop import EpochReport
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.writers.writer import Writer, from_history
 
-__all__ = ["epoch_arrays", "npy"]
+__all__ = ["epoch_arrays", "monitor_name", "npy"]
 
-
-def epoch_arrays(history: Sequence[EpochReport]) -> dict[str, np.ndarray]:
-    """One array a metric, one value an epoch.
-
-    Args:
-        history: the reports of all epochs.
-
-    Returns:
-        (num_epochs,) float64 arrays by file name without its ending. NaN where an epoch lacks the metric. Losses are
-        means weighted by points, gradient norms (before and after clipping) means over batches, durations in minutes,
-        angular errors in degrees. The names are those of the reference, where it has the metric.
-
-    Example:
-        >>> sorted(epoch_arrays([]))[:2]
-        ['learning_rate_per_epoch', 'training_time_monitor_duration']
-    """
-    arrays = {
-        "learning_rate_per_epoch": [report.learning_rate for report in history],
-        "training_time_monitor_duration": [report.train_minutes for report in history],
-        "validation_time_monitor_duration": [report.valid_minutes for report in history],
-    }
-    names = {"loss": "train_loss_monitor"} | {name: f"{name}_monitor" for name in ("unclipped_grad_norm", "grad_norm")}
-    for metric in _metrics(report.train for report in history):
-        name = names.get(metric, f"train_{metric}_monitor")
-        arrays[f"{name}_per_epoch"] = [report.train.get(metric, np.nan) for report in history]
-    for metric in _metrics(report.valid for report in history):
-        name = "valid_local_loss_monitor" if metric == "loss" else f"valid_{metric}_monitor"
-        arrays[f"{name}_per_epoch"] = [report.valid.get(metric, np.nan) for report in history]
-    return {name: np.array(values, dtype=np.float64) for name, values in arrays.items()}
+_NAMES = {
+    ("train", "grad_norm"): "grad_norm_monitor",
+    ("train", "unclipped_grad_norm"): "unclipped_grad_norm_monitor",
+    ("valid", "loss"): "valid_local_loss_monitor",
+}
 
 
 def npy(directory: str | Path) -> Writer:
-    """A writer of `logs/*.npy` and `best_epoch_losses.json`, written anew with every report.
+    """A writer of `logs/*.npy` and `best_epoch_losses.json`; every report rewrites them.
 
     Args:
         directory: the experiment.
 
     Returns:
-        The writer. It raises OSError when the disk is full, or the folder cannot be written to.
+        The writer. It raises OSError if the disk is full or the folder is not writable.
 
     Example:
         >>> import tempfile
@@ -64,6 +40,29 @@ def npy(directory: str | Path) -> Writer:
         ...         write(report)
     """
     return from_history(partial(_write, Path(directory)))
+
+
+def epoch_arrays(history: Sequence[EpochReport]) -> dict[str, np.ndarray]:
+    """One (num_epochs,) float64 array per metric, by file name without `.npy`; NaN where an epoch lacks the metric.
+
+    Losses are means weighted by points, gradient norms means over batches, durations in minutes, angular errors in
+    degrees.
+    """
+    arrays = {
+        "learning_rate_per_epoch": [report.learning_rate for report in history],
+        "training_time_monitor_duration": [report.train_minutes for report in history],
+        "validation_time_monitor_duration": [report.valid_minutes for report in history],
+    }
+    for subset in ("train", "valid"):
+        means: list[dict[str, float]] = [getattr(report, subset) for report in history]
+        for metric in sorted({name for mean in means for name in mean}):
+            arrays[f"{monitor_name(subset, metric)}_per_epoch"] = [mean.get(metric, np.nan) for mean in means]
+    return {name: np.array(values, dtype=np.float64) for name, values in arrays.items()}
+
+
+def monitor_name(subset: str, metric: str) -> str:
+    """dwi_ml's name for a metric of a subset, "train" or "valid"; one made after its pattern where it has none."""
+    return _NAMES.get((subset, metric), f"{subset}_{metric}_monitor")
 
 
 def _write(directory: Path, history: Sequence[EpochReport]) -> None:
@@ -77,7 +76,3 @@ def _write(directory: Path, history: Sequence[EpochReport]) -> None:
         best = history[history[-1].best.epoch - 1]
         losses = {"train_loss": best.train["loss"], "valid_loss": best.valid.get("loss")}
         atomic_write(directory / "best_epoch_losses.json", json.dumps(losses, indent=4) + "\n", flush=False)
-
-
-def _metrics(means: object) -> list[str]:
-    return sorted({name for mean in means for name in mean})  # type: ignore[attr-defined]

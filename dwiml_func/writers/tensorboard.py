@@ -1,31 +1,33 @@
-"""`logs/tensorboard/`: an event file for TensorBoard, in step with the history. Needs the extra `tensorboard`."""
+"""`logs/tensorboard/`: an event file for TensorBoard. Requires the extra `tensorboard`."""
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dwiml_func.core.loop import EpochReport
-from dwiml_func.files.atomic import atomic_write
 from dwiml_func.writers.writer import Writer, from_history
 
 __all__ = ["scalars", "tensorboard"]
+
+_SUFFIX = ".dwiml_func"
 
 
 def tensorboard(directory: str | Path) -> Writer:
     """A writer of an event file for TensorBoard.
 
-    New epochs are appended. When a run goes on, one file of the whole history takes the place of all before, so that no
-    epoch is shown twice. Times are those of the training, without the pauses between stops and resumes.
+    New epochs are appended. A resumed run replaces the files of earlier processes by one with the whole history, so no
+    epoch is counted twice. Times are those of the training, without the pauses between stops and resumes.
 
     Args:
         directory: the experiment.
 
     Returns:
-        The writer. It raises ModuleNotFoundError without the package tensorboard, and OSError when the disk is full, or
-        the folder cannot be written to.
+        The writer. It raises ModuleNotFoundError without the package tensorboard, and OSError if the disk is full or
+        the folder is not writable.
 
     Example:
         >>> import tempfile
@@ -38,18 +40,7 @@ def tensorboard(directory: str | Path) -> Writer:
 
 
 def scalars(report: EpochReport) -> dict[str, float]:
-    """What TensorBoard gets of an epoch.
-
-    Args:
-        report: the epoch's report.
-
-    Returns:
-        Values by tag, such as `loss/train` and `loss/valid`; durations in minutes, angular errors in degrees.
-
-    Example:
-        >>> scalars(report)["loss/train"]  # doctest: +SKIP
-        0.5
-    """
+    """An epoch's values by tag, such as `loss/train`; durations in minutes, angular errors in degrees."""
     return {
         "learning_rate": report.learning_rate,
         **{f"{name}/train": value for name, value in report.train.items()},
@@ -61,49 +52,41 @@ def scalars(report: EpochReport) -> dict[str, float]:
 
 
 class _EventFile:
-    """The file of this writer, and the reports that stand in it."""
+    """The open file, and the reports that it holds."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._written: tuple[EpochReport, ...] = ()
-        self._path = folder
+        self._writer: Any = None
         self._start = 0.0
 
     def __call__(self, history: Sequence[EpochReport]) -> None:
         history, written = tuple(history), self._written
-        self._written = ()  # after an error the file is not to be trusted
-        if written and history[: len(written)] == written:
-            with self._path.open("ab") as file:
-                file.write(self._records(history, len(written)))
-        else:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for old in self._folder.glob("*tfevents*"):
-                old.unlink()
-            self._start = time.time() - 60 * sum(_minutes(report) for report in history)
-            self._path = self._folder / f"events.out.tfevents.{time.time_ns()}.dwiml_func"
-            atomic_write(self._path, self._records(history, 0), flush=False)
+        self._written = ()  # after an error the file is rewritten
+        if not written or history[: len(written)] != written:
+            self._open(history)
+            written = ()
+        seconds = sum(map(_seconds, written))
+        for report in history[len(written) :]:
+            seconds += _seconds(report)
+            for tag, value in scalars(report).items():
+                self._writer.add_scalar(tag, value, report.epoch, walltime=self._start + seconds)
+        self._writer.flush()
         self._written = history
 
-    def _records(self, history: Sequence[EpochReport], first: int) -> bytes:
+    def _open(self, history: Sequence[EpochReport]) -> None:
         try:
-            from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
-            from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
-            from tensorboard.summary.writer.record_writer import RecordWriter
+            from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f'{error}; for TensorBoard: pip install "dwiml_func[tensorboard]"') from None
-
-        content = io.BytesIO()
-        writer = RecordWriter(content)
-        if first == 0:
-            writer.write(Event(wall_time=self._start, file_version="brain.Event:2").SerializeToString())
-        now = self._start + 60 * sum(_minutes(report) for report in history[:first])
-        for report in history[first:]:
-            now += 60 * _minutes(report)
-            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars(report).items()]
-            event = Event(wall_time=now, step=report.epoch, summary=Summary(value=values))
-            writer.write(event.SerializeToString())
-        return content.getvalue()
+            raise ModuleNotFoundError(f'{error}. Install it: pip install "dwiml_func[tensorboard]"') from None
+        if self._writer is not None:
+            with suppress(OSError):  # the error that the last call has raised
+                self._writer.close()
+        for old in self._folder.glob(f"*tfevents*{_SUFFIX}"):
+            old.unlink()
+        self._start = time.time() - sum(map(_seconds, history))
+        self._writer = SummaryWriter(str(self._folder), filename_suffix=_SUFFIX)
 
 
-def _minutes(report: EpochReport) -> float:
-    return report.train_minutes + report.valid_minutes
+def _seconds(report: EpochReport) -> float:
+    return 60 * (report.train_minutes + report.valid_minutes)

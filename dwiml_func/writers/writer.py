@@ -1,4 +1,4 @@
-"""What a writer is: a callable on the reports of epochs, and how several make one that cannot stop a training."""
+"""A writer is a callable on the reports of epochs; `fan_out` joins several into one that cannot stop a training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Writer", "fan_out", "from_history"]
 
 
 class Writer(Protocol):
-    """Takes reports of epochs in order: `write(report)` after an epoch; `write(*history)` first, when a run goes on.
+    """Takes reports of epochs in order: `write(report)` after an epoch, and `write(*history)` first in a resumed run.
 
-    A report of an epoch that was reported before takes the place of that report and of all after it.
+    A report of an epoch that was reported before replaces that report and all after it.
 
     Example:
         >>> def write(*reports: EpochReport) -> None:
@@ -26,26 +26,25 @@ class Writer(Protocol):
 
 
 def fan_out(*writers: Writer) -> Writer:
-    """Make one writer of several, none of which can stop the training or the others.
+    """Join writers into one. None of them can stop the training or the others.
 
     Args:
-        writers: each is called with every report, in this order. One that raises an error is called again with the
-            next report, since a disk may have space again; only its first error is logged, as a warning, and what the
-            disk refuses to several of them only once.
+        writers: each is called with every report, in this order. One that raises an error is called again with the next
+            report, since the disk may have space again. Only the first error of a writer is logged, as a warning; an
+            error of the disk that several writers raise is logged once.
 
     Returns:
         A writer that raises nothing.
 
     Example:
         >>> import tempfile
-        >>> from dwiml_func.writers.jsonl import jsonl
-        >>> from dwiml_func.writers.npy import npy
+        >>> from dwiml_func.writers import jsonl, npy
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     write = fan_out(npy(directory), jsonl(directory))
-        ...     history = ()  # of the epochs that a checkpoint has, where the run goes on from one
+        ...     history = ()  # those of the checkpoint, in a resumed run
         ...     write(*history)
     """
-    told: set[tuple[str, int]] = set()
+    warned: set[tuple[str, int]] = set()
 
     def write(*reports: EpochReport) -> None:
         for number, writer in enumerate(writers):
@@ -55,33 +54,19 @@ def fan_out(*writers: Writer) -> Writer:
                 reasons = {("writer", number)}
                 if isinstance(error, OSError) and error.errno:
                     reasons.add(("errno", error.errno))
-                if not reasons & told:
+                if not reasons & warned:
                     logging.getLogger(__name__).warning(
-                        "Logs were not written: %s. Training goes on; the next resume writes them.", _one_line(error)
+                        "Logs were not written: %s. Training continues; the next resume writes them.", _one_line(error)
                     )
-                told.update(reasons)
+                warned.update(reasons)
 
     return write
 
 
 def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
-    """Make a writer of a function that writes a log anew from the reports of all epochs.
+    """A writer that calls `rewrite` with the reports of all epochs so far, which repairs whatever was lost or corrupt.
 
-    Such a log needs nothing of what was written before: whatever was lost or corrupt is whole again with the next
-    report.
-
-    Args:
-        rewrite: called with the reports of all epochs so far.
-
-    Returns:
-        The writer. It keeps the reports, and raises ValueError where one before the first that it gets is missing.
-
-    Example:
-        >>> write = from_history(lambda history: print([report.epoch for report in history]))
-        >>> write(report(1), report(2))  # doctest: +SKIP
-        [1, 2]
-        >>> write(report(3))  # doctest: +SKIP
-        [1, 2, 3]
+    It raises ValueError if a report before the first that it gets is missing.
     """
     history: list[EpochReport] = []
 
@@ -89,8 +74,8 @@ def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
         for report in reports:
             if report.epoch > len(history) + 1:
                 raise ValueError(
-                    f"a report of epoch {report.epoch} came after that of epoch {len(history)}. Expected all in order: "
-                    f"when a run goes on from a checkpoint, give the writer its history first, write(*history)"
+                    f"Expected the report of epoch {len(history) + 1}. Received: epoch {report.epoch}. "
+                    f"To resume from a checkpoint, call write(*history) first."
                 )
             history[report.epoch - 1 :] = [report]
         if reports:
