@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -107,17 +110,76 @@ def test_a_directory_that_must_be_new_never_replaces_one(tmp_path):
     assert (tmp_path / "run" / "deep" / "a.txt").read_text() == "another process was faster"
 
 
-def test_every_file_and_folder_is_flushed_before_the_rename(tmp_path, monkeypatch):
-    flushed: list[str] = []
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The system calls that matter to the disk, in order, with names below `tmp_path`; temporaries are called `*`."""
+    seen: list[str] = []
 
-    def watched(path: Path) -> None:
-        flushed.append(f"{path.name} {(tmp_path / 'run').exists()}")
+    def name(path: Any) -> str:
+        relative = os.path.relpath(os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path, tmp_path)
+        return re.sub(r"\.dwiml-(tmp|old)-[^/]*", "*", relative)
 
-    monkeypatch.setattr(atomic, "_fsync", watched)
+    def watch(module: Any, function: str) -> None:
+        original = getattr(module, function)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            paths = arguments[:2] if function in ("rename", "replace", "_exchange") else arguments[:1]
+            seen.append(" ".join([function.strip("_"), *map(name, paths)]))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(module, function, call)
+
+    for function in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
+        watch(os, function)
+    watch(atomic, "_exchange")
+    return seen
+
+
+def test_a_file_is_flushed_before_its_rename_and_the_rename_after_it(tmp_path, calls):
+    atomic_write(tmp_path / "a.txt", "a")
+    assert calls == ["fsync *", "replace * a.txt", "fsync ."]
+    calls.clear()
+    atomic_write(tmp_path / "a.txt", "a", flush=False)
+    assert calls == ["replace * a.txt"]
+
+
+def test_every_file_and_folder_is_flushed_before_the_rename_and_the_rename_after_it(tmp_path, calls):
     fill(tmp_path / "run", "a")
-    before = {entry.split()[0] for entry in flushed if entry.endswith("False")}
-    assert {"a.txt", "deep"} <= before
-    assert flushed[-1] == f"{tmp_path.name} True"  # the rename itself
+    flushes = ["fsync *", "fsync */deep/a.txt", "fsync */deep"]
+    assert calls == ["mkdir *", "mkdir */deep", *flushes, "rename * run", "fsync .", "unlink *"]
+
+
+@pytest.mark.parametrize("number", [0, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP])
+def test_what_stood_there_is_removed_after_the_flush_of_the_swap(tmp_path, monkeypatch, calls, number):
+    """A number of an error: the system or the file system cannot swap two names in one step."""
+    fill(tmp_path / "run", "old")
+    calls.clear()
+    if number:
+        monkeypatch.setattr(atomic, "_renameat2", lambda: lambda first, second: number)
+    fill(tmp_path / "run", "new")
+    swap = ["rename run *", "rename * run", "rename * *"] if number else []
+    first = calls.index("exchange * run")
+    assert calls[first : first + len(swap) + 2] == ["exchange * run", *swap, "fsync ."]
+    assert all(call.startswith(("unlink", "rmdir")) for call in calls[first + len(swap) + 2 :])
+    assert names(tmp_path) == ["run"]
+    assert (tmp_path / "run" / "deep" / "a.txt").read_text() == "new"
+
+
+def test_new_folders_are_flushed_in_those_that_hold_them(tmp_path, calls):
+    atomic.make_directory(tmp_path / "a" / "b")
+    assert calls[-2:] == ["fsync a", "fsync ."]
+    assert {*calls[:-2]} == {"mkdir a", "mkdir a/b"}
+    calls.clear()
+    atomic.make_directory(tmp_path / "a" / "b")
+    assert not any(call.startswith("fsync") for call in calls)
+
+
+def test_what_is_removed_is_renamed_first(tmp_path, calls):
+    fill(tmp_path / "run", "a")
+    calls.clear()
+    atomic.atomic_remove(tmp_path / "run")
+    assert calls[0] == "rename run *"
+    assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
@@ -152,23 +214,41 @@ def test_a_kill_leaves_only_what_remove_leftovers_removes(tmp_path):
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     assert killed.returncode == -9
     (leftover,) = names(tmp_path)
-    assert leftover.startswith(".tmp-run-")
+    assert leftover.startswith(".dwiml-tmp-run.")
     remove_leftovers(tmp_path)
     assert names(tmp_path) == []
 
 
-def test_remove_leftovers_touches_nothing_else(tmp_path):
+def ended_process() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def test_remove_leftovers_takes_what_an_ended_process_left_and_nothing_else(tmp_path):
+    ended, running = ended_process(), os.getppid()
     keep = tmp_path / "keep"
     keep.mkdir()
-    (keep / ".tmp-deeper").touch()
-    (tmp_path / ".hidden").touch()
-    (tmp_path / ".tmp-link").symlink_to(keep)
-    (tmp_path / ".tmp-file").touch()
-    (tmp_path / ".tmp-folder").mkdir()
-    (tmp_path / ".tmp-folder" / "a").touch()
+    (keep / f".dwiml-tmp-deeper.{ended}-0123abcd").touch()
+    others = [
+        ".tmp-a",
+        ".old-keep",
+        ".old-b",
+        ".dwiml-tmp-a",
+        f".dwiml-tmp-a.{ended}",
+        f".dwiml-tmp-a-{ended}-0123abcd",
+    ]
+    others += [f"{kind}a.{running}-0123abcd" for kind in (".dwiml-tmp-", ".dwiml-old-")]
+    for name in others:
+        (tmp_path / name).mkdir()
+    (tmp_path / f".dwiml-tmp-link.{ended}-0123abcd").symlink_to(keep)
+    (tmp_path / f".dwiml-tmp-file.{ended}-0123abcd").touch()
+    (tmp_path / f".dwiml-tmp-a.b-c.{ended}-0123abcd").mkdir()
+    (tmp_path / f".dwiml-tmp-a.b-c.{ended}-0123abcd" / "a").touch()
+    (tmp_path / f".dwiml-tmp-own.{os.getpid()}-0123abcd").touch()  # of an earlier process of this number
     remove_leftovers(tmp_path)
-    assert names(tmp_path) == [".hidden", "keep"]
-    assert names(keep) == [".tmp-deeper"]
+    assert names(tmp_path) == sorted([*others, "keep"])
+    assert names(keep) == [f".dwiml-tmp-deeper.{ended}-0123abcd"]
     remove_leftovers(tmp_path / "no such folder")
 
 
@@ -205,7 +285,7 @@ print(seen)
 
 
 @pytest.mark.parametrize("kind", ["with exchange", "without exchange"])
-def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_what_remove_leftovers_mends(tmp_path, kind):
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_and_what_remove_leftovers_restores(tmp_path, kind):
     def run(place: Path, kill_at: int) -> subprocess.CompletedProcess[str]:
         place.mkdir()
         fill(place / "run", "old")
@@ -302,14 +382,13 @@ def test_a_place_that_cannot_hold_anything_is_told_by_name(tmp_path):
 
 
 def test_leftovers_of_one_name_are_told_from_those_of_others(tmp_path):
-    for name in (".tmp-a-0123abcd", ".tmp-a-b-0123abcd", ".tmp-ab-0123abcd", ".tmp-a-0123abcd-0123abcd", ".tmp-a-"):
+    ended = ended_process()
+    others = [f".dwiml-tmp-{name}.{ended}-0123abcd" for name in ("b", "ab", "a-b", f"a.{ended}-0123abcd")]
+    for name in (*others, f".dwiml-tmp-a.{ended}-0123abcd", f".dwiml-old-a.{ended}-0123abcd"):
         (tmp_path / name).mkdir()
-    (tmp_path / ".old-a").mkdir()
-    (tmp_path / ".old-b").mkdir()
+    (tmp_path / f".dwiml-old-b.{ended}-0123abcd").mkdir()
     remove_leftovers(tmp_path, "a")
-    assert names(tmp_path) == [
-        ".old-b", ".tmp-a-", ".tmp-a-0123abcd-0123abcd", ".tmp-a-b-0123abcd", ".tmp-ab-0123abcd", "a",
-    ]  # fmt: skip
+    assert names(tmp_path) == sorted([*others, f".dwiml-old-b.{ended}-0123abcd", "a"])
     remove_leftovers(tmp_path)
     assert names(tmp_path) == ["a", "b"]
 

@@ -240,7 +240,7 @@ def test_a_disk_that_fills_up_in_the_middle_costs_nothing_either(two_epochs, tmp
     assert done.returncode == 0
     (line,) = done.stdout.splitlines()
     assert line.startswith("[Errno 27] ")
-    assert f"{directory}/checkpoint/3" in line or f"{directory}/checkpoint/.tmp-3-" in line
+    assert f"{directory}/checkpoint/3" in line or f"{directory}/checkpoint/.dwiml-tmp-3." in line
     check_untouched(directory)
 
 

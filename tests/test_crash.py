@@ -27,7 +27,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _unfinished(directory: Path) -> set[Path]:
-    return {*directory.glob("checkpoint/.tmp-*"), *directory.glob("[0-9]/checkpoint/.tmp-*")}  # also of members
+    return {
+        *directory.glob("checkpoint/.dwiml-tmp-*"),
+        *directory.glob("[0-9]/checkpoint/.dwiml-tmp-*"),
+    }  # also of members
 
 
 def _kill(process: Fork, directory: Path, draws: random.Random) -> bool:

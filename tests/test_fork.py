@@ -254,7 +254,7 @@ def test_what_a_crash_after_the_last_epoch_left_unwritten_a_refused_resume_write
     run = experiments / "run"
     whole = results(run)
     shutil.rmtree(run / "best_model")
-    (run / "checkpoint" / ".tmp-3-00000000").mkdir()
+    (run / "checkpoint" / ".dwiml-tmp-3.999999999-00000000").mkdir()
     cli("resume", experiments, "run").check_refusal("stopped early")
     assert differences(results(run), whole) == []
-    assert not list(run.rglob(".tmp-*"))
+    assert not list(run.rglob(".dwiml-*"))

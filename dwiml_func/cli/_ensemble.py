@@ -18,7 +18,6 @@ from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble
 from dwiml_func.experiment.folder import read_ended
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import stop_on_signals
-from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["resume_members", "train_members"]
@@ -41,7 +40,6 @@ def train_members(experiments_path: str, experiment_name: str, configs: Sequence
     """
     setups = prepare_ensemble(configs)
     with experiment_lock(experiments_path, wait=True):
-        remove_leftovers(experiments_path)
         directory = create_ensemble(experiments_path, experiment_name, configs)
     with _locks(directory, len(configs)):
         _train(directory, setups, None, [()] * len(configs))

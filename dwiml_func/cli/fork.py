@@ -18,7 +18,6 @@ from dwiml_func.experiment.compare import differences
 from dwiml_func.experiment.folder import check_new_experiment, experiment_directory, read_config
 from dwiml_func.experiment.fork import create_fork, prepare_fork
 from dwiml_func.experiment.resume import repair_experiment
-from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["ForkOptions", "run"]
@@ -76,7 +75,6 @@ def run(arguments: Sequence[str], program: str) -> int:
             train_with_progress(*start)
             return 0
         with experiment_lock(experiments_path, wait=True):
-            remove_leftovers(experiments_path)
             create_fork(experiments_path, options.new_name, fork)
         with experiment_lock(directory):
             old, new = ({**each.to_dict(), "origin": None} for each in (recorded, config))

@@ -33,7 +33,6 @@ from dwiml_func.experiment.plots import save_run_figure
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.signals import stop_on_signals
-from dwiml_func.files.atomic import remove_leftovers
 from dwiml_func.files.lock import experiment_lock
 from dwiml_func.writers.progress import Progress
 
@@ -114,7 +113,6 @@ def run(arguments: Sequence[str], program: str) -> int:
             train_with_progress(directory, setup, setup.state, ())
             return 0
         with experiment_lock(options.experiments_path, wait=True):
-            remove_leftovers(options.experiments_path)
             create_experiment(options.experiments_path, options.experiment_name, config)
         with experiment_lock(directory):
             train_with_progress(directory, setup, setup.state, ())

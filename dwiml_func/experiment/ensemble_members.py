@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import check_new_experiment, write_ended
-from dwiml_func.files.atomic import atomic_directory
+from dwiml_func.files.atomic import atomic_directory, remove_leftovers
 
 __all__ = ["create_ensemble", "member_configs"]
 
@@ -89,6 +89,7 @@ def create_ensemble(experiments_path: str | Path, experiment_name: str, configs:
         FileNotFoundError: Experiments path '/no/such/folder' is not a folder. Create it, or give another one.
     """
     directory = check_new_experiment(experiments_path, experiment_name)
+    remove_leftovers(experiments_path, experiment_name)
     with atomic_directory(directory, replace=False) as temporary:
         write_ended(temporary, len(configs), {})
         for number, config in enumerate(configs):

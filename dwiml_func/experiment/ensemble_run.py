@@ -21,11 +21,11 @@ from dwiml_func.core.rng import Key
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
-from dwiml_func.experiment.best_model import repair_best_model, save_best_model
+from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config, read_ended, write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
-from dwiml_func.experiment.resume import with_new_options
+from dwiml_func.experiment.resume import repair_experiment, with_new_options
 from dwiml_func.experiment.setup import RunParts, make_optimizer, prepare, with_seed
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
@@ -152,13 +152,12 @@ def resume_ensemble(
                 f"No member of {directory} has an epoch left to do after epoch {ensemble.epoch}. Give --new-max-epochs "
                 f"if one has not stopped early, or go on with one alone: dwiml-func resume {directory} 0"
             )
-    for folder, before, setup, state in zip(folders, old, setups, checkpoints or [None] * num_members, strict=True):
-        for part in (folder, folder / "checkpoint", folder / "logs"):
-            remove_leftovers(part)
+    remove_leftovers(directory)
+    for number, (folder, before, setup) in enumerate(zip(folders, old, setups, strict=True)):
         if setup.config != before:
             atomic_write(folder / "config.json", setup.config.to_json())
-        if state is not None and state.history:
-            repair_best_model(folder, setup, state.state)
+        state = checkpoints[number].state if checkpoints else setup.state
+        repair_experiment(folder, setup, state, histories[number])
     return setups, ensemble, histories
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dwiml_func.experiment.config import RunConfig, config_from_json
-from dwiml_func.files.atomic import atomic_directory, atomic_write
+from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
 from dwiml_func.files.json import read_config_file
 
 __all__ = [
@@ -58,6 +58,7 @@ def create_experiment(
         FileNotFoundError: Experiments path '/no/such/folder' is not a folder. Create it, or give another one.
     """
     directory = check_new_experiment(experiments_path, experiment_name)
+    remove_leftovers(experiments_path, experiment_name)
     with atomic_directory(directory, replace=False) as temporary:  # another process may have made it by now
         (temporary / "config.json").write_text(config.to_json())
         if fill is not None:

@@ -155,8 +155,8 @@ def repair_experiment(directory: Path, setup: RunParts, state: TrainState, histo
     Example:
         >>> repair_experiment(directory, setup, state, history)  # doctest: +SKIP
     """
-    for folder in (directory, *(directory / name for name in ("checkpoint", "logs", "logs/comet", "logs/tensorboard"))):
-        remove_leftovers(folder)
+    for folder in ("", "checkpoint", "logs", "logs/comet", "logs/tensorboard", "plots"):
+        remove_leftovers(directory / folder)
     if history:
         repair_best_model(directory, setup, state)
         fan_out(npy(directory), jsonl(directory))(*history)  # they did not wait for the disk

@@ -1,4 +1,9 @@
-"""Files and directories that appear whole or not at all, and disappear so."""
+"""Files and directories that appear complete or not at all, and disappear likewise.
+
+Each is filled under a temporary name beside its target, flushed to the disk, and renamed. The temporary's name holds
+our mark, the target's name and the process, so that `remove_leftovers` takes nothing of another program, of another
+target, or of a running process.
+"""
 
 from __future__ import annotations
 
@@ -13,38 +18,21 @@ from pathlib import Path
 
 __all__ = ["atomic_directory", "atomic_remove", "atomic_write", "make_directory", "remove_leftovers"]
 
-_PREFIX = ".tmp-"  # what a crash leaves behind begins with this; no reader looks at such names
-_OLD = ".old-"  # what stood in a place that is being replaced, where the system cannot swap two names in one step
+_TEMPORARY = ".dwiml-tmp-"  # not complete, or to be removed
+_REPLACED = ".dwiml-old-"  # to be replaced, where the system cannot swap two names in one step
+_LEFTOVER = re.compile(rf"({re.escape(_TEMPORARY)}|{re.escape(_REPLACED)})(.+)\.([0-9]+)-[0-9a-f]{{8}}", re.DOTALL)
 
 
 @contextmanager
 def atomic_directory(path: str | Path, *, replace: bool = True) -> Iterator[Path]:
-    """Fill a directory beside its place, and move it there in one step when the block ends without an error.
+    """Yield a directory to fill; move it to `path` in one step when the block ends without an error.
 
-    The bytes are flushed to the disk before that step, and what stood there is removed after it, so that a reader finds
-    the old one or the new one at any moment. Where the system cannot swap two names in one step (Linux can, on all of
-    its common file systems), a crash may leave the place empty for a moment; `remove_leftovers` puts the old one back.
-
-    Args:
-        path: where the directory shall appear; its parent exists.
-        replace: whether to replace what stands at `path` by then.
-
-    Yields:
-        The directory to fill.
-
-    Raises:
-        OSError: a directory that is not empty stands at `path`, and `replace` is False; or the disk is full.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     with atomic_directory(Path(parent) / "run") as directory:
-        ...         _ = (directory / "a.txt").write_text("a")
-        ...     sorted(entry.name for entry in Path(parent).iterdir())
-        ['run']
+    With `replace`, what stands at `path` by then is replaced; else an OSError is raised if it is a directory that is
+    not empty. A reader finds the old or the new directory at any moment, and a crash leaves one of them. Only where the
+    system cannot swap two names in one step (Linux can) may `path` be missing until `remove_leftovers` restores it.
     """
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = _beside(path, _TEMPORARY)
     try:
         temporary.mkdir()
         yield temporary
@@ -57,31 +45,18 @@ def atomic_directory(path: str | Path, *, replace: bool = True) -> Iterator[Path
         _remove(temporary)  # what stood there before
     except BaseException as error:
         _remove(temporary)
-        _name_place(error, path)
+        _add_path(error, path)
         raise
 
 
 def atomic_write(path: str | Path, content: bytes | str, *, flush: bool = True) -> None:
-    """Write a file beside its place, flush it, and rename it there.
+    """Write a file, text as UTF-8, and move it to `path` in one step; what stands there is replaced.
 
-    Args:
-        path: the file; its parent exists. A file that stands there is replaced.
-        content: what to write; text is encoded as UTF-8.
-        flush: whether to wait until it is on the disk. What can be made again need not survive a loss of power.
-
-    Raises:
-        OSError: the disk is full, or the directory cannot be written to; what stood there stays.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     atomic_write(Path(parent) / "a.txt", "a")
-        ...     (Path(parent) / "a.txt").read_text()
-        'a'
+    Without `flush` the function does not wait for the disk: for what can be made again after a loss of power.
     """
     path = Path(path)
     data = content.encode() if isinstance(content, str) else content
-    temporary = _temporary(path)
+    temporary = _beside(path, _TEMPORARY)
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -93,83 +68,61 @@ def atomic_write(path: str | Path, content: bytes | str, *, flush: bool = True) 
             _fsync(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        _name_place(error, path)
+        _add_path(error, path)
         raise
 
 
 def atomic_remove(path: str | Path) -> None:
-    """Remove a file or a directory such that no reader, and no crash, ever meets half of it.
-
-    Args:
-        path: what to remove.
-
-    Raises:
-        FileNotFoundError: there is no such thing.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     (Path(parent) / "run").mkdir()
-        ...     atomic_remove(Path(parent) / "run")
-        ...     list(Path(parent).iterdir())
-        []
-    """
+    """Remove a file or a directory, of which no reader and no crash ever sees a part."""
     path = Path(path)
-    temporary = _temporary(path)
+    temporary = _beside(path, _TEMPORARY)
     path.rename(temporary)
     _remove(temporary)
 
 
 def make_directory(path: str | Path) -> None:
-    """Make a directory with those above it, such that a loss of power does not take it away again.
-
-    Args:
-        path: the directory; it may be there.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     make_directory(Path(parent) / "a" / "b")
-        ...     (Path(parent) / "a" / "b").is_dir()
-        True
-    """
+    """Make a directory and its parents, where missing, such that a loss of power does not undo it."""
     path = Path(path)
-    missing = [place for place in (path, *path.parents) if not place.exists()]
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    for place in missing:
-        _fsync(place.parent)
+    for parent in missing:
+        _fsync(parent.parent)
 
 
 def remove_leftovers(directory: str | Path, name: str | None = None) -> None:
-    """Remove what a crash of the functions above left in a directory, and put back what one had moved away.
+    """Remove what a crash of the functions above left in a directory, and restore what one had moved away.
 
     Args:
-        directory: where to look; not below it. No other process may be writing there, or not what has this name.
-        name: look only for what was to become an entry of this name; None looks for all.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     (Path(parent) / ".tmp-run-x").mkdir()
-        ...     remove_leftovers(parent)
-        ...     list(Path(parent).iterdir())
-        []
+        directory: only its entries are looked at, not those of folders in it.
+        name: only what was to become an entry of this name; None takes all names.
     """
     directory = Path(directory)
-    temporary = re.escape(_PREFIX) + (".*" if name is None else f"{re.escape(name)}-[a-z0-9_]{{8}}")
     for entry in list(directory.iterdir()) if directory.is_dir() else []:
-        if re.fullmatch(temporary, entry.name, re.DOTALL):
+        match = _LEFTOVER.fullmatch(entry.name)
+        if match is None or name not in (None, match[2]) or _is_running(int(match[3])):
+            continue
+        target = entry.with_name(match[2])
+        if match[1] == _REPLACED and not os.path.lexists(target):
+            entry.rename(target)
+        else:
             _remove(entry)
-        elif entry.name.startswith(_OLD) and name in (None, entry.name.removeprefix(_OLD)):
-            place = entry.with_name(entry.name.removeprefix(_OLD))
-            if os.path.lexists(place):
-                _remove(entry)
-            else:
-                entry.rename(place)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{_PREFIX}{path.name}-{os.urandom(4).hex()}")
+def _beside(path: Path, mark: str) -> Path:
+    return path.with_name(f"{mark}{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process other than this one has the number. In a new container, numbers begin at 1 again."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def _remove(entry: Path) -> None:
@@ -179,7 +132,7 @@ def _remove(entry: Path) -> None:
         entry.unlink(missing_ok=True)
 
 
-def _name_place(error: BaseException, path: Path) -> None:
+def _add_path(error: BaseException, path: Path) -> None:
     """An error about a full disk comes without a path."""
     if isinstance(error, OSError) and error.errno is not None and error.filename is None:
         error.filename = str(path)
@@ -207,8 +160,7 @@ def _swap(new: Path, path: Path) -> None:
     """Put `new` in the place of `path`, and what stood there in the place of `new`."""
     if _exchange(new, path):
         return
-    old = path.with_name(f"{_OLD}{path.name}")
-    _remove(old)
+    old = _beside(path, _REPLACED)
     path.rename(old)
     try:
         new.rename(path)
@@ -233,7 +185,7 @@ def _exchange(first: Path, second: Path) -> bool:
 
 @functools.cache
 def _renameat2() -> Callable[[bytes, bytes], int] | None:
-    """The system call with RENAME_EXCHANGE: 0 or an error number. None where there is none."""
+    """The system call with RENAME_EXCHANGE: returns 0 or an error number. None where there is none."""
     try:
         import ctypes
 

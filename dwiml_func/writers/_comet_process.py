@@ -147,8 +147,8 @@ def _write_archive(run: dict[str, Any], metrics: list[Any]) -> Path:
     import comet_ml
 
     folder = Path(run["directory"])
-    temporary = folder / f".tmp-{run['key']}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    # As dwiml_func.files.atomic names its own, whose remove_leftovers takes it away after a crash
+    temporary = folder / f".dwiml-tmp-{run['key']}.{os.getpid()}-{os.urandom(4).hex()}"
     temporary.mkdir(parents=True)
     try:
         experiment = comet_ml.OfflineExperiment(
