@@ -24,8 +24,8 @@ def from_loader(
 
     Batch i of epoch e is a function of the run's key, e and i alone, with any number of workers: the order (shuffling
     samplers included) is drawn from the key and the epoch. What the dataset draws for a batch from torch's, numpy's or
-    Python's global generators is drawn from the key, the epoch and the batch. So a run resumes in the middle of an epoch
-    without loading the batches before. A loader of an `IterableDataset` has no positions: there, a resume loads the
+    Python's global generators is drawn from the key, the epoch and the batch. So a run resumes in mid-epoch without
+    loading the batches before. A loader of an `IterableDataset` has no positions: there, a resume loads the
     batches before and drops them.
 
     Args:

@@ -1,0 +1,220 @@
+"""A module as a pure function: run with tensors that are handed in, and left as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwiml_func._transforms import is_transformed
+from dwiml_func.core.autocast import autocast_forward
+
+__all__ = ["StatelessModule"]
+
+_INTERNAL = frozenset(nn.Module().__dict__) | {"_flat_weights", "_flat_weight_refs", "forward"}
+_ABSENT = object()
+
+
+class StatelessModule:
+    """A private copy of a module's structure, run with tensors that are handed in.
+
+    It does what `torch.func.functional_call` does, with the look-up of names done once: on a small model that call
+    costs as much as the forward pass. Submodules that are in evaluation mode while the module is not stay in it.
+    """
+
+    def __init__(self, module: nn.Module, *, train: bool, autocast: torch.dtype | None) -> None:
+        _check_no_hooks(module)
+        self._module = _copy_structure(module)
+        self._module.train(train)
+        if module.training:
+            for own, given in zip(self._module.modules(), module.modules(), strict=True):
+                own.training &= given.training
+        if autocast is not None:
+            self._module.forward = autocast_forward(self._module, autocast)
+        self._slots = [
+            *_slots(self._module, "_parameters", self._module.named_parameters()),
+            *_slots(self._module, "_buffers", self._module.named_buffers()),
+        ]
+        self._originals = [slot[leaf] for _, slot, leaf in self._slots]
+        self._names = {name for name, _, _ in self._slots}
+        self.buffer_names = {name for name, _ in self._module.named_buffers()}
+        self._none_slots = [
+            (submodule._buffers, leaf)
+            for submodule in self._module.modules()
+            for leaf, tensor in submodule._buffers.items()
+            if tensor is None
+        ]
+        self._attributes = _Attributes(self._module)
+        self._is_held = False
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Leave the tensors of a call in the module until the end of the block.
+
+        Code that runs while the gradient is taken then finds them: hooks, and blocks that
+        `torch.utils.checkpoint` computes again.
+        """
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+            self._restore()
+
+    def __call__(self, tensors: dict[str, Tensor], function: Callable[[Any, Any], Any], batch: Any) -> Any:
+        """Run `function(module, batch)`; `tensors` has the new buffers afterwards."""
+        if tensors.keys() != self._names:
+            raise ValueError(
+                f"Parameters and buffers do not fit the module. Missing: {sorted(self._names - tensors.keys())}. "
+                f"Unexpected: {sorted(tensors.keys() - self._names)}."
+            )
+        is_plain = not is_transformed()
+        versions = [tensors[name]._version for name, _, _ in self._slots] if is_plain else []
+        try:
+            for name, slot, leaf in self._slots:
+                slot[leaf] = tensors[name]
+            result = function(self._module, batch)
+            if is_plain:
+                self._check_unwritten(tensors, versions)
+            for name, slot, leaf in self._slots:
+                tensors[name] = slot[leaf]  # a module may assign a buffer instead of changing it in place
+            if filled := [leaf for slot, leaf in self._none_slots if slot[leaf] is not None]:
+                raise ValueError(
+                    f"The model filled the buffers {filled}, which are None in the module. Expected tensors from the "
+                    f"start: register them with a value, so that the state holds them."
+                )
+            return result
+        finally:
+            if not self._is_held:
+                self._restore()
+
+    def carried_attributes(self) -> list[str]:
+        """Plain attributes of the module that the last call changed, put back to their values by this look."""
+        return self._attributes.restore()
+
+    @contextmanager
+    def without(self, names: list[str]) -> Iterator[None]:
+        """Take plain attributes away inside the block."""
+        with self._attributes.without(names):
+            yield
+
+    def _check_unwritten(self, tensors: dict[str, Tensor], versions: list[int]) -> None:
+        for (name, slot, leaf), version in zip(self._slots, versions, strict=True):
+            if name not in self.buffer_names and (tensors[name]._version != version or slot[leaf] is not tensors[name]):
+                raise ValueError(
+                    f"The model's forward writes into the parameter {name}. Expected a forward that leaves parameters "
+                    f"as they are: compute the changed value and use it, or constrain parameters by a transformation "
+                    f"of the update."
+                )
+
+    def _restore(self) -> None:
+        for (_, slot, leaf), original in zip(self._slots, self._originals, strict=True):
+            slot[leaf] = original
+        for slot, leaf in self._none_slots:
+            slot[leaf] = None
+
+
+class _Attributes:
+    """The plain attributes of a module and its submodules, which no state holds."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = [(name, submodule.__dict__) for name, submodule in module.named_modules()]
+        self._sizes = [(attributes, len(attributes)) for _, attributes in self._modules]
+        self._values = [
+            (f"{path}.{name}".lstrip("."), attributes, name, value, _trace(value))
+            for path, attributes in self._modules
+            for name, value in attributes.items()
+            if name not in _INTERNAL
+        ]
+        self._kept = {id(attributes): set(attributes) for _, attributes in self._modules}
+
+    def restore(self) -> list[str]:
+        """Put every attribute back, and name those that had changed."""
+        changed = []
+        for path, attributes, name, value, trace in self._values:
+            if attributes.get(name, _ABSENT) is not value:
+                attributes[name] = value
+                changed.append(path)
+            elif trace is not None and not trace.holds(value):
+                changed.append(path)
+        for attributes, size in self._sizes:
+            if len(attributes) != size:
+                path = next(path for path, own in self._modules if own is attributes)
+                for name in [name for name in attributes if name not in self._kept[id(attributes)]]:
+                    del attributes[name]
+                    changed.append(f"{path}.{name}".lstrip("."))
+        return changed
+
+    @contextmanager
+    def without(self, names: list[str]) -> Iterator[None]:
+        taken = [(attributes, name, value) for path, attributes, name, value, _ in self._values if path in names]
+        for attributes, name, _ in taken:
+            del attributes[name]
+        try:
+            yield
+        finally:
+            self.restore()
+            for attributes, name, value in taken:
+                attributes[name] = value
+
+
+class _Trace:
+    """What tells that a value was changed in place: a tensor's version, a container's elements."""
+
+    def __init__(self, value: Any) -> None:
+        self._mark = self._look(value)
+
+    def holds(self, value: Any) -> bool:
+        return self._look(value) == self._mark
+
+    @staticmethod
+    def _look(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value._version
+        if isinstance(value, torch.Generator):
+            return value.get_state().numpy().tobytes()
+        if isinstance(value, dict):
+            return [(id(key), id(element)) for key, element in value.items()]
+        return [id(element) for element in value]
+
+
+def _trace(value: Any) -> _Trace | None:
+    is_mutable = isinstance(value, list | dict | set | torch.Generator) or (
+        isinstance(value, Tensor) and not value.is_inference()
+    )
+    return _Trace(value) if is_mutable else None
+
+
+def _copy_structure(module: nn.Module) -> nn.Module:
+    """A copy that shares the tensors, which are never read through it, and with them which of them are tied."""
+    shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    for submodule in module.modules():  # what pruning and weight normalisation compute before each forward
+        for value in submodule.__dict__.values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                shared[id(value)] = value.detach()
+    return copy.deepcopy(module, memo=shared)
+
+
+def _check_no_hooks(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"The parameter {name} has a gradient hook. Hooks of a module's parameters do not act on the tensors of "
+                f"a state. Remove it, and change gradients by a transformation before the optimizer."
+            )
+
+
+def _slots(module: nn.Module, kind: str, named: Any) -> list[tuple[str, dict[str, Tensor], str]]:
+    """Every place that holds a tensor, with the name of the tensor; tied tensors have several places and one name."""
+    name_of = {id(tensor): name for name, tensor in named}
+    return [
+        (name_of[id(tensor)], getattr(submodule, kind), leaf)
+        for submodule in module.modules()
+        for leaf, tensor in getattr(submodule, kind).items()
+        if tensor is not None
+    ]
