@@ -232,7 +232,7 @@ def test_evaluation_builds_no_graph_and_may_be_not_finite():
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "unclipped_grad_norm", NON_FINITE])
 def test_a_further_mean_cannot_have_a_name_that_the_step_uses(name):
     def loss_fn(params, buffers, batch, *, key, train):
-        return LossOut(params["weight"].square().sum(), 3, {}, {name: torch.ones(())})
+        return LossOut(params["weight"].square().sum(), 3, buffers, {name: torch.ones(())})
 
     with pytest.raises(ValueError, match=f"cannot be called {name}: the step's own are"):
         train_step(small_state(), GOOD, loss_fn=loss_fn, optimizer=adam(), lr=0.1)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
-from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment import verify as verification
+from dwiml_func.experiment.folder import read_config
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "3", "--reverse-ratio", "0.5")

@@ -10,6 +10,7 @@ from torch import Tensor
 from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
 from dwiml_func.core.gradients import AutodiffBackend, is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
+from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.types import Buffers, Params
 
@@ -78,6 +79,7 @@ class JitGradient:
             raise ValueError("Expected the loss that was compiled. Received: another one.")
         if is_differentiated(params):  # a graph would cut off the one around it
             return value_and_grad(loss_fn, params, buffers, batch, key=key, backend=backend)
+        check_loss_fn(loss_fn, params, buffers, batch, key=key)
         with torch_rng(key) if self._draws else nullcontext():
             results = self.graph(batch, params=dict(params), buffers=dict(buffers))
         if results is None:

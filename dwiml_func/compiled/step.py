@@ -18,6 +18,7 @@ from torch import Tensor
 from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
 from dwiml_func.core.gradients import is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn
+from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, check_not_donated, mark_donated
@@ -123,6 +124,8 @@ class JitStep:
         check_not_donated(state)
         if self.eager_reason is not None or is_differentiated(state.params, lr):
             return self.eager(state, batch, lr=lr)
+        key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
+        check_loss_fn(self.eager.keywords["loss_fn"], state.params, state.buffers, batch, key=key)
         device = next(iter(state.params.values())).device
         blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
         numbers = _vector(lr, state.step, blocked, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.loss import LossFn, LossOut
+from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.rng import Key
 from dwiml_func.optim._foreach import arithmetic_for
 from dwiml_func.types import Buffers, Params
@@ -69,6 +71,15 @@ def value_and_grad(
     """
     if backend is None:
         backend = "func" if is_differentiated(params) else "autograd"
+    check_loss_fn(loss_fn, params, buffers, batch, key=key)
+    hold = nullcontext if torch.compiler.is_compiling() else getattr(loss_fn, "hold", nullcontext)
+    with hold():
+        return _value_and_grad(loss_fn, params, buffers, batch, key, backend)
+
+
+def _value_and_grad(
+    loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, key: Key, backend: AutodiffBackend
+) -> tuple[LossOut, dict[str, Tensor]]:
     if backend == "autograd":
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
         with torch.enable_grad():
@@ -76,6 +87,10 @@ def value_and_grad(
         _check_loss(out.loss)
         tensors = list(leaves.values())
         grads = torch.autograd.grad(out.loss, tensors, allow_unused=True, materialize_grads=True)
+        if sparse := [name for name, grad in zip(leaves, grads, strict=True) if grad.is_sparse]:
+            raise ValueError(
+                f"The gradient of {sparse[0]} is sparse. Expected dense gradients: make the embedding with sparse=False."
+            )
         aux = {
             name: (_detached(mean[0]), _detached(mean[1])) if isinstance(mean, tuple) else _detached(mean)
             for name, mean in out.aux.items()

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dwiml_func.core.autocast import autocast_forward
+from dwiml_func._transforms import is_transformed
 from dwiml_func.core.rng import Key, torch_rng
+from dwiml_func.core.stateless import ABSENT, IN_PLACE, StatelessModule
 from dwiml_func.types import Buffers, Params
 
 __all__ = ["LossFn", "LossOut", "module_loss"]
@@ -76,7 +75,8 @@ def module_loss(
             makes of its results is computed in float32, and parameters, gradients and loss stay in it. None: as it is.
 
     Returns:
-        A loss function for `train_step` and `eval_step`. Not to be called from several threads at once.
+        A loss function for `train_step` and `eval_step`. One thread at a time may call it; threads that train side by
+        side make one each.
 
     Raises:
         ValueError: (when called) `compute_batch_loss` returned something else, names do not match the module's, or the
@@ -93,27 +93,72 @@ def module_loss(
         >>> loss_fn(dict(model.named_parameters()), {}, batch, key=Key(0), train=False).weight
         4
     """
-    views = {train: _StatelessModule(module, train, autocast) for train in (True, False)}
+    views = {train: StatelessModule(module, train=train, autocast=autocast) for train in (True, False)}
+    attributes = _AttributeCheck()
 
     def loss_fn(params: Params, buffers: Buffers, batch: Any, *, key: Key, train: bool) -> LossOut:
+        view = views[train]
         # In-place updates of buffers (batch normalisation) must not reach the caller's tensors.
-        tensors = {**params, **{name: tensor.clone() for name, tensor in buffers.items()}}
+        tensors = {**params, **{name: t.clone() if name in view.buffer_names else t for name, t in buffers.items()}}
         if stochastic and not torch.compiler.is_compiling():  # a compiled step is seeded around its graph
             with torch_rng(key):
-                out = views[train](tensors, compute_batch_loss, batch)
+                out = view(tensors, compute_batch_loss, batch)
         else:
-            out = views[train](tensors, compute_batch_loss, batch)
+            out = view(tensors, compute_batch_loss, batch)
         if not (isinstance(out, tuple) and len(out) in (2, 3)):
             raise ValueError(
                 f"Expected compute_batch_loss to return (loss, weight) or (loss, weight, aux). "
                 f"Received: {type(out).__name__}"
             )
+        if view.changed or not train:
+            attributes.check(view, {**params, **buffers}, compute_batch_loss, batch, out[0], key)
         aux = out[2] if len(out) == 3 else {}
         new_buffers = {name: tensors[name].detach() for name in buffers}
         return LossOut(out[0], out[1], new_buffers, {name: _detached(mean, out[0]) for name, mean in aux.items()})
 
     loss_fn.stochastic = stochastic  # type: ignore[attr-defined]  # for `jit_step`, which seeds around its graph
+    loss_fn.hold = views[True].hold  # type: ignore[attr-defined]  # for `value_and_grad`
     return loss_fn
+
+
+class _AttributeCheck:
+    """Refuses models that keep something between batches in plain attributes.
+
+    An attribute that a forward writes is harmless where the model runs without it, as with caches, attention weights
+    kept for a look, or what weight normalisation computes anew. It is state where the model reads what it kept.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[StatelessModule, set[str]] = {}
+        self._written: set[str] = set()
+
+    def check(
+        self, view: StatelessModule, tensors: dict[str, Tensor], function: BatchLoss, batch: Any, loss: Any, key: Key
+    ) -> None:
+        seen = self._seen.setdefault(view, set())
+        left, new = view.changed, (view.changed.keys() | self._written) - seen
+        if not new or is_transformed():
+            return
+        seen |= new
+        self._written |= left.keys()
+        problem = [name for name in new if left.get(name) is IN_PLACE]
+        without = dict.fromkeys(new, ABSENT)
+        carried = {name: left[name] for name in new if name in left and left[name] is not IN_PLACE}
+        for values in () if problem else (without, carried):
+            try:
+                with torch.no_grad(), torch_rng(key):
+                    again = view.rerun(values, {n: t.detach().clone() for n, t in tensors.items()}, function, batch)[0]
+            except AttributeError:
+                problem = sorted(new)
+                break
+            if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(loss.detach())):
+                problem = sorted(new)
+                break
+        if problem:
+            raise ValueError(
+                f"The model keeps something between batches in {', '.join(problem[:3])}, outside the training state: a "
+                f"step would not be reproducible, and checkpoints would lose it. Register it as a buffer."
+            )
 
 
 def _detached(mean: _Number | tuple[_Number, _Number], loss: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -126,67 +171,3 @@ def _detached(mean: _Number | tuple[_Number, _Number], loss: Tensor) -> Tensor |
 
 def _detached_number(number: _Number, loss: Tensor) -> Tensor:
     return number.detach() if isinstance(number, Tensor) else loss.new_full((), number, dtype=torch.float64)
-
-
-class _StatelessModule:
-    """A private copy of a module's structure, run with tensors that are handed in.
-
-    It does what `torch.func.functional_call` does, with the look-up of names done once: on a small model that call
-    costs as much as the forward pass.
-    """
-
-    def __init__(self, module: torch.nn.Module, train: bool, autocast: torch.dtype | None) -> None:
-        tensors = list(chain(module.parameters(), module.buffers()))
-        # The copy shares the tensors (they are never read through it) and, with them, which of them are tied.
-        self._module = copy.deepcopy(module, memo={id(tensor): tensor for tensor in tensors})
-        self._module.train(train)
-        if autocast is not None:
-            self._module.forward = autocast_forward(self._module, autocast)
-        self._slots = [
-            *_slots(self._module, "_parameters", self._module.named_parameters()),
-            *_slots(self._module, "_buffers", self._module.named_buffers()),
-        ]
-        self._names = {name for name, _, _ in self._slots}
-        self._none_slots = [
-            (submodule._buffers, leaf)
-            for submodule in self._module.modules()
-            for leaf, tensor in submodule._buffers.items()
-            if tensor is None
-        ]
-
-    def __call__(self, tensors: dict[str, Tensor], function: BatchLoss, batch: Any) -> Any:
-        if tensors.keys() != self._names:
-            raise ValueError(
-                f"Parameters and buffers do not fit the module. Missing: {sorted(self._names - tensors.keys())}. "
-                f"Unexpected: {sorted(tensors.keys() - self._names)}."
-            )
-        originals = [slot[leaf] for _, slot, leaf in self._slots]
-        try:
-            for name, slot, leaf in self._slots:
-                slot[leaf] = tensors[name]
-            result = function(self._module, batch)
-            for name, slot, leaf in self._slots:
-                tensors[name] = slot[leaf]  # a module may assign a buffer instead of changing it in place
-            filled = [leaf for slot, leaf in self._none_slots if slot[leaf] is not None]
-            if filled:
-                raise ValueError(
-                    f"The model filled the buffers {filled}, which are None in the module. Expected tensors from the "
-                    f"start: register them with a value, so that the state holds them."
-                )
-            return result
-        finally:
-            for (_, slot, leaf), original in zip(self._slots, originals, strict=True):
-                slot[leaf] = original
-            for slot, leaf in self._none_slots:
-                slot[leaf] = None
-
-
-def _slots(module: torch.nn.Module, kind: str, named: Any) -> list[tuple[str, dict[str, Tensor], str]]:
-    """Every place that holds a tensor, with the name of the tensor; tied tensors have several places and one name."""
-    name_of = {id(tensor): name for name, tensor in named}
-    return [
-        (name_of[id(tensor)], getattr(submodule, kind), leaf)
-        for submodule in module.modules()
-        for leaf, tensor in getattr(submodule, kind).items()
-        if tensor is not None
-    ]

@@ -7,7 +7,9 @@ prefetching or resuming cannot shift the draws of training. Torch's and numpy's 
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
@@ -18,6 +20,8 @@ import torch
 
 __all__ = ["Key", "Stream", "fold_in", "numpy_rng", "torch_rng"]
 
+_GLOBAL_GENERATORS = threading.RLock()  # one thread at a time draws from them
+os.register_at_fork(after_in_child=_GLOBAL_GENERATORS._at_fork_reinit)  # type: ignore[attr-defined]
 _SEED_END = 1 << 64  # torch's generators take seeds below this
 _PATH_END = 1 << 32  # SeedSequence cuts larger elements into 32-bit words, so (2**32,) would equal (0, 1)
 
@@ -121,14 +125,15 @@ def torch_rng(key: Key) -> Iterator[None]:
     # SeedSequence would do, but takes 60 microseconds inside a training step where this takes two.
     seed = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
     generators = default_generators()
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+    with _GLOBAL_GENERATORS:
+        states = [generator.get_state() for generator in generators]
+        try:
+            for generator in generators:
+                generator.manual_seed(seed)
+            yield
+        finally:
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
 
 
 def default_generators() -> list[torch.Generator]:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.autocast import autocast_forward
 
-__all__ = ["StatelessModule"]
+__all__ = ["ABSENT", "IN_PLACE", "StatelessModule"]
 
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_flat_weights", "_flat_weight_refs", "forward"}
-_ABSENT = object()
+ABSENT, IN_PLACE = object(), object()
 
 
 class StatelessModule:
@@ -49,7 +49,8 @@ class StatelessModule:
             for leaf, tensor in submodule._buffers.items()
             if tensor is None
         ]
-        self._attributes = _Attributes(self._module)
+        self._attributes = Attributes(self._module)
+        self.changed: dict[str, Any] = {}
         self._is_held = False
 
     @contextmanager
@@ -65,6 +66,7 @@ class StatelessModule:
         finally:
             self._is_held = False
             self._restore()
+            self._attributes.restore()
 
     def __call__(self, tensors: dict[str, Tensor], function: Callable[[Any, Any], Any], batch: Any) -> Any:
         """Run `function(module, batch)`; `tensors` has the new buffers afterwards."""
@@ -92,16 +94,13 @@ class StatelessModule:
         finally:
             if not self._is_held:
                 self._restore()
+            if not torch.compiler.is_compiling():
+                self.changed = self._attributes.restore()
 
-    def carried_attributes(self) -> list[str]:
-        """Plain attributes of the module that the last call changed, put back to their values by this look."""
-        return self._attributes.restore()
-
-    @contextmanager
-    def without(self, names: list[str]) -> Iterator[None]:
-        """Take plain attributes away inside the block."""
-        with self._attributes.without(names):
-            yield
+    def rerun(self, values: dict[str, Any], *call: Any) -> Any:
+        """Run once with other values of plain attributes; `ABSENT` takes one away."""
+        self._attributes.put(values)
+        return self(*call)
 
     def _check_unwritten(self, tensors: dict[str, Tensor], versions: list[int]) -> None:
         for (name, slot, leaf), version in zip(self._slots, versions, strict=True):
@@ -119,48 +118,42 @@ class StatelessModule:
             slot[leaf] = None
 
 
-class _Attributes:
+class Attributes:
     """The plain attributes of a module and its submodules, which no state holds."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._modules = [(name, submodule.__dict__) for name, submodule in module.named_modules()]
-        self._sizes = [(attributes, len(attributes)) for _, attributes in self._modules]
+        self._modules = {name: submodule.__dict__ for name, submodule in module.named_modules()}
+        self._names = {path: set(attributes) for path, attributes in self._modules.items()}
         self._values = [
-            (f"{path}.{name}".lstrip("."), attributes, name, value, _trace(value))
-            for path, attributes in self._modules
+            (attributes, name, value, _trace(value), f"{path}.{name}".lstrip("."))
+            for path, attributes in self._modules.items()
             for name, value in attributes.items()
             if name not in _INTERNAL
         ]
-        self._kept = {id(attributes): set(attributes) for _, attributes in self._modules}
 
-    def restore(self) -> list[str]:
-        """Put every attribute back, and name those that had changed."""
-        changed = []
-        for path, attributes, name, value, trace in self._values:
-            if attributes.get(name, _ABSENT) is not value:
-                attributes[name] = value
-                changed.append(path)
+    def restore(self) -> dict[str, Any]:
+        """Put every attribute back; return what those that had changed were."""
+        changed: dict[str, Any] = {}
+        for attributes, name, value, trace, path in self._values:
+            found = attributes.get(name, ABSENT)
+            if found is not value:
+                changed[path], attributes[name] = found, value
             elif trace is not None and not trace.holds(value):
-                changed.append(path)
-        for attributes, size in self._sizes:
-            if len(attributes) != size:
-                path = next(path for path, own in self._modules if own is attributes)
-                for name in [name for name in attributes if name not in self._kept[id(attributes)]]:
-                    del attributes[name]
-                    changed.append(f"{path}.{name}".lstrip("."))
+                changed[path] = IN_PLACE
+        for path, attributes in self._modules.items():
+            if len(attributes) != len(self._names[path]):
+                for name in attributes.keys() - self._names[path]:
+                    changed[f"{path}.{name}".lstrip(".")] = attributes.pop(name)
         return changed
 
-    @contextmanager
-    def without(self, names: list[str]) -> Iterator[None]:
-        taken = [(attributes, name, value) for path, attributes, name, value, _ in self._values if path in names]
-        for attributes, name, _ in taken:
-            del attributes[name]
-        try:
-            yield
-        finally:
-            self.restore()
-            for attributes, name, value in taken:
-                attributes[name] = value
+    def put(self, values: dict[str, Any]) -> None:
+        """Set attributes by their paths; `ABSENT` takes one away."""
+        for path, value in values.items():
+            module, _, name = path.rpartition(".")
+            if value is ABSENT:
+                self._modules[module].pop(name, None)
+            else:
+                self._modules[module][name] = value
 
 
 class _Trace:
@@ -204,8 +197,8 @@ def _check_no_hooks(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
-                f"The parameter {name} has a gradient hook. Hooks of a module's parameters do not act on the tensors of "
-                f"a state. Remove it, and change gradients by a transformation before the optimizer."
+                f"The parameter {name} has a gradient hook. Hooks of a module's parameters do not act on the tensors "
+                f"of a state. Remove it, and change gradients by a transformation before the optimizer."
             )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
+from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import add_metrics, weighted_sum
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.state import TrainState, check_not_donated, mark_donated
@@ -143,6 +144,7 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
     """
     check_not_donated(state)
     key = fold_in(state.key, Stream.VALID_STEP, state.epoch, state.batch)
+    check_loss_fn(loss_fn, state.params, state.buffers, batch, key=key, train=False)
     with torch.no_grad():
         return loss_metrics(loss_fn(state.params, state.buffers, batch, key=key, train=False))
 

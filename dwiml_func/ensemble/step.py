@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.loss import LossFn
+from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.step import loss_metrics
@@ -146,11 +147,34 @@ def _evaluate(
         tensors = {name: tuple(part for part in own if isinstance(part, Tensor)) for name, own in sums.items()}
         return out.loss, tensors, {name: buffer.detach() for name, buffer in out.buffers.items()}
 
+    first = ({name: leaf[0] for name, leaf in leaves.items()} for leaves in (params, ensemble.buffers))
+    check_loss_fn(loss_fn, *first, batch, key=key, train=is_training)
     index = torch.arange(len(ensemble), device=ensemble.active.device)
-    losses, tensors, buffers = torch.func.vmap(one)(dict(params), dict(ensemble.buffers), index)
+    try:
+        losses, tensors, buffers = torch.func.vmap(one)(dict(params), dict(ensemble.buffers), index)
+    except (RuntimeError, NotImplementedError) as error:
+        raise _explained(error) from error
     weights = {number: torch.full_like(losses, number, dtype=torch.float64) for number in set(numbers.values())}
     sums = {name: Sum(*pair, *([weights[numbers[name]]] if name in numbers else [])) for name, pair in tensors.items()}
     return losses, sums, buffers
+
+
+def _explained(error: Exception) -> Exception:
+    """An error of torch's about vmap in terms of the model: which part of it, and what to do."""
+    text = str(error)
+    if not any(word in text for word in ("vmap", "atching rule", "data-dependent", "functorch")):
+        return error
+    part, frame = None, error.__traceback__
+    while frame is not None:
+        owner = frame.tb_frame.f_locals.get("self")
+        part = type(owner).__name__ if isinstance(owner, torch.nn.Module) else part
+        frame = frame.tb_next
+    where = "The loss" if part is None else f"The model's {part}"
+    return ValueError(
+        f"{where} cannot run for all members of an ensemble at once: torch cannot map an operation of it, "
+        f"or its random numbers, over members. Use another layer in its place, such as those of dwiml_func.models, or train "
+        f"the members one after the other."
+    )
 
 
 def _clipped(grads: Params, clip_grad: float | None) -> tuple[Params, Tensor, Tensor]:

@@ -1,0 +1,131 @@
+"""What a loss function must be: pure, of the parameters that it is given, and of the form that a step reads.
+
+Each loss function is tried once, with copies, before its first step. What is wrong with it is then an error and not a
+training that goes wrong without a word.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwiml_func._checks import truncated_repr
+from dwiml_func._transforms import is_transformed
+from dwiml_func.core.loss import LossFn, LossOut
+from dwiml_func.core.rng import Key
+from dwiml_func.types import Buffers, Params
+
+__all__ = ["check_loss_fn", "check_loss_out"]
+
+_CHECKED: dict[bool, weakref.WeakSet[Any]] = {train: weakref.WeakSet() for train in (True, False)}
+
+
+def check_loss_fn(
+    loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, train: bool = True
+) -> None:
+    """Try a loss function that has not been tried yet, on copies of a state's tensors.
+
+    Raises:
+        ValueError: it does not return a valid `LossOut`; it does not use the parameters that it is given; it uses
+            others that require a gradient; it writes into parameters or buffers; or a second call gives another loss.
+    """
+    if is_transformed() or loss_fn in _CHECKED[train]:
+        return
+    with torch.set_grad_enabled(train):
+        copies = _copies(params, requires_grad=train), _copies(buffers)
+        out = loss_fn(*copies, batch, key=key, train=train)
+        check_loss_out(out, buffers)
+        if train:
+            _check_leaves(out.loss, copies[0])
+        for before, after in ((params, copies[0]), (buffers, copies[1])):
+            written = [name for name in before if not _is_equal(before[name], after[name])]
+            if written:
+                raise ValueError(
+                    f"The loss function writes into {', '.join(written[:3])} of the state. Expected a loss that leaves "
+                    f"parameters and buffers as they are, and returns new buffers."
+                )
+        again = loss_fn(_copies(params), _copies(buffers), batch, key=key, train=train).loss
+    if not _is_equal(out.loss, again, on_device=True):
+        raise ValueError(
+            f"Called twice with the same parameters, batch and key, the loss function gave {out.loss.item():.9g} and "
+            f"{again.item():.9g}. Draw all random numbers from torch's global generators, which are seeded by the key, "
+            f"and keep nothing between calls."
+        )
+    _CHECKED[train].add(loss_fn)
+
+
+def check_loss_out(out: Any, buffers: Mapping[str, Tensor]) -> None:
+    """Check the form of what a loss function returned."""
+    if not isinstance(out, LossOut):
+        raise ValueError(f"Expected a loss function that returns LossOut. Received: {type(out).__name__}")
+    if not isinstance(out.loss, Tensor):
+        raise ValueError(f"Expected a loss that is a () tensor. Received: {truncated_repr(out.loss)}")
+    _check_scalar("a scalar loss, a mean over points", out.loss)
+    _check_scalar("a weight that is a number of points", out.weight)
+    for name, mean in out.aux.items():
+        for part in mean if isinstance(mean, tuple) else (mean,):
+            _check_scalar(f"the auxiliary metric {name!r} to be a () tensor, a mean over points", part)
+    if missing := [name for name in buffers if name not in out.buffers]:
+        raise ValueError(
+            f"Expected a loss function that returns all buffers it is given, changed or not. Missing: "
+            f"{', '.join(missing[:3])}"
+        )
+
+
+def _check_scalar(expected: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"Expected {expected}. Received: a tensor of shape {tuple(value.shape)}")
+    elif not isinstance(value, int | float) and not hasattr(value, "__float__"):
+        raise ValueError(f"Expected {expected}. Received: {truncated_repr(value)}")
+
+
+def _check_leaves(loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
+    if not loss.requires_grad:
+        raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
+    reached = {id(tensor): tensor for tensor in _reached_leaves(loss)}
+    own = {id(tensor) for tensor in leaves.values()}
+    if not reached.keys() & own:
+        raise ValueError(
+            "Expected a loss of the parameters that it is given. Received: one that depends on other tensors only. Use "
+            "the model that the loss is handed, not a module of the enclosing script."
+        )
+    if foreign := [tuple(tensor.shape) for number, tensor in reached.items() if number not in own]:
+        raise ValueError(
+            f"The loss depends on tensors that require a gradient and are not in the state, of shapes "
+            f"{', '.join(map(str, foreign[:3]))}: they would never be trained. Put their module into the one that the "
+            f"state is made from, or detach them."
+        )
+
+
+def _reached_leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The leaf tensors that a gradient of the loss would reach."""
+    if loss.grad_fn is None:
+        yield loss
+        return
+    waiting, seen = [loss.grad_fn], {loss.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        following = [each for each, _ in node.next_functions if each is not None and each not in seen]
+        seen.update(following)
+        waiting.extend(following)
+
+
+def _copies(tensors: Mapping[str, Tensor], *, requires_grad: bool = False) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone().requires_grad_(requires_grad) for name, tensor in tensors.items()}
+
+
+def _is_equal(old: Tensor, new: Tensor, *, on_device: bool = False) -> bool:
+    """Whether two tensors are bitwise equal, NaN included; up to rounding on devices that sum in any order."""
+    old, new = old.detach(), new.detach()
+    if old.device.type == "meta":  # no values
+        return True
+    if on_device and old.device.type != "cpu":
+        return torch.allclose(old, new, rtol=1e-3, equal_nan=True)
+    return torch.equal(old, new) or bool(((old == new) | (old.isnan() & new.isnan())).all())

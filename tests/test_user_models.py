@@ -1,0 +1,333 @@
+"""Claims about ordinary models and losses of users: each trains as torch trains it, or is refused in a sentence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
+
+from dwiml_func import (
+    Key,
+    LossOut,
+    adam,
+    ensemble_step,
+    eval_step,
+    init_state,
+    jit_step,
+    module_loss,
+    sgd,
+    stack_states,
+    train_step,
+)
+from dwiml_func.checkpoint import state_digest
+
+BATCH = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+
+
+def loss(model: Any, x: Tensor) -> tuple[Tensor, int]:
+    return (model(x) - 1).square().mean(), len(x)
+
+
+def step(model: nn.Module, compute: Callable[..., Any] = loss, **options: Any) -> Any:
+    state = init_state(model, sgd(), seed=0)
+    return train_step(state, BATCH, loss_fn=module_loss(model, compute), optimizer=sgd(), lr=0.1, **options)
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def either_step(state: Any, loss_fn: Any, is_training: bool) -> None:
+    if is_training:
+        train_step(state, BATCH, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+    else:
+        eval_step(state, BATCH, loss_fn=loss_fn)
+
+
+class With(nn.Module):
+    """A linear model whose forward first calls a function on the module."""
+
+    def __init__(self, before: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.linear, self.before = nn.Linear(4, 1), before
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.before(self)
+        return self.linear(x)
+
+
+STEPS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "train_step": lambda state, batch, loss_fn: train_step(state, batch, loss_fn=loss_fn, optimizer=sgd(), lr=0.1),
+    "func": lambda state, batch, loss_fn: train_step(
+        state, batch, loss_fn=loss_fn, optimizer=sgd(), lr=0.1, backend="func"
+    ),
+    "jit_step": lambda state, batch, loss_fn: jit_step(loss_fn=loss_fn, optimizer=sgd(), backend="eager")(
+        state, batch, lr=0.1
+    ),
+    "ensemble_step": lambda state, batch, loss_fn: ensemble_step(
+        stack_states([state] * 2), batch, loss_fn=loss_fn, optimizer=sgd(), lr=0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("run", STEPS.values(), ids=STEPS.keys())
+def test_a_loss_of_the_enclosing_scripts_module_is_refused(run: Callable[..., Any]) -> None:
+    model = mlp()
+    loss_fn = module_loss(model, lambda _, x: loss(model, x))
+    with pytest.raises(ValueError, match="depends on other tensors only"):
+        run(init_state(model, sgd(), seed=0), BATCH, loss_fn)
+
+
+@pytest.mark.parametrize("run", STEPS.values(), ids=STEPS.keys())
+def test_a_captured_head_that_no_state_holds_is_refused(run: Callable[..., Any]) -> None:
+    model, head = nn.Linear(4, 4), nn.Linear(4, 1)
+    loss_fn = module_loss(model, lambda model, x: (head(model(x)).square().mean(), len(x)))
+    with pytest.raises(ValueError, match=r"not in the state, of shapes \(1, 4\), \(1,\)"):
+        run(init_state(model, sgd(), seed=0), BATCH, loss_fn)
+
+
+def test_a_parameter_that_one_batch_does_not_use_is_fine() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(4, 1), "unused": nn.Linear(4, 1)})
+    new, _ = step(model, lambda model, x: (model["used"](x).square().mean(), len(x)))
+    assert torch.equal(new.params["unused.weight"], model["unused"].weight)  # type: ignore[arg-type]
+    assert not torch.equal(new.params["used.weight"], model["used"].weight)  # type: ignore[arg-type]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, saves_memory: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 4))
+        self.head, self.saves_memory = nn.Linear(4, 1), saves_memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        body: Any = checkpoint(self.body, x, use_reentrant=False) if self.saves_memory else self.body(x)
+        return self.head(body)
+
+
+def test_activation_checkpointing_computes_again_with_the_states_tensors() -> None:
+    digests = []
+    for saves_memory in (False, True):
+        model = Checkpointed(saves_memory)
+        loss_fn, state = module_loss(model, loss), init_state(model, adam(), seed=0)
+        for _ in range(5):
+            state, _ = train_step(state, BATCH, loss_fn=loss_fn, optimizer=adam(), lr=0.1)
+        digests.append(state_digest(state))
+    assert digests[0] == digests[1]
+
+
+def test_submodules_in_evaluation_mode_stay_in_it() -> None:
+    backbone = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.9)).eval()
+    model = nn.Sequential(backbone, nn.BatchNorm1d(4), nn.Linear(4, 1))
+    new, _ = step(model)
+    assert new.buffers["0.0.num_batches_tracked"] == 0
+    assert new.buffers["1.num_batches_tracked"] == 1
+    whole, _ = step(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1)).eval())  # training means train mode
+    assert whole.buffers["0.num_batches_tracked"] == 1
+
+
+@pytest.mark.parametrize("is_training", [True, False])
+@pytest.mark.parametrize("write", ["data", "no_grad"])
+def test_a_forward_that_writes_into_parameters_is_refused_and_the_state_is_whole(is_training, write) -> None:
+    def clamp(module: Any) -> None:
+        with torch.no_grad():
+            weight = module.linear.weight
+            (weight.data if write == "data" else weight).clamp_(-0.01, 0.01)
+
+    model = With(clamp)
+    state, loss_fn = init_state(model, sgd(), seed=0), module_loss(model, loss)
+    before = state_digest(state)
+    with pytest.raises(ValueError, match=r"writes into (the parameter )?linear\.weight"):
+        either_step(state, loss_fn, is_training)
+    assert state_digest(state) == before
+
+
+def _counts(module: Any) -> None:
+    module.count = module.count + 1
+
+
+def _appends(module: Any) -> None:
+    module.history.append(1)
+
+
+def _adds_in_place(module: Any) -> None:
+    module.running.add_(1)
+
+
+KEEPERS: dict[str, tuple[Callable[[Any], None], str, Any]] = {
+    "counter": (_counts, "count", 0),
+    "list": (_appends, "history", []),
+    "tensor in place": (_adds_in_place, "running", torch.zeros(())),
+}
+
+
+@pytest.mark.parametrize(("before", "name", "value"), KEEPERS.values(), ids=KEEPERS.keys())
+def test_a_model_that_keeps_something_between_batches_is_refused(before, name, value) -> None:
+    model = With(before)
+    setattr(model, name, value)
+    with pytest.raises(ValueError, match=f"keeps something between batches in {name}, outside the training state"):
+        step(model)
+
+
+def test_what_training_leaves_for_evaluation_in_an_attribute_is_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(4, 1), torch.ones(())
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.scale = x.detach().std()
+            return self.linear(x / self.scale)
+
+    model = Model()
+    loss_fn = module_loss(model, loss)
+    state, _ = train_step(init_state(model, sgd(), seed=0), BATCH, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+    with pytest.raises(ValueError, match="between batches in scale"):
+        eval_step(state, BATCH, loss_fn=loss_fn)
+
+
+def test_caches_and_what_is_kept_for_a_look_are_no_state() -> None:
+    def keep(module: Any) -> None:
+        module.last = module.linear.weight.detach().sum()
+        if not hasattr(module, "mask"):
+            module.mask = torch.ones(3)
+
+    digests = []
+    for before in (keep, lambda module: None):
+        torch.manual_seed(0)
+        model = With(before)
+        state, loss_fn = init_state(model, sgd(), seed=0), module_loss(model, loss)
+        for _ in range(3):
+            state, _ = train_step(state, BATCH, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+        eval_step(state, BATCH, loss_fn=loss_fn)
+        digests.append(state_digest(state))
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("make", [lambda: torch.Generator(), lambda: None], ids=["own", "captured"])
+def test_random_numbers_from_another_generator_are_refused(make) -> None:
+    captured, own = torch.Generator(), make()
+
+    def compute(model: Any, x: Tensor) -> tuple[Tensor, int]:
+        generator = captured if own is None else model.generator
+        return (model(x) * torch.rand((), generator=generator)).square().mean(), len(x)
+
+    model = nn.Linear(4, 1)
+    model.generator = own  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"Called twice|between batches"):
+        step(model, compute)
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_gradient_hooks_on_parameters_are_refused(hook: str) -> None:
+    model = mlp()
+    getattr(model[0].weight, hook)(lambda gradient: None)  # type: ignore[index]
+    with pytest.raises(ValueError, match=r"The parameter 0\.weight has a gradient hook"):
+        module_loss(model, loss)
+
+
+def test_pruned_and_weight_normed_models_train_as_in_torch() -> None:
+    def pruned() -> nn.Module:
+        model = mlp()
+        prune.l1_unstructured(model[0], "weight", 0.5)  # type: ignore[index]
+        return model
+
+    def normed() -> nn.Module:
+        model = mlp()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nn.utils.weight_norm(model[0])  # type: ignore[index]
+        return model
+
+    for make in (pruned, normed):
+        model = make()
+        state, loss_fn = init_state(model, sgd(), seed=0), module_loss(model, loss)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            state, _ = train_step(state, BATCH, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+            optimizer.zero_grad()
+            loss(model, BATCH)[0].backward()
+            optimizer.step()
+        assert all(torch.equal(p, state.params[name]) for name, p in model.named_parameters())
+
+
+def test_frozen_parameters_are_the_very_tensors_after_a_step() -> None:
+    model = mlp()
+    model[0].weight.requires_grad_(False)  # type: ignore[index]
+    state = init_state(model, sgd(), seed=0)
+    new, _ = train_step(state, BATCH, loss_fn=module_loss(model, loss), optimizer=sgd(), lr=0.1)
+    assert new.buffers["0.weight"] is not None
+    assert new.buffers["0.weight"].data_ptr() == state.buffers["0.weight"].data_ptr()
+
+
+def test_runs_in_threads_do_not_take_each_others_random_numbers() -> None:
+    model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 1))
+
+    def run(seed: int) -> str:
+        loss_fn, state = module_loss(model, loss), init_state(model, adam(), seed=seed)
+        for _ in range(100):
+            state, _ = train_step(state, BATCH, loss_fn=loss_fn, optimizer=adam(), lr=0.01)
+        return state_digest(state)
+
+    alone = [run(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == alone
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))
+    loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+    with pytest.raises(ValueError, match=r"gradient of 0\.weight is sparse"):
+        train_step(init_state(model, sgd(), seed=0), torch.arange(8), loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+
+
+def _random_loss(model: Any, x: Tensor) -> tuple[Tensor, int]:
+    return torch.distributions.Normal(model(x), 1.0).rsample().square().mean(), len(x)
+
+
+def test_an_ensemble_names_the_part_of_a_model_that_cannot_be_mapped() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(4, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0]
+
+    models = {"LSTM": (Recurrent(), loss), "The loss": (nn.Linear(4, 4), _random_loss)}
+    for part, (model, compute) in models.items():
+        ensemble = stack_states([init_state(model, adam(), seed=seed) for seed in range(2)])
+        loss_fn = module_loss(model, compute)
+        with pytest.raises(ValueError, match=f"{part} cannot run for all members of an ensemble at once"):
+            ensemble_step(ensemble, torch.randn(2, 5, 4), loss_fn=loss_fn, optimizer=adam(), lr=0.1)
+
+
+RETURNS: dict[str, tuple[dict[str, Any], str]] = {
+    "a float loss": ({"loss": 0.5}, r"a loss that is a \(\) tensor"),
+    "a vector loss": ({"loss": torch.ones(3, requires_grad=True)}, "a scalar loss"),
+    "no weight": ({"weight": None}, "a weight that is a number of points"),
+    "a vector metric": ({"aux": {"error": torch.ones(3)}}, r"the auxiliary metric 'error' to be a \(\) tensor"),
+    "no buffers": ({"buffers": {}}, "returns all buffers it is given, changed or not. Missing: b"),
+}
+
+
+@pytest.mark.parametrize(("changes", "named"), RETURNS.values(), ids=RETURNS.keys())
+@pytest.mark.parametrize("is_training", [True, False])
+def test_wrong_returns_of_a_loss_function_are_told(changes, named, is_training) -> None:
+    model = nn.Linear(4, 1)
+    state = init_state(model, sgd(), seed=0).replace(buffers={"b": torch.ones(())})
+
+    def loss_fn(params: Any, buffers: Any, batch: Any, *, key: Key, train: bool) -> LossOut:
+        return LossOut((batch @ params["weight"].T).square().mean(), len(batch), buffers, {})._replace(**changes)
+
+    with pytest.raises(ValueError, match=named):
+        either_step(state, loss_fn, is_training)
