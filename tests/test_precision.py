@@ -53,7 +53,7 @@ class Observed(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         first = self.linear(x)
         second = self.linear(self.norm(first))
-        self.seen += [first.dtype, second.dtype]
+        self.seen = [first.dtype, second.dtype]
         return second
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.autocast import autocast_forward
 
-__all__ = ["ABSENT", "IN_PLACE", "StatelessModule"]
+__all__ = ["StatelessModule"]
 
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_flat_weights", "_flat_weight_refs", "forward"}
-ABSENT, IN_PLACE = object(), object()
+ABSENT, IN_PLACE = object(), object()  # an attribute that is not there; one changed in place
 
 
 class StatelessModule:

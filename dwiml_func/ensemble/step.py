@@ -147,8 +147,8 @@ def _evaluate(
         tensors = {name: tuple(part for part in own if isinstance(part, Tensor)) for name, own in sums.items()}
         return out.loss, tensors, {name: buffer.detach() for name, buffer in out.buffers.items()}
 
-    first = ({name: leaf[0] for name, leaf in leaves.items()} for leaves in (params, ensemble.buffers))
-    check_loss_fn(loss_fn, *first, batch, key=key, train=is_training)
+    first, own = ({name: leaf[0] for name, leaf in leaves.items()} for leaves in (params, ensemble.buffers))
+    check_loss_fn(loss_fn, first, own, batch, key=key, train=is_training)
     index = torch.arange(len(ensemble), device=ensemble.active.device)
     try:
         losses, tensors, buffers = torch.func.vmap(one)(dict(params), dict(ensemble.buffers), index)
