@@ -9,6 +9,8 @@ import platform
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -39,7 +41,7 @@ def test_a_second_process_is_refused_at_once_and_a_killed_holder_leaves_no_lock(
         assert is_locked(directory)
         before = contents(experiments)
         cli("resume", experiments, "run", "--new-patience", "9").check_refusal(
-            f"{directory} is in use by process {holder.pid} on {platform.node()}", "wait for it or stop it"
+            f"{directory} is in use by process {holder.pid} on {platform.node()}", "Wait for it, or stop it"
         )
         assert contents(experiments) == before
         assert cli("digest", directory).code == 0  # to read is free
@@ -88,6 +90,21 @@ def test_those_that_wait_come_in_one_by_one(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_file_is_removed_while_it_is_locked(tmp_path, monkeypatch):
+    """Removed later, it could be the file of the next holder."""
+    seen, unlink = [], Path.unlink
+
+    def look(path: Path, missing_ok: bool = False) -> None:
+        seen.append(is_locked(tmp_path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", look)
+    with experiment_lock(tmp_path):
+        pass
+    assert seen == [True]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_that_was_removed_between_opening_and_locking_is_no_lock(tmp_path, monkeypatch):
     flock, calls = fcntl.flock, 0
 
@@ -96,34 +113,34 @@ def test_a_file_that_was_removed_between_opening_and_locking_is_no_lock(tmp_path
         calls += 1
         if calls == 1:
             (tmp_path / ".lock").unlink()  # the last holder leaves
-            if_new = os.open(tmp_path / ".lock", os.O_CREAT | os.O_RDWR)  # and the next one comes
-            os.close(if_new)
+            (tmp_path / ".lock").touch()  # and the next one comes
         flock(descriptor, operation)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("fcntl.flock", overtaken)
-        with experiment_lock(tmp_path):
-            assert calls == 2
-            assert is_locked(tmp_path)
+    monkeypatch.setattr("fcntl.flock", overtaken)
+    with experiment_lock(tmp_path):
+        assert is_locked(tmp_path)
 
 
-def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
+def test_a_look_at_the_lock_keeps_nobody_out(tmp_path):
     """`dwiml-func runs` looks at the lock of a crashed run at the moment when it is resumed."""
     (tmp_path / ".lock").write_text("process 1 on anvil")
-    looking, flock = os.open(tmp_path / ".lock", os.O_RDONLY), fcntl.flock
-    flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-    def look_away_later(descriptor: int, operation: int) -> None:
-        try:
-            flock(descriptor, operation)
-        finally:
-            flock(looking, fcntl.LOCK_UN)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("fcntl.flock", look_away_later)
+    looking = os.open(tmp_path / ".lock", os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with ThreadPoolExecutor(1) as pool:
+        look_away = pool.submit(lambda: (time.sleep(0.1), os.close(looking)))
         with experiment_lock(tmp_path):
+            assert look_away.done()
             assert is_locked(tmp_path)
-    os.close(looking)
+
+
+def test_a_look_leaves_nothing_behind_and_needs_no_right_to_write(tmp_path):
+    assert not is_locked(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with experiment_lock(tmp_path):
+        (tmp_path / ".lock").chmod(0o444)
+        tmp_path.chmod(0o555)
+        assert is_locked(tmp_path)
+        tmp_path.chmod(0o755)
 
 
 def test_loading_processes_do_not_keep_the_lock_of_a_killed_run(tmp_path):
@@ -134,7 +151,7 @@ def test_loading_processes_do_not_keep_the_lock_of_a_killed_run(tmp_path):
         child.kill()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
 def test_a_file_system_without_locks_is_warned_of_and_does_not_stop_the_run(tmp_path, monkeypatch, caplog, number):
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -144,6 +161,22 @@ def test_a_file_system_without_locks_is_warned_of_and_does_not_stop_the_run(tmp_
         assert not is_locked(tmp_path)
     (record,) = caplog.records
     assert f"{tmp_path} is on a file system without locks" in record.getMessage()
+
+
+def test_without_flock_a_marker_keeps_a_second_process_out(tmp_path, monkeypatch):
+    """What Lustre answers unless it is mounted with locks."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    def enter_twice() -> None:
+        with experiment_lock(tmp_path), experiment_lock(tmp_path):
+            pass
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.warns(UserWarning, match="falling back to SoftFileLock"), pytest.raises(LockedError, match="in use by"):
+        enter_twice()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_error_of_the_lock_is_an_error_and_leaves_no_open_file(tmp_path, monkeypatch):
