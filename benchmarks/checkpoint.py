@@ -19,9 +19,8 @@ import torch
 from torch import nn
 from verdicts import conclude
 
-from dwiml_func import TrainState, adam, init_state
+from dwiml_func import TrainState, adam, init_state, restore, save
 from dwiml_func.checkpoint.background import AsyncCheckpointer
-from dwiml_func.checkpoint.checkpoint import restore, save
 from dwiml_func.checkpoint.digest import leaf_digest, state_leaves
 
 HIDDEN = {"0.15": 100, "10": 900}
@@ -56,14 +55,14 @@ def main() -> int:
 
 
 def make_state(hidden: int) -> TrainState:
-    """A run's state with Adam moments that are not zero."""
+    """A state whose Adam state is not zero."""
     torch.manual_seed(0)
     state = init_state(nn.LSTM(48, hidden, 2), adam(), seed=0)
-    moments = {
+    opt_state = {
         kind: {name: torch.randn_like(tensor) for name, tensor in tensors.items()}
         for kind, tensors in state.opt_state.items()
     }
-    return state.replace(opt_state=moments, step=100)
+    return state.replace(opt_state=opt_state, step=100)
 
 
 def measure(state: TrainState, folder: Path, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -146,7 +145,7 @@ def print_table(millions: str, state: TrainState, times: dict[str, list[float]],
     """Print medians and quartiles in milliseconds, multiples of torch.save's, and bytes."""
     num = sum(tensor.numel() for tensor in state.params.values())
     baseline = statistics.median(times[BASELINE])
-    print(f"\n{f'{num} parameters and Adam moments':40} {'median':>9} {'quartiles':>19} {'ratio':>6} {'on disk':>9}")
+    print(f"\n{f'{num} parameters and Adam state':40} {'median':>9} {'quartiles':>19} {'ratio':>6} {'on disk':>9}")
     for name, seconds in times.items():
         lower, median, upper = (1e3 * value for value in statistics.quantiles(seconds, n=4))
         size = f"{sizes[name] / 1e6:6.1f} MB" if name in sizes else ""

@@ -1,7 +1,7 @@
 """What compiling the training step of Learn2Track costs and brings, over batches that all have another length.
 
-Data, model and steps are those of the default example run, as `dwiml-func train` wires them with and without
-`--compile`. The compiler's cache begins empty.
+Data, model and steps are those of the default example run, as `dwiml-func train` makes them with and without
+`--compile`. The compiler's cache is empty at the start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dwiml_func.cli._example_options import example_options
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli._run_options import RunOptions
 from dwiml_func.compiled.warmup import CompilationReport, WarmUpStep
-from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data import StreamlineBatch
 from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.experiment.setup import RunParts, prepare
 

@@ -23,13 +23,20 @@ from timing import interleaved, medians_of
 from torch import Tensor
 from verdicts import conclude
 
-from dwiml_func import adam, init_state, module_loss, train_step
-from dwiml_func.core.rng import Key
-from dwiml_func.data import BatchRequest, DatasetIndex, LoaderSpec, SamplerSpec, epoch_batches, load_batch, open_dataset
-from dwiml_func.data.augmentation import Augmentation
-from dwiml_func.data.prefetch import Prefetched
-from dwiml_func.data.sampler import sample_epoch
-from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
+from dwiml_func import Key, adam, init_state, module_loss, train_step
+from dwiml_func.data import (
+    Augmentation,
+    BatchRequest,
+    DatasetIndex,
+    LoaderSpec,
+    Prefetched,
+    SamplerSpec,
+    epoch_batches,
+    load_batch,
+    open_dataset,
+    sample_epoch,
+)
+from dwiml_func.models import Learn2Track, compute_batch_loss
 
 NOISE, SHARE = 0.05, 0.5
 SPEC = LoaderSpec(
@@ -69,7 +76,7 @@ def main() -> int:
 
 
 class PerStreamline:
-    """The baseline: streamlines one by one; splitting and reversing make their tractogram anew, as in the reference."""
+    """The baseline: streamlines one by one; splitting and reversing rebuild their tractogram, as in dwi_ml."""
 
     def __init__(self, path: Path, *, lazily: bool) -> None:
         self.data = StatefulData(path, lazily=lazily, placed_at=0.5)
@@ -168,7 +175,7 @@ def overlap(path: Path) -> None:
         "2 processes": partial(epoch, 2, False),
     }
     medians = medians_of(interleaved(ways, 3))
-    print(f"\nan epoch of 20 training steps, volumes read anew for each batch, {os.cpu_count()} cores")
+    print(f"\nan epoch of 20 training steps, volumes read again for each batch, {os.cpu_count()} cores")
     for name, seconds in medians.items():
         print(f"  {name:42} {seconds:8.2f} s")
 
@@ -212,7 +219,7 @@ def lazy_memory(path: Path, options: argparse.Namespace) -> list[tuple[bool, str
 
 
 def read_lazily(path: str, cache_gb: float) -> int:
-    """Go through an epoch and print the peak of this process in bytes."""
+    """Load an epoch and print the peak of this process in bytes."""
     dataset = open_dataset(path, lazy=True, cache_size=int(cache_gb * 1e9))
     spec = SamplerSpec(nb_subjects_per_batch=2, cycles=10, max_batches=None)
     for _ in Prefetched(epoch_batches(dataset, spec, SPEC, key=KEY, epoch=0, augment_key=KEY)):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from verdicts import conclude
 
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
@@ -38,18 +39,12 @@ def main() -> int:
             )
 
     print(f"\ntorch {torch.__version__}; losses and angular errors of the validation subject, these of the best epoch")
-    failed = False
+    verdicts = []
     for key, row in rows.items():
-        for holds, claim in (
-            (row["last"] < row["first"], f"validation loss from {row['first']:.4f} to {row['last']:.4f}, must fall"),
-            (
-                row["model"] < row["principal"],
-                f"{row['model']:.2f} deg, must beat the principal direction's {row['principal']:.2f} deg",
-            ),
-        ):
-            print(f"{'pass' if holds else 'FAIL'}: {key}: {claim}")
-            failed |= not holds
-    return int(failed)
+        loss = f"{key}: validation loss from {row['first']:.4f} to {row['last']:.4f}, must fall"
+        error = f"{key}: {row['model']:.2f} deg, must beat the principal direction's {row['principal']:.2f} deg"
+        verdicts += [(row["last"] < row["first"], loss), (row["model"] < row["principal"], error)]
+    return conclude(verdicts)
 
 
 def measure(folder: Path, key: str) -> dict[str, float]:

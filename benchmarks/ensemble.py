@@ -18,15 +18,12 @@ import torch
 from torch import Tensor, nn
 from verdicts import conclude
 
-from dwiml_func import Key, adam, init_state, module_loss, train_step
-from dwiml_func.core.rng import torch_rng
+from dwiml_func import Key, adam, ensemble_step, init_state, module_loss, stack_states, torch_rng, train_step
 from dwiml_func.data import StreamlineBatch
-from dwiml_func.ensemble.state import stack_states
-from dwiml_func.ensemble.step import ensemble_step
-from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
+from dwiml_func.models import Learn2Track, compute_batch_loss
 
 MLP, LEARN2TRACK, DROPOUT = "16 MLPs", "8 Learn2Track", "8 Learn2Track, dropout"
-SINGLE_PROCESS, SAME, EACH = "one after the other", "ensemble", "ensemble, lr and weight decay of each"
+ONE_BY_ONE, SAME, EACH = "one after the other", "ensemble", "ensemble, lr and weight decay of each"
 LIMITS = {MLP: 4.0, LEARN2TRACK: 1.5}
 
 
@@ -47,7 +44,7 @@ def main() -> int:
     print(f"{'one step of all members':26} {'':38} {'median':>9} {'quartiles':>20} {'faster':>7}")
     for name, (make, loss, batch, num_members, rounds) in settings.items():
         times = measure(make_variants(make, loss, batch, num_members), rounds)
-        alone = statistics.median(times[SINGLE_PROCESS])
+        alone = statistics.median(times[ONE_BY_ONE])
         for variant, seconds in times.items():
             lower, median, upper = (1e3 * value for value in statistics.quantiles(seconds, n=4))
             gains[name, variant] = alone / statistics.median(seconds)
@@ -125,7 +122,7 @@ def make_variants(
 
     each = torch.logspace(-4, -2, num_members, dtype=torch.float64)
     return {
-        SINGLE_PROCESS: one_after_the_other,
+        ONE_BY_ONE: one_after_the_other,
         SAME: together(optimizer=adam(weight_decay=0.01), lr=1e-3),
         EACH: together(optimizer=adam, lr=each, weight_decay=each),
     }

@@ -4,7 +4,7 @@ All begin with the same weights and take the same batches with the same Adam; af
 """
 
 # pyright: reportMissingImports=false
-# The process_group come with the extra "bench", and each is left out where it is not installed.
+# The libraries come with the extra "bench"; one that is not installed is skipped.
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ from step_overhead import BATCH, LR, make_model, squared_error
 from timing import interleaved, medians_of
 from verdicts import conclude
 
-from dwiml_func import adam, init_state, module_loss, train_step
-from dwiml_func.compiled.step import jit_step
+from dwiml_func import adam, init_state, jit_step, module_loss, train_step
 
 BARE, EAGER, COMPILED = "bare torch.optim.Adam loop", "ours, eager (donated)", "ours, compiled (donated)"
-LIGHTNING, IGNITE = "Lightning Trainer.fit", "ignite AutodiffBackend"
+LIGHTNING, IGNITE = "Lightning Trainer.fit", "ignite Engine"
 LINEN, NNX, SCAN = (
     "JAX: flax.linen TrainState, jax.jit",
     "JAX: flax.nnx Optimizer, nnx.jit",
@@ -58,7 +57,7 @@ def main() -> int:
     sizes = ((BATCH, 16), (BATCH, 3))
     batches: Any = [tuple(torch.randn(size, generator=generator) for size in sizes) for _ in range(options.steps)]
     variants = {BARE: bare(batches), EAGER: ours(False, batches), COMPILED: ours(True, batches)}
-    for modules, makers in PEERS.items():
+    for modules, makers in LIBRARIES.items():
         try:
             for module in modules:
                 importlib.import_module(module)
@@ -102,7 +101,7 @@ def bare(batches: Batches) -> Variant:
 
 
 def ours(is_compiled: bool, batches: Batches) -> Variant:
-    """`train_step` or `jit_step`, without a seed for draws that the model does not make."""
+    """`train_step` or `jit_step`, without a seed, since the model is deterministic."""
     fixed = {"loss_fn": module_loss(make_model(), squared_error, stochastic=False), "optimizer": adam(), "donate": True}
     step: Any = jit_step(**fixed) if is_compiled else partial(train_step, **fixed)
     state = init_state(make_model(), adam(), seed=0)
@@ -160,11 +159,11 @@ def lightning(batches: Batches) -> Variant:
 
 
 def ignite(batches: Batches) -> Variant:
-    """An AutodiffBackend around the step that its helper makes."""
-    backend = importlib.import_module("ignite.backend")
+    """The `Engine` that ignite's helper makes."""
+    engine = importlib.import_module("ignite.engine")
     model = make_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-    trainer = backend.create_supervised_trainer(model, optimizer, torch.nn.functional.mse_loss)
+    trainer = engine.create_supervised_trainer(model, optimizer, torch.nn.functional.mse_loss)
     run = partial(trainer.run, batches, max_epochs=1)
     return Variant(run, lambda: squared_error(model, batches[0])[0].item())
 
@@ -252,9 +251,9 @@ def jax_layers() -> list[dict[str, Any]]:
     return [{"kernel": jnp.array(kernel), "bias": jnp.array(bias)} for kernel, bias in pairs]
 
 
-PEERS: dict[tuple[str, ...], dict[str, Callable[[Batches], Variant]]] = {
+LIBRARIES: dict[tuple[str, ...], dict[str, Callable[[Batches], Variant]]] = {
     ("lightning",): {LIGHTNING: lightning},
-    ("ignite.backend",): {IGNITE: ignite},
+    ("ignite.engine",): {IGNITE: ignite},
     ("jax", "optax", "flax"): {LINEN: partial(linen, False), NNX: nnx, SCAN: partial(linen, True)},
 }
 

@@ -23,18 +23,16 @@ from torch.nn.functional import cosine_similarity
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from verdicts import conclude
 
-from dwiml_func import adam, init_state, module_loss, train_step
+from dwiml_func import Key, adam, init_state, module_loss, train_step
 from dwiml_func.core.gradients import global_norm
-from dwiml_func.core.rng import Key
-from dwiml_func.data import BatchRequest, LoaderSpec, load_batch, open_dataset
-from dwiml_func.data.augmentation import Augmentation, Kind, rng_of
-from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data import Augmentation, BatchRequest, LoaderSpec, StreamlineBatch, load_batch, open_dataset
+from dwiml_func.data.augmentation import Kind, rng_of
+from dwiml_func.models import Learn2Track, compute_batch_loss
 from dwiml_func.models.baselines import angular_error
-from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 NUM_STREAMLINES, LAYER_SIZES, LR, WEIGHT_DECAY, NOISE, KEY = 100, (100, 100), 1e-3, 0.01, 0.05, Key(1)
 SPEC = LoaderSpec(
-    interpolation="trilinear-corner",  # as the reference places values
+    interpolation="trilinear-corner",  # as dwi_ml places values
     augmentation=Augmentation(noise_gaussian_size_forward=NOISE, noise_gaussian_size_loss=NOISE),
 )
 NUM_COMPARED = 10
@@ -148,10 +146,10 @@ class Ours:
 
 
 class Baseline:
-    """Lists of tensors, a module with packed `nn.LSTM` and `torch.optim.Adam`, as the reference has them.
+    """Lists of tensors, a module with packed `nn.LSTM` and `torch.optim.Adam`, as in dwi_ml.
 
-    As favourable as that way allows: see `stateful.py`; streamlines are in memory, and the reference's walk of the
-    garbage collector at each batch is left out.
+    As favourable as that way allows: see `stateful.py`; streamlines are in memory, and dwi_ml's garbage collection
+    at each batch is left out.
     """
 
     def __init__(self, path: Path) -> None:
@@ -204,7 +202,7 @@ class Baseline:
 
     @staticmethod
     def _with_noise(lines: list[Tensor], number: int, kind: Kind) -> list[Tensor]:
-        """Clipped normal noise, streamline by streamline; the draws are those of ours."""
+        """Clipped normal noise, streamline by streamline, with our random numbers."""
         rng, noisy = rng_of(KEY, 0, number, kind), []
         for line in lines:
             noise = torch.from_numpy(rng.standard_normal(tuple(line.shape), dtype=np.float32))

@@ -23,15 +23,14 @@ from verdicts import conclude
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli._run_options import RunOptions
+from dwiml_func.data import open_dataset
 from dwiml_func.data.example.dataset import make_example_data
-from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.evaluation import evaluate_model
 from dwiml_func.experiment.folder import create_experiment
-from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
-from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
-from dwiml_func.writers.writer import fan_out
+from dwiml_func.models import Learn2Track, compute_batch_loss, load_model
+from dwiml_func.writers import fan_out
 
 Precision = Literal["float32", "bf16"]
 PRECISIONS: tuple[Precision, ...] = ("float32", "bf16")

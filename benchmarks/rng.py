@@ -1,4 +1,4 @@
-"""What randomness by address costs: keys, and draws made from them, beside torch's generator and `jax.random`."""
+"""What randomness by address costs: keys and random numbers, beside torch's generator and `jax.random`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from timing import interleaved, medians_of
 from torch.nn.functional import dropout
 from verdicts import conclude
 
-from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
+from dwiml_func import Key, Stream, fold_in, numpy_rng, torch_rng
 
 KEY, REPEATS = Key(1234), 100
 HIDDEN, POINTS, STREAMLINES = (11_700, 100), (11_700, 3), 1_000_000
-FOLD, BLOCK = "fold_in(key, stream, epoch, batch)", "torch_rng(key), nothing drawn"
+FOLD, BLOCK = "fold_in(key, stream, epoch, batch)", "torch_rng(key), empty"
 FLOOR, FORKED = "its floor: get_state, manual_seed, set_state", "the usual way: torch.random.fork_rng, manual_seed"
 GENERATOR, SEEDED = "numpy_rng(key)", "numpy.random.default_rng(seed)"
 DROPOUT, NOISE, PLAN = "dropout of 11,700 x 100", "noise of 11,700 x 3", "a permutation of 1,000,000"
@@ -41,11 +41,11 @@ def main() -> int:
     for name, seconds in keys.items():
         print(f"| {name} | {1e6 * seconds / REPEATS:.2f} µs |")
 
-    print("\n| draws | " + " | ".join((OURS, TORCH, JAX)) + " |\n|---|---|---|---|")
-    draws = {}
-    for name, variants in draw_variants().items():
-        draws[name] = medians_of(interleaved(variants, max(options.rounds // (4 if name == PLAN else 1), 1)))
-        print(f"| {name} | " + " | ".join(f"{1e3 * seconds:.2f} ms" for seconds in draws[name].values()) + " |")
+    print("\n| random numbers | " + " | ".join((OURS, TORCH, JAX)) + " |\n|---|---|---|---|")
+    medians = {}
+    for name, variants in sample_variants().items():
+        medians[name] = medians_of(interleaved(variants, max(options.rounds // (4 if name == PLAN else 1), 1)))
+        print(f"| {name} | " + " | ".join(f"{1e3 * seconds:.2f} ms" for seconds in medians[name].values()) + " |")
 
     ratio = (keys[FOLD] + keys[BLOCK]) / keys[FORKED]
     verdicts = [
@@ -56,7 +56,7 @@ def main() -> int:
         )
     ]
     for name, (beside, limit) in LIMITS.items():
-        ratio = draws[name][OURS] / draws[name][beside]
+        ratio = medians[name][OURS] / medians[name][beside]
         verdicts += [(ratio <= limit, f"{name} by key takes {ratio:.2f} times {beside}; at most {limit:g} required")]
     print()
     return conclude(verdicts)
@@ -76,7 +76,7 @@ def repeated(variants: Mapping[str, Callable[[], object]]) -> dict[str, Callable
 
 
 def key_variants() -> dict[str, Callable[[], object]]:
-    """What stands between a place in the run and its draws."""
+    """What leads from a position in the run to a generator."""
     import jax
 
     batches = count()
@@ -109,19 +109,19 @@ def key_variants() -> dict[str, Callable[[], object]]:
     }
 
 
-def draw_variants() -> dict[str, dict[str, Callable[[], object]]]:
-    """The draws of a run: dropout of a layer, noise on a batch's points, the order of an epoch."""
+def sample_variants() -> dict[str, dict[str, Callable[[], object]]]:
+    """The random numbers of a run: dropout of a layer, noise on a batch's points, the order of an epoch."""
     import jax
     import jax.numpy as jnp
 
     hidden, batches = torch.randn(HIDDEN), count()
     jax_hidden, jax_key = jnp.asarray(hidden.numpy()), jax.random.key(1234)
 
-    def by_key(draw: Callable[[Key], object]) -> Callable[[], object]:
-        return lambda: draw(fold_in(KEY, Stream.TRAIN_STEP, 3, next(batches)))
+    def by_key(sample: Callable[[Key], object]) -> Callable[[], object]:
+        return lambda: sample(fold_in(KEY, Stream.TRAIN_STEP, 3, next(batches)))
 
-    def jitted(draw: Callable[[Any, Any], Any]) -> Callable[[], object]:
-        compiled = jax.jit(lambda key, batch, x: draw(jax.random.fold_in(key, batch), x))
+    def jitted(sample: Callable[[Any, Any], Any]) -> Callable[[], object]:
+        compiled = jax.jit(lambda key, batch, x: sample(jax.random.fold_in(key, batch), x))
         return lambda: compiled(jax_key, next(batches), jax_hidden).block_until_ready()
 
     def dropped(key: Key) -> torch.Tensor:

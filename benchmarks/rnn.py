@@ -19,6 +19,7 @@ import torch
 from timing import interleaved
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from verdicts import conclude
 
 from dwiml_func.models.rnn.stacked import StackedRNN
 
@@ -58,9 +59,7 @@ def main() -> int:
             if rnn_key == "lstm":
                 verdicts += judge(medians, num_threads)
     print()
-    for passed, text in verdicts:
-        print(f"{'pass' if passed else 'FAIL'}: {text}")
-    return int(not all(passed for passed, _ in verdicts))
+    return conclude(verdicts)
 
 
 def judge(medians: dict[str, float], num_threads: int) -> list[tuple[bool, str]]:

@@ -18,14 +18,11 @@ import numpy as np
 import torch
 from rnn import resident, start_peak
 
-from dwiml_func import adam, init_state, module_loss, train_step
-from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func import adam, ensemble_step, init_state, module_loss, stack_states, train_step
+from dwiml_func.data import StreamlineBatch, Streamlines
 from dwiml_func.data.shards import cut_batch
-from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.distributed.sharding import sharded_value_and_grad
-from dwiml_func.ensemble.state import stack_states
-from dwiml_func.ensemble.step import ensemble_step
-from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
+from dwiml_func.distributed import sharded_value_and_grad
+from dwiml_func.models import Learn2Track, compute_batch_loss
 
 FEATURES = 45
 DEFAULT = {"streamlines": 100, "length": 100, "hidden": 100, "models": 0, "shards": 1}  # 0: no ensemble

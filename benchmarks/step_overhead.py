@@ -14,8 +14,7 @@ from timing import interleaved, medians_of
 from torch import Tensor, nn
 from verdicts import conclude
 
-from dwiml_func import adam, init_state, module_loss, train_step
-from dwiml_func.compiled.step import jit_step
+from dwiml_func import adam, init_state, jit_step, module_loss, train_step
 
 BATCH = 64
 TURN = 10  # steps in a row

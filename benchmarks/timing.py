@@ -1,4 +1,4 @@
-"""Timing that a busy machine disturbs as little as may be."""
+"""Timing that a busy machine disturbs little."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["interleaved", "medians_of"]
 def interleaved(
     variants: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = 3
 ) -> dict[str, list[float]]:
-    """Time variants in turns, in an order that rotates, so that none has the better moments.
+    """Time variants in turns, in an order that rotates, so that other work on the machine slows them all alike.
 
     Args:
         variants: what to run, by name.

@@ -19,19 +19,15 @@ from pathlib import Path
 import torch
 from verdicts import conclude
 
+from dwiml_func import EpochReport
 from dwiml_func.cli._example_options import example_options
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli._run_options import RunOptions
-from dwiml_func.core.loop import EpochReport
 from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
-from dwiml_func.writers.comet import Comet
-from dwiml_func.writers.jsonl import jsonl
-from dwiml_func.writers.npy import npy
-from dwiml_func.writers.tensorboard import tensorboard
-from dwiml_func.writers.writer import Writer, fan_out
+from dwiml_func.writers import Comet, Writer, fan_out, jsonl, npy, tensorboard
 
 LOCAL_LIMIT, COMET_LIMIT = 0.01, 0.02
 

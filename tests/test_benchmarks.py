@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -60,6 +61,12 @@ def test_a_name_that_is_no_benchmark_is_refused_with_those_that_are(run, capsys)
     with pytest.raises(SystemExit, match="2"):
         run("shared")
     assert "no benchmark is called shared. There are: bad, broken, good" in capsys.readouterr().err
+
+
+def test_every_benchmark_can_be_imported():
+    """Names that move in the package are renamed here too; what is measured is imported later."""
+    code = f"import sys; sys.path.insert(0, {str(suite.FOLDER)!r}); import {', '.join(suite.scripts())}"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_benchmark_has_a_row_with_its_command_in_the_readme():
