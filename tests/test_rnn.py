@@ -197,18 +197,19 @@ def test_a_stack_can_be_copied_and_pickled() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("rnn", 4, (5,)), "Expected an rnn_key among lstm, gru. Received: 'rnn'"),
-        (("lstm", 4, ()), "Expected the size of at least one recurrent layer. Received: none"),
-        (("lstm", 4, (5, 0)), "Expected layer sizes of at least 1. Received: 5 to 0"),
-        (("lstm", 4, (-5,)), "Expected layer sizes of at least 1. Received: 4 to -5"),
-        (("lstm", 0, (5,)), "Expected layer sizes of at least 1. Received: 0 to 5"),
-        (("lstm", 4, (5,), 1.0), "Expected a dropout of at least 0 and below 1. Received: 1.0"),
-        (("lstm", 4, (5,), -0.1), "Expected a dropout of at least 0 and below 1. Received: -0.1"),
-        (("lstm", 4, (5,), float("nan")), "Expected a dropout of at least 0 and below 1. Received: nan"),
+        (("rnn", 4, (5,)), "rnn_key: expected one of lstm, gru, received 'rnn'."),
+        (("lstm", 4, ()), "rnn_layer_sizes: expected 1 to 1000 layers, received 0."),
+        (("lstm", 4, (5,) * 1001), "rnn_layer_sizes: expected 1 to 1000 layers, received 1001."),
+        (("lstm", 4, (5, 0)), "rnn_layer_sizes: expected a finite number at least 1 and below 2147483648, received 0."),
+        (("lstm", 4, (-5,)), "rnn_layer_sizes: expected a finite number at least 1 and below 2147483648, received -5."),
+        (("lstm", 0, (5,)), "input_size: expected a finite number at least 1 and below 2147483648, received 0."),
+        (("lstm", 4, (5,), 1.0), "dropout: expected a finite number at least 0 and below 1, received 1.0."),
+        (("lstm", 4, (5,), -0.1), "dropout: expected a finite number at least 0 and below 1, received -0.1."),
+        (("lstm", 4, (5,), float("nan")), "dropout: expected a finite number at least 0 and below 1, received nan."),
     ],
 )
 def test_wrong_options_are_named(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match="Expected") as error:
+    with pytest.raises(ValueError, match="expected") as error:
         StackedRNN(*arguments)
     assert str(error.value) == message
 
@@ -229,3 +230,15 @@ def test_input_that_does_not_fit_is_refused(shape: tuple[int, ...], batch_sizes:
         StackedRNN("lstm", 4, (5,))(torch.zeros(shape), batch_sizes)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("rnn_key", KEYS)
+def test_inputs_and_states_of_another_dtype_than_the_parameters_are_refused(rnn_key: str, wrong: torch.dtype) -> None:
+    rnn = StackedRNN(rnn_key, 4, (5,))
+    with pytest.raises(ValueError, match=f"^Expected x of torch.float32, as the parameters. Received: {wrong}."):
+        rnn(torch.zeros(5, 4).to(wrong), [3, 2])
+    _, state = rnn.run(torch.zeros(3, 4), [3])
+    wrong_state = [tuple(part.to(wrong) for part in layer) for layer in state]
+    with pytest.raises(ValueError, match=f"^Expected a state of torch.float32, as the parameters. Received: {wrong}."):
+        rnn.run(torch.zeros(3, 4), [3], wrong_state)

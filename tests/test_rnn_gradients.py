@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacrev, jvp, vmap
 
-from dwiml_func.models.rnn.autograd import packed_scan
-from dwiml_func.models.rnn.cudnn import native_scan
+from dwiml_func.models.rnn import time_steps
+from dwiml_func.models.rnn.autograd import kernel_scan
+from dwiml_func.models.rnn.cudnn import cudnn_scan
 from dwiml_func.models.rnn.scan import plain_scan
 from dwiml_func.models.rnn.stacked import RecurrentLayer, _scan_for
-from dwiml_func.models.rnn.stacked import kernels as rnn_layout
 
 # torch 2.13 scripts some of its own formulas of forward mode when they are first used.
 FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:DeprecationWarning")
@@ -60,7 +60,7 @@ def _assert_all_near(ours: Sequence[Tensor], theirs: Sequence[Tensor], tolerance
 
 def _compare_with_torch(rnn_key: str, sizes: Sequence[int], dtype: torch.dtype, tolerance: float) -> None:
     tensors = _tensors(rnn_key, sizes, dtype=dtype)
-    ours, theirs = (_scan(scan, rnn_key, sizes)(*tensors) for scan in (packed_scan, native_scan))
+    ours, theirs = (_scan(scan, rnn_key, sizes)(*tensors) for scan in (kernel_scan, cudnn_scan))
     _assert_all_near(ours, theirs, tolerance)
     our_gradients, their_gradients = (torch.autograd.grad(_loss(results), tensors) for results in (ours, theirs))
     _assert_all_near(our_gradients, their_gradients, tolerance)
@@ -88,19 +88,19 @@ def test_gradients_from_the_last_state_to_the_first_equal_torchs(
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.sampled_from(KEYS), st.integers(1, 12))
 def test_blocks_of_any_size_give_torchs_gradients(sizes: list[int], rnn_key: str, block_rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rnn_layout, "_BLOCK_ROWS", block_rows)
+        patch.setattr(time_steps, "_BLOCK_ROWS", block_rows)
         _compare_with_torch(rnn_key, sorted(sizes, reverse=True), torch.float64, 1e-10)
 
 
 @pytest.mark.parametrize("rnn_key", KEYS)
 def test_pieces_joined_by_the_state_have_the_gradients_of_the_whole(rnn_key: str) -> None:
     sizes, tensors = [3] * 6, _tensors(rnn_key, [3] * 6)
-    whole = _scan(packed_scan, rnn_key, sizes)(*tensors)
+    whole = _scan(kernel_scan, rnn_key, sizes)(*tensors)
     outputs: list[Tensor] = []
     state: Sequence[Tensor] = tensors[5:]
     for start, end in pairwise([0, 3, 12, 18]):
         piece = [3] * ((end - start) // 3)
-        results = _scan(packed_scan, rnn_key, piece)(tensors[0][start:end], *tensors[1:5], *state)
+        results = _scan(kernel_scan, rnn_key, piece)(tensors[0][start:end], *tensors[1:5], *state)
         outputs.append(results[0])
         state = results[1:]
     pieces = (torch.cat(outputs), *state)
@@ -119,14 +119,14 @@ def test_a_loss_of_one_result_alone_has_torchs_gradients(rnn_key: str, result: s
     def gradients_of(scan: Callable) -> Sequence[Tensor]:
         return torch.autograd.grad(_loss([_scan(scan, rnn_key, RAGGED)(*tensors)[number]]), tensors)
 
-    _assert_all_near(gradients_of(packed_scan), gradients_of(native_scan))
+    _assert_all_near(gradients_of(kernel_scan), gradients_of(cudnn_scan))
 
 
 @pytest.mark.parametrize("rnn_key", KEYS)
 @pytest.mark.parametrize("wanted", [["x"], ["hidden"], ["weight_ih"], ["bias_hh"], NAMES[1:5], ["x", "weight_hh"]])
 def test_gradients_asked_for_alone_are_those_of_all_to_the_bit(rnn_key: str, wanted: Sequence[str]) -> None:
     tensors = dict(zip(NAMES, _tensors(rnn_key, RAGGED), strict=False))
-    run = _scan(packed_scan, rnn_key, RAGGED)
+    run = _scan(kernel_scan, rnn_key, RAGGED)
     every = dict(zip(tensors, torch.autograd.grad(_loss(run(*tensors.values())), list(tensors.values())), strict=True))
     some = {name: t if name in wanted else t.detach() for name, t in tensors.items()}
     alone = torch.autograd.grad(_loss(run(*some.values())), [some[name] for name in wanted])
@@ -137,7 +137,7 @@ def test_gradients_asked_for_alone_are_those_of_all_to_the_bit(rnn_key: str, wan
 @FORWARD_MODE
 @pytest.mark.parametrize("rnn_key", KEYS)
 def test_first_and_second_gradients_agree_with_finite_differences(rnn_key: str) -> None:
-    tensors, run = _tensors(rnn_key, [2, 1]), _scan(packed_scan, rnn_key, [2, 1])
+    tensors, run = _tensors(rnn_key, [2, 1]), _scan(kernel_scan, rnn_key, [2, 1])
     assert gradcheck(run, tensors, check_forward_ad=True)
     assert gradgradcheck(run, tensors)
 
@@ -149,7 +149,7 @@ def test_forward_mode_agrees_with_backward_mode(rnn_key: str) -> None:
     tangents = tuple(tensor.detach() for tensor in _tensors(rnn_key, RAGGED, seed=2))
 
     def loss_of(*tensors: Tensor) -> Tensor:
-        return _loss(_scan(packed_scan, rnn_key, RAGGED)(*tensors))
+        return _loss(_scan(kernel_scan, rnn_key, RAGGED)(*tensors))
 
     gradients = grad(loss_of, argnums=tuple(range(len(primals))))(*primals)
     expected = torch.stack([(g * t).sum() for g, t in zip(gradients, tangents, strict=True)]).sum()
@@ -174,7 +174,7 @@ def test_gradients_by_vmap_equal_a_loop_on_ragged_batches(rnn_key: str, shared: 
     ]
 
     def gradients_of(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return grad(lambda *t: _loss(_scan(packed_scan, rnn_key, RAGGED)(*t)), argnums=tuple(range(len(names))))(
+        return grad(lambda *t: _loss(_scan(kernel_scan, rnn_key, RAGGED)(*t)), argnums=tuple(range(len(names))))(
             *tensors
         )
 
@@ -193,16 +193,16 @@ def test_jacobians_of_gradients_equal_the_plain_scans(rnn_key: str) -> None:
 
         return jacrev(grad(loss_of))(tensors[2])
 
-    _assert_all_near([hessian(packed_scan)], [hessian(plain_scan)])
+    _assert_all_near([hessian(kernel_scan)], [hessian(plain_scan)])
 
 
 @pytest.mark.parametrize("rnn_key", KEYS)
 def test_inputs_and_gradients_that_are_not_contiguous_change_nothing(rnn_key: str) -> None:
     tensors = _tensors(rnn_key, RAGGED)
-    results = _scan(packed_scan, rnn_key, RAGGED)(*tensors)
+    results = _scan(kernel_scan, rnn_key, RAGGED)(*tensors)
     expected = torch.autograd.grad(results[0].sum(), tensors)  # a gradient that is one number, expanded
     transposed = [(t.detach().t().contiguous().t() if t.dim() == 2 else t.detach()).requires_grad_() for t in tensors]
-    others = _scan(packed_scan, rnn_key, RAGGED)(*transposed)
+    others = _scan(kernel_scan, rnn_key, RAGGED)(*transposed)
     ones = torch.ones(SIZE, sum(RAGGED), dtype=torch.float64).t()
     _assert_all_near(others, results)
     _assert_all_near(torch.autograd.grad(others[0], transposed, ones), expected)
@@ -212,13 +212,13 @@ def test_inputs_and_gradients_that_are_not_contiguous_change_nothing(rnn_key: st
 def test_nothing_that_came_in_is_changed_and_runs_repeat_to_the_bit(rnn_key: str) -> None:
     sizes = [*range(60, 0, -1)]
     tensors = _tensors(rnn_key, sizes, dtype=torch.float32)
-    cotangents = _scan(packed_scan, rnn_key, sizes)(*tensors)
+    cotangents = _scan(kernel_scan, rnn_key, sizes)(*tensors)
     cotangents = [result.detach().sin() for result in cotangents]
     before = [tensor.detach().clone() for tensor in (*tensors, *cotangents)]
     versions = [tensor._version for tensor in (*tensors, *cotangents)]
 
     def run() -> list[Tensor]:
-        results = _scan(packed_scan, rnn_key, sizes)(*tensors)
+        results = _scan(kernel_scan, rnn_key, sizes)(*tensors)
         values = [result.detach().clone() for result in results]
         gradients = torch.autograd.grad(results, tensors, cotangents)
         assert all(torch.equal(result, value) for result, value in zip(results, values, strict=True))
@@ -232,20 +232,20 @@ def test_nothing_that_came_in_is_changed_and_runs_repeat_to_the_bit(rnn_key: str
 @pytest.mark.parametrize("rnn_key", KEYS)
 def test_a_graph_that_is_kept_gives_the_same_gradients_again(rnn_key: str) -> None:
     tensors = _tensors(rnn_key, RAGGED)
-    loss = _loss(_scan(packed_scan, rnn_key, RAGGED)(*tensors))
+    loss = _loss(_scan(kernel_scan, rnn_key, RAGGED)(*tensors))
     first = torch.autograd.grad(loss, tensors, retain_graph=True)
     assert all(torch.equal(*pair) for pair in zip(first, torch.autograd.grad(loss, tensors), strict=True))
 
 
 def test_the_device_decides_which_scan_runs() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    assert _scan_for(cpu) is packed_scan
-    assert _scan_for(cuda) is native_scan
+    assert _scan_for(cpu) is kernel_scan
+    assert _scan_for(cuda) is cudnn_scan
     with torch.backends.cudnn.flags(enabled=False):
-        assert _scan_for(cuda) is packed_scan
+        assert _scan_for(cuda) is kernel_scan
     chosen: list[Any] = []
     grad(lambda x: (chosen.append(_scan_for(cuda)), x.sum())[1])(torch.ones(2))
-    assert chosen == [packed_scan]  # cuDNN's runs under no transform
+    assert chosen == [kernel_scan]  # cuDNN's runs under no transform
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,4 +1,4 @@
-"""The recurrent scan with a backward by hand, for `torch.autograd` and for gradients by `torch.func`."""
+"""The kernels as a `torch.autograd.Function`, for first gradients by `torch.autograd` and by `torch.func`."""
 
 from __future__ import annotations
 
@@ -12,40 +12,23 @@ from torch.autograd import Function
 from dwiml_func.models.rnn.kernels import KERNELS
 from dwiml_func.models.rnn.scan import State, Weights, plain_scan
 
-__all__ = ["packed_scan"]
+__all__ = ["kernel_scan"]
 
 
-def packed_scan(
+def kernel_scan(
     rnn_key: str, x: Tensor, batch_sizes: Sequence[int], weights: Weights, state: State
 ) -> tuple[Tensor, State]:
-    """Run one layer over all time steps: what `plain_scan` computes, several times faster with a gradient.
+    """What `plain_scan` computes, several times faster with a gradient, on any device and in any floating dtype.
 
-    It runs under `torch.autograd` and under every transform of `torch.func`, on any device and in any floating dtype.
-    What is by hand serves first gradients. `vmap`, forward mode and gradients of gradients run `plain_scan` inside, at
-    its price.
-
-    Args:
-        rnn_key: "lstm" or "gru".
-        x: (P, F) float, packed.
-        batch_sizes: T numbers, rows of each time step; they do not increase and add up to P. The first is S.
-        weights: the layer's, gates in torch's order.
-        state: of the S sequences before their first row.
-
-    Returns:
-        The outputs (P, H), packed, and the state of the S sequences, each after its own last row.
-
-    Example:
-        >>> weights = (torch.zeros(6, 3), torch.zeros(6, 2), torch.zeros(6), torch.zeros(6))
-        >>> outputs, (hidden,) = packed_scan("gru", torch.zeros(3, 3), [2, 1], weights, (torch.ones(2, 2),))
-        >>> outputs[:, 0], hidden[:, 0]
-        (tensor([0.5000, 0.5000, 0.2500]), tensor([0.2500, 0.5000]))
+    The kernels serve first gradients by `torch.autograd` and `torch.func`. `vmap`, forward mode and gradients of
+    gradients run `plain_scan` inside, at its cost.
     """
     results = cast(tuple[Tensor, ...], _Forward.apply(_Run(rnn_key, batch_sizes), x, *weights, *state))
     return results[0], results[1 : 1 + len(state)]
 
 
 class _Run:
-    """What is not a tensor: an opaque object, which torch.func's tree functions do not walk through."""
+    """The arguments that are no tensors, in an object that torch.func's tree functions treat as a leaf."""
 
     def __init__(self, rnn_key: str, batch_sizes: Sequence[int]) -> None:
         self.rnn_key = rnn_key
@@ -110,9 +93,9 @@ class _Forward(Function):
 class _Backward(Function):
     """(run, wants, gradients of outputs and last state, x, 4 weights, state, outputs, 2 activations) to gradients.
 
-    A Function of its own, so that under `torch.func`, where a backward runs with gradients enabled, the kernel still
-    sees tensors that may be written in place. Its derivatives are those of the whole gradient as a function of the
-    first gradients and of the layer's inputs, through the plain scan; nothing is left for outputs and activations.
+    It is a separate Function because under `torch.func` a backward runs with gradients enabled, and the kernel writes
+    in place. Its derivatives are those of the gradient as a function of the first gradients and of the layer's inputs,
+    through the plain scan; outputs and activations get none.
     """
 
     @staticmethod
@@ -152,7 +135,7 @@ class _Backward(Function):
 
 
 def _push_forward(function: Callable, primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple:
-    """The derivative along tangents, as the transpose of the transpose: forward mode within forward mode fails."""
+    """The derivative along tangents, as the transpose of the transpose, since nested forward mode fails."""
     given = (torch.zeros_like(y) if tangent is None else tangent for tangent, y in zip(tangents, primals, strict=True))
     results, pull = _vjp(function, *primals)
     _, push = _vjp(lambda *cotangents: pull(cotangents), *(torch.zeros_like(y) for y in results))

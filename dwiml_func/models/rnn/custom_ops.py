@@ -1,9 +1,8 @@
-"""The recurrent scan for torch.compile: each layer is one operator that the compiler does not look into.
+"""The kernels as operators for torch.compile: each layer is one node of the graph, forward and backward.
 
-A scan over hundreds of time steps, taken apart, makes a graph that takes minutes to compile and fits one batch only. As
-two operators, forwards and backwards, with the kernels by hand, it is a node of a graph for batches of any length. No
-number may be read from a tensor while a graph is traced; so the layout of a batch is an operator too, and time
-steps are told by the lengths of the sequences.
+Taken apart, a scan over hundreds of time steps would make a graph that takes minutes to compile and fits one batch
+only. An operator fits batches of any length. No number may be read from a tensor while a graph is traced, so the layout
+of a batch is an operator too (see `packing`), and the lengths of the sequences stand for the rows of each time step.
 """
 
 from __future__ import annotations
@@ -20,25 +19,9 @@ __all__ = ["compiled_scan"]
 
 
 def compiled_scan(rnn_key: str, x: Tensor, lengths: Tensor, weights: Weights, state: State) -> tuple[Tensor, State]:
-    """Run one layer over all time steps: what `packed_scan` computes, for a graph of torch.compile.
+    """What `plain_scan` computes, for a graph of `torch.compile`, with first gradients by `torch.autograd`.
 
-    First gradients only, by torch.autograd.
-
-    Args:
-        rnn_key: "lstm" or "gru".
-        x: (P, F) float, packed.
-        lengths: (S,) int64, of the sequences, longest first; they add up to P.
-        weights: the layer's, gates in torch's order.
-        state: of the S sequences before their first row.
-
-    Returns:
-        The outputs (P, H), packed, and the state of the S sequences, each after its own last row.
-
-    Example:
-        >>> weights = (torch.zeros(6, 3), torch.zeros(6, 2), torch.zeros(6), torch.zeros(6))
-        >>> outputs, _ = compiled_scan("gru", torch.zeros(3, 3), torch.tensor([2, 1]), weights, (torch.ones(2, 2),))
-        >>> outputs[:, 0]
-        tensor([0.5000, 0.5000, 0.2500])
+    `lengths` (S,) int64 are those of the sequences, longest first; they add up to the rows of x.
     """
     outputs, *rest = _forward(rnn_key, x, lengths, list(weights), list(state))
     return outputs, tuple(rest[: len(state)])

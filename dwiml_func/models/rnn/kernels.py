@@ -1,13 +1,11 @@
-"""The packed layout as the recurrent kernels walk over it: time steps, blocks of them, rows before, last rows.
-
-LSTM and GRU over the packed layout, values and gradients by hand, into buffers that are written in place.
+"""LSTM and GRU over the packed layout: outputs and gradients by hand, written in place into buffers.
 
 What does not depend on the recurrence is one operation over the rows of many time steps: the input's share of the
 gates; in the backward the slopes of the gates and the gradients of the weights and of the input. A time step keeps one
-matrix product and a few short operations in place. All of it goes block by block, over as many time steps as fit a
+matrix product and a few short operations in place. All of it runs block by block, over as many time steps as fit a
 core's cache: over all rows at once the short operations would spend most of their time waiting for memory. These
-functions know nothing of autograd: `rnn_packed` gives them to it. Products are taken in the dtype of the weight
-matrices, which may be a lower one than that of all else, see `rnn_products`.
+functions know nothing of autograd; `autograd` and `custom_ops` connect them to it. Products are taken in the dtype of
+the weight matrices, which may be lower than that of everything else (see `scan`).
 """
 
 from __future__ import annotations
@@ -19,96 +17,9 @@ import torch
 from torch import Tensor
 
 from dwiml_func.models.rnn.scan import State, Weights, add_product, write_product
+from dwiml_func.models.rnn.time_steps import TimeSteps
 
-__all__ = ["KERNELS", "Block", "Gradients", "Kernel", "PackedLayout"]
-
-_BLOCK_ROWS = 1024  # of 400 gates in float32 that is 1.6 MB
-
-
-class Block(NamedTuple):
-    """Consecutive time steps, and their rows.
-
-    Example:
-        >>> PackedLayout([2, 1]).blocks
-        [Block(steps=slice(0, 2, None), rows=slice(0, 3, None))]
-    """
-
-    steps: slice
-    rows: slice
-
-
-class PackedLayout:
-    """Where the rows of each time step lie, and what belongs to what.
-
-    Args:
-        batch_sizes: T numbers, rows of each time step; they do not increase and add up to P. The first is S.
-
-    Attributes:
-        blocks: all time steps, in blocks of about as many rows as fit a core's cache.
-
-    Example:
-        >>> layout, rows = PackedLayout([2, 1]), torch.tensor([[1.0], [2.0], [3.0]])
-        >>> layout.last_rows(rows).tolist()
-        [[3.0], [2.0]]
-        >>> layout.rows_before(rows, layout.blocks[0], torch.zeros(2, 1)).tolist()
-        [[0.0], [0.0], [1.0]]
-    """
-
-    def __init__(self, batch_sizes: Sequence[int]) -> None:
-        self._sizes = batch_sizes
-        self.blocks: list[Block] = []
-        first_step, first_row, end_row = 0, 0, 0
-        for step, num_rows in enumerate(batch_sizes):
-            end_row += num_rows
-            if end_row - first_row >= _BLOCK_ROWS or step + 1 == len(batch_sizes):
-                self.blocks.append(Block(slice(first_step, step + 1), slice(first_row, end_row)))
-                first_step, first_row = step + 1, end_row
-
-    @property
-    def most_rows(self) -> int:
-        """The rows of the largest block."""
-        return max(rows.stop - rows.start for _, rows in self.blocks)
-
-    def steps(self, *tensors: Tensor, block: Block | None = None) -> list[tuple[Tensor, ...]]:
-        """Each tensor's rows at each time step; tensors (P, ...), or of a block's rows alone."""
-        sizes = self._sizes if block is None else self._sizes[block.steps]
-        return list(zip(*(tensor.split(sizes) for tensor in tensors), strict=True))
-
-    def before(self, steps: Sequence[Tensor], first: Tensor) -> list[Tensor]:
-        """At each time step the rows one step before, of the sequences that still run; `first` before the first."""
-        return _before(self._sizes, steps, first)
-
-    def rows_before(self, rows: Tensor, block: Block, first: Tensor) -> Tensor:
-        """For each row of a block the row of its sequence one step before; `first` (S, H) before the first step."""
-        sizes, end_row = self._sizes[block.steps], block.rows.stop - self._sizes[block.steps.stop - 1]
-        if block.steps.start == 0:
-            return torch.cat(_before(sizes, rows[:end_row].split(sizes[:-1]), first))
-        size_before = self._sizes[block.steps.start - 1]
-        rows = rows[block.rows.start - size_before : end_row]
-        if sizes[-1] == size_before:  # none ended
-            return rows
-        first, *steps = rows.split([size_before, *sizes[:-1]])
-        return torch.cat(_before(sizes, steps, first))
-
-    def last_rows(self, rows: Tensor) -> Tensor:
-        """(S, H): each sequence's last row."""
-        return rows.index_select(0, self._last_indices(rows.device))
-
-    def with_last(self, grad_outputs: Tensor, grad_last: Tensor) -> Tensor:
-        """A copy of the outputs' gradients (P, H) to which those of the last hidden state (S, H) are added."""
-        grad_hidden = grad_outputs.clone(memory_format=torch.contiguous_format)
-        return grad_hidden.index_add_(0, self._last_indices(grad_last.device), grad_last)
-
-    def _last_indices(self, device: torch.device) -> Tensor:
-        sizes = torch.tensor(self._sizes)
-        lengths = (sizes[:, None] > torch.arange(self._sizes[0])).sum(0)
-        return (sizes.cumsum(0) - sizes)[lengths - 1].add_(torch.arange(self._sizes[0])).to(device)
-
-
-def _before(sizes: Sequence[int], steps: Sequence[Tensor], first: Tensor) -> list[Tensor]:
-    pairs = zip((first, *steps), sizes, strict=False)
-    return [step if len(step) == size else step[:size] for step, size in pairs]
-
+__all__ = ["KERNELS", "Gradients", "Kernel"]
 
 # out = grad * y * (1 - y) and out = grad * (1 - y * y): one pass each, where a formula would take three.
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -116,12 +27,7 @@ _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
 class Gradients(NamedTuple):
-    """Gradients of a layer's inputs, each with its input's shape; None where it was not asked for.
-
-    Example:
-        >>> Gradients(None, (torch.zeros(2, 3),), None).state[0].shape
-        torch.Size([2, 3])
-    """
+    """Gradients of a layer's inputs, each with its input's shape; None where it was not asked for."""
 
     x: Tensor | None
     state: State
@@ -129,20 +35,12 @@ class Gradients(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """How one kind of layer runs forwards and backwards. Neither function changes what it is given.
+    """How one kind of layer runs forward and backward. Neither function changes what it is given.
 
-    Args:
-        forward: (x, batch_sizes, weights, state), those of `plain_scan`, to the outputs (P, H), the last state, and the
-            activations: two tensors which the backward needs.
-        backward: (x, batch_sizes, weights, state, outputs, activations, gradient of the outputs (P, H), gradients of
-            the last state, whether x's gradient is wanted, whether the weights' are) to the gradients.
-
-    Example:
-        >>> weights = (torch.zeros(8, 3), torch.zeros(8, 2), torch.zeros(8), torch.zeros(8))
-        >>> zeros = torch.zeros(2, 2)
-        >>> outputs, last, activations = KERNELS["lstm"].forward(torch.ones(3, 3), [2, 1], weights, (zeros, zeros))
-        >>> [tuple(activation.shape) for activation in activations]
-        [(3, 8), (2, 3, 2)]
+    forward: (x, batch_sizes, weights, state), as in `plain_scan`, to the outputs (P, H), the last state, and the
+        activations: two tensors that the backward needs.
+    backward: (x, batch_sizes, weights, state, outputs, activations, gradient of the outputs (P, H), gradients of the
+        last state, whether x's gradient is wanted, whether the weights' are) to the gradients.
     """
 
     forward: Callable[[Tensor, Sequence[int], Weights, State], tuple[Tensor, State, tuple[Tensor, Tensor]]]
@@ -154,7 +52,7 @@ class Kernel(NamedTuple):
 def _lstm_forward(
     x: Tensor, batch_sizes: Sequence[int], weights: Weights, state: State
 ) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
-    layout = PackedLayout(batch_sizes)
+    time = TimeSteps(batch_sizes)
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     size = weight_hh.shape[1]
     gates = x.new_empty(len(x), 4 * size)
@@ -165,9 +63,9 @@ def _lstm_forward(
     for share in (for_input, for_hidden, bias):
         share[..., 2 * size : 3 * size] *= 2  # the candidate's, so that one sigmoid serves all gates
     minus_one = x.new_tensor(-1)
-    all_steps = layout.steps(gates, *gates.split(size, dim=1), cells, tanhs, outputs)
+    all_steps = time.split(gates, *gates.split(size, dim=1), cells, tanhs, outputs)
     hidden, cell = state
-    for steps, rows in layout.blocks:
+    for steps, rows in time.blocks:
         write_product(gates[rows], x[rows], for_input, bias)
         for step_gates, in_gate, forget_gate, candidate, out_gate, new_cell, tanh, new_hidden in all_steps[steps]:
             if len(step_gates) < len(hidden):
@@ -178,7 +76,7 @@ def _lstm_forward(
             _tanh_of_sigmoid(torch.add(new_cell, new_cell, out=tanh).sigmoid_(), minus_one)
             torch.mul(tanh, out_gate, out=new_hidden)
             hidden, cell = new_hidden, new_cell
-    return outputs, (layout.last_rows(outputs), layout.last_rows(cells)), (gates, cells_and_tanhs)
+    return outputs, (time.last_rows(outputs), time.last_rows(cells)), (gates, cells_and_tanhs)
 
 
 def _lstm_backward(
@@ -193,34 +91,32 @@ def _lstm_backward(
     wants_x: bool,
     wants_weights: bool,
 ) -> Gradients:
-    layout = PackedLayout(batch_sizes)
+    time = TimeSteps(batch_sizes)
     weight_ih, weight_hh, _, _ = weights
     size = weight_hh.shape[1]
     gates, (cells, tanhs) = activations
     # First the slopes of the gates by the cell (input, forget, candidate) or by the hidden state (output), then in the
     # loop multiplied in place by the gradient of that.
-    grad_gates = gates.new_empty(layout.most_rows, 4 * size)
+    grad_gates = gates.new_empty(time.most_rows, 4 * size)
     slopes = gates.new_empty(len(grad_gates), size)  # of the cell by the hidden state
     grad_x = x.new_empty(x.shape) if wants_x else None
     grad_ih, grad_hh, grad_bias = (x.new_zeros(shape) for shape in ((x.shape[1], 4 * size), (size, 4 * size), 4 * size))
-    grad_hidden = layout.with_last(grad_outputs, grad_last[0])
+    grad_hidden = time.with_last(grad_outputs, grad_last[0])
     grad_state, grad_cell = torch.zeros_like(state[0]), grad_last[1].clone(memory_format=torch.contiguous_format)
-    hidden_steps = layout.steps(grad_hidden, gates[:, size : 2 * size])
-    hidden_before = layout.before([step for step, _ in hidden_steps], grad_state)
+    hidden_steps = time.split(grad_hidden, gates[:, size : 2 * size])
+    hidden_before = time.before([step for step, _ in hidden_steps], grad_state)
     running, running_of_three = grad_cell[:0], grad_cell[:0]
-    for block in reversed(layout.blocks):
+    for block in reversed(time.blocks):
         steps, rows = block
         in_gate, forget_gate, candidate, out_gate = gates[rows].split(size, dim=1)
         block_grads, block_slopes = grad_gates[: len(in_gate)], slopes[: len(in_gate)]
         grad_in, grad_forget, grad_candidate, grad_out = block_grads.split(size, dim=1)
         _sigmoid_backward(candidate, in_gate, grad_input=grad_in)
-        _sigmoid_backward(layout.rows_before(cells, block, state[1]), forget_gate, grad_input=grad_forget)
+        _sigmoid_backward(time.rows_before(cells, block, state[1]), forget_gate, grad_input=grad_forget)
         _tanh_backward(in_gate, candidate, grad_input=grad_candidate)
         _sigmoid_backward(tanhs[rows], out_gate, grad_input=grad_out)
         _tanh_backward(out_gate, tanhs[rows], grad_input=block_slopes)
-        inner = layout.steps(
-            block_slopes, block_grads.unflatten(1, (4, size))[:, :3], grad_out, block_grads, block=block
-        )
+        inner = time.split(block_slopes, block_grads.unflatten(1, (4, size))[:, :3], grad_out, block_grads, block=block)
         for (step_hidden, forget), before, (slope, by_cell, by_hidden, step_grads) in zip(
             reversed(hidden_steps[steps]), reversed(hidden_before[steps]), reversed(inner), strict=True
         ):
@@ -237,7 +133,7 @@ def _lstm_backward(
             write_product(grad_x[rows], low_grads, weight_ih)
         if wants_weights:
             add_product(grad_ih, x[rows].t(), low_grads)  # faster than its transpose
-            add_product(grad_hh, layout.rows_before(outputs, block, state[0]).t(), low_grads)
+            add_product(grad_hh, time.rows_before(outputs, block, state[0]).t(), low_grads)
             grad_bias += block_grads.sum(0)
     grad_weights = (_transposed(grad_ih, weight_ih), _transposed(grad_hh, weight_hh), grad_bias, grad_bias.clone())
     return Gradients(grad_x, (grad_state, grad_cell), grad_weights if wants_weights else None)
@@ -246,7 +142,7 @@ def _lstm_backward(
 def _gru_forward(
     x: Tensor, batch_sizes: Sequence[int], weights: Weights, state: State
 ) -> tuple[Tensor, State, tuple[Tensor, Tensor]]:
-    layout = PackedLayout(batch_sizes)
+    time = TimeSteps(batch_sizes)
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     size = weight_hh.shape[1]
     bias = bias_ih.clone()
@@ -255,9 +151,9 @@ def _gru_forward(
     shares = bias_hh[2 * size :].repeat(len(x), 1)  # the hidden state's shares of the candidates
     for_input = weight_ih.t().contiguous()  # products are faster so
     for_gates, for_candidate = (part.t().contiguous() for part in weight_hh.split([2 * size, size]))
-    all_steps = layout.steps(gates[:, : 2 * size], *gates.split(size, dim=1), shares, outputs)
+    all_steps = time.split(gates[:, : 2 * size], *gates.split(size, dim=1), shares, outputs)
     (hidden,), minus_one = state, x.new_tensor(-1)
-    for steps, rows in layout.blocks:
+    for steps, rows in time.blocks:
         write_product(gates[rows], x[rows], for_input, bias)
         for reset_update, reset, update, candidate, share, new_hidden in all_steps[steps]:
             if len(reset) < len(hidden):
@@ -268,7 +164,7 @@ def _gru_forward(
             _tanh_of_sigmoid(candidate.add_(candidate).sigmoid_(), minus_one)
             torch.lerp(candidate, hidden, update, out=new_hidden)
             hidden = new_hidden
-    return outputs, (layout.last_rows(outputs),), (gates, shares)
+    return outputs, (time.last_rows(outputs),), (gates, shares)
 
 
 def _gru_backward(
@@ -283,24 +179,24 @@ def _gru_backward(
     wants_x: bool,
     wants_weights: bool,
 ) -> Gradients:
-    layout = PackedLayout(batch_sizes)
+    time = TimeSteps(batch_sizes)
     weight_ih, weight_hh, _, _ = weights
     size = weight_hh.shape[1]
     gates, shares = activations
     # First the slopes of the reset gate, the update gate and the share by the hidden state, then in the loop multiplied
     # in place by its gradient.
-    grad_gates = gates.new_empty(layout.most_rows, 3 * size)
+    grad_gates = gates.new_empty(time.most_rows, 3 * size)
     grad_x = x.new_empty(x.shape) if wants_x else None
     grad_ih, grad_hh = x.new_zeros(x.shape[1], 3 * size), x.new_zeros(size, 3 * size)
     grad_bias_ih, grad_bias_hh = x.new_zeros(3 * size), x.new_zeros(3 * size)
-    grad_hidden = layout.with_last(grad_outputs, grad_last[0])
+    grad_hidden = time.with_last(grad_outputs, grad_last[0])
     grad_state = torch.zeros_like(state[0])
-    hidden_steps = layout.steps(grad_hidden, gates[:, size : 2 * size])
-    hidden_before = layout.before([step for step, _ in hidden_steps], grad_state)
-    for block in reversed(layout.blocks):
+    hidden_steps = time.split(grad_hidden, gates[:, size : 2 * size])
+    hidden_before = time.before([step for step, _ in hidden_steps], grad_state)
+    for block in reversed(time.blocks):
         steps, rows = block
         reset, update, candidate = gates[rows].split(size, dim=1)
-        before = layout.rows_before(outputs, block, state[0])
+        before = time.rows_before(outputs, block, state[0])
         block_grads = grad_gates[: len(before)]
         grad_reset, grad_update, grad_share = block_grads.split(size, dim=1)
         slopes = 1 - update  # of the candidate, before its tanh
@@ -309,7 +205,7 @@ def _gru_backward(
         grad_reset.mul_(slopes)
         _sigmoid_backward(before - candidate, update, grad_input=grad_update)
         torch.mul(slopes, reset, out=grad_share)
-        inner = layout.steps(block_grads.unflatten(1, (3, size)), block_grads, block=block)
+        inner = time.split(block_grads.unflatten(1, (3, size)), block_grads, block=block)
         for (step_hidden, keep), step_before, (by_hidden, step_grads) in zip(
             reversed(hidden_steps[steps]), reversed(hidden_before[steps]), reversed(inner), strict=True
         ):

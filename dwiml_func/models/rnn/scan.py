@@ -1,14 +1,13 @@
-"""Matrix products in the dtype of their second factor, for sums in another: those of a recurrent layer in bfloat16.
-
-Under autocast a layer's weight matrices come in bfloat16. The products are taken in it; gates, states and sums of
-gradients stay in float32, where a forget gate near 1 and a small step of the cell are not rounded away.
-
-LSTM and GRU as a scan over the packed layout in plain torch operations, which every torch transform can take apart.
+"""LSTM and GRU as a scan over the packed layout in plain torch operations, which every torch transform can handle.
 
 On CPU, `torch.nn.LSTM` on a packed sequence has a backward that grows with the square of the length, and it does not
 run under `torch.func`. Here every operation of a time step has a gradient of that time step's size, so the scan is
 linear in the number of points, and it runs under `torch.autograd` at any order, `torch.func.vmap`, `torch.func.jvp`
-and `torch.compile`. `rnn_packed` is faster where only first gradients are wanted.
+and `torch.compile`. The scan of `autograd` is faster where only first gradients are needed.
+
+Matrix products are taken in the dtype of their second factor: under autocast a layer's weight matrices are bfloat16.
+Gates, states and sums of gradients stay in float32, where a forget gate near 1 and a small step of the cell are not
+rounded away.
 """
 
 from __future__ import annotations
@@ -19,71 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["State", "Weights", "add_product", "plain_scan", "product", "write_product"]
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix product, in the dtype of `b`.
-
-    Args:
-        a: (N, F) float.
-        b: (F, G) float.
-
-    Returns:
-        (N, G), of the dtype of `b`.
-
-    Example:
-        >>> product(torch.ones(1, 2), torch.ones(2, 1, dtype=torch.bfloat16))
-        tensor([[2.]], dtype=torch.bfloat16)
-    """
-    return a.to(b.dtype) @ b
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Add a matrix product to a tensor in place, taken in the dtype of `b`.
-
-    Args:
-        total: (N, G) float, written in place.
-        a: (N, F) float.
-        b: (F, G) float.
-
-    Returns:
-        `total`.
-
-    Example:
-        >>> add_product(torch.ones(1, 1), torch.ones(1, 2), torch.ones(2, 1, dtype=torch.bfloat16))
-        tensor([[3.]])
-    """
-    return total.addmm_(a, b) if a.dtype == b.dtype == total.dtype else total.add_(product(a, b))
-
-
-def write_product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Write a matrix product into a tensor, taken in the dtype of `b`, with a bias added in that of `out`.
-
-    Args:
-        out: (N, G) float, written in place.
-        a: (N, F) float.
-        b: (F, G) float.
-        bias: (G,), of the dtype of `out`; None adds nothing.
-
-    Returns:
-        `out`.
-
-    Example:
-        >>> write_product(torch.empty(1, 1), torch.ones(1, 2), torch.ones(2, 1, dtype=torch.bfloat16), torch.ones(1))
-        tensor([[3.]])
-    """
-    if a.dtype == b.dtype == out.dtype:
-        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-    return out.copy_(product(a, b)) if bias is None else torch.add(bias, product(a, b), out=out)
-
+__all__ = ["State", "Weights", "add_product", "plain_scan", "write_product"]
 
 State = tuple[Tensor, ...]
-"""What a layer carries from row to row: (h,) for GRU, (h, c) for LSTM, each (S, H), a row for each sequence."""
+"""What a layer carries from row to row: (h,) for GRU, (h, c) for LSTM, each (S, H), one row per sequence."""
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
-"""weight_ih (G H, F), weight_hh (G H, H), bias_ih (G H,), bias_hh (G H,); G is 4 for LSTM, 3 for GRU. The matrices may
-be in a lower precision than all else: then their products are taken in it, see `rnn_products`."""
+"""weight_ih (G H, F), weight_hh (G H, H), bias_ih (G H,), bias_hh (G H,); G is 4 for LSTM, 3 for GRU. Gates are in
+torch's order (LSTM: input, forget, candidate, output; GRU: reset, update, candidate)."""
 
 _Cell = Callable[[Tensor, State], State]
 
@@ -91,27 +33,12 @@ _Cell = Callable[[Tensor, State], State]
 def plain_scan(
     rnn_key: str, x: Tensor, batch_sizes: Sequence[int], weights: Weights, state: State
 ) -> tuple[Tensor, State]:
-    """Run one layer over all time steps.
+    """Run one layer over packed rows x (P, F): the outputs (P, H), and each sequence's state after its last row.
 
-    Args:
-        rnn_key: "lstm" or "gru".
-        x: (P, F) float, packed.
-        batch_sizes: T numbers, rows of each time step; they do not increase and add up to P. The first is S.
-        weights: the layer's, gates in torch's order (LSTM: input, forget, candidate, output; GRU: reset, update,
-            candidate).
-        state: of the S sequences before their first row.
-
-    Returns:
-        The outputs (P, H), packed, and the state of the S sequences, each after its own last row.
+    `batch_sizes` has the number of rows of each time step, S in the first; `state` is that before the first rows.
 
     Source: the equations in the documentation of `torch.nn.LSTM` (Hochreiter and Schmidhuber, 1997, with forget gates)
         and of `torch.nn.GRU` (Cho et al., 2014, with the reset gate after the matrix product).
-
-    Example:
-        >>> weights = (torch.zeros(6, 3), torch.zeros(6, 2), torch.zeros(6), torch.zeros(6))
-        >>> outputs, (hidden,) = plain_scan("gru", torch.zeros(3, 3), [2, 1], weights, (torch.ones(2, 2),))
-        >>> outputs[:, 0], hidden[:, 0]
-        (tensor([0.5000, 0.5000, 0.2500]), tensor([0.2500, 0.5000]))
     """
     weight_ih, weight_hh, bias_ih, bias_hh = weights
     if rnn_key == "lstm":
@@ -123,7 +50,6 @@ def plain_scan(
 
 
 def _scan(cell: _Cell, rows: Tensor, batch_sizes: Sequence[int], state: State) -> tuple[Tensor, State]:
-    """Fold a cell over the time steps of packed rows."""
     outputs = []
     ended = []  # states of sequences that have no more rows; those that end last come first in the layout
     num_running = batch_sizes[0]
@@ -139,21 +65,14 @@ def _scan(cell: _Cell, rows: Tensor, batch_sizes: Sequence[int], state: State) -
     return torch.cat(outputs), last
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return linear(x, weight, bias) if x.dtype == weight.dtype else product(x, weight.t()) + bias
-
-
-def _add(rows: Tensor, hidden: Tensor, recurrent: Tensor) -> Tensor:
-    same = hidden.dtype == recurrent.dtype
-    return torch.addmm(rows, hidden, recurrent) if same else rows + product(hidden, recurrent)
-
-
 def _lstm_cell(weight_hh: Tensor) -> _Cell:
     recurrent = weight_hh.t()
 
     def cell(rows: Tensor, state: State) -> State:
         hidden, memory = state
-        input_gate, forget_gate, candidate, output_gate = _add(rows, hidden, recurrent).chunk(4, dim=1)
+        same = hidden.dtype == recurrent.dtype
+        gates = torch.addmm(rows, hidden, recurrent) if same else rows + _product(hidden, recurrent)
+        input_gate, forget_gate, candidate, output_gate = gates.chunk(4, dim=1)
         memory = torch.addcmul(forget_gate.sigmoid() * memory, input_gate.sigmoid(), candidate.tanh())
         return output_gate.sigmoid() * memory.tanh(), memory
 
@@ -173,3 +92,23 @@ def _gru_cell(weight_hh: Tensor, bias_hh: Tensor) -> _Cell:
         return (torch.lerp(candidate, hidden, update),)
 
     return cell
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return linear(x, weight, bias) if x.dtype == weight.dtype else _product(x, weight.t()) + bias
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a.to(b.dtype) @ b
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Add the product of a (N, F) and b (F, G) to `total` (N, G) in place."""
+    return total.addmm_(a, b) if a.dtype == b.dtype == total.dtype else total.add_(_product(a, b))
+
+
+def write_product(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Write the product of a (N, F) and b (F, G), plus a bias (G,) in the dtype of `out`, into `out` (N, G)."""
+    if a.dtype == b.dtype == out.dtype:
+        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+    return out.copy_(_product(a, b)) if bias is None else torch.add(bias, _product(a, b), out=out)
