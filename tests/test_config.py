@@ -76,6 +76,11 @@ def edited(*path: str, value: Any) -> str:
     return json.dumps(data)
 
 
+def run_with(**model: Any) -> RunConfig:
+    """A run, whose model's options are checked."""
+    return RunConfig(hdf5_file="data.hdf5", model=ModelConfig(**model))
+
+
 def refusal(text: str | bytes) -> str:
     with pytest.raises(ValueError, match=r"^config\.json: ") as raised:
         config_from_json(text)
@@ -85,7 +90,7 @@ def refusal(text: str | bytes) -> str:
     return message
 
 
-def test_the_defaults_are_the_references():
+def test_the_defaults_are_those_of_dwi_ml():
     config = RunConfig(hdf5_file="data.hdf5")
     assert dataclasses.asdict(config.training) == {
         "max_epochs": 100,
@@ -162,13 +167,13 @@ def test_a_config_does_not_change():
         (BatchConfig, "max_batches_per_epoch_training", 0),
         (BatchConfig, "max_batches_per_epoch_validation", 0),
         (BatchConfig, "processes", -1),
-        (ModelConfig, "rnn_layer_sizes", (8, 0)),
-        (ModelConfig, "rnn_layer_sizes", ()),
-        (ModelConfig, "nb_previous_dirs", -1),
-        (ModelConfig, "dropout", 1.0),
-        (ModelConfig, "dropout", -0.1),
-        (ModelConfig, "dropout", float("nan")),
-        (ModelConfig, "dg_dropout", 1.5),
+        (run_with, "rnn_layer_sizes", (8, 0)),
+        (run_with, "rnn_layer_sizes", ()),
+        (run_with, "nb_previous_dirs", -1),
+        (run_with, "dropout", 1.0),
+        (run_with, "dropout", -0.1),
+        (run_with, "dropout", float("nan")),
+        (run_with, "dg_dropout", 1.5),
         (TrainingConfig, "max_epochs", 0),
         (TrainingConfig, "max_epochs", 10**400),
         (TrainingConfig, "patience", 0),
@@ -189,7 +194,7 @@ def test_a_number_out_of_range_is_refused_with_name_and_value(make, name, value)
     with pytest.raises(ValueError, match=f"^{name}: expected") as raised:
         make(**{name: value})
     received = value[-1:] if isinstance(value, tuple) else (value,)
-    shown = repr(received[0])[:50] if received else "none"
+    shown = repr(received[0])[:50] if received else "0"
     assert f"received {shown}" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -202,7 +207,7 @@ def test_a_number_of_any_length_is_refused_in_one_line():
 def test_numbers_at_the_edges_are_taken():
     TrainingConfig(max_epochs=1, patience=1, patience_delta=0, weight_decay=0, clip_grad=5e-324, rng=2**64 - 1)
     TrainingConfig(rng=0, max_epochs=2**31 - 1)
-    ModelConfig(dropout=0.0, rnn_layer_sizes=(1,))
+    run_with(dropout=0.0, rnn_layer_sizes=(1,))
     BatchConfig(batch_size_training=1, processes=0)
 
 

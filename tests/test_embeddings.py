@@ -18,7 +18,7 @@ RNG = np.random.default_rng(2)
 
 def cnn(nb_features: int, radius: int, nb_filters: tuple[int, ...], kernel_sizes: tuple[int, ...]) -> CNNEmbedding:
     with torch_rng(Key(0)):
-        return CNNEmbedding(nb_features, radius=radius, nb_filters=nb_filters, kernel_sizes=kernel_sizes).double()
+        return CNNEmbedding(nb_features, radius=radius, nb_cnn_filters=nb_filters, kernel_size=kernel_sizes).double()
 
 
 def test_no_embedding_gives_back_its_inputs_and_has_no_parameters():
@@ -88,8 +88,8 @@ def test_no_rows_give_no_rows():
 
 
 def test_a_key_makes_its_embedding():
-    assert isinstance(make_embedding("no_embedding", 3, None), NoEmbedding)
-    made = make_embedding("nn_embedding", 3, 5)
+    assert isinstance(make_embedding("input", "no_embedding", 3, None), NoEmbedding)
+    made = make_embedding("input", "nn_embedding", 3, 5)
     assert isinstance(made, NNEmbedding)
     assert made.output_size == 5
 
@@ -97,26 +97,35 @@ def test_a_key_makes_its_embedding():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("cnn_embedding", 3, None), "Expected an embedding key no_embedding, nn_embedding .* 'cnn_embedding'$"),
-        (("nn_embedding", 3, None), "nn_embedding: expected an embedded size beside it. Received: none$"),
-        (("nn_embedding", 3, 0), "Expected an embedded size of at least 1. Received: 0$"),
-        (("no_embedding", 3, 4), "no_embedding: expected no embedded size beside it. Received: 4$"),
+        (
+            ("cnn_embedding", 3, None),
+            "^prev_dirs_embedding_key: expected no_embedding or nn_embedding, received 'cnn",
+        ),
+        (
+            ("nn_embedding", 3, None),
+            "^prev_dirs_embedding_key: nn_embedding requires prev_dirs_embedded_size, received",
+        ),
+        (("nn_embedding", 3, 0), "^prev_dirs_embedded_size: expected a finite number at least 1 .* received 0.$"),
+        (
+            ("no_embedding", 3, 4),
+            "^prev_dirs_embedded_size: requires prev_dirs_embedding_key nn_embedding, received no",
+        ),
     ],
 )
 def test_what_makes_no_embedding_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        make_embedding(*arguments)
+        make_embedding("prev_dirs", *arguments)
 
 
 @pytest.mark.parametrize(
     ("nb_filters", "kernel_sizes", "message"),
     [
-        ((), (), r"at least 1, one of each for every layer. Received: \[\] and \[\]$"),
-        ((4,), (3, 2), r"Received: \[4\] and \[3, 2\]$"),
-        ((0,), (3,), r"Received: \[0\] and \[3\]$"),
-        ((4,), (0,), r"Received: \[4\] and \[0\]$"),
-        ((4,), (4,), r"grid of 3 points a side, which is not padded. Received: \[4\]"),
-        ((4, 4), (3, 2), r"Received: \[3, 2\]. Use smaller ones, or a larger neighborhood_radius$"),
+        ((), (), r"requires both, one of each for every layer, received \[\] and \[\]\.$"),
+        ((4,), (3, 2), r"received \[4\] and \[3, 2\]\.$"),
+        ((0,), (3,), r"^nb_cnn_filters: .* received 0\.$"),
+        ((4,), (0,), r"^kernel_size: .* received 0\.$"),
+        ((4,), (4,), r"grid of 3 points a side, received \[4\]\."),
+        ((4, 4), (3, 2), r"received \[3, 2\]\. Use smaller kernels or a larger neighborhood_radius\.$"),
     ],
 )
 def test_convolutions_that_do_not_fit_are_refused(nb_filters, kernel_sizes, message):

@@ -15,8 +15,8 @@ from torch import Tensor
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters import DirectionGetter, make_direction_getter
 from dwiml_func.models.direction_getters.fisher_von_mises import (
-    draw_fisher_von_mises,
     fisher_von_mises_log_density,
+    sample_fisher_von_mises,
 )
 from dwiml_func.models.direction_getters.gaussian import gaussian_log_density
 from dwiml_func.models.direction_getters.sphere_classification import sphere_vertices
@@ -235,7 +235,7 @@ LEAST = 1e-3  # of a p-value; seeds are fixed, so this holds or it does not
 def test_samples_of_fisher_von_mises_follow_its_density(kappa):
     mean = units(np.array([1.0, -2, 0.5]))
     with torch_rng(Key(3)):
-        drawn = draw_fisher_von_mises(
+        drawn = sample_fisher_von_mises(
             torch.from_numpy(mean).expand(4000, 3), torch.full((4000,), kappa, dtype=torch.float64)
         ).numpy()
     np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), 1, rtol=1e-9)

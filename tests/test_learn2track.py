@@ -222,20 +222,25 @@ def test_training_on_one_batch_learns_it() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"nb_features": 0}, "Expected nb_features of at least 1. Received: 0"),
-        ({"nb_previous_dirs": -1}, "Expected nb_previous_dirs of at least 0. Received: -1"),
-        ({"rnn_key": "rnn"}, "Expected an rnn_key among lstm, gru. Received: 'rnn'"),
-        ({"rnn_layer_sizes": ()}, "Expected the size of at least one recurrent layer. Received: none"),
-        ({"rnn_layer_sizes": (0,)}, "Expected layer sizes of at least 1. Received: 4 to 0"),
-        ({"dropout": 1.0}, "Expected a dropout of at least 0 and below 1. Received: 1.0"),
-        ({"dg_args": {"dropout": -0.5}}, "Expected a dropout of at least 0 and below 1. Received: -0.5"),
-        ({"dg_key": "cosine"}, f"Expected a dg_key among {', '.join(DIRECTION_GETTERS)}. Received: 'cosine'"),
+        ({"nb_features": 0}, "nb_features: expected .* received 0."),
+        (
+            {"nb_previous_dirs": -1},
+            "nb_previous_dirs: expected .* received -1.",
+        ),
+        ({"rnn_key": "rnn"}, "rnn_key: expected one of lstm, gru, received 'rnn'."),
+        ({"rnn_layer_sizes": ()}, "rnn_layer_sizes: expected 1 to 1000 layers, received 0."),
+        (
+            {"rnn_layer_sizes": (0,)},
+            "rnn_layer_sizes: expected .* received 0.",
+        ),
+        ({"dropout": 1.0}, "dropout: expected .* received 1.0."),
+        ({"dg_args": {"dropout": -0.5}}, "dropout: expected .* received -0.5."),
+        ({"dg_key": "cosine"}, f"dg_key: expected one of {', '.join(DIRECTION_GETTERS)}, received 'cosine'."),
     ],
 )
 def test_wrong_options_are_named(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match="Expected") as error:
+    with pytest.raises(ValueError, match=f"^{message}$"):
         Learn2Track(**{"nb_features": F, **options})
-    assert str(error.value) == message
 
 
 def test_a_batch_with_other_features_is_refused_in_one_line() -> None:

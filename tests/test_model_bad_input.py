@@ -47,41 +47,42 @@ def test_an_option_of_another_getter_is_an_error(refused, option):
     value = "repulsion100" if option == "--dg-sphere" else "2"
     for key in DIRECTION_GETTERS:
         if key not in GETTER_OPTIONS[option]:
-            own = sorted(name[2:].replace("-", "_") for name, keys in GETTER_OPTIONS.items() if key in keys)
             name = option[2:].replace("-", "_")
-            message = f"{name}: {key} has no such option. Its options: {', '.join(own) or 'none'}."
-            refused(["--dg-key", key, option, value], message)
+            refused(["--dg-key", key, option, value], f"{name}: {key} has no such option. Leave it out or")
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--dg-key", "sphere-classification", "--add-eos", "--eos-weight", "2"], ["eos_weight", "one class among"]),
+        (["--dg-key", "sphere-classification", "--add-eos", "--eos-weight", "2"], ["eos_weight", "one class of all"]),
         (
-            ["--dg-key", "smooth-sphere-classification", "--add-eos", "--eos-weight", "1"],
-            ["eos_weight", "received 1.0"],
+            ["--dg-key", "smooth-sphere-classification", "--add-eos", "--eos-weight", "0"],
+            ["eos_weight", "received 0.0"],
         ),
-        (["--eos-weight", "2"], ["eos_weight: expected add_eos beside it, received 2.0"]),
+        (["--eos-weight", "2"], ["eos_weight: requires add_eos, received 2.0"]),
         (["--add-eos", "--eos-weight", "-1"], ["eos_weight", "received -1.0"]),
         (["--dg-key", "cosine"], ["--dg-key", "'cosine'", "cosine-regression"]),
-        (["--dg-key", "sphere-classification", "--dg-sphere", "round"], ["'round'", "symmetric724"]),
+        (["--dg-key", "sphere-classification", "--dg-sphere", "round"], ["dg_sphere", "'round'", "symmetric724"]),
         (["--dg-key", "gaussian-mixture", "--dg-nb-gaussians", "0"], ["dg_nb_gaussians", "received 0"]),
         (["--normalize-targets", "0"], ["normalize_targets", "received 0.0"]),
         (["--normalize-outputs", "inf"], ["normalize_outputs", "received inf"]),
         (["--dg-dropout", "1"], ["dg_dropout", "received 1.0"]),
-        (["--input-embedding-key", "nn_embedding"], ["expected input_embedded_size beside it, got none"]),
+        (
+            ["--input-embedding-key", "nn_embedding"],
+            ["nn_embedding requires input_embedded_size, received none"],
+        ),
         (["--input-embedded-size", "4"], ["input_embedded_size", "received no_embedding"]),
-        (["--nb-cnn-filters", "4", "--kernel-size", "3"], ["nb_cnn_filters and kernel_size", "received no_embedding"]),
-        ([*CNN, "--kernel-size", "3"], ["expected neighborhood_type grid beside it, received None"]),
-        ([*CNN, *GRID], ["expected nb_cnn_filters and kernel_size beside it"]),
-        ([*CNN, *GRID, "--kernel-size", "3", "2"], ["as many of one as of the other", "(4,) and (3, 2)"]),
-        ([*CNN, *GRID, "--kernel-size", "4"], ["kernel_size", "3 points a side", "received (4,)"]),
+        (["--nb-cnn-filters", "4", "--kernel-size", "3"], ["nb_cnn_filters, kernel_size", "received no_embedding"]),
+        ([*CNN, "--kernel-size", "3"], ["cnn_embedding requires neighborhood_type grid, received none"]),
+        ([*CNN, *GRID], ["nb_cnn_filters, kernel_size: cnn_embedding requires both", "[4] and []"]),
+        ([*CNN, *GRID, "--kernel-size", "3", "2"], ["one of each for every layer", "[4] and [3, 2]"]),
+        ([*CNN, *GRID, "--kernel-size", "4"], ["kernel_size", "3 points a side", "received [4]"]),
         (["--neighborhood-type", "axes"], ["expected all three or none"]),
         ([*GRID, "--neighborhood-resolution", "0"], ["neighborhood_resolution", "0"]),
-        (["--normalize-prev-dirs"], ["expected nb_previous_dirs of at least 1 beside them, received 0"]),
+        (["--normalize-prev-dirs"], ["normalize_prev_dirs: require nb_previous_dirs of at least 1, received 0"]),
         (
             ["--nb-previous-dirs", "1", "--prev-dirs-embedding-key", "nn_embedding"],
-            ["expected prev_dirs_embedded_size"],
+            ["nn_embedding requires prev_dirs_embedded_size"],
         ),
         (["--step-rule", "up"], ["--step-rule", "'up'", "'nearest', 'dwi_ml'"]),
     ],
@@ -145,15 +146,12 @@ def model(cli, tmp_path: Path) -> Path:
         (lambda m: m.update(nb_features=-3), ["nb_features"]),
         (
             lambda m: m["options"].update(rnn_layer_sizes=[16, 10]),
-            [
-                *("rnn_model.rnn_1.weight_ih_l0", "rnn_model.rnn_1.weight_hh_l0", "rnn_model.rnn_1.bias_ih_l0"),
-                *("direction_getter.layers.0.weight", "direction_getter.layers.0.bias"),
-            ],
+            ["direction_getter.layers.0.bias", "layers.0.weight", "layers.1.weight", "and 4 more"],
         ),
         (lambda m: m["options"].update(nb_previous_dirs=2), ["rnn_model.rnn_0.weight_ih_l0", "(64, 9)", "(64, 12)"]),
         (
             lambda m: m["options"].update(use_layer_normalization=True),
-            [f"rnn_model.layer_norm_{number}.{kind}" for number in (0, 1) for kind in ("weight", "bias")],
+            ["rnn_model.layer_norm_0.bias", "layer_norm_0.weight", "layer_norm_1.bias", "and 1 more"],
         ),
     ],
     ids=[
@@ -168,7 +166,7 @@ def model(cli, tmp_path: Path) -> Path:
         "missing tensors",
     ],
 )
-def test_a_model_directory_that_does_not_hold_together_is_refused_with_all_that_is_wrong(cli, model, change, named):
+def test_a_model_directory_that_does_not_hold_together_is_refused_with_what_is_wrong(cli, model, change, named):
     rewrite(model, change)
     cli("evaluate", model, PHANTOM).check_refusal(str(model), *named)
 

@@ -19,7 +19,8 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.experiment.config import ModelConfig, RunConfig
-from dwiml_func.experiment.model_store import build_model, load_model, save_model
+from dwiml_func.experiment.model_store import load_model, save_model
+from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import Learn2Track
 
 CONFIG = ModelConfig(rnn_key="gru", rnn_layer_sizes=(8, 4), nb_previous_dirs=2, dropout=0.25, dg_dropout=0.125)
@@ -116,7 +117,7 @@ def test_a_damaged_model_is_refused(saved):
 def test_a_model_of_another_class_is_refused(saved):
     manifest = read_manifest(saved, "model.json") | {"class": "Transformer"}
     (saved / "model.json").write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
-    with pytest.raises(ValueError, match="class 'Transformer'; expected 'Learn2Track'"):
+    with pytest.raises(ValueError, match="expected a model of class 'Learn2Track', received 'Transformer'"):
         load_model(saved)
 
 

@@ -200,18 +200,17 @@ def test_a_stack_can_be_copied_and_pickled() -> None:
         (("rnn", 4, (5,)), "rnn_key: expected one of lstm, gru, received 'rnn'."),
         (("lstm", 4, ()), "rnn_layer_sizes: expected 1 to 1000 layers, received 0."),
         (("lstm", 4, (5,) * 1001), "rnn_layer_sizes: expected 1 to 1000 layers, received 1001."),
-        (("lstm", 4, (5, 0)), "rnn_layer_sizes: expected a finite number at least 1 and below 2147483648, received 0."),
-        (("lstm", 4, (-5,)), "rnn_layer_sizes: expected a finite number at least 1 and below 2147483648, received -5."),
-        (("lstm", 0, (5,)), "input_size: expected a finite number at least 1 and below 2147483648, received 0."),
-        (("lstm", 4, (5,), 1.0), "dropout: expected a finite number at least 0 and below 1, received 1.0."),
-        (("lstm", 4, (5,), -0.1), "dropout: expected a finite number at least 0 and below 1, received -0.1."),
-        (("lstm", 4, (5,), float("nan")), "dropout: expected a finite number at least 0 and below 1, received nan."),
+        (("lstm", 4, (5, 0)), "rnn_layer_sizes: expected .* received 0."),
+        (("lstm", 4, (-5,)), "rnn_layer_sizes: expected .* received -5."),
+        (("lstm", 0, (5,)), "input_size: expected .* received 0."),
+        (("lstm", 4, (5,), 1.0), "dropout: expected .* received 1.0."),
+        (("lstm", 4, (5,), -0.1), "dropout: expected .* received -0.1."),
+        (("lstm", 4, (5,), float("nan")), "dropout: expected .* received nan."),
     ],
 )
 def test_wrong_options_are_named(arguments: tuple, message: str) -> None:
-    with pytest.raises(ValueError, match="expected") as error:
+    with pytest.raises(ValueError, match=f"^{message}$"):
         StackedRNN(*arguments)
-    assert str(error.value) == message
 
 
 @pytest.mark.parametrize(

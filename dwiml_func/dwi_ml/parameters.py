@@ -1,4 +1,4 @@
-"""dwi_ml's `parameters.json` of a Learn2Track model, and the config that says the same."""
+"""From dwi_ml's `parameters.json` of a Learn2Track model to our config, and back."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 
 from dwiml_func._checks import check_number, truncated_repr
 from dwiml_func.experiment.config import RunConfig, config_from_json
+from dwiml_func.models.config import GETTER_OPTIONS
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
 __all__ = ["check_whole_grid", "config_of", "parameters_of"]
 
-_SAME = (  # options of the model that have one name and one meaning on both sides
+_SAME = (  # options of the model that mean the same in both
     *("input_embedding_key", "kernel_size", "nb_cnn_filters", "dg_key", "nb_previous_dirs"),
     *("rnn_key", "rnn_layer_sizes", "use_skip_connection", "use_layer_normalization", "dropout"),
 )
@@ -24,42 +25,16 @@ _REQUIRED = (
     *_SAME,
 )
 _OPTIONAL = ("nb_points", "neighborhood_type", "neighborhood_radius", "neighborhood_resolution")
-_GETTER_ARGUMENTS = {  # in dg_args, and in our config
-    "dropout": "dg_dropout",
-    "add_eos": "add_eos",
-    "eos_weight": "eos_weight",
-    "nb_gaussians": "dg_nb_gaussians",
-    "n_cluster": "dg_nb_clusters",
-    "sphere": "dg_sphere",
-    "entropy_weight": "add_entropy_to_gauss",
-    "normalize_targets": "normalize_targets",
-    "normalize_outputs": "normalize_outputs",
-}
-_CANNOT_RUN = ("gaussian-mixture", "fisher-von-mises-mixture")  # its forward pass fails, or is not implemented
+_OPTIONS_OF_ARGUMENTS = {argument: option for option, argument in GETTER_OPTIONS.items()}
+_CANNOT_RUN = ("gaussian-mixture", "fisher-von-mises-mixture")  # the forward pass fails, or is not implemented
 
 
 def config_of(parameters: Any, *, source: str) -> tuple[RunConfig, int]:
-    """The config of a model, from its parameters in dwi_ml.
+    """The config of a model, without a dataset, and the number of features of its input volume at a point.
 
-    What has no effect there is left out: options of previous directions where there are none, a neighbourhood's radius
-    where there is no neighbourhood, a weight of EOS without EOS.
-
-    Args:
-        parameters: what `parameters.json` holds.
-        source: what to call it in an error.
-
-    Returns:
-        The config: the options of the model, of resampling and of neighbourhoods, and dwi_ml's ways, the interpolation
-        "trilinear-corner" and its rule for steps; no dataset. And the features of the input volume at a point.
-
-    Raises:
-        ValueError: keys are missing or unknown, or a value is none that dwi_ml would take, or one that we do not.
-
-    Example:
-        >>> config_of({"rnn_key": "lstm"}, source="parameters.json")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: parameters.json: missing: experiment_name, step_size, compress_lines, ...
+    It has dwi_ml's conventions: the interpolation "trilinear-corner" and its step rule. Parameters without effect are
+    left out: options of previous directions where there are none, a neighbourhood's radius where there is no
+    neighbourhood, a weight of EOS without EOS. Raises ValueError, which begins with `source`.
     """
     _check_keys(parameters, source)
     model = {name: parameters[name] for name in _SAME}
@@ -73,7 +48,7 @@ def config_of(parameters: Any, *, source: str) -> tuple[RunConfig, int]:
         "hdf5_file": "",
         "model": model,
         "data": {"interpolation": "trilinear-corner", **neighborhood},
-        "batches": {  # dwi_ml takes 0 and false for not given
+        "batches": {  # in dwi_ml, 0 and false mean not given
             "step_size": parameters["step_size"] or None,
             "compress": parameters["compress_lines"] or None,
             "nb_points": parameters.get("nb_points") or None,
@@ -89,29 +64,13 @@ def config_of(parameters: Any, *, source: str) -> tuple[RunConfig, int]:
 
 
 def parameters_of(config: RunConfig, *, nb_features: int, experiment_name: str) -> dict[str, Any]:
-    """The parameters of a model as dwi_ml writes them, in its order.
-
-    Args:
-        config: the model's config.
-        nb_features: features of the input volume at a point.
-        experiment_name: its name.
-
-    Returns:
-        What `parameters.json` shall hold.
-
-    Raises:
-        ValueError: the model has a direction getter that dwi_ml cannot run.
-
-    Example:
-        >>> parameters_of(RunConfig(hdf5_file=""), nb_features=28, experiment_name="a")["dg_args"]["add_eos"]
-        False
-    """
+    """The parameters of a model as dwi_ml writes them, in its order; ValueError for a getter that dwi_ml cannot run."""
     model, data, batches = config.model, config.data, config.batches
     if model.dg_key in _CANNOT_RUN:
         raise ValueError(f"dwi_ml has {model.dg_key}, but cannot run it. Export a model with another direction getter.")
     options = DIRECTION_GETTERS[model.dg_key].option_names
-    dg_args = {"dropout": model.dg_dropout, "add_eos": model.add_eos, "eos_weight": model.dg_args["eos_weight"]}
-    for name in ("sphere", "entropy_weight"):  # dwi_ml leaves them out where they have their default
+    dg_args = {name: model.dg_args.get(name, 1.0) for name in ("dropout", "add_eos", "eos_weight")}
+    for name in ("sphere", "entropy_weight"):  # dwi_ml leaves them out when they have their defaults
         if name in model.dg_args:
             dg_args[name] = model.dg_args[name]
     for name in ("normalize_targets", "normalize_outputs"):
@@ -143,23 +102,12 @@ def parameters_of(config: RunConfig, *, nb_features: int, experiment_name: str) 
         "rnn_layer_sizes": _listed(model.rnn_layer_sizes),
         "use_skip_connection": model.use_skip_connection,
         "use_layer_normalization": model.use_layer_normalization,
-        "dropout": float(model.dropout),  # its StackedRNN refuses an integer
+        "dropout": float(model.dropout),  # dwi_ml refuses an integer
     }
 
 
 def check_whole_grid(config: RunConfig, *, source: str) -> None:
-    """Refuse convolutions over a grid that dwi_ml, which divides float32 and cuts off, does not put together.
-
-    Args:
-        config: a model's config.
-        source: what to call its parameters in an error.
-
-    Raises:
-        ValueError: some points of the grid stay empty in dwi_ml.
-
-    Example:
-        >>> check_whole_grid(RunConfig(hdf5_file=""), source="parameters.json")
-    """
+    """Raise ValueError for convolutions over a grid with points that dwi_ml, which truncates float32, leaves empty."""
     if config.model.input_embedding_key != "cnn_embedding":
         return
     radius, resolution = config.data.neighborhood_radius or 0, config.data.neighborhood_resolution or 1.0
@@ -167,7 +115,7 @@ def check_whole_grid(config: RunConfig, *, source: str) -> None:
     if not torch.equal(((steps.double() * resolution).float() / resolution).long(), steps):
         raise ValueError(
             f"{source}: with a resolution of {resolution} and a radius of {radius}, dwi_ml's rounding leaves points of "
-            f"the grid empty under its convolutions. A model that was trained so cannot be imported."
+            "the grid empty. Such a model cannot be imported."
         )
 
 
@@ -179,7 +127,7 @@ def _check_keys(parameters: Any, source: str) -> None:
         raise ValueError(f"{source}: dg_args: expected names and values, received {truncated_repr(dg_args)}.")
     missing = [name for name in _REQUIRED if name not in parameters]
     unknown = [name for name in parameters if name not in (*_REQUIRED, *_OPTIONAL)]
-    unknown += [f"dg_args.{name}" for name in dg_args or () if name not in _GETTER_ARGUMENTS]
+    unknown += [f"dg_args.{name}" for name in dg_args or () if name not in _OPTIONS_OF_ARGUMENTS]
     if missing or unknown:
         parts = [f"{kind}: {', '.join(names)}" for kind, names in (("missing", missing), ("unknown", unknown)) if names]
         raise ValueError(f"{source}: {'; '.join(parts)}. Expected the parameters of a Learn2Track model of dwi_ml.")
@@ -205,13 +153,12 @@ def _previous_directions(parameters: Mapping[str, Any], source: str) -> dict[str
 
 
 def _getter_options(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    options = {_GETTER_ARGUMENTS[name]: value for name, value in (parameters["dg_args"] or {}).items()}
+    options = {_OPTIONS_OF_ARGUMENTS[name]: value for name, value in (parameters["dg_args"] or {}).items()}
     options = {name: value for name, value in options.items() if value is not None}
-    for name in ("normalize_outputs", "add_entropy_to_gauss"):  # 0 and false: not done
+    for name in ("normalize_outputs", "add_entropy_to_gauss"):  # 0 and false mean no
         if not options.get(name, True):
             del options[name]
-    one = isinstance(parameters["dg_key"], str) and parameters["dg_key"].endswith("classification")
-    if not options.get("add_eos") or (one and options.get("eos_weight") == 1):
+    if not options.get("add_eos"):
         options.pop("eos_weight", None)
     return options
 

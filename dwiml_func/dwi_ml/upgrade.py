@@ -1,6 +1,6 @@
-"""Models of older versions of dwi_ml, brought to the names that its present version reads.
+"""Models of older versions of dwi_ml, upgraded to the names that its current version reads.
 
-Source: dwi_ml, `l2t_update_deprecated_exp.py`, its own script for that.
+Source: dwi_ml, `l2t_update_deprecated_exp.py`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,16 @@ _RENAMED = {
     "prev_dirs_embedding_size": "prev_dirs_embedded_size",
     "input_embedding_size": "input_embedded_size",
 }
-_DROPPED = ("input_embedding_size_ratio", "start_from_copy_prev")  # where they were not used
-_DROPPED_FROM_GETTER = ("compress_loss", "weight_loss_with_angle")  # the same
+_DROPPED = ("input_embedding_size_ratio", "start_from_copy_prev")  # if they were not used
+_DROPPED_FROM_GETTER = ("compress_loss", "weight_loss_with_angle")  # if they were not used
 _ADDED = ("nb_cnn_filters", "kernel_size")
 
 
 def upgraded_parameters(parameters: Any) -> Any:
-    """The parameters of a model as the present dwi_ml would have written them.
+    """The parameters of a model as the current dwi_ml would have written them; those of today are unchanged.
 
-    An option that dwi_ml has no more is left out where it was off. Where it was on it stays, to be refused: the model
-    would not be the one that was trained.
-
-    Args:
-        parameters: what a `parameters.json` holds.
-
-    Returns:
-        The same in today's names; equal to `parameters` where these were today's.
-
-    Example:
-        >>> upgraded_parameters({"input_embedding_size": 8, "neighborhood_radius": [0.5, 1.0]})  # doctest: +ELLIPSIS
-        {'input_embedded_size': 8, 'neighborhood_radius': 2, 'neighborhood_resolution': 0.5, 'nb_cnn_filters': None...
+    An option that dwi_ml no longer has is removed if it was off. If it was on it stays and is rejected later, because
+    the model would not be the one that was trained.
     """
     if not isinstance(parameters, Mapping):
         return parameters
@@ -52,25 +42,13 @@ def upgraded_parameters(parameters: Any) -> Any:
 
 
 def upgraded_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a model under the names that they have in the present dwi_ml.
-
-    Args:
-        state: tensors by name, of a `model_state.pkl`.
-
-    Returns:
-        The same tensors, in the same order.
-
-    Example:
-        >>> import torch
-        >>> list(upgraded_state({"input_embedding.linear.bias": torch.zeros(3)}))
-        ['input_embedding_layer.linear.bias']
-    """
+    """The tensors of a `model_state.pkl` under the names of the current dwi_ml, in the same order."""
     old, new = "input_embedding.", "input_embedding_layer."
     return {new + name.removeprefix(old) if name.startswith(old) else name: state[name] for name in state}
 
 
 def _neighborhood(radius: Any) -> dict[str, Any]:
-    """Radius and resolution of what was once a list of distances, which had to be 1, 2, 3, ... times the first."""
+    """Radius and resolution of a former list of distances, which had to be 1, 2, 3, ... times the first."""
     if not isinstance(radius, list) or not radius or not all(isinstance(distance, int | float) for distance in radius):
         return {}
     if any(abs(distance - number * radius[0]) > 1e-9 for number, distance in enumerate(radius, start=1)):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from dwiml_func._checks import STRICT, check_number, truncated_repr
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.files.json import parse_json
-from dwiml_func.models.config import ModelConfig, check_fitting_data
+from dwiml_func.models.config import ModelConfig, check_model
 
 __all__ = [
     "BatchConfig",
@@ -296,7 +296,7 @@ class RunConfig:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        check_fitting_data(self.model, self.data, self.batches)
+        check_model(self.model, self.data, self.batches)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON data.

@@ -1,20 +1,16 @@
-"""Whether a model fits into memory, found out before any of it is taken.
-
-A trained model on disk: `best_model/`, which loads without optimizer, trainer or dataset.
-"""
+"""A trained model on disk: `best_model/`, which loads without optimizer, trainer or dataset."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
@@ -26,55 +22,14 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.experiment.config import ModelConfig, RunConfig, config_from_json
 from dwiml_func.experiment.folder import is_ensemble
+from dwiml_func.models.config import build_model, model_shapes
 from dwiml_func.models.learn2track import Learn2Track
 
-__all__ = [
-    "LoadedModel",
-    "build_model",
-    "check_memory",
-    "filled_model",
-    "find_model",
-    "load_model",
-    "model_shapes",
-    "save_model",
-]
-
-_BYTES = 4 * 4  # a parameter, its gradient and two moments, float32
-
-
-def check_memory(config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None) -> None:
-    """Refuse a model that cannot be trained in this machine's memory, whatever the batches are.
-
-    Args:
-        config: the options.
-        nb_features: features of the input volume at a point.
-        neighborhood: where around each point the volume is read too.
-
-    Raises:
-        ValueError: its parameters, their gradients and moments take more than all memory.
-
-    Example:
-        >>> check_memory(ModelConfig(rnn_layer_sizes=(10**9,)), nb_features=3)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: The layers of this model are too large (rnn_layer_sizes (1000000000,)): it has ...
-    """
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    build = partial(build_model, config, nb_features=nb_features, neighborhood=neighborhood)
-    try:
-        num_parameters: float = sum(tensor.numel() for tensor in model_shapes(build).values())
-    except OverflowError:
-        num_parameters = math.inf
-    if _BYTES * num_parameters > available:
-        count = f"{num_parameters:.3g}" if math.isfinite(num_parameters) else "more than 1e18"
-        raise ValueError(
-            f"The layers of this model are too large (rnn_layer_sizes {config.rnn_layer_sizes}): it has {count} "
-            f"parameters, training takes {_BYTES} bytes for each, and this machine has {available / 1e9:.3g} GB of "
-            f"memory. Choose smaller ones."
-        )
-
+__all__ = ["MANIFEST", "LoadedModel", "check_memory", "filled_model", "find_model", "load_model", "save_model"]
 
 MANIFEST = "model.json"
+"""The file that makes a folder a model directory."""
+
 _LAYOUT = 2  # of the facts in the manifest
 _DATA_FACTS = (
     *("input_group_name", "streamline_group_name", "interpolation"),
@@ -82,21 +37,16 @@ _DATA_FACTS = (
 )
 _BATCH_FACTS = ("step_size", "nb_points", "compress")
 _STEP_RULE = "step_rule"  # older directories do not have it
+_BYTES = 4 * 4  # a parameter, its gradient and two tensors of optimizer state, float32
+_MOST_PROBLEMS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model that was read from disk.
+    """A model read from disk, in evaluation mode.
 
-    Args:
-        module: the model, in evaluation mode.
-        config: what the model is and what data it is for: the options of the model, of the data and of resampling.
-            Further ones were not recorded and have their defaults, and the dataset has no name.
-        facts: what was recorded with it: `class`, `nb_features`, `options`, `epoch`, ...
-
-    Example:
-        >>> LoadedModel.__slots__
-        ('module', 'config', 'facts')
+    `config` has the recorded options: of the model, the data and the resampling. Others have their defaults, and the
+    dataset has no name. `facts` has all that was recorded: `class`, `nb_features`, `options`, `epoch`, ...
     """
 
     module: Learn2Track
@@ -104,62 +54,12 @@ class LoadedModel:
     facts: Mapping[str, Any]
 
 
-def build_model(config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None) -> Learn2Track:
-    """Make a model from its options, with parameters drawn from torch's generator.
-
-    Args:
-        config: the options.
-        nb_features: features of the input volume at a point.
-        neighborhood: where around each point the volume is read too.
-
-    Returns:
-        A new module.
-
-    Example:
-        >>> build_model(ModelConfig(rnn_layer_sizes=(4,)), nb_features=3)(batch)  # doctest: +SKIP
-    """
-    return Learn2Track(nb_features, neighborhood=neighborhood, **config.arguments)
-
-
-def model_shapes(build: Callable[[], Learn2Track]) -> dict[str, Tensor]:
-    """The state of a model without its values, which takes no memory whatever the options say.
-
-    Args:
-        build: makes the model.
-
-    Returns:
-        Parameters and buffers by name, on torch's device "meta".
-
-    Raises:
-        OverflowError: torch has no number for the size of one.
-
-    Example:
-        >>> model_shapes(lambda: Learn2Track(6, rnn_layer_sizes=(10**6,)))["rnn_model.rnn_0.bias_ih_l0"].shape
-        torch.Size([4000000])
-    """
-    try:
-        with torch.device("meta"), torch_rng(Key(0)):
-            return build().state_dict()
-    except (RuntimeError, TypeError, OverflowError) as error:  # torch has one or the other for it
-        if not isinstance(error, OverflowError) and "overflow" not in str(error).lower():
-            raise
-        raise OverflowError("No machine can hold a model of the sizes in its options.") from None
-
-
 def save_model(
     path: str | Path, state: TrainState, config: RunConfig, *, nb_features: int, facts: Mapping[str, Any]
 ) -> None:
-    """Write a state's parameters and buffers, and what it takes to build the module again and to feed it.
+    """Write a state's parameters and buffers, and what building and feeding the module requires, to a directory.
 
-    Args:
-        path: the directory; it appears by one rename, and replaces one that stands there.
-        state: the run.
-        config: the run's config, of which the options of the model, the data and the resampling are recorded.
-        nb_features: features of the input volume at a point.
-        facts: further JSON data, e.g. the loss.
-
-    Example:
-        >>> save_model("best_model", state, config, nb_features=28, facts={})  # doctest: +SKIP
+    It appears by one rename, replacing an older one. `facts` are further JSON data, e.g. the loss.
     """
     described = {"class": "Learn2Track", "layout": _LAYOUT, "nb_features": nb_features, "options": asdict(config.model)}
     described |= {name: getattr(config.data, name) for name in _DATA_FACTS}
@@ -172,15 +72,15 @@ def load_model(path: str | Path) -> LoadedModel:
     """Read a model directory.
 
     Args:
-        path: a directory that `save_model` wrote.
+        path: a directory that `save_model` wrote, such as an experiment's `best_model`.
 
     Returns:
-        The module, its config and the recorded facts.
+        The module in evaluation mode (`module`), its config (`config`) and the recorded facts (`facts`).
 
     Raises:
-        FileNotFoundError: there is none.
-        CorruptError: it is corrupt.
-        ValueError: it holds another class of model, or is of an older layout.
+        FileNotFoundError: there is no model at that path.
+        CorruptError: the model is corrupt.
+        ValueError: it is a model of another class or of an older layout.
 
     Example:
         >>> load_model("/no/such/model")
@@ -193,14 +93,14 @@ def load_model(path: str | Path) -> LoadedModel:
         raise FileNotFoundError(f"No {MANIFEST} in {path}.")
     facts = read_manifest(path, MANIFEST, needs=("class", "options", "nb_features"))
     if facts["class"] != "Learn2Track":
-        raise ValueError(f"{path} holds a model of class {truncated_repr(facts['class'])}; expected 'Learn2Track'.")
+        raise ValueError(f"{path}: expected a model of class 'Learn2Track', received {truncated_repr(facts['class'])}.")
     if facts.get("layout") != _LAYOUT:
         raise ValueError(
-            f"{path} has layout {facts.get('layout', 1)} of model directories; this version reads layout {_LAYOUT}. "
-            f"Read it with the version of dwiml_func that wrote it, or train the model again."
+            f"{path}: expected layout {_LAYOUT} of model directories, received {facts.get('layout', 1)}. "
+            "Read it with the version of dwiml_func that wrote it, or train the model again."
         )
     if missing := [name for name in (*_DATA_FACTS, *_BATCH_FACTS) if name not in facts]:
-        raise CorruptError(f"{path} is corrupt: {MANIFEST} lacks {', '.join(missing)}.")
+        raise CorruptError(f"{path} is corrupt: {MANIFEST} lacks {_first(missing, ', ')}.")
     recorded = {
         "hdf5_file": "",
         "model": facts["options"],
@@ -209,39 +109,24 @@ def load_model(path: str | Path) -> LoadedModel:
     }
     try:
         config = config_from_json(json.dumps(recorded), source=str(path / MANIFEST))
-        build = partial(
-            build_model, config.model, nb_features=facts["nb_features"], neighborhood=config.data.neighborhood
-        )
+        neighborhood = config.data.neighborhood
+        build = partial(build_model, config.model, nb_features=facts["nb_features"], neighborhood=neighborhood)
         expected = model_shapes(build)
     except (ValueError, TypeError, OverflowError) as error:
         raise CorruptError(
-            f"{path} is corrupt: {MANIFEST} has no options of a model ({first_problem(error)})."
+            f"{path} is corrupt: the options in {MANIFEST} make no model ({first_problem(error)})."
         ) from None
     if differences := leaf_differences(facts["leaves"], expected):
-        raise CorruptError(f"{path} is corrupt: its tensors are not those of its options: {'; '.join(differences)}.")
+        raise CorruptError(f"{path} is corrupt: its tensors do not fit its options: {_first(differences)}.")
     module = filled_model(build, load_leaves(path, facts), source=str(path))
     return LoadedModel(module=module, config=config, facts=facts)
 
 
 def filled_model(build: Callable[[], Learn2Track], tensors: Mapping[str, Tensor], *, source: str) -> Learn2Track:
-    """Build a model with given parameters, after all of them were found to fit.
+    """Build a model in evaluation mode with given parameters and buffers, if all of them fit.
 
-    Args:
-        build: makes the model. It is first called for its shapes alone, which takes no memory.
-        tensors: by name, one for each parameter and buffer of the model's state.
-        source: what to call the tensors in an error.
-
-    Returns:
-        The model, in evaluation mode. No random generator of the caller has moved.
-
-    Raises:
-        ValueError: names, shapes or types differ, or a value is not finite; one line says all of it.
-
-    Example:
-        >>> filled_model(lambda: Learn2Track(6), {"b": torch.ones(1)}, source="state")  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: state does not fit the model: no rnn_model.rnn_0.weight_ih_l0; no ...; unexpected b.
+    `build` is called first for the shapes alone, which takes no memory. The caller's random generators do not move.
+    Raises ValueError, which begins with `source`, if names, shapes or types differ, or a value is not finite.
     """
     try:
         expected = model_shapes(build)
@@ -258,32 +143,15 @@ def filled_model(build: Callable[[], Learn2Track], tensors: Mapping[str, Tensor]
         elif not tensors[name].isfinite().all():
             problems.append(f"{name} with values that are not finite")
     if problems:
-        raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}.")
-    with torch_rng(Key(0)):  # the draws are overwritten
+        raise ValueError(f"{source} does not fit the model: {_first(problems)}.")
+    with torch_rng(Key(0)):  # the random parameters are overwritten
         module = build()
     module.load_state_dict(dict(tensors))
     return module.eval()
 
 
 def find_model(path: str | Path) -> Path:
-    """Find the model directory that a user means by a folder: the folder itself, or its best model.
-
-    Args:
-        path: a model directory, or an experiment.
-
-    Returns:
-        The model directory.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is neither; what it is instead, if that can be told.
-
-    Example:
-        >>> find_model("/no/such/model")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: '/no/such/model' is not a folder. Expected a model directory or an experiment.
-    """
+    """The model directory that a user means by a folder: the folder itself, or an experiment's best model."""
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"{str(path)!r} is not a folder. Expected a model directory or an experiment.")
@@ -292,9 +160,31 @@ def find_model(path: str | Path) -> Path:
             return folder
     for folder in (path, path / "best_model"):
         if (folder / "model_state.pkl").is_file():
-            raise ValueError(f"{str(folder)!r} holds a model of dwi_ml. First run dwiml-func import-dwi-ml on it.")
+            raise ValueError(f"{str(folder)!r} is a model of dwi_ml. First run dwiml-func import-dwi-ml on it.")
     if (path / "config.json").is_file():
         raise ValueError(f"Experiment {str(path)!r} has no best model yet. Train it for an epoch.")
     if is_ensemble(path):
         raise ValueError(f"{str(path)!r} is an ensemble. Name one of its members, such as {path / '0'}.")
     raise ValueError(f"{str(path)!r} is neither a model directory (no {MANIFEST}) nor an experiment (no config.json).")
+
+
+def check_memory(config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None) -> None:
+    """Raise ValueError for a model whose parameters, gradients and optimizer state exceed this machine's memory."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    build = partial(build_model, config, nb_features=nb_features, neighborhood=neighborhood)
+    try:
+        num_parameters: float = sum(tensor.numel() for tensor in model_shapes(build).values())
+    except OverflowError:
+        num_parameters = math.inf
+    if _BYTES * num_parameters > available:
+        count = f"{num_parameters:.3g}" if math.isfinite(num_parameters) else "more than 1e18"
+        raise ValueError(
+            f"The layers of this model are too large (rnn_layer_sizes {config.rnn_layer_sizes}): it has {count} "
+            f"parameters, training takes {_BYTES} bytes for each, and this machine has {available / 1e9:.3g} GB of "
+            "memory. Choose smaller layers."
+        )
+
+
+def _first(problems: Sequence[str], separator: str = "; ") -> str:
+    more = len(problems) - _MOST_PROBLEMS
+    return separator.join(problems[:_MOST_PROBLEMS]) + (f" and {more} more" if more > 0 else "")

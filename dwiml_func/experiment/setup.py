@@ -39,8 +39,8 @@ from dwiml_func.distributed.sharding import (
     sharded_value_and_grad,
 )
 from dwiml_func.experiment.config import BatchConfig, RunConfig, TrainingConfig
-from dwiml_func.experiment.model_store import build_model, check_memory
-from dwiml_func.models.config import check_getter_for_compressed
+from dwiml_func.experiment.model_store import check_memory
+from dwiml_func.models.config import build_model, check_getter_for_compressed
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.optim._foreach import Number
 from dwiml_func.types import Metrics, Optimizer

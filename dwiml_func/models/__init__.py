@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from dwiml_func.models.direction_getters import make_direction_getter
     from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
-__all__ = ["Learn2Track", "compute_batch_loss", "load_model", "make_direction_getter"]
+__all__ = ["Learn2Track", "compute_batch_loss", "load_model", "make_direction_getter"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 _MODULES = {
     "Learn2Track": "models.learn2track",

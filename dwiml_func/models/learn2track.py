@@ -1,4 +1,4 @@
-"""Learn2Track: a recurrent model that reads the signal along a streamline and gives the next direction at each point.
+"""Learn2Track: a recurrent model that reads the signal along a streamline and predicts the next direction at each.
 
 Source: Poulin et al., "Learn to Track: Deep Learning for Tractography", MICCAI 2017; dwi_ml, `learn2track_model.py`.
 """
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
+from dwiml_func._checks import check_number
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.data.streamlines import directions, previous_directions
 from dwiml_func.models.baselines import angular_error
 from dwiml_func.models.direction_getters import make_direction_getter
-from dwiml_func.models.embeddings import CNNEmbedding, make_embedding
+from dwiml_func.models.embeddings import make_embedding, make_input_embedding
 from dwiml_func.models.rnn.packing import packed_layout
 from dwiml_func.models.rnn.stacked import StackedRNN
 
@@ -29,23 +30,23 @@ _LEAST_LENGTH = 1e-8  # shorter previous directions are normalised as if they ha
 class Learn2Track(torch.nn.Module):
     """Embeddings of the input volume and of the previous directions, recurrent layers, then a direction getter.
 
-    Options and parameters have the names they have in dwi_ml, so that its model states load as they are.
+    Options and parameters have dwi_ml's names, so its model states load unchanged.
 
     Args:
         nb_features: features of the input volume at a point.
-        neighborhood: where around each point the inputs are read too; None for the point alone.
+        neighborhood: points around each point where the inputs are also read; None for the point alone.
         input_embedding_key: "no_embedding", "nn_embedding" (a linear layer and ReLU) or "cnn_embedding" (convolutions
             over a grid neighbourhood).
         input_embedded_size: for nn_embedding: its features.
         nb_cnn_filters, kernel_size: for cnn_embedding: channels and kernel of each layer.
-        nb_previous_dirs: how many previous directions (voxel space, zeros where the streamline had not begun) follow
+        nb_previous_dirs: number of previous directions (voxel space, zeros before the streamline's start) that follow
             the embedded inputs.
         prev_dirs_embedding_key: "no_embedding" or "nn_embedding".
         prev_dirs_embedded_size: for nn_embedding: features of all previous directions together.
         normalize_prev_dirs: bring previous directions to unit length; those without length stay zero.
         rnn_key: "lstm" or "gru".
         rnn_layer_sizes: features of each recurrent layer.
-        use_skip_connection: every recurrent layer reads the embedded inputs too, and the direction getter reads the
+        use_skip_connection: every recurrent layer also reads the embedded inputs, and the direction getter reads the
             outputs of all layers and the embedded inputs.
         use_layer_normalization: layer normalisation after each recurrent layer.
         dropout: probability, 0 <= dropout < 1, of dropping a value when training: between recurrent layers and, where
@@ -54,7 +55,7 @@ class Learn2Track(torch.nn.Module):
         dg_args: the direction getter's options, see `make_direction_getter`: `dropout`, `add_eos`, ...
 
     Raises:
-        ValueError: an argument is not one of those above, or belongs to another embedding or direction getter.
+        ValueError: an argument is out of range, or belongs to another embedding or direction getter.
 
     Example:
         >>> model = Learn2Track(28, rnn_layer_sizes=(16, 12), nb_previous_dirs=1)
@@ -84,46 +85,33 @@ class Learn2Track(torch.nn.Module):
         dg_args: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if nb_features < 1:
-            raise ValueError(f"Expected nb_features of at least 1. Received: {nb_features}")
-        if nb_previous_dirs < 0:
-            raise ValueError(f"Expected nb_previous_dirs of at least 0. Received: {nb_previous_dirs}")
+        check_number("nb_features", nb_features, at_least=1)
+        check_number("nb_previous_dirs", nb_previous_dirs, at_least=0)
         self.nb_features = nb_features
         self.input_size = nb_features * (neighborhood.num_points if neighborhood else 1)
         self.nb_previous_dirs = nb_previous_dirs
         self.normalize_prev_dirs = normalize_prev_dirs
         self.dropout = dropout
-        # Made in dwi_ml's order: the inputs' embedding, that of the previous directions, recurrent layers, getter.
-        if input_embedding_key == "cnn_embedding":
-            if neighborhood is None or neighborhood.type != "grid" or input_embedded_size is not None:
-                raise ValueError(
-                    "cnn_embedding: expected a neighborhood of type grid and no input_embedded_size. "
-                    f"Received: {neighborhood} and {input_embedded_size}"
-                )
-            self.input_embedding_layer = CNNEmbedding(
-                nb_features,
-                radius=neighborhood.radius,
-                nb_filters=nb_cnn_filters or (),
-                kernel_sizes=kernel_size or (),
-            )
-        elif nb_cnn_filters is not None or kernel_size is not None:
-            raise ValueError(
-                "nb_cnn_filters and kernel_size belong to cnn_embedding. "
-                f"Received: {nb_cnn_filters} and {kernel_size} with {input_embedding_key!r}"
-            )
-        else:
-            self.input_embedding_layer = make_embedding(input_embedding_key, self.input_size, input_embedded_size)
+        # In dwi_ml's order: the inputs' embedding, that of the previous directions, recurrent layers, getter.
+        self.input_embedding_layer = make_input_embedding(
+            input_embedding_key,
+            nb_features,
+            neighborhood,
+            embedded_size=input_embedded_size,
+            nb_cnn_filters=nb_cnn_filters,
+            kernel_size=kernel_size,
+        )
         rnn_input_size = self.input_embedding_layer.output_size
         self.prev_dirs_embedding = None
         if nb_previous_dirs > 0:
             self.prev_dirs_embedding = make_embedding(
-                prev_dirs_embedding_key, 3 * nb_previous_dirs, prev_dirs_embedded_size
+                "prev_dirs", prev_dirs_embedding_key, 3 * nb_previous_dirs, prev_dirs_embedded_size
             )
             rnn_input_size += self.prev_dirs_embedding.output_size
         elif prev_dirs_embedding_key != "no_embedding" or prev_dirs_embedded_size is not None or normalize_prev_dirs:
             raise ValueError(
-                "prev_dirs_embedding_key, prev_dirs_embedded_size and normalize_prev_dirs belong to previous "
-                "directions. Expected nb_previous_dirs of at least 1 beside them. Received: 0"
+                "prev_dirs_embedding_key, prev_dirs_embedded_size and normalize_prev_dirs: require nb_previous_dirs of "
+                "at least 1, received 0."
             )
         self._drops_inputs = nb_previous_dirs > 0 or input_embedding_key != "no_embedding"
         self.rnn_model = StackedRNN(
@@ -138,7 +126,7 @@ class Learn2Track(torch.nn.Module):
 
     @property
     def add_eos(self) -> bool:
-        """Whether the model learns where streamlines end, and so reads the inputs at their last points too."""
+        """Whether the model learns where streamlines end, and therefore also reads the inputs at their last points."""
         return self.direction_getter.add_eos
 
     def forward(self, batch: StreamlineBatch) -> Tensor:
@@ -152,8 +140,7 @@ class Learn2Track(torch.nn.Module):
             voxel space).
 
         Raises:
-            ValueError: the batch does not have the model's number of features, or inputs at other points; or it has
-                inputs at no point.
+            ValueError: the batch has another number of features than the model, inputs at other points, or none.
 
         Example:
             >>> one = torch.zeros(1, dtype=torch.int64)
@@ -167,7 +154,7 @@ class Learn2Track(torch.nn.Module):
         offsets = batch.input_offsets
         previous = None
         if self.nb_previous_dirs > 0:
-            # With EOS the last points have rows too. Nothing comes after them, so the zeros there are never read.
+            # With EOS the last points have rows too. No point follows them, so the zeros there are never read.
             dirs = batch.at_inputs(directions(batch.forward_points, batch.offsets))
             previous = previous_directions(self._normalized(dirs), offsets, self.nb_previous_dirs)
         layout = packed_layout(offsets, batch.num_points)
@@ -194,17 +181,17 @@ class Learn2Track(torch.nn.Module):
     def run_step(
         self, inputs: Tensor, dirs: Tensor, state: Sequence[tuple[Tensor, ...]] | None = None
     ) -> tuple[Tensor, Sequence[tuple[Tensor, ...]]]:
-        """Go one point further along S streamlines, for tracking.
+        """Predict at the next point of S streamlines, for tracking.
 
         Args:
             inputs: (S, input_size) float, the input volume at (and around) the streamlines' newest points.
-            dirs: (S, 3 * nb_previous_dirs) float, voxel space, the directions that led there, the latest first, zeros
-                where there was none.
-            state: the carried state, from the step before; None at the streamlines' first points. To drop streamlines,
-                index the rows of all of its tensors.
+            dirs: (S, 3 * nb_previous_dirs) float, voxel space, the previous directions, the latest first, zeros where
+                there is none.
+            state: the recurrent state returned by the previous step; None at the streamlines' first points. To drop
+                streamlines, index the rows of all of its tensors.
 
         Returns:
-            outputs (S, K), of the direction getter; and the new state, tensors of S rows for each recurrent layer.
+            The direction getter's outputs (S, K), and the new state: tensors of S rows for each recurrent layer.
 
         Example:
             >>> model = Learn2Track(6, rnn_layer_sizes=(4,)).eval()
@@ -233,30 +220,30 @@ class Learn2Track(torch.nn.Module):
     def _check(self, batch: StreamlineBatch) -> None:
         if batch.inputs.shape[1] != self.input_size:
             raise ValueError(
-                f"Expected a batch with {self.input_size} input features, those the model was made for. "
-                f"Received: {batch.inputs.shape[1]}. Use the input volume that the model was trained on"
+                f"Expected a batch with {self.input_size} input features, as the model. "
+                f"Received: {batch.inputs.shape[1]}. Use the input volume that the model was trained on."
             )
         if batch.num_points == 0:
-            raise ValueError("Expected a batch with streamlines of two points or more. Received: none")
+            raise ValueError("Expected a batch with streamlines of two points or more. Received: none.")
         if batch.num_points != (len(batch.points) if self.add_eos else batch.num_directions):
             expected = "all points" if self.add_eos else "all points but the last of each streamline"
             raise ValueError(
                 f"Expected a batch with inputs at {expected}. Received: {batch.num_points} rows for "
-                f"{len(batch.points)} points. Load it with LoaderSpec(add_eos={self.add_eos})"
+                f"{len(batch.points)} points. Load it with LoaderSpec(add_eos={self.add_eos})."
             )
 
 
 def compute_batch_loss(model: Learn2Track, batch: StreamlineBatch) -> tuple[Tensor, int, dict[str, Any]]:
-    """The loss of a batch, in the form that `dwiml_func.core.loss.module_loss` takes.
+    """The loss of a batch, in the form that `module_loss` takes.
 
     Args:
         model: the model, in training or in evaluation mode.
         batch: S streamlines, with inputs at N of their P points.
 
     Returns:
-        The mean over the N points of the direction getter's loss; N; and `{"angular_error": ...}`, the mean angle in
-        degrees between predicted and true directions at the P - S points that have a next direction, without gradient.
-        With EOS, where N is P, the latter is a pair: the mean, and its own weight P - S.
+        The mean over the N points of the direction getter's loss; its weight N; and `{"angular_error": ...}`, the mean
+        angle in degrees between predicted and true directions at the P - S points that have a next direction, without
+        gradient. With EOS, where N is P, it is a pair: the mean, and its own weight P - S.
 
     Example:
         >>> one = torch.zeros(1, dtype=torch.int64)

@@ -1,6 +1,7 @@
-"""Direction getters: the last layers of a model, which turn its features into directions, and the loss of those.
+"""Direction getters: the last layers of a model, which turn its features into directions, and their loss.
 
-Each family stands in a module of its own; `DIRECTION_GETTERS` has them by key, and `make_direction_getter` makes one.
+Each module has one family; `DIRECTION_GETTERS` has all by key, and `make_direction_getter` makes one. A new getter is a
+subclass of `DirectionGetter` in that table.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def make_direction_getter(
         input_size: features at a point.
         dropout: probability of dropping a value between the layers when training, 0 <= dropout < 1.
         add_eos: learn where streamlines end.
-        eos_weight: weight of the EOS loss beside that of the direction.
-        **options: the getter's further options, those in its `option_names`.
+        eos_weight: weight of the EOS loss relative to that of the direction.
+        **options: the getter's further options, see its `option_names`.
 
     Returns:
-        A new module, with parameters drawn from torch's generator.
+        A new module, with random parameters from torch's generator.
 
     Raises:
-        ValueError: there is no such getter, it does not have such an option, or an argument is out of range.
+        ValueError: there is no such getter, it has no such option, or an argument is out of range.
 
     Example:
         >>> make_direction_getter("l2-regression", 100, normalize_targets=1.0).output_size
@@ -81,14 +82,14 @@ def make_direction_getter(
         >>> make_direction_getter("cosine-regression", 100, nb_gaussians=3)
         Traceback (most recent call last):
         ...
-        ValueError: cosine-regression has no option nb_gaussians. Its options: normalize_targets, normalize_outputs
+        ValueError: nb_gaussians: cosine-regression has no such option. Leave it out or choose another direction getter.
     """
     if dg_key not in DIRECTION_GETTERS:
-        raise ValueError(f"Expected a dg_key among {', '.join(DIRECTION_GETTERS)}. Received: {dg_key!r}")
+        raise ValueError(f"dg_key: expected one of {', '.join(DIRECTION_GETTERS)}, received {dg_key!r}.")
     getter = DIRECTION_GETTERS[dg_key]
-    unknown = [name for name in options if name not in getter.option_names]
-    if unknown:
-        known = ", ".join(getter.option_names) or "none beside dropout, add_eos and eos_weight"
-        raise ValueError(f"{dg_key} has no option {', '.join(unknown)}. Its options: {known}")
+    for name in options:
+        if name not in getter.option_names:
+            hint = "Leave it out or choose another direction getter."
+            raise ValueError(f"{name}: {dg_key} has no such option. {hint}")
     arguments: dict[str, Any] = {"dropout": dropout, "add_eos": add_eos, "eos_weight": eos_weight, **options}
     return getter(input_size, **arguments)

@@ -1,7 +1,4 @@
-"""The fully connected network that most direction getters consist of.
-
-Vectors of a given length, also where there is no direction to keep.
-"""
+"""Parts that several direction getters use: the two-layer network, and vectors of a given length."""
 
 from __future__ import annotations
 
@@ -12,50 +9,29 @@ import torch
 from torch import Tensor, where
 from torch.nn.functional import dropout
 
-__all__ = ["TwoLayerNetwork", "check_length", "unit_vectors"]
+from dwiml_func._checks import check_number
+
+__all__ = ["TwoLayerNetwork", "check_length", "unit_vectors", "with_length"]
 
 
 class TwoLayerNetwork(torch.nn.ModuleList):
     """Two linear layers, input_size to ceil(input_size / 2) to output_size; between them ReLU, then dropout.
 
-    A list of its two layers, so that their parameters are named `0.weight` and `1.weight` as in dwi_ml.
-
-    Args:
-        input_size: features of an input row.
-        output_size: features of an output row.
-        dropout: probability of dropping a value between the layers when training, 0 <= dropout < 1.
-
-    Raises:
-        ValueError: dropout is out of range.
+    It is a list of its two layers, so that their parameters are named `0.weight` and `1.weight` as in dwi_ml.
 
     Source: dwi_ml, `direction_getter_models.py`.
-
-    Example:
-        >>> network = TwoLayerNetwork(5, 2)
-        >>> network(torch.zeros(7, 5)).shape, network[0].out_features
-        (torch.Size([7, 2]), 3)
     """
 
     def __init__(self, input_size: int, output_size: int, dropout: float = 0.0) -> None:
-        if not 0 <= dropout < 1:
-            raise ValueError(f"Expected a dropout of at least 0 and below 1. Received: {dropout}")
+        check_number("dropout", dropout, at_least=0, below=1)
         hidden_size = math.ceil(input_size / 2)
         super().__init__([torch.nn.Linear(input_size, hidden_size), torch.nn.Linear(hidden_size, output_size)])
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the network on each row.
+        """Map rows (N, input_size) to (N, output_size), also under `torch.autocast` in the dtype of the parameters.
 
-        Args:
-            x: (N, input_size) float.
-
-        Returns:
-            (N, output_size), under `torch.autocast` too in the dtype of the parameters: a density of width 0.01 has no
-            use for means that were rounded to 8 bits.
-
-        Example:
-            >>> TwoLayerNetwork(4, 3)(torch.zeros(2, 4)).shape
-            torch.Size([2, 3])
+        Eight bits of a mean are too few for a density of width 0.01.
         """
         first, last = self
         hidden = dropout(first(x).relu(), self.dropout, self.training)
@@ -64,44 +40,21 @@ class TwoLayerNetwork(torch.nn.ModuleList):
 
 
 def unit_vectors(vectors: Tensor) -> Tensor:
-    """Divide vectors by their lengths.
+    """Divide vectors (..., D) by their lengths; vectors without length stay zero, where dwi_ml gets NaN.
 
-    Args:
-        vectors: (..., D) float.
-
-    Returns:
-        (..., D), of length 1; zeros where the length is 0 (or so small that its square is), where dwi_ml gets
-        not-a-number. The gradient there is that of `vectors` themselves, so that it stays finite.
-
-    Example:
-        >>> import torch
-        >>> unit_vectors(torch.tensor([[0.0, 3, 4], [0, 0, 0]]))
-        tensor([[0.0000, 0.6000, 0.8000],
-                [0.0000, 0.0000, 0.0000]])
+    The gradient at a vector without length is that of the vector itself, so that it stays finite.
     """
     squares = vectors.square().sum(dim=-1, keepdim=True)
     return vectors / where(squares == 0, 1.0, squares).sqrt()
 
 
+def with_length(vectors: Tensor, length: float | None) -> Tensor:
+    """Give vectors (..., D) a length; None leaves them alone."""
+    return vectors if length is None else unit_vectors(vectors) * length
+
+
 def check_length(name: str, length: float | None) -> float | None:
-    """Check an option that gives vectors a length.
-
-    Args:
-        name: the option's name.
-        length: above 0, or None to leave lengths alone.
-
-    Returns:
-        `length`.
-
-    Raises:
-        ValueError: it is neither.
-
-    Example:
-        >>> check_length("normalize_targets", -1.0)
-        Traceback (most recent call last):
-        ...
-        ValueError: Expected a finite normalize_targets above 0, or None for no normalisation. Received: -1.0
-    """
-    if length is not None and not (math.isfinite(length) and length > 0):
-        raise ValueError(f"Expected a finite {name} above 0, or None for no normalisation. Received: {length}")
+    """Return a length for `with_length`, if it is valid."""
+    if length is not None:
+        check_number(name, length, above=0)
     return length

@@ -1,43 +1,44 @@
-"""What a model asks of its last layers."""
+"""What all direction getters have in common."""
 
 from __future__ import annotations
 
-import math
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from dwiml_func._checks import check_number
 from dwiml_func.core.rng import Key
 
 __all__ = ["DirectionGetter"]
 
+_COMMON_ARGUMENTS = ("input_size", "dropout", "add_eos", "eos_weight")
+
 
 class DirectionGetter(torch.nn.Module, ABC):
-    """Turns features at points into outputs, and knows what the outputs mean: their loss, and their direction.
+    """Turns features at points into outputs, and defines what the outputs mean: their loss, and their direction.
 
-    The losses, directions and samples are functions of the outputs alone; only `forward` uses parameters. So a loss can
-    be taken of outputs that came from `torch.func.functional_call`.
+    Only `forward` uses parameters; losses, directions and samples are functions of the outputs alone, so they also work
+    on outputs of `torch.func.functional_call`.
 
-    With `add_eos` the model learns too where streamlines end (EOS, end of streamline): the last column of the outputs
-    is the logit of "this is the last point", and every point of a streamline has a row, the last included. Without it,
-    the last point has no row, for it has no next direction.
+    With `add_eos` the model also learns where streamlines end (EOS, end of streamline): the last column of the outputs
+    is the logit of "this is the last point", and every point of a streamline has a row. Without it, the last point has
+    no row, because it has no next direction.
 
     Args:
         input_size: features at a point.
+        dropout: of a subclass: probability of dropping a value between its layers when training, 0 <= dropout < 1.
         add_eos: learn where streamlines end.
-        eos_weight: weight of the EOS loss beside that of the direction; at least 0. Without effect unless `add_eos`.
+        eos_weight: weight of the EOS loss relative to that of the direction; at least 0. No effect without `add_eos`.
 
     Attributes:
         key: its name on the command line and in dwi_ml's `parameters.json`.
         supports_compressed: whether it can learn from streamlines whose steps differ in length.
         is_probabilistic: whether it has a distribution of directions to sample from.
-        option_defaults: its further options, named as in dwi_ml's `dg_args`, with their defaults.
-        option_names: the names of these.
+        option_names: a subclass's further arguments, named as in dwi_ml's `dg_args`.
         output_size: columns of the outputs, K.
 
     Raises:
@@ -53,20 +54,18 @@ class DirectionGetter(torch.nn.Module, ABC):
     key: ClassVar[str]
     supports_compressed: ClassVar[bool] = False
     is_probabilistic: ClassVar[bool] = True
-    option_defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     option_names: ClassVar[tuple[str, ...]] = ()
     output_size: int
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.option_names = tuple(cls.option_defaults)
+        cls.option_names = tuple(name for name in inspect.signature(cls).parameters if name not in _COMMON_ARGUMENTS)
 
     def __init__(self, input_size: int, *, add_eos: bool = False, eos_weight: float = 1.0) -> None:
         super().__init__()
         if input_size < 1:
-            raise ValueError(f"Expected an input_size of at least 1. Received: {input_size}")
-        if not (math.isfinite(eos_weight) and eos_weight >= 0):
-            raise ValueError(f"Expected a finite eos_weight of at least 0. Received: {eos_weight}")
+            raise ValueError(f"input_size: expected at least 1, received {input_size}.")
+        check_number("eos_weight", eos_weight, at_least=0)
         self.input_size = input_size
         self.add_eos = add_eos
         self.eos_weight = eos_weight
@@ -79,7 +78,7 @@ class DirectionGetter(torch.nn.Module, ABC):
             features: (N, input_size) float, N points of any streamlines.
 
         Returns:
-            (N, K); the subclass says what the columns are. With `add_eos` the last is the logit of EOS.
+            (N, K); the subclass defines the columns. With `add_eos` the last is the logit of EOS.
         """
 
     def losses(self, outputs: Tensor, targets: Tensor, is_last: Tensor | None = None) -> Tensor:
@@ -88,20 +87,20 @@ class DirectionGetter(torch.nn.Module, ABC):
         Args:
             outputs: (N, K) float, from `forward`.
             targets: (N, 3) float, voxel space, the direction to the next point, not normalised; zeros at the last point
-                of a streamline, which has a row with `add_eos` only.
-            is_last: (N,) bool, the last points; given with `add_eos` and only then.
+                of a streamline, which has a row only with `add_eos`.
+            is_last: (N,) bool, the last points; required with `add_eos`, else None.
 
         Returns:
-            (N,), the loss at each point: that of the direction (the subclass says which) plus, with `add_eos`,
-            `eos_weight` times the binary cross-entropy of EOS. The last points count in both: their direction's loss is
-            that of the target (0, 0, 0), as in dwi_ml.
+            (N,), the loss at each point: the subclass's loss of the direction plus, with `add_eos`, `eos_weight` times
+            the binary cross-entropy of EOS. The last points count in both: their target direction is (0, 0, 0), as in
+            dwi_ml.
 
         Raises:
-            ValueError: `outputs` or `targets` have another number of columns, or `is_last` is missing or too much.
+            ValueError: `outputs` or `targets` have another number of columns, or `is_last` does not match `add_eos`.
 
-        Source: dwi_ml, `direction_getter_models.py`. There the cross-entropy is taken of a rounded sigmoid, and clamped
-            at 100: confident mistakes (a logit above about 15 before the end) cost up to 100 and have no gradient. Here
-            it is taken of the logit, which costs the logit itself.
+        Source: dwi_ml, `direction_getter_models.py`. It takes the cross-entropy of a rounded sigmoid, clamped at 100:
+            confident mistakes (a logit above about 15 before the end) cost up to 100 and have no gradient. Here it is
+            taken of the logit, so a confident mistake costs the logit itself.
 
         Example:
             >>> from dwiml_func.models.direction_getters import CosineRegression
@@ -118,7 +117,7 @@ class DirectionGetter(torch.nn.Module, ABC):
         return losses + self.eos_weight * eos
 
     def loss(self, outputs: Tensor, targets: Tensor, is_last: Tensor | None = None) -> tuple[Tensor, int]:
-        """The mean of `losses`, and what it is the mean of.
+        """The mean of `losses`, and its weight.
 
         Args:
             outputs: (N, K), as in `losses`.
@@ -151,26 +150,26 @@ class DirectionGetter(torch.nn.Module, ABC):
         """
 
     def sample(self, outputs: Tensor, key: Key) -> Tensor:
-        """Draw a direction at each point, for probabilistic tracking.
+        """Sample a direction at each point, for probabilistic tracking.
 
         Args:
             outputs: (N, K), from `forward`.
-            key: the draw's address: the same key gives the same directions (on one kind of device).
+            key: of the random numbers: the same key gives the same directions (on one kind of device).
 
         Returns:
             (N, 3), voxel space, without gradient.
 
         Raises:
-            ValueError: the getter has no distribution to draw from.
+            ValueError: the getter has no distribution to sample from.
 
         Example:
             >>> from dwiml_func.models.direction_getters import CosineRegression
             >>> CosineRegression(6).sample(torch.zeros(1, 3), Key(0))
             Traceback (most recent call last):
             ...
-            ValueError: cosine-regression has no distribution of directions to draw from. Use `directions`
+            ValueError: cosine-regression has no distribution of directions to sample from. Use `directions`.
         """
-        raise ValueError(f"{self.key} has no distribution of directions to draw from. Use `directions`")
+        raise ValueError(f"{self.key} has no distribution of directions to sample from. Use `directions`.")
 
     def eos_probability(self, outputs: Tensor) -> Tensor:
         """The probability that a point is its streamline's last.
@@ -190,11 +189,11 @@ class DirectionGetter(torch.nn.Module, ABC):
             tensor([0.5000, 0.5000])
         """
         if not self.add_eos:
-            raise ValueError("This direction getter does not learn where streamlines end. Make it with add_eos=True")
+            raise ValueError("This direction getter does not learn where streamlines end. Make it with add_eos=True.")
         return self._eos_probability(outputs)
 
     def _direction_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(N,), the loss of the direction alone."""
+        """The loss of the direction alone, (N,)."""
         raise NotImplementedError
 
     def _eos_probability(self, outputs: Tensor) -> Tensor:
@@ -204,10 +203,10 @@ class DirectionGetter(torch.nn.Module, ABC):
         if outputs.shape[-1] != self.output_size or targets.shape != (*outputs.shape[:-1], 3):
             raise ValueError(
                 f"Expected outputs (N, {self.output_size}) and targets (N, 3). "
-                f"Received: {tuple(outputs.shape)} and {tuple(targets.shape)}"
+                f"Received: {tuple(outputs.shape)} and {tuple(targets.shape)}."
             )
         if self.add_eos != (is_last is not None):
             expected = "with add_eos: which points are the last" if self.add_eos else "None without add_eos"
-            raise ValueError(f"Expected is_last {expected}. Received: {'None' if is_last is None else 'a tensor'}")
+            raise ValueError(f"Expected is_last {expected}. Received: {'None' if is_last is None else 'a tensor'}.")
         if is_last is not None and is_last.shape != outputs.shape[:-1]:
-            raise ValueError(f"Expected is_last {tuple(outputs.shape[:-1])}. Received: {tuple(is_last.shape)}")
+            raise ValueError(f"Expected is_last {tuple(outputs.shape[:-1])}. Received: {tuple(is_last.shape)}.")

@@ -1,4 +1,4 @@
-"""Learn a distribution on the sphere of directions: that of Fisher and von Mises, with a mean and a concentration."""
+"""The Fisher-von Mises distribution on the sphere of directions, with a mean and a concentration."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, unit_vectors
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
-__all__ = ["LARGEST_KAPPA", "FisherVonMises", "draw_fisher_von_mises", "fisher_von_mises_log_density"]
+__all__ = ["LARGEST_KAPPA", "FisherVonMises", "fisher_von_mises_log_density", "sample_fisher_von_mises"]
 
 LARGEST_KAPPA = 20.0
-"""The concentration that the networks' sigmoid can reach, as in dwi_ml: most directions lie within 20 degrees."""
+"""The largest concentration of the networks' sigmoid, as in dwi_ml: most directions lie within 20 degrees."""
 
 _LOG_2PI = math.log(2 * math.pi)
 _SMALL = 0.3  # below, the series of log(sinh k / k) is exact to 1e-13, and differences of 1 / k would lose digits
@@ -26,18 +26,15 @@ class FisherVonMises(DirectionGetter):
     The true directions are normalised. Kappa is 20 times a sigmoid.
 
     Args:
-        input_size: features at a point.
-        dropout: probability of dropping a value between the layers when training, 0 <= dropout < 1.
-        add_eos: learn where streamlines end.
-        eos_weight: weight of the EOS loss beside that of the direction.
+        input_size, dropout, add_eos, eos_weight: as in `DirectionGetter`.
 
     Raises:
         ValueError: an argument is out of range.
 
-    Source: dwi_ml, `direction_getter_models.py`, `fisher_von_mises.py` and `formulas_fisher_gaussian.rst`. There
-        e^k - e^-k counts as at least 1e-5, so that the loss grows without bound for kappa below 5e-6; here the density
-        becomes uniform. A true direction without length before the last point costs -log C here (see
-        `fisher_von_mises_log_density`), and not-a-number there.
+    Source: dwi_ml, `direction_getter_models.py`, `fisher_von_mises.py` and `formulas_fisher_gaussian.rst`. dwi_ml takes
+        e^k - e^-k as at least 1e-5, so its loss grows without bound for kappa below 5e-6; here the density becomes
+        uniform. A true direction without length before the last point costs -log C here (see
+        `fisher_von_mises_log_density`), NaN in dwi_ml.
 
     Example:
         >>> getter = FisherVonMises(100)
@@ -56,97 +53,44 @@ class FisherVonMises(DirectionGetter):
         self.layers_kappa = TwoLayerNetwork(input_size, 1, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute the distribution at each point.
+        """Compute (N, 4): mean x, y, z, a unit vector in voxel space; kappa, 0 to 20.
 
-        Args:
-            features: (N, input_size) float.
-
-        Returns:
-            (N, 4): mean x, y, z, a unit vector in voxel space; kappa, 0 to 20. With `add_eos` (N, 5), the last the
-            logit of EOS.
-
-        Example:
-            >>> FisherVonMises(6, add_eos=True)(torch.zeros(2, 6)).shape
-            torch.Size([2, 5])
+        With `add_eos` (N, 5), the last the logit of EOS.
         """
         means = self.layers_mean(features)
         kappas = LARGEST_KAPPA * self.layers_kappa(features).sigmoid()
         return torch.cat([unit_vectors(means[..., :3]), kappas, means[..., 3:]], dim=-1)
 
     def directions(self, outputs: Tensor) -> Tensor:
-        """The means.
-
-        Args:
-            outputs: (N, 4) or (N, 5) float, from `forward`.
-
-        Returns:
-            (N, 3), voxel space, unit vectors.
-
-        Example:
-            >>> FisherVonMises(6).directions(torch.tensor([[0.0, 1, 0, 7]]))
-            tensor([[0., 1., 0.]])
-        """
+        """The means (N, 3), unit vectors in voxel space."""
         return outputs[..., :3]
 
     def sample(self, outputs: Tensor, key: Key) -> Tensor:
-        """Draw a direction from each point's distribution.
-
-        Args:
-            outputs: (N, 4) or (N, 5) float, from `forward`.
-            key: the draw's address.
-
-        Returns:
-            (N, 3), voxel space, unit vectors.
-
-        Example:
-            >>> outputs = torch.tensor([[0.0, 1, 0, 20]])
-            >>> FisherVonMises(6).sample(outputs, Key(0))[0, 1] > 0.5
-            tensor(True)
-        """
+        """Sample a direction (N, 3) from each point's distribution, see `DirectionGetter.sample`."""
         with torch_rng(key):
-            return draw_fisher_von_mises(outputs.detach()[..., :3], outputs.detach()[..., 3])
+            return sample_fisher_von_mises(outputs.detach()[..., :3], outputs.detach()[..., 3])
 
     def _direction_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -fisher_von_mises_log_density(unit_vectors(targets), outputs[..., :3], outputs[..., 3])
 
 
 def fisher_von_mises_log_density(directions: Tensor, means: Tensor, kappas: Tensor) -> Tensor:
-    """The logarithm of the density on the unit sphere, per steradian.
+    """The log density (...) on the unit sphere, per steradian, for unit vectors (..., 3) and concentrations (...) >= 0.
 
-    Args:
-        directions: (..., 3) float, unit vectors, or zeros: these get log C.
-        means: (..., 3) float, unit vectors.
-        kappas: (...) float, the concentrations, at least 0; 0 is the uniform distribution.
-
-    Returns:
-        (...), log C + kappa * (mean . direction) with C = kappa / (2π (e^kappa - e^-kappa)). Value and gradient are
-        finite, and exact to rounding, for every kappa that float32 has.
+    It is log C + kappa * (mean . direction) with C = kappa / (2π (e^kappa - e^-kappa)); kappa 0 is the uniform
+    distribution, and a direction of zeros gets log C. Value and gradient are finite, and exact to rounding, for every
+    float32 kappa.
 
     Source: dwi_ml, `formulas_fisher_gaussian.rst`.
-
-    Example:
-        >>> z = torch.tensor([0.0, 0, 1])
-        >>> fisher_von_mises_log_density(z, z, torch.tensor([0.0, 1e-6, 10, 1e6])).exp()  # first 1 / 4π
-        tensor([7.9577e-02, 7.9578e-02, 1.5915e+00, 1.5915e+05])
     """
     return _log_peak(kappas) + kappas * ((means * directions).sum(dim=-1) - 1)
 
 
-def draw_fisher_von_mises(means: Tensor, kappas: Tensor) -> Tensor:
-    """Draw directions with torch's generator: the cosine to the mean by its inverse distribution function.
+def sample_fisher_von_mises(means: Tensor, kappas: Tensor) -> Tensor:
+    """Sample directions (..., 3) around unit vectors with concentrations (...) >= 0, with torch's generator.
 
-    Args:
-        means: (..., 3) float, unit vectors.
-        kappas: (...) float, the concentrations, at least 0.
-
-    Returns:
-        (..., 3), unit vectors.
-
-    Source: W. Jakob, "Numerically stable sampling of the von Mises-Fisher distribution on S² (and other tricks)", 2012.
-
-    Example:
-        >>> draw_fisher_von_mises(torch.tensor([0.0, 0, 1]), torch.tensor(1e12)).round(decimals=3).abs()
-        tensor([0., 0., 1.])
+    Source: W. Jakob, "Numerically stable sampling of the von Mises-Fisher distribution on S² (and other tricks)", 2012:
+        the cosine to the mean by its inverse distribution function.
     """
     kappas = kappas.clamp(min=1e-6)  # as good as uniform, and no division by zero
     one_less_cosine = -torch.log1p((1 - torch.rand_like(kappas)) * torch.expm1(-2 * kappas)) / kappas

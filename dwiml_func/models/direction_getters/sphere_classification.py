@@ -1,13 +1,9 @@
-"""Points on the sphere that stand for all directions.
-
-Learn a direction as one of many points on the sphere.
-"""
+"""Directions as classes: the points of a sphere, of which one is nearest to the true direction."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MappingProxyType
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -21,45 +17,21 @@ __all__ = ["SmoothSphereClassification", "SphereClassification", "nearest_vertic
 
 
 def sphere_vertices(name: str = "symmetric724") -> Tensor:
-    """The points of one of dipy's spheres.
-
-    Args:
-        name: symmetric362, symmetric642, symmetric724, repulsion100, repulsion200, repulsion724 or another of dipy's.
-
-    Returns:
-        (V, 3) float32, unit vectors, in dipy's order, which is that of the classes in dwi_ml's models.
-
-    Raises:
-        ValueError: dipy has no such sphere.
+    """The points of one of dipy's spheres: (V, 3) float32 unit vectors, in the order of the classes in dwi_ml's models.
 
     Source: dipy, `dipy.data.get_sphere`; dwi_ml, `spheres.py`.
-
-    Example:
-        >>> sphere_vertices().shape
-        torch.Size([724, 3])
     """
     from dipy.data import SPHERE_FILES, get_sphere
 
     if name not in SPHERE_FILES:
-        raise ValueError(f"Expected a sphere among {', '.join(SPHERE_FILES)}. Received: {truncated_repr(name)}")
+        raise ValueError(f"sphere: expected one of {', '.join(SPHERE_FILES)}, received {truncated_repr(name)}.")
     return torch.tensor(get_sphere(name=name).vertices, dtype=torch.float32)
 
 
 def nearest_vertices(directions: Tensor, vertices: Tensor) -> Tensor:
-    """Find the vertex nearest to each direction, by one matrix product.
-
-    Args:
-        directions: (N, 3) float, of any length.
-        vertices: (V, 3) float, unit vectors.
-
-    Returns:
-        (N,) int64, the first of the vertices at the least angle; 0 for a direction without length.
+    """The index (N,) of the vertex (V, 3) nearest to each direction (N, 3); 0 for a direction without length.
 
     Source: dwi_ml, `spheres.py`.
-
-    Example:
-        >>> nearest_vertices(torch.tensor([[0.1, 5, 0], [0, 0, -1]]), torch.cat([torch.eye(3), -torch.eye(3)]))
-        tensor([1, 5])
     """
     return (directions @ vertices.to(directions).T).argmax(dim=-1)
 
@@ -68,17 +40,16 @@ _LABEL_WIDTH = 0.1  # radians over which a smooth label falls by the factor e
 
 
 class SphereClassification(DirectionGetter):
-    """A two-layer network that gives a logit for each point of a sphere, and for EOS; the loss is the cross-entropy.
+    """A two-layer network to a logit for each point of a sphere, and for EOS; the loss is the cross-entropy.
 
-    The loss at a point is -log of the probability of the class that is right: the sphere's point nearest to the true
-    direction or, at the last point of a streamline, EOS. A true direction without length counts as the sphere's first
-    point, as in dwi_ml.
+    The loss at a point is -log of the probability of the true class: the sphere's point nearest to the true direction
+    or, at the last point of a streamline, EOS. A true direction without length counts as the sphere's first point, as
+    in dwi_ml.
 
     Args:
-        input_size: features at a point.
-        dropout: probability of dropping a value between the layers when training, 0 <= dropout < 1.
+        input_size, dropout: as in `DirectionGetter`.
         add_eos: learn where streamlines end, as one more class, the last.
-        eos_weight: 1; EOS is a class among the others and has no loss of its own to weight.
+        eos_weight: 1; EOS is one class of all and has no separate loss to weight.
         sphere: one of dipy's spheres, see `sphere_vertices`.
 
     Raises:
@@ -93,7 +64,6 @@ class SphereClassification(DirectionGetter):
     """
 
     key = "sphere-classification"
-    option_defaults: ClassVar = MappingProxyType({"sphere": "symmetric724"})
 
     def __init__(
         self,
@@ -106,82 +76,30 @@ class SphereClassification(DirectionGetter):
     ) -> None:
         if eos_weight != 1:
             raise ValueError(
-                f"Expected an eos_weight of 1 with {self.key}: EOS is one of its classes and has no loss of its own. "
-                f"Received: {eos_weight}"
+                f"eos_weight: expected none (or 1) with {self.key}, where EOS is one class of all and has no separate "
+                f"loss, received {eos_weight}."
             )
         super().__init__(input_size, add_eos=add_eos)
         self.sphere = sphere
-        self._vertices = sphere_vertices(sphere)  # a constant: neither in the state nor in dwi_ml's
+        self._vertices = sphere_vertices(sphere)  # a constant: not in the state, as in dwi_ml
         self.output_size = len(self._vertices) + add_eos
         self.layers = TwoLayerNetwork(input_size, self.output_size, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute logits.
-
-        Args:
-            features: (N, input_size) float.
-
-        Returns:
-            (N, V), the logarithms of the classes' probabilities up to a constant; with `add_eos` (N, V + 1).
-
-        Example:
-            >>> SphereClassification(6, sphere="repulsion100")(torch.zeros(2, 6)).shape
-            torch.Size([2, 100])
-        """
+        """Compute the logits (N, V) of the classes; with `add_eos` (N, V + 1)."""
         return self.layers(features)
 
     def losses(self, outputs: Tensor, targets: Tensor, is_last: Tensor | None = None) -> Tensor:
-        """Compare logits with the classes of the true directions and ends.
-
-        Args:
-            outputs: (N, V) or (N, V + 1) float, from `forward`.
-            targets: (N, 3) float, voxel space, of any length; ignored at the last points.
-            is_last: (N,) bool, the last points; given with `add_eos` and only then.
-
-        Returns:
-            (N,), see the class.
-
-        Raises:
-            ValueError: `outputs` or `targets` have another number of columns, or `is_last` is missing or too much.
-
-        Example:
-            >>> getter = SphereClassification(6, sphere="repulsion100")
-            >>> getter.losses(torch.zeros(1, 100), torch.tensor([[0.0, 0, 1]]))  # log 100
-            tensor([4.6052])
-        """
+        """The losses (N,) of logits, see the class and `DirectionGetter.losses`; targets at last points are ignored."""
         self._check_rows(outputs, targets, is_last)
         return self._class_losses(outputs.log_softmax(dim=-1), targets, is_last)
 
     def directions(self, outputs: Tensor) -> Tensor:
-        """The point of the sphere that is most probable.
-
-        Args:
-            outputs: (N, V) or (N, V + 1) float, from `forward`.
-
-        Returns:
-            (N, 3), unit vectors; EOS is not looked at (see `eos_probability`).
-
-        Example:
-            >>> getter = SphereClassification(6)
-            >>> getter.directions(torch.zeros(2, 724)).norm(dim=1)
-            tensor([1., 1.])
-        """
+        """The most probable point of the sphere, (N, 3) unit vectors; EOS does not count (see `eos_probability`)."""
         return self._vertices.to(outputs)[self._direction_logits(outputs).argmax(dim=-1)]
 
     def sample(self, outputs: Tensor, key: Key) -> Tensor:
-        """Draw points of the sphere by their probabilities, given that the streamline does not end.
-
-        Args:
-            outputs: (N, V) or (N, V + 1) float, from `forward`.
-            key: the draw's address.
-
-        Returns:
-            (N, 3), unit vectors.
-
-        Example:
-            >>> SphereClassification(6).sample(torch.zeros(2, 724), Key(0)).shape
-            torch.Size([2, 3])
-        """
+        """Sample points of the sphere (N, 3), given that the streamline does not end, see `DirectionGetter.sample`."""
         probabilities = self._direction_logits(outputs.detach()).softmax(dim=-1)
         with torch_rng(key):
             classes = torch.multinomial(probabilities, 1)[:, 0]
@@ -200,7 +118,7 @@ class SphereClassification(DirectionGetter):
         return outputs.softmax(dim=-1)[..., -1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move the constant with the module; it keeps its values and its precision."""
+        """Move the constant to the module's device; it keeps its precision."""
         self._vertices = self._vertices.to(fn(self._vertices).device)
         return super()._apply(fn, recurse)
 
@@ -209,11 +127,12 @@ class SmoothSphereClassification(SphereClassification):
     """Sphere classification whose true class is spread over the neighbouring points of the sphere.
 
     The label of a point of the sphere is exp(-angle to the true direction / 0.1 rad), divided by the sum over the
-    sphere; at the last point of a streamline it is 1 for EOS and 0 elsewhere. The loss at a point is the divergence of
-    Kullback and Leibler, the sum over the classes of label * (log label - log probability): 0 where the model gives the
-    labels. A true direction without length has equal labels all over the sphere (in dwi_ml not-a-number).
+    sphere; at the last point of a streamline it is 1 for EOS and 0 elsewhere. The loss at a point is the Kullback-
+    Leibler divergence, the sum over the classes of label * (log label - log probability): 0 if the model predicts the
+    labels. A true direction without length has equal labels all over the sphere (in dwi_ml NaN).
 
-    The arguments are those of `SphereClassification`.
+    Args:
+        input_size, dropout, add_eos, eos_weight, sphere: as in `SphereClassification`.
 
     Source: dwi_ml, `sos_eos_management.py`; Benou and Riklin Raviv, "DeepTract: A Probabilistic Deep Learning Framework
     for White Matter Fiber Tractography", MICCAI 2019.
@@ -231,7 +150,7 @@ class SmoothSphereClassification(SphereClassification):
         return (torch.xlogy(labels, labels) - labels * log_probabilities).sum(dim=-1)
 
     def _labels(self, targets: Tensor, is_last: Tensor | None) -> Tensor:
-        """(N, V) or, with EOS, (N, V + 1): each row's labels add up to 1."""
+        """Labels (N, V) or, with EOS, (N, V + 1); each row adds up to 1."""
         lengths = torch.linalg.vector_norm(targets, dim=-1, keepdim=True)
         cosines = targets @ self._vertices.to(targets).T / torch.where(lengths == 0, 1.0, lengths)
         labels = (-cosines.clamp(-1, 1).arccos() / _LABEL_WIDTH).softmax(dim=-1)

@@ -119,7 +119,8 @@ class StackedRNN(torch.nn.Module):
             raise ValueError(f"rnn_layer_sizes: expected 1 to {_MOST_LAYERS} layers, received {len(layer_sizes)}.")
         for layer_size in layer_sizes:
             check_number("rnn_layer_sizes", layer_size, at_least=1)
-        check_number("input_size", input_size, at_least=1)
+        if input_size < 1:
+            raise ValueError(f"input_size: expected at least 1, received {input_size}.")
         check_number("dropout", dropout, at_least=0, below=1)
         self.input_size = input_size
         self.output_size = sum(layer_sizes) + input_size if use_skip_connection else layer_sizes[-1]
