@@ -147,7 +147,7 @@ def test_a_model_reads_the_points_around_as_it_was_trained_to(cli, tmp_path):
         (["FOLDER/nothing", "DATA"], ["FOLDER/nothing", "is not a folder"]),
         (["FOLDER", "DATA"], ["neither a model directory (no model.json) nor an experiment (no config.json)"]),
         (["DATA", "DATA"], ["is not a folder"]),
-        (["REFERENCE", "DATA"], ["holds a model of dwi_ml", "dwiml-func import-dwi-ml"]),
+        (["REFERENCE", "DATA"], ["is a model of dwi_ml", "dwiml-func import-dwi-ml"]),
         (["NEW", "DATA"], ["has no best model yet"]),
     ],
     ids=lambda value: " ".join(value)[:40],

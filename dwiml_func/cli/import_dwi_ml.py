@@ -50,11 +50,11 @@ def run(arguments: Sequence[str], program: str) -> int:
     """
     options = parse(ImportOptions, arguments, program)
     with new_folder(options.out_dir) as out_dir:
-        reference = read_dwi_ml_model(options.best_model_dir)
-        state = init_state(reference.module, sgd(), seed=0)
-        facts = {"epoch": None, "reference_parameters": dict(reference.parameters)}
-        save_model(out_dir, state, reference.config, nb_features=reference.module.nb_features, facts=facts)
-    model = reference.config.model
-    num_parameters = sum(parameter.numel() for parameter in reference.module.parameters())
+        imported = read_dwi_ml_model(options.best_model_dir)
+        state = init_state(imported.module, sgd(), seed=0)
+        facts = {"epoch": None, "dwi_ml_parameters": dict(imported.parameters)}
+        save_model(out_dir, state, imported.config, nb_features=imported.module.nb_features, facts=facts)
+    model = imported.config.model
+    num_parameters = sum(parameter.numel() for parameter in imported.module.parameters())
     print(f"{out_dir}: {model.dg_key}{' with EOS' if model.add_eos else ''}, {num_parameters} parameters")
     return 0

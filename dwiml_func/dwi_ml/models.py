@@ -116,7 +116,8 @@ def write_dwi_ml_model(path: str | Path, model: LoadedModel, *, experiment_name:
     Example:
         >>> write_dwi_ml_model("exported/best_model", load_model("best_model"), experiment_name="a")  # doctest: +SKIP
     """
-    parameters = model.facts.get("reference_parameters")
+    # Models imported by older versions have the second name.
+    parameters = model.facts.get("dwi_ml_parameters") or model.facts.get("reference_parameters")
     if parameters is None:
         nb_features = model.module.nb_features
         parameters = parameters_of(model.config, nb_features=nb_features, experiment_name=experiment_name)
