@@ -19,9 +19,7 @@ import torch
 from timing import interleaved, medians_of
 from verdicts import conclude
 
-from dwiml_func.cli._example_options import example_options
-from dwiml_func.cli._parsing import parse
-from dwiml_func.cli._run_options import RunOptions
+from dwiml_func.cli._run_options import example_options
 from dwiml_func.compiled.warmup import CompilationReport, WarmUpStep
 from dwiml_func.data import StreamlineBatch
 from dwiml_func.data.example.dataset import make_example_data
@@ -73,7 +71,7 @@ def main() -> int:
 def make_setups(path: Path) -> tuple[RunParts, RunParts, WarmUpStep]:
     """The default example run, eager and compiled, and the compiled step as it is."""
     make_example_data(path)
-    config = parse(RunOptions, example_options(), "benchmark").to_config(path)
+    config = example_options().to_config(path)
     compiled = prepare(replace(config, training=replace(config.training, compile=True)))
     assert isinstance(compiled.step, WarmUpStep)
     return prepare(config), compiled, compiled.step

@@ -20,9 +20,7 @@ import torch
 from verdicts import conclude
 
 from dwiml_func import EpochReport
-from dwiml_func.cli._example_options import example_options
-from dwiml_func.cli._parsing import parse
-from dwiml_func.cli._run_options import RunOptions
+from dwiml_func.cli._run_options import example_options
 from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.run import run_experiment
@@ -73,7 +71,7 @@ def train(folder: Path, epochs: int) -> tuple[list[EpochReport], int]:
     """Some epochs of the default example run, without logs; and how many it has in all."""
     path = folder / "data.hdf5"
     make_example_data(path)
-    config = parse(RunOptions, example_options(), "benchmark").to_config(path)
+    config = example_options().to_config(path)
     few = replace(config, training=replace(config.training, max_epochs=epochs))
     directory = create_experiment(folder, "run", few)
     return list(run_experiment(directory, prepare(few), write=fan_out())), config.training.max_epochs

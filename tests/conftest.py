@@ -25,14 +25,21 @@ class Outcome:
     err: str
 
     def check_refusal(self, *named: str) -> None:
-        """Exit code 2 and one line that names all of `named`, on standard error; nothing on standard output."""
+        """Exit code 2 and one line that names all of `named`, on standard error; nothing on standard output.
+
+        A usage error may be a box of several lines instead, which tyro prints.
+        """
         assert self.code == 2
         assert self.out == ""
         assert self.err.endswith("\n")
-        (line,) = self.err.splitlines()
-        assert line.startswith("dwiml-func")
+        text = self.err.strip()
+        if text.startswith("╭"):
+            text = " ".join(text.translate(dict.fromkeys(map(ord, "╭╮╰╯│─"), " ")).split())
+        else:
+            (text,) = text.splitlines()
+            assert text.startswith("dwiml-func")
         for name in named:
-            assert name in line
+            assert name in text
 
 
 @pytest.fixture

@@ -288,7 +288,7 @@ def test_an_interruption_leaves_nothing(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr("dwiml_func.data.creation.create.load_streamlines", interrupt)
     assert main(["create-hdf5", *arguments]) == 130
-    assert capfd.readouterr().err == "dwiml-func create-hdf5: interrupted. No file was written.\n"
+    assert capfd.readouterr().err == "dwiml-func create-hdf5: interrupted.\n"
     assert sorted(tmp_path.iterdir()) == before
 
 

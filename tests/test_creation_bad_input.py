@@ -105,7 +105,7 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
     assert "folder of subjects does not exist" in refused(arguments=[str(folder / "no"), *good[1:], *lists])
     assert "No subjects" in refused(arguments=good)
     out = str(folder / "train.txt" / "a.hdf5")
-    assert "train.txt' is not a folder. Choose another place" in refused(arguments=[*good[:2], out, *lists])
+    assert "train.txt' is not a folder. Choose another folder" in refused(arguments=[*good[:2], out, *lists])
     out = str(folder / "new" / "deep" / "a.hdf5")  # the folders that were made for it are gone again
     assert "folder of subjects does not exist" in refused(arguments=[str(folder / "no"), good[1], out, *lists])
 

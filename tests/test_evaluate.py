@@ -72,7 +72,7 @@ def test_without_harmonics_there_is_no_principal_direction_in_either_form(cli, s
         json.loads(cli("evaluate", stopped_early / "run", PHANTOM, "--json").out)["compared"]["principal_direction"]
         is None
     )
-    assert "principal direction  not known" in cli("evaluate", stopped_early / "run", PHANTOM).out
+    assert "principal direction  unknown" in cli("evaluate", stopped_early / "run", PHANTOM).out
 
 
 @pytest.mark.parametrize("options", [["--batch-size", "7"], ["--lazy"], ["--lazy", "--cache-size", "1KB"]], ids=str)
@@ -166,4 +166,4 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(cli, stopped_early, tmp
     def placed(text: str) -> str:
         return re.sub("|".join(places), lambda match: str(places[match[0]]), text)
 
-    cli("evaluate", *map(placed, arguments)).check_refusal("dwiml-func evaluate: ", *map(placed, named))
+    cli("evaluate", *map(placed, arguments)).check_refusal(*map(placed, named))

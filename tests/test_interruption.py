@@ -39,10 +39,10 @@ def test_a_signal_saves_the_batch_under_way_and_the_printed_command_goes_on_to_t
         out, err = process.communicate("go on\n")
     assert process.returncode == 128 + number
     (line,) = err.splitlines()
-    assert f"stopped by {number.name} and saved as checkpoint {checkpoint}. To go on: dwiml-func resume " in line
+    assert f"stopped by {number.name} and saved as checkpoint {checkpoint}. To resume: dwiml-func resume " in line
     assert "Finished" not in out
     assert list_checkpoints(tmp_path / "run")[-1] == checkpoint
-    program, *arguments = shlex.split(line.partition("To go on: ")[2])
+    program, *arguments = shlex.split(line.partition("To resume: ")[2])
     assert program == "dwiml-func"
     assert cli(*arguments, "--processes", "0").code == 0
     check_same_end(tmp_path / "run", uninterrupted)
@@ -55,7 +55,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stands(cli, unint
         os.killpg(process.pid, signal.SIGINT)  # while the batch is under way: nobody lets it through the gate
         err = process.communicate()[1]
     assert process.returncode == 130
-    assert err == "dwiml-func: stopped at once. The last checkpoint stands.\n"
+    assert err == "dwiml-func: stopped immediately. The last checkpoint is kept.\n"
     assert list_checkpoints(tmp_path / "run")[-1] in ("1", "1-1")  # the latter may have been under way
     assert cli("resume", tmp_path, "run", "--checkpoint-every", "1epoch").code == 0
     check_same_end(tmp_path / "run", uninterrupted)
@@ -76,7 +76,7 @@ def test_ctrl_c_before_the_training_is_one_line(tmp_path):
         process.send_signal(signal.SIGINT)
         err = process.communicate()[1]
     assert process.returncode == 130
-    assert err == "dwiml-func train: interrupted. The last checkpoint stands.\n"
+    assert err == "dwiml-func train: interrupted. The last checkpoint is kept.\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -193,7 +193,7 @@ def test_the_legend_says_where_a_fork_comes_from(cli, experiments: Path) -> None
 
 def test_plot_refuses_what_it_cannot_draw(cli, experiments: Path, tmp_path: Path) -> None:
     run = experiments / "run"
-    cli("plot").check_refusal("EXPERIMENT_DIR is missing")
+    cli("plot").check_refusal("Expected at least one EXPERIMENT_DIR")
     cli("plot", run, "--out", tmp_path / "a.bmp").check_refusal("a.bmp", ".png, .svg or .pdf")
     cli("plot", run, experiments).check_refusal(str(experiments), "not an experiment")
     cli("plot", run, "--out", run / "config.json" / "a.png").check_refusal("config.json' is not a folder", "'a.png'")

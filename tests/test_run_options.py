@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from experiment_cases import latest_digest
 
-from dwiml_func.cli._example_options import example_options, kept_example_options
 from dwiml_func.cli._parsing import parse
-from dwiml_func.cli._run_options import RunOptions
+from dwiml_func.cli._run_options import RunOptions, example_options, kept_example_options
 from dwiml_func.experiment.config import Origin, config_from_json
 from dwiml_func.experiment.folder import read_config
 
@@ -55,15 +54,17 @@ def test_the_options_that_suit_the_example_data_are_there_before_the_others_are_
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ([], "--nb-previous-dirs 1 --weight-decay 0 --batch-size-training 10 --learning-rate '0.002*20 0.0005' "),
-        (["--learning-rate", "0.1", "--weight-decay=0.5"], "--nb-previous-dirs 1 --batch-size-training 10 "),
+        ([], "--max-epochs 30 --learning-rate '0.002*20 0.0005' --weight-decay 0"),
+        (["--learning-rate", "0.1", "--weight-decay=0.5"], "--max-epochs 30"),
     ],
 )
-def test_only_those_that_are_not_overridden_are_said(given: list[str], kept: str) -> None:
-    base = parse(RunOptions, example_options(), "")
-    options = parse(RunOptions, given, "", default=base)
-    assert shlex.join(kept_example_options(options)) == f"{kept}--clip-grad 1 --max-epochs 30"
-    assert kept_example_options(RunOptions()) == ()
+def test_only_those_that_are_not_overridden_are_printed(given: list[str], kept: str) -> None:
+    options = parse(RunOptions, given, "", default=example_options())
+    assert (
+        shlex.join(kept_example_options(options))
+        == f"{kept} --clip-grad 1 --nb-previous-dirs 1 --batch-size-training 10"
+    )
+    assert kept_example_options(RunOptions()) == []
 
 
 def test_a_classification_of_the_example_data_has_options_of_its_own_under_those_given(cli, tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_a_new_run_has_no_origin(cli, folder: Path) -> None:
     ("text", "named"),
     [
         ("{", "is no JSON"),
-        ("[1]", "expected a JSON object"),
+        ("[1]", "Expected a JSON object"),
         ('{"training": {"rng": 1, "rng": 2}}', "'rng' is there twice"),
         (" " * (1 << 20) + "{}", "larger than any config"),
         ('{"colour": 3}', "colour: unexpected keyword argument, received 3"),

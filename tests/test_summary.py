@@ -78,7 +78,7 @@ def report(**changes: Any) -> EpochReport:
     return EpochReport(**values | changes)
 
 
-def test_the_summary_says_better_worse_or_not_known():
+def test_the_summary_says_better_worse_or_unknown():
     def evaluation(**changes: Any) -> Evaluation:
         values = {
             "model": 10.0,
@@ -95,8 +95,8 @@ def test_the_summary_says_better_worse_or_not_known():
     assert "on the training subjects,\nat the 7 points of 2 streamlines" in text
     assert re.search(r"principal direction +15\.50 deg  \(the model is 5\.50 deg better\)", text)
     assert re.search(r"keep going straight +4\.00 deg  \(the model is 6\.00 deg worse\)", text)
-    assert text.endswith("small where steps are short, and a tracker that did so would never turn.")
+    assert text.endswith("for short steps; a tracker that did this would never turn.")
     assert format_summary([report()], evaluation(keep_straight=12.0), subset="training").endswith("2.00 deg better)")
     unknown = format_summary([report(stop="patience")], evaluation(principal_direction=None), subset="validation")
     assert unknown.strip().startswith("Stopped early after 1 epoch")
-    assert "principal direction  not known" in unknown
+    assert "principal direction  unknown" in unknown

@@ -1,4 +1,4 @@
-"""Training and resuming an ensemble on the command line."""
+"""What `train` and `resume` share for ensembles: training with a line per member and epoch, and a summary."""
 
 from __future__ import annotations
 
@@ -24,20 +24,7 @@ __all__ = ["resume_members", "train_members"]
 
 
 def train_members(experiments_path: str, experiment_name: str, configs: Sequence[RunConfig]) -> None:
-    """Make an ensemble and train it, with a line for each member and epoch.
-
-    Args:
-        experiments_path: folder of all experiments.
-        experiment_name: name of the new ensemble.
-        configs: those of the members.
-
-    Raises:
-        ValueError, OSError: it cannot start; nothing was written.
-        NonFiniteError: no member was left whose loss was finite.
-
-    Example:
-        >>> train_members("experiments", "sweep", configs)  # doctest: +SKIP
-    """
+    """Make an ensemble and train it, with a line per member and epoch."""
     setups = prepare_ensemble(configs)
     with experiment_lock(experiments_path, wait=True):
         directory = create_ensemble(experiments_path, experiment_name, configs)
@@ -46,19 +33,7 @@ def train_members(experiments_path: str, experiment_name: str, configs: Sequence
 
 
 def resume_members(directory: Path, **options: Any) -> None:
-    """Go on with an ensemble.
-
-    Args:
-        directory: the ensemble.
-        options: those of `resume_ensemble`.
-
-    Raises:
-        ValueError, OSError: there is nothing to resume.
-        NonFiniteError: no member was left whose loss was finite.
-
-    Example:
-        >>> resume_members(Path("experiments/sweep"), new_max_epochs=20)  # doctest: +SKIP
-    """
+    """Resume an ensemble; `options` are those of `resume_ensemble`."""
     num_members, _ = read_ended(directory)
     with _locks(directory, num_members):
         setups, ensemble, histories = resume_ensemble(directory, **options)
@@ -79,7 +54,7 @@ def _train(
     ensemble: EnsembleState | None,
     histories: Sequence[tuple[EpochReport, ...]],
 ) -> None:
-    print_progress(f"{directory}: an ensemble of {len(setups)} members, each in a folder of its own")
+    print_progress(f"{directory}: an ensemble of {len(setups)} members, each in its own folder")
     for number, setup in enumerate(setups):
         training = setup.config.training
         rate = " ".join(training.learning_rate)
@@ -90,15 +65,14 @@ def _train(
     with stop_on_signals() as stop:
         for report in run_ensemble(directory, setups, ensemble=ensemble, histories=histories, stop=stop):
             failed |= report.failed
-            own = [(*history, *_of(report, number)) for number, history in enumerate(own)]
+            own = [
+                (*history, report.members[number]) if number in report.members else history
+                for number, history in enumerate(own)
+            ]
             _print(report, max_epochs)
     if not any(own):
         raise NonFiniteError(next(iter(failed.values()), "No member was trained."))
     _summarize(directory, own, failed)
-
-
-def _of(report: EnsembleReport, number: int) -> tuple[EpochReport, ...]:
-    return (report.members[number],) if number in report.members else ()
 
 
 def _print(report: EnsembleReport, max_epochs: int) -> None:
@@ -119,5 +93,5 @@ def _summarize(directory: Path, histories: Sequence[Sequence[EpochReport]], fail
         found = "no best epoch"
         if history and history[-1].best.epoch is not None:
             found = f"best epoch {history[-1].best.epoch}, loss {history[-1].best.value:.4f}"
-        broke = ", broke off" if number in failed else ""
-        print_progress(f"  {directory / str(number)}: {pluralize(len(history), 'epoch')}, {found}{broke}")
+        ended = ", ended with an error" if number in failed else ""
+        print_progress(f"  {directory / str(number)}: {pluralize(len(history), 'epoch')}, {found}{ended}")

@@ -1,11 +1,11 @@
-"""The options that describe a run: of `train`, and of what else starts one."""
+"""The options of a run, for `train` and `fork`: from the command line, from `--config`, or to suit the example data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func.experiment.config import (
@@ -20,36 +20,12 @@ from dwiml_func.experiment.config import (
 )
 from dwiml_func.files.json import parse_json, read_config_file
 
-__all__ = ["RUN_SUBJECTS", "RunOptions", "read_config_part"]
-
-RUN_SUBJECTS: Mapping[str, tuple[str, ...]] = {
-    "Training": ("training",),
-    "Model": ("model",),
-    "Direction getter": (
-        *("dg_key", "dg_dropout", "dg_sphere", "add_entropy_to_gauss", "dg_nb_gaussians", "dg_nb_clusters"),
-        *("normalize_targets", "normalize_outputs", "add_eos", "eos_weight"),
-    ),
-    "Batches": ("batches",),
-    "Resampling": ("step_size", "step_rule", "nb_points", "compress"),
-    "Augmentation of training batches": (
-        *("noise_gaussian_size_forward", "noise_gaussian_size_loss", "split_ratio", "reverse_ratio"),
-    ),
-    "Data": ("data",),
-    "Machine": ("use_gpu", "num_threads", "processes", "compile", "precision", "lazy", "cache_size"),
-    "Checkpoints": ("checkpoints",),
-    "Logs": ("logging",),
-}
-"""How the help groups the options of a run: titles, and names of options or of parts of the config."""
+__all__ = ["RunOptions", "example_options", "kept_example_options", "read_config_part"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """The parts of a run's config, each option of which is an option of the command line.
-
-    Example:
-        >>> RunOptions().to_config("data.hdf5").training.max_epochs
-        100
-    """
+    """The parts of a run's config; each of their fields is an option of the command line."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -58,61 +34,32 @@ class RunOptions:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts by name."""
+        return {part.name: getattr(self, part.name) for part in fields(RunOptions)}
+
     def to_config(self, hdf5_file: str | Path) -> RunConfig:
-        """The config of a run with these options.
-
-        Args:
-            hdf5_file: the dataset.
-
-        Returns:
-            The config; the dataset's path is absolute.
-
-        Raises:
-            ValueError: the model cannot learn from such data.
-        """
-        parts = {part.name: getattr(self, part.name) for part in fields(RunOptions)}
-        return RunConfig(hdf5_file=str(Path(hdf5_file).absolute()), **parts)
+        """The config of a run with these options; the dataset's path is made absolute."""
+        return RunConfig(hdf5_file=str(Path(hdf5_file).absolute()), **self.parts)
 
     @classmethod
     def from_config(cls, config: RunConfig) -> RunOptions:
-        """The inverse of `to_config`, but for the dataset.
-
-        Args:
-            config: a run's config.
-
-        Returns:
-            Its options.
-        """
+        """The inverse of `to_config`, except for the dataset."""
         return RunOptions(**{part.name: getattr(config, part.name) for part in fields(RunOptions)})
 
 
 def read_config_part(path: str | Path, base: RunOptions) -> tuple[RunOptions, str | None]:
-    """Read a `config.json`, or a part of one: what it leaves out is taken from elsewhere.
+    """Read a `config.json`, or a part of one, on top of `base`. Returns the options, and the dataset if it names one.
 
-    Args:
-        path: the JSON file. `origin`, which a forked run has, is not taken over: a run that starts anew has none.
-        base: where the options come from that the file leaves out.
-
-    Returns:
-        The options, and the dataset, if the file names one.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON or larger than any config, or names a key twice, or has an unknown option, or a value
-            of the wrong type or out of range.
-
-    Example:
-        >>> read_config_part("/no/such/config.json", RunOptions())
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: --config /no/such/config.json: this is not a file. Expected a config.json, or a part of one.
+    `origin`, which a forked run has, is left out.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--config {path}: this is not a file. Expected a config.json, or a part of one.")
     source = f"--config {path}"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{source}: this is not a file. Expected a config.json, or a part of one.")
     given = parse_json(read_config_file(Path(path), source=source), source=source)
     if not isinstance(given, dict):
-        raise ValueError(f"{source}: expected a JSON object, received {truncated_repr(given)}.")
+        raise ValueError(f"{source}: Expected a JSON object. Received: {truncated_repr(given)}.")
     given.pop("origin", None)
     merged = {"hdf5_file": "", **asdict(base)}
     for name, value in given.items():
@@ -120,3 +67,31 @@ def read_config_part(path: str | Path, base: RunOptions) -> tuple[RunOptions, st
         merged[name] = {**merged[name], **value} if both else value
     config = config_from_json(json.dumps(merged), source=source)
     return RunOptions.from_config(config), config.hdf5_file or None
+
+
+def example_options(dg_key: str = "cosine-regression") -> RunOptions:
+    """The options for the built-in example data, where the user gives no others.
+
+    The defaults of the options are dwi_ml's, for far larger datasets: here they would give 5 steps per epoch.
+    Sphere classification needs larger steps, as the data contain few examples of each of its 724 classes.
+    """
+    is_sphere = dg_key == "sphere-classification"
+    rate = "0.005*20 0.001" if is_sphere else "0.002*20 0.0005"
+    return RunOptions(
+        training=TrainingConfig(max_epochs=30, learning_rate=(rate,), weight_decay=0.0, clip_grad=1.0),
+        model=ModelConfig(nb_previous_dirs=1, use_skip_connection=is_sphere),
+        batches=BatchConfig(batch_size_training=10),
+    )
+
+
+def kept_example_options(options: RunOptions) -> list[str]:
+    """The options of a run that come from `example_options`, as on a command line."""
+    defaults, example = RunOptions().parts, example_options(options.model.dg_key).parts
+    kept = []
+    for part, values in options.parts.items():
+        for each in fields(values):
+            value = getattr(values, each.name)
+            if value == getattr(example[part], each.name) != getattr(defaults[part], each.name):
+                kept.append(f"--{each.name.replace('_', '-')}")
+                kept += [] if value is True else [" ".join(value) if isinstance(value, tuple) else f"{value:g}"]
+    return kept

@@ -1,4 +1,4 @@
-"""The summary at the end of a training: the best epoch, and how its model compares with the baselines."""
+"""The summary at the end of a training: the best epoch, and its model compared with the baselines."""
 
 from __future__ import annotations
 
@@ -10,28 +10,16 @@ from dwiml_func.experiment.evaluation import Evaluation
 
 __all__ = ["NO_PRINCIPAL_DIRECTION", "format_summary"]
 
-NO_PRINCIPAL_DIRECTION = "not known: the input has no attribute sh_order, that of spherical harmonics of a signal"
-"""What stands instead of a number where there is no principal direction to compare with."""
+NO_PRINCIPAL_DIRECTION = "unknown: the input has no attribute sh_order (order of its spherical harmonics)"
+"""Printed instead of a number without a principal direction to compare with."""
 
 _WHY_STRAIGHT_IS_GOOD = """
-Keep going straight repeats the true direction of the step before: it errs by the turn from step to step, which is
-small where steps are short, and a tracker that did so would never turn."""
+Keep going straight repeats the direction of the previous step. Its error is the turn between two steps, which is small
+for short steps; a tracker that did this would never turn."""
 
 
 def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, subset: str) -> str:
-    """The summary's text.
-
-    Args:
-        history: the reports of all epochs.
-        evaluation: the best model's, on `subset`.
-        subset: "validation" or "training".
-
-    Returns:
-        Lines of text.
-
-    Example:
-        >>> format_summary(history, evaluation, subset="validation")  # doctest: +SKIP
-    """
+    """The summary as lines of text; `evaluation` is the best model's, on the subset "validation" or "training"."""
     last, best = history[-1], history[(history[-1].best.epoch or 1) - 1]
     minutes = sum(report.train_minutes + report.valid_minutes for report in history)
     reason = {"patience": "stopped early", "max_epochs": "finished", None: "stopped"}[last.stop]

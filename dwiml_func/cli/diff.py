@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.compare import Comparison, compare_experiments
 
-__all__ = ["DiffOptions", "format_comparison", "run"]
+__all__ = ["Options", "format_comparison", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffOptions:
-    """Tell what differs between two experiments in config, environment and data, and the first epoch at which their
+class Options(CommandOptions):
+    """Print what differs between two experiments in config, environment and data, and the first epoch at which their
     states or metrics differ. The exit code is 0 when nothing differs, 1 when something does.
 
     Example: dwiml-func diff experiments/first_run experiments/second_run
@@ -28,40 +27,15 @@ class DiffOptions:
     """The other experiment's folder."""
 
 
-def run(arguments: Sequence[str], program: str) -> int:
-    """Run the command.
-
-    Args:
-        arguments: the command line.
-        program: the program's name in messages.
-
-    Returns:
-        The exit code: 0 when nothing differs, 1 when something does.
-
-    Raises:
-        ValueError, OSError: one is no experiment, or corrupt.
-
-    Example:
-        >>> run(["experiments/first_run", "experiments/second_run"], "dwiml-func diff")  # doctest: +SKIP
-    """
-    options = parse(DiffOptions, arguments, program)
+def run(options: Options) -> int:
+    """Print the differences. Returns 1 when there are any."""
     comparison = compare_experiments(options.dir_a, options.dir_b)
     print(f"A: {options.dir_a}\nB: {options.dir_b}\n{format_comparison(comparison)}")
     return 0 if comparison.is_equal else 1
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """A comparison as text.
-
-    Args:
-        comparison: what differs.
-
-    Returns:
-        Lines of text.
-
-    Example:
-        >>> print(format_comparison(compare_experiments("a", "b")))  # doctest: +SKIP
-    """
+    """A comparison as lines of text."""
     lines = []
     for name in ("config", "environment", "data"):
         found = getattr(comparison, name)

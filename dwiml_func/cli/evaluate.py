@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -13,66 +12,49 @@ import tyro
 
 from dwiml_func._checks import check_number
 from dwiml_func.cli._messages import pluralize
-from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.evaluation import ModelEvaluation, evaluate_model
 from dwiml_func.experiment.model_store import find_model, load_model
 
-__all__ = ["EvaluateOptions", "run"]
+__all__ = ["Options", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """Print a model's loss and angular error over all streamlines of a subset, not augmented, read and resampled as the
-    model was trained, beside the errors of two baselines.
+class Options(CommandOptions):
+    """Print a model's loss and angular error over all streamlines of a subset, beside the errors of two baselines. The
+    streamlines are resampled as in the model's training, but not augmented.
 
     Example: dwiml-func evaluate experiments/first_run data.hdf5 --subset testing
     """
 
     model_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_OR_EXPERIMENT_DIR")]
-    """An experiment, whose best model is taken, or a model directory."""
+    """A model directory, or an experiment, for its best model."""
     hdf5_file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="HDF5_FILE")]
     """The dataset."""
     subset: Literal["training", "validation", "testing"] = "validation"
-    """Which of its subjects."""
+    """The subset of its subjects."""
     json: bool = False
-    """Print one JSON object and nothing else."""
+    """Print only one JSON object."""
     input_group_name: str | None = None
     """Name of the input volume's group. None: that of the model's training."""
     streamline_group_name: str | None = None
     """Name of the streamlines' group. None: that of the model's training."""
     batch_size: int = 100
-    """Streamlines at a time."""
+    """Number of streamlines in a batch."""
     lazy: bool = False
-    """Read streamlines and volumes from the file when a batch needs them. The results are the same."""
+    """Read streamlines and volumes from the file when a batch needs them. It does not change the results."""
     cache_size: str = "2GB"
-    """With --lazy: how much memory to keep volumes in."""
+    """With --lazy: memory in which to keep volumes."""
     num_threads: int = 1
-    """CPU threads of the computation."""
-
-    def __post_init__(self) -> None:
-        check_number("batch_size", self.batch_size, at_least=1)
-        check_number("num_threads", self.num_threads, at_least=1)
+    """Number of CPU threads."""
 
 
-def run(arguments: Sequence[str], program: str) -> int:
-    """Run the command.
-
-    Args:
-        arguments: the command line.
-        program: the program's name in messages.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ValueError, OSError: there is no such model or dataset, or they do not fit.
-
-    Example:
-        >>> run(["experiments/first_run", "data.hdf5"], "dwiml-func evaluate")  # doctest: +SKIP
-    """
-    options = parse(EvaluateOptions, arguments, program)
+def run(options: Options) -> int:
+    """Evaluate the model and print the result."""
+    check_number("batch_size", options.batch_size, at_least=1)
+    check_number("num_threads", options.num_threads, at_least=1)
     torch.set_num_threads(options.num_threads)
     model = load_model(find_model(options.model_dir))
     dataset = open_dataset(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import tyro
 
 from dwiml_func.cli._messages import print_progress
-from dwiml_func.cli._parsing import parse
-from dwiml_func.cli._run_options import RUN_SUBJECTS, RunOptions
-from dwiml_func.cli.train import train_with_progress
+from dwiml_func.cli._parsing import CommandOptions, parse
+from dwiml_func.cli._run_options import RunOptions
+from dwiml_func.cli._training import train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in
 from dwiml_func.experiment.compare import differences
 from dwiml_func.experiment.folder import check_new_experiment, experiment_directory, read_config
@@ -20,15 +20,15 @@ from dwiml_func.experiment.fork import create_fork, prepare_fork
 from dwiml_func.experiment.resume import repair_experiment
 from dwiml_func.files.lock import experiment_lock
 
-__all__ = ["ForkOptions", "run"]
+__all__ = ["Options", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForkOptions(RunOptions):
-    """Train a new experiment, beside SOURCE_DIR, that begins with one of its checkpoints. Options that are not given have
-    the source's values; a switch that is on there is turned off with --no- before its name. Any can change that leaves
-    the shapes of the model's tensors as they are; within an epoch, only those of the training but the seed. Another
-    optimizer begins with moments of zero. Epochs are counted on, for the learning rate too.
+class Options(CommandOptions, RunOptions):
+    """Train a new experiment, beside SOURCE_DIR, that starts from one of its checkpoints. The default of every training
+    option is the source's value: `dwiml-func fork SOURCE_DIR --help` lists them. The shapes of the model's tensors
+    cannot change. Within an epoch, only options of the training other than the seed can change. With another optimizer,
+    the optimizer state is reset. Epochs continue to count, also for the learning rate.
 
     Example: dwiml-func fork experiments/first_run slower --from 10 --learning-rate 0.0001 --max-epochs 50
     """
@@ -42,25 +42,19 @@ class ForkOptions(RunOptions):
     hdf5_file: str | None = None
     """Another dataset. None: that of the source."""
 
+    @classmethod
+    def parse(cls, arguments: Sequence[str], program: str) -> Self:
+        """The command line overrides the source's options."""
+        source = next((text for text in arguments if (Path(text) / "config.json").is_file()), None)
+        if source is None:  # the command line is wrong or asks for help
+            return parse(cls, arguments, program)
+        base = RunOptions.from_config(read_config(Path(source)))
+        default = cls(source_dir=tyro.MISSING, new_name=tyro.MISSING, **base.parts)
+        return parse(cls, arguments, program, default=default)
 
-def run(arguments: Sequence[str], program: str) -> int:
-    """Run the command.
 
-    Args:
-        arguments: the command line.
-        program: the program's name in messages.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ValueError, OSError: the command cannot start; nothing was written.
-
-    Example:
-        >>> run(["experiments/a", "b", "--learning-rate", "0.0001"], "dwiml-func fork")  # doctest: +SKIP
-    """
-    defaults = _defaults(arguments)
-    options = parse(ForkOptions, arguments, program, default=defaults, subjects=RUN_SUBJECTS, inherits="the source's")
+def run(options: Options) -> int:
+    """Make the fork and train it."""
     source = Path(options.source_dir)
     recorded = read_config(source)
     experiments_path = source.parent if source.name not in ("", "..") else source.resolve().parent
@@ -85,13 +79,3 @@ def run(arguments: Sequence[str], program: str) -> int:
             repair_experiment(*start)
             train_with_progress(*start)
     return 0
-
-
-def _defaults(arguments: Sequence[str]) -> ForkOptions | None:
-    """The source's options as defaults, so that only those change that are given."""
-    source = next((text for text in arguments if (Path(text) / "config.json").is_file()), None)
-    if source is None:  # then the command line is wrong, or asks for help
-        return None
-    base = RunOptions.from_config(read_config(Path(source)))
-    parts = {part.name: getattr(base, part.name) for part in fields(RunOptions)}
-    return ForkOptions(source_dir=tyro.MISSING, new_name=tyro.MISSING, **parts)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.data.inspection.inspect import inspect_dataset
 from dwiml_func.data.inspection.report import format_inspection
 
-__all__ = ["InfoOptions", "run"]
+__all__ = ["Options", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfoOptions:
-    """Print what an HDF5 dataset holds, and what is wrong with it if something is; the exit code is 1 then.
+class Options(CommandOptions):
+    """Print what an HDF5 dataset contains and what is wrong with it. The exit code is 1 when something is wrong.
 
     Example: dwiml-func info data.hdf5
     """
@@ -26,23 +25,8 @@ class InfoOptions:
     """The dataset."""
 
 
-def run(arguments: Sequence[str], program: str) -> int:
-    """Run the command.
-
-    Args:
-        arguments: the command line.
-        program: the program's name in messages.
-
-    Returns:
-        The exit code: 0, or 1 when something is wrong with the dataset.
-
-    Raises:
-        ValueError, OSError: the file cannot be read at all.
-
-    Example:
-        >>> run(["data.hdf5"], "dwiml-func info")  # doctest: +SKIP
-    """
-    options = parse(InfoOptions, arguments, program)
+def run(options: Options) -> int:
+    """Print what the dataset contains. Returns 1 when something is wrong with it."""
     inspection = inspect_dataset(options.hdf5_file)
     print(format_inspection(inspection))
     return 1 if inspection.problems else 0

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
 import tyro
 
 from dwiml_func.cli._ensemble import resume_members
-from dwiml_func.cli._parsing import parse
-from dwiml_func.cli.train import train_with_progress
+from dwiml_func.cli._parsing import CommandOptions
+from dwiml_func.cli._training import train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_zero_first
 from dwiml_func.experiment.folder import experiment_directory, is_ensemble, read_config
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.files.lock import experiment_lock
 
-__all__ = ["ResumeOptions", "run"]
+__all__ = ["Options", "run"]
+
+_CHANGES = ("new_max_epochs", "new_patience", "hdf5_file", "processes", "checkpoint_every", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeOptions:
-    """Go on with an experiment, or with an ensemble, from its latest checkpoint, to the same bits as if it had never
-    stopped.
+class Options(CommandOptions):
+    """Resume an experiment, or an ensemble, from its latest checkpoint. The result is bitwise identical to that of an
+    uninterrupted run.
 
     Example: dwiml-func resume experiments first_run --new-max-epochs 200
     """
@@ -34,40 +35,23 @@ class ResumeOptions:
     experiment_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_NAME")]
     """Name of the experiment."""
     new_max_epochs: int | None = None
-    """New number of epochs, counted from the very start. None: as before."""
+    """New number of epochs, counted from the start of the experiment. None: unchanged."""
     new_patience: int | None = None
-    """New patience, in epochs. None: as before."""
+    """New patience, in epochs. None: unchanged."""
     hdf5_file: str | None = None
-    """New path of the dataset, if it has moved; its bytes must be the same. None: as before."""
+    """New path of the dataset, if it was moved; its content must be the same. None: unchanged."""
     processes: int | None = None
-    """New number of processes that load batches. The results are the same. None: as before."""
+    """New number of processes that load batches. It does not change the results. None: unchanged."""
     checkpoint_every: str | None = None
-    """How often to save a checkpoint from now on. The results are the same. None: as before."""
+    """New interval between checkpoints. It does not change the results. None: unchanged."""
     keep: int | Literal["all"] | None = None
-    """How many checkpoints at an epoch's end to keep from now on, or all. None: as before."""
+    """New number of latest checkpoints at an epoch's end to keep, or all. None: unchanged."""
 
 
-def run(arguments: Sequence[str], program: str) -> int:
-    """Run the command.
-
-    Args:
-        arguments: the command line.
-        program: the program's name in messages.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        ValueError, OSError: there is nothing to resume, or the run would end at once.
-
-    Example:
-        >>> run(["experiments", "first_run"], "dwiml-func resume")  # doctest: +SKIP
-    """
-    options = parse(ResumeOptions, arguments, program)
+def run(options: Options) -> int:
+    """Train on from the latest checkpoint."""
     directory = experiment_directory(options.experiments_path, options.experiment_name)
-    changes = {
-        part.name: getattr(options, part.name) for part in fields(options) if not part.name.startswith("experiment")
-    }
+    changes = {name: getattr(options, name) for name in _CHANGES}
     if is_ensemble(directory):
         resume_members(directory, **changes)
         return 0

@@ -11,21 +11,21 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli._parsing import parse
+from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.runs import RunOverview, list_runs
 
-__all__ = ["RunsOptions", "format_runs", "run"]
+__all__ = ["Options", "format_runs", "run"]
 
 _WIDTH = 100
 _HEADINGS = ("name", "state", "epochs", "best loss", "of epoch", "angle deg", "duration", "last change")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunsOptions:
-    """Print a table of the experiments in a folder, members of ensembles too: how far each has come, its best loss and
-    of which epoch, the mean angular error of the validation in that epoch, in degrees and at all points (the summary of
-    a training leaves out those without a previous direction), and how long its epochs took. "running" means that a
-    process works in it at this moment.
+class Options(CommandOptions):
+    """Print a table of the experiments in a folder, including members of ensembles: the epochs done, the best loss and
+    its epoch, the mean angular error of the validation in that epoch, in degrees, and the duration of the epochs. The
+    angular error is over all points; the summary of a training leaves out points without a previous direction.
+    "running" means that a process is training it now.
 
     Example: dwiml-func runs experiments
     """
@@ -33,26 +33,11 @@ class RunsOptions:
     experiments_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENTS_PATH")]
     """Folder of all experiments."""
     json: bool = False
-    """Print a JSON list with an object for each and nothing else."""
+    """Print only a JSON list with one object per experiment."""
 
 
-def run(arguments: Sequence[str], program: str) -> int:
-    """Run the command.
-
-    Args:
-        arguments: the command line.
-        program: the program's name in messages.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-
-    Example:
-        >>> run(["experiments"], "dwiml-func runs")  # doctest: +SKIP
-    """
-    options = parse(RunsOptions, arguments, program)
+def run(options: Options) -> int:
+    """Print the table."""
     runs = list_runs(options.experiments_path)
     if options.json:
         rows = [{**asdict(run), "last_change": run.last_change.isoformat(timespec="seconds")} for run in runs]
@@ -63,18 +48,7 @@ def run(arguments: Sequence[str], program: str) -> int:
 
 
 def format_runs(runs: Sequence[RunOverview]) -> str:
-    """Overviews as a table of at most 100 columns; long names are cut.
-
-    Args:
-        runs: the overviews.
-
-    Returns:
-        A line for each run below a line of headings, and below them what is corrupt.
-
-    Example:
-        >>> print(format_runs([]))
-        name  state  epochs  best loss  of epoch  angle deg  duration  last change
-    """
+    """A table of at most 100 columns, with long names cut; below it, what is corrupt."""
     rows = [_HEADINGS, *(_row(run) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))

@@ -1,0 +1,87 @@
+"""What `train`, `resume` and `fork` share: training with progress bars, and a summary at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from dwiml_func.checkpoint.provenance import environment
+from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
+from dwiml_func.cli._summary import format_summary
+from dwiml_func.compiled.warmup import WarmUpStep
+from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.state import TrainState
+from dwiml_func.experiment.evaluation import evaluate_best_model, write_evaluation
+from dwiml_func.experiment.plots import save_run_figure
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import RunParts
+from dwiml_func.experiment.signals import stop_on_signals
+from dwiml_func.writers.progress import Progress
+
+__all__ = ["describe_run", "train_with_progress"]
+
+_log = logging.getLogger(__name__)
+
+
+def train_with_progress(directory: Path, setup: RunParts, state: TrainState, history: tuple[EpochReport, ...]) -> None:
+    """Train from `state`, after `history`, with bars and a line per epoch; evaluate, plot and summarize."""
+    progress = None if is_quiet() else Progress(max_epochs=setup.config.training.max_epochs)
+    if progress is not None:
+        valid = None if setup.valid is None else progress.track(setup.valid, "validation")
+        setup = replace(setup, train=progress.track(setup.train, "training"), valid=valid)
+    print_progress(describe_run(directory, setup))
+    _log.debug("%s", ", ".join(f"{name} {value}" for name, value in environment().items() if name != "num_threads"))
+    with stop_on_signals(setup.process_group, at_second=_stop_at_once) as stop, progress or contextlib.nullcontext():
+        on_batch = None if progress is None else progress.on_batch
+        for report in run_experiment(directory, setup, state=state, history=history, on_batch=on_batch, stop=stop):
+            history = (*history, report)
+            _print_compilation(setup)
+            if progress is not None:
+                progress(report)
+    if setup.process_group.rank == 0:
+        _finish(directory, setup, history)
+
+
+def describe_run(directory: Path, setup: RunParts) -> str:
+    """One line: the experiment, its data and the size of its model."""
+    training, validation = setup.training_set.index, setup.validation_set.index
+    num_parameters = sum(tensor.numel() for tensor in setup.state.params.values())
+    return (
+        f"{directory}: {training.num_total} streamlines of {pluralize(len(training.subjects), 'training subject')}, "
+        f"{validation.num_total} of {pluralize(len(validation.subjects), 'validation subject')}, "
+        f"{setup.training_set.num_features} features, {num_parameters} parameters"
+    )
+
+
+def _finish(directory: Path, setup: RunParts, history: tuple[EpochReport, ...]) -> None:
+    """Evaluate the best model; write the result and the figure into the experiment and print the summary."""
+    best = history[-1].best.epoch
+    if best is None:
+        print("No epoch had a finite loss, so there is no best model.")
+        return
+    evaluation, subset = evaluate_best_model(directory, setup), setup.evaluation_set.subset
+    try:
+        write_evaluation(directory, evaluation, epoch=best, subset=subset)
+    except OSError as error:
+        _log.warning("The evaluation was not written: %s", error)
+    save_run_figure(directory)
+    print_progress("")
+    print(format_summary(history, evaluation, subset=subset))
+
+
+def _print_compilation(setup: RunParts) -> None:
+    """Print once the time that compilation took and saves."""
+    if isinstance(setup.step, WarmUpStep) and setup.step.report is not None:
+        print_progress(str(setup.step.report))
+        setup.step.report = None
+
+
+def _stop_at_once(number: signal.Signals) -> NoReturn:
+    """End the process. An exception would run clean-ups, which may wait for a disk."""
+    os.write(2, b"dwiml-func: stopped immediately. The last checkpoint is kept.\n")
+    os._exit(128 + number)
