@@ -1,38 +1,22 @@
-"""What the options of a run have in common: how they are read, and errors that show what was given."""
+"""Checks of options, and values and names as error messages show them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
-__all__ = ["STRICT", "check_number", "truncated_repr"]
+__all__ = ["STRICT", "check_number", "listed", "truncated_repr"]
 
 STRICT = {"extra": "forbid", "strict": True}
 """How pydantic reads the dataclasses of a config from JSON: no unknown key, no conversion."""
 
-_COUNT_END = 1 << 31  # counts stay below it: torch takes none beyond
+_COUNT_END = 1 << 31  # torch accepts no larger counts
 
 
 def check_number(
     name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> None:
-    """Refuse a number that is out of range or not finite.
-
-    Args:
-        name: the option.
-        value: its value; an integer must also be below 2**31 where `below` is not given.
-        at_least: least value allowed.
-        above: a value that it must exceed.
-        below: a value that it must not reach.
-
-    Raises:
-        ValueError: the number is out of range.
-
-    Example:
-        >>> check_number("max_epochs", 0, at_least=1)
-        Traceback (most recent call last):
-        ...
-        ValueError: max_epochs: expected a finite number at least 1 and below 2147483648, received 0.
-    """
+    """Raise a ValueError if an option is out of range or not finite, or an integer of 2**31 or more."""
     if isinstance(value, int) and below == math.inf:
         below = _COUNT_END
     if not (at_least <= value < below and value > above):  # false also for not-a-number
@@ -43,20 +27,16 @@ def check_number(
 
 
 def truncated_repr(value: object) -> str:
-    """A value as an error message shows it.
-
-    Args:
-        value: anything.
-
-    Returns:
-        Its representation, cut to 60 characters.
-
-    Example:
-        >>> truncated_repr([1, "a"])
-        "[1, 'a']"
-    """
+    """The repr of a value, cut to 60 characters."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to write out numbers of more than 4300 digits
         return "a number that is too long to show"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """At most three names, sorted, and the number of the others."""
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3]) or 'none'}{more}"

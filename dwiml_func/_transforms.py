@@ -1,4 +1,4 @@
-"""Whether a transform of torch's is at work: then numbers are traced or batched, and must stay tensors."""
+"""Whether a transform of torch is active: then tensors are traced or batched, and no value can be read."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ __all__ = ["is_transformed"]
 
 
 def is_transformed() -> bool:
-    """Whether the caller runs under a transform of `torch.func` or is being traced by `torch.compile`.
+    """Whether the caller runs under a transform of `torch.func` or is traced by `torch.compile`.
 
-    Returns:
-        True where a tensor may stand for many values (vmap), for a tracked one (grad, jvp) or for none yet (compile):
-        no value can be read from it, and nothing may be written in place.
-
-    Example:
-        >>> torch.func.vmap(lambda x: x + int(is_transformed()))(torch.zeros(2)), is_transformed()
-        (tensor([1., 1.]), False)
+    Then a tensor may have no single value to read, and nothing may be written in place.
     """
+    # Private, the same in torch 2.11 and 2.13; torch.func has no public function for it.
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

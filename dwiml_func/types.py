@@ -16,7 +16,7 @@ Buffers = Mapping[str, Tensor]
 """Tensors that the model uses and gradients do not change: buffers and frozen parameters, by the module's own names."""
 
 OptState = Mapping[str, Mapping[str, Tensor]]
-"""Optimizer state by kind, then by parameter name: `{"exp_avg": {"weight": ...}}`. The update count is `TrainState.step`."""
+"""Optimizer state by kind, then by parameter name: `{"exp_avg": {"weight": ...}}`. `TrainState.step` counts updates."""
 
 
 class Optimizer(NamedTuple):

@@ -241,7 +241,7 @@ def test_a_step_that_is_not_finite_is_refused_and_leaves_the_state_whole(donate)
     kept = {name: p.clone() for name, p in state.params.items()}
     moments = {name: t.clone() for name, t in state.opt_state["exp_avg"].items()}
     inputs, targets = some_batch(9)
-    with pytest.raises(NonFiniteError, match=r"loss is inf in epoch 1, batch 2 \(step 2\)"):
+    with pytest.raises(NonFiniteError, match=r"loss is inf in epoch 1, batch 3 \(step 3\)"):
         compiled(state, (inputs, targets + math.inf), lr=0.1)
     assert all(torch.equal(state.params[name], kept[name]) for name in kept)
     assert all(torch.equal(state.opt_state["exp_avg"][name], moments[name]) for name in moments)

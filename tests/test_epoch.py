@@ -115,7 +115,7 @@ GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
 def test_a_bad_batch_ends_the_epoch_at_once_where_it_is_looked_at():
     state, step = bad_setting()
     seen = []
-    with pytest.raises(NonFiniteError, match=r"The loss is nan in epoch 3, batch 1 \(step 21\)"):
+    with pytest.raises(NonFiniteError, match=r"The loss is nan in epoch 3, batch 2 \(step 22\)"):
         epoch_fn(
             state.replace(epoch=2, step=20),
             [GOOD, BAD, GOOD],
@@ -137,7 +137,7 @@ def test_a_deferred_check_names_the_first_bad_step_also_in_a_resumed_epoch(batch
         state, _ = step(state, batch)
     # As a checkpoint keeps the sums: plain numbers.
     state = state.replace(sums={name: Sum(float(total), float(weight)) for name, (total, weight) in state.sums.items()})
-    with pytest.raises(NonFiniteError, match=rf"not finite in epoch 3, batch {first} \(step {20 + first}\)"):
+    with pytest.raises(NonFiniteError, match=rf"not finite in epoch 3, batch {first + 1} \(step {21 + first}\)"):
         epoch_fn(state, batches[cut:], step=step)
 
 

@@ -157,7 +157,7 @@ def test_a_loss_without_the_parameters_is_refused(backend):
 
 def test_an_unknown_engine_is_refused():
     model, batch = model_and_batch()
-    with pytest.raises(ValueError, match=r"Expected an backend .*Received: 'jax'"):
+    with pytest.raises(ValueError, match=r"Expected backend .*Received: 'jax'"):
         value_and_grad(module_loss(model, squared_error), detached(model), {}, batch, key=Key(0), backend="jax")  # type: ignore[arg-type]
 
 
@@ -215,5 +215,5 @@ def test_a_small_gradient_is_not_scaled_up():
 
 @pytest.mark.parametrize("max_norm", [0, 0.0, -1.0, math.nan])
 def test_a_norm_to_clip_at_is_above_zero(max_norm):
-    with pytest.raises(ValueError, match=f"clip at above 0.*Received: {max_norm}"):
+    with pytest.raises(ValueError, match=f"clipping norm above 0.*Received: {max_norm}"):
         clip_by_global_norm({"w": torch.ones(2)}, max_norm)

@@ -375,7 +375,7 @@ def test_a_loop_left_early_has_done_no_more_than_it_yielded():
 
 def test_what_is_not_finite_ends_the_run_and_the_last_state_is_whole():
     seen = []
-    with pytest.raises(NonFiniteError, match=r"The loss is nan in epoch 3, batch 0 \(step 2\)"):
+    with pytest.raises(NonFiniteError, match=r"The loss is nan in epoch 3, batch 1 \(step 3\)"):
         seen.extend(state for state, _ in loop(scripted_state(), **scripted([1.0, 0.5, math.nan, 0.1])))
     assert [state.epoch for state in seen] == [1, 2]
     assert all(torch.isfinite(tensor).all() for tensor in seen[-1].params.values())

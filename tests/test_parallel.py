@@ -117,7 +117,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_can_be_resumed(
 def test_processes_that_cannot_share_the_shards_are_refused(tmp_path: Path) -> None:
     done = _run(2, "train", tmp_path, "run", DATA, "--num-shards", 3)
     assert done.returncode != 0
-    assert "2 processes cannot share 3 shards a batch evenly. Expected one of 1, 3 of processes" in done.stderr
+    assert "2 processes cannot share 3 shards a batch evenly. Expected 1, 3 of processes" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

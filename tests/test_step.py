@@ -198,7 +198,7 @@ def test_training_and_validation_draw_from_streams_of_their_own():
 
 def test_a_limit_for_the_gradient_is_above_zero(run):
     state, step = run
-    with pytest.raises(ValueError, match=r"clip at above 0.*Received: -1"):
+    with pytest.raises(ValueError, match=r"clipping norm above 0.*Received: -1"):
         step(state, make_batches(1)[0], clip_grad=-1.0)
 
 
@@ -234,7 +234,7 @@ def test_a_further_mean_cannot_have_a_name_that_the_step_uses(name):
     def loss_fn(params, buffers, batch, *, key, train):
         return LossOut(params["weight"].square().sum(), 3, buffers, {name: torch.ones(())})
 
-    with pytest.raises(ValueError, match=f"cannot be called {name}: the step's own are"):
+    with pytest.raises(ValueError, match=f"`aux` uses the reserved metric name '{name}'"):
         train_step(small_state(), GOOD, loss_fn=loss_fn, optimizer=adam(), lr=0.1)
 
 
@@ -265,7 +265,6 @@ def test_a_donated_state_says_so_and_names_the_step(run):
         for use in ways:
             with pytest.raises(RuntimeError, match=r"donated to the update after step 1,.*donate=False"):
                 use(old)
-    assert "<donated>" in repr(state)
     assert (state.step, new.step) == (1, 2)
     assert state_digest(new)  # the new state is whole
 
@@ -351,7 +350,7 @@ def test_what_is_not_finite_is_refused_by_epoch_batch_step_and_ids(kind, donate)
     state = state.replace(epoch=2, batch=5, step=17)
     before = state_digest(state)
     what, value = ("loss", kind.split()[1]) if kind.startswith("loss") else ("gradient norm", "(nan|inf)")
-    with pytest.raises(NonFiniteError, match=rf"The {what} is {value} in epoch 3, batch 5 \(step 17\), ids 4, 8\."):
+    with pytest.raises(NonFiniteError, match=rf"The {what} is {value} in epoch 3, batch 6 \(step 18\), ids 4, 8\."):
         step(state, BAD)
     assert state_digest(state) == before
     assert step(state, GOOD)[0].step == 18  # the state can go on, also one that would have been donated
@@ -406,8 +405,8 @@ def test_on_an_accelerator_no_step_waits_for_a_value(optimizer):
 @pytest.mark.parametrize(
     ("ids", "text"),
     [
-        (None, r"\(step 0\)\. "),
-        (torch.tensor([3]), r"\(step 0\), ids 3\. "),
+        (None, r"\(step 1\)\. "),
+        (torch.tensor([3]), r"\(step 1\), ids 3\. "),
         (range(8), r", ids 0, 1, 2, 3, 4, 5, 6, 7\. "),
         (torch.arange(20), r", ids 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. \(20 in all\)\. "),
     ],

@@ -1,4 +1,4 @@
-"""The gradient of a loss as one compiled graph, for steps that add the gradients of several shards."""
+"""The gradient of a loss as one compiled graph, for steps that add the gradients of shards."""
 
 from __future__ import annotations
 
@@ -20,21 +20,7 @@ __all__ = ["JitGradient"]
 class JitGradient:
     """`value_and_grad` of one loss, compiled: a `gradient_fn` for `train_step` or `sharded_value_and_grad`.
 
-    Args:
-        loss_fn: the loss, as for `dwiml_func.compiled.step.jit_step`.
-        dynamic, max_compilations, backend: as for `jit_step`.
-
-    Attributes:
-        graph: the compiled function.
-
-    Example:
-        >>> import torch
-        >>> def loss_fn(params, buffers, batch, *, key, train):
-        ...     return LossOut((params["w"] * batch).mean(), len(batch), buffers, {})
-        >>> gradient = JitGradient(loss_fn, backend="eager")
-        >>> out, grads = gradient(loss_fn, {"w": torch.ones(())}, {}, torch.tensor([2.0, 3.0]), key=Key(0))
-        >>> out.loss.item(), grads["w"].item(), gradient.graph.num_compilations
-        (2.5, 2.5, 1)
+    The arguments are those of `jit_step`.
     """
 
     def __init__(
@@ -49,7 +35,7 @@ class JitGradient:
             return out.loss, as_float64(out.weight, out.loss), out.buffers, pairs, grads
 
         self._loss_fn = loss_fn
-        self._draws = getattr(loss_fn, "stochastic", True)
+        self._is_stochastic = getattr(loss_fn, "stochastic", True)
         self.graph = CompiledFunction(graph, dynamic=dynamic, max_compilations=max_compilations, backend=backend)
 
     def __call__(
@@ -62,25 +48,12 @@ class JitGradient:
         key: Key,
         backend: AutodiffBackend | None = None,
     ) -> tuple[LossOut, dict[str, Tensor]]:
-        """Evaluate the loss and its gradient.
-
-        Args:
-            loss_fn: the loss that was compiled.
-            params, buffers, batch, key: as for `value_and_grad`.
-            backend: as there, where the gradient cannot be compiled.
-
-        Returns:
-            As `value_and_grad`.
-
-        Raises:
-            ValueError: it is another loss.
-        """
         if loss_fn is not self._loss_fn:
             raise ValueError("Expected the loss that was compiled. Received: another one.")
-        if is_differentiated(params):  # a graph would cut off the one around it
+        if is_differentiated(params):  # a compiled graph would cut off autograd's
             return value_and_grad(loss_fn, params, buffers, batch, key=key, backend=backend)
         check_loss_fn(loss_fn, params, buffers, batch, key=key)
-        with torch_rng(key) if self._draws else nullcontext():
+        with torch_rng(key) if self._is_stochastic else nullcontext():
             results = self.graph(batch, params=dict(params), buffers=dict(buffers))
         if results is None:
             return value_and_grad(loss_fn, params, buffers, batch, key=key, backend=backend)

@@ -1,13 +1,13 @@
-"""A training step as one compiled graph: gradients, clipping, optimizer and metrics, by torch.compile.
+"""A training step as one graph of torch.compile: gradients, clipping, optimizer and metrics.
 
 What changes from step to step enters as tensors, so that one graph serves all steps. What is fixed (the loss and what
-it closes over, the optimizer, clipping) is read once, when the graph is made.
+it closes over, the optimizer, clipping) is read once, when the graph is compiled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -19,10 +19,9 @@ from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
 from dwiml_func.core.gradients import is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
-from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Stream, fold_in, torch_rng
-from dwiml_func.core.state import TrainState, check_not_donated, mark_donated
-from dwiml_func.core.step import NON_FINITE, clip_and_measure, raise_if_not_finite, train_step
+from dwiml_func.core.state import TrainState, advance, check_not_donated
+from dwiml_func.core.step import NON_FINITE, choose, clip_and_measure, raise_if_not_finite, train_step
 from dwiml_func.types import Metrics, Optimizer, Sum
 
 __all__ = ["JitStep", "jit_step"]
@@ -42,17 +41,17 @@ def jit_step(
     """Make a training step that runs as one compiled graph.
 
     Args:
-        loss_fn, optimizer, clip_grad, donate, non_finite: those of `train_step`. The model's draws are those of an
-            eager step. The loss is traced, so it may not read values of tensors; a key it is handed cannot be used.
+        loss_fn, optimizer, clip_grad, donate, non_finite: as for `train_step`, with the random numbers of an eager
+            step. The loss is traced, so it may neither read values of tensors nor use its key.
         dynamic: whether the first size of each tensor in a batch may vary from batch to batch within one graph. False
             compiles a graph for each combination of shapes.
-        max_compilations: graphs at most; a batch that would need one more turns compilation off.
+        max_compilations: largest number of graphs; a batch that needs one more turns compilation off.
         backend: a backend of torch.compile.
 
     Returns:
-        The step. The first call compiles, and those that bring a batch which no graph fits. Where the step cannot be
-        compiled as a whole it warns once, saying why, and every call is that of `train_step`; so is a call that is
-        differentiated or mapped.
+        The step. It compiles at its first call, and for a batch that fits no graph yet. If the step cannot be compiled
+        as a whole, or torch lacks what that needs (2.13 has it), it warns once, with the reason, and every
+        call is one of `train_step`. So is a call that is differentiated or mapped.
 
     Example:
         >>> from dwiml_func import init_state, module_loss, sgd
@@ -72,16 +71,7 @@ def jit_step(
 
 
 class JitStep:
-    """A compiled step, made by `jit_step` and called as `step(state, batch, lr=lr)`.
-
-    Attributes:
-        eager: the step without a graph.
-        graph: the compiled function.
-
-    Example:
-        >>> step = jit_step(loss_fn=loss_fn, optimizer=optimizer)  # doctest: +SKIP
-        >>> state, metrics = step(state, batch, lr=0.001)  # doctest: +SKIP
-    """
+    """A compiled step of `jit_step`: `step(state, batch, lr=lr)`. `eager` is the step without its `graph`."""
 
     def __init__(self, eager: partial[Any], *, dynamic: bool, max_compilations: int, backend: str) -> None:
         self.eager = eager
@@ -89,7 +79,7 @@ class JitStep:
             _make_graph(**eager.keywords), dynamic=dynamic, max_compilations=max_compilations, backend=backend
         )
         self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
-        self._draws = getattr(eager.keywords["loss_fn"], "stochastic", True)
+        self._is_stochastic = getattr(eager.keywords["loss_fn"], "stochastic", True)
 
     @property
     def num_compilations(self) -> int:
@@ -107,20 +97,7 @@ class JitStep:
         return self.graph.eager_reason
 
     def __call__(self, state: TrainState, batch: Any, *, lr: float | Tensor) -> tuple[TrainState, Metrics]:
-        """Take one optimizer step.
-
-        Args:
-            state: the run before the step.
-            batch: what the loss takes.
-            lr: learning rate.
-
-        Returns:
-            The run after the step and the batch's sums, as `train_step` does.
-
-        Raises:
-            NonFiniteError: the loss or the gradient norm is NaN or infinite; the tensors of `state` are as they were.
-            RuntimeError: the state was donated to an earlier step.
-        """
+        """Take one optimizer step, see `train_step`."""
         check_not_donated(state)
         if self.eager_reason is not None or is_differentiated(state.params, lr):
             return self.eager(state, batch, lr=lr)
@@ -129,18 +106,13 @@ class JitStep:
         device = next(iter(state.params.values())).device
         blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
         numbers = _vector(lr, state.step, blocked, device)
-        with self._rng(state):
+        with torch_rng(key) if self._is_stochastic else nullcontext():
             results = self.graph(
                 batch, params=state.params, buffers=state.buffers, opt_state=state.opt_state, numbers=numbers
             )
         if results is None:
             return self.eager(state, batch, lr=lr)
         return self._finish(state, batch, *results)
-
-    def _rng(self, state: TrainState) -> AbstractContextManager[None]:
-        if not self._draws:
-            return nullcontext()
-        return torch_rng(fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch))
 
     def _finish(
         self, state: TrainState, batch: Any, params: Any, buffers: Any, opt_state: Any, names: Any, values: Tensor
@@ -154,23 +126,9 @@ class JitStep:
         metrics = {name: Sum(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names, start=2)}
         if defer:
             metrics[NON_FINITE] = Sum(is_first_bad * state.step, is_first_bad)
-        if self._donate:
-            params = dict(state.params)
-            opt_state = {kind: dict(moments) for kind, moments in state.opt_state.items()}
-        new_state = TrainState(
-            params=params,
-            buffers=buffers,
-            opt_state=opt_state,
-            key=state.key,
-            step=state.step + 1,
-            epoch=state.epoch,
-            batch=state.batch + 1,
-            sums=add_metrics(state.sums, metrics),
-            best=state.best,
-        )
-        if self._donate:
-            mark_donated(state)
-        return new_state, metrics
+        if self._donate:  # the graph wrote into these tensors
+            params, opt_state = state.params, state.opt_state
+        return advance(state, params, buffers, opt_state, metrics, donate=self._donate), metrics
 
 
 def _make_graph(
@@ -188,12 +146,12 @@ def _make_graph(
         grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
         new_params, new_opt_state = optimizer.update(grads, opt_state, params, lr=lr, step=step)
 
-        # Tensors that are not finite are never committed; the caller looks afterwards, and says so.
+        # Tensors that are not finite are never committed. The caller checks `values` afterwards.
         is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
         keep_old = is_bad | (blocked > 0)
-        new_params = _choose(keep_old, params, new_params)
-        new_opt_state = {kind: _choose(keep_old, opt_state[kind], new_opt_state[kind]) for kind in opt_state}
-        new_buffers = _choose(keep_old, buffers, out.buffers)
+        new_params = choose(keep_old, params, new_params)
+        new_opt_state = choose(keep_old, opt_state, new_opt_state)
+        new_buffers = choose(keep_old, buffers, out.buffers)
         sums = [number for sum_ in metrics.values() for number in sum_]
         scalars = (out.loss, norm, is_bad & (blocked == 0), torch.zeros_like(norm), *sums)
         values = torch.stack([as_float64(value, out.loss) for value in scalars])
@@ -207,13 +165,9 @@ def _make_graph(
     return graph
 
 
-def _choose(keep_old: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.where(keep_old, old[name], tensor) for name, tensor in new.items()}
-
-
 def _vector(lr: float | Tensor, step: int, blocked: float | Tensor, device: torch.device) -> Tensor:
     if isinstance(lr, Tensor) or isinstance(blocked, Tensor):
         numbers = (lr, step, blocked)
         return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
-    numbers = torch.from_numpy(np.array((lr, step, blocked), dtype=np.float64))  # a third of the time of torch.tensor
+    numbers = torch.from_numpy(np.array((lr, step, blocked), dtype=np.float64))  # three times faster than torch.tensor
     return numbers if device.type == "cpu" else numbers.to(device)

@@ -1,7 +1,7 @@
-"""A compiled step that is compiled ahead, always on the same batch, and measured beside an eager one.
+"""A warm-up for a compiled step: compile it for the first batch of the run, and measure it beside an eager step.
 
-What the compiler makes of a size that varies may depend on the first batch it sees. A run that is resumed, or an epoch
-that is trained again, therefore compiles for the batch that the whole run began with.
+The code that the compiler makes for a varying size may depend on the batch it compiles for. A resumed run, or an epoch
+that is trained again, therefore compiles for the first batch of the whole run.
 """
 
 from __future__ import annotations
@@ -24,17 +24,7 @@ _REPEATS = 3
 
 
 class CompilationReport(NamedTuple):
-    """What compilation cost, and what it brings.
-
-    Args:
-        seconds: time of compilation.
-        eager_step: seconds of a step without compilation, on the first batch.
-        compiled_step: seconds of a compiled step, on the same batch.
-
-    Example:
-        >>> CompilationReport(seconds=30.0, eager_step=0.2, compiled_step=0.1).break_even
-        300
-    """
+    """Costs and gains of compilation: durations in seconds, of steps on the first batch."""
 
     seconds: float
     eager_step: float
@@ -42,7 +32,7 @@ class CompilationReport(NamedTuple):
 
     @property
     def break_even(self) -> int | None:
-        """Number of steps after which compilation has paid off; None where it does not."""
+        """Number of steps after which compilation has paid off; None if it never does."""
         gain = self.eager_step - self.compiled_step
         return round(self.seconds / gain) if gain > 0 else None
 
@@ -55,22 +45,10 @@ class CompilationReport(NamedTuple):
 
 
 class WarmUpStep:
-    """A compiled step that is compiled at its first call, for a given batch, before it takes that call's step.
+    """A compiled step whose first call compiles for the batch `first_batch()`, and then takes its own step.
 
-    Args:
-        step: the step.
-        eager: the same step without a graph.
-        graph: what is compiled in the step.
-        first_batch: gives the batch to compile for.
-
-    Attributes:
-        graph: the same.
-        report: what compilation cost and brings; None before the first call, and where steps run eagerly.
-
-    Example:
-        >>> step = jit_step(loss_fn=loss_fn, optimizer=optimizer)  # doctest: +SKIP
-        >>> step = WarmUpStep(step, eager=step.eager, graph=step.graph, first_batch=lambda: batch)  # doctest: +SKIP
-        >>> state, metrics = step(state, batch, lr=0.001)  # doctest: +SKIP
+    `graph` is the compiled function within `step`; `eager` is the same step without it. `report` is None before the
+    first call, and if steps run eagerly.
     """
 
     def __init__(
@@ -87,23 +65,13 @@ class WarmUpStep:
         self._first_batch: Callable[[], Any] | None = first_batch
 
     def __call__(self, state: TrainState, batch: Any, *, lr: float | Tensor) -> tuple[TrainState, Metrics]:
-        """Take one optimizer step, see `train_step`.
-
-        Args:
-            state: the run before the step.
-            batch: what the loss takes.
-            lr: learning rate.
-
-        Returns:
-            The run after the step and the batch's sums.
-        """
         if self._first_batch is not None:
             self._warm_up(state, self._first_batch())
             self._first_batch = None
         return self._step(state, batch, lr=lr)
 
     def _warm_up(self, state: TrainState, batch: Any) -> None:
-        """Compile, and measure a few steps of both kinds, on copies that are thrown away."""
+        """Compile, and measure a few steps of both kinds, on a copy of the state."""
         try:
             rehearsal, _ = self._step(_copy(state), batch, lr=0.0)
             times: dict[Callable[..., Any], list[float]] = {self._step: [], self._eager: []}
@@ -112,7 +80,7 @@ class WarmUpStep:
                     start = time.perf_counter()
                     rehearsal, _ = step(rehearsal, batch, lr=0.0)
                     seconds.append(time.perf_counter() - start)
-        except NonFiniteError:  # the training itself meets it, and says where
+        except NonFiniteError:  # the training will raise it too, with the right position
             return
         if self.graph.eager_reason is None:
             compiled, eager = (statistics.median(seconds[1:]) for seconds in times.values())
@@ -126,7 +94,7 @@ def _copy(state: TrainState) -> TrainState:
     return state.replace(
         params=copy(state.params),
         buffers=copy(state.buffers),
-        opt_state={kind: copy(moments) for kind, moments in state.opt_state.items()},
+        opt_state={kind: copy(tensors) for kind, tensors in state.opt_state.items()},
         epoch=0,
         batch=0,
         sums={},

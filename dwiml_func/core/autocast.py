@@ -1,4 +1,4 @@
-"""Mixed precision: a module's forward under torch.autocast, between parameters and a loss in float32."""
+"""Mixed precision: a module's forward under torch.autocast; parameters and loss stay in float32."""
 
 from __future__ import annotations
 
@@ -13,35 +13,18 @@ __all__ = ["autocast_forward", "check_bf16"]
 
 
 def autocast_forward(module: torch.nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
-    """What a module's forward computes, with the operations that bear it in a lower precision.
+    """A module's `forward` with torch's choice of operations (matrix products, convolutions) in bfloat16.
 
-    Which these are is torch's choice: matrix products and convolutions are, sums of many numbers are not. Parameters
-    and gradients keep their dtype.
-
-    Args:
-        module: the module. It is not changed.
-        dtype: torch.bfloat16, which has the range of float32 and 8 bits of precision.
-
-    Returns:
-        A function like the module's `forward`, for the device of its parameters. Tensors of `dtype` that it returns,
-        alone or within tuples, lists, mappings and dataclasses, are brought back to float32.
-
-    Raises:
-        ValueError: another dtype (float16 overflows: its losses must be scaled, which is not done here).
-
-    Example:
-        >>> linear = torch.nn.Linear(2, 1)
-        >>> low = autocast_forward(linear, torch.bfloat16)(torch.ones(1, 2))
-        >>> low.dtype, torch.equal(low, low.bfloat16().float()), bool((low - linear(torch.ones(1, 2))).abs() < 0.02)
-        (torch.float32, True, True)
+    Results in bfloat16, also within tuples, lists, mappings and dataclasses, are converted to float32.
     """
     if dtype != torch.bfloat16:
+        # float16 would need scaled losses
         raise ValueError(f"Expected torch.bfloat16 for autocast. Received: {dtype}")
     forward = module.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
         device_type = next(module.parameters()).device.type
-        # No cache: it holds casts for as long as the context lasts, and under torch.func beyond the gradient's level.
+        # No cache: under torch.func it would keep casts beyond the gradient's level.
         with torch.autocast(device_type, dtype, cache_enabled=False):
             results = forward(*args, **kwargs)
         return _to_float32(results, dtype)
@@ -50,20 +33,10 @@ def autocast_forward(module: torch.nn.Module, dtype: torch.dtype) -> Callable[..
 
 
 def check_bf16(device: torch.device) -> None:
-    """Refuse a device that has no arithmetic in bfloat16. Every CPU has, at some speed.
-
-    Args:
-        device: where the model is to run.
-
-    Raises:
-        ValueError: it has none.
-
-    Example:
-        >>> check_bf16(torch.device("cpu"))
-    """
+    """Raise a ValueError if a device has no arithmetic in bfloat16. Every CPU has, at some speed."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
-        raise ValueError(f"precision bf16: {name} has no arithmetic in bfloat16. Expected precision float32 on it.")
+        raise ValueError(f"precision bf16: {name} has no arithmetic in bfloat16. Use precision float32.")
 
 
 def _to_float32(value: Any, dtype: torch.dtype) -> Any:

@@ -1,7 +1,6 @@
 """The best epoch and early stopping, as values.
 
-The pointer to the best epoch is part of the training state, so a checkpoint commits the latest epoch and the best one
-together.
+The best epoch is part of the training state, so a checkpoint commits it together with the latest epoch.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ class Best(NamedTuple):
     """The best epoch so far.
 
     Args:
-        value: the monitored loss at the best epoch; infinite while there is none.
-        epoch: number of epochs done at the best epoch (1 is the first); None while there is none.
-        num_bad_epochs: epochs in a row since then that were no better.
+        value: the monitored loss of the best epoch; infinite while there is none.
+        epoch: the best epoch (1 is the first); None while there is none.
+        num_bad_epochs: epochs since then.
 
     Example:
         >>> Best()
@@ -33,13 +32,13 @@ class Best(NamedTuple):
 def update_best(best: Best, value: float, epoch: int, *, patience_delta: float = 1e-6) -> Best:
     """Compare an epoch with the best one.
 
-    The first finite value is a best. Afterwards a value must be finite and below the best by more than
-    `patience_delta`, so a tie keeps the earlier epoch. NaN and infinity are never the best; they count as bad epochs.
+    The first finite value is the best. A later one must be below it by more than `patience_delta`, so a tie keeps the
+    earlier epoch. NaN and infinity count as bad epochs.
 
     Args:
         best: the best epoch so far.
         value: the epoch's monitored loss.
-        epoch: number of epochs done, this one included.
+        epoch: number of epochs done, including this one.
         patience_delta: least improvement that counts.
 
     Returns:
@@ -58,7 +57,7 @@ def update_best(best: Best, value: float, epoch: int, *, patience_delta: float =
 
 
 def should_stop(best: Best, patience: int | None) -> bool:
-    """Whether `patience` bad epochs have come in a row.
+    """Whether there were `patience` bad epochs in a row.
 
     Args:
         best: the best epoch so far.

@@ -1,4 +1,4 @@
-"""Gradients: one door to torch's two backends, and clipping by the global norm."""
+"""Gradients by either of torch's two autodiff backends, and clipping by the global norm."""
 
 from __future__ import annotations
 
@@ -18,17 +18,13 @@ from dwiml_func.types import Buffers, Params
 __all__ = ["AutodiffBackend", "ValueAndGrad", "clip_by_global_norm", "global_norm", "value_and_grad"]
 
 AutodiffBackend = Literal["autograd", "func"]
-"""`"autograd"`: torch.autograd.grad on detached leaves, which nothing can be differentiated through. `"func"`:
-torch.func.grad_and_value, which composes with torch.func.grad, vmap and jacrev and with a graph around it, and costs
+"""`"autograd"`: torch.autograd.grad on detached leaves; its result cannot be differentiated. `"func"`:
+torch.func.grad_and_value, which composes with torch.func.grad, vmap, jacrev and with autograd around it, and costs
 more, since it always builds a graph of the backward pass."""
 
 
 class ValueAndGrad(Protocol):
-    """A function with the signature of `value_and_grad`, for `train_step`.
-
-    Example:
-        >>> gradient_fn: ValueAndGrad = value_and_grad
-    """
+    """A function with the signature of `value_and_grad`, for `train_step`."""
 
     def __call__(
         self,
@@ -52,15 +48,15 @@ def value_and_grad(
         params: tensors to differentiate with respect to, by name.
         buffers: other tensors, by name.
         batch: what the loss takes.
-        key: the draws of the model.
-        backend: which of torch's backends computes the gradient. None takes "func" under a transform of torch.func and
-            where parameters carry a graph, so that gradients of gradients are right, and "autograd" elsewhere.
+        key: for the random numbers of the model.
+        backend: the autodiff backend. None takes "func" under a transform of torch.func and for parameters with a
+            graph, so that gradients of gradients are right, and "autograd" otherwise.
 
     Returns:
-        The loss's output, detached, and gradients by name, zero where the loss does not depend on a parameter.
+        The loss's output, detached, and gradients by name: zeros for parameters that the loss does not depend on.
 
     Raises:
-        ValueError: the loss does not depend on any parameter, is no scalar, or the backend is unknown.
+        ValueError: the loss depends on no parameter or is not a scalar, or the backend is unknown.
 
     Example:
         >>> def loss_fn(params, buffers, batch, *, key, train):
@@ -89,7 +85,7 @@ def _value_and_grad(
         grads = torch.autograd.grad(out.loss, tensors, allow_unused=True, materialize_grads=True)
         if sparse := [name for name, grad in zip(leaves, grads, strict=True) if grad.is_sparse]:
             raise ValueError(
-                f"The gradient of {sparse[0]} is sparse. Expected dense gradients: make the embedding with sparse=False."
+                f"Expected dense gradients. Received: a sparse one of {sparse[0]}. Use sparse=False."
             )
         aux = {
             name: (_detached(mean[0]), _detached(mean[1])) if isinstance(mean, tuple) else _detached(mean)
@@ -98,7 +94,7 @@ def _value_and_grad(
         detached = LossOut(out.loss.detach(), out.weight, {name: _detached(b) for name, b in out.buffers.items()}, aux)
         return detached, dict(zip(leaves, grads, strict=True))
     if backend == "func":
-        plain_weight: list[int] = []  # grad_and_value hands tensors through, and nothing else
+        plain_weight: list[int] = []  # grad_and_value returns only tensors
 
         def scalar_and_rest(values: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
             out = loss_fn(values, buffers, batch, key=key, train=True)
@@ -112,22 +108,11 @@ def _value_and_grad(
             dict(params)
         )
         return LossOut(loss, plain_weight[0] if plain_weight else weight, new_buffers, aux), grads
-    raise ValueError(f"Expected an backend 'autograd' or 'func'. Received: {backend!r}")
+    raise ValueError(f"Expected backend 'autograd' or 'func'. Received: {backend!r}")
 
 
 def global_norm(grads: Params) -> Tensor:
-    """The L2 norm of all gradients taken as one vector.
-
-    Args:
-        grads: tensors by name.
-
-    Returns:
-        () tensor, with the bits of `torch.nn.utils.get_total_norm`.
-
-    Example:
-        >>> global_norm({"a": torch.tensor([3.0]), "b": torch.tensor([4.0])})
-        tensor(5.)
-    """
+    """The L2 norm () of all gradients as one vector; bitwise identical to `torch.nn.utils.get_total_norm`."""
     tensors = list(grads.values())
     return torch.linalg.vector_norm(torch.stack(list(arithmetic_for(tensors)("norm", tensors))))
 
@@ -140,38 +125,35 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tenso
         max_norm: the largest norm allowed, > 0.
 
     Returns:
-        The scaled gradients (new tensors), the norm before and the norm after. The arithmetic is that of
-        `torch.nn.utils.clip_grad_norm_`, to the bit: the factor is min(1, max_norm / (norm + 1e-6)).
+        The scaled gradients (new tensors), the norm before and the norm after. The factor is
+        min(1, max_norm / (norm + 1e-6)), bitwise identical to `torch.nn.utils.clip_grad_norm_`.
 
     Raises:
-        ValueError: `max_norm` is not above 0; a negative one would turn the gradient round.
+        ValueError: `max_norm` is not above 0; a negative value would flip the gradient's sign.
 
     Example:
         >>> grads, before, after = clip_by_global_norm({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0)
         >>> float(before), round(float(after), 3)
         (5.0, 1.0)
     """
-    if not max_norm > 0:
-        raise ValueError(f"Expected a gradient norm to clip at above 0, or None not to clip. Received: {max_norm}")
     norm = global_norm(grads)
-    factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    factor = clip_factor(norm, max_norm)
     tensors = list(grads.values())
     scaled = arithmetic_for(tensors)("mul", tensors, factor)
-    # Among gradients of several dtypes, the factor has the widest, and would give it to a () gradient.
+    # With gradients of several dtypes the factor has the widest, and multiplication would give it to a () gradient.
     named = {name: new.to(old.dtype) for (name, old), new in zip(grads.items(), scaled, strict=True)}
     return named, norm, norm * factor
 
 
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """The factor that scales gradients of a global norm, or of several members' norms, down to `max_norm`."""
+    if not max_norm > 0:
+        raise ValueError(f"Expected a clipping norm above 0, or None for no clipping. Received: {max_norm}")
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
 def is_differentiated(params: Params, lr: float | Tensor = 0.0) -> bool:
-    """Whether a step is itself a part of what is differentiated, or mapped.
-
-    Args:
-        params: tensors by name.
-        lr: learning rate.
-
-    Returns:
-        True under a transform of torch.func, and where one of them carries a graph.
-    """
+    """Whether a step is itself differentiated or mapped: under torch.func, or with arguments that have a graph."""
     if torch.compiler.is_compiling():
         return False
     if is_transformed() or (isinstance(lr, Tensor) and lr.requires_grad):

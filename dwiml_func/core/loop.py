@@ -18,7 +18,7 @@ from dwiml_func.core.early_stopping import Best, should_stop, update_best
 from dwiml_func.core.metrics import add_metrics, read_means
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
-from dwiml_func.core.step import NON_FINITE, NonFiniteError
+from dwiml_func.core.step import NON_FINITE, NonFiniteError, location
 from dwiml_func.optim.schedules import constant
 from dwiml_func.types import Metrics, Schedule, Sum
 
@@ -107,9 +107,9 @@ def eval_epoch_fn(state: TrainState, batches: Iterable[Any], *, step: EvalStep) 
 
 def _raise_deferred(state: TrainState, first_bad: Sum) -> None:
     bad_step = int(first_bad.total)
-    batch = bad_step - (state.step - state.batch)
+    where = location(state.epoch, bad_step - (state.step - state.batch), bad_step)
     raise NonFiniteError(
-        f"The loss or the gradient was not finite in epoch {state.epoch + 1}, batch {batch} (step {bad_step}). "
+        f"The loss or the gradient was not finite in {where}. "
         f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids."
     )
 

@@ -1,13 +1,14 @@
-"""Losses as pure functions of parameters, buffers, batch and key, and the door from `torch.nn.Module` to them."""
+"""Losses: pure functions of parameters, buffers, batch and key, also made from a `torch.nn.Module`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import listed
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.stateless import ABSENT, IN_PLACE, StatelessModule
@@ -20,11 +21,11 @@ class LossOut(NamedTuple):
     """What a loss function returns.
 
     Args:
-        loss: () tensor, the mean over what `weight` counts.
-        weight: number of points behind the mean.
+        loss: () tensor, a mean over points.
+        weight: number of points averaged.
         buffers: the buffers after the batch, by name.
-        aux: further () means, e.g. `{"angular_error": ...}`; nothing is differentiated. A mean over another number of
-            points than `weight` is a pair of () tensors, (mean, its own weight).
+        aux: auxiliary metrics, () means such as `{"angular_error": ...}`, without gradient. A mean over another number
+            of points than `weight` is a pair of () tensors, (mean, weight).
 
     Example:
         >>> LossOut(torch.tensor(0.5), 10, {}, {}).weight
@@ -38,7 +39,7 @@ class LossOut(NamedTuple):
 
 
 class LossFn(Protocol):
-    """A loss function: pure, and all its randomness comes from `key`.
+    """A loss function: pure; all its random numbers come from `key`.
 
     Example:
         >>> def loss_fn(params, buffers, batch, *, key, train):
@@ -52,7 +53,7 @@ class LossFn(Protocol):
 _Number = Tensor | float
 
 BatchLoss = Callable[[Any, Any], tuple[Any, ...]]
-"""`compute_batch_loss(model, batch)`: returns (loss, weight) or (loss, weight, aux)."""
+"""`compute_batch_loss(model, batch)` returns (loss, weight) or (loss, weight, aux)."""
 
 
 def module_loss(
@@ -67,12 +68,12 @@ def module_loss(
     Args:
         module: the model. Its structure is copied; neither its tensors nor its training flag are touched.
         compute_batch_loss: called as `compute_batch_loss(model, batch)`, where `model` behaves like `module` with the
-            given parameters and buffers. Returns the mean loss, the number of points behind it and, optionally, a dict
-            of further means, each alone or as a pair (mean, weight), tensors or numbers.
-        stochastic: whether the model may draw random numbers. True seeds torch's generators from the key and restores
-            them afterwards (some 10 microseconds); False leaves them alone, for models that draw nothing.
-        autocast: torch.bfloat16 runs `model(...)` in mixed precision, see `autocast_forward`: what `compute_batch_loss`
-            makes of its results is computed in float32, and parameters, gradients and loss stay in it. None: as it is.
+            given parameters and buffers. Returns the mean loss, the number of points averaged and, optionally, a dict
+            of auxiliary metrics, each a mean or a pair (mean, weight) of tensors or numbers.
+        stochastic: whether the model uses random numbers. True seeds torch's generators from the key and restores
+            them afterwards (some 10 microseconds); False leaves them alone.
+        autocast: torch.bfloat16 runs `model(...)` in mixed precision, see `autocast_forward`. The rest of
+            `compute_batch_loss`, parameters, gradients and loss stay in float32. None: no mixed precision.
 
     Returns:
         A loss function for `train_step` and `eval_step`. One thread at a time may call it; threads that train side by
@@ -80,8 +81,8 @@ def module_loss(
 
     Raises:
         ValueError: (when called) `compute_batch_loss` returned something else, names do not match the module's, or the
-            model filled a buffer that was registered as None: no state holds such a buffer. (At once) `autocast` is
-            another dtype.
+            model filled a buffer that was registered as None, which no state holds. (At once) `autocast` is another
+            dtype.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -100,7 +101,7 @@ def module_loss(
         view = views[train]
         # In-place updates of buffers (batch normalisation) must not reach the caller's tensors.
         tensors = {**params, **{name: t.clone() if name in view.buffer_names else t for name, t in buffers.items()}}
-        if stochastic and not torch.compiler.is_compiling():  # a compiled step is seeded around its graph
+        if stochastic and not torch.compiler.is_compiling():  # a compiled step seeds around its graph
             with torch_rng(key):
                 out = view(tensors, compute_batch_loss, batch)
         else:
@@ -141,7 +142,7 @@ class _AttributeCheck:
             return
         seen |= new
         self._written |= left.keys()
-        problem = [name for name in new if left.get(name) is IN_PLACE]
+        problem: Iterable[str] = [name for name in new if left.get(name) is IN_PLACE]
         without = dict.fromkeys(new, ABSENT)
         carried = {name: left[name] for name in new if name in left and left[name] is not IN_PLACE}
         for values in () if problem else (without, carried):
@@ -149,20 +150,20 @@ class _AttributeCheck:
                 with torch.no_grad(), torch_rng(key):
                     again = view.rerun(values, {n: t.detach().clone() for n, t in tensors.items()}, function, batch)[0]
             except AttributeError:
-                problem = sorted(new)
+                problem = new
                 break
             if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(loss.detach())):
-                problem = sorted(new)
+                problem = new
                 break
         if problem:
             raise ValueError(
-                f"The model keeps something between batches in {', '.join(problem[:3])}, outside the training state: a "
+                f"The model keeps something between batches in {listed(problem)}, outside the training state: a "
                 f"step would not be reproducible, and checkpoints would lose it. Register it as a buffer."
             )
 
 
 def _detached(mean: _Number | tuple[_Number, _Number], loss: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """A further mean as tensors, also of numbers: torch.func hands tensors through, and nothing else."""
+    """An auxiliary metric as tensors: torch.func returns nothing else."""
     if isinstance(mean, tuple):
         value, weight = (_detached_number(part, loss) for part in mean)
         return value, weight

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import listed, truncated_repr
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.rng import Key
@@ -45,7 +45,7 @@ def check_loss_fn(
             written = [name for name in before if not _is_equal(before[name], after[name])]
             if written:
                 raise ValueError(
-                    f"The loss function writes into {', '.join(written[:3])} of the state. Expected a loss that leaves "
+                    f"The loss function writes into {listed(written)} of the state. Expected a loss that leaves "
                     f"parameters and buffers as they are, and returns new buffers."
                 )
         again = loss_fn(_copies(params), _copies(buffers), batch, key=key, train=train).loss
@@ -71,8 +71,7 @@ def check_loss_out(out: Any, buffers: Mapping[str, Tensor]) -> None:
             _check_scalar(f"the auxiliary metric {name!r} to be a () tensor, a mean over points", part)
     if missing := [name for name in buffers if name not in out.buffers]:
         raise ValueError(
-            f"Expected a loss function that returns all buffers it is given, changed or not. Missing: "
-            f"{', '.join(missing[:3])}"
+            f"Expected a loss function that returns all buffers it is given, changed or not. Missing: {listed(missing)}"
         )
 
 
@@ -97,7 +96,7 @@ def _check_leaves(loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
     if foreign := [tuple(tensor.shape) for number, tensor in reached.items() if number not in own]:
         raise ValueError(
             f"The loss depends on tensors that require a gradient and are not in the state, of shapes "
-            f"{', '.join(map(str, foreign[:3]))}: they would never be trained. Put their module into the one that the "
+            f"{listed(map(str, foreign))}: they would never be trained. Put their module into the one that the "
             f"state is made from, or detach them."
         )
 

@@ -1,7 +1,8 @@
-"""Randomness by address: a key names a place in the run, and the place decides the draws.
+"""Random numbers by address: a key names a place in the run, and the place determines the random numbers.
 
-Nothing here is advanced. A draw belongs to `fold_in(key, STREAM, epoch, batch, ...)`, so validating, logging,
-prefetching or resuming cannot shift the draws of training. Torch's and numpy's global generators are never an input.
+No generator advances from step to step. The key of a place is `fold_in(key, STREAM, epoch, batch, ...)`, so validating,
+logging, prefetching or resuming cannot change the random numbers of training. The global generators of torch and numpy
+are never an input.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Key(NamedTuple):
 
 
 class Stream(IntEnum):
-    """The named streams of a run. A number, once given, is never given to another stream: old runs must replay.
+    """The named streams of a run. Numbers are never reused for another stream: old runs must replay.
 
     Example:
         >>> int(Stream.INIT)
@@ -51,11 +52,11 @@ class Stream(IntEnum):
     """
 
     INIT = 0  # parameters of a new model
-    TRAIN_PLAN = 1  # which streamlines make which training batch
-    TRAIN_STEP = 2  # what the model draws while training (dropout)
+    TRAIN_PLAN = 1  # which streamlines are in which training batch
+    TRAIN_STEP = 2  # the model in training (dropout)
     TRAIN_AUGMENT = 3  # noise, splits and reversals of training batches
-    VALID_PLAN = 4  # which streamlines make which validation batch
-    VALID_STEP = 5  # what the model draws while validating
+    VALID_PLAN = 4  # which streamlines are in which validation batch
+    VALID_STEP = 5  # the model in validation
     EXAMPLE_DATA = 6  # simulated signal of the example data
 
 
@@ -70,7 +71,7 @@ def fold_in(key: Key, *path: int) -> Key:
         A new key. Keys of different paths give independent streams: the path is hashed, not added to the seed.
 
     Raises:
-        ValueError: the seed or an element of the path is no integer or out of range.
+        ValueError: the seed or an element of the path is not an integer or out of range.
 
     Example:
         >>> fold_in(Key(7, (1,)), 2, 3)
@@ -91,8 +92,8 @@ def numpy_rng(key: Key) -> np.random.Generator:
         key: the stream's address.
 
     Returns:
-        A fresh Philox generator. Seed and path are hashed by `numpy.random.SeedSequence` (its `spawn_key`), so that
-        seed 7 epoch 1 is not seed 8 epoch 0, which an additive seed would give.
+        A new Philox generator. `numpy.random.SeedSequence` hashes seed and path, so that seed 7 epoch 1 differs from
+        seed 8 epoch 0, unlike with additive seeds.
 
     Example:
         >>> bool(numpy_rng(Key(1)).random() == numpy_rng(Key(1)).random())
@@ -103,11 +104,11 @@ def numpy_rng(key: Key) -> np.random.Generator:
 
 @contextmanager
 def torch_rng(key: Key) -> Iterator[None]:
-    """Seed torch's generators inside a `with` block and put the caller's back on leaving it, also after an error.
+    """Seed torch's generators inside a `with` block and restore their states at its end, also after an error.
 
-    Some of torch's random operations (dropout, parameter initialisation) take no generator; this makes their draws a
-    function of the key, without a trace in the global state. The CUDA generators are switched too once CUDA is in use.
-    Torch's CPU generator takes 32 bits of a seed, so of 100,000 keys about one pair shares its draws.
+    Some of torch's random operations (dropout, parameter initialisation) take no generator; this makes their random
+    numbers a function of the key and leaves the global state as it was. It seeds the CUDA generators too once CUDA is
+    in use. Torch's CPU generator takes 32 bits of a seed, so of 100,000 keys about one pair shares its random numbers.
 
     Args:
         key: the stream's address.
@@ -137,7 +138,7 @@ def torch_rng(key: Key) -> Iterator[None]:
 
 
 def default_generators() -> list[torch.Generator]:
-    """The generators that torch draws from where none is given: the CPU's and, once CUDA is in use, its devices'."""
+    """The generators that torch uses by default: the CPU's and, once CUDA is in use, those of its devices."""
     generators = [torch.default_generator]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         generators.extend(torch.cuda.default_generators)

@@ -5,43 +5,41 @@ In this package `step`, `epoch` and `batch` always mean "number done", which is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import truncated_repr
 from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Key, fold_in
-from dwiml_func.types import Buffers, Metrics, OptState, Params
-
-if TYPE_CHECKING:
-    from dwiml_func.optim.optimizers import Optimizer
+from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params
 
 __all__ = ["TrainState", "init_state"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TrainState:
-    """A run, whole. It holds data only: no functions, modules, files or devices.
+    """A whole run. It holds data only: no functions, modules, files or devices.
 
     Args:
         params: trainable tensors, by name.
         buffers: other tensors of the model, by name.
-        opt_state: moments of the optimizer.
+        opt_state: optimizer state.
         key: root of all randomness; it never changes during a run.
         step: optimizer updates done.
         epoch: epochs finished.
-        batch: batches done in the epoch under way; 0 at an epoch's boundary.
-        sums: metric sums of the epoch under way; empty at a boundary.
+        batch: batches done in the current epoch; 0 between epochs.
+        sums: metric sums of the current epoch; empty between epochs.
         best: the best epoch so far.
 
     Example:
         >>> from dwiml_func.optim import sgd
-        >>> state = init_state(torch.nn.Linear(2, 1), sgd(), seed=0)
-        >>> state.step, state.epoch, sorted(state.params)
-        (0, 0, ['bias', 'weight'])
+        >>> init_state(torch.nn.Linear(2, 1), sgd(), seed=0)
+        TrainState(step=0, epoch=0, batch=0, params=3 float32 on cpu, key=Key(seed=0, path=()), best=none)
     """
 
     params: Params
@@ -55,23 +53,30 @@ class TrainState:
     best: Best = field(default_factory=Best)
 
     def replace(self, **changes: object) -> TrainState:
-        """Return a copy in which the named fields have new values.
+        """Return a copy with new values for the named fields.
 
         Args:
             **changes: field names and their new values.
 
         Returns:
-            The new state; tensors are shared, not copied.
+            The new state. Tensors are shared, not copied.
         """
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def __repr__(self) -> str:
+        position = f"step={self.step}, epoch={self.epoch}, batch={self.batch}"
+        if isinstance(self.params, _Donated) or not self.params:
+            return f"TrainState({position}, donated)"
+        params, best = describe_tensors(self.params.values()), describe_best(self.best)
+        return f"TrainState({position}, params={params}, key={truncated_repr(self.key)}, best={best})"
+
 
 def init_state(module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key) -> TrainState:
-    """Make the first state of a run from a module's present values.
+    """Make the first state of a run from a module's current values.
 
     Args:
         module: any module. Its tensors are copied, so training never changes it. Parameters that do not require a
-            gradient go to the buffers and stay as they are.
+            gradient become buffers and keep their values.
         optimizer: an init/update pair, see `dwiml_func.optim`.
         seed: the run's seed, or its root key.
 
@@ -79,7 +84,7 @@ def init_state(module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key
         A state at step 0, epoch 0.
 
     Raises:
-        ValueError: the module has nothing to train, or the seed is out of range.
+        ValueError: the module has no trainable parameter, or the seed is out of range.
 
     Example:
         >>> from dwiml_func.optim import adam
@@ -87,7 +92,7 @@ def init_state(module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key
         >>> sorted(state.params), sorted(state.buffers), sorted(state.opt_state)
         (['bias', 'weight'], ['num_batches_tracked', 'running_mean', 'running_var'], ['exp_avg', 'exp_avg_sq'])
     """
-    key = fold_in(seed if isinstance(seed, Key) else Key(seed))  # checked, and of Python's own integers, as JSON takes
+    key = fold_in(seed if isinstance(seed, Key) else Key(seed))  # checked, as Python integers for JSON
     named = dict(module.named_parameters())
     params = {name: p.detach().clone() for name, p in named.items() if p.requires_grad}
     frozen = {name: p.detach().clone() for name, p in named.items() if not p.requires_grad}
@@ -100,8 +105,30 @@ def init_state(module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key
     return TrainState(params=params, buffers=frozen | buffers, opt_state=optimizer.init(params), key=key)
 
 
+def advance(
+    state: TrainState, params: Params, buffers: Buffers, opt_state: OptState, metrics: Metrics, *, donate: bool
+) -> TrainState:
+    """The state after one more step; with `donate`, the state before it can no longer be used."""
+    if donate:  # an optimizer that skips an update returns the very dicts that `mark_donated` empties
+        params, opt_state = dict(params), dict(opt_state)
+    new_state = TrainState(
+        params=params,
+        buffers=buffers,
+        opt_state=opt_state,
+        key=state.key,
+        step=state.step + 1,
+        epoch=state.epoch,
+        batch=state.batch + 1,
+        sums=add_metrics(state.sums, metrics),
+        best=state.best,
+    )
+    if donate:
+        mark_donated(state)
+    return new_state
+
+
 class _Donated(Mapping[str, Tensor]):
-    """Stands where a donated state's tensors were, and says so to whoever looks."""
+    """Placeholder for donated tensors; any access raises."""
 
     def __init__(self, step: int) -> None:
         self._step = step
@@ -123,25 +150,15 @@ def _donated_message(step: int) -> str:
 
 
 def check_not_donated(state: TrainState) -> None:
-    """Raise an error when a state's memory was donated, also through another state that shared its dicts.
-
-    Args:
-        state: the state about to be used.
-
-    Raises:
-        RuntimeError: it was donated.
-    """
-    if not state.params:  # a state has parameters (`init_state` sees to it) until `mark_donated` takes them away
+    """Raise a RuntimeError if a state's memory was donated, also through another state that shared its dicts."""
+    if not state.params:  # `init_state` makes no state without parameters
         raise RuntimeError(_donated_message(state.step))
 
 
 def mark_donated(state: TrainState) -> None:
-    """Make every later use of a state's tensors an error that names the step.
+    """Make every later use of a state's tensors an error.
 
-    The dicts are emptied too, for states that share them (`state.replace(...)` copies no tensor): see `check_not_donated`.
-
-    Args:
-        state: the state whose memory an update has reused.
+    It also empties the dicts, which other states may share (`state.replace(...)` copies no tensor).
     """
     old = (state.params, state.opt_state)
     for name in ("params", "buffers", "opt_state"):
@@ -149,3 +166,15 @@ def mark_donated(state: TrainState) -> None:
     for mapping in old:
         if isinstance(mapping, dict):
             mapping.clear()
+
+
+def describe_tensors(tensors: Iterable[Tensor]) -> str:
+    """Number of values, dtype and device, for a repr: "3 float32 on cpu"."""
+    tensors = list(tensors)
+    kinds = {f"{str(tensor.dtype).removeprefix('torch.')} on {tensor.device}" for tensor in tensors}
+    return f"{sum(tensor.numel() for tensor in tensors):,} {kinds.pop() if len(kinds) == 1 else 'of several kinds'}"
+
+
+def describe_best(best: Best) -> str:
+    """The best epoch, for a repr: "0.5 in epoch 3"."""
+    return "none" if best.epoch is None else f"{best.value:.6g} in epoch {best.epoch}"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dwiml_func._checks import listed
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.autocast import autocast_forward
 
@@ -72,8 +73,8 @@ class StatelessModule:
         """Run `function(module, batch)`; `tensors` has the new buffers afterwards."""
         if tensors.keys() != self._names:
             raise ValueError(
-                f"Parameters and buffers do not fit the module. Missing: {sorted(self._names - tensors.keys())}. "
-                f"Unexpected: {sorted(tensors.keys() - self._names)}."
+                f"Parameters and buffers do not fit the module. Missing: {listed(self._names - tensors.keys())}. "
+                f"Unexpected: {listed(tensors.keys() - self._names)}."
             )
         is_plain = not is_transformed()
         versions = [tensors[name]._version for name, _, _ in self._slots] if is_plain else []
@@ -87,8 +88,8 @@ class StatelessModule:
                 tensors[name] = slot[leaf]  # a module may assign a buffer instead of changing it in place
             if filled := [leaf for slot, leaf in self._none_slots if slot[leaf] is not None]:
                 raise ValueError(
-                    f"The model filled the buffers {filled}, which are None in the module. Expected tensors from the "
-                    f"start: register them with a value, so that the state holds them."
+                    f"The model filled the buffers {listed(filled)}, which are None in the module. "
+                    f"Register them with a value, so that the state holds them."
                 )
             return result
         finally:

@@ -13,9 +13,9 @@ from dwiml_func._transforms import is_transformed
 from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn
-from dwiml_func.core.metrics import add_metrics, weighted_sum
+from dwiml_func.core.metrics import weighted_sum
 from dwiml_func.core.rng import Stream, fold_in
-from dwiml_func.core.state import TrainState, check_not_donated, mark_donated
+from dwiml_func.core.state import TrainState, advance, check_not_donated
 from dwiml_func.types import Metrics, Optimizer, Sum
 
 __all__ = ["NON_FINITE", "NonFiniteError", "eval_step", "train_step"]
@@ -25,7 +25,7 @@ NON_FINITE = "non_finite"
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a gradient was NaN or infinite; the parameters before it are whole, and the step was not taken.
+    """A loss or a gradient was NaN or infinite. The step was not taken; the state before it is unchanged.
 
     Example:
         >>> raise NonFiniteError("loss is nan")
@@ -51,23 +51,23 @@ def train_step(
     """Take one optimizer step.
 
     Args:
-        state: the run before the step. Nothing in it is changed, unless it is donated.
-        batch: what the loss takes. If it has an attribute `ids`, an error names them.
+        state: the run before the step. It is not changed, unless it is donated.
+        batch: what the loss takes. If it has an attribute `ids`, a NonFiniteError names them.
         loss_fn: the loss, see `dwiml_func.core.loss`.
         optimizer: an init/update pair, see `dwiml_func.optim`.
         lr: learning rate, a number or a () tensor.
         clip_grad: largest global gradient norm; None does not clip.
         donate: reuse the memory of `state`, which must not be used afterwards (doing so raises an error).
-        backend: `"autograd"` or `"func"`, see `dwiml_func.core.gradients`; None takes what fits.
-        gradient_fn: evaluates loss and gradients, e.g. `sharded_value_and_grad(process_group)` for batches cut into shards.
-        non_finite: `"raise"` looks at the loss and the gradient norm at once, which waits for the device; `"defer"`
-            leaves parameters, buffers and moments as they were, on the device, and `epoch_fn` raises at its end.
-            None raises on the CPU, and defers elsewhere and under transforms of torch.func.
+        backend: `"autograd"` or `"func"`, see `dwiml_func.core.gradients`; None chooses.
+        gradient_fn: evaluates loss and gradients, e.g. `sharded_value_and_grad(...)` for batches cut into shards.
+        non_finite: `"raise"` checks the loss and the gradient norm at once, which waits for the device; `"defer"` keeps
+            the old parameters, buffers and optimizer state, and `epoch_fn` raises at the end of the epoch. None raises
+            on the CPU, and defers elsewhere and under transforms of torch.func.
 
     Returns:
-        The run after the step, and the batch's sums: `loss` and the loss's further means, weighted by points, and
-        `unclipped_grad_norm` and `grad_norm` (before and after clipping), weighted by batches. The same sums are added
-        to those of the epoch in the returned state.
+        The run after the step, and the batch's sums: `loss` and the auxiliary metrics, weighted by points, and
+        `unclipped_grad_norm` and `grad_norm` (before and after clipping), weighted by batches. The returned state has
+        them added to those of the epoch.
 
     Raises:
         NonFiniteError: the loss or the gradient norm is NaN or infinite.
@@ -100,38 +100,22 @@ def train_step(
     buffers = out.buffers
     if defer:
         keep_old, metrics = _defer_check(state, out.loss, norm, metrics)
-        params = _choose(keep_old, state.params, params)
-        buffers = _choose(keep_old, state.buffers, buffers)
-        opt_state = {kind: _choose(keep_old, state.opt_state[kind], opt_state[kind]) for kind in opt_state}
-    if donate:  # an optimizer that skips an update gives back the very dicts that `mark_donated` empties
-        params, opt_state = dict(params), dict(opt_state)
-    new_state = TrainState(
-        params=params,
-        buffers=buffers,
-        opt_state=opt_state,
-        key=state.key,
-        step=state.step + 1,
-        epoch=state.epoch,
-        batch=state.batch + 1,
-        sums=add_metrics(state.sums, metrics),
-        best=state.best,
-    )
-    if donate:
-        mark_donated(state)
-    return new_state, metrics
+        old, new = (state.params, state.buffers, state.opt_state), (params, buffers, opt_state)
+        params, buffers, opt_state = (choose(keep_old, *pair) for pair in zip(old, new, strict=True))
+    return advance(state, params, buffers, opt_state, metrics, donate=donate), metrics
 
 
 def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
     """Evaluate one batch without gradients, in evaluation mode.
 
     Args:
-        state: the run; nothing in it is changed. Draws, if the model makes any when evaluated, are those of
+        state: the run; it is not changed. A model that is stochastic in evaluation gets the random numbers of
             `state.epoch` and `state.batch`.
         batch: what the loss takes.
         loss_fn: the loss.
 
     Returns:
-        The batch's sums: `loss` and the loss's further means, weighted by points. They may be NaN or infinite.
+        The batch's sums: `loss` and the auxiliary metrics, weighted by points. They may be NaN or infinite.
 
     Example:
         >>> from dwiml_func.core.loss import module_loss
@@ -152,19 +136,7 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
 def clip_and_measure(
     out: LossOut, grads: dict[str, Tensor], clip_grad: float | None
 ) -> tuple[dict[str, Tensor], Tensor, dict[str, Sum]]:
-    """Clip gradients, and sum up what a step reports.
-
-    Args:
-        out: what the loss returned.
-        grads: gradients by name.
-        clip_grad: largest global norm; None does not clip.
-
-    Returns:
-        The gradients to use, their norm before clipping, and the batch's sums.
-
-    Raises:
-        ValueError: the loss has a further mean of a name that the step itself uses.
-    """
+    """Clip gradients to a global norm; return them, their norm before clipping, and the batch's sums."""
     if clip_grad is None:
         norm = clipped_norm = global_norm(grads)
     else:
@@ -176,32 +148,38 @@ def clip_and_measure(
 
 
 def loss_metrics(out: LossOut) -> dict[str, Sum]:
-    """The sums of a loss's output: its own, and those of its further means."""
+    """The sums of a loss and of its auxiliary metrics."""
     if taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm", NON_FINITE}:
-        raise ValueError(f"Further means of a loss cannot be called {', '.join(sorted(taken))}: the step's own are.")
+        raise ValueError(f"`aux` uses the reserved metric name {', '.join(map(repr, sorted(taken)))}.")
     means = {"loss": out.loss, **out.aux}
     return {name: weighted_sum(*(m if isinstance(m, tuple) else (m, out.weight))) for name, m in means.items()}
 
 
 def raise_if_not_finite(state: TrainState, batch: Any, loss: float, norm: float) -> None:
-    """Refuse a step whose loss or gradient norm is not finite.
-
-    Args:
-        state: the run before the step.
-        batch: the batch; if it has an attribute `ids`, the error names them.
-        loss: the batch's loss.
-        norm: the global norm of its gradient, before clipping.
-
-    Raises:
-        NonFiniteError: one of them is NaN or infinite.
-    """
+    """Raise a NonFiniteError if the loss or the gradient norm of the next step of `state` is not finite."""
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"The {name} is {value} in epoch {state.epoch + 1}, batch {state.batch} (step {state.step})"
-                f"{_ids(batch)}. The step was not taken. "
-                "Look at these inputs, lower the learning rate or clip the gradient."
+                f"The {name} is {value} in {location(state.epoch, state.batch, state.step)}{_ids(batch)}. "
+                "The step was not taken. Check these inputs, lower the learning rate or clip the gradient."
             )
+
+
+def location(epoch: int, batch: int, step: int) -> str:
+    """Where a run stands, as messages name it, counted from 1; the arguments are numbers done before it."""
+    return f"epoch {epoch + 1}, batch {batch + 1} (step {step + 1})"
+
+
+def choose(condition: Tensor, first: Any, second: Any) -> Any:
+    """Of two trees of tensors, the leaves of `first` where the condition holds, else those of `second`.
+
+    The condition is a () tensor, or (K,) for leaves (K, ...).
+    """
+    if isinstance(second, Mapping):
+        return {name: choose(condition, first[name], leaf) for name, leaf in second.items()}
+    if condition.dim() > 0:
+        condition = condition.reshape(-1, *(1,) * (second.dim() - 1))
+    return torch.where(condition, first, second)
 
 
 def _ids(batch: Any) -> str:
@@ -216,12 +194,8 @@ def _ids(batch: Any) -> str:
 def _defer_check(
     state: TrainState, loss: Tensor, norm: Tensor, metrics: dict[str, Sum]
 ) -> tuple[Tensor, dict[str, Sum]]:
-    """Note the first step that is not finite in the sums, and say on the device whether to keep the old values."""
+    """Whether to keep the old values, decided on the device, and the sums with the first step that was not finite."""
     bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
     earlier = state.sums.get(NON_FINITE, Sum(0.0, 0.0)).weight > 0
     first = (bad & ~torch.as_tensor(earlier, device=bad.device)).to(torch.float64)
     return bad | earlier, {**metrics, NON_FINITE: Sum(first * state.step, first)}
-
-
-def _choose(keep_old: Tensor, old: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.where(keep_old, old[name], new[name]) for name in new}

@@ -1,4 +1,4 @@
-"""The processes of a run that `torchrun` started, over torch.distributed."""
+"""The process group of a run that `torchrun` started, over torch.distributed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["ProcessLostError", "join_process_group", "rank_in", "rank_zero_first
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(minutes=10)  # for one that hangs; one that dies closes its connections, which shows at once
+_TIMEOUT = timedelta(minutes=10)  # for a process that hangs; one that dies closes its connections at once
 
 
 class ProcessLostError(RuntimeError):
-    """Another process of the run has ended, so that this one cannot go on.
+    """Another process of the run has ended, so this one cannot continue.
 
     Example:
         >>> raise ProcessLostError("gone")
@@ -37,13 +37,13 @@ def join_process_group(device: str = "cpu", *, environment: Mapping[str, str] = 
 
     Args:
         device: "cpu" (over gloo) or "cuda" (over NCCL too, each process on the device of its local rank).
-        environment: where `torchrun` says which process this is: RANK, WORLD_SIZE, LOCAL_RANK and the address.
+        environment: `torchrun`'s variables: RANK, WORLD_SIZE, LOCAL_RANK and the address.
 
     Yields:
-        The processes; one alone where `torchrun` did not start this one.
+        The process group; SINGLE_PROCESS if `torchrun` did not start this process.
 
     Raises:
-        ProcessLostError: in the block, at an exchange: another process has ended.
+        ProcessLostError: within the block, if another process has ended.
 
     Example:
         >>> with join_process_group(environment={}) as process_group:
@@ -65,44 +65,18 @@ def join_process_group(device: str = "cpu", *, environment: Mapping[str, str] = 
 
 
 def rank_in(environment: Mapping[str, str] = os.environ) -> int:
-    """This process's number among those that `torchrun` started.
-
-    Args:
-        environment: where `torchrun` says so.
-
-    Returns:
-        The number, from 0; 0 where `torchrun` did not start it.
-
-    Example:
-        >>> rank_in({}), rank_in({"RANK": "3"})
-        (0, 3)
-    """
+    """This process's rank among those that `torchrun` started; 0 if it started none."""
     return int(environment.get("RANK", "0"))
 
 
 def rank_zero_first(process_group: ProcessGroup, function: Callable[[], T]) -> T:
-    """Call a function in the first process, which may write what the others read, and then in the others.
-
-    Args:
-        process_group: the processes.
-        function: what to call.
-
-    Returns:
-        What the function returned in this process, once it has returned in all.
-
-    Raises:
-        ProcessLostError: another process has ended.
-
-    Example:
-        >>> rank_zero_first(SINGLE_PROCESS, lambda: 3)
-        3
-    """
+    """Call a function in the first process, which may write what the others read, then in the others; wait for all."""
     if process_group.rank > 0:
-        process_group.gather(torch.zeros(1))  # the first has called it
+        process_group.gather(torch.zeros(1))  # the first process has called it
     result = function()
     if process_group.rank == 0:
         process_group.gather(torch.zeros(1))
-    process_group.gather(torch.zeros(1))  # all have
+    process_group.gather(torch.zeros(1))  # all processes have
     return result
 
 
@@ -119,8 +93,7 @@ class _Group:
             dist.all_gather(gathered, tensor.contiguous())
         except RuntimeError as error:
             raise ProcessLostError(
-                f"Another of the {self.size} processes of this run has ended, or does not answer. The last checkpoint "
-                "stands: see what that process printed, then resume with any number of processes that divides the "
-                "number of shards."
+                f"Another of the {self.size} processes of this run has ended or does not answer. See what it printed, "
+                "then resume from the last checkpoint, with any number of processes that divides the number of shards."
             ) from error
         return gathered

@@ -1,8 +1,8 @@
-"""Gradients of a batch that is cut into shards, added in a fixed order, whoever computes which shard.
+"""Gradients of a batch that is cut into shards, added in a fixed order, whichever process computes which shard.
 
-Floating-point sums depend on their order. A batch is therefore cut into a number of shards that belongs to the run,
-not to the machine; sums over shards are taken along one binary tree; and each process computes whole branches of it.
-So 1, 2 or 4 processes give the same bits.
+Floating-point sums depend on their order. The number of shards is therefore an option of the run, not of the machine;
+sums over shards run along one binary tree, and each process computes whole branches of it. So the results of 1, 2 or 4
+processes are bitwise identical.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ProcessGroup(Protocol):
 
     @property
     def rank(self) -> int:
-        """This process's number, from 0."""
+        """This process's rank, from 0."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class ProcessGroup(Protocol):
         ...
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors that all processes give, of one shape and dtype, in the order of ranks."""
+        """The tensors of all processes, of one shape and dtype, in the order of ranks."""
         ...
 
 
@@ -54,26 +54,26 @@ class _SingleProcess:
 
 
 SINGLE_PROCESS: ProcessGroup = _SingleProcess()
-"""One process that trains by itself."""
+"""The process group of a single process."""
 
 
 def sharded_value_and_grad(
     process_group: ProcessGroup = SINGLE_PROCESS, gradient_fn: ValueAndGrad = value_and_grad
 ) -> ValueAndGrad:
-    """What `value_and_grad` computes, for batches that are cut into shards.
+    """`value_and_grad` for batches that are cut into shards.
 
     Args:
         process_group: the processes that share the work; their number divides that of the shards.
         gradient_fn: evaluates loss and gradients of one shard.
 
     Returns:
-        A function for `train_step(..., gradient_fn=...)`. Its batch is a sequence of shards, None where one is empty;
-        the first is not. Shard i draws from `fold_in(key, i)`. Gradients and means are those of the whole batch, its
-        shards weighted by their points. Buffers that a model changes are taken from shard 0, as
+        A function for `train_step(..., gradient_fn=...)`. Its batch is a sequence of shards, None for an empty one; the
+        first is not empty. Shard i has the key `fold_in(key, i)`. Gradients and means are those of the whole batch,
+        weighted by points. Buffers that a model changes come from shard 0, as
         `torch.nn.parallel.DistributedDataParallel` takes those of its first process.
 
     Raises:
-        ValueError: (when called) the number of shards does not fit that of the processes, or no shard has a point.
+        ValueError: (when called) the number of processes does not divide that of the shards, or no shard has a point.
 
     Example:
         >>> def loss_fn(params, buffers, batch, *, key, train):
@@ -108,14 +108,14 @@ def sharded_value_and_grad(
 
 
 def sharded_loss(loss_fn: LossFn, process_group: ProcessGroup = SINGLE_PROCESS) -> LossFn:
-    """A loss function for batches that are cut into shards, for `eval_step`.
+    """A loss function for batches that are cut into shards, e.g. for `eval_step`.
 
     Args:
         loss_fn: the loss of one shard.
         process_group: the processes that share the work.
 
     Returns:
-        A loss function, as `sharded_value_and_grad` without gradients.
+        A loss function whose batch is a sequence of shards, as for `sharded_value_and_grad`.
 
     Example:
         >>> def loss_fn(params, buffers, batch, *, key, train):
@@ -136,35 +136,22 @@ def sharded_loss(loss_fn: LossFn, process_group: ProcessGroup = SINGLE_PROCESS) 
 
 
 def check_shards(num_shards: int, process_group: ProcessGroup) -> None:
-    """Refuse a number of processes that cannot share the shards evenly.
-
-    Args:
-        num_shards: shards of a batch.
-        process_group: the processes.
-
-    Raises:
-        ValueError: the number of processes does not divide that of the shards.
-
-    Example:
-        >>> check_shards(4, SINGLE_PROCESS)
-    """
+    """Raise a ValueError unless the number of processes divides that of the shards."""
     if num_shards < 1 or num_shards % process_group.size:
         fitting = [size for size in range(1, num_shards + 1) if num_shards % size == 0]
         raise ValueError(
-            f"{process_group.size} processes cannot share {num_shards} shards a batch evenly. Expected one of "
+            f"{process_group.size} processes cannot share {num_shards} shards a batch evenly. Expected "
             f"{', '.join(map(str, fitting)) or 'no number'} of processes, or another num_shards."
         )
 
 
 class _Part(NamedTuple):
-    """Sums over some shards: what is added along the tree."""
+    """Sums over some shards, which are added along the tree."""
 
     gradients: dict[torch.dtype, Tensor]  # flat, of the total loss: means times weights
-    numbers: (
-        Tensor  # (1 + 2 M,) float64: whether buffers changed; total and weight of the loss, and of each further mean
-    )
-    names: tuple[str, ...]  # of the further means
-    buffers: Buffers  # of the first of the shards
+    numbers: Tensor  # (1 + 2 M,) float64: whether buffers changed; totals and weights of loss and auxiliary metrics
+    names: tuple[str, ...]  # of the auxiliary metrics
+    buffers: Buffers  # of the first shard
 
 
 def _part(out: LossOut, buffers: Buffers, grads: Mapping[str, Tensor], is_empty: bool) -> _Part:
@@ -191,11 +178,11 @@ def _over_shards(
     """Evaluate this process's shards, exchange the sums, and add them up."""
     check_shards(len(batch), process_group)
     block = len(batch) // process_group.size
-    branch = block & -block  # the largest power of two that divides it: so many shards are a whole branch of the tree
+    branch = block & -block  # shards in a whole branch of the tree: the largest power of two that divides `block`
     first = process_group.rank * block
 
     def evaluated(number: int) -> _Part:
-        # The first shard stands in for an empty one, with no weight, so that all processes know the names of the means.
+        # An empty shard is the first one without weight, so that all processes know the names of the metrics.
         is_empty = batch[number] is None
         return evaluate(batch[0] if is_empty else batch[number], number, is_empty)
 
@@ -231,10 +218,10 @@ def _exchange(branches: Sequence[_Part], process_group: ProcessGroup) -> list[_P
 
 
 def _tree(leaves: Sequence[Callable[[], _Part]]) -> _Part:
-    """The sum of what leaves give: of neighbours in pairs, then of neighbouring pairs, and so on."""
+    """The sum of the leaves' results: of neighbours in pairs, then of neighbouring pairs, and so on."""
     if len(leaves) == 1:
         return leaves[0]()
-    middle = 1 << (len(leaves) - 1).bit_length() - 1  # whole branches to the left, what is left over to the right
+    middle = 1 << (len(leaves) - 1).bit_length() - 1  # a whole branch to the left, the rest to the right
     left, right = _tree(leaves[:middle]), _tree(leaves[middle:])
     for dtype, flat in left.gradients.items():
         flat.add_(right.gradients[dtype])

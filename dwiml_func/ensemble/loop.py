@@ -1,4 +1,4 @@
-"""The training loop of an ensemble: a generator that yields the members and their reports once per epoch."""
+"""The training loop of an ensemble: a generator that yields the members and their reports once an epoch."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.loop import Batches, EpochReport, check_options, check_rate, judge_epoch
 from dwiml_func.core.metrics import add_metrics
+from dwiml_func.core.step import location
 from dwiml_func.ensemble.state import EnsembleState, member_sums
 from dwiml_func.optim.schedules import constant
 from dwiml_func.types import Metrics, Schedule, Sum
@@ -22,24 +23,19 @@ __all__ = ["EnsembleReport", "train_and_validate_ensemble"]
 
 
 class EnsembleStep(Protocol):
-    """`ensemble_step` with all but the learning rate bound.
-
-    Example:
-        >>> def step(ensemble, batch, *, lr):
-        ...     return ensemble, {}
-    """
+    """`ensemble_step` with all but the learning rate bound."""
 
     def __call__(self, ensemble: EnsembleState, batch: Any, *, lr: float | Tensor) -> tuple[EnsembleState, Metrics]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsembleReport:
-    """What one epoch brought.
+    """The report of one epoch.
 
     Args:
-        epoch: number of epochs done by the members that finished this one; 1 is the first.
-        members: the reports of these members, by number. Durations are those of the whole ensemble.
-        failed: members that broke off in this epoch, by number, with where and why.
+        epoch: number of epochs done, including this one; 1 is the first.
+        members: the reports of the members that finished it, by number. Durations are those of the whole ensemble.
+        failed: messages of the members that failed in this epoch, by number.
 
     Example:
         >>> EnsembleReport(epoch=1, members={}, failed={0: "The loss was not finite"}).failed
@@ -68,11 +64,11 @@ def train_and_validate_ensemble(
     """Train and validate all members, epoch by epoch, each until `max_epochs` or until its own patience runs out.
 
     A member's numbers are those of `train_and_validate` with its state, on the same batches. Once it has stopped, or
-    its loss or gradient was not finite, its tensors stay as they are to the last bit, and the others go on.
+    its loss or gradient was not finite, its tensors do not change, and the others continue.
 
     Args:
-        ensemble: where to start: `stack_states(...)`, also in the middle of an epoch.
-        train: `train(key, epoch, start_batch)` gives training batches for all, `key` being the first member's root key.
+        ensemble: where to start: `stack_states(...)`, also within an epoch.
+        train: `train(key, epoch, start_batch)` returns training batches for all; `key` is the first member's root key.
         step: `step(ensemble, batch, lr=...)`, e.g. `partial(ensemble_step, loss_fn=..., optimizer=...)`.
         valid, eval_step: as for `train_and_validate`, with `ensemble_eval_step`.
         learning_rate: a number, or a function of the number of epochs done; or one for each member.
@@ -83,7 +79,7 @@ def train_and_validate_ensemble(
         The ensemble after each epoch, and its report. Nothing is yielded when no member has an epoch left to do.
 
     Raises:
-        ValueError: as `train_and_validate`, or there are not as many learning rates as members.
+        ValueError: as `train_and_validate`, or the numbers of learning rates and members differ.
 
     Example:
         >>> from dwiml_func import init_state, module_loss, optim
@@ -107,7 +103,7 @@ def train_and_validate_ensemble(
     check_options(max_epochs=max_epochs, patience=patience, patience_delta=patience_delta)
     each = list(learning_rate) if isinstance(learning_rate, Sequence) else [learning_rate] * len(ensemble)
     if len(each) != len(ensemble):
-        raise ValueError(f"Expected a learning rate for each of {len(ensemble)} members. Received: {len(each)}")
+        raise ValueError(f"Expected {len(ensemble)} learning rates, one for each member. Received: {len(each)}")
     schedules = [rate if callable(rate) else constant(rate) for rate in each]
 
     def epochs(ensemble: EnsembleState) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
@@ -174,18 +170,18 @@ def _one_or_each(rates: list[float], ensemble: EnsembleState) -> float | Tensor:
 
 
 def _without_patience(ensemble: EnsembleState, patience: int | None) -> EnsembleState:
-    """Members that are out of patience are no longer active."""
-    goes_on = torch.tensor([not should_stop(best, patience) for best in ensemble.best], device=ensemble.active.device)
-    return ensemble.replace(active=ensemble.active & goes_on)
+    """Deactivate members that are out of patience."""
+    continues = torch.tensor([not should_stop(best, patience) for best in ensemble.best], device=ensemble.active.device)
+    return ensemble.replace(active=ensemble.active & continues)
 
 
 def _close_epoch(ensemble: EnsembleState) -> tuple[EnsembleState, Metrics]:
-    """The epoch's end for the active members; the others keep their place and their sums."""
-    active, place = ensemble.active, ensemble.done.new_tensor([ensemble.step, ensemble.epoch + 1, 0])
+    """The ensemble after an epoch of the active members, and the epoch's sums. The others keep position and sums."""
+    active, position = ensemble.active, ensemble.done.new_tensor([ensemble.step, ensemble.epoch + 1, 0])
     closed = ensemble.replace(
         epoch=ensemble.epoch + 1,
         batch=0,
-        done=torch.where(active[:, None], place, ensemble.done),
+        done=torch.where(active[:, None], position, ensemble.done),
         sums={name: Sum(*(torch.where(active, 0.0, part) for part in pair)) for name, pair in ensemble.sums.items()},
     )
     return closed, ensemble.sums
@@ -194,6 +190,6 @@ def _close_epoch(ensemble: EnsembleState) -> tuple[EnsembleState, Metrics]:
 def _failure(ensemble: EnsembleState, number: int) -> str:
     step, epoch, batch = ensemble.done[number].tolist()
     return (
-        f"The loss or the gradient was not finite in epoch {epoch + 1}, batch {batch} (step {step}). "
+        f"The loss or the gradient was not finite in {location(epoch, batch, step)}. "
         f"The member stays as it was before that step."
     )

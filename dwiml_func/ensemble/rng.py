@@ -1,7 +1,7 @@
-"""Random draws inside `torch.func.vmap`, a generator for each member: what each would draw if it ran alone.
+"""Random numbers inside `torch.func.vmap` with a generator for each member, as if each ran alone.
 
-`vmap` itself offers one draw for all members, or one draw of all members' numbers from one generator. Neither gives a
-member the numbers of its own key.
+`vmap` itself offers the same random numbers for all members, or those of all from one generator. Neither gives a member
+the random numbers of its own key.
 """
 
 from __future__ import annotations
@@ -32,28 +32,12 @@ _DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_lik
 
 
 class per_member_rng(TorchFunctionMode):
-    """Give each member of a `vmap` the draws of its own key, inside a `with` block in the mapped function.
+    """Give each member of a `vmap` the random numbers of its own key, in a `with` block inside the mapped function.
 
-    It serves dropout (`torch.nn.functional.dropout` and its kin for channels, and the modules made of them),
-    `torch.rand`, `randn`, `randint`, `randperm`, `rand_like`, `randn_like` and `bernoulli`; these are without gradient.
-    To have others refused, call `vmap` with `randomness="error"`, its default. Where all keys are equal a mask is drawn
-    once. The global generators are left as they were.
-
-    Args:
-        keys: each member's key.
-        index: () tensor, the mapped `torch.arange(len(keys))`.
-        path: folded into the keys: member k draws what it would inside `torch_rng(fold_in(keys[k], *path))`.
-
-    Example:
-        >>> keys = [Key(1), Key(2)]
-        >>> def dropped(index):
-        ...     with per_member_rng(keys, index):
-        ...         return F.dropout(torch.ones(4))
-        >>> both = torch.func.vmap(dropped)(torch.arange(2))
-        >>> with torch_rng(keys[1]):
-        ...     alone = F.dropout(torch.ones(4))
-        >>> torch.equal(both[1], alone)
-        True
+    Member `index`, a () tensor mapped from `torch.arange(len(keys))`, gets those of
+    `torch_rng(fold_in(keys[index], *path))`. It covers dropout (`torch.nn.functional.dropout`, its variants for
+    channels and their modules), `torch.rand`, `randn`, `randint`, `randperm`, `rand_like`, `randn_like` and
+    `bernoulli`, without gradient; `vmap` refuses others by default. The global generators keep their states.
     """
 
     def __init__(self, keys: Sequence[Key], index: Tensor, *, path: Sequence[int] = ()) -> None:
@@ -85,7 +69,7 @@ def _mask(func: Any, shape: torch.Size, p: float, options: Mapping[str, Any]) ->
 
 
 class _Generators:
-    """The states of each member's generators, made when the first number is drawn."""
+    """The states of each member's generators, made at their first use."""
 
     def __init__(self, keys: Sequence[Key], path: Sequence[int]) -> None:
         self._keys = keys
@@ -97,7 +81,7 @@ class _Generators:
 
     @contextmanager
     def of(self, *members: int) -> Iterator[None]:
-        """Draw as one of the members, for all of them: they stand at the same point of the same stream."""
+        """Set torch's generators to those of the first of some members, which all have the same."""
         with torch_rng(fold_in(self._keys[members[0]], *self._path)):
             generators = default_generators()
             for generator, state in zip(generators, self._states.get(members[0], ()), strict=False):
@@ -108,7 +92,7 @@ class _Generators:
 
 
 class _Opaque:
-    """What is not a tensor, which torch.func's tree functions do not walk through."""
+    """A value that torch.func's tree functions do not look into."""
 
     def __init__(self, generators: _Generators, draw: Callable[..., Tensor]) -> None:
         self.generators = generators
@@ -116,7 +100,7 @@ class _Opaque:
 
 
 class _Draw(Function):
-    """(draw, index, arguments) to what each member draws. A Function for the sake of its own rule under `vmap`."""
+    """Random numbers of (call, index, arguments). A Function because it needs its own rule under `vmap`."""
 
     @staticmethod
     def forward(call: _Opaque, index: Tensor, *args: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""An ensemble: K runs of one model, side by side in one immutable value whose tensors have a leading model axis."""
+"""An ensemble: K runs of one model in one immutable value, whose tensors have a leading member axis."""
 
 from __future__ import annotations
 
@@ -8,39 +8,42 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import listed, truncated_repr
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.rng import Key
-from dwiml_func.core.state import TrainState, check_not_donated
+from dwiml_func.core.state import TrainState, check_not_donated, describe_best, describe_tensors
 from dwiml_func.types import Buffers, Metrics, OptState, Params, Sum
 
 __all__ = ["EnsembleState", "member", "member_sums", "stack_states"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class EnsembleState:
-    """K runs, whole: data only. Members that are active stand at the same step, epoch and batch.
+    """K whole runs, data only. Active members are at the same step, epoch and batch.
 
-    A member that is not active has stopped, early or because its loss was not finite: its part of every tensor stays as
-    it was, and `done` says where that was.
+    A member that is not active has stopped, early or because its loss or gradient was not finite. Its part of every
+    tensor stays as it was, at the position in `done`.
 
     Args:
         params: trainable tensors by name, each (K, ...).
         buffers: other tensors of the model by name, each (K, ...).
-        opt_state: moments of the optimizer, each (K, ...).
+        opt_state: optimizer state, each (K, ...).
         keys: each member's root key.
         active: (K,) bool, the members that still train.
-        done: (K, 3) int64: steps, epochs, and batches of the epoch under way that each member has done.
+        done: (K, 3) int64: steps, epochs, and batches of the current epoch that each member has done.
         step: optimizer updates that the active members have done.
         epoch: epochs that they have finished.
-        batch: batches that they have done in the epoch under way; 0 at an epoch's boundary.
-        sums: metric sums of the epoch under way: totals and weights (K,) float64; zeros where there are none.
+        batch: batches that they have done in the current epoch; 0 between epochs.
+        sums: metric sums of the current epoch: totals and weights (K,) float64.
         best: the best epoch so far of each member.
 
     Example:
         >>> from dwiml_func import init_state, sgd
-        >>> ensemble = stack_states([init_state(torch.nn.Linear(2, 1), sgd(), seed=seed) for seed in range(3)])
+        >>> ensemble = stack_states([init_state(torch.nn.Linear(2, 1), sgd(), seed=seed) for seed in (7, 8)])
         >>> len(ensemble), ensemble.params["weight"].shape
-        (3, torch.Size([3, 1, 2]))
+        (2, torch.Size([2, 1, 2]))
+        >>> ensemble
+        EnsembleState(members=2, active=2, step=0, epoch=0, batch=0, params=6 float32 on cpu, seeds=[7, 8], best=none)
     """
 
     params: Params
@@ -58,14 +61,22 @@ class EnsembleState:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def __repr__(self) -> str:
+        position = f"step={self.step}, epoch={self.epoch}, batch={self.batch}"
+        params = describe_tensors(self.params.values())
+        seeds = truncated_repr([key.seed for key in self.keys])
+        best = describe_best(min(self.best, key=lambda best: best.value, default=Best()))
+        members = f"members={len(self)}, active={int(self.active.sum())}"
+        return f"EnsembleState({members}, {position}, params={params}, seeds={seeds}, best={best})"
+
     def replace(self, **changes: object) -> EnsembleState:
-        """Return a copy in which the named fields have new values.
+        """Return a copy with new values for the named fields.
 
         Args:
             **changes: field names and their new values.
 
         Returns:
-            The new ensemble; tensors are shared, not copied.
+            The new ensemble. Tensors are shared, not copied.
         """
         return replace(self, **changes)  # type: ignore[arg-type]
 
@@ -74,15 +85,15 @@ def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None 
     """Make an ensemble of runs of the same model and optimizer.
 
     Args:
-        states: one for each member, new or under way. Nothing in them is changed.
-        active: which members train on; these stand at the same step, epoch and batch. None: all.
+        states: one for each member, new or from a training. They are not changed.
+        active: which members continue to train; these must be at the same step, epoch and batch. None: all.
 
     Returns:
-        The ensemble; `member` takes it apart again, to the bit.
+        The ensemble; `member` gives back each state, bitwise identical.
 
     Raises:
-        ValueError: there is no state, or their tensors differ in name, shape, dtype or device, or the active ones
-            in position.
+        ValueError: there is no state, or the states differ in names, shapes, dtypes or devices of tensors, or the
+            active ones in position.
         RuntimeError: a state was donated to a step.
 
     Example:
@@ -92,10 +103,10 @@ def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None 
         3
     """
     if not states:
-        raise ValueError("Expected at least one state to make an ensemble of. Received none.")
+        raise ValueError("Expected at least one state. Received: none")
     active = [True] * len(states) if active is None else list(active)
     if len(active) != len(states):
-        raise ValueError(f"Expected active to have a value for each of {len(states)} states. Received: {len(active)}")
+        raise ValueError(f"Expected active with {len(states)} values, one for each state. Received: {len(active)}")
     for number, state in enumerate(states):
         check_not_donated(state)
         _check_alike(state, states[0], number)
@@ -103,8 +114,8 @@ def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None 
     positions = {position for position, is_active in zip(done, active, strict=True) if is_active} or {max(done)}
     if len(positions) > 1:
         raise ValueError(
-            f"Expected active members at the same step, epoch and batch. Received: {sorted(positions)}. "
-            "Those that stay as they are have active=False."
+            f"Expected active members at the same (step, epoch, batch). Received: {listed(map(str, positions))}. "
+            "Set active=False for members that have stopped."
         )
     ((step, epoch, batch),) = positions
     device = next(iter(states[0].params.values())).device
@@ -131,7 +142,7 @@ def member(ensemble: EnsembleState, number: int) -> TrainState:
         number: 0 <= number < K.
 
     Returns:
-        The member's state. A member that has stopped stands where it stopped.
+        The member's state. That of a stopped member is at the position where it stopped.
 
     Raises:
         IndexError: there is no such member.
@@ -149,7 +160,7 @@ def member(ensemble: EnsembleState, number: int) -> TrainState:
     return TrainState(
         params=_part(ensemble.params, number),
         buffers=_part(ensemble.buffers, number),
-        opt_state={kind: _part(moments, number) for kind, moments in ensemble.opt_state.items()},
+        opt_state={kind: _part(leaves, number) for kind, leaves in ensemble.opt_state.items()},
         key=ensemble.keys[number],
         step=step,
         epoch=epoch,
@@ -160,14 +171,14 @@ def member(ensemble: EnsembleState, number: int) -> TrainState:
 
 
 def member_sums(sums: Metrics, num_members: int) -> list[dict[str, Sum]]:
-    """Take metric sums of an ensemble apart. It waits for the device.
+    """Separate the metric sums of an ensemble by member. This waits for the device.
 
     Args:
-        sums: totals and weights (K,), as `ensemble_step` gives them.
-        num_members: K; asked for, since there may be no sums.
+        sums: totals and weights (K,), from `ensemble_step`.
+        num_members: K, since there may be no sums.
 
     Returns:
-        The sums of each member, in Python's floats.
+        The sums of each member, as floats.
 
     Example:
         >>> member_sums({"loss": Sum(torch.tensor([6.0, 2.0]), torch.tensor([4.0, 4.0]))}, 2)[1]
@@ -195,7 +206,7 @@ def _stack_sums(sums: Sequence[Metrics], device: torch.device) -> dict[str, Sum]
 
 
 def _own(part: float | Tensor, number: int) -> float | Tensor:
-    """A sum as an ordinary state has it: a float on the CPU, a tensor elsewhere."""
+    """A member's part of a sum, as in a TrainState: a float on the CPU, a tensor elsewhere."""
     if not isinstance(part, Tensor):
         return part
     return part[number].item() if part.device.type == "cpu" else part[number].clone()
@@ -206,8 +217,8 @@ def _check_alike(state: TrainState, first: TrainState, number: int) -> None:
     for name in sorted(one.keys() | other.keys()):
         if one.get(name) != other.get(name):
             raise ValueError(
-                f"Expected states of the same model and optimizer. Received: {name} is {other.get(name, 'not there')} "
-                f"in member {number}, {one.get(name, 'not there')} in member 0."
+                f"Expected states of the same model and optimizer. Received: {name} is {other.get(name, 'missing')} "
+                f"in member {number}, {one.get(name, 'missing')} in member 0."
             )
 
 

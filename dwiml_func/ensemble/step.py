@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwiml_func.core.gradients import clip_factor
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Stream, fold_in
-from dwiml_func.core.step import loss_metrics
+from dwiml_func.core.step import choose, loss_metrics
 from dwiml_func.ensemble.rng import per_member_rng
 from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Sum
@@ -38,27 +39,27 @@ def ensemble_step(
 ) -> tuple[EnsembleState, Metrics]:
     """Take one optimizer step with each active member, on the same batch.
 
-    What a member becomes is what `train_step` would make of it, but for the last bits: sums run in another order. Draws
-    are those of its own key, see `per_member_rng`; those that a loss makes by itself from the key it is given are those
-    of the first member's. A member whose loss or gradient norm is not finite stays as it was, and is no longer active.
-    Nothing waits for the device.
+    A member's result is that of `train_step` up to rounding: sums run in another order. The model gets the random
+    numbers of the member's own key, see `per_member_rng`; a loss that uses its `key` directly gets the first member's.
+    A member whose loss or gradient norm is not finite keeps its values and is no longer active. Nothing waits for the
+    device.
 
     Args:
-        ensemble: K members before the step. Nothing in it is changed.
+        ensemble: K members before the step. It is not changed.
         batch: what the loss takes.
         loss_fn: the loss of one member, see `dwiml_func.core.loss`. It runs under `torch.func.vmap`.
-        optimizer: an init/update pair, elementwise as all of `dwiml_func.optim` are; with `weight_decay` what makes
-            one, such as `dwiml_func.adam`.
+        optimizer: an init/update pair with elementwise arithmetic, as all of `dwiml_func.optim` have; with
+            `weight_decay` a factory of one, such as `dwiml_func.adam`.
         lr: learning rate, or (K,) one for each member.
         weight_decay: (K,) one for each member, given to `optimizer`.
         clip_grad: largest global norm of a member's gradient; None does not clip.
 
     Returns:
-        The members after the step, and the batch's sums as `train_step` gives them, each (K,) float64: zeros for
-        members that took no step.
+        The members after the step, and the batch's sums as from `train_step`, each (K,) float64; zeros for members
+        that took no step.
 
     Raises:
-        ValueError: the loss is no scalar or does not depend on the parameters, or a number is out of range.
+        ValueError: the loss is not a scalar or depends on no parameter, or a number is out of range.
 
     Example:
         >>> from dwiml_func import init_state, module_loss, sgd
@@ -72,8 +73,6 @@ def ensemble_step(
         >>> ensemble.step, torch.equal(ensemble.params["weight"][1], model.weight), metrics["loss"].weight
         (1, True, tensor([4., 4.], dtype=torch.float64))
     """
-    if clip_grad is not None and not clip_grad > 0:
-        raise ValueError(f"Expected a gradient norm to clip at above 0, or None not to clip. Received: {clip_grad}")
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in ensemble.params.items()}
     with torch.enable_grad():
         losses, metrics, buffers = _evaluate(ensemble, leaves, batch, loss_fn, Stream.TRAIN_STEP)
@@ -87,8 +86,8 @@ def ensemble_step(
 
     takes = ensemble.active & torch.isfinite(losses.detach()) & torch.isfinite(norm)
     if takes.device.type != "cpu" or not takes.all():  # reading costs nothing on the CPU
-        params, buffers = _choose(takes, params, ensemble.params), _choose(takes, buffers, ensemble.buffers)
-        opt_state = {kind: _choose(takes, opt_state[kind], ensemble.opt_state[kind]) for kind in opt_state}
+        params, buffers = choose(takes, params, ensemble.params), choose(takes, buffers, ensemble.buffers)
+        opt_state = choose(takes, opt_state, ensemble.opt_state)
         metrics = {name: Sum(*(torch.where(takes, part, 0.0) for part in pair)) for name, pair in metrics.items()}
     new_ensemble = ensemble.replace(
         params=params,
@@ -107,13 +106,13 @@ def ensemble_eval_step(ensemble: EnsembleState, batch: Any, *, loss_fn: LossFn) 
     """Evaluate one batch with every member, without gradients, in evaluation mode.
 
     Args:
-        ensemble: K members; nothing in it is changed. Draws, if the model makes any when evaluated, are those of each
-            member's key, `ensemble.epoch` and `ensemble.batch`.
+        ensemble: K members; it is not changed. A model that is stochastic in evaluation gets the random numbers of
+            each member's key, `ensemble.epoch` and `ensemble.batch`.
         batch: what the loss takes.
         loss_fn: the loss of one member.
 
     Returns:
-        The batch's sums as `eval_step` gives them, each (K,) float64; those of members that have stopped too.
+        The batch's sums as from `eval_step`, each (K,) float64, also of members that have stopped.
 
     Example:
         >>> from dwiml_func import init_state, module_loss, sgd
@@ -132,12 +131,12 @@ def _evaluate(
     ensemble: EnsembleState, params: Params, batch: Any, loss_fn: LossFn, stream: Stream
 ) -> tuple[Tensor, dict[str, Sum], Buffers]:
     """The losses (K,), the sums (K,) and the buffers of all members after a batch."""
-    place = (stream, ensemble.epoch, ensemble.batch)
-    key, is_training = fold_in(ensemble.keys[0], *place), stream is Stream.TRAIN_STEP
-    numbers: dict[str, float] = {}  # weights that are no tensors: vmap hands tensors through, and nothing else
+    path = (stream, ensemble.epoch, ensemble.batch)
+    key, is_training = fold_in(ensemble.keys[0], *path), stream is Stream.TRAIN_STEP
+    numbers: dict[str, float] = {}  # weights that are not tensors: vmap returns only tensors
 
     def one(params: Params, buffers: Buffers, index: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, ...]], Buffers]:
-        with per_member_rng(ensemble.keys, index, path=place):
+        with per_member_rng(ensemble.keys, index, path=path):
             out = loss_fn(params, buffers, batch, key=key, train=is_training)
         if out.loss.dim() != 0:
             shape = tuple(out.loss.shape)
@@ -171,9 +170,9 @@ def _explained(error: Exception) -> Exception:
         frame = frame.tb_next
     where = "The loss" if part is None else f"The model's {part}"
     return ValueError(
-        f"{where} cannot run for all members of an ensemble at once: torch cannot map an operation of it, "
-        f"or its random numbers, over members. Use another layer in its place, such as those of dwiml_func.models, or train "
-        f"the members one after the other."
+        f"{where} cannot run for all members of an ensemble at once: torch cannot map an operation of it, or its "
+        f"random numbers, over members. Use another layer, such as those of dwiml_func.models, or train the members "
+        f"one after the other."
     )
 
 
@@ -183,8 +182,8 @@ def _clipped(grads: Params, clip_grad: float | None) -> tuple[Params, Tensor, Te
     norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     if clip_grad is None:
         return grads, norm, norm
-    factor = torch.clamp(clip_grad / (norm + 1e-6), max=1.0)
-    return {name: grad * _meeting(factor, like=grad) for name, grad in grads.items()}, norm, norm * factor
+    factor = clip_factor(norm, clip_grad)
+    return {name: grad * _broadcast(factor, like=grad) for name, grad in grads.items()}, norm, norm * factor
 
 
 def _updated(
@@ -194,26 +193,26 @@ def _updated(
     lr: float | Tensor,
     weight_decay: Tensor | None,
 ) -> tuple[Params, OptState]:
-    """The optimizer's update of all members at once, which is right since its arithmetic is elementwise."""
+    """The optimizer's update of all members at once, possible since its arithmetic is elementwise."""
     if isinstance(optimizer, Optimizer):
         if weight_decay is not None:
-            raise ValueError("Expected what makes an optimizer, such as dwiml_func.adam, beside weight_decay.")
+            raise ValueError("weight_decay requires an optimizer factory, such as dwiml_func.adam.")
         if not isinstance(lr, Tensor):
             return optimizer.update(grads, ensemble.opt_state, ensemble.params, lr=lr, step=ensemble.step)
     params: dict[str, Tensor] = {}
     opt_state: dict[str, dict[str, Tensor]] = {kind: {} for kind in ensemble.opt_state}
-    alike: dict[Any, list[str]] = {}  # leaves that the members' numbers meet in one shape and dtype
+    groups: dict[Any, list[str]] = {}  # leaves to which the members' numbers broadcast in one shape and dtype
     for name, leaf in grads.items():
-        alike.setdefault((leaf.dim(), leaf.dtype), []).append(name)
-    for names in alike.values():
-        meeting = partial(_meeting, like=grads[names[0]])
-        decay = {} if weight_decay is None else {"weight_decay": meeting(weight_decay)}
+        groups.setdefault((leaf.dim(), leaf.dtype), []).append(name)
+    for names in groups.values():
+        broadcast = partial(_broadcast, like=grads[names[0]])
+        decay = {} if weight_decay is None else {"weight_decay": broadcast(weight_decay)}
         made = optimizer if isinstance(optimizer, Optimizer) else optimizer(**decay)
-        moments = {kind: _some(own, names) for kind, own in ensemble.opt_state.items()}
-        values = (_some(grads, names), moments, _some(ensemble.params, names))
-        new_params, new_moments = made.update(*values, lr=meeting(lr), step=ensemble.step)
+        old_state = {kind: _some(own, names) for kind, own in ensemble.opt_state.items()}
+        values = (_some(grads, names), old_state, _some(ensemble.params, names))
+        new_params, new_state = made.update(*values, lr=broadcast(lr), step=ensemble.step)
         params |= new_params
-        opt_state = {kind: {**own, **new_moments[kind]} for kind, own in opt_state.items()}
+        opt_state = {kind: {**own, **new_state[kind]} for kind, own in opt_state.items()}
     return _some(params, grads), {kind: _some(own, grads) for kind, own in opt_state.items()}
 
 
@@ -221,14 +220,6 @@ def _some(leaves: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tenso
     return {name: leaves[name] for name in names}
 
 
-def _meeting(number: float | Tensor, like: Tensor) -> float | Tensor:
-    return _along(number.to(like), like) if isinstance(number, Tensor) else number
-
-
-def _choose(takes: Tensor, new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.where(_along(takes, leaf), leaf, old[name]) for name, leaf in new.items()}
-
-
-def _along(each: Tensor, leaf: Tensor) -> Tensor:
-    """A number (K,) for each member, in a shape that meets a leaf (K, ...)."""
-    return each.reshape(-1, *(1,) * (leaf.dim() - 1))
+def _broadcast(number: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number (K,) for each member, in the dtype of a leaf (K, ...) and a shape that broadcasts to it."""
+    return number.to(like).reshape(-1, *(1,) * (like.dim() - 1)) if isinstance(number, Tensor) else number

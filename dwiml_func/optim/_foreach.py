@@ -1,4 +1,7 @@
-"""Arithmetic on lists of tensors in two ways: fused for speed, or one by one for what torch transforms."""
+"""Arithmetic on lists of tensors: fused for speed, or tensor by tensor under torch's transforms.
+
+The fused operations are torch's own `_foreach_` functions: private, the same in torch 2.11 and 2.13.
+"""
 
 from __future__ import annotations
 
@@ -20,22 +23,10 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Arithmetic(Protocol):
-    """An operation of torch, by its name, on each element of lists of equal length.
+    """An operation of torch ("add", "lerp", "sqrt", ...) on each element of lists of equal length.
 
-    Args:
-        name: "add", "addcdiv", "addcmul", "clone", "div", "lerp", "mul", "norm", "reciprocal" or "sqrt".
-        tensors: the first argument of each.
-        *others: further arguments: a list with one for each, or a number for all.
-        reuse: whether the result may take the memory of `tensors`.
-        **factors: numbers that the operation knows by name, as `alpha` of torch.add.
-
-    Returns:
-        The results, in the order of `tensors`.
-
-    Example:
-        >>> tensors = [torch.ones(2)]
-        >>> arithmetic_for(tensors)("add", tensors, tensors, alpha=0.5)
-        (tensor([1.5000, 1.5000]),)
+    `others` are lists with one argument for each, or numbers for all. With `reuse` the result may take the memory of
+    `tensors`.
     """
 
     def __call__(
@@ -44,22 +35,10 @@ class Arithmetic(Protocol):
 
 
 def arithmetic_for(tensors: Iterable[Tensor], *numbers: Number) -> Arithmetic:
-    """Choose how to calculate with tensors and numbers.
+    """Choose the arithmetic for all tensors, and all numbers that are not constants, of a calculation.
 
-    Args:
-        tensors: all that will be calculated with.
-        *numbers: all numbers that are not constants.
-
-    Returns:
-        For plain tensors and numbers: one call an operation for all tensors, in place where memory may be reused. Under
-        torch.func or torch.compile, where a tensor carries a graph, or where a number is a tensor: one call a tensor,
-        never in place. Results can then be differentiated with respect to the numbers too, and the square root has a
-        gradient at zero, so that a chain through the square of a zero gives zero, and not 0 times infinity.
-
-    Example:
-        >>> run = arithmetic_for([torch.ones(2)], torch.tensor(0.5))
-        >>> run("add", [torch.ones(2)], [torch.ones(2)], alpha=torch.tensor(0.5))
-        [tensor([1.5000, 1.5000])]
+    Fused and in place for plain tensors and numbers. Under a transform, or where a tensor has a graph or a number is a
+    tensor: tensor by tensor, never in place, and differentiable with respect to the numbers too.
     """
     is_plain = not (
         is_transformed()

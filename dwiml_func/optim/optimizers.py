@@ -1,8 +1,7 @@
-"""Optimizers as pairs of pure functions, in the arithmetic of `torch.optim`, to the bit.
+"""Optimizers as pairs of pure functions, bitwise identical to `torch.optim`.
 
-The formulas are written once, on lists of tensors. Plain numbers and tensors go through torch's horizontally fused
-(`_foreach_`) operations, which cost a handful of calls whatever the number of tensors, and run in place on donated
-memory. What is differentiated, mapped or compiled goes through the same operations tensor by tensor.
+Each formula is written once, on lists of tensors: `_foreach.arithmetic_for` chooses torch's fused operations, in place
+on donated memory, or one operation a tensor where the update is differentiated, mapped or compiled.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ __all__ = ["Optimizer", "adam", "adamw", "radam", "sgd"]
 Kernel = Callable[
     [Arithmetic, Tensors, Tensors, dict[str, Tensors], Number, Number, bool], tuple[Tensors, dict[str, Tensors]]
 ]
-"""(arithmetic, grads, params, moments, lr, step, donate) -> (new params, new moments), lists in one order of names."""
+"""(arithmetic, grads, params, opt_state, lr, step, donate) -> (params, opt_state), lists in one order of names."""
 
 
 def sgd(*, momentum: float = 0.0, weight_decay: Number = 0.0, nesterov: bool = False) -> Optimizer:
@@ -46,22 +45,23 @@ def sgd(*, momentum: float = 0.0, weight_decay: Number = 0.0, nesterov: bool = F
     if nesterov and momentum == 0:
         raise ValueError("Expected a momentum above 0 with nesterov=True. Received: momentum=0")
 
-    def kernel(run, grads, params, moments, lr, step, donate):
+    def kernel(run, grads, params, opt_state, lr, step, donate):
         if _is_not_zero(weight_decay):
             grads = run("add", grads, params, alpha=weight_decay)
         if momentum:
             # torch starts from the first gradient; 0 * momentum + grad would turn -0.0 into 0.0
-            is_first, old = step == 0, moments["momentum_buffer"]
+            is_first, old = step == 0, opt_state["momentum_buffer"]
+            buffers: Tensors
             if isinstance(is_first, Tensor):
                 running = run("add", run("mul", old, momentum), grads)
                 buffers = [torch.where(is_first, grad, sum_) for grad, sum_ in zip(grads, running, strict=True)]
             elif is_first:
-                buffers = run("clone", grads)
+                buffers = [grad.clone() for grad in grads]
             else:
                 buffers = run("add", run("mul", old, momentum, reuse=donate), grads, reuse=True)
-            moments = {"momentum_buffer": buffers}
+            opt_state = {"momentum_buffer": buffers}
             grads = run("add", grads, buffers, alpha=momentum) if nesterov else buffers
-        return run("add", params, grads, alpha=-lr, reuse=donate), moments
+        return run("add", params, grads, alpha=-lr, reuse=donate), opt_state
 
     return _optimizer(("momentum_buffer",) if momentum else (), kernel, weight_decay)
 
@@ -87,10 +87,10 @@ def adam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_
     """
     _check(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
-    def kernel(run, grads, params, moments, lr, step, donate):
+    def kernel(run, grads, params, opt_state, lr, step, donate):
         if _is_not_zero(weight_decay):
             grads = run("add", grads, params, alpha=weight_decay)
-        return _adam_kernel(run, grads, params, moments, lr, step, donate, beta1, beta2, eps)
+        return _adam_kernel(run, grads, params, opt_state, lr, step, donate, beta1, beta2, eps)
 
     return _optimizer(("exp_avg", "exp_avg_sq"), kernel, weight_decay)
 
@@ -116,10 +116,10 @@ def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
     """
     _check(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
-    def kernel(run, grads, params, moments, lr, step, donate):
+    def kernel(run, grads, params, opt_state, lr, step, donate):
         if _is_not_zero(weight_decay):
             params = run("mul", params, 1 - lr * weight_decay, reuse=donate)
-        return _adam_kernel(run, grads, params, moments, lr, step, donate, beta1, beta2, eps)
+        return _adam_kernel(run, grads, params, opt_state, lr, step, donate, beta1, beta2, eps)
 
     return _optimizer(("exp_avg", "exp_avg_sq"), kernel, weight_decay)
 
@@ -145,10 +145,10 @@ def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
     """
     _check(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
-    def kernel(run, grads, params, moments, lr, step, donate):
+    def kernel(run, grads, params, opt_state, lr, step, donate):
         if _is_not_zero(weight_decay):
             grads = run("add", grads, params, alpha=weight_decay)
-        means, squares = _update_moments(run, grads, moments, donate, beta1, beta2)
+        means, squares = _update_averages(run, grads, opt_state, donate, beta1, beta2)
         count = step + 1
         correction1, correction2 = 1 - beta1**count, 1 - beta2**count
         rho_inf = 2 / (1 - beta2) - 1
@@ -156,7 +156,7 @@ def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
         changes = run("mul", run("div", means, correction1), lr)
         adapts = rho > 5.0  # the variance of the adaptive rate is tractable: section 3.3 of the paper
         if isinstance(adapts, Tensor):
-            rho = torch.where(adapts, rho, 6.0)  # the root below is of a positive number in either case
+            rho = torch.where(adapts, rho, 6.0)  # keeps the square root below real
         if isinstance(adapts, Tensor) or adapts:
             rectify = ((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) ** 0.5
             rates = run("reciprocal", run("add", run("sqrt", squares), eps))
@@ -174,7 +174,7 @@ def _adam_kernel(
     run: Arithmetic,
     grads: Tensors,
     params: Tensors,
-    moments: dict[str, Tensors],
+    opt_state: dict[str, Tensors],
     lr: Number,
     step: Number,
     donate: bool,
@@ -182,7 +182,7 @@ def _adam_kernel(
     beta2: float,
     eps: float,
 ) -> tuple[Tensors, dict[str, Tensors]]:
-    means, squares = _update_moments(run, grads, moments, donate, beta1, beta2)
+    means, squares = _update_averages(run, grads, opt_state, donate, beta1, beta2)
     step_size = lr / (1 - beta1 ** (step + 1))
     roots = run("div", run("sqrt", squares), (1 - beta2 ** (step + 1)) ** 0.5)
     roots = run("add", roots, eps, reuse=True)
@@ -190,11 +190,11 @@ def _adam_kernel(
     return params, {"exp_avg": means, "exp_avg_sq": squares}
 
 
-def _update_moments(
-    run: Arithmetic, grads: Tensors, moments: dict[str, Tensors], donate: bool, beta1: float, beta2: float
+def _update_averages(
+    run: Arithmetic, grads: Tensors, opt_state: dict[str, Tensors], donate: bool, beta1: float, beta2: float
 ) -> tuple[Tensors, Tensors]:
-    means = run("lerp", moments["exp_avg"], grads, 1 - beta1, reuse=donate)
-    squares = run("mul", moments["exp_avg_sq"], beta2, reuse=donate)
+    means = run("lerp", opt_state["exp_avg"], grads, 1 - beta1, reuse=donate)
+    squares = run("mul", opt_state["exp_avg_sq"], beta2, reuse=donate)
     squares = run("addcmul", squares, grads, grads, 1 - beta2, reuse=True)
     return means, squares
 
@@ -209,13 +209,13 @@ def _optimizer(kinds: Iterable[str], kernel: Kernel, weight_decay: Number) -> Op
         grads: Params, opt_state: OptState, params: Params, *, lr: Number, step: Number, donate: bool = False
     ) -> tuple[dict[str, Tensor], OptState]:
         names = list(params)
-        moments: dict[str, Tensors] = {kind: [opt_state[kind][name] for name in names] for kind in kinds}
+        lists: dict[str, Tensors] = {kind: [opt_state[kind][name] for name in names] for kind in kinds}
         ordered, old = [grads[name] for name in names], [params[name] for name in names]
-        run = arithmetic_for(chain(old, ordered, *moments.values()), lr, step, weight_decay)
+        run = arithmetic_for(chain(old, ordered, *lists.values()), lr, step, weight_decay)
         if isinstance(step, Tensor):
             step = step.to(torch.float64)  # bias corrections lose half their digits in float32
-        values, moments = kernel(run, ordered, old, moments, lr, step, donate)
-        new_state = {kind: dict(zip(names, moments[kind], strict=True)) for kind in kinds}
+        values, lists = kernel(run, ordered, old, lists, lr, step, donate)
+        new_state = {kind: dict(zip(names, lists[kind], strict=True)) for kind in kinds}
         return dict(zip(names, values, strict=True)), new_state
 
     return Optimizer(init, update)

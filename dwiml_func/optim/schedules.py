@@ -27,7 +27,7 @@ def constant(value: float) -> Schedule:
 
 
 def per_epoch(values: Sequence[float]) -> Schedule:
-    """One learning rate an epoch; the last one repeats.
+    """One learning rate for each epoch; the last one repeats.
 
     Args:
         values: at least one learning rate, each > 0.
@@ -57,7 +57,7 @@ def cosine(initial: float, *, num_epochs: int, final: float = 0.0) -> Schedule:
 
     Args:
         initial: learning rate of the first epoch.
-        num_epochs: epochs until `final` is reached, which then stays.
+        num_epochs: epochs until `final`, which then stays.
         final: the last learning rate.
 
     Returns:
@@ -84,10 +84,10 @@ def cosine(initial: float, *, num_epochs: int, final: float = 0.0) -> Schedule:
 
 
 def warm_up(schedule: Schedule, *, num_epochs: int) -> Schedule:
-    """Grow linearly to the wrapped schedule's values over the first epochs.
+    """Grow linearly to a schedule's values over the first epochs.
 
     Args:
-        schedule: what to follow; its epoch 0 is the first epoch of the warm-up.
+        schedule: the schedule to wrap; its epoch 0 is the first epoch of the warm-up.
         num_epochs: epochs of warm-up; epoch i has (i + 1) / (num_epochs + 1) of the wrapped rate.
 
     Returns:

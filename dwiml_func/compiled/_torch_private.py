@@ -1,0 +1,115 @@
+"""What compiled steps need of torch beyond its documented interface. `missing` names what a torch lacks of it.
+
+Other rooms use two private things of torch that all supported versions have: the `_foreach_` operations
+(`optim/_foreach.py`) and `torch._C._are_functorch_transforms_active` (`_transforms.py`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["compile_graph", "compile_whole", "is_about_tracing", "mark_dynamic", "missing", "tracing"]
+
+_ARGUMENTS = (
+    "options",  # guard_filter_fn, see `_guards_of_arguments`
+    "recompile_limit",  # graphs of one function; torch's own limit counts those of all
+    "isolate_recompiles",  # functions with the same code do not look through each other's graphs
+)
+_TRACING = {
+    "torch._dynamo.config": {
+        "trace_autograd_ops": True,  # torch.autograd.grad within the graph
+        "specialize_float": True,  # Python's numbers are constants
+        "assume_static_by_default": True,  # sizes vary only where `mark_dynamic` says so
+        "automatic_dynamic_shapes": False,  # also after a second size was seen
+    },
+    "torch._functorch.config": {
+        "enable_autograd_cache": False,  # it does not know when an operator of this package changes
+    },
+    "torch.fx.experimental._config": {
+        "use_duck_shape": False,  # sizes that are equal in one batch are not the same size
+        "backed_size_oblivious": True,  # a size of 1 is not a constant
+    },
+}
+_INDUCTOR = {
+    "size_asserts": False,  # guards check the arguments already
+    "fx_graph_cache": False,  # as enable_autograd_cache
+    "fallback_random": True,  # use torch's generators, which `torch_rng` seeds, as an eager step does
+    "cpp.enable_loop_tail_vec": False,  # else the end of a loop depends on the sizes of the first batch
+}
+_FUNCTIONS = {
+    "torch._dynamo": ("lookup_backend", "maybe_mark_dynamic"),
+    "torch._dynamo.exc": ("FailOnRecompileLimitHit", "TorchDynamoException"),
+}
+_ARGUMENT = re.compile(r"$|(L\[')?(params|buffers|opt_state|batch|numbers)\b")  # of a guard's name; shapes have none
+
+
+def missing(backend: str) -> list[str]:
+    """The names of what this torch lacks to compile with a backend; empty if it lacks nothing."""
+    needed: dict[str, Iterable[str]] = {**_FUNCTIONS, **_TRACING}
+    if backend == "inductor":
+        needed |= {"torch._inductor.compile_fx": ("compile_fx",), "torch._inductor.config": _INDUCTOR}
+    has = inspect.signature(torch.compile).parameters
+    lacks = [f"torch.compile({name}=)" for name in _ARGUMENTS if name not in has]
+    for path, names in needed.items():
+        try:
+            module = import_module(path)
+        except ImportError:
+            lacks.append(path)
+        else:
+            lacks += [f"{path}.{name}" for name in names if not hasattr(module, name)]
+    return lacks
+
+
+def compile_whole(function: Callable[..., Any], backend: Callable[..., Any], max_graphs: int) -> Callable[..., Any]:
+    """`torch.compile` of a whole function, which calls `backend(graph, inputs)` for each new graph."""
+    return torch.compile(
+        function,
+        fullgraph=True,
+        backend=backend,  # type: ignore[arg-type]  # torch declares the type that backends had
+        options={"guard_filter_fn": _guards_of_arguments},
+        recompile_limit=max_graphs,
+        isolate_recompiles=True,
+    )
+
+
+def _guards_of_arguments(guards: list[Any]) -> list[bool]:
+    """The guards that each call checks: all of the arguments', none of what is fixed."""
+    return [not guard.is_global and _ARGUMENT.match(guard.name) is not None for guard in guards]
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """The settings under which a graph is traced."""
+    with ExitStack() as stack:
+        for path, settings in _TRACING.items():
+            stack.enter_context(import_module(path).patch(**settings))
+        yield
+
+
+def mark_dynamic(tensor: Tensor) -> None:
+    """Let the first size of a tensor vary within one graph, where the function allows it."""
+    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any], backend: str) -> Any:
+    """A traced graph, compiled by a backend of torch.compile."""
+    if backend == "inductor":
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs, config_patches=_INDUCTOR)
+    return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+
+def is_about_tracing(error: Exception) -> bool:
+    """Whether an error comes from tracing a function, and not from its graph at work."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    return isinstance(error, TorchDynamoException | FailOnRecompileLimitHit)
