@@ -1,7 +1,8 @@
-"""The README is true: its script runs as it stands there, and does what the command does."""
+"""README and guides are true: their scripts and commands run as they stand there, and do what they say."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -10,12 +11,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def _blocks(language: str, heading: str) -> list[str]:
-    text = (ROOT / "README.md").read_text()
+    (text,) = (page.read_text() for page in PAGES if f"\n## {heading}\n" in page.read_text())
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(rf"^```{language}\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
 
@@ -35,7 +41,7 @@ def test_the_script_of_an_ensemble_runs(tmp_path: Path) -> None:
 
 
 def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
-    script, pieces = _blocks("python", "Compose your own loop")
+    (script,), (pieces,) = _blocks("python", "Compose your own loop"), _blocks("python", "The pieces")
     assert len([line for line in script.splitlines() if line.strip()]) <= 30
     experiments = tmp_path / "experiments"
     experiments.mkdir()
@@ -81,10 +87,10 @@ def test_two_commands_do_all_the_set_up() -> None:
     assert "pytest" in blocks[1]
 
 
-def test_every_command_has_its_line_in_the_readme() -> None:
+def test_every_command_has_its_line_in_the_guide() -> None:
     from dwiml_func.cli.main import COMMANDS
 
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "commands.md").read_text()
     missing = [command for command in COMMANDS if f"dwiml-func {command}" not in text]
     assert missing == []
 
@@ -153,5 +159,49 @@ TRAINING_OPTIONS_OF_DWI_ML = (  # of l2t_train_model and l2t_resume_training_fro
 def test_every_training_option_of_dwi_ml_is_ours_or_in_the_table(cli) -> None:
     helps = cli("train", "--help").out + cli("resume", "--help").out
     ours = {name.lower().replace("-", "_") for name in re.findall(r"--([a-z0-9-]+)|HDF5_FILE", helps)}
-    table = (ROOT / "README.md").read_text().split("\n## From dwi_ml\n")[1].split("\n## ")[0]
+    table = (ROOT / "docs" / "dwi_ml.md").read_text()
     assert [name for name in TRAINING_OPTIONS_OF_DWI_ML if name not in ours and name not in table] == []
+
+
+def test_a_torch_dataloader_is_a_source_and_the_weights_go_back(tmp_path: Path) -> None:
+    (script,) = _blocks("python", "Bring your own data source")
+    (tmp_path / "script.py").write_text(script)
+    losses = [float(line.split()[1]) for line in _run(sys.executable, "script.py", folder=tmp_path).splitlines()]
+    assert len(losses) == 5
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def _names_in_tables() -> list[str]:
+    """What stands in backticks in the tables of pieces, with the module of its row."""
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", (ROOT / "docs" / "compose.md").read_text(), flags=re.MULTILINE)
+    names = []
+    for first, second in rows:
+        module = re.fullmatch(r"`(dwiml_func\.\w+)`", first)
+        cell, prefix = (second, module[1]) if module else (first, "dwiml_func")
+        names += [f"{prefix}.{name}" for name in re.findall(r"`(\w+)`", cell)]
+    right = re.findall(r"^\| .* \| (.*) \|$", (ROOT / "docs" / "dwi_ml.md").read_text(), flags=re.MULTILINE)
+    known = [name for cell in right if "dwiml-func" not in cell for name in re.findall(r"`([a-zA-Z]\w*)`", cell)]
+    return names + [f"dwiml_func.{name}" for name in known]
+
+
+@pytest.mark.parametrize("name", sorted(set(_names_in_tables())))
+def test_every_name_in_the_tables_can_be_imported_as_written(name: str) -> None:
+    module, _, attribute = name.rpartition(".")
+    places = [module, "dwiml_func.data"] if module == "dwiml_func" else [module]
+    assert any(hasattr(importlib.import_module(place), attribute) for place in places), name
+
+
+def test_the_tables_name_the_pieces() -> None:
+    assert {"dwiml_func.jit_step", "dwiml_func.writers.Comet", "dwiml_func.models.load_model"} <= set(
+        _names_in_tables()
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
