@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -113,3 +114,13 @@ def test_a_full_disk_leaves_the_older_logs_until_there_is_space_again(tmp_path, 
     assert {array.shape for array in logs(tmp_path).values()} == {(1,)}
     write(report(3))
     assert {array.shape for array in logs(tmp_path).values()} == {(3,)}
+
+
+@pytest.mark.parametrize("name", ["acc/left", "../../out", "a%2Fb", "/root"])
+def test_a_metrics_name_is_no_path(tmp_path, name):
+    train = report(1).train | {name: 0.5}
+    npy(tmp_path / "run")(report(1, train=train))
+    files = sorted(path.name for path in (tmp_path / "run" / "logs").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert len(files) == len(epoch_arrays([report(1)])) + 1
+    assert f"train_{quote(name, safe=' ')}_monitor_per_epoch.npy" in files

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -25,6 +26,8 @@ _NAMES = {
 
 def npy(directory: str | Path) -> Writer:
     """A writer of `logs/*.npy` and `best_epoch_losses.json`; every report rewrites them.
+
+    A slash in a metric's name, as in "acc/left", is written as %2F in the file's name.
 
     Args:
         directory: the experiment.
@@ -71,7 +74,7 @@ def _write(directory: Path, history: Sequence[EpochReport]) -> None:
     for name, array in epoch_arrays(history).items():
         content = io.BytesIO()
         np.save(content, array)
-        atomic_write(logs / f"{name}.npy", content.getvalue(), flush=False)
+        atomic_write(logs / f"{quote(name, safe=' ')}.npy", content.getvalue(), flush=False)
     if history and history[-1].best.epoch is not None:
         best = history[history[-1].best.epoch - 1]
         losses = {"train_loss": best.train["loss"], "valid_loss": best.valid.get("loss")}
