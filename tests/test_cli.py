@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import shutil
@@ -265,6 +266,17 @@ def test_the_program_lists_its_commands(cli, arguments):
     assert "\nExample: dwiml-func train " in outcome.out
     for code in (0, 1, 2, 130, 143):
         assert re.search(rf"^- {code}: \w", outcome.out.split("Exit codes:")[1], flags=re.MULTILINE)
+
+
+def test_each_command_is_a_module_with_its_options():
+    import dwiml_func.cli
+
+    folder = Path(dwiml_func.cli.__path__[0])
+    modules = {path.stem for path in folder.glob("[!_]*.py")} - {"main"}
+    assert modules == {command.replace("-", "_") for command in COMMANDS}
+    for name in modules:
+        module = importlib.import_module(f"dwiml_func.cli.{name}")
+        assert {"Options", "run"} <= set(module.__all__)
 
 
 def test_the_version_is_the_packages(cli):

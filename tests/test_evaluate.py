@@ -115,6 +115,23 @@ def test_the_function_gives_what_the_command_prints(cli, stopped_early):
     assert (result.loss, result.num_points) == (printed["loss"], printed["num_points"])
 
 
+def test_the_groups_are_those_of_the_training_unless_others_are_given(cli, tmp_path):
+    data = shutil.copy(PHANTOM, tmp_path / "data.hdf5")
+    with h5py.File(data, "r+") as file:
+        for subject in ("subj0", "subj1", "subj2"):
+            file.move(f"{subject}/input", f"{subject}/signal")
+            file.move(f"{subject}/streamlines", f"{subject}/lines")
+    (tmp_path / "experiments").mkdir()
+    groups = ["--input-group-name", "signal", "--streamline-group-name", "lines"]
+    options = ["--max-epochs", "1", "--rnn-layer-sizes", "4", "--quiet"]
+    assert cli("train", tmp_path / "experiments", "run", data, *groups, *options).code == 0
+    result = json.loads(cli("evaluate", tmp_path / "experiments" / "run", data, "--json").out)
+    others = ["--input-group-name", "input", "--streamline-group-name", "streamlines"]
+    assert json.loads(cli("evaluate", tmp_path / "experiments" / "run", PHANTOM, "--json", *others).out) == result
+    cli("evaluate", tmp_path / "experiments" / "run", PHANTOM).check_refusal("'signal'")
+    cli("evaluate", tmp_path / "experiments" / "run", PHANTOM, *others[:2]).check_refusal("'lines'")
+
+
 def test_a_model_reads_the_points_around_as_it_was_trained_to(cli, tmp_path):
     (tmp_path / "experiments").mkdir()
     options = ["--max-epochs", "2", "--rnn-layer-sizes", "6", "--add-eos", "--nb-previous-dirs", "1", "--quiet"]

@@ -91,7 +91,7 @@ def test_another_learning_rate_makes_a_difference_from_that_epoch_on(cli, source
     assert "2" in list_checkpoints(faster)
     outcome = cli("verify", faster, "--epoch", "3")
     assert outcome.code == 0, outcome.out
-    assert "replayed from checkpoint 2, is equal to the record bit for bit" in outcome.out
+    assert "replayed from checkpoint 2, is bitwise identical to the recorded epoch" in outcome.out
     cli("verify", faster, "--epoch", "2").check_refusal("before this run was forked", str(source))
 
 

@@ -56,7 +56,7 @@ def test_a_run_is_replayed_to_the_same_bits_and_nothing_is_written(cli, run):
     for epoch, start in [("1", "the first state"), ("3", "checkpoint 2")]:
         outcome = cli("verify", run, "--epoch", epoch)
         assert (outcome.code, len(outcome.out.splitlines())) == (0, 1)
-        assert f"{run}: epoch {epoch}, replayed from {start}, is equal to the record bit for bit" in outcome.out
+        assert f"{run}: epoch {epoch}, replayed from {start}, is bitwise identical to the recorded epoch" in outcome.out
         assert f"state {record(run, '3')['history'][int(epoch) - 1]['digest']}" in outcome.out
     assert contents(run) == before
 
@@ -72,7 +72,7 @@ def test_one_float_changed_by_one_ulp_is_found_with_its_place(cli, run):
     outcome = cli("verify", run, "--epoch", "2")  # the checkpoint after the epoch
     assert outcome.code == 1
     assert outcome.out.splitlines() == [
-        f"{run}: epoch 2, replayed from the first state, is not as recorded.",
+        f"{run}: epoch 2, replayed from the first state, differs from the recorded epoch.",
         f"  first leaf that differs: {name}, 1 of 256 values, by {float(after - before):.3g} at most; the first at "
         f"[0, 5]: {after.numpy()[()]!s} in checkpoint 2, {before.numpy()[()]!s} replayed, "
         f"1 ulp apart (1 of {len(leaves)} leaves differ)",
@@ -82,7 +82,7 @@ def test_one_float_changed_by_one_ulp_is_found_with_its_place(cli, run):
     outcome = cli("verify", run)  # the checkpoint that the replay begins from
     assert outcome.code == 1
     lines = outcome.out.splitlines()
-    assert lines[0] == f"{run}: epoch 3, replayed from checkpoint 2, is not as recorded."
+    assert lines[0] == f"{run}: epoch 3, replayed from checkpoint 2, differs from the recorded epoch."
     assert lines[1] == f"  checkpoint 2, where the replay began: digest {recorded} recorded, {changed} found"
     assert any(line.startswith("  first leaf that differs: ") and " ulp apart (" in line for line in lines)
     assert any(line.startswith("  digest of the state: ") for line in lines)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -17,6 +16,7 @@ from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.evaluation import ModelEvaluation, evaluate_model
 from dwiml_func.experiment.model_store import find_model, load_model
+from dwiml_func.files.json import null_if_not_finite
 
 __all__ = ["Options", "run"]
 
@@ -67,22 +67,10 @@ def run(options: Options) -> int:
     )
     result = evaluate_model(model, dataset, batch_size=options.batch_size)
     if options.json:
-        print(json.dumps({"subset": options.subset, **_json(asdict(result))}))
+        print(json.dumps({"subset": options.subset, **null_if_not_finite(asdict(result))}))
     else:
         print(_text(result, options.subset, len(dataset.index.subjects)))
     return 0
-
-
-def _json(values: dict[str, Any]) -> dict[str, Any]:
-    """The same, with null for what is not finite: JSON has no NaN and no infinity."""
-    return {
-        name: _json(value) if isinstance(value, dict) else None if _is_not_finite(value) else value
-        for name, value in values.items()
-    }
-
-
-def _is_not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _text(result: ModelEvaluation, subset: str, num_subjects: int) -> str:

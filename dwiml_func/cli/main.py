@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    program = "dwiml-func" if command is None else f"dwiml-func {command}"
+    program = f"dwiml-func {command}" if command in COMMANDS else "dwiml-func"
     sender = f"{program} (process {rank_in()})" if rank_in() > 0 else program
     is_training = False
     with messages(sender):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import tyro
 
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.runs import RunOverview, list_runs
+from dwiml_func.files.json import null_if_not_finite
 
 __all__ = ["Options", "format_runs", "run"]
 
@@ -41,7 +41,7 @@ def run(options: Options) -> int:
     runs = list_runs(options.experiments_path)
     if options.json:
         rows = [{**asdict(run), "last_change": run.last_change.isoformat(timespec="seconds")} for run in runs]
-        print(json.dumps([{name: _json(value) for name, value in row.items()} for row in rows], indent=2))
+        print(json.dumps(null_if_not_finite(rows), indent=2))
     else:
         print(format_runs(runs) if runs else f"No experiments in {options.experiments_path}.")
     return 0
@@ -82,8 +82,3 @@ def _duration(minutes: float) -> str:
     if minutes < 1:
         return f"{60 * minutes:.0f} s"
     return f"{minutes:.1f} min" if minutes < 60 else f"{minutes / 60:.1f} h"
-
-
-def _json(value: object) -> object:
-    """The same, with null for what is not finite: JSON has no such numbers."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -53,7 +53,7 @@ def format_verification(verification: Verification, directory: str) -> str:
         head += f", replayed from {start},"
     if verification.problems:
         lines = (*verification.problems, *verification.surroundings)
-        return "\n".join([f"{head} is not as recorded.", *(f"  {line}" for line in lines)])
-    text = f"{head} is equal to the record bit for bit: {verification.num_values} numbers of its report, "
+        return "\n".join([f"{head} differs from the recorded epoch.", *(f"  {line}" for line in lines)])
+    text = f"{head} is bitwise identical to the recorded epoch: {verification.num_values} numbers of its report, "
     text += f"state {verification.digest}" if verification.digest else _NO_DIGEST
     return f"{text} (different: {'; '.join(verification.surroundings)})" if verification.surroundings else text

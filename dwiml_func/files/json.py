@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from dwiml_func._checks import truncated_repr
 
-__all__ = ["parse_json", "read_config_file"]
+__all__ = ["null_if_not_finite", "parse_json", "read_config_file"]
 
 _MAX_BYTES = 1 << 20
 
@@ -61,6 +62,15 @@ def parse_json(text: str | bytes, *, source: str) -> Any:
         raise ValueError(f"{source}: {error} is there twice.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: this is no JSON: {error}.") from None
+
+
+def null_if_not_finite(data: Any) -> Any:
+    """The same JSON data with None for NaN and infinity, which JSON does not have."""
+    if isinstance(data, dict):
+        return {name: null_if_not_finite(value) for name, value in data.items()}
+    if isinstance(data, list):
+        return [null_if_not_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 class _TwiceError(Exception):

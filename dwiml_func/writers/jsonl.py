@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.files.atomic import atomic_write
+from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.writers.writer import Writer, from_history
 
 __all__ = ["epoch_row", "jsonl"]
@@ -54,7 +54,7 @@ def epoch_row(report: EpochReport) -> dict[str, float | int | bool | None]:
         "valid_minutes": report.valid_minutes,
         "points_in_train_minutes": report.num_points if report.timed_points is None else report.timed_points,
     }
-    return {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    return null_if_not_finite(row)
 
 
 def _write(directory: Path, history: Sequence[EpochReport]) -> None:
