@@ -56,7 +56,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         (["--patience", "soon"], ["--patience", "soon"]),
         (["--dropout", "1"], ["dropout", "received 1.0"]),
         (["--rnn-key", "rnn"], ["--rnn-key", "'rnn'", "'lstm', 'gru'"]),
-        (["--rnn-layer-sizes"], ["rnn_layer_sizes", "received none"]),
+        (["--rnn-layer-sizes"], ["rnn_layer_sizes", "received 0"]),
         (["--colour", "red"], ["--colour", "--help"]),
         (["--Max-epochs", "3"], ["--Max-epochs", "--max-epochs"]),
         (["one_argument_too_many"], ["one_argument_too_many"]),

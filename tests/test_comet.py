@@ -272,4 +272,4 @@ def test_the_command_sends_a_finished_run(stopped_early, tmp_path, cli, server):
 
 def test_the_command_refuses_an_experiment_without_an_epoch(tmp_path, cli):
     create_experiment(tmp_path, "run", CONFIG)
-    cli("send-to-comet", tmp_path / "run").check_refusal("no epoch on record yet")
+    cli("send-to-comet", tmp_path / "run").check_refusal("no saved epoch yet")

@@ -36,7 +36,7 @@ def refused(cli, tmp_path: Path) -> Callable[..., None]:
     (tmp_path / "experiments").mkdir()
 
     def check(options: list[str], *named: str, data: Path = PHANTOM) -> None:
-        cli("train", tmp_path / "experiments", "new", data, *options).check_refusal("dwiml-func train: ", *named)
+        cli("train", tmp_path / "experiments", "new", data, *options).check_refusal(*named)
         assert not any((tmp_path / "experiments").iterdir())
 
     return check

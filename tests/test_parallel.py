@@ -93,7 +93,7 @@ def test_stopped_with_two_and_resumed_with_four_processes(alone: Path, tmp_path:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     assert "stopped by SIGTERM and saved as checkpoint 1-" in err
-    assert err.count("To go on: dwiml-func resume") == 1
+    assert err.count("To resume: dwiml-func resume") == 1
     run_ranks(4, "resume", tmp_path, "run", "--checkpoint-every", "1epoch")
     assert _same(tmp_path / "run", alone) == []
 
