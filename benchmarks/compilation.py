@@ -41,7 +41,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "cache")
-        eager, compiled, warm = make_setups(Path(folder) / "data.hdf5")
+        eager, compiled, warm = make_parts(Path(folder) / "data.hdf5")
         batches = list(islice(different_batches(eager), options.batches))
         losses: dict[str, list[float]] = {EAGER: [], COMPILED: []}
         steps = {EAGER: step_through(eager, batches, losses[EAGER])}
@@ -68,7 +68,7 @@ def main() -> int:
     return conclude(verdicts)
 
 
-def make_setups(path: Path) -> tuple[RunParts, RunParts, WarmUpStep]:
+def make_parts(path: Path) -> tuple[RunParts, RunParts, WarmUpStep]:
     """The default example run, eager and compiled, and the compiled step as it is."""
     make_example_data(path)
     config = example_options().to_config(path)
@@ -77,23 +77,23 @@ def make_setups(path: Path) -> tuple[RunParts, RunParts, WarmUpStep]:
     return prepare(config), compiled, compiled.step
 
 
-def different_batches(setup: RunParts) -> Iterator[StreamlineBatch]:
+def different_batches(parts: RunParts) -> Iterator[StreamlineBatch]:
     """The run's training batches, epoch by epoch; those with as many points as one before are left out."""
     seen = set()
     for epoch in count():
-        for batch in setup.train(setup.state.key, epoch, 0):
+        for batch in parts.train(parts.first_state().key, epoch, 0):
             if batch.num_points not in seen:
                 seen.add(batch.num_points)
                 yield batch
 
 
-def step_through(setup: RunParts, batches: list[StreamlineBatch], losses: list[float]) -> Callable[[], None]:
+def step_through(parts: RunParts, batches: list[StreamlineBatch], losses: list[float]) -> Callable[[], None]:
     """A function that trains on the next of the batches, the first one twice, and notes the loss."""
-    state, upcoming = setup.state, iter([batches[0], *batches])
+    state, upcoming = parts.first_state(), iter([batches[0], *batches])
 
     def run() -> None:
         nonlocal state
-        state, metrics = setup.step(state, next(upcoming), lr=LR)
+        state, metrics = parts.step(state, next(upcoming), lr=LR)
         total, weight = metrics["loss"]
         losses.append(float(total / weight))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dwiml_func.core.early_stopping import Best, should_stop, update_best
 from dwiml_func.core.gradients import clip_by_global_norm, value_and_grad
-from dwiml_func.core.loop import EpochReport, epoch_fn, eval_epoch_fn, train_and_validate
+from dwiml_func.core.loop import EpochReport, Interrupted, epoch_fn, eval_epoch_fn, train_and_validate
 from dwiml_func.core.loss import LossFn, LossOut, module_loss
 from dwiml_func.core.metrics import Metrics, Sum, read_means
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
@@ -32,6 +32,7 @@ __all__ = [
     "Best",
     "Buffers",
     "EpochReport",
+    "Interrupted",
     "Key",
     "LossFn",
     "LossOut",

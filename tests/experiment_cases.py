@@ -35,7 +35,7 @@ def latest_digest(directory: Path) -> str:
 
 
 def restored(directory: Path) -> tuple[TrainState, tuple[EpochReport, ...]]:
-    checkpoint = restore(directory, prepare(read_config(directory)).state)
+    checkpoint = restore(directory, prepare(read_config(directory)).first_state())
     return checkpoint.state, checkpoint.history
 
 

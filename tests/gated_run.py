@@ -16,13 +16,14 @@ OPTIONS = (*STOCHASTIC, "--max-epochs", "2")
 """Of runs of 2 epochs of 4 training and 2 validation batches each."""
 
 GATED = """
-import dataclasses, sys, threading
-from dwiml_func.checkpoint import background as checkpointer
-from dwiml_func.cli import train
+import signal, sys, threading
+from dwiml_func.checkpoint import background
 from dwiml_func.cli.main import main
+from dwiml_func.experiment import setup
 
 place, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
 count = 0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 
 def gated(function):
     def call(*args, **kwargs):
@@ -44,21 +45,32 @@ def hang(*args, **kwargs):
     print("gate", flush=True)
     threading.Event().wait()
 
-prepare = train.prepare
-if place == "prepare":
-    train.prepare = gated(prepare)
+def interrupted(*args, **kwargs):
+    print("gate", flush=True)
+    signal.raise_signal(signal.SIGINT)  # at this very moment, wherever the process is in its work
+
+make_batches, make_steps = setup.make_batches, setup.make_steps
+
+def gated_batches(*args, **kwargs):
+    train, *others = make_batches(*args, **kwargs)
+    return starting(train), *others
+
+def gated_steps(*args, **kwargs):
+    steps = dict(zip(("step", "eval_step"), make_steps(*args, **kwargs), strict=True))
+    return tuple((steps | {place: gated(steps[place])}).values())
+
+if place == "interrupt":
+    setup.open_data = interrupted
 elif place == "save":
-    checkpointer.save = hang
+    background.save = hang
+elif place == "train":
+    setup.make_batches = gated_batches
 else:
-    def prepare_gated(*args):
-        setup = prepare(*args)
-        gate = starting if place == "train" else gated
-        return dataclasses.replace(setup, **{place: gate(getattr(setup, place))})
-    train.prepare = prepare_gated
+    setup.make_steps = gated_steps
 sys.exit(main(arguments))
 """
-"""The program, which in the middle of a call, or as soon as workers were told to start, prints `gate` and waits for a
-line; or hangs in its first save."""
+"""The program. It prints `gate` and waits for a line, in the middle of a call or as soon as its workers were started;
+or it hangs in its first save; or it sends itself the signal of Ctrl-C while it opens the data."""
 
 
 def read_to(pipe: IO[str] | None, text: str) -> str:

@@ -203,7 +203,7 @@ def test_a_link_to_nothing_is_a_file_that_exists(cli, tmp_path):
 
 @pytest.mark.parametrize("options", [["--num-models", 10**9], ["--num-models", 5000, "--sweep", "learning-rate=1,2,3"]])
 def test_an_ensemble_that_no_disk_could_hold_is_refused_before_it_is_put_together(cli, folder, options):
-    cli("train", folder, "new", PHANTOM, *options).check_refusal("at most 10000 models")
+    cli("train", folder, "new", PHANTOM, *options).check_refusal("at most 10000 members")
 
 
 @pytest.mark.parametrize("arguments", [["fly"], ["Train"], ["fly", "-q"], [""]])
@@ -229,10 +229,10 @@ def test_a_real_process_refuses_in_one_line_too(folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], ["stopped early", "patience 1", "--new-patience of at least 2"]),
-        (["--new-max-epochs", "20"], ["stopped early"]),
-        (["--new-patience", "1"], ["new patience of 1", "at least 2"]),
-        (["--new-patience", "9", "--new-max-epochs", "3"], ["new maximum of 3", "at least 4"]),
+        ([], ["early stopping", "patience 1", "--new-patience of at least 2"]),
+        (["--new-max-epochs", "20"], ["early stopping"]),
+        (["--new-patience", "1"], ["patience 1", "at least 2"]),
+        (["--new-patience", "9", "--new-max-epochs", "3"], ["the maximum is 3", "at least 4"]),
         (["--new_max_epochs", "0"], ["max_epochs", "received 0"]),
         (["--new-patience", "x"], ["--new-patience", "'x'"]),
         (["--hdf5-file", "/no/such/file"], ["does not exist", "/no/such/file"]),

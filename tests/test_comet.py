@@ -125,8 +125,8 @@ def kill(state, metrics):
         os.kill(os.getpid(), signal.SIGKILL)
 
 directory = Path(sys.argv[1])
-setup, state, history = resume_experiment(directory, checkpoint_every="1batches")
-for report in run_experiment(directory, setup, state=state, history=history, on_batch=kill):
+parts, state, history = resume_experiment(directory, checkpoint_every="1batches")
+for report in run_experiment(directory, parts, state=state, history=history, on_batch=kill):
     pass
 """
 
@@ -137,9 +137,9 @@ def test_the_archive_of_a_run_that_was_killed_within_an_epoch_and_resumed(tmp_pa
     killed = subprocess.run([sys.executable, "-c", KILLED, str(directory)], capture_output=True, timeout=600)
     assert killed.returncode == -9
     assert not list((directory / "logs").rglob("*.zip"))  # the run is not over
-    setup, state, history = resume_experiment(directory)
+    parts, state, history = resume_experiment(directory)
     assert (state.epoch, bool(state.batch)) == (1, True)
-    reports = list(run_experiment(directory, setup, state=state, history=history))
+    reports = list(run_experiment(directory, parts, state=state, history=history))
     history = (*history, *reports)
     (archive,) = (directory / "logs" / "comet").iterdir()
     metrics, parameters, facts = archived(archive)

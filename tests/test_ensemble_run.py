@@ -16,12 +16,12 @@ from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
-from dwiml_func.experiment.ensemble_members import member_configs
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
-from dwiml_func.experiment.folder import read_config, read_ended
+from dwiml_func.experiment.folder import create_ensemble, read_config, read_ended
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
+from dwiml_func.experiment.sweep import member_configs
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
@@ -36,9 +36,9 @@ def assert_close(one: Path, other: Path) -> None:
     Float32 rounds to 6e-8; Adam divides by the root of the second moment, and 8 steps of 0.01 may carry a rounding of
     a small gradient into a parameter, so states may differ by a hundredth of a step.
     """
-    setup = prepare(read_config(one))
+    parts = prepare(read_config(one))
     assert read_config(one) == read_config(other)
-    a, b = restore(one, setup.state), restore(other, setup.state)
+    a, b = restore(one, parts.first_state()), restore(other, parts.first_state())
     assert (a.state.step, a.state.epoch, a.state.best.epoch) == (b.state.step, b.state.epoch, b.state.best.epoch)
     for report, own in zip(a.history, b.history, strict=True):
         assert report.num_points == own.num_points
@@ -102,8 +102,6 @@ def small(**training) -> list[RunConfig]:
 
 
 def create(folder: Path, configs: list[RunConfig]) -> Path:
-    from dwiml_func.experiment.ensemble_members import create_ensemble
-
     return create_ensemble(folder, "run", configs)
 
 
@@ -117,9 +115,9 @@ def test_stopped_and_resumed_gives_the_bits_of_the_uninterrupted_run(tmp_path, b
 
     with pytest.raises(TrainingStopped):
         list(run_ensemble(stopped, prepare_ensemble(configs), stop=StopAfter(batches)))
-    setups, ensemble, histories = resume_ensemble(stopped)
+    members, ensemble, histories = resume_ensemble(stopped)
     assert ensemble.batch > 0
-    list(run_ensemble(stopped, setups, ensemble=ensemble, histories=histories))
+    list(run_ensemble(stopped, members, ensemble=ensemble, histories=histories))
 
     for number in map(str, range(3)):
         assert latest_digest(whole / number) == latest_digest(stopped / number)
@@ -140,12 +138,14 @@ def test_a_member_that_was_saved_ahead_of_the_others_keeps_its_digests(tmp_path)
     for number, last in enumerate((2, 1, 1)):  # as a kill between two members' saves of epoch 2 leaves them
         for epoch in range(last + 1, 4):
             shutil.rmtree(killed / str(number) / "checkpoint" / str(epoch))
-    setups, ensemble, histories = resume_ensemble(killed)
+    members, ensemble, histories = resume_ensemble(killed)
     assert ensemble.epoch == 1
-    list(run_ensemble(killed, setups, ensemble=ensemble, histories=histories))
+    list(run_ensemble(killed, members, ensemble=ensemble, histories=histories))
 
-    for number, setup in enumerate(setups):
-        expected, found = (restore(directory / str(number), setup.state).history for directory in (whole, killed))
+    for number, parts in enumerate(members):
+        expected, found = (
+            restore(directory / str(number), parts.first_state()).history for directory in (whole, killed)
+        )
         assert [report.digest for report in found] == [report.digest for report in expected]
         assert None not in {report.digest for report in found}
 
@@ -172,9 +172,9 @@ def test_an_ensemble_that_was_cut_off_between_members_goes_on_from_what_they_sha
     list(run_ensemble(directory, prepare_ensemble(configs)))
     digests = [latest_digest(directory / str(number)) for number in range(3)]
     shutil.rmtree(directory / "1" / "checkpoint" / "3")
-    setups, ensemble, histories = resume_ensemble(directory)
+    members, ensemble, histories = resume_ensemble(directory)
     assert ensemble.epoch == 2
-    list(run_ensemble(directory, setups, ensemble=ensemble, histories=histories))
+    list(run_ensemble(directory, members, ensemble=ensemble, histories=histories))
     assert [latest_digest(directory / str(number)) for number in range(3)] == digests
 
 

@@ -78,8 +78,8 @@ def test_training_goes_on_with_one_warning_and_the_next_resume_completes_the_log
 
     if (directory / "logs").is_symlink():
         os.unlink(directory / "logs")
-    setup, state, history = resume_experiment(directory, new_max_epochs=2)
-    history = (*history, *run_experiment(directory, setup, state=state, history=history))
+    parts, state, history = resume_experiment(directory, new_max_epochs=2)
+    history = (*history, *run_experiment(directory, parts, state=state, history=history))
     assert latest_digest(directory) == latest_digest(whole)
     assert logs(directory) == logs(whole)
     for name, array in epoch_arrays(history).items():

@@ -98,11 +98,11 @@ def test_another_learning_rate_makes_a_difference_from_that_epoch_on(cli, source
 def test_another_optimizer_begins_with_moments_of_zero(cli, source):
     outcome = cli("fork", source, "other", "--from", "3", "--optimizer", "RAdam", "--rng", "5")
     assert outcome.code == 0
-    assert "Optimizer RAdam instead of Adam: its moments begin at zero." in outcome.out
+    assert "Optimizer RAdam instead of Adam: the optimizer state is reset." in outcome.out
     other = source.parent / "other"
-    setup = prepare(read_config(other))
+    parts = prepare(read_config(other))
     start, taken = (
-        restore(place, setup.state.replace(key=Key(seed)), name="3").state
+        restore(place, parts.first_state().replace(key=Key(seed)), name="3").state
         for place, seed in ((other, 5), (source, 1234))
     )
     assert start.step == 0 < taken.step
@@ -111,7 +111,7 @@ def test_another_optimizer_begins_with_moments_of_zero(cli, source):
     assert (start.best, start.epoch) == (taken.best, 3)
     assert [report.digest for report in history(other)[:3]] == [report.digest for report in history(source)[:3]]
     assert cli("verify", other).code == 0
-    assert restore(other, setup.state).state.step == taken.step // 3
+    assert restore(other, parts.first_state()).state.step == taken.step // 3
 
     # a start with other bytes, whose own digests fit, is not what was forked
     path = other / "checkpoint" / "3"
@@ -161,7 +161,7 @@ def test_what_cannot_be_forked_is_refused_and_leaves_nothing(cli, source):
     cli("fork", source.parent / "nowhere", "a").check_refusal("is not an experiment")
     cli("fork", source).check_refusal("NEW_NAME")
     cli("fork", source, "a", "--from", "1", "--max-epochs", "nine").check_refusal("--max-epochs")
-    cli("fork", source, "a").check_refusal("4 epochs done", "--max-epochs of at least 5")
+    cli("fork", source, "a").check_refusal("epochs done: 4", "--max-epochs of at least 5")
     cli("fork", source, "a", "--from", "2-3", "--batch-size-training", "9", "--rng", "1").check_refusal(
         "within epoch 3", "batches.batch_size_training", "training.rng"
     )
@@ -188,7 +188,7 @@ def test_a_fork_that_was_killed_before_its_first_save_is_resumed(cli, source):
 
 
 def test_a_fork_that_cannot_be_written_leaves_nothing(cli, source, monkeypatch):
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("dwiml_func.experiment.fork.save_best_model", fail)
@@ -201,7 +201,7 @@ def test_a_fork_that_cannot_be_written_leaves_nothing(cli, source, monkeypatch):
 def test_the_best_epoch_begins_anew_with_another_loss(cli, source):
     outcome = cli("fork", source, "other", "--from", "2", "--dg-key", "l2-regression")
     assert outcome.code == 0
-    assert "begin anew: the monitored loss is another one with another model.dg_key." in outcome.out
+    assert "are reset: another model.dg_key changes the monitored loss." in outcome.out
     other = source.parent / "other"
     assert history(other)[1].best == history(source)[1].best
     assert history(other)[2].best == Best(history(other)[2].monitored_loss, 3, 0)
@@ -212,14 +212,14 @@ def test_the_best_epoch_begins_anew_with_another_loss(cli, source):
 def test_the_best_epoch_begins_anew_where_its_model_is_gone(cli, stopped_early, tmp_path):
     experiments = Path(shutil.copytree(stopped_early, tmp_path / "experiments"))
     source = experiments / "run"  # best epoch 2 of 3
-    cli("fork", source, "a").check_refusal("1 epochs in a row without improvement", "--patience of at least 2")
+    cli("fork", source, "a").check_refusal("in a row without improvement: 1", "--patience of at least 2")
     kept = fork(cli, source, "kept", "--patience", "2", "--max-epochs", "4")
     assert history(kept)[-1].best.epoch == load_model(kept / "best_model").facts["epoch"] == 2
     assert "2" not in list_checkpoints(kept)
     shutil.rmtree(source / "checkpoint" / "2")
     outcome = cli("fork", source, "anew", "--max-epochs", "4")
     assert outcome.code == 0
-    assert "the model of the best one, 2, is gone" in outcome.out
+    assert "the model of epoch 2 is missing" in outcome.out
     assert load_model(experiments / "anew" / "best_model").facts["epoch"] == 4
 
 
@@ -231,14 +231,14 @@ def test_other_data_are_taken_when_asked_for_and_noticed_when_not(cli, source):
         points[3] = points[3] + np.float32(0.25)
     outcome = cli("fork", source, "other", "--from", "3", "--hdf5-file", data)
     assert outcome.code == 0
-    assert "with another hdf5_file" in outcome.out
+    assert "another hdf5_file changes the monitored loss" in outcome.out
     found = read(source.parent / "other", "3").data
     assert found["sha256"] == fingerprint(data)["sha256"] != read(source, "3").data["sha256"]
     assert cli("verify", source.parent / "other").code == 0
 
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"hdf5_file": str(data)}))
-    cli("fork", source, "a", "--from", "3").check_refusal("its bytes differ", "--hdf5-file")
+    cli("fork", source, "a", "--from", "3").check_refusal("whose bytes differ", "--hdf5-file")
 
 
 def flip_a_byte(checkpoint: Path) -> None:
@@ -255,6 +255,6 @@ def test_what_a_crash_after_the_last_epoch_left_unwritten_a_refused_resume_write
     whole = results(run)
     shutil.rmtree(run / "best_model")
     (run / "checkpoint" / ".dwiml-tmp-3.999999999-00000000").mkdir()
-    cli("resume", experiments, "run").check_refusal("stopped early")
+    cli("resume", experiments, "run").check_refusal("early stopping")
     assert differences(results(run), whole) == []
     assert not list(run.rglob(".dwiml-*"))

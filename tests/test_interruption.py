@@ -72,8 +72,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path):
 
 
 def test_ctrl_c_before_the_training_is_one_line(tmp_path):
-    with gated(tmp_path, "prepare", 1) as process:
-        process.send_signal(signal.SIGINT)
+    with gated(tmp_path, "interrupt", 1) as process:
         err = process.communicate()[1]
     assert process.returncode == 130
     assert err == "dwiml-func train: interrupted. The last checkpoint is kept.\n"

@@ -317,12 +317,12 @@ def test_validation_is_in_the_precision_of_the_run_and_a_finished_model_is_judge
     losses = []
     for precision in ("float32", "bf16"):
         config = read_config(trained / "low")
-        setup = prepare(replace(config, training=replace(config.training, precision=precision)))
-        state = setup.state.replace(params=dict(model.module.named_parameters()))
+        parts = prepare(replace(config, training=replace(config.training, precision=precision)))
+        state = parts.first_state().replace(params=dict(model.module.named_parameters()))
         sums: Any = {}
-        assert setup.valid is not None
-        for batch in setup.valid(state.key, 0, 0):
-            sums = add_metrics(sums, setup.eval_step(state, batch))
+        assert parts.valid is not None
+        for batch in parts.valid(state.key, 0, 0):
+            sums = add_metrics(sums, parts.eval_step(state, batch))
         losses.append(read_means(sums)["loss"])
     full, low = losses
     validation = json.loads((trained / "low" / "logs" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from report_cases import report
 
-from dwiml_func import Key, TrainState, init_state, sgd
+from dwiml_func import TrainState, init_state, sgd
 from dwiml_func.cli._messages import Verbosity, messages
 from dwiml_func.core.metrics import Sum
 from dwiml_func.writers.progress import Progress
@@ -60,31 +60,24 @@ def terminal() -> Iterator[Callable[[], str]]:
     os.close(master)
 
 
-def test_the_batches_and_the_arguments_pass_through_unchanged(capsys):
-    batches, asked = [object(), object()], []
-
-    def source(*place: Any) -> list[object]:
-        asked.append(place)
-        return batches
-
-    tracked = Progress(max_epochs=2).track(source, "training")
-    assert list(tracked(Key(7), 1, 5)) == batches
-    assert asked == [(Key(7), 1, 5)]
+def test_the_batches_pass_through_unchanged(capsys):
+    batches = [object(), object()]
+    assert list(Progress(max_epochs=2).track(batches, "training", epoch=1, start_batch=5)) == batches
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_source_that_does_not_know_its_length_will_do():
-    tracked = Progress(max_epochs=2).track(lambda key, epoch, start: iter([1, 2, 3]), "training")
+    tracked = Progress(max_epochs=2).track(iter([1, 2, 3]), "training", epoch=0, start_batch=0)
     with terminal() as shown:
-        assert list(tracked(Key(0), 0, 0)) == [1, 2, 3]
+        assert list(tracked) == [1, 2, 3]
         assert "Epoch 1/2 training" in shown()
 
 
 def test_a_terminal_shows_a_bar_with_the_loss_and_then_clears_it(state):
     progress = Progress(max_epochs=4)
-    tracked = progress.track(lambda key, epoch, start: list(range(start, 8)), "training")
+    tracked = progress.track([6, 7], "training", epoch=2, start_batch=6)
     with terminal() as shown:
-        for batch in tracked(Key(0), 2, 6):
+        for batch in tracked:
             progress.on_batch(state, BATCH)
             progress._batches.refresh()
             text = shown()
@@ -98,10 +91,9 @@ def test_the_speed_is_that_of_the_points_since_the_loss_was_last_read(state):
     """Also after a resume within the epoch, whose earlier batches count for the loss but not for the speed."""
     times = iter([0.0, 0.25, 0.5, 2.25])
     progress, shown = Progress(max_epochs=1, clock=lambda: next(times)), []
-    tracked = progress.track(lambda key, epoch, start: [1, 2, 3], "training")
     points, loss = 1000.0, 0.5
     with terminal():
-        for _ in tracked(Key(0), 0, 0):
+        for _ in progress.track([1, 2, 3], "training", epoch=0, start_batch=0):
             points, loss = points + 50.0, loss / 2
             now = state.replace(sums={"loss": Sum(loss * points, points)})
             progress.on_batch(now, {"loss": Sum(0.0, 50.0)})
@@ -122,22 +114,21 @@ def test_between_readings_no_sum_is_read(state):
     progress = Progress(max_epochs=1, clock=lambda: next(times))
     unreadable: Any = state.replace(sums={"loss": Sum(Unreadable(), Unreadable())})  # type: ignore[arg-type]
     with terminal():
-        first, second = progress.track(lambda key, epoch, start: [state, unreadable], "training")(Key(0), 0, 0), BATCH
-        for one in first:
-            progress.on_batch(one, second)
+        for one in progress.track([state, unreadable], "training", epoch=0, start_batch=0):
+            progress.on_batch(one, BATCH)
 
 
 def test_off_a_terminal_no_sum_is_read(state):
     progress = Progress(max_epochs=1)
     unreadable: Any = state.replace(sums={"loss": Sum(Unreadable(), Unreadable())})  # type: ignore[arg-type]
-    for _ in progress.track(lambda key, epoch, start: [1], "training")(Key(0), 0, 0):
+    for _ in progress.track([1], "training", epoch=0, start_batch=0):
         progress.on_batch(unreadable, {})
 
 
 def test_the_bar_of_epochs_stands_above_that_of_batches_and_says_what_is_left(state):
     with terminal() as shown:
         with Progress(max_epochs=4) as progress:
-            for _ in progress.track(lambda key, epoch, start: [1, 2], "training")(Key(0), 2, 0):
+            for _ in progress.track([1, 2], "training", epoch=2, start_batch=0):
                 screen = shown()
                 if screen:
                     assert re.search(r"Epochs:  50%.* 2/4 \[00:00<", screen)
@@ -149,7 +140,7 @@ def test_the_bar_of_epochs_stands_above_that_of_batches_and_says_what_is_left(st
 
 def test_a_pipe_gets_the_epochs_lines_only(capfd, state):
     progress = Progress(max_epochs=4)
-    for _ in progress.track(lambda key, epoch, start: [1, 2], "training")(Key(0), 0, 0):
+    for _ in progress.track([1, 2], "training", epoch=0, start_batch=0):
         progress.on_batch(state, BATCH)
     progress(THREE)
     out, err = capfd.readouterr()
@@ -182,7 +173,7 @@ def test_callbacks_before_the_first_batch_do_nothing(state):
 
 def test_a_log_line_does_not_tear_the_bars(state):
     with terminal() as shown, messages("dwiml-func train", Verbosity.NORMAL), Progress(max_epochs=4) as progress:
-        for batch in progress.track(lambda key, epoch, start: [1, 2], "training")(Key(0), 2, 0):
+        for batch in progress.track([1, 2], "training", epoch=2, start_batch=0):
             progress.on_batch(state, BATCH)
             logging.getLogger("dwiml_func").warning("line %d", batch)
             screen = shown()

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from experiment_cases import without_validation
 from preloaded import run_command, run_program
 from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results
 from reproduction_cases import train as train_from_scratch
@@ -71,22 +72,18 @@ from dwiml_func.experiment.run import run_experiment
 import signal
 
 directory, where, processes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+stop = StopRequest()
+
+def track(batches, label, **position):
+    for batch in batches:
+        if label == where:
+            stop.signal = signal.SIGTERM
+        yield batch
+
 with experiment_lock(directory):
-    setup, state, history = resume_experiment(directory, processes=processes)
-    stop = StopRequest()
-    def request(*_):
-        stop.signal = signal.SIGTERM
-    if where == "validation":
-        evaluate = setup.eval_step
-        def eval_step(state, batch):
-            request()
-            return evaluate(state, batch)
-        import dataclasses
-        setup = dataclasses.replace(setup, eval_step=eval_step)
-    on_batch = request if where == "batch" else None
+    parts, state, history = resume_experiment(directory, processes=processes)
     try:
-        for report in run_experiment(directory, setup, state=state, history=history, on_batch=on_batch, stop=stop):
-            pass
+        list(run_experiment(directory, parts, state=state, history=history, track=track, stop=stop))
     except TrainingStopped as stopped:
         print(stopped.name)
 """
@@ -103,7 +100,7 @@ def test_stopped_and_resumed_at_every_batch(uninterrupted: Path, tmp_path: Path)
     names = []
     for epoch in range(EPOCHS):
         for batch in range(BATCHES):
-            names.append(_go_on(directory, "batch", processes=batch % 2))
+            names.append(_go_on(directory, "training", processes=batch % 2))
             assert names[-1] == f"{epoch}-{batch + 1}"
         assert _go_on(directory, "validation") == f"{epoch}-{BATCHES}"
     run_command("resume", tmp_path, "run", "--checkpoint-every", "1epoch")
@@ -114,44 +111,35 @@ def test_stopped_and_resumed_at_every_batch(uninterrupted: Path, tmp_path: Path)
 @pytest.mark.parametrize("processes", [0, 2])
 def test_stopped_twice_and_resumed_with_another_cadence(uninterrupted: Path, tmp_path: Path, processes: int) -> None:
     directory = create_experiment(tmp_path, "run", read_config(uninterrupted))
-    assert _go_on(directory, "batch", processes) == "0-1"
-    assert _go_on(directory, "batch", processes) == "0-2"
+    assert _go_on(directory, "training", processes) == "0-1"
+    assert _go_on(directory, "training", processes) == "0-2"
     run_command("resume", tmp_path, "run", "--checkpoint-every", "3batches", "--processes", processes)
     assert differences(results(directory), results(uninterrupted)) == []
 
 
-WITHOUT = """
-import dataclasses, sys
+WITHOUT_WRITERS = """
+import sys
 from pathlib import Path
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
-
-folder, source, what = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-config = read_config(source)
-setup = prepare(config)
-if what == "validation":
-    setup = dataclasses.replace(setup, valid=None)
 from dwiml_func.writers.writer import fan_out
-writers = {"write": fan_out()} if what == "writers" else {}
-for report in run_experiment(create_experiment(folder, "run", config), setup, **writers):
-    pass
+
+folder, config = Path(sys.argv[1]), read_config(Path(sys.argv[2]))
+list(run_experiment(create_experiment(folder, "run", config), prepare(config), write=fan_out()))
 """
 
 
-def _train_without(folder: Path, source: Path, what: str) -> Path:
-    run_program(WITHOUT, folder, source, what)
-    return folder / "run"
-
-
 def test_without_writers(uninterrupted: Path, tmp_path: Path) -> None:
-    directory = _train_without(tmp_path, uninterrupted, "writers")
-    assert not (directory / "logs").exists()
-    assert read(directory).digest == read(uninterrupted).digest
+    run_program(WITHOUT_WRITERS, tmp_path, uninterrupted)
+    assert not (tmp_path / "run" / "logs").exists()
+    assert read(tmp_path / "run").digest == read(uninterrupted).digest
 
 
 def test_without_validation_the_leaves_are_equal(uninterrupted: Path, tmp_path: Path) -> None:
-    directory = _train_without(tmp_path, uninterrupted, "validation")
+    data = without_validation(tmp_path)
+    run_command("train", tmp_path, "run", data, *STOCHASTIC, "--max-epochs", EPOCHS)
+    directory = tmp_path / "run"
     leaves, others = (
         {name: leaf_digest(leaf) for name, leaf in state_leaves(read(path).state).items()}
         for path in (directory, uninterrupted)

@@ -31,7 +31,7 @@ from dwiml_func.core.early_stopping import Best
 from dwiml_func.experiment.config import TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
-from dwiml_func.experiment.resume import check_can_resume, resume_experiment
+from dwiml_func.experiment.resume import check_has_epochs_left, resume_experiment, with_new_options
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
@@ -48,12 +48,12 @@ def copy(stopped_early: Path, tmp_path: Path) -> Path:
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({}, r"stopped early: patience 2 was reached after epoch 4, .*--new-patience of at least 3"),
-    ({"new_max_epochs": 20}, r"stopped early: patience 2 was reached after epoch 4"),
-    ({"new_patience": 1}, r"2 epochs in a row without improvement.*new patience of 1 .*at least 3"),
-    ({"new_patience": 2}, r"new patience of 2 would stop it at once"),
-    ({"new_patience": 9, "new_max_epochs": 3}, r"has done 4 epochs already, so a new maximum of 3 .*at least 5"),
-    ({"new_patience": 9, "new_max_epochs": 4}, r"a new maximum of 4 would stop it at once"),
+    ({}, r"with patience 2, early stopping ends this run after epoch 4 .*--new-patience of at least 3"),
+    ({"new_max_epochs": 20}, r"with patience 2, early stopping"),
+    ({"new_patience": 1}, r"with patience 1, .*in a row without improvement: 2.*at least 3"),
+    ({"new_patience": 2}, r"with patience 2, early stopping"),
+    ({"new_patience": 9, "new_max_epochs": 3}, r"the maximum is 3, epochs done: 4.*at least 5"),
+    ({"new_patience": 9, "new_max_epochs": 4}, r"the maximum is 4"),
     ({"new_max_epochs": 0}, r"max_epochs: expected .* at least 1"),
     ({"new_patience": -1}, r"patience: expected .* at least 1"),
     ({"hdf5_file": "/no/such/file.hdf5"}, r"/no/such/file\.hdf5"),
@@ -73,28 +73,29 @@ def test_a_run_that_would_end_at_once_is_refused_and_nothing_changes(copy, value
     ("epoch", "bad", "max_epochs", "patience", "new_max_epochs", "new_patience", "refused"),
     [
         (4, 0, 9, None, None, None, None),
-        (9, 0, 9, None, None, None, "all of its 9 epochs.*at least 10"),
-        (9, 0, 9, None, 9, None, "9 epochs already"),
+        (9, 0, 9, None, None, None, "maximum is 9, epochs done: 9.*at least 10"),
+        (9, 0, 9, None, 9, None, "the maximum is 9"),
         (9, 0, 9, None, 10, None, None),
-        (12, 0, 9, None, None, None, "all of its 9 epochs"),
+        (12, 0, 9, None, None, None, "the maximum is 9"),
         (4, 1, 9, 2, None, None, None),
-        (4, 2, 9, 2, None, None, "stopped early"),
-        (4, 2, 9, 2, 20, None, "stopped early"),
-        (4, 2, 9, 2, None, 2, "new patience of 2"),
+        (4, 2, 9, 2, None, None, "with patience 2"),
+        (4, 2, 9, 2, 20, None, "with patience 2"),
+        (4, 2, 9, 2, None, 2, "with patience 2"),
         (4, 2, 9, 2, None, 3, None),
-        (4, 1, 9, 5, None, 1, "new patience of 1"),
-        (4, 3, 9, None, None, 3, "new patience of 3"),
-        (9, 2, 9, 2, None, None, "stopped early"),
-        (9, 2, 9, 2, None, 3, "all of its 9 epochs"),
+        (4, 1, 9, 5, None, 1, "with patience 1"),
+        (4, 3, 9, None, None, 3, "with patience 3"),
+        (9, 2, 9, 2, None, None, "with patience 2"),
+        (9, 2, 9, 2, None, 3, "the maximum is 9"),
         (9, 2, 9, 2, 10, 3, None),
     ],
 )
 def test_the_rules_of_refusal(epoch, bad, max_epochs, patience, new_max_epochs, new_patience, refused):
-    state = prepare(CONFIG).state.replace(epoch=epoch, best=Best(0.5, epoch - bad, bad))
-    training = TrainingConfig(max_epochs=max_epochs, patience=patience)
+    state = prepare(CONFIG).first_state().replace(epoch=epoch, best=Best(0.5, epoch - bad, bad))
+    config = replace(CONFIG, training=TrainingConfig(max_epochs=max_epochs, patience=patience))
+    changed = with_new_options(config, new_max_epochs=new_max_epochs, new_patience=new_patience)
 
     def check() -> None:
-        check_can_resume(state, training, new_max_epochs=new_max_epochs, new_patience=new_patience)
+        check_has_epochs_left(state, changed.training, option_prefix="--new-")
 
     if refused is None:
         check()
@@ -105,20 +106,20 @@ def test_the_rules_of_refusal(epoch, bad, max_epochs, patience, new_max_epochs, 
 
 def test_after_new_values_the_run_goes_on_with_them(copy):
     before = restored(copy)[1]
-    setup, state, history = resume_experiment(copy, new_max_epochs=6, new_patience=5)
+    parts, state, history = resume_experiment(copy, new_max_epochs=6, new_patience=5)
     assert history == before
     assert state.epoch == 4
     training = read_config(copy).training
     assert (training.max_epochs, training.patience) == (6, 5)
     assert training == replace(read_config(copy).training, max_epochs=6, patience=5)
-    reports = list(run_experiment(copy, setup, state=state, history=history))
+    reports = list(run_experiment(copy, parts, state=state, history=history))
     assert [report.epoch for report in reports] == [5, 6]
     assert reports[-1].best.epoch == 2  # the best of before the resume still counts
     assert restored(copy)[1][: len(before)] == before
     assert without_digests(restored(copy)[1]) == without_digests((*before, *reports))
     assert list_checkpoints(copy) == ["2", "5", "6"]
     assert load_model(copy / "best_model").facts["epoch"] == 2
-    with pytest.raises(ValueError, match="all of its 6 epochs"):
+    with pytest.raises(ValueError, match="the maximum is 6"):
         resume_experiment(copy)
 
 
@@ -153,9 +154,9 @@ def test_logs_that_a_crash_left_behind_are_repaired(copy):
     for name in logs:
         (copy / name).unlink()
     np.save(copy / "logs" / "train_loss_monitor_per_epoch.npy", np.zeros(3))
-    setup, state, history = resume_experiment(copy, new_patience=9)
+    parts, state, history = resume_experiment(copy, new_patience=9)
     with pytest.raises(TrainingStopped):  # after the first batch
-        list(run_experiment(copy, setup, state=state, history=history, stop=StopRequest(signal.SIGTERM)))
+        list(run_experiment(copy, parts, state=state, history=history, stop=StopRequest(signal.SIGTERM)))
     after = contents(copy)
     assert {name: after[name] for name in logs} == logs
 
@@ -171,16 +172,16 @@ def test_logs_of_a_run_that_has_ended_are_made_again_by_the_resume_that_is_refus
             (copy / name).unlink()
         else:
             (copy / name).write_bytes(spoil(before[name]))
-    cli("resume", copy.parent, copy.name).check_refusal("stopped early", "--new-patience of at least 3")
+    cli("resume", copy.parent, copy.name).check_refusal("early stopping", "--new-patience of at least 3")
     assert contents(copy) == before
 
 
 def test_an_experiment_without_a_checkpoint_starts_from_the_beginning(tmp_path):
     whole = trained(tmp_path, CONFIG, "whole")
     directory = create_experiment(tmp_path, "killed", CONFIG)
-    setup, state, history = resume_experiment(directory)
+    parts, state, history = resume_experiment(directory)
     assert (state.epoch, history) == (0, ())
-    list(run_experiment(directory, setup, state=state, history=history))
+    list(run_experiment(directory, parts, state=state, history=history))
     assert latest_digest(directory) == latest_digest(whole)
 
 
@@ -188,8 +189,8 @@ def test_data_that_moved_is_found_where_one_says(copy, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(PHANTOM, tmp_path / "elsewhere" / "data.hdf5")
     monkeypatch.chdir(tmp_path)
-    setup, _, _ = resume_experiment(copy, new_patience=9, hdf5_file="elsewhere/data.hdf5")
-    assert setup.training_set.path == tmp_path / "elsewhere" / "data.hdf5"
+    parts, _, _ = resume_experiment(copy, new_patience=9, hdf5_file="elsewhere/data.hdf5")
+    assert parts.data.training.path == tmp_path / "elsewhere" / "data.hdf5"
     monkeypatch.chdir("/")
     assert read_config(copy).hdf5_file == str(tmp_path / "elsewhere" / "data.hdf5")
     resume_experiment(copy)
@@ -225,8 +226,8 @@ def test_another_version_or_machine_is_warned_of_once_and_the_run_goes_on(copy, 
     assert state.epoch == 4
     (record,) = caplog.records
     assert record.getMessage() == (
-        f"Checkpoint 4 comes from other versions or another machine (cpu: {now['cpu']!r}, now 'Another'; "
-        f"torch: {now['torch']!r}, now '9.9.9'), so from here on last bits may differ."
+        "From here on, results may not be bitwise identical: checkpoint 4 comes from other versions or another machine "
+        f"(cpu: {now['cpu']!r}, now 'Another'; torch: {now['torch']!r}, now '9.9.9')."
     )
 
 
@@ -239,12 +240,12 @@ def test_what_is_no_experiment_is_refused(tmp_path):
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before_saying_so(copy, tmp_path, caplog):
     (copy / "checkpoint" / "4" / "manifest.json").write_text("{}")
     corrupt = contents(copy / "checkpoint" / "4")
-    setup, state, history = resume_experiment(copy, new_patience=9, new_max_epochs=5)
+    parts, state, history = resume_experiment(copy, new_patience=9, new_max_epochs=5)
     assert (state.epoch, len(history)) == (3, 3)
     (record,) = caplog.records
-    assert record.getMessage() == f"Checkpoint {copy}/checkpoint/4 is corrupt; going on from 3."
+    assert record.getMessage() == f"Checkpoint {copy}/checkpoint/4 is corrupt. Resuming from checkpoint 3."
     assert contents(copy / "checkpoint" / "4.corrupt") == corrupt
-    list(run_experiment(copy, setup, state=state, history=history))
+    list(run_experiment(copy, parts, state=state, history=history))
     whole = Path(shutil.copytree(copy, tmp_path / "again"))
     assert list_checkpoints(whole) == ["2", "4", "5"]
     assert [report.digest for report in restored(copy)[1]][-1] == latest_digest(copy)

@@ -82,7 +82,7 @@ def test_the_best_model_is_that_of_the_best_epoch_and_gives_its_loss(stopped_ear
     assert list_checkpoints(stopped_early) == ["2", "3", "4"]
 
     loaded = load_model(stopped_early / "best_model")
-    best = restore(stopped_early, prepare(read_config(stopped_early)).state, name="2").state
+    best = restore(stopped_early, prepare(read_config(stopped_early)).first_state(), name="2").state
     for name, parameter in loaded.module.named_parameters():
         assert torch.equal(parameter, best.params[name])
 
@@ -165,9 +165,9 @@ def test_without_validation_the_training_loss_decides(tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_the_last_checkpoint_stands(tmp_path):
     rates = TrainingConfig(max_epochs=3, optimizer="SGD", learning_rate=("0.01*1", "1e38"))
     directory = create_experiment(tmp_path, "run", replace(CONFIG, training=rates))
-    setup, reports = prepare(read_config(directory)), []
+    parts, reports = prepare(read_config(directory)), []
     with pytest.raises(NonFiniteError, match=r"in epoch 2, batch \d \(step \d\), ids \d+, "):
-        reports.extend(run_experiment(directory, setup))
+        reports.extend(run_experiment(directory, parts))
     state, history = restored(directory)
     assert (state.epoch, state.step, len(history)) == (1, 3, 1)
     assert list_checkpoints(directory) == ["1"]
@@ -193,10 +193,10 @@ def test_the_runs_number_of_threads_is_set_by_the_first_run_and_by_a_resume(tmp_
     config = replace(CONFIG, training=TrainingConfig(max_epochs=1, num_threads=2))
     directory = trained(tmp_path, config)
     assert torch.get_num_threads() == 2
-    assert restore(directory, prepare(config).state).environment["num_threads"] == 2
+    assert restore(directory, prepare(config).first_state()).environment["num_threads"] == 2
     torch.set_num_threads(1)
-    setup, state, history = resume_experiment(directory, new_max_epochs=2)
-    list(run_experiment(directory, setup, state=state, history=history))
+    parts, state, history = resume_experiment(directory, new_max_epochs=2)
+    list(run_experiment(directory, parts, state=state, history=history))
     assert torch.get_num_threads() == 2
 
 
@@ -204,12 +204,12 @@ def test_a_number_of_threads_that_cannot_be_had_is_warned_of(tmp_path, threads, 
     directory = create_experiment(
         tmp_path, "run", replace(CONFIG, training=TrainingConfig(max_epochs=1, num_threads=2))
     )
-    setup = prepare(read_config(directory))
+    parts = prepare(read_config(directory))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # as where a container allows one
-    list(run_experiment(directory, setup))
+    list(run_experiment(directory, parts))
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "made for 2 threads, torch gives 1: results will be close, not equal to the bit" in record.getMessage()
+    assert "Expected 2 threads, got 1; results will not be bitwise identical." in record.getMessage()
 
 
 @pytest.fixture

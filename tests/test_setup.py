@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from experiment_cases import (
     BATCHES,
@@ -13,13 +14,16 @@ from experiment_cases import (
 )
 
 from dwiml_func import Key
+from dwiml_func.checkpoint.checkpoint import read
+from dwiml_func.experiment.folder import create_experiment
+from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 
 
 def test_a_capped_validation_sees_the_same_streamlines_every_epoch():
-    setup = prepare(replace(CONFIG, batches=replace(BATCHES, max_batches_per_epoch_validation=1)))
-    assert setup.valid is not None
-    ids = [[batch.ids.tolist() for batch in setup.valid(Key(1234), epoch, 0)] for epoch in (0, 1)]
+    parts = prepare(replace(CONFIG, batches=replace(BATCHES, max_batches_per_epoch_validation=1)))
+    assert parts.valid is not None
+    ids = [[batch.ids.tolist() for batch in parts.valid(Key(1234), epoch, 0)] for epoch in (0, 1)]
     assert ids[0] == ids[1]
     assert [len(batch) for batch in ids[0]] == [20]
 
@@ -33,9 +37,20 @@ def test_batches_on_another_device_are_as_many_and_arrive_there(monkeypatch):
 
 def test_a_model_is_never_judged_on_augmented_streamlines(tmp_path):
     augmented = replace(BATCHES, split_ratio=1.0, noise_gaussian_size_forward=0.01)
-    setup = prepare(replace(CONFIG, hdf5_file=str(without_validation(tmp_path)), batches=augmented))
-    assert setup.evaluation_set is setup.training_set
-    assert sum(len(batch) for batch in setup.train(Key(1234), 0, 0)) > 96
-    batches = list(setup.evaluation(Key(1234), 0, 0))
+    parts = prepare(replace(CONFIG, hdf5_file=str(without_validation(tmp_path)), batches=augmented))
+    assert parts.data.evaluation is parts.data.training
+    assert sum(len(batch) for batch in parts.train(Key(1234), 0, 0)) > 96
+    batches = list(parts.evaluation(Key(1234), 0, 0))
     assert sum(len(batch) for batch in batches) == 96
     assert all(batch.noisy_points is None for batch in batches)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_parts_can_be_used_again(tmp_path, num_shards):
+    """Also where the steps reuse the memory of the states that they are given."""
+    config = replace(CONFIG, training=replace(CONFIG.training, num_shards=num_shards))
+    parts, digests = prepare(config), set()
+    for name in ("first", "second"):
+        list(run_experiment(create_experiment(tmp_path, name, config), parts))
+        digests.add(read(tmp_path / name).digest)
+    assert len(digests) == 1

@@ -135,7 +135,7 @@ def test_a_streamline_changed_in_the_data_is_found(cli, finished, tmp_path):
     assert lines[-1] == f'  data file {data}: sha256: "{recorded}" recorded, "{found}" now'
     assert any(line.startswith("  train.loss: ") for line in lines)
     assert any(line.startswith("  first leaf that differs: ") for line in lines)
-    cli("resume", tmp_path, "run", "--new-max-epochs", "4", "--hdf5-file", data).check_refusal("not the dataset")
+    cli("resume", tmp_path, "run", "--new-max-epochs", "4", "--hdf5-file", data).check_refusal("whose bytes differ")
 
 
 def test_a_changed_config_is_found(cli, run):

@@ -13,9 +13,8 @@ from dwiml_func.core.step import NonFiniteError
 from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.ensemble_members import create_ensemble
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
-from dwiml_func.experiment.folder import read_ended
+from dwiml_func.experiment.folder import create_ensemble, read_ended
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.lock import experiment_lock
@@ -25,19 +24,19 @@ __all__ = ["resume_members", "train_members"]
 
 def train_members(experiments_path: str, experiment_name: str, configs: Sequence[RunConfig]) -> None:
     """Make an ensemble and train it, with a line per member and epoch."""
-    setups = prepare_ensemble(configs)
+    members = prepare_ensemble(configs)
     with experiment_lock(experiments_path, wait=True):
         directory = create_ensemble(experiments_path, experiment_name, configs)
     with _locks(directory, len(configs)):
-        _train(directory, setups, None, [()] * len(configs))
+        _train(directory, members, None, [()] * len(configs))
 
 
 def resume_members(directory: Path, **options: Any) -> None:
     """Resume an ensemble; `options` are those of `resume_ensemble`."""
     num_members, _ = read_ended(directory)
     with _locks(directory, num_members):
-        setups, ensemble, histories = resume_ensemble(directory, **options)
-        _train(directory, setups, ensemble, histories)
+        members, ensemble, histories = resume_ensemble(directory, **options)
+        _train(directory, members, ensemble, histories)
 
 
 @contextmanager
@@ -50,20 +49,20 @@ def _locks(directory: Path, num_members: int) -> Iterator[None]:
 
 def _train(
     directory: Path,
-    setups: Sequence[RunParts],
+    members: Sequence[RunParts],
     ensemble: EnsembleState | None,
     histories: Sequence[tuple[EpochReport, ...]],
 ) -> None:
-    print_progress(f"{directory}: an ensemble of {len(setups)} members, each in its own folder")
-    for number, setup in enumerate(setups):
-        training = setup.config.training
+    print_progress(f"{directory}: an ensemble of {len(members)} members, each in its own folder")
+    for number, parts in enumerate(members):
+        training = parts.config.training
         rate = " ".join(training.learning_rate)
         print_progress(f"  {number}: learning rate {rate}, weight decay {training.weight_decay:g}, rng {training.rng}")
     failed: dict[int, str] = {}
     own = list(histories)
-    max_epochs = setups[0].config.training.max_epochs
+    max_epochs = members[0].config.training.max_epochs
     with stop_on_signals() as stop:
-        for report in run_ensemble(directory, setups, ensemble=ensemble, histories=histories, stop=stop):
+        for report in run_ensemble(directory, members, ensemble=ensemble, histories=histories, stop=stop):
             failed |= report.failed
             own = [
                 (*history, report.members[number]) if number in report.members else history

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,43 +27,42 @@ __all__ = ["describe_run", "train_with_progress"]
 _log = logging.getLogger(__name__)
 
 
-def train_with_progress(directory: Path, setup: RunParts, state: TrainState, history: tuple[EpochReport, ...]) -> None:
+def train_with_progress(
+    directory: Path, parts: RunParts, state: TrainState | None, history: tuple[EpochReport, ...]
+) -> None:
     """Train from `state`, after `history`, with bars and a line per epoch; evaluate, plot and summarize."""
-    progress = None if is_quiet() else Progress(max_epochs=setup.config.training.max_epochs)
-    if progress is not None:
-        valid = None if setup.valid is None else progress.track(setup.valid, "validation")
-        setup = replace(setup, train=progress.track(setup.train, "training"), valid=valid)
-    print_progress(describe_run(directory, setup))
+    progress = None if is_quiet() else Progress(max_epochs=parts.config.training.max_epochs)
+    shown = {} if progress is None else {"on_batch": progress.on_batch, "track": progress.track}
+    print_progress(describe_run(directory, parts))
     _log.debug("%s", ", ".join(f"{name} {value}" for name, value in environment().items() if name != "num_threads"))
-    with stop_on_signals(setup.process_group, at_second=_stop_at_once) as stop, progress or contextlib.nullcontext():
-        on_batch = None if progress is None else progress.on_batch
-        for report in run_experiment(directory, setup, state=state, history=history, on_batch=on_batch, stop=stop):
+    with stop_on_signals(parts.process_group, at_second=_stop_at_once) as stop, progress or contextlib.nullcontext():
+        for report in run_experiment(directory, parts, state=state, history=history, stop=stop, **shown):
             history = (*history, report)
-            _print_compilation(setup)
+            _print_compilation(parts)
             if progress is not None:
                 progress(report)
-    if setup.process_group.rank == 0:
-        _finish(directory, setup, history)
+    if parts.process_group.rank == 0:
+        _finish(directory, parts, history)
 
 
-def describe_run(directory: Path, setup: RunParts) -> str:
+def describe_run(directory: Path, parts: RunParts) -> str:
     """One line: the experiment, its data and the size of its model."""
-    training, validation = setup.training_set.index, setup.validation_set.index
-    num_parameters = sum(tensor.numel() for tensor in setup.state.params.values())
+    training, validation = parts.data.training.index, parts.data.validation.index
+    num_parameters = sum(tensor.numel() for tensor in parts.model.parameters() if tensor.requires_grad)
     return (
         f"{directory}: {training.num_total} streamlines of {pluralize(len(training.subjects), 'training subject')}, "
         f"{validation.num_total} of {pluralize(len(validation.subjects), 'validation subject')}, "
-        f"{setup.training_set.num_features} features, {num_parameters} parameters"
+        f"{parts.nb_features} features, {num_parameters} parameters"
     )
 
 
-def _finish(directory: Path, setup: RunParts, history: tuple[EpochReport, ...]) -> None:
+def _finish(directory: Path, parts: RunParts, history: tuple[EpochReport, ...]) -> None:
     """Evaluate the best model; write the result and the figure into the experiment and print the summary."""
     best = history[-1].best.epoch
     if best is None:
         print("No epoch had a finite loss, so there is no best model.")
         return
-    evaluation, subset = evaluate_best_model(directory, setup), setup.evaluation_set.subset
+    evaluation, subset = evaluate_best_model(directory, parts), parts.data.evaluation.subset
     try:
         write_evaluation(directory, evaluation, epoch=best, subset=subset)
     except OSError as error:
@@ -74,11 +72,11 @@ def _finish(directory: Path, setup: RunParts, history: tuple[EpochReport, ...]) 
     print(format_summary(history, evaluation, subset=subset))
 
 
-def _print_compilation(setup: RunParts) -> None:
+def _print_compilation(parts: RunParts) -> None:
     """Print once the time that compilation took and saves."""
-    if isinstance(setup.step, WarmUpStep) and setup.step.report is not None:
-        print_progress(str(setup.step.report))
-        setup.step.report = None
+    if isinstance(parts.step, WarmUpStep) and parts.step.report is not None:
+        print_progress(str(parts.step.report))
+        parts.step.report = None
 
 
 def _stop_at_once(number: signal.Signals) -> NoReturn:

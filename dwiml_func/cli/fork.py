@@ -64,7 +64,7 @@ def run(options: Options) -> int:
     config = options.to_config(options.hdf5_file or recorded.hdf5_file)
     with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
         fork = prepare_fork(source, config, name=options.from_checkpoint, process_group=process_group)
-        start = (directory, fork.setup, fork.state, fork.checkpoint.history)
+        start = (directory, fork.parts, fork.state, fork.checkpoint.history)
         if process_group.rank > 0:  # the first process writes
             train_with_progress(*start)
             return 0

@@ -18,9 +18,9 @@ from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import RunOptions, example_options, kept_example_options, read_config_part
 from dwiml_func.cli._training import describe_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in
-from dwiml_func.experiment.ensemble_members import member_configs
 from dwiml_func.experiment.folder import check_new_experiment, create_experiment, experiment_directory
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.sweep import member_configs
 from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["Options", "run"]
@@ -102,14 +102,14 @@ def run(options: Options) -> int:
         train_members(options.experiments_path, options.experiment_name, members)
         return 0
     with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
-        setup = prepare(config, process_group)
+        parts = prepare(config, process_group)
         if process_group.rank > 0:  # the first process writes
-            train_with_progress(directory, setup, setup.state, ())
+            train_with_progress(directory, parts, None, ())
             return 0
         with experiment_lock(options.experiments_path, wait=True):
             create_experiment(options.experiments_path, options.experiment_name, config)
         with experiment_lock(directory):
-            train_with_progress(directory, setup, setup.state, ())
+            train_with_progress(directory, parts, None, ())
     return 0
 
 

@@ -84,9 +84,7 @@ def _value_and_grad(
         tensors = list(leaves.values())
         grads = torch.autograd.grad(out.loss, tensors, allow_unused=True, materialize_grads=True)
         if sparse := [name for name, grad in zip(leaves, grads, strict=True) if grad.is_sparse]:
-            raise ValueError(
-                f"Expected dense gradients. Received: a sparse one of {sparse[0]}. Use sparse=False."
-            )
+            raise ValueError(f"Expected dense gradients. Received: a sparse one of {sparse[0]}. Use sparse=False.")
         aux = {
             name: (_detached(mean[0]), _detached(mean[1])) if isinstance(mean, tuple) else _detached(mean)
             for name, mean in out.aux.items()

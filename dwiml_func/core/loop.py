@@ -1,8 +1,7 @@
-"""An epoch is a fold of a step over batches.
+"""The training loop, from the inside out: an epoch is a fold of a step over batches, a run is a generator of epochs.
 
-The training loop: a generator that yields the run and a report once per epoch, and does nothing else.
-
-The caller's `for` loop acts: it writes logs, saves checkpoints, stops early.
+The generator yields the state and a report after each epoch and does nothing else. The caller's `for` loop acts on
+them: it writes logs, saves checkpoints, stops early.
 """
 
 from __future__ import annotations
@@ -22,7 +21,17 @@ from dwiml_func.core.step import NON_FINITE, NonFiniteError, location
 from dwiml_func.optim.schedules import constant
 from dwiml_func.types import Metrics, Schedule, Sum
 
-__all__ = ["Batches", "EpochReport", "EvalStep", "TrainStep", "epoch_fn", "eval_epoch_fn", "train_and_validate"]
+__all__ = [
+    "Batches",
+    "EpochReport",
+    "EvalStep",
+    "Interrupted",
+    "Track",
+    "TrainStep",
+    "epoch_fn",
+    "eval_epoch_fn",
+    "train_and_validate",
+]
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 """`step(state, batch) -> (state, metrics)`: `train_step` with everything static bound."""
@@ -30,25 +39,57 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Any], Metrics]
 """`step(state, batch) -> metrics`: `eval_step` with the loss bound."""
 
+Batches = Callable[[Key, int, int], Iterable[Any]]
+"""`batches(key, epoch, start_batch)`: the batches of an epoch from `start_batch` on, a pure function of the three."""
 
-def epoch_fn(
-    state: TrainState,
-    batches: Iterable[Any],
-    *,
-    step: TrainStep,
-    on_batch: Callable[[TrainState, Metrics], None] | None = None,
-) -> tuple[TrainState, Metrics]:
-    """Train on the batches that are left of an epoch, and close the epoch.
+OnBatch = Callable[[TrainState, Metrics], object]
+
+
+class Step(Protocol):
+    """`train_step` with all but the learning rate bound."""
+
+    def __call__(self, state: TrainState, batch: Any, *, lr: float) -> tuple[TrainState, Metrics]: ...
+
+
+class Track(Protocol):
+    """Gives back the same batches and may show a progress bar; `label` is "training" or "validation"."""
+
+    def __call__(self, batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterable[Any]: ...
+
+
+class Interrupted(Exception):
+    """The training loop ended because its `interrupt` asked for it.
 
     Args:
-        state: the run. When `state.batch` is above 0 the epoch is under way, and `batches` must start at that batch.
+        state: the state after the last training batch. A run that is resumed from it trains no batch twice, and repeats
+            the validation of that epoch if it was interrupted.
+
+    Example:
+        >>> from dwiml_func import init_state, sgd
+        >>> import torch
+        >>> Interrupted(init_state(torch.nn.Linear(1, 1), sgd(), seed=0).replace(epoch=1, batch=3))
+        Interrupted('after batch 3 of epoch 2')
+    """
+
+    def __init__(self, state: Any) -> None:
+        super().__init__(f"after batch {state.batch} of epoch {state.epoch + 1}")
+        self.state = state
+
+
+def epoch_fn(
+    state: TrainState, batches: Iterable[Any], *, step: TrainStep, on_batch: OnBatch | None = None
+) -> tuple[TrainState, Metrics]:
+    """Train on the remaining batches of an epoch, and close the epoch.
+
+    Args:
+        state: the state to start from. When `state.batch` is above 0, `batches` must start at that batch.
         batches: training batches, in order.
         step: `step(state, batch) -> (state, metrics)`, e.g. `partial(train_step, loss_fn=..., optimizer=..., lr=...)`.
         on_batch: called with the state and the batch's sums after each step, for checkpoints and progress bars.
 
     Returns:
-        The run with `epoch` one higher, `batch` 0 and no sums, and the sums of the whole epoch, batches before a resume
-        included.
+        The state with `epoch` one higher, `batch` 0 and no sums, and the sums of the whole epoch, including batches
+        before a resume.
 
     Raises:
         ValueError: the epoch has no batch at all.
@@ -69,8 +110,7 @@ def epoch_fn(
         state, metrics = step(state, batch)
         if on_batch is not None:
             on_batch(state, metrics)
-    if state.batch == 0:
-        raise ValueError(f"Epoch {state.epoch + 1} has no batch. Expected at least one: is the data set empty?")
+    check_has_batch(state)
     sums = dict(state.sums)
     first_bad = sums.pop(NON_FINITE, None)
     if first_bad is not None and float(first_bad.weight) > 0:
@@ -78,13 +118,16 @@ def epoch_fn(
     return state.replace(epoch=state.epoch + 1, batch=0, sums={}), sums
 
 
-def eval_epoch_fn(state: TrainState, batches: Iterable[Any], *, step: EvalStep) -> Metrics:
+def eval_epoch_fn(
+    state: TrainState, batches: Iterable[Any], *, step: EvalStep, on_batch: OnBatch | None = None
+) -> Metrics:
     """Evaluate all batches.
 
     Args:
-        state: the run; it is not changed.
+        state: the state; it is not changed.
         batches: validation batches, in order.
         step: `step(state, batch) -> metrics`, e.g. `partial(eval_step, loss_fn=...)`.
+        on_batch: called with the state and the batch's sums after each batch.
 
     Returns:
         The sums over all batches; empty without batches.
@@ -101,37 +144,16 @@ def eval_epoch_fn(state: TrainState, batches: Iterable[Any], *, step: EvalStep) 
     """
     sums: dict[str, Sum] = {}
     for index, batch in enumerate(batches):
-        sums = add_metrics(sums, step(state.replace(batch=index), batch))
+        metrics = step(state.replace(batch=index), batch)
+        sums = add_metrics(sums, metrics)
+        if on_batch is not None:
+            on_batch(state, metrics)
     return sums
-
-
-def _raise_deferred(state: TrainState, first_bad: Sum) -> None:
-    bad_step = int(first_bad.total)
-    where = location(state.epoch, bad_step - (state.step - state.batch), bad_step)
-    raise NonFiniteError(
-        f"The loss or the gradient was not finite in {where}. "
-        f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids."
-    )
-
-
-Batches = Callable[[Key, int, int], Iterable[Any]]
-"""`batches(key, epoch, start_batch)`: the batches of an epoch from `start_batch` on, a pure function of the three."""
-
-
-class Step(Protocol):
-    """`train_step` with all but the learning rate bound.
-
-    Example:
-        >>> def step(state, batch, *, lr):
-        ...     return state, {}
-    """
-
-    def __call__(self, state: TrainState, batch: Any, *, lr: float) -> tuple[TrainState, Metrics]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochReport:
-    """What one epoch brought.
+    """The metrics, the durations and the best epoch after one epoch.
 
     Args:
         epoch: number of epochs done, this one included; 1 is the first.
@@ -139,16 +161,15 @@ class EpochReport:
         train: means over the training batches, e.g. `loss` (weighted by points), `grad_norm` (by batches).
         valid: means over the validation batches; empty without validation.
         num_batches: training batches in the epoch.
-        num_points: points behind the training loss.
+        num_points: number of points averaged in the training loss.
         best: the best epoch so far, this one included.
         is_best: whether this epoch is the best one.
-        stop: why the run ends after this epoch: "max_epochs" or "patience"; None when it goes on.
+        stop: why the run ends after this epoch: "max_epochs" or "patience"; None when it continues.
         train_minutes: duration of the training part, in minutes, since the start or the last resume.
         valid_minutes: duration of the validation part, in minutes.
         digest: SHA-256 of the state after the epoch, in a history that was restored from a checkpoint; None before, and
             where no checkpoint was made at the epoch's end.
-        timed_points: those of `num_points` that came within `train_minutes`, where a resume was within the epoch; None
-            means all.
+        timed_points: number of points trained in `train_minutes`, where the epoch was resumed; None means all.
 
     Example:
         >>> report = EpochReport(
@@ -180,7 +201,7 @@ class EpochReport:
 
     @property
     def monitored_loss(self) -> float:
-        """The loss that decides the best epoch: validation's, or training's where nothing is validated."""
+        """The loss that decides the best epoch: of the validation, or of the training without validation."""
         return self.valid["loss"] if self.valid else self.train["loss"]
 
 
@@ -195,7 +216,9 @@ def train_and_validate(
     max_epochs: int,
     patience: int | None = None,
     patience_delta: float = 1e-6,
-    on_batch: Callable[[TrainState, Metrics], None] | None = None,
+    on_batch: OnBatch | None = None,
+    interrupt: Callable[[], bool] | None = None,
+    track: Track | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[tuple[TrainState, EpochReport]]:
     """Train and validate, epoch by epoch, until `max_epochs` or until patience runs out.
@@ -204,23 +227,27 @@ def train_and_validate(
         state: where to start: `init_state(...)` or a restored checkpoint, also one from the middle of an epoch.
         train: `train(key, epoch, start_batch)` gives training batches, `key` being the run's root key.
         step: `step(state, batch, lr=...)`, e.g. `partial(train_step, loss_fn=..., optimizer=...)`.
-        valid: like `train`, for validation; None validates nothing, and the training loss decides the best epoch. So it
-            does when `valid` gives no batches.
+        valid: like `train`, for validation. Where it is None or gives no batches, the training loss decides the best
+            epoch.
         eval_step: `eval_step(state, batch)`; needed with `valid`.
         learning_rate: a number, or a function of the number of epochs done.
         max_epochs: number of epochs at which the run ends, counted from its very start.
         patience: bad epochs in a row after which the run ends; None never ends it.
         patience_delta: least improvement of the monitored loss that counts.
         on_batch: called with the state and the sums after each training batch.
+        interrupt: called after each training and each validation batch; True ends the loop with `Interrupted`.
+        track: shows progress: `track(batches, label, epoch=..., start_batch=...)` gives back the same batches, see
+            `dwiml_func.writers.progress.Progress.track`.
         clock: gives seconds; for tests.
 
     Yields:
-        The run after each epoch, and its report. Nothing is yielded when `state` has no epoch left to do.
+        The state after each epoch, and its report. Nothing is yielded when `state` has no epoch left to do.
 
     Raises:
         ValueError: at the call, for `valid` without `eval_step` or a number out of range; in an epoch, when it has no
             batch or its learning rate is no finite number of at least 0.
-        NonFiniteError: a training loss or gradient was not finite. The last state that was yielded is whole.
+        NonFiniteError: a training loss or gradient was not finite. The last state that was yielded is valid.
+        Interrupted: `interrupt` asked for it.
 
     Example:
         >>> import torch
@@ -240,16 +267,31 @@ def train_and_validate(
         raise ValueError("Expected valid and eval_step together. Received only one of them.")
     check_options(max_epochs=max_epochs, patience=patience, patience_delta=patience_delta)
     schedule = learning_rate if callable(learning_rate) else constant(learning_rate)
+    track = track or _untracked
+    trained = state  # after the last training batch
+
+    def after_batch(state: TrainState, metrics: Metrics) -> None:
+        nonlocal trained
+        trained = state
+        if on_batch is not None:
+            on_batch(state, metrics)
+        after_eval_batch()
+
+    def after_eval_batch(*_: object) -> None:
+        if interrupt is not None and interrupt():
+            raise Interrupted(trained)
 
     def epochs(state: TrainState) -> Iterator[tuple[TrainState, EpochReport]]:
         while state.epoch < max_epochs and not should_stop(state.best, patience):
             lr, earlier_sums, start = check_rate(schedule(state.epoch)), state.sums, clock()
             batches = train(state.key, state.epoch, state.batch)
-            state, train_sums = epoch_fn(state, batches, step=partial(step, lr=lr), on_batch=on_batch)
+            batches = track(batches, "training", epoch=state.epoch, start_batch=state.batch)
+            state, train_sums = epoch_fn(state, batches, step=partial(step, lr=lr), on_batch=after_batch)
             train_end, valid_sums = clock(), {}
             if valid is not None and eval_step is not None:
                 batches = valid(state.key, state.epoch - 1, 0)
-                valid_sums = eval_epoch_fn(state, batches, step=eval_step)
+                batches = track(batches, "validation", epoch=state.epoch - 1, start_batch=0)
+                valid_sums = eval_epoch_fn(state, batches, step=eval_step, on_batch=after_eval_batch)
             report = judge_epoch(
                 state.best,
                 epoch=state.epoch,
@@ -281,8 +323,10 @@ def judge_epoch(
     minutes: tuple[float, float],
     earlier_sums: Metrics,
 ) -> EpochReport:
-    """Report an epoch from its sums, `earlier_sums` of them from before the clock started: the means, whether it is the
-    best, whether the run ends."""
+    """Report an epoch from its sums: the means, whether it is the best epoch, whether the run ends.
+
+    `earlier_sums` is the part of `train_sums` from before the clock started.
+    """
     train_means, valid_means = read_means(train_sums), read_means(valid_sums)
     num_points = float(train_sums["loss"].weight)
     best = update_best(best, (valid_means or train_means)["loss"], epoch, patience_delta=patience_delta)
@@ -302,8 +346,14 @@ def judge_epoch(
     )
 
 
+def check_has_batch(state: Any) -> None:
+    """Raise ValueError when an epoch had no training batch; `state` is a `TrainState` or an `EnsembleState`."""
+    if state.batch == 0:
+        raise ValueError(f"Epoch {state.epoch + 1} has no batch. Expected at least one. Is the dataset empty?")
+
+
 def check_options(*, max_epochs: int, patience: int | None, patience_delta: float) -> None:
-    """Refuse options of a loop that are out of range."""
+    """Raise ValueError for options of a loop that are out of range."""
     if max_epochs < 1:
         raise ValueError(f"Expected max_epochs of at least 1. Received: {max_epochs}")
     if patience is not None and patience < 1:
@@ -313,7 +363,20 @@ def check_options(*, max_epochs: int, patience: int | None, patience_delta: floa
 
 
 def check_rate(lr: float) -> float:
-    """A learning rate, if it is one."""
+    """Return a learning rate; ValueError if it is negative or not finite."""
     if not (math.isfinite(lr) and lr >= 0):
         raise ValueError(f"Expected a learning rate that is finite and at least 0. Received: {lr}")
     return lr
+
+
+def _untracked(batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterable[Any]:
+    return batches
+
+
+def _raise_deferred(state: TrainState, first_bad: Sum) -> None:
+    bad_step = int(first_bad.total)
+    where = location(state.epoch, bad_step - (state.step - state.batch), bad_step)
+    raise NonFiniteError(
+        f"The loss or the gradient was not finite in {where}. "
+        f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids."
+    )

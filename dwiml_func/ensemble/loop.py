@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.early_stopping import should_stop
-from dwiml_func.core.loop import Batches, EpochReport, check_options, check_rate, judge_epoch
+from dwiml_func.core.loop import (
+    Batches,
+    EpochReport,
+    Interrupted,
+    check_has_batch,
+    check_options,
+    check_rate,
+    judge_epoch,
+)
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.step import location
 from dwiml_func.ensemble.state import EnsembleState, member_sums
@@ -20,6 +28,9 @@ from dwiml_func.optim.schedules import constant
 from dwiml_func.types import Metrics, Schedule, Sum
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]
+
+
+OnBatch = Callable[[EnsembleState, Metrics], object]
 
 
 class EnsembleStep(Protocol):
@@ -58,7 +69,8 @@ def train_and_validate_ensemble(
     max_epochs: int,
     patience: int | None = None,
     patience_delta: float = 1e-6,
-    on_batch: Callable[[EnsembleState, Metrics], None] | None = None,
+    on_batch: OnBatch | None = None,
+    interrupt: Callable[[], bool] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
     """Train and validate all members, epoch by epoch, each until `max_epochs` or until its own patience runs out.
@@ -74,12 +86,14 @@ def train_and_validate_ensemble(
         learning_rate: a number, or a function of the number of epochs done; or one for each member.
         max_epochs, patience, patience_delta, clock: as for `train_and_validate`, of each member.
         on_batch: called with the ensemble and the sums after each training batch.
+        interrupt: called after each training and each validation batch; True ends the loop with `Interrupted`.
 
     Yields:
         The ensemble after each epoch, and its report. Nothing is yielded when no member has an epoch left to do.
 
     Raises:
         ValueError: as `train_and_validate`, or the numbers of learning rates and members differ.
+        Interrupted: `interrupt` asked for it; its state is the ensemble after the last training batch.
 
     Example:
         >>> from dwiml_func import init_state, module_loss, optim
@@ -105,19 +119,31 @@ def train_and_validate_ensemble(
     if len(each) != len(ensemble):
         raise ValueError(f"Expected {len(ensemble)} learning rates, one for each member. Received: {len(each)}")
     schedules = [rate if callable(rate) else constant(rate) for rate in each]
+    trained = ensemble  # after the last training batch
+
+    def after_batch(ensemble: EnsembleState, metrics: Metrics) -> None:
+        nonlocal trained
+        trained = ensemble
+        if on_batch is not None:
+            on_batch(ensemble, metrics)
+        after_eval_batch()
+
+    def after_eval_batch() -> None:
+        if interrupt is not None and interrupt():
+            raise Interrupted(trained)
 
     def epochs(ensemble: EnsembleState) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
         ensemble = _without_patience(ensemble, patience)
         while ensemble.epoch < max_epochs and any(running := ensemble.active.tolist()):
             earlier_sums, start = member_sums(ensemble.sums, len(ensemble)), clock()
             rates = [check_rate(schedule(ensemble.epoch)) for schedule in schedules]
-            ensemble = _train(ensemble, train, partial(step, lr=_one_or_each(rates, ensemble)), on_batch)
+            ensemble = _train(ensemble, train, partial(step, lr=_one_or_each(rates, ensemble)), after_batch)
             still = ensemble.active.tolist()
             failed = {n: _failure(ensemble, n) for n, ran in enumerate(running) if ran and not still[n]}
             ensemble, sums = _close_epoch(ensemble)
             train_end, train_sums, valid_sums = clock(), member_sums(sums, len(ensemble)), [{}] * len(ensemble)
             if valid is not None and eval_step is not None:
-                valid_sums = member_sums(_evaluate(ensemble, valid, eval_step), len(ensemble))
+                valid_sums = member_sums(_evaluate(ensemble, valid, eval_step, after_eval_batch), len(ensemble))
             reports = {
                 number: judge_epoch(
                     ensemble.best[number],
@@ -145,21 +171,25 @@ def _train(
     ensemble: EnsembleState,
     train: Batches,
     step: Callable[[EnsembleState, Any], tuple[EnsembleState, Metrics]],
-    on_batch: Callable[[EnsembleState, Metrics], None] | None,
+    on_batch: OnBatch,
 ) -> EnsembleState:
     for batch in train(ensemble.keys[0], ensemble.epoch, ensemble.batch):
         ensemble, metrics = step(ensemble, batch)
-        if on_batch is not None:
-            on_batch(ensemble, metrics)
-    if ensemble.batch == 0:
-        raise ValueError(f"Epoch {ensemble.epoch + 1} has no batch. Expected at least one: is the data set empty?")
+        on_batch(ensemble, metrics)
+    check_has_batch(ensemble)
     return ensemble
 
 
-def _evaluate(ensemble: EnsembleState, valid: Batches, eval_step: Callable[[EnsembleState, Any], Metrics]) -> Metrics:
+def _evaluate(
+    ensemble: EnsembleState,
+    valid: Batches,
+    eval_step: Callable[[EnsembleState, Any], Metrics],
+    on_batch: Callable[[], None],
+) -> Metrics:
     sums: dict[str, Sum] = {}
     for index, batch in enumerate(valid(ensemble.keys[0], ensemble.epoch - 1, 0)):
         sums = add_metrics(sums, eval_step(ensemble.replace(batch=index), batch))
+        on_batch()
     return sums
 
 

@@ -1,4 +1,4 @@
-"""An experiment's `best_model/`: written at each best epoch, and made whole again after a crash."""
+"""An experiment's `best_model/`: written at each best epoch, and repaired after a crash."""
 
 from __future__ import annotations
 
@@ -8,56 +8,37 @@ from pathlib import Path
 from dwiml_func.checkpoint.arrays import CheckpointError, load_leaves, read_manifest
 from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.core.state import TrainState
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import MANIFEST, save_model
-from dwiml_func.experiment.setup import RunParts
 
 __all__ = ["repair_best_model", "save_best_model"]
 
 
-def save_best_model(directory: Path, setup: RunParts, state: TrainState) -> None:
-    """Write the model of a best epoch.
-
-    Args:
-        directory: the experiment.
-        setup: its parts.
-        state: the run after that epoch.
-
-    Example:
-        >>> save_best_model(directory, setup, state)  # doctest: +SKIP
-    """
-    facts = {"loss": state.best.value}
-    save_model(directory / "best_model", state, setup.config, nb_features=setup.nb_features, facts=facts)
+def save_best_model(directory: Path, state: TrainState, config: RunConfig, *, nb_features: int) -> None:
+    """Write the model of the state after a best epoch."""
+    save_model(directory / "best_model", state, config, nb_features=nb_features, facts={"loss": state.best.value})
 
 
-def repair_best_model(directory: Path, setup: RunParts, state: TrainState) -> None:
-    """Write the best model again from its checkpoint where a crash came between the two, or where it is corrupt.
-
-    Args:
-        directory: the experiment.
-        setup: its parts.
-        state: the run, whose best epoch counts.
-
-    Example:
-        >>> repair_best_model(directory, setup, state)  # doctest: +SKIP
-    """
+def repair_best_model(directory: Path, state: TrainState, config: RunConfig, *, nb_features: int) -> None:
+    """Write the model of the state's best epoch from its checkpoint, where the folder has another one or is corrupt."""
     best, path = state.best.epoch, directory / "best_model"
     if best is None or _epoch_written(path) == best:
         return
     try:
-        best_state = restore(directory, setup.state, name=str(best)).state
+        best_state = restore(directory, state, name=str(best)).state
     except (FileNotFoundError, CheckpointError) as error:
         logging.getLogger(__name__).warning(
-            "%s is not the model of the best epoch, %d, and cannot be written again: %s The next better epoch will.",
+            "%s is not the model of the best epoch, %d, and cannot be repaired: %s The next best epoch replaces it.",
             path,
             best,
             error,
         )
         return
-    save_best_model(directory, setup, best_state)
+    save_best_model(directory, best_state, config, nb_features=nb_features)
 
 
 def _epoch_written(path: Path) -> int | None:
-    """The epoch whose model stands there, whole."""
+    """The epoch of the model in the folder; None if it is missing or corrupt."""
     try:
         facts = read_manifest(path, MANIFEST)
         load_leaves(path, facts)

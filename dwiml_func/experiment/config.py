@@ -198,7 +198,8 @@ class CheckpointConfig:
     __pydantic_config__: ClassVar = STRICT
 
     checkpoint_every: str = "1epoch"
-    """How often to save a checkpoint: "50batches" or "10minutes" (and at each epoch's end), "3epochs" (and at a best)."""
+    """How often to save a checkpoint: "50batches" or "10minutes", and at each epoch's end; or "3epochs", and at each
+    best epoch."""
     keep: int | Literal["all"] = 2
     """How many of the latest checkpoints at an epoch's end to keep, besides that of the best epoch; or all."""
 

@@ -23,8 +23,9 @@ from dwiml_func.data.loader import epoch_batches
 from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.streamlines import directions
+from dwiml_func.experiment.batches import check_usable, loader_spec
 from dwiml_func.experiment.model_store import LoadedModel, load_model
-from dwiml_func.experiment.setup import RunParts, check_usable, loader_spec
+from dwiml_func.experiment.setup import RunParts
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 from dwiml_func.types import Metrics
@@ -113,12 +114,12 @@ def evaluate_directions(
     )
 
 
-def evaluate_best_model(directory: str | Path, setup: RunParts) -> Evaluation:
+def evaluate_best_model(directory: str | Path, parts: RunParts) -> Evaluation:
     """Compare an experiment's best model with the baselines on the batches that are there to judge it.
 
     Args:
         directory: the experiment.
-        setup: its parts.
+        parts: its parts.
 
     Returns:
         The errors, on the validation subjects or, where there are none, on the training subjects.
@@ -129,9 +130,9 @@ def evaluate_best_model(directory: str | Path, setup: RunParts) -> Evaluation:
     Example:
         >>> evaluate_best_model("experiments/first_run", prepare(config)).model  # doctest: +SKIP
     """
-    dataset = setup.evaluation_set
+    dataset, key = parts.data.evaluation, Key(parts.config.training.rng)
     model = load_model(Path(directory) / "best_model").module  # on the CPU, wherever it was trained
-    batches = (batch.to(torch.device("cpu")) for batch in setup.evaluation(setup.state.key, 0, 0))
+    batches = (batch.to(torch.device("cpu")) for batch in parts.evaluation(key, 0, 0))
     return evaluate_directions(model.directions, batches, dataset.input_attributes, num_features=dataset.num_features)
 
 

@@ -11,14 +11,15 @@ from typing import Any
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, restore, write
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.manifest import CheckpointError, CorruptError
-from dwiml_func.core.early_stopping import Best, should_stop
+from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
-from dwiml_func.experiment.setup import RunParts, make_optimizer, prepare
+from dwiml_func.experiment.resume import check_has_epochs_left
+from dwiml_func.experiment.setup import RunParts, make_optimizer, make_parts, prepare
 from dwiml_func.files.fingerprint import fingerprint, same_file
 
 __all__ = ["Fork", "create_fork", "prepare_fork"]
@@ -37,21 +38,12 @@ _TRAINING_ONLY = {
 class Fork:
     """A fork, ready to be written and trained.
 
-    Args:
-        setup: its parts; `setup.config` names its origin.
-        checkpoint: that of the source.
-        state: what the fork begins with: the state of the checkpoint, with what is reset.
-        data: the fingerprint of the data to record.
-        best_state: the run after the best epoch so far; None where the best epoch begins anew.
-        notes: a sentence for each change that reaches further than its option.
-
-    Example:
-        >>> fork = prepare_fork(Path("experiments/a"), config)  # doctest: +SKIP
-        >>> fork.notes  # doctest: +SKIP
-        ('Optimizer SGD instead of Adam: its moments begin at zero.',)
+    `checkpoint` is the source's; `state` is its state with the parts that the changes reset, and `notes` has a sentence
+    for each of these. `best_state` is the state after the best epoch so far, None where the best epoch is reset. `data`
+    is the fingerprint of the dataset.
     """
 
-    setup: RunParts
+    parts: RunParts
     checkpoint: Checkpoint
     state: TrainState
     data: Mapping[str, Any]
@@ -62,42 +54,21 @@ class Fork:
 def prepare_fork(
     source: Path, config: RunConfig, *, name: str | None = None, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> Fork:
-    """Make ready to fork an experiment. Nothing is written, and the source may be training meanwhile.
+    """Prepare to fork an experiment from its checkpoint `name`, by default the newest valid one. Nothing is written.
 
-    The state is taken over whole: a fork without changes goes on to the same bits as its source. What cannot go on
-    begins anew: another optimizer has moments of zero and counts its updates from 0; another seed replaces the key; and
-    where other data or options change the very meaning of the monitored loss, or the best model is gone, the best epoch
-    and the count of bad epochs begin anew.
+    The source may be training meanwhile. The state is taken over whole: a fork without changes ends bitwise identical
+    to its source. Another optimizer resets the optimizer state, another seed the key; options that change the meaning
+    of the monitored loss reset the best epoch. Within an epoch, the model, the training batches and the seed cannot
+    change.
 
-    Args:
-        source: the experiment's directory.
-        config: the fork's config: that of the source with other values of any option that leaves the shapes of the
-            model's tensors as they are. Learning rates are counted from the source's first epoch.
-        name: which checkpoint, e.g. "3" or, within an epoch, "3-50"; None takes the newest sound one. Within an epoch the
-            model, the training batches and the seed cannot change.
-        process_group: the processes that train together, see `dwiml_func.distributed.process_group`. Only the first writes.
-
-    Returns:
-        The fork.
-
-    Raises:
-        FileNotFoundError: there is no such experiment, checkpoint or dataset.
-        CorruptError: the checkpoint is corrupt.
-        ValueError: the model has other tensors (the message lists all differences); an option cannot change within an
-            epoch; the fork would end at once; or the dataset has changed under the same path.
-
-    Example:
-        >>> prepare_fork(Path("/no/such/experiment"), RunConfig(hdf5_file="data.hdf5"))
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: '/no/such/experiment' is not an experiment: it has no config.json.
+    CorruptError for a corrupt checkpoint; ValueError where the model has other tensors, an option cannot change, the
+    fork would end at once, or the dataset has changed under the same path.
     """
     recorded = read_config(source)
     changed = _changed_options(recorded, config)
-    setup = prepare(config, process_group)
-    like = setup.state.replace(
-        key=Key(recorded.training.rng), opt_state=make_optimizer(recorded.training).init(setup.state.params)
-    )
+    parts = prepare(config, process_group)
+    first = parts.first_state()
+    like = first.replace(key=Key(recorded.training.rng), opt_state=make_optimizer(recorded.training).init(first.params))
     checkpoint = _restore(source, like, name, changed)
     has_same_data = _has_same_data(checkpoint, recorded, config)
     data = checkpoint.data if has_same_data else fingerprint(config.hdf5_file)
@@ -106,17 +77,16 @@ def prepare_fork(
     if checkpoint.state.batch:
         _check_within_epoch(checkpoint, changed)
 
-    state, notes = checkpoint.state, []
+    state, notes = checkpoint.state.replace(key=first.key), []
     if "training.optimizer" in changed:
-        state = state.replace(opt_state=setup.state.opt_state, step=0)
+        state = state.replace(opt_state=first.opt_state, step=0)
         old, new = recorded.training.optimizer, config.training.optimizer
-        notes.append(f"Optimizer {new} instead of {old}: its moments begin at zero.")
-    state = state.replace(key=Key(config.training.rng))
-    best_state, why = _best(source, like, checkpoint.state, changed, is_validated=setup.valid is not None)
+        notes.append(f"Optimizer {new} instead of {old}: the optimizer state is reset.")
+    best_state, why = _best(source, like, checkpoint.state, changed, is_validated=parts.valid is not None)
     if why is not None:
         state = state.replace(best=Best())
-        notes.append(f"The best epoch and the count of bad epochs begin anew: {why}.")
-    _check_to_end_at_once(state, config)
+        notes.append(f"The best epoch and the count of bad epochs are reset: {why}.")
+    check_has_epochs_left(state, config.training, option_prefix="--")
 
     origin = Origin(
         experiment=str(source.absolute()),
@@ -124,36 +94,21 @@ def prepare_fork(
         digest=state_digest(checkpoint.state),
         start_digest=state_digest(state),
     )
-    setup = replace(setup, config=replace(config, origin=origin))
-    return Fork(setup=setup, checkpoint=checkpoint, state=state, data=data, best_state=best_state, notes=tuple(notes))
+    parts = make_parts(replace(config, origin=origin), parts.data, process_group)
+    return Fork(parts=parts, checkpoint=checkpoint, state=state, data=data, best_state=best_state, notes=tuple(notes))
 
 
 def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) -> Path:
-    """Make a fork's directory with its config, its checkpoint and the best model so far. It appears in one step.
-
-    Args:
-        experiments_path: folder of all experiments; it exists.
-        experiment_name: name of the new folder in it.
-        fork: what to write.
-
-    Returns:
-        The experiment's directory, from which a run can be resumed.
-
-    Raises:
-        FileNotFoundError, ValueError: as `dwiml_func.experiment.folder.create_experiment`.
-        OSError: the disk is full, or cannot be written to; nothing is left of the attempt.
-
-    Example:
-        >>> create_fork("experiments", "b", fork)  # doctest: +SKIP
-    """
+    """Create a fork's directory, whole or not at all: its config, its checkpoint and the best model so far."""
+    parts = fork.parts
 
     def fill(directory: Path) -> None:
-        source, config = fork.checkpoint, fork.setup.config.to_dict()
+        source, config = fork.checkpoint, parts.config.to_dict()
         write(directory, fork.state, source.history, config=config, data=fork.data, environment=source.environment)
         if fork.best_state is not None:
-            save_best_model(directory, fork.setup, fork.best_state)
+            save_best_model(directory, fork.best_state, parts.config, nb_features=parts.nb_features)
 
-    return create_experiment(experiments_path, experiment_name, fork.setup.config, fill=fill)
+    return create_experiment(experiments_path, experiment_name, parts.config, fill=fill)
 
 
 def _changed_options(recorded: RunConfig, config: RunConfig) -> Set[str]:
@@ -166,7 +121,7 @@ def _restore(source: Path, like: TrainState, name: str | None, changed: Set[str]
     try:
         if name is not None:
             return restore(source, like, name=name)
-        checkpoint = newest(source, like=like) or restore(source, like)  # raises: there is none
+        checkpoint = newest(source, like=like) or restore(source, like)  # which raises: there is none
     except CorruptError:
         raise
     except CheckpointError as error:
@@ -174,7 +129,7 @@ def _restore(source: Path, like: TrainState, name: str | None, changed: Set[str]
         raise ValueError(f"{error} A fork keeps the model's tensors. Changed: {options}.") from None
     for newer in checkpoint.corrupt:
         logging.getLogger(__name__).warning(
-            "Checkpoint %s of %s is corrupt; forking %s.", newer, source, checkpoint.name
+            "Checkpoint %s of %s is corrupt. Forking from checkpoint %s.", newer, source, checkpoint.name
         )
     return checkpoint
 
@@ -186,8 +141,8 @@ def _has_same_data(checkpoint: Checkpoint, recorded: RunConfig, config: RunConfi
         return True
     if config.hdf5_file == recorded.hdf5_file:
         raise ValueError(
-            f"{config.hdf5_file} is not the dataset that the source was trained on: its bytes differ. Expected the "
-            f"same file or, to go on with other data, a file of another path (--hdf5-file)."
+            f"Expected the dataset that the source was trained on. Received: {config.hdf5_file}, whose bytes differ. "
+            f"To train on other data, give a file of another path (--hdf5-file)."
         )
     return False
 
@@ -196,38 +151,23 @@ def _check_within_epoch(checkpoint: Checkpoint, changed: Set[str]) -> None:
     fixed = {option for option in changed if not option.startswith("training.")} - _SAME_RESULTS - _VALIDATION_ONLY
     if fixed := sorted(fixed | (changed & {"training.rng"})):
         raise ValueError(
-            f"Checkpoint {checkpoint.name} is within epoch {checkpoint.state.epoch + 1}, where {', '.join(fixed)} cannot "
-            f"change. Expected a checkpoint at the end of an epoch, or only other options of the training."
+            f"Within an epoch, {', '.join(fixed)} cannot change, and checkpoint {checkpoint.name} is within epoch "
+            f"{checkpoint.state.epoch + 1}. Choose a checkpoint at the end of an epoch."
         )
 
 
 def _best(
     source: Path, like: TrainState, state: TrainState, changed: Set[str], *, is_validated: bool
 ) -> tuple[TrainState | None, str | None]:
-    """The run after its best epoch; or None and, where there is one that cannot be taken over, why."""
+    """The state after the best epoch; or None and, where that epoch cannot be taken over, the reason."""
     if state.best.epoch is None:
         return None, None
     same = _SAME_RESULTS | (_TRAINING_ONLY if is_validated else set())
     if meaning := sorted(option for option in changed - same if not option.startswith("training.")):
-        return None, f"the monitored loss is another one with another {', '.join(meaning)}"
+        return None, f"another {', '.join(meaning)} changes the monitored loss"
     if (state.best.epoch, 0) == (state.epoch, state.batch):
         return state, None
     try:
         return restore(source, like, name=str(state.best.epoch)).state, None
     except (FileNotFoundError, CheckpointError) as error:
-        return None, f"the model of the best one, {state.best.epoch}, is gone ({str(error).rstrip('.')})"
-
-
-def _check_to_end_at_once(state: TrainState, config: RunConfig) -> None:
-    training = config.training
-    if state.epoch >= training.max_epochs:
-        raise ValueError(
-            f"The checkpoint has {state.epoch} epochs done, so a maximum of {training.max_epochs} would end the fork at "
-            f"once. Give --max-epochs of at least {state.epoch + 1}, or fork from an earlier checkpoint."
-        )
-    if should_stop(state.best, training.patience):
-        raise ValueError(
-            f"The checkpoint has {state.best.num_bad_epochs} epochs in a row without improvement, so a patience of "
-            f"{training.patience} would end the fork at once. Give --patience of at least "
-            f"{state.best.num_bad_epochs + 1}, or fork from an earlier checkpoint."
-        )
+        return None, f"the model of epoch {state.best.epoch} is missing ({str(error).rstrip('.')})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from dwiml_func.checkpoint.digest import bit_difference, leaf_differences, state
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.checkpoint.provenance import environment, environment_differences
-from dwiml_func.core.loop import Batches, EpochReport, train_and_validate
+from dwiml_func.core.loop import EpochReport, Track, train_and_validate
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.step import NonFiniteError
 from dwiml_func.experiment.compare import differences, report_differences, report_values
@@ -64,7 +64,7 @@ def verify_epoch(
     *,
     epoch: int | None = None,
     hdf5_file: str | None = None,
-    track: Callable[[Batches, str], Batches] = lambda batches, label: batches,
+    track: Track | None = None,
 ) -> Verification:
     """Train an epoch again from the checkpoint before it, or the nearest one before that, and compare.
 
@@ -76,7 +76,7 @@ def verify_epoch(
         directory: the experiment.
         epoch: which epoch; None takes the last on record.
         hdf5_file: where the dataset is, if it has moved.
-        track: wraps a source of batches under the label "training" or "validation", e.g. for a progress bar.
+        track: shows progress, as in `train_and_validate`.
 
     Returns:
         What is not as recorded.
@@ -114,12 +114,13 @@ def verify_epoch(
         # Where nothing can be replayed, nothing is known of another device either.
         devices, start, is_replayed = set(recorded_environment.get("devices", ())), None, False
         try:
-            setup = prepare(replayed_config)
-            devices = {str(leaf.device) for leaf in state_leaves(setup.state).values()}
-            state, start, corrupt = _start(directory, config, setup, epoch)
+            parts = prepare(replayed_config)
+            first = parts.first_state()
+            devices = {str(leaf.device) for leaf in state_leaves(first).values()}
+            state, start, corrupt = _start(directory, config, first, epoch)
             problems += corrupt
             problems += _start_problems(state, start, reports, config.origin)
-            problems += _replay_problems(state, setup, track, reports, epoch, after)
+            problems += _replay_problems(state, parts, track, reports, epoch, after)
             is_replayed = True
         except (ValueError, NonFiniteError) as error:
             if isinstance(error, _NothingLeft) or not (data_problems or surroundings or problems):
@@ -168,7 +169,9 @@ def _check_epochs_of_origin(config: RunConfig, epoch: int) -> None:
         )
 
 
-def _start(directory: Path, config: RunConfig, setup: RunParts, epoch: int) -> tuple[TrainState, str | None, list[str]]:
+def _start(
+    directory: Path, config: RunConfig, first: TrainState, epoch: int
+) -> tuple[TrainState, str | None, list[str]]:
     """The newest sound state at the end of an epoch before this one, its checkpoint's name, and what is corrupt."""
     names = list_checkpoints(directory)
     candidates = [name for name in reversed(names) if "-" not in name and int(name) < epoch]
@@ -177,11 +180,11 @@ def _start(directory: Path, config: RunConfig, setup: RunParts, epoch: int) -> t
     corrupt = []
     for name in candidates:
         try:
-            return restore(directory, setup.state, name=name).state, name, corrupt
+            return restore(directory, first, name=name).state, name, corrupt
         except CorruptError as error:
             corrupt.append(str(error))
     if config.origin is None:
-        return setup.state, None, corrupt
+        return first, None, corrupt
     raise _NothingLeft(
         f"{directory} has no sound checkpoint before epoch {epoch} to replay it from. "
         f"Expected that of {config.origin.checkpoint}, where it was forked, or a later one."
@@ -203,19 +206,20 @@ def _start_problems(
 
 def _replay_problems(
     state: TrainState,
-    setup: RunParts,
-    track: Callable[[Batches, str], Batches],
+    parts: RunParts,
+    track: Track | None,
     reports: Mapping[int, EpochReport],
     epoch: int,
     after: Checkpoint | None,
 ) -> list[str]:
-    training = setup.config.training
+    training = parts.config.training
     epochs = train_and_validate(
         state,
-        train=track(setup.train, "training"),
-        step=setup.step,
-        valid=track(setup.valid, "validation") if setup.valid else None,
-        eval_step=setup.eval_step if setup.valid else None,
+        train=parts.train,
+        step=parts.step,
+        valid=parts.valid,
+        eval_step=parts.eval_step if parts.valid else None,
+        track=track,
         learning_rate=per_epoch(training.learning_rates),
         max_epochs=epoch,  # and no patience: the recorded run went that far, whatever its options were then
         patience_delta=training.patience_delta,

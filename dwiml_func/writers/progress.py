@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from dwiml_func.core.loop import Batches, EpochReport
-from dwiml_func.core.rng import Key
+from dwiml_func.core.loop import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.types import Metrics
 
@@ -23,7 +22,7 @@ _SECONDS_BETWEEN_READINGS = 0.5  # reading the loss waits for the device
 class Progress:
     """A writer that prints a line an epoch on standard output, and shows bars on standard error if that is a terminal.
 
-    The bar of batches belongs to what `track` wraps. The bar of epochs, with the best loss and the time that is left,
+    `track` shows the bar of batches. The bar of epochs, with the best loss and the time that is left,
     stands above it within `with Progress(...) as progress:`.
 
     Args:
@@ -32,7 +31,7 @@ class Progress:
 
     Example:
         >>> progress = Progress(max_epochs=2)
-        >>> list(progress.track(lambda key, epoch, start: [1, 2, 3], "training")(Key(0), 0, 0))
+        >>> list(progress.track([1, 2, 3], "training", epoch=0, start_batch=0))
         [1, 2, 3]
     """
 
@@ -79,31 +78,28 @@ class Progress:
         tqdm.write("  ".join(parts) + ("  best" if report.is_best else ""), file=sys.stdout)
         sys.stdout.flush()  # an epoch may take an hour, and a file or pipe would hold its line back for many of them
 
-    def track(self, batches: Batches, label: str) -> Batches:
-        """Wrap a source of batches so that iterating it moves a bar.
+    def track(self, batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterator[Any]:
+        """Give back the same batches and move a bar with them, for `train_and_validate(..., track=...)`.
 
         Args:
-            batches: the source.
+            batches: the batches of an epoch from `start_batch` on.
             label: what the bar says, "training" or "validation".
+            epoch: number of epochs done.
+            start_batch: number of batches done in the epoch.
 
-        Returns:
-            A source of the same batches.
+        Yields:
+            The batches.
         """
-
-        def tracked(key: Key, epoch: int, start_batch: int) -> Iterator[Any]:
-            loader = batches(key, epoch, start_batch)
-            if self._is_open and self._epochs is None:
-                self._epochs = _bar("Epochs", self._max_epochs, epoch, "epoch", position=0)
-            description = f"Epoch {epoch + 1}/{self._max_epochs} {label}"
-            total = len(loader) + start_batch if isinstance(loader, Sized) else None
-            self._read_at, self._points = self._clock(), None
-            self._batches = _bar(description, total, start_batch, "batch", position=int(self._epochs is not None))
-            with self._batches as bar:
-                for batch in loader:
-                    yield batch
-                    bar.update()
-
-        return tracked
+        if self._is_open and self._epochs is None:
+            self._epochs = _bar("Epochs", self._max_epochs, epoch, "epoch", position=0)
+        description = f"Epoch {epoch + 1}/{self._max_epochs} {label}"
+        total = len(batches) + start_batch if isinstance(batches, Sized) else None
+        self._read_at, self._points = self._clock(), None
+        self._batches = _bar(description, total, start_batch, "batch", position=int(self._epochs is not None))
+        with self._batches as bar:
+            for batch in batches:
+                yield batch
+                bar.update()
 
     def on_batch(self, state: TrainState, metrics: Metrics) -> None:
         """Show the loss of the epoch so far and the speed beside the bar of batches.

@@ -1,0 +1,153 @@
+"""The data of a run and its batches: opened, planned, loaded ahead, cut into shards and moved to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from dwiml_func.core.loop import Batches
+from dwiml_func.core.rng import Key, Stream, fold_in
+from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.dataset import StreamlineDataset
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.loader import LoaderSpec, epoch_batches
+from dwiml_func.data.neighborhood import check_cubic_voxels
+from dwiml_func.data.prefetch import Prefetched, SizedBatches
+from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.sampler import SamplerSpec
+from dwiml_func.data.shards import cut_batch
+from dwiml_func.experiment.config import BatchConfig, RunConfig
+from dwiml_func.models.config import check_getter_for_compressed
+
+__all__ = ["RunData", "check_usable", "first_batch", "loader_spec", "make_batches", "open_data"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """The subjects of a run; those of the validation may be none."""
+
+    training: StreamlineDataset
+    validation: StreamlineDataset
+
+    @property
+    def evaluation(self) -> StreamlineDataset:
+        """The subjects on which a finished model is judged: the validation subjects, else the training subjects."""
+        return self.validation if self.validation.index.num_total else self.training
+
+
+def open_data(config: RunConfig) -> RunData:
+    """Open the training and the validation subjects; ValueError where the model cannot use them."""
+    options = config.data
+    subsets = {
+        subset: open_dataset(
+            config.hdf5_file,
+            subset,
+            input_group_name=options.input_group_name,
+            streamline_group_name=options.streamline_group_name,
+            lazy=options.lazy,
+            cache_size=options.cache_size,
+        )
+        for subset in ("training", "validation")
+    }
+    for dataset in subsets.values():
+        check_usable(dataset, config)
+    return RunData(**subsets)
+
+
+def make_batches(config: RunConfig, data: RunData, device: torch.device) -> tuple[Batches, Batches | None, Batches]:
+    """Make the sources of training, validation and evaluation batches; of the validation None without its subjects."""
+    num_shards, num_workers = config.training.num_shards, config.batches.processes
+    sampler = _sampler_spec(config.batches, "validation")
+
+    def load(num_shards: int, **plan: Any) -> SizedBatches[Any]:
+        batches = epoch_batches(**plan, num_workers=num_workers)
+        if num_workers == 0:
+            batches = Prefetched(batches)
+        if num_shards > 1:
+            batches = _Map(partial(cut_batch, num_shards=num_shards), batches)
+        return batches if device.type == "cpu" else _Map(lambda batch: batch.to(device, non_blocking=True), batches)
+
+    def train(key: Key, epoch: int, start_batch: int) -> SizedBatches[Any]:
+        return load(num_shards, **_training_plan(config, data, key), epoch=epoch, start_batch=start_batch)
+
+    def evaluation(key: Key, epoch: int, start_batch: int, *, num_shards: int = 1) -> SizedBatches[Any]:
+        # The same plan at every epoch: a capped validation then sees the same streamlines, and losses compare.
+        parts = {"dataset": data.evaluation, "sampler_spec": sampler, "loader_spec": loader_spec(config)}
+        key = fold_in(_data_key(config, key), Stream.VALID_PLAN)
+        return load(num_shards, **parts, key=key, epoch=0, start_batch=start_batch)
+
+    has_validation = data.evaluation is data.validation
+    return train, partial(evaluation, num_shards=num_shards) if has_validation else None, evaluation
+
+
+def first_batch(config: RunConfig, data: RunData, device: torch.device) -> StreamlineBatch:
+    """The first batch of the run, or its first shard."""
+    plan = _training_plan(config, data, Key(config.training.rng))
+    batch, num_shards = next(iter(epoch_batches(**plan, epoch=0))), config.training.num_shards
+    return (cut_batch(batch, num_shards)[0] or batch if num_shards > 1 else batch).to(device)
+
+
+def loader_spec(config: RunConfig) -> LoaderSpec:
+    """How to make batches that are not augmented, for validation and evaluation."""
+    return LoaderSpec(
+        interpolation=config.data.interpolation,
+        neighborhood=config.data.neighborhood,
+        resampling=config.batches.resampling,
+        add_eos=config.model.add_eos,
+    )
+
+
+def check_usable(dataset: StreamlineDataset, config: RunConfig) -> None:
+    """Raise ValueError for a dataset that the model cannot use.
+
+    A neighbourhood requires cubic voxels; some direction getters cannot use compressed streamlines.
+    """
+    if config.data.neighborhood is not None:
+        check_cubic_voxels(dataset.voxel_sizes, dataset.index.subjects)
+    if dataset.resampling.compress is not None and config.batches.resampling == Resampling():
+        check_getter_for_compressed(config.model.dg_key, f"{dataset.path} was compressed when it was made")
+
+
+def _training_plan(config: RunConfig, data: RunData, key: Key) -> dict[str, Any]:
+    """The arguments of `epoch_batches` for training batches, except the position in the run."""
+    key = _data_key(config, key)
+    return {
+        "dataset": data.training,
+        "sampler_spec": _sampler_spec(config.batches, "training"),
+        "loader_spec": replace(loader_spec(config), augmentation=config.batches.augmentation),
+        "key": fold_in(key, Stream.TRAIN_PLAN),
+        "augment_key": fold_in(key, Stream.TRAIN_AUGMENT),
+    }
+
+
+def _data_key(config: RunConfig, key: Key) -> Key:
+    return key if config.training.data_rng is None else Key(config.training.data_rng)
+
+
+def _sampler_spec(batches: BatchConfig, subset: Literal["training", "validation"]) -> SamplerSpec:
+    return SamplerSpec(
+        batch_size=getattr(batches, f"batch_size_{subset}"),
+        max_batches=getattr(batches, f"max_batches_per_epoch_{subset}"),
+        batch_size_units=batches.batch_size_units,
+        nb_streamlines_per_chunk=batches.nb_streamlines_per_chunk,
+        nb_subjects_per_batch=batches.nb_subjects_per_batch,
+        cycles=batches.cycles,
+    )
+
+
+class _Map:
+    """The results of a function on each batch; they can be counted."""
+
+    def __init__(self, function: Callable[[Any], Any], batches: SizedBatches[Any]) -> None:
+        self._function = function
+        self._batches = batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._function, self._batches)
