@@ -243,6 +243,13 @@ def test_the_eos_loss_is_a_weighted_cross_entropy_beside_that_of_the_direction(k
     assert getter.eos_probability(outputs).tolist() == pytest.approx(outputs[:, -1].sigmoid().tolist())
 
 
+@pytest.mark.parametrize("key", CLASSIFICATIONS)
+def test_the_eos_probability_of_a_classification_is_that_of_its_last_class(key: str) -> None:
+    getter, (outputs, _, _) = _case(key, add_eos=True)
+    powers = outputs.detach().double().exp()
+    assert getter.eos_probability(outputs).tolist() == pytest.approx((powers[:, -1] / powers.sum(dim=1)).tolist())
+
+
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in CLASSIFICATIONS])
 def test_a_confident_mistake_about_eos_costs_its_logit_and_can_be_unlearned(key: str) -> None:
     getter, (outputs, targets, is_last) = _case(key, add_eos=True)

@@ -15,9 +15,12 @@ import torch
 
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
+from dwiml_func.data.streamlines import directions
+from dwiml_func.experiment.config import ModelConfig, RunConfig
 from dwiml_func.experiment.evaluation import evaluate_model
-from dwiml_func.experiment.model_store import find_model, load_model
-from dwiml_func.models.learn2track import compute_batch_loss
+from dwiml_func.experiment.model_store import LoadedModel, find_model, load_model
+from dwiml_func.models.baselines import angular_error
+from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 NAMES = ["subset", "loss", "num_points", "num_streamlines", "angular_error", "compared"]
@@ -132,6 +135,37 @@ def test_the_groups_are_those_of_the_training_unless_others_are_given(cli, tmp_p
     cli("evaluate", tmp_path / "experiments" / "run", PHANTOM, *others[:2]).check_refusal("'lines'")
 
 
+def test_the_means_of_a_model_with_eos_are_over_points_in_each_batch_size(tmp_path):
+    """The loss counts the last points too, the angular error those with a next direction; batches differ in both."""
+    dataset = open_dataset(PHANTOM, "validation")
+    module = Learn2Track(6, rnn_layer_sizes=(8,), dg_args={"add_eos": True}).eval()
+    model = LoadedModel(module=module, config=RunConfig(hdf5_file="", model=ModelConfig(add_eos=True)), facts={})
+    batch = load_batch(BatchRequest(np.arange(48), None, 0, 0), dataset=dataset, spec=LoaderSpec(add_eos=True))
+    with torch.no_grad():
+        loss, weight, _ = compute_batch_loss(module, batch)
+        errors = angular_error(module.directions(batch), directions(batch.points, batch.offsets))
+    for batch_size in (1, 7, 100):
+        result = evaluate_model(model, dataset, batch_size=batch_size)
+        assert result.loss == pytest.approx(loss.item(), rel=1e-6)
+        assert result.num_points == weight == len(batch.points)
+        assert result.angular_error == pytest.approx(errors.double().mean().item(), rel=1e-6)
+
+
+def test_the_principal_direction_does_not_see_the_neighbourhood(cli, stopped_early, tmp_path):
+    """The volumes claim to be harmonics; the model's inputs have those of the neighbours too."""
+    data = stopped_early.parent / "data.hdf5"
+    place = ["--neighborhood-type", "axes", "--neighborhood-radius", "1", "--neighborhood-resolution", "0.5"]
+    (tmp_path / "experiments").mkdir()
+    arguments = ("train", tmp_path / "experiments", "axes", data, "--max-epochs", "1", "--rnn-layer-sizes", "4")
+    outcome = cli(*arguments, *place)
+    assert outcome.code == 0, outcome.err
+    plain = json.loads(cli("evaluate", stopped_early / "run", data, "--json").out)["compared"]["principal_direction"]
+    found = json.loads(cli("evaluate", tmp_path / "experiments" / "axes", data, "--json").out)["compared"]
+    assert found["principal_direction"] == pytest.approx(plain, rel=1e-6)
+    recorded = json.loads((tmp_path / "experiments" / "axes" / "evaluation.json").read_text())
+    assert recorded["principal_direction"] == pytest.approx(plain, rel=1e-6)
+
+
 def test_a_model_reads_the_points_around_as_it_was_trained_to(cli, tmp_path):
     (tmp_path / "experiments").mkdir()
     options = ["--max-epochs", "2", "--rnn-layer-sizes", "6", "--add-eos", "--nb-previous-dirs", "1", "--quiet"]
@@ -158,7 +192,7 @@ def test_a_model_reads_the_points_around_as_it_was_trained_to(cli, tmp_path):
         (["MODEL", "DATA", "--batch-size", "0"], ["batch_size", "received 0"]),
         (["MODEL", "DATA", "--num-threads", "0"], ["num_threads", "received 0"]),
         (["MODEL", "DATA", "--input-group-name", "signal"], ["'signal'", "DATA"]),
-        (["MODEL", "DATA", "--input-group-name", "wm_mask"], ["The model reads 6 features", "have 1"]),
+        (["MODEL", "DATA", "--input-group-name", "wm_mask"], ["expected input volumes with 6 features", "received 1"]),
         (["MODEL", "FOLDER/nothing.hdf5"], ["does not exist", "nothing.hdf5"]),
         (["MODEL"], ["HDF5_FILE"]),
         (["FOLDER/nothing", "DATA"], ["FOLDER/nothing", "is not a folder"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -93,6 +94,13 @@ def test_the_principal_direction_is_measured_on_the_same_points(dataset):
     evaluation = evaluate_directions(truth, [batch], {"sh_order": 2})
     assert evaluation.principal_direction == pytest.approx(expected, abs=1e-9)
     assert evaluation.num_points == int(valid.sum())
+
+
+def test_the_principal_direction_reads_the_first_features_alone(dataset):
+    batch = load(dataset, np.arange(48))
+    around = replace(batch, inputs=torch.cat([batch.inputs, torch.rand(batch.num_points, 12)], dim=1))
+    alone = evaluate_directions(truth, [batch], {"sh_order": 2})
+    assert evaluate_directions(truth, [around], {"sh_order": 2}, num_features=6) == alone
 
 
 def test_without_knowing_the_input_there_is_no_principal_direction(dataset):

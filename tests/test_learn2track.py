@@ -129,6 +129,33 @@ def test_previous_directions_follow_the_inputs_nearest_first_without_normalisati
     torch.testing.assert_close(model(batch), model.direction_getter(model.rnn_model(x, [1, 1, 1])))
 
 
+def test_normalised_previous_directions_have_unit_length_and_those_without_length_stay_zero() -> None:
+    model, batch = _model(nb_previous_dirs=1, normalize_prev_dirs=True), _batch([5])
+    points = batch.points.clone()
+    points[2] = points[1]  # a step without length
+    batch = replace(batch, points=points)
+    dirs = directions(points, batch.offsets)[:3].double()
+    units = torch.stack([torch.zeros(3), dirs[0] / dirs[0].norm(), torch.zeros(3), dirs[2] / dirs[2].norm()]).float()
+    x = torch.cat([batch.inputs, units], dim=1)
+    torch.testing.assert_close(model(batch), model.direction_getter(model.rnn_model(x, [1, 1, 1, 1])))
+
+
+@pytest.mark.parametrize("rnn_key", ["lstm", "gru"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_one_step_after_the_other_gives_what_the_whole_streamlines_give(rnn_key: str, normalize: bool) -> None:
+    model = _model(nb_previous_dirs=2, normalize_prev_dirs=normalize, rnn_key=rnn_key).eval()
+    batch = _batch([6, 6])
+    expected = torch.stack(_by_streamline(model(batch), batch))
+    inputs = torch.stack(list(batch.inputs.split(5)))
+    dirs = torch.stack(list(directions(batch.points, batch.offsets).split(5)))
+    dirs = torch.cat([torch.zeros(2, 2, 3), dirs], dim=1)  # dirs[:, t + 1] led to point t
+    state = None
+    for step in range(5):
+        previous = torch.cat([dirs[:, step + 1], dirs[:, step]], dim=1)
+        outputs, state = model.run_step(inputs[:, step], previous, state)
+        torch.testing.assert_close(outputs, expected[:, step])
+
+
 def test_without_previous_directions_the_points_are_not_looked_at() -> None:
     model, batch = _model(nb_previous_dirs=0), _batch()
     assert torch.equal(model(batch), model(replace(batch, points=torch.zeros_like(batch.points))))

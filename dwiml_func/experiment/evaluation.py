@@ -1,6 +1,7 @@
-"""How well a model does: its loss, and its angular error beside two baselines that need no training.
+"""A model's loss and angular error, compared with two baselines that need no training, and the file `evaluation.json`.
 
-`evaluation.json`: how the best model of a training does beside the baselines.
+`evaluate_best_model` judges a run's best model on its validation batches, at the end of the training;
+`write_evaluation` records that. `evaluate_model` judges any model on a whole subset of a dataset.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dwiml_func.experiment.batches import check_usable, loader_spec
 from dwiml_func.experiment.model_store import LoadedModel, load_model
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.files.atomic import atomic_write
+from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 from dwiml_func.types import Metrics
 
@@ -40,22 +42,15 @@ __all__ = [
     "write_evaluation",
 ]
 
+_NAME = "evaluation.json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Mean angular errors, in degrees, all on the same points: those that have a previous and a next direction.
+    """Mean angular errors in degrees, all at the same points: those that have a previous and a next direction.
 
-    Args:
-        model: of the model's predictions.
-        keep_straight: of going on in the previous direction.
-        principal_direction: of following the diffusion tensor's principal direction; None when the input volume is not
-            known to hold spherical harmonics of the signal.
-        num_points: number of points.
-        num_streamlines: number of streamlines.
-
-    Example:
-        >>> Evaluation(model=10.0, keep_straight=4.0, principal_direction=None, num_points=7, num_streamlines=1).model
-        10.0
+    `keep_straight` predicts the previous direction, `principal_direction` follows the diffusion tensor; the latter is
+    None when the input volume is not known to hold spherical harmonics of the signal.
     """
 
     model: float
@@ -72,20 +67,10 @@ def evaluate_directions(
     *,
     num_features: int | None = None,
 ) -> Evaluation:
-    """Compare predicted directions with the streamlines' own.
+    """Compare predicted directions with the streamlines' own, and with the baselines; NaN if no point counts.
 
-    Args:
-        predict: gives (N, 3) directions in voxel space, for the N points of a batch that have a next direction.
-        batches: what to evaluate on.
-        input_attributes: attributes of the dataset's input group, see `principal_direction`.
-        num_features: how many of the inputs' columns, from the first on, are the volume at the point itself; the rest
-            are its neighbours. None: all.
-
-    Returns:
-        The errors; NaN when no point counts.
-
-    Example:
-        >>> evaluate_directions(model, batches, dataset.input_attributes).model  # doctest: +SKIP
+    `predict` maps a batch to directions (N, 3) in voxel space at its N points with a next direction. The first
+    `num_features` input columns (None: all) are the volume at the point itself, the others that at its neighbours.
     """
     totals = {"model": 0.0, "keep_straight": 0.0, "principal_direction": 0.0}
     num_points, num_streamlines, has_principal = 0, 0, True
@@ -115,41 +100,20 @@ def evaluate_directions(
 
 
 def evaluate_best_model(directory: str | Path, parts: RunParts) -> Evaluation:
-    """Compare an experiment's best model with the baselines on the batches that are there to judge it.
-
-    Args:
-        directory: the experiment.
-        parts: its parts.
-
-    Returns:
-        The errors, on the validation subjects or, where there are none, on the training subjects.
-
-    Raises:
-        ValueError, OSError: there is no best model, or it is corrupt.
-
-    Example:
-        >>> evaluate_best_model("experiments/first_run", prepare(config)).model  # doctest: +SKIP
-    """
+    """Compare a run's best model with the baselines on its validation batches; without any, on training batches."""
     dataset, key = parts.data.evaluation, Key(parts.config.training.rng)
-    model = load_model(Path(directory) / "best_model").module  # on the CPU, wherever it was trained
+    model = load_model(Path(directory) / "best_model").module  # on the CPU, also if it was trained on a GPU
     batches = (batch.to(torch.device("cpu")) for batch in parts.evaluation(key, 0, 0))
     return evaluate_directions(model.directions, batches, dataset.input_attributes, num_features=dataset.num_features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelEvaluation:
-    """What a model does on a whole subset of a dataset.
+    """A model's results on a whole subset of a dataset.
 
-    Args:
-        loss: mean over `num_points`, of the model's direction getter.
-        num_points: points that have a next direction and, with EOS, the last ones.
-        num_streamlines: number of streamlines.
-        angular_error: mean angle in degrees to the true direction, over all points that have a next direction.
-        compared: the same beside the baselines, at the points where those give a direction too.
-
-    Example:
-        >>> ModelEvaluation.__slots__[:3]
-        ('loss', 'num_points', 'num_streamlines')
+    loss: mean over `num_points`, those that have a next direction and, with EOS, the last ones.
+    angular_error: mean angle in degrees to the true direction, over all points that have a next direction.
+    compared: the same and the baselines, at the points where the baselines have a direction too.
     """
 
     loss: float
@@ -160,31 +124,18 @@ class ModelEvaluation:
 
 
 def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size: int = 100) -> ModelEvaluation:
-    """Run a model on all streamlines of a dataset, as it was trained: interpolation, neighbourhood, resampling, EOS.
+    """Run a model on all streamlines of a dataset, read and resampled as for its training, without augmentation.
 
-    Streamlines are not augmented.
-
-    Args:
-        model: the model.
-        dataset: what to run it on.
-        batch_size: streamlines at a time. It changes the last bits at most.
-
-    Returns:
-        The means.
-
-    Raises:
-        ValueError: the dataset has no streamlines, or the model cannot use it.
-
-    Example:
-        >>> evaluate_model(load_model("best_model"), open_dataset("data.hdf5", "testing")).loss  # doctest: +SKIP
+    `batch_size` streamlines run at a time; it affects only the rounding. Raises ValueError if the dataset has no
+    streamlines or the model cannot use it.
     """
     module = model.module
     if dataset.index.num_total == 0:
         raise ValueError(f"{dataset.path} has no streamlines of {dataset.subset} subjects to evaluate on.")
     if dataset.num_features != module.nb_features:
         raise ValueError(
-            f"The model reads {module.nb_features} features a voxel, and the input volumes of {dataset.path} have "
-            f"{dataset.num_features}. Evaluate on the volumes it was trained on (see --input-group-name)."
+            f"{dataset.path}: expected input volumes with {module.nb_features} features, as the model's, "
+            f"received {dataset.num_features}. Evaluate on the volumes it was trained on (see --input-group-name)."
         )
     check_usable(dataset, model.config)
     sampler = SamplerSpec(batch_size=batch_size)
@@ -212,47 +163,14 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
     )
 
 
-_NAME = "evaluation.json"
-
-
 def write_evaluation(directory: str | Path, evaluation: Evaluation, *, epoch: int, subset: str) -> None:
-    """Write the file.
-
-    Args:
-        directory: the experiment.
-        evaluation: of its best model; NaN is written as null.
-        epoch: the best epoch.
-        subset: whose streamlines it was evaluated on, "validation" or "training".
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
-
-    Example:
-        >>> import tempfile
-        >>> evaluation = Evaluation(
-        ...     model=10.0, keep_straight=4.0, principal_direction=None, num_points=7, num_streamlines=1)
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     write_evaluation(directory, evaluation, epoch=3, subset="validation")
-        ...     read_evaluation(directory) == evaluation
-        True
-    """
-    values = {name: None if _is_nan(value) else value for name, value in asdict(evaluation).items()}
-    atomic_write(Path(directory) / _NAME, json.dumps({"epoch": epoch, "subset": subset, **values}, indent=2) + "\n")
+    """Write the evaluation of a run's best model, of a best epoch, on the "validation" or "training" subset."""
+    values = {"epoch": epoch, "subset": subset, **null_if_not_finite(asdict(evaluation))}
+    atomic_write(Path(directory) / _NAME, json.dumps(values, indent=2) + "\n")
 
 
 def read_evaluation(directory: str | Path) -> Evaluation | None:
-    """Read what was recorded.
-
-    Args:
-        directory: the experiment.
-
-    Returns:
-        The evaluation; None where there is none, or the file is corrupt.
-
-    Example:
-        >>> read_evaluation("/no/such/experiment") is None
-        True
-    """
+    """The recorded evaluation; None if there is none or the file is corrupt."""
     import pydantic
 
     try:
@@ -262,7 +180,3 @@ def read_evaluation(directory: str | Path) -> Evaluation | None:
         return pydantic.TypeAdapter(Evaluation).validate_json(json.dumps({**angles, **known}), strict=True)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)

@@ -1,7 +1,7 @@
-"""What a model has to beat: going straight on, and following the principal direction of the diffusion tensor.
+"""What a model has to beat: keeping straight, and following the principal direction of the diffusion tensor.
 
-Both predict at every point that has a previous direction, which is all points but the first and the last of each
-streamline. A baseline gives no direction elsewhere: diffusion has no sign, and the previous direction chooses it.
+Both predict at every point that has a previous direction, which is all points except the first and the last of each
+streamline. Diffusion has no sign; the previous direction chooses it.
 """
 
 from __future__ import annotations
@@ -24,22 +24,12 @@ _LEAST_SIGNAL = 1e-3  # the logarithm needs a positive signal; noise and SH ring
 
 
 def angular_error(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Angle between two directions, exact to rounding also near 0 and 180 degrees, where the arc cosine is not.
+    """The angle (N,) in degrees between directions (N, 3) of any length, exact to rounding also near 0 and 180 degrees.
 
-    Args:
-        predictions: (N, 3) float, any length.
-        targets: (N, 3) float, any length.
-
-    Returns:
-        (N,) degrees, 0 to 180; 90 where either has no length or is not finite (no direction is as good as a wrong one
-        half of the time).
+    It is 90 if a direction has no length or is not finite: no direction is as good as a wrong one half of the time.
 
     Source: W. Kahan, "How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?", 2006, section
         12: the angle is 2 atan2(|u - v|, |u + v|) of the unit vectors.
-
-    Example:
-        >>> angular_error(torch.tensor([[2.0, 0, 0], [1, 1, 0]]), torch.tensor([[0.0, 0, 3], [-1, -1, 0]])).tolist()
-        [90.0, 180.0]
     """
     u, v = _unit(predictions), _unit(targets)
     angles = torch.rad2deg(2 * torch.atan2((u - v).norm(dim=-1), (u + v).norm(dim=-1)))
@@ -48,24 +38,9 @@ def angular_error(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def keep_straight(batch: StreamlineBatch) -> tuple[Tensor, Tensor]:
-    """Predict the previous direction again.
+    """Predict the previous direction again: predictions (N, 3) in voxel space, and which points have one, (N,) bool.
 
-    Args:
-        batch: S streamlines, N = P - S points with a next direction.
-
-    Returns:
-        predictions (N, 3), voxel space, of the previous step's length, zeros where not valid; valid (N,) bool, the
-        points that have a previous direction.
-
-    Example:
-        >>> lines = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 1, 0]])
-        >>> one = torch.zeros(1, dtype=torch.int64)
-        >>> batch = StreamlineBatch(
-        ...     points=lines, offsets=torch.tensor([0, 3]), subject=one, ids=one, inputs=torch.zeros(2, 1)
-        ... )
-        >>> keep_straight(batch)
-        (tensor([[0., 0., 0.],
-                [1., 0., 0.]]), tensor([False,  True]))
+    The N points are those with a next direction. Predictions have the previous step's length, and are zero elsewhere.
     """
     dir_offsets = input_offsets(batch.offsets)
     previous = previous_directions(directions(batch.points, batch.offsets), dir_offsets, 1)
@@ -79,35 +54,15 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
     """Follow the principal direction of the diffusion tensor at each point, on the side of the previous direction.
 
     The tensor is the log-linear least squares fit (Basser, Mattiello and Le Bihan, 1994) to the interpolated signal,
-    read from its SH at 100 directions. The b-value only scales the tensor, so that it is not needed. The SH are taken
-    to lie along the voxel axes, and the voxels to be cubes.
+    read from its SH at 100 directions. The b-value only scales the tensor and is not needed. The SH are assumed to lie
+    along the voxel axes, and the voxels to be cubes.
 
-    Args:
-        batch: S streamlines, N = P - S points with a next direction; its inputs are the SH coefficients of the signal
-            divided by the unweighted signal, standardised.
-        input_attributes: attributes of the subjects' `input` group: `sh_order`; optionally `sh_basis` (default
-            "descoteaux07"), `sh_legacy` (default False), `standardization_mean` (0) and `standardization_std` (1):
-            a number, or one value a feature. The same for all subjects of the batch.
+    `batch.inputs` are the SH coefficients of the signal divided by the unweighted signal, standardised.
+    `input_attributes`, the same for all subjects of the batch, are `sh_order` and optionally `sh_basis` (default
+    "descoteaux07"), `sh_legacy` (False), `standardization_mean` (0) and `standardization_std` (1).
 
-    Returns:
-        None when the attributes do not say that the inputs are SH (no `sh_order`). Else predictions (N, 3) float32,
-        unit vectors in voxel space, zeros where not valid; valid (N,) bool, the points that have a previous direction.
-
-    Raises:
-        ValueError: the number of features is not that of the SH order, or the SH are unknown.
-
-    Example:
-        >>> one = torch.zeros(1, dtype=torch.int64)
-        >>> lines = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 0, -2]])
-        >>> g = half_sphere_directions(60)  # a fibre along z
-        >>> sh = np.linalg.lstsq(sh_matrix(g, 4), np.exp(-0.3 - 1.2 * g[:, 2] ** 2), rcond=None)[0]
-        >>> inputs = torch.tensor(sh, dtype=torch.float32).repeat(2, 1)
-        >>> batch = StreamlineBatch(points=lines, offsets=torch.tensor([0, 3]), subject=one, ids=one, inputs=inputs)
-        >>> predictions, valid = principal_direction(batch, {"sh_order": 4})
-        >>> predictions[1].round(decimals=2) + 0.0
-        tensor([ 0.,  0., -1.])
-        >>> principal_direction(batch, {}) is None
-        True
+    Returns unit vectors (N, 3) in voxel space and which points have one, as `keep_straight`; None without `sh_order`.
+    Raises ValueError if the number of features is not that of the SH order, or the SH are unknown.
     """
     if "sh_order" not in input_attributes:
         return None
@@ -122,7 +77,7 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
     if batch.inputs.shape[1] != basis.shape[1]:
         raise ValueError(
             f"Expected {basis.shape[1]} features for spherical harmonics of order {order}. "
-            f"Received: {batch.inputs.shape[1]}. Correct the attribute sh_order of the input group"
+            f"Received: {batch.inputs.shape[1]}. Correct the attribute sh_order of the input group."
         )
 
     def tensor(values: Any) -> Tensor:
@@ -144,7 +99,7 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Unit vectors; the largest component is divided out first, so that no square over- or underflows."""
+    """Unit vectors; dividing by the largest component first prevents over- and underflow of squares."""
     largest = vectors.abs().amax(dim=-1, keepdim=True)
     scaled = vectors / torch.where(largest > 0, largest, torch.ones_like(largest))
     norms = scaled.norm(dim=-1, keepdim=True)
