@@ -314,6 +314,15 @@ def test_dropout_acts_only_in_training(key: str) -> None:
     assert not torch.equal(getter(x), getter(x))
 
 
+@pytest.mark.parametrize("key", CLASSIFICATIONS)
+def test_the_vertices_follow_the_module_to_its_device_and_keep_their_precision(key: str) -> None:
+    getter = _make(key)
+    vertices = getter._vertices
+    assert isinstance(vertices, torch.Tensor)
+    assert torch.equal(getter.half()._vertices, vertices)  # pyright: ignore[reportArgumentType]
+    assert getter.to("meta")._vertices.device.type == "meta"  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
