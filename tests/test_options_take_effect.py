@@ -123,7 +123,7 @@ def first_steps(data: Path, options: dict[str, Any]) -> tuple[Any, ...]:
 
     run = prepare(RunConfig(hdf5_file=str(data), **{name: part(PARTS[name]) for name in PARTS}))
     assert run.valid is not None
-    state, losses = run.state, []
+    state, losses = run.first_state(), []
     validation: Any = run.valid(state.key, 0, 0)
     plan = []
     for number, batch in enumerate(run.train(state.key, 0, 0)):
