@@ -1,4 +1,4 @@
-"""Claims about progress: a bar on a terminal, a line an epoch everywhere, and the batches untouched."""
+"""Claims about progress: bars on a terminal, one line per epoch everywhere, and the batches untouched."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from report_cases import report
 
-from dwiml_func import TrainState, init_state, sgd
+from dwiml_func import TrainState, init_state, module_loss, sgd, train_and_validate, train_step
 from dwiml_func.cli._messages import Verbosity, messages
 from dwiml_func.core.metrics import Sum
 from dwiml_func.writers.progress import Progress
@@ -34,14 +36,12 @@ BATCH = {"loss": Sum(0.75, 1.0)}
 
 @pytest.fixture(scope="module")
 def state() -> TrainState:
-    import torch
-
     return init_state(torch.nn.Linear(1, 1), sgd(), seed=0).replace(sums={"loss": Sum(1.5, 2.0)})
 
 
 @contextmanager
 def terminal() -> Iterator[Callable[[], str]]:
-    """Make standard error a real pseudo-terminal; gives a function that says what came since it was last called."""
+    """Make standard error a real pseudo-terminal; yields a function that returns the output since its last call."""
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (24, 100))  # tqdm shows nothing in 0 columns
     os.set_blocking(master, False)
@@ -66,7 +66,7 @@ def test_the_batches_pass_through_unchanged(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_source_that_does_not_know_its_length_will_do():
+def test_batches_without_a_length_have_a_bar_too():
     tracked = Progress(max_epochs=2).track(iter([1, 2, 3]), "training", epoch=0, start_batch=0)
     with terminal() as shown:
         assert list(tracked) == [1, 2, 3]
@@ -103,7 +103,7 @@ def test_the_speed_is_that_of_the_points_since_the_loss_was_last_read(state):
 
 
 class Unreadable:
-    """Stands for a tensor of a GPU, reading which would make the step wait."""
+    """Placeholder for a tensor on a GPU; reading it would make the step wait."""
 
     def __float__(self) -> float:
         raise AssertionError("was read")
@@ -125,7 +125,7 @@ def test_off_a_terminal_no_sum_is_read(state):
         progress.on_batch(unreadable, {})
 
 
-def test_the_bar_of_epochs_stands_above_that_of_batches_and_says_what_is_left(state):
+def test_the_bar_of_epochs_is_above_that_of_batches_and_shows_the_remaining_time(state):
     with terminal() as shown:
         with Progress(max_epochs=4) as progress:
             for _ in progress.track([1, 2], "training", epoch=2, start_batch=0):
@@ -138,6 +138,27 @@ def test_the_bar_of_epochs_stands_above_that_of_batches_and_says_what_is_left(st
         assert shown().endswith(" \r")  # nothing is left of it
 
 
+def test_in_a_script_the_loop_takes_both_callbacks(capfd):
+    model = torch.nn.Linear(2, 1)
+    loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+    with terminal() as shown, Progress(max_epochs=2) as progress:
+        for _, one in train_and_validate(
+            init_state(model, sgd(), seed=0),
+            train=lambda key, epoch, start_batch: [torch.ones(4, 2)] * (3 - start_batch),
+            step=partial(train_step, loss_fn=loss_fn, optimizer=sgd()),
+            learning_rate=0.1,
+            max_epochs=2,
+            track=progress.track,
+            on_batch=progress.on_batch,
+        ):
+            progress(one)
+        screen = shown()
+    assert "Epochs:" in screen
+    assert "Epoch 1/2 training" in screen
+    assert "Epoch 2/2 training" in screen
+    assert [line.split("  ")[0] for line in capfd.readouterr().out.splitlines()] == ["Epoch 1/2", "Epoch 2/2"]
+
+
 def test_a_pipe_gets_the_epochs_lines_only(capfd, state):
     progress = Progress(max_epochs=4)
     for _ in progress.track([1, 2], "training", epoch=0, start_batch=0):
@@ -148,7 +169,7 @@ def test_a_pipe_gets_the_epochs_lines_only(capfd, state):
     assert err == ""
 
 
-def test_an_epoch_that_is_not_the_best_or_has_no_validation_says_no_such_thing(capsys):
+def test_the_line_of_an_epoch_tells_only_what_there_is(capsys):
     progress = Progress(max_epochs=4)
     progress(replace(THREE, is_best=False))
     progress(replace(THREE, valid={}, valid_minutes=0.0))
@@ -157,7 +178,7 @@ def test_an_epoch_that_is_not_the_best_or_has_no_validation_says_no_such_thing(c
     assert lines[1] == "Epoch 3/4  training loss 0.1235  30.0 s  best"
 
 
-def test_a_line_is_there_at_once_also_in_a_pipe(monkeypatch):
+def test_a_line_is_written_at_once_also_into_a_pipe(monkeypatch):
     reading, writing = os.pipe()
     with os.fdopen(writing, "w") as stdout, os.fdopen(reading, "rb", buffering=0) as reader:
         os.set_blocking(reading, False)
@@ -167,7 +188,7 @@ def test_a_line_is_there_at_once_also_in_a_pipe(monkeypatch):
         monkeypatch.undo()
 
 
-def test_callbacks_before_the_first_batch_do_nothing(state):
+def test_on_batch_before_the_first_batch_does_nothing(state):
     Progress(max_epochs=1).on_batch(state, {})
 
 

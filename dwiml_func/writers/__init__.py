@@ -1,4 +1,4 @@
-"""What is written about a run. A writer is any callable on `EpochReport`s; `fan_out` joins several."""
+"""Writers log a run. A writer is any callable on `EpochReport`s; `fan_out` joins several."""
 
 from dwiml_func.writers.comet import Comet
 from dwiml_func.writers.jsonl import jsonl

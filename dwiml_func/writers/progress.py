@@ -1,11 +1,10 @@
-"""Progress on a terminal: a bar of epochs, a bar of batches, and a line an epoch."""
+"""Progress on a terminal: a bar of epochs, a bar of batches, and one line per epoch."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -20,19 +19,34 @@ _SECONDS_BETWEEN_READINGS = 0.5  # reading the loss waits for the device
 
 
 class Progress:
-    """A writer that prints a line an epoch on standard output, and shows bars on standard error if that is a terminal.
+    """A writer that prints one line per epoch on standard output, and shows bars on standard error if it is a terminal.
 
-    `track` shows the bar of batches. The bar of epochs, with the best loss and the time that is left,
-    stands above it within `with Progress(...) as progress:`.
+    `track` shows the bar of batches, `on_batch` the loss and the speed beside it. In a `with` block the bar of epochs
+    is above it, with the best loss and the remaining time.
 
     Args:
-        max_epochs: for "epoch 3/100".
-        clock: gives seconds; for tests.
+        max_epochs: number of epochs at which the run ends.
+        clock: returns seconds; for tests.
 
     Example:
-        >>> progress = Progress(max_epochs=2)
-        >>> list(progress.track([1, 2, 3], "training", epoch=0, start_batch=0))
-        [1, 2, 3]
+        >>> import torch
+        >>> from functools import partial
+        >>> from dwiml_func import init_state, module_loss, sgd, train_and_validate, train_step
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+        >>> with Progress(max_epochs=2) as progress:
+        ...     for state, report in train_and_validate(
+        ...         init_state(model, sgd(), seed=0),
+        ...         train=lambda key, epoch, start_batch: [torch.zeros(4, 2)] * (3 - start_batch),
+        ...         step=partial(train_step, loss_fn=loss_fn, optimizer=sgd()),
+        ...         learning_rate=0.1,
+        ...         max_epochs=2,
+        ...         track=progress.track,
+        ...         on_batch=progress.on_batch,
+        ...     ):
+        ...         progress(report)  # doctest: +ELLIPSIS
+        Epoch 1/2  training loss ... s  best
+        Epoch 2/2  training loss ...
     """
 
     def __init__(self, *, max_epochs: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -42,26 +56,20 @@ class Progress:
         self._epochs: Any = None
         self._batches: Any = None
         self._read_at = 0.0
-        self._points: float | None = None  # in the epoch under way, when they were last read
+        self._points: float | None = None  # of the current epoch, when they were last read
 
     def __enter__(self) -> Progress:
         self._is_open = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._is_open = False
         for bar in (self._batches, self._epochs):
             if bar is not None:
                 bar.close()
 
     def __call__(self, *reports: EpochReport) -> None:
-        """Print the line of the last of these epochs, and move the bar of epochs.
-
-        Args:
-            *reports: the reports of one or more epochs.
-        """
+        """Print the line of the last of these epochs, and move the bar of epochs."""
         if not reports:
             return
         report = reports[-1]
@@ -76,19 +84,16 @@ class Progress:
             self._epochs.set_postfix_str(f"best loss {report.best.value:.4f}", refresh=False)
             self._epochs.update(report.epoch - self._epochs.n)
         tqdm.write("  ".join(parts) + ("  best" if report.is_best else ""), file=sys.stdout)
-        sys.stdout.flush()  # an epoch may take an hour, and a file or pipe would hold its line back for many of them
+        sys.stdout.flush()  # a file or a pipe would hold back the lines of many epochs, which may take hours
 
     def track(self, batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterator[Any]:
-        """Give back the same batches and move a bar with them, for `train_and_validate(..., track=...)`.
+        """Yield the batches of an epoch from `start_batch` on and move a bar, for `train_and_validate(track=...)`.
 
         Args:
-            batches: the batches of an epoch from `start_batch` on.
-            label: what the bar says, "training" or "validation".
+            batches: batches, in order.
+            label: text of the bar, "training" or "validation".
             epoch: number of epochs done.
             start_batch: number of batches done in the epoch.
-
-        Yields:
-            The batches.
         """
         if self._is_open and self._epochs is None:
             self._epochs = _bar("Epochs", self._max_epochs, epoch, "epoch", position=0)
@@ -102,10 +107,10 @@ class Progress:
                 bar.update()
 
     def on_batch(self, state: TrainState, metrics: Metrics) -> None:
-        """Show the loss of the epoch so far and the speed beside the bar of batches.
+        """Show the loss of the epoch so far and the speed beside the bar of batches, which `track` shows.
 
         Args:
-            state: the run.
+            state: the state after the batch.
             metrics: the batch's sums.
         """
         if self._batches is None or self._batches.disable:
@@ -121,7 +126,7 @@ class Progress:
 
 
 def _bar(description: str, total: int | None, initial: int, unit: str, *, position: int) -> Any:
-    """A bar that is shown on a terminal only, and leaves nothing behind."""
+    """A bar that is shown only on a terminal, and leaves nothing behind."""
     return tqdm(
         desc=description,
         total=total,
