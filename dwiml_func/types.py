@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Buffers", "Metrics", "OptState", "Optimizer", "Params", "Schedule", "Sum"]
+__all__ = ["Buffers", "Gate", "Grads", "Metrics", "OptState", "Optimizer", "Params", "Schedule", "Sum", "Transform"]
 
 Params = Mapping[str, Tensor]
 """Trainable tensors by the module's own names."""
@@ -15,12 +15,15 @@ Params = Mapping[str, Tensor]
 Buffers = Mapping[str, Tensor]
 """Tensors that the model uses and gradients do not change: buffers and frozen parameters, by the module's own names."""
 
-OptState = Mapping[str, Mapping[str, Tensor]]
-"""Optimizer state by kind, then by parameter name: `{"exp_avg": {"weight": ...}}`. `TrainState.step` counts updates."""
+Grads = Mapping[str, Tensor | None]
+"""Gradients by parameter name. None: the batch did not use the parameter; optimizers leave it and its state alone."""
+
+OptState = Mapping[str, Any]
+"""Optimizer state: nested dicts of tensors, as `{"exp_avg": {"weight": ...}}`. `TrainState.step` counts the updates."""
 
 
 class Optimizer(NamedTuple):
-    """An optimizer: two pure functions.
+    """An optimizer: pure functions.
 
     Args:
         init: `init(params) -> opt_state`, the state before the first update.
@@ -28,6 +31,9 @@ class Optimizer(NamedTuple):
             number of updates done before this one. `lr` and `step` are numbers or () tensors, and the result can be
             differentiated with respect to `lr` and to a `weight_decay` that the optimizer was made with as a tensor.
             With `donate=True` the memory of `opt_state` and `params` is reused, where numbers and tensors are plain.
+        eval_params: `eval_params(opt_state, params) -> params`, the parameters to evaluate with, such as an average.
+            None evaluates with `params`.
+        uses_weight: whether `update` also takes the keyword `weight`, the number of points that `grads` average.
 
     Example:
         >>> import torch
@@ -41,6 +47,51 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Params], OptState]
     update: Callable[..., tuple[dict[str, Tensor], OptState]]
+    eval_params: Callable[[OptState, Params], Params] | None = None
+    uses_weight: bool = False
+
+
+class Transform(NamedTuple):
+    """A transformation of gradients, a link of `dwiml_func.optim.chain` before its optimizer.
+
+    Args:
+        init: `init(params) -> state`, nested dicts of tensors; `{}` without state.
+        update: `update(grads, state, params, *, lr, step, weight, donate) -> (grads, state)`, a pure function.
+            `step` is the number of gradients that the link has received before. `weight` is the number of points that
+            the gradients average. With `donate=True` it may reuse the memory of `state`. It may return
+            `(grads, state, gate)`: see `Gate`. A gradient is None where the batch did not use the parameter.
+
+    Example:
+        >>> import torch
+        >>> from dwiml_func.optim import chain, sgd
+        >>> def only_signs(grads, state, params, **_):
+        ...     return {name: grad if grad is None else grad.sign() for name, grad in grads.items()}, state
+        >>> optimizer = chain(Transform(lambda params: {}, only_signs), sgd())
+        >>> params = {"w": torch.zeros(2)}
+        >>> optimizer.update({"w": torch.tensor([3.0, -4.0])}, {}, params, lr=0.5, step=0)[0]["w"]
+        tensor([-0.5000,  0.5000])
+    """
+
+    init: Callable[[Params], OptState]
+    update: Callable[..., tuple[Any, ...]]
+
+
+class Gate(NamedTuple):
+    """Whether the links after a transformation take this step.
+
+    Args:
+        is_open: a bool, or a () bool tensor where the value cannot be read.
+        step: number of gradients that the links after this one have received before.
+        weight: number of points that the gradients average.
+
+    Example:
+        >>> Gate(is_open=True, step=3, weight=128).step
+        3
+    """
+
+    is_open: bool | Tensor
+    step: int | Tensor
+    weight: float | Tensor
 
 
 Schedule = Callable[[int], float]

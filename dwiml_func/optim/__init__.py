@@ -1,6 +1,46 @@
-"""Optimizers as pairs of pure functions, and schedules of the learning rate."""
+"""Optimizers as pairs of pure functions, transformations of gradients, and schedules of the learning rate."""
 
-from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
-from dwiml_func.optim.schedules import Schedule, constant, cosine, per_epoch, warm_up
+from dwiml_func.optim.averaging import ema, lookahead
+from dwiml_func.optim.by_name import by_name
+from dwiml_func.optim.chain import chain
+from dwiml_func.optim.gates import accumulate, skip_not_finite, skipped_too_often
+from dwiml_func.optim.lion import lion
+from dwiml_func.optim.muon import muon
+from dwiml_func.optim.nadam import nadam
+from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
+from dwiml_func.optim.rmsprop import rmsprop
+from dwiml_func.optim.schedule_free import schedule_free_adamw, schedule_free_sgd
+from dwiml_func.optim.schedules import constant, cosine, per_epoch, warm_up
+from dwiml_func.optim.transformations import add_decayed_weights, clip_by_global_norm, clip_by_value
+from dwiml_func.types import Gate, Optimizer, Schedule, Transform
 
-__all__ = ["Optimizer", "Schedule", "adam", "adamw", "constant", "cosine", "per_epoch", "radam", "sgd", "warm_up"]
+__all__ = [
+    "Gate",
+    "Optimizer",
+    "Schedule",
+    "Transform",
+    "accumulate",
+    "adam",
+    "adamw",
+    "add_decayed_weights",
+    "by_name",
+    "chain",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "constant",
+    "cosine",
+    "ema",
+    "lion",
+    "lookahead",
+    "muon",
+    "nadam",
+    "per_epoch",
+    "radam",
+    "rmsprop",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "sgd",
+    "skip_not_finite",
+    "skipped_too_often",
+    "warm_up",
+]

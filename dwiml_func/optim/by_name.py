@@ -1,0 +1,130 @@
+"""Options of an optimizer by parameter name: groups, masks and frozen parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from dwiml_func._checks import truncated_repr
+from dwiml_func.optim._foreach import Number
+from dwiml_func.optim._kernel import check_options
+from dwiml_func.optim._names import check_patterns, first_matches
+from dwiml_func.optim.chain import update_with
+from dwiml_func.types import Grads, Optimizer, OptState, Params
+
+__all__ = ["by_name"]
+
+
+class _Group(NamedTuple):
+    key: str
+    optimizer: Optimizer
+    lr_factor: Number | None
+
+
+def by_name(
+    make: Callable[..., Optimizer], options: Mapping[str, Mapping[str, Any] | None], **defaults: Any
+) -> Optimizer:
+    """Give some parameters other options than the rest, as the param groups of `torch.optim`.
+
+    Args:
+        make: makes an optimizer from options, such as `adamw`.
+        options: options by pattern. A pattern is alternatives joined by `|`, each with the wildcards `*`, `?` and
+            `[...]`; `*` also matches dots. The first pattern that matches a parameter's name counts. Options are the
+            keyword arguments of `make`, and `lr`: a FACTOR of the learning rate of the step, so that schedules act on
+            all groups. None freezes the parameters: they have no optimizer state and stay the same tensors. (Their
+            gradients still count in the norm of a `clip_by_global_norm` before; `requires_grad_(False)` on the
+            module's parameter avoids that, and computes no gradient.)
+        **defaults: options of all parameters, which a pattern's own options replace. They may include `lr`.
+
+    Returns:
+        An optimizer. Its state is a dict of each group's state: `"0"` for the first pattern, `"1"` for the second, and
+        `"defaults"` for the parameters that no pattern matches.
+
+    Raises:
+        TypeError: `make` does not know an option, or options are neither a mapping nor None.
+        ValueError: a value is out of range; at `init`, a pattern matches no parameter.
+
+    Example:
+        >>> import torch
+        >>> from dwiml_func.optim import adamw
+        >>> groups = {"*.bias|*norm*": dict(weight_decay=0), "getter.*": dict(lr=0.1), "encoder.*": None}
+        >>> optimizer = by_name(adamw, groups, weight_decay=0.1)
+        >>> params = {name: torch.ones(1) for name in ("rnn.weight", "rnn.bias", "getter.weight", "encoder.weight")}
+        >>> grads = {name: torch.zeros(1) for name in params}
+        >>> params, state = optimizer.update(grads, optimizer.init(params), params, lr=0.5, step=0)
+        >>> {name: round(float(tensor), 4) for name, tensor in params.items()}
+        {'rnn.weight': 0.95, 'rnn.bias': 1.0, 'getter.weight': 0.995, 'encoder.weight': 1.0}
+        >>> sorted(state)
+        ['0', '1', 'defaults']
+    """
+    patterns = tuple(options)
+    groups: list[_Group | None] = []
+    for number, (pattern, own) in enumerate(options.items()):
+        if not (own is None or isinstance(own, Mapping)):
+            raise TypeError(
+                f"Expected a dict of options for the pattern {pattern!r}, or None to freeze its parameters. "
+                f"Received: {truncated_repr(own)}"
+            )
+        groups.append(None if own is None else _group(str(number), make, {**defaults, **own}))
+    groups.append(_group("defaults", make, defaults))
+
+    def split(params: Params) -> list[tuple[_Group, dict[str, Tensor]]]:
+        parts: list[dict[str, Tensor]] = [{} for _ in groups]
+        for name, number in zip(params, first_matches(patterns, tuple(params)), strict=True):
+            parts[-1 if number is None else number][name] = params[name]
+        return [(group, part) for group, part in zip(groups, parts, strict=True) if group is not None and part]
+
+    def init(params: Params) -> OptState:
+        check_patterns(patterns, params)
+        states = {group.key: group.optimizer.init(part) for group, part in split(params)}
+        return {key: state for key, state in states.items() if state}
+
+    def update(
+        grads: Grads,
+        opt_state: OptState,
+        params: Params,
+        *,
+        lr: Number,
+        step: Number,
+        donate: bool = False,
+        weight: Number = 1,
+    ) -> tuple[dict[str, Tensor], OptState]:
+        new_params, new_state = dict(params), dict(opt_state)
+        for (key, optimizer, factor), part in split(params):
+            own_lr = lr if factor is None else lr * factor
+            updated, state = update_with(
+                *(optimizer, grads, opt_state.get(key, {}), part),
+                lr=own_lr,
+                step=step,
+                donate=donate,
+                weight=weight,
+            )
+            new_params.update(updated)
+            if state:
+                new_state[key] = state
+        return new_params, new_state
+
+    def eval_params(opt_state: OptState, params: Params) -> Params:
+        averaged = dict(params)
+        for (key, optimizer, _), part in split(params):
+            if optimizer.eval_params is not None:
+                averaged.update(optimizer.eval_params(opt_state.get(key, {}), part))
+        return averaged
+
+    optimizers = [group.optimizer for group in groups if group is not None]
+    return Optimizer(
+        init,
+        update,
+        eval_params if any(optimizer.eval_params for optimizer in optimizers) else None,
+        any(optimizer.uses_weight for optimizer in optimizers),
+    )
+
+
+def _group(key: str, make: Callable[..., Optimizer], options: Mapping[str, Any]) -> _Group:
+    options = dict(options)
+    lr_factor = options.pop("lr", None)
+    if lr_factor is not None:
+        check_options(lr=lr_factor)
+    return _Group(key, make(**options), lr_factor)

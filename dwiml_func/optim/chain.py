@@ -1,0 +1,129 @@
+"""Composition: transformations of gradients in a row, and the optimizer that writes the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dwiml_func._checks import truncated_repr
+from dwiml_func.optim._foreach import Number
+from dwiml_func.types import Grads, Optimizer, OptState, Params, Transform
+
+__all__ = ["chain", "update_with"]
+
+
+def chain(*links: Transform | Optimizer) -> Optimizer:
+    """Transform gradients in the order of the links, then update the parameters.
+
+    Args:
+        *links: transformations, and an optimizer as the last link. It may itself be a chain.
+
+    Returns:
+        An optimizer. Its state is `{"0": ..., "1": ..., "optimizer": ...}`: the state of each link that has any. A
+        link that closes its gate (see `dwiml_func.types.Gate`) ends the step there: later links keep their states, and
+        the parameters stay as they are.
+
+    Raises:
+        TypeError: the last link is not an optimizer, or an earlier one is not a transformation.
+
+    Example:
+        >>> from dwiml_func.optim import accumulate, adam, clip_by_global_norm
+        >>> optimizer = chain(accumulate(2), clip_by_global_norm(1.0), adam())
+        >>> params = {"w": torch.ones(2)}
+        >>> state = optimizer.init(params)
+        >>> sorted(state)
+        ['0', 'optimizer']
+        >>> for step in range(2):
+        ...     params, state = optimizer.update({"w": torch.ones(2)}, state, params, lr=0.5, step=step)
+        ...     print(params["w"])
+        tensor([1., 1.])
+        tensor([0.5000, 0.5000])
+    """
+    if not links or not isinstance(links[-1], Optimizer):
+        received = truncated_repr(links[-1]) if links else "no links"
+        raise TypeError(f"Expected an optimizer as the last link of a chain. Received: {received}")
+    optimizer = links[-1]
+    transforms: dict[str, Transform] = {}
+    for number, link in enumerate(links[:-1]):
+        if not isinstance(link, Transform):
+            raise TypeError(
+                f"Expected transformations before the last link of a chain. Received: {truncated_repr(link)} as link "
+                f"{number + 1} of {len(links)}. An optimizer can only be the last link."
+            )
+        transforms[str(number)] = link
+
+    def init(params: Params) -> OptState:
+        states = {key: link.init(params) for key, link in {**transforms, "optimizer": optimizer}.items()}
+        return {key: state for key, state in states.items() if state}
+
+    def update(
+        grads: Grads,
+        opt_state: OptState,
+        params: Params,
+        *,
+        lr: Number,
+        step: Any,
+        donate: bool = False,
+        weight: Number = 1,
+    ) -> tuple[dict[str, Tensor], OptState]:
+        new_state = dict(opt_state)
+        is_open: Literal[True] | Tensor = True
+
+        def store(key: str, state: OptState) -> None:
+            if state:
+                new_state[key] = _choose(is_open, state, opt_state.get(key, {}))
+
+        for key, link in transforms.items():
+            reuse = donate and is_open is True
+            options = {"lr": lr, "step": step, "weight": weight, "donate": reuse}
+            grads, state, *gates = link.update(grads, opt_state.get(key, {}), params, **options)
+            store(key, state)
+            for gate in gates:
+                if isinstance(gate.is_open, Tensor):
+                    is_open = gate.is_open & is_open
+                elif not gate.is_open:
+                    return dict(params), new_state
+                step, weight = gate.step, gate.weight
+        new_params, state = update_with(
+            *(optimizer, grads, opt_state.get("optimizer", {}), params),
+            lr=lr,
+            step=step,
+            donate=donate and is_open is True,
+            weight=weight,
+        )
+        store("optimizer", state)
+        return _choose(is_open, new_params, params), new_state
+
+    def eval_params(opt_state: OptState, params: Params) -> Params:
+        assert optimizer.eval_params is not None
+        return optimizer.eval_params(opt_state.get("optimizer", {}), params)
+
+    return Optimizer(init, update, eval_params if optimizer.eval_params else None, uses_weight=True)
+
+
+def update_with(
+    optimizer: Optimizer,
+    grads: Grads,
+    opt_state: OptState,
+    params: Params,
+    *,
+    lr: Number,
+    step: Number,
+    donate: bool,
+    weight: Number,
+) -> tuple[dict[str, Tensor], OptState]:
+    """Call `optimizer.update`, with `weight` where it takes one."""
+    further = {"weight": weight} if optimizer.uses_weight else {}
+    return optimizer.update(grads, opt_state, params, lr=lr, step=step, donate=donate, **further)
+
+
+def _choose(is_open: Literal[True] | Tensor, new: Any, old: Any) -> Any:
+    """The new tree where the gate is open. A tensor that the old one lacks (a count that starts) is 0 there."""
+    if is_open is True or new is old:
+        return new
+    if isinstance(new, Mapping):
+        return {key: _choose(is_open, value, old.get(key, {})) for key, value in new.items()}
+    return torch.where(is_open, new, old if isinstance(old, Tensor) else torch.zeros_like(new))
