@@ -116,7 +116,8 @@ def muon(
             donate=donate,
             uses_step=False,
         )
-        new_params, result = {**params, **new_matrices}, dict[str, Any](new_state)
+        new_params: dict[str, Tensor] = {**params, **new_matrices}
+        result: dict[str, Any] = {**new_state}
         rest = {name: p for name, p in params.items() if name not in matrices}
         if rest and others is not None:
             updated, state = update_with(

@@ -1,0 +1,111 @@
+"""Claims about `ema` and `lookahead`: their closed forms in float64, what they evaluate with, memory of their own."""
+
+import pytest
+import torch
+from optimizer_cases import (
+    SHAPES,
+    addresses,
+    assert_same_bits,
+    evaluated,
+    gradient,
+    learning_rate,
+    run_updates,
+    some_tensors,
+)
+
+from dwiml_func.optim import accumulate, adam, chain, ema, lookahead, schedule_free_sgd, sgd
+
+F64 = torch.float64
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_average_is_that_of_all_updates_without_the_start(donate):
+    optimizer = ema(sgd(), 0.8)
+    params, opt_state = run_updates(optimizer, num_steps=9, dtype=F64, donate=donate)
+    iterates = [run_updates(sgd(), num_steps=count, dtype=F64)[0] for count in range(1, 10)]
+    assert_same_bits(params, iterates[-1])
+    weights = [0.8 ** (9 - i) * (1 - 0.8) / (1 - 0.8**9) for i in range(1, 10)]
+    for name, average in evaluated(optimizer, opt_state, params).items():
+        expected = sum(weight * iterate[name] for weight, iterate in zip(weights, iterates, strict=True))
+        torch.testing.assert_close(average, expected)
+
+
+def test_an_average_that_starts_late_starts_from_the_parameters():
+    optimizer, params = ema(sgd(), 0.9), some_tensors(0, F64)
+    new, state = optimizer.update(gradient(0, F64), optimizer.init(params), params, lr=0.1, step=10_000)
+    expected = {name: 0.9 * params[name] + 0.1 * new[name] for name in params}
+    torch.testing.assert_close(evaluated(optimizer, state, new), expected)
+
+
+def test_a_decay_of_0_evaluates_with_the_parameters():
+    optimizer = ema(adam(), 0.0)
+    params, opt_state = run_updates(optimizer, num_steps=3)
+    assert_same_bits(evaluated(optimizer, opt_state, params), params)
+
+
+def test_an_average_is_of_what_its_optimizer_evaluates_with():
+    inner = schedule_free_sgd()
+    optimizer = ema(inner, 0.5)
+    params, opt_state = run_updates(optimizer, num_steps=1, dtype=F64)
+    torch.testing.assert_close(
+        evaluated(optimizer, opt_state, params), evaluated(inner, opt_state["optimizer"], params)
+    )
+
+
+def test_behind_accumulation_an_average_counts_updates_and_not_micro_batches():
+    optimizer = chain(accumulate(2), ema(sgd(), 0.8))
+    params, opt_state = run_updates(optimizer, num_steps=8, dtype=F64)
+
+    def pairs(step: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        first, second = gradient(2 * step, dtype), gradient(2 * step + 1, dtype)
+        return {
+            name: (first[name] + second[name]) / 2 * learning_rate(2 * step + 1) / learning_rate(step) for name in first
+        }
+
+    plain = ema(sgd(), 0.8)
+    expected, expected_state = run_updates(plain, num_steps=4, dtype=F64, grads=pairs)
+    torch.testing.assert_close(params, expected)
+    torch.testing.assert_close(evaluated(optimizer, opt_state, params), evaluated(plain, expected_state, expected))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(("num_steps", "alpha"), [(3, 0.5), (1, 0.25), (4, 1.0)])
+def test_lookahead(num_steps, alpha, donate):
+    optimizer = lookahead(adam(), num_steps=num_steps, alpha=alpha)
+    params, opt_state = run_updates(optimizer, num_steps=10, dtype=F64, donate=donate)
+    fast = slow = some_tensors(0, F64)
+    inner_state = adam().init(fast)
+    for step in range(10):  # algorithm 1 of the paper
+        fast, inner_state = adam().update(gradient(step, F64), inner_state, fast, lr=learning_rate(step), step=step)
+        if (step + 1) % num_steps == 0:
+            slow = fast = {name: slow[name] + alpha * (fast[name] - slow[name]) for name in SHAPES}
+    torch.testing.assert_close(params, fast)
+    torch.testing.assert_close(evaluated(optimizer, opt_state, params), slow)
+
+
+@pytest.mark.parametrize("make", [lambda inner: ema(inner, 0.9), lambda inner: lookahead(inner, num_steps=2)])
+def test_a_donated_update_reuses_memory_and_shares_none(make):
+    optimizer, params = make(adam()), some_tensors(0)
+    opt_state = optimizer.init(params)
+    for step in range(3):
+        tensors = [*params.values(), *next(iter(opt_state.values())).values()]
+        lying = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+        assert len(set(lying)) == len(lying)
+        params, opt_state = optimizer.update(gradient(step), opt_state, params, lr=0.1, step=step, donate=step == 0)
+        if step == 0:
+            assert addresses(params, opt_state) == {*lying} | addresses(opt_state["optimizer"])
+
+
+def test_values_out_of_range_are_named():
+    with pytest.raises(ValueError, match=r"Expected decay with 0 <= value < 1. Received: decay=1.0"):
+        ema(sgd(), 1.0)
+    with pytest.raises(ValueError, match=r"Expected num_steps of at least 1. Received: 0"):
+        lookahead(sgd(), num_steps=0)
+    with pytest.raises(ValueError, match=r"Expected alpha with 0 < alpha <= 1. Received: alpha=0"):
+        lookahead(sgd(), alpha=0)
+
+
+def test_lookahead_refuses_an_optimizer_with_an_average():
+    with pytest.raises(ValueError, match=r"one that has an average of its own. Use ema\(lookahead\(...\)\) for both"):
+        lookahead(ema(sgd(), 0.9))
+    assert ema(lookahead(sgd()), 0.9).eval_params is not None

@@ -1,0 +1,136 @@
+"""Claims about `by_name`: the param groups of torch.optim, bitwise; frozen parameters; patterns that must match."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from optimizer_cases import addresses, assert_same_bits, evaluated, gradient, run_torch, run_updates, some_tensors
+
+from dwiml_func.optim import adam, adamw, by_name, chain, clip_by_global_norm, ema, muon, nadam, rmsprop, sgd
+
+FACTORIES = {
+    "sgd": (partial(sgd, momentum=0.9), partial(torch.optim.SGD, momentum=0.9)),
+    "adam": (adam, torch.optim.Adam),
+    "adamw": (adamw, torch.optim.AdamW),
+    "rmsprop": (rmsprop, torch.optim.RMSprop),
+    "nadam": (nadam, torch.optim.NAdam),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("kind", FACTORIES)
+def test_groups_are_those_of_torch_optim(kind, donate):
+    ours, theirs = FACTORIES[kind]
+
+    def make(params: dict[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
+        groups = [
+            {"params": [params["a.bias"], params["scale"]], "weight_decay": 0.0},
+            {"params": [params["b.weight"]], "lr_factor": 0.1, "weight_decay": 0.5},
+            {"params": [params["a.weight"], params["empty"]]},
+        ]
+        return [theirs(groups, weight_decay=0.2)]
+
+    options = {"*.bias|sc?le": {"weight_decay": 0.0}, "b.*": {"lr": 0.1, "weight_decay": 0.5}}
+    optimizer = by_name(ours, options, weight_decay=0.2)
+    assert_same_bits(run_updates(optimizer, donate=donate)[0], run_torch(make))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_clip_groups_and_an_average_are_those_of_torch(donate):
+    averages = {}
+
+    def make(params: dict[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
+        averages.update({name: param.detach().clone() for name, param in params.items()})
+        groups = [{"params": [params["a.bias"]], "weight_decay": 0.0}]
+        groups += [{"params": [param for name, param in params.items() if name != "a.bias"]}]
+        return [torch.optim.AdamW(groups, weight_decay=0.2)]
+
+    clip = partial(torch.nn.utils.clip_grad_norm_, max_norm=0.5)
+    expected = run_torch(make, before_step=clip)
+    groups = by_name(adamw, {"*.bias": {"weight_decay": 0.0}}, weight_decay=0.2)
+    optimizer = chain(clip_by_global_norm(0.5), ema(groups, 0.9))
+    params, opt_state = run_updates(optimizer, donate=donate)
+    assert_same_bits(params, expected)
+    assert opt_state["optimizer"].keys() == {"average", "optimizer"}
+
+
+def test_without_patterns_it_is_the_optimizer_itself():
+    assert_same_bits(run_updates(by_name(adam, {}, beta1=0.5))[0], run_updates(adam(beta1=0.5))[0])
+
+
+def test_the_first_pattern_that_matches_counts():
+    params, grads = (
+        {"a.bias": torch.ones(1), "a.weight": torch.ones(1)},
+        {"a.bias": torch.ones(1), "a.weight": torch.ones(1)},
+    )
+    for options, expected in (
+        ({"*.bias": {"lr": 0.5}, "a.*": {"lr": 0.25}}, (0.5, 0.75)),
+        ({"a.*": {"lr": 0.25}, "*.bias": {"lr": 0.5}}, (0.75, 0.75)),
+    ):
+        optimizer = by_name(sgd, options)
+        new, _ = optimizer.update(grads, optimizer.init(params), params, lr=1.0, step=0)
+        assert (float(new["a.bias"]), float(new["a.weight"])) == expected
+
+
+def test_case_counts_in_patterns():
+    with pytest.raises(ValueError, match=r"A.bias"):
+        by_name(sgd, {"A.bias": {}}).init(some_tensors(0))
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_frozen_parameters_stay_the_very_tensors_and_have_no_state(donate):
+    optimizer, params = by_name(adam, {"a.*|scale": None}), some_tensors(0)
+    opt_state = optimizer.init(params)
+    assert list(opt_state["defaults"]["exp_avg"]) == ["empty", "b.weight"]
+    assert list(opt_state) == ["defaults"]
+    before = {name: tensor.clone() for name, tensor in params.items()}
+    grads = gradient(0) | {"a.bias": None}
+    new, new_state = optimizer.update(grads, opt_state, params, lr=0.1, step=0, donate=donate)
+    for name in ("a.weight", "a.bias", "scale"):
+        assert new[name] is params[name]
+        assert torch.equal(new[name], before[name])
+    assert list(new_state) == ["defaults"]
+    assert not torch.equal(new["b.weight"], before["b.weight"])
+
+
+def test_a_donated_update_reuses_the_memory_of_all_groups():
+    optimizer, params = by_name(adamw, {"a.*": {"lr": 0.1}, "b.*": None}), some_tensors(0)
+    opt_state = optimizer.init(params)
+    old = addresses(params, opt_state)
+    assert addresses(optimizer.update(gradient(0), opt_state, params, lr=0.1, step=0, donate=True)) == old
+
+
+def test_groups_of_averages_evaluate_with_their_averages():
+    optimizer = by_name(lambda **options: ema(sgd(), **options), {"a.*": {"decay": 0.0}}, decay=0.9)
+    params, opt_state = run_updates(optimizer, num_steps=3)
+    averages = evaluated(optimizer, opt_state, params)
+    assert list(averages) == list(params)
+    assert torch.equal(averages["a.weight"], params["a.weight"])
+    assert torch.equal(averages["b.weight"], opt_state["defaults"]["average"]["b.weight"])
+    assert by_name(sgd, {}).eval_params is None
+
+
+def test_it_can_be_the_other_optimizer_of_muon():
+    optimizer = muon(others=by_name(adamw, {"*bias": None}))
+    new, _ = optimizer.update(gradient(0), optimizer.init(some_tensors(0)), some_tensors(0), lr=0.1, step=0)
+    assert torch.equal(new["a.bias"], some_tensors(0)["a.bias"])
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_with_similar_names():
+    params = {"rnn.weight_hh": torch.ones(1), "rnn.weight_ih": torch.ones(1), "head.bias": torch.ones(1)}
+    message = r"Received: 'rnn.wieght\*'. The parameters are rnn.weight_[ih]h, rnn.weight_[ih]h and 1 more"
+    with pytest.raises(ValueError, match=message):
+        by_name(sgd, {"*.bias": {}, "rnn.wieght*": {}}).init(params)
+
+
+def test_options_that_the_optimizer_does_not_know_are_refused_at_once():
+    no_options: Any = {"*.bias": 0}
+    with pytest.raises(TypeError, match=r"momentum"):
+        by_name(adam, {"*.bias": {"momentum": 0.9}})
+    with pytest.raises(ValueError, match=r"Expected lr with a finite value of at least 0. Received: lr=-1"):
+        by_name(adam, {"*.bias": {"lr": -1}})
+    with pytest.raises(
+        TypeError, match=r"Expected a dict of options for the pattern '\*.bias', or None .* Received: 0"
+    ):
+        by_name(adam, no_options)
