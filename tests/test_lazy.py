@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes, parse_bytes
-from dwiml_func.data.hdf5.read import lazy, open_dataset
+from dwiml_func.data.hdf5 import lazy
+from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dwiml_func.data.example.bundles import BUNDLES, SUBJECTS, load_bundles
-from dwiml_func.data.example.dataset import bundles as minimal_bundles
+from dwiml_func.data.example import bundles as minimal_bundles
 
 
 @pytest.fixture(scope="module")
