@@ -62,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         (["one_argument_too_many"], ["one_argument_too_many"]),
         (["--input-group-name", "signal"], [str(PHANTOM), "'signal'", "'subj0'", "input (volume)"]),
         (["--streamline-group-name", "lines"], [str(PHANTOM), "'lines'", "'subj0'", "streamlines (streamlines)"]),
-        (["--input-group-name", "streamlines"], [str(PHANTOM), "'streamlines'", "Expected one of type 'volume'"]),
+        (["--input-group-name", "streamlines"], [str(PHANTOM), "'streamlines'", "Expected a group of type 'volume'"]),
     ],
     ids=lambda value: " ".join(value)[:30],
 )

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
+from dwiml_func.data.inspection.inspect import inspect_dataset
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 
@@ -44,6 +45,13 @@ def one_line_error(path: Path, subset: Any = "training", **names: Any) -> str:
         open_dataset(path, subset, **names)
     message = str(raised.value)
     assert "\n" not in message
+    return message
+
+
+def one_line_problem(path: Path) -> str:
+    """The error of `open_dataset`, which is one of the problems that `dwiml-func info` tells."""
+    message = one_line_error(path)
+    assert message.removeprefix(f"{path}: ") in map(str, inspect_dataset(path).problems)
     return message
 
 
@@ -210,19 +218,19 @@ def test_a_file_without_training_subjects(edited, empty):
         if empty is not None:
             file.attrs["training_subjs"] = empty
 
-    assert "no training subjects" in one_line_error(edited(change))
+    assert "no training subjects" in one_line_problem(edited(change))
 
 
 def test_a_subject_listed_but_absent(edited):
     def change(file: Any) -> None:
         del file["subj1"]
 
-    assert "'subj1'" in one_line_error(edited(change))
+    assert "'subj1'" in one_line_problem(edited(change))
 
 
 def test_a_subject_listed_twice(edited):
     path = edited(lambda file: file.attrs.create("training_subjs", ["subj0", "subj1", "subj0"]))
-    assert "twice: subj0, subj1, subj0" in one_line_error(path)
+    assert "subject 'subj0': listed twice in the training subset" in one_line_problem(path)
 
 
 def test_an_unknown_subset():
@@ -233,15 +241,15 @@ def test_an_unknown_subset():
 @pytest.mark.parametrize("option", ["input_group_name", "streamline_group_name"])
 def test_a_group_that_does_not_exist_names_those_that_do(option):
     message = one_line_error(PHANTOM, **{option: "fodf"})
-    assert "'fodf' of subject 'subj0' does not exist" in message
+    assert "subject 'subj0': group 'fodf' does not exist" in message
     assert "input (volume), streamlines (streamlines), wm_mask (volume)" in message
 
 
 def test_a_group_of_the_wrong_type():
     message = one_line_error(PHANTOM, input_group_name="streamlines")
-    assert "has type 'streamlines'. Expected one of type 'volume'" in message
+    assert "has type 'streamlines'. Expected a group of type 'volume'" in message
     message = one_line_error(PHANTOM, streamline_group_name="wm_mask")
-    assert "has type 'volume'. Expected one of type 'streamlines'" in message
+    assert "has type 'volume'. Expected a group of type 'streamlines'" in message
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -251,9 +259,9 @@ def test_streamlines_that_are_not_finite(edited, value):
         for streamline in (7, 9):
             group["data"][group["offsets"][streamline], 1] = value  # the first point of the streamline
 
-    message = one_line_error(edited(change))
+    message = one_line_problem(edited(change))
     assert "subject 'subj1'" in message
-    assert "2 of 48 streamlines with NaN or infinite points, the first is number 7 " in message
+    assert "2 of 48 streamlines have NaN or infinite points; the first is number 7 " in message
 
 
 def test_points_beyond_float32_are_refused_as_infinite(edited):
@@ -263,7 +271,9 @@ def test_points_beyond_float32_are_refused_as_infinite(edited):
         data[-1, 2] = 1e300
         replace(group, "data", data)
 
-    assert "1 of 48 streamlines with NaN or infinite points, the first is number 47 " in one_line_error(edited(change))
+    assert "1 of 48 streamlines have NaN or infinite points; the first is number 47 " in one_line_problem(
+        edited(change)
+    )
 
 
 @pytest.mark.parametrize("length", [-1, 0, 1])
@@ -271,9 +281,9 @@ def test_streamlines_with_fewer_than_two_points(edited, length):
     def change(file: Any) -> None:
         file["subj0/streamlines/lengths"][5] = length
 
-    message = one_line_error(edited(change))
+    message = one_line_problem(edited(change))
     assert "subject 'subj0'" in message
-    assert "1 of 48 streamlines with fewer than two points, the first is number 5 " in message
+    assert "1 of 48 streamlines have fewer than two points; the first is number 5 " in message
 
 
 @pytest.mark.parametrize("offset", [-1, 2246, 2255, 10**12, 2**63 - 1])
@@ -282,8 +292,8 @@ def test_offsets_outside_the_data(edited, offset):
         file["subj0/streamlines/offsets"][11] = offset
         file["subj0/streamlines/lengths"][11] = 10
 
-    message = one_line_error(edited(change))
-    assert "1 of 48 streamlines outside the 2255 points stored, the first is number 11 " in message
+    message = one_line_problem(edited(change))
+    assert "1 of 48 streamlines lie outside the 2255 points stored; the first is number 11 " in message
 
 
 def test_a_streamline_may_end_with_the_data(edited):
@@ -300,8 +310,8 @@ def test_volumes_with_another_number_of_features(edited):
         group = file["subj1/input"]
         replace(group, "data", group["data"][..., :5])
 
-    message = one_line_error(edited(change))
-    assert "subject 'subj1' has 5 features, but subject subj0 has 6" in message
+    message = one_line_problem(edited(change))
+    assert "subject 'subj1', group 'input': 5 features, but subject 'subj0' has 6" in message
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -309,8 +319,8 @@ def test_a_volume_that_is_not_finite(edited, value):
     def change(file: Any) -> None:
         file["subj1/input/data"][3, 4, 5, :2] = value
 
-    message = one_line_error(edited(change))
-    assert "group 'input' of subject 'subj1' has 2 NaN or infinite values" in message
+    message = one_line_problem(edited(change))
+    assert "subject 'subj1', group 'input': 2 of 82944 values are NaN or infinite" in message
 
 
 @pytest.mark.parametrize(
@@ -318,7 +328,7 @@ def test_a_volume_that_is_not_finite(edited, value):
 )
 def test_streamlines_in_another_space(edited, name, value):
     path = edited(lambda file: file["subj1/streamlines"].attrs.create(name, value))
-    assert f"group 'streamlines' of subject 'subj1' has {name} {value}. Expected" in one_line_error(path)
+    assert f"subject 'subj1', group 'streamlines': attribute '{name}' is {value}. Expected" in one_line_problem(path)
 
 
 def test_the_space_may_be_spelt_as_dipys_values(edited):
@@ -333,7 +343,7 @@ def test_the_space_may_be_spelt_as_dipys_values(edited):
 @pytest.mark.parametrize("name", ["space", "origin", "dimensions", "affine", "voxel_sizes"])
 def test_streamlines_without_an_attribute(edited, name):
     path = edited(lambda file: file["subj0/streamlines"].attrs.pop(name))
-    assert f"no attribute '{name}'" in one_line_error(path)
+    assert f"no attribute '{name}'" in one_line_problem(path)
 
 
 @pytest.mark.parametrize(
@@ -341,25 +351,25 @@ def test_streamlines_without_an_attribute(edited, name):
 )
 def test_voxels_without_a_size(edited, sizes):
     path = edited(lambda file: file["subj0/streamlines"].attrs.create("voxel_sizes", sizes))
-    assert "group 'streamlines' of subject 'subj0' has voxel_sizes" in one_line_error(path)
+    assert "subject 'subj0', group 'streamlines': attribute 'voxel_sizes' is" in one_line_problem(path)
 
 
 def test_streamlines_on_another_grid_than_the_volume(edited):
     path = edited(lambda file: file["subj0/streamlines"].attrs.create("dimensions", [24, 24, 25]))
-    assert "grid of (24, 24, 25) voxels, but /subj0/input has (24, 24, 24)" in one_line_error(path)
+    assert "a grid of 24 x 24 x 25 voxels, expected 24 x 24 x 24, as group 'input' has" in one_line_problem(path)
 
     def shift(file: Any) -> None:
         affine = file["subj0/input"].attrs["affine"]
         affine[0, 3] += 0.5
         file["subj0/input"].attrs["affine"] = affine
 
-    assert "has another affine than /subj0/input" in one_line_error(edited(shift))
+    assert "group 'streamlines': the affine [[1.0, " in one_line_problem(edited(shift))
 
 
 @pytest.mark.parametrize("name", ["data", "offsets", "lengths"])
 def test_streamlines_without_a_dataset(edited, name):
     path = edited(lambda file: file["subj0/streamlines"].pop(name))
-    assert f"no dataset '{name}'" in one_line_error(path)
+    assert f"no dataset '{name}'" in one_line_problem(path)
 
 
 @pytest.mark.parametrize(
@@ -374,4 +384,4 @@ def test_streamlines_without_a_dataset(edited, name):
     ],
 )
 def test_data_of_the_wrong_shape_or_kind(edited, place, name, data, expected):
-    assert expected in one_line_error(edited(lambda file: replace(file[place], name, data)))
+    assert expected in one_line_problem(edited(lambda file: replace(file[place], name, data)))

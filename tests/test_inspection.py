@@ -91,20 +91,23 @@ def attribute(place: str, name: str, value: object) -> Callable[[Any], object]:
     ("change", "problem"),
     [
         (attribute("/", "training_subjs", ["subj0"]), "subject 'subj1': in the file, but in no subset"),
-        (attribute("/", "training_subjs", np.array([])), "The file lists no training subjects"),
+        (attribute("/", "training_subjs", np.array([])), "no training subjects"),
         (attribute("/", "training_subjs", ["subj0", "subj1", "x"]), "subject 'x': listed, but not in the file"),
         (attribute("/", "training_subjs", ["subj0", "subj1", "subj0"]), "subject 'subj0': listed twice"),
         (attribute("/", "testing_subjs", ["subj0"]), "subject 'subj0': in two subsets, training and testing"),
         (lambda file: file.pop("subj1/input"), "subject 'subj1': no group 'input'"),
-        (attribute("subj1/input", "type", "image"), "subject 'subj1', group 'input': type 'image', expected"),
+        (attribute("subj1/input", "type", "image"), "subject 'subj1', group 'input': type 'image'. Expected"),
         (set_value("subj1/input/data", (0, 0, 0, 0), np.nan), "group 'input': 1 of 82944 values are NaN"),
         (attribute("subj1/input", "nb_features", 7), "nb_features is 7, but the data has 6"),
         (replace("subj1/input/data", np.zeros((24, 24, 24))), r"'input': data of shape \(24, 24, 24\)"),
-        (replace("subj1/input/data", np.zeros((24, 24, 24, 5))), "subjects 'subj1' and 'subj0', .*5 and 6 features"),
+        (
+            replace("subj1/input/data", np.zeros((24, 24, 24, 5))),
+            "subject 'subj1', group 'input': 5 features, but",
+        ),
         (replace("subj1/wm_mask/data", np.zeros((24, 24, 23, 1))), "a grid of 24 x 24 x 23 voxels, expected 24"),
         (attribute("subj1/streamlines", "affine", np.diag([2.0, 2, 2, 1])), "the affine .*, as group 'input' has"),
         (lambda file: file["subj1/streamlines"].attrs.pop("affine"), "no attribute 'affine'"),
-        (attribute("subj1/streamlines", "space", "Space.RASMM"), "'space' is Space.RASMM, expected Space.VOX"),
+        (attribute("subj1/streamlines", "space", "Space.RASMM"), "'space' is Space.RASMM. Expected Space.VOX"),
         (attribute("subj1/streamlines", "origin", "Origin.NIFTI"), "'origin' is Origin.NIFTI"),
         (lambda file: file.pop("subj1/streamlines/offsets"), "no dataset 'offsets'"),
         (set_value("subj1/streamlines/offsets", 47, 99_999), "1 of 48 streamlines lie outside the 1982 points"),
@@ -112,11 +115,14 @@ def attribute(place: str, name: str, value: object) -> Callable[[Any], object]:
         (set_value("subj1/streamlines/data", 0, np.inf), "1 of 48 streamlines have NaN or infinite points"),
         (set_value("subj1/streamlines/data", 0, -3), "1 of 48 streamlines leave the grid of 24 x 24 x 24 voxels"),
         (set_value("subj1/streamlines/euclidean_lengths", 3, 1), "1 of 48 streamlines have another length"),
-        (replace("subj1/streamlines/lengths", np.zeros(3, int)), "expected one of each a streamline"),
-        (replace("subj1/streamlines/lengths", np.zeros(48)), "'lengths' is of dtype float64, expected integers"),
+        (
+            replace("subj1/streamlines/lengths", np.zeros(3, int)),
+            r"offsets of shape \(48,\) and lengths of",
+        ),
+        (replace("subj1/streamlines/lengths", np.zeros(48)), "'lengths' is of dtype float64. Expected integers"),
         (
             replace("subj1/streamlines/data_per_streamline/w", np.zeros((3, 1))),
-            r"'w' has shape \(3, 1\), exp.*48",
+            r"'w' of shape \(3, 1\)\. Expected \(48, values\)",
         ),
         (
             lambda file: file.create_dataset("subj1/t/data", (9, 9, 9, 9), "f4").parent.attrs.update(type="volume"),
@@ -159,7 +165,8 @@ def test_a_truncated_file_is_one_line_and_exit_code_2(tmp_path, capfd, keep):
     printed = capfd.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
-    assert "cut.hdf5 is " + ("no HDF5 file" if keep == 0 else "truncated or corrupt") in printed.err
+    assert "cut.hdf5" in printed.err
+    assert ("Expected an HDF5 file" if keep == 0 else "truncated or corrupt") in printed.err
 
 
 def test_a_missing_file_is_named(tmp_path, capfd):

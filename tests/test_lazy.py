@@ -88,7 +88,7 @@ def test_points_that_are_not_finite_are_refused_when_they_are_read_and_only_then
             group["data"][group["offsets"][streamline], 1] = np.nan
     lines = open_dataset(edited, lazy=True).streamlines
     assert len(lines.select([0, 48 + 8])) == 2
-    with pytest.raises(ValueError, match=r"subject 'subj1' has 1 of 48 streamlines with NaN .* number 9 "):
+    with pytest.raises(ValueError, match=r"subject 'subj1', .* 1 of 48 streamlines have NaN .* number 9 "):
         lines.select([3, 48 + 9, 48 + 8])
 
 
@@ -98,7 +98,7 @@ def test_a_volume_that_is_not_finite_is_refused_when_it_is_read_and_only_then(ed
         contents["subj1/input/data"][3, 4, 5, :2] = np.inf
     volumes = open_dataset(edited, lazy=True).volumes
     assert volumes[0].isfinite().all()
-    with pytest.raises(ValueError, match="subject 'subj1' has 2 NaN or infinite values"):
+    with pytest.raises(ValueError, match="subject 'subj1', .* 2 of 82944 values are NaN or infinite"):
         volumes[1]
 
 
@@ -241,7 +241,7 @@ def test_two_thousand_subjects_work_with_256_open_files(tmp_path):
             write_volume(subject, "input", np.full((2, 2, 2, 1), number), np.eye(4))
             write_streamlines(subject, "streamlines", points, offsets, affine=np.eye(4), dimensions=(2, 2, 2))
     (tmp_path / "many.py").write_text(MANY)
-    environment = {**os.environ, "PYTHONPATH": str(Path(lazy.__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(lazy.__file__).parents[3])}
     command = [sys.executable, str(tmp_path / "many.py"), str(path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

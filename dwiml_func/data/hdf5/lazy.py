@@ -1,9 +1,7 @@
-"""Read a few rows of a large dataset of points, quickly.
+"""Volumes and streamlines that stay in the HDF5 file until a batch needs them.
 
-Volumes and streamlines that stay in the HDF5 file until a batch needs them.
-
-Each process opens files of its own, a few at most, and keeps volumes up to a number of bytes. Both belong to the
-process: what is pickled, or inherited by a fork, is only where the data are.
+In this order: the two lazy sources of a dataset; how rows of points are read; what a process holds (a few open files,
+and volumes up to a number of bytes). Sources that are pickled, or inherited by a fork, carry only where the data are.
 """
 
 from __future__ import annotations
@@ -26,62 +24,14 @@ from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func.data.dataset import DatasetIndex
-from dwiml_func.data.hdf5.layout import check_no_problem, read_volume
+from dwiml_func.data.hdf5.layout import read_volume, streamlines_that
+from dwiml_func.data.hdf5.problems import corrupt_file, raise_first
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["LazyStreamlines", "LazyVolumes", "RowReader", "address_of", "parse_bytes", "read_bytes"]
-
-
-def address_of(file: h5py.File, points: Any) -> int | None:
-    """Where a dataset begins in the file, if it lies there as the bytes of a float32 array; else None."""
-    plain = (
-        file.driver == "sec2"
-        and file.userblock_size == 0
-        and points.file.filename == file.filename
-        and points.external is None
-        and points.dtype == np.float32
-        and points.dtype.isnative
-    )
-    return points.id.get_offset() if plain else None
-
-
-def read_bytes(
-    file: h5py.File, descriptor: int, address: int, out: np.ndarray, start: int, num: int, place: int
-) -> None:
-    """Read rows of 12 bytes past the HDF5 library, which takes several times as long to find them."""
-    wanted: Any = out[place : place + num]  # contiguous, so the bytes of the rows are one piece
-    if os.preadv(descriptor, [wanted], address + 12 * start) != 12 * num:
-        raise ValueError(f"The HDF5 file is truncated or corrupt: {file.filename}. Copy or create it anew")
-
-
-class RowReader:
-    """Reads rows of points that are compressed, or of another type, as float32 into an array.
-
-    By h5py's low level, as its slicing costs several times the read.
-
-    Args:
-        points: the (P, 3) dataset.
-        out: (N, 3) float32, contiguous.
-    """
-
-    def __init__(self, points: Any, out: np.ndarray) -> None:
-        from h5py import h5s, h5t
-
-        self._dataset = points.id
-        self._stored = points.id.get_space()
-        self._wanted = h5s.create_simple(out.shape)
-        self._type = h5t.py_create(out.dtype)
-        self._out = out
-
-    def read(self, start: int, num: int, place: int) -> None:
-        """Read `num` rows from `start` on to the rows of the array from `place` on."""
-        self._stored.select_hyperslab((start, 0), (num, 3))
-        self._wanted.select_hyperslab((place, 0), (num, 3))
-        self._dataset.read(self._wanted, self._stored, self._out, self._type)
-
+__all__ = ["LazyStreamlines", "LazyVolumes", "parse_bytes"]
 
 _MOST_OPEN_FILES = 8
 _UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
@@ -89,21 +39,7 @@ _UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
 
 
 def parse_bytes(size: str | int) -> int:
-    """Read a number of bytes.
-
-    Args:
-        size: bytes, or text such as "2GB" (10**9 each) or "512 MiB" (2**20 each).
-
-    Returns:
-        Bytes.
-
-    Raises:
-        ValueError: it is no such text, or negative.
-
-    Example:
-        >>> parse_bytes("2GB"), parse_bytes("1.5 MiB"), parse_bytes(0)
-        (2000000000, 1572864, 0)
-    """
+    """Read a number of bytes, or text such as "2GB" (10**9 bytes each) or "512 MiB" (2**20 bytes each)."""
     found = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([A-Z]*)", str(size).strip().upper())
     number = float(found[1]) if found else math.inf
     if found is None or found[2] not in _UNITS or number == math.inf:
@@ -111,97 +47,11 @@ def parse_bytes(size: str | int) -> int:
     return int(number * _UNITS[found[2]])
 
 
-class _FileVersion(NamedTuple):
-    """A file as it was when the dataset was opened: another process must not read another one under its name."""
-
-    path: Path
-    inode: int
-    size: int
-    modified_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> _FileVersion:
-        path = path.absolute()
-        status = path.stat()
-        return cls(path, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-class _ProcessStore:
-    """What one process holds: open files, and volumes in the order of their last use."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self.files: OrderedDict[_FileVersion, h5py.File] = OrderedDict()
-        self.volumes: OrderedDict[tuple[_FileVersion, str, str], Tensor] = OrderedDict()
-        self.volume_bytes = 0
-
-    @contextmanager
-    def opened(self, version: _FileVersion) -> Iterator[h5py.File]:
-        """The open file; no other thread reads meanwhile."""
-        import h5py
-
-        with self.lock:
-            if version not in self.files:
-                if _FileVersion.of(version.path) != version:
-                    raise ValueError(f"The HDF5 file has changed since it was opened: {version.path}. Open it again")
-                while len(self.files) >= _MOST_OPEN_FILES:
-                    self.files.popitem(last=False)[1].close()
-                self.files[version] = h5py.File(version.path, "r")
-            self.files.move_to_end(version)
-            try:
-                yield self.files[version]
-            except (OSError, RuntimeError, KeyError) as error:
-                reason = " ".join(str(error).split())
-                raise ValueError(
-                    f"The HDF5 file is truncated or corrupt: {version.path} ({reason}). Copy or create it anew"
-                ) from error
-
-    def volume(self, version: _FileVersion, subject: str, group: str, num_bytes: int, budget: int) -> Tensor:
-        """A volume, read if need be after so many others were let go that the budget holds."""
-        key = (version, subject, group)
-        with self.lock:
-            if key not in self.volumes:
-                while self.volumes and self.volume_bytes + num_bytes > budget:
-                    self.volume_bytes -= self.volumes.popitem(last=False)[1].nbytes
-                with self.opened(version) as file:
-                    volume = torch.from_numpy(read_volume(_known_group(file, subject, group)))
-                if num_bytes > budget:
-                    return volume
-                self.volumes[key] = volume
-                self.volume_bytes += num_bytes
-            self.volumes.move_to_end(key)
-            return self.volumes[key]
-
-
-_store = _ProcessStore()
-_inherited: list[_ProcessStore] = []
-
-
-def _start_afresh() -> None:
-    """In a forked child: HDF5 handles of the parent must be neither used nor closed, and its lock may be held."""
-    global _store
-    _inherited.append(_store)
-    _store.volumes = OrderedDict()
-    _store = _ProcessStore()
-
-
-os.register_at_fork(after_in_child=_start_afresh)
-
-
 class LazyVolumes:
-    """The input volumes of all subjects, by row. A process keeps those used last, up to a number of bytes.
+    """The input volumes of all subjects, by row. A process keeps the last used ones.
 
-    Args:
-        path: the HDF5 file.
-        subjects: names, by row.
-        group_name: of the subjects' groups of type `volume`.
-        shapes: (X, Y, Z, F) of each subject's volume.
-        cache_bytes: most bytes of volumes, of all lazy datasets together, that a process keeps. A larger volume is read
-            again for every batch.
-
-    Example:
-        >>> volumes = open_dataset("data.hdf5", lazy=True, cache_size="4GB").volumes  # doctest: +SKIP
-        >>> volumes[0].shape  # doctest: +SKIP
+    `shapes` has (X, Y, Z, F) of each subject. `cache_bytes` is how many bytes of volumes a process keeps, for all lazy
+    datasets together; a larger volume is read again for every batch.
     """
 
     def __init__(
@@ -237,16 +87,8 @@ class LazyVolumes:
 class LazyStreamlines:
     """The streamlines of all subjects, by id. `select` reads those it is asked for and no others.
 
-    Args:
-        path: the HDF5 file.
-        index: subjects and their numbers of streamlines.
-        group_name: of the subjects' groups of type `streamlines`.
-        starts: (S,) int64, each streamline's first row among its subject's stored points.
-        lengths: (S,) int64, points a streamline.
-
-    Example:
-        >>> lines = open_dataset("data.hdf5", lazy=True).streamlines  # doctest: +SKIP
-        >>> lines.select([7, 3]).points.shape  # doctest: +SKIP
+    `starts` (S,) int64 is each streamline's first row among its subject's stored points, `lengths` (S,) int64 its
+    number of points.
     """
 
     def __init__(self, path: Path, index: DatasetIndex, group_name: str, starts: Tensor, lengths: Tensor) -> None:
@@ -280,13 +122,7 @@ class LazyStreamlines:
         return self.select(np.arange(len(self))).to_list()
 
     def select(self, ids: Tensor | ArrayLike) -> Streamlines:
-        """Read streamlines, in the order asked for.
-
-        Args:
-            ids: (S',) integers, each 0 <= id < S.
-
-        Returns:
-            A set of S' streamlines in memory, the same bytes as those of a dataset that was read at once.
+        """Read streamlines, in the order asked for: the same bytes as those of a dataset in memory.
 
         Raises:
             IndexError: an id is out of range.
@@ -298,43 +134,157 @@ class LazyStreamlines:
         points = np.empty((int(offsets[-1]), 3), dtype=np.float32)
         subjects = self._index.subject_of(numbers)
         starts = self._starts.numpy()[numbers]
-        places, sizes = offsets.tolist(), lengths.tolist()
+        rows, sizes = offsets.tolist(), lengths.tolist()
         # In the order of the file, and each subject's group is looked up once.
         order = np.lexsort([starts, subjects]).tolist()
-        with _store.opened(self._version) as file:
+        with _store.open(self._version) as file:
             subject, read = -1, None
             for i in order:
                 if read is None or subjects[i] != subject:
                     subject = int(subjects[i])
                     read = self._reader(file, subject, points)
-                read(int(starts[i]), sizes[i], places[i])
+                read(int(starts[i]), sizes[i], rows[i])
             if not np.isfinite(points).all():
-                self._refuse(file, numbers, subjects, offsets.numpy(), points)
+                self._raise_not_finite(file, numbers, subjects, offsets.numpy(), points)
         return Streamlines(torch.from_numpy(points), offsets)
 
-    def _reader(self, file: h5py.File, subject: int, out: np.ndarray) -> Callable[[int, int, int], None]:
-        """What reads rows of a subject's points: `read(start, num, place)`."""
+    def _reader(self, file: h5py.File, subject: int, out: np.ndarray) -> _ReadRows:
+        group = partial(_known_group, file, self._index.subjects[subject], self._group_name)
         if subject not in self._addresses:
-            points: Any = _known_group(file, self._index.subjects[subject], self._group_name)["data"]
-            self._addresses[subject] = address_of(file, points)
+            self._addresses[subject] = _address_of(file, group()["data"])
         address = self._addresses[subject]
-        if address is not None:
-            return partial(read_bytes, file, file.id.get_vfd_handle(), address, out)
-        points = _known_group(file, self._index.subjects[subject], self._group_name)["data"]
-        return RowReader(points, out).read
+        return _hdf5_reader(group()["data"], out) if address is None else _byte_reader(file, address, out)
 
-    def _refuse(self, file: h5py.File, ids: Any, subjects: Any, offsets: Any, points: Any) -> None:
-        """Say which of the streamlines read is not finite: its subject, and its number among the subject's."""
+    def _raise_not_finite(self, file: h5py.File, ids: Any, subjects: Any, offsets: Any, points: Any) -> None:
+        """Name the first streamline that is not finite: its subject, and its number among the subject's."""
         bad = np.logical_or.reduceat(~np.isfinite(points).all(axis=1), offsets[:-1])
         subject = int(subjects[np.argmax(bad)])
         numbers = self._index.num_streamlines
         marked = np.zeros(numbers[subject], dtype=bool)
         marked[(ids - numbers[:subject].sum())[bad & (subjects == subject)]] = True
         group = _known_group(file, self._index.subjects[subject], self._group_name)
-        check_no_problem(group, marked, "with NaN or infinite points")
+        raise_first(streamlines_that(group, marked, "have NaN or infinite points"), file.filename)
 
 
-def _known_group(file: h5py.File, subject: str, name: str) -> h5py.Group:
+_ReadRows = Callable[[int, int, int], None]
+"""`read(start, num, row)` reads `num` rows from `start` of the file on to the rows of an array from `row` on."""
+
+
+def _address_of(file: h5py.File, points: Any) -> int | None:
+    """Where a dataset begins in the file, if it lies there as the bytes of a float32 array; else None."""
+    plain = (
+        file.driver == "sec2"
+        and file.userblock_size == 0
+        and points.file.filename == file.filename
+        and points.external is None
+        and points.dtype == np.float32
+        and points.dtype.isnative
+    )
+    return points.id.get_offset() if plain else None
+
+
+def _byte_reader(file: h5py.File, address: int, out: np.ndarray) -> _ReadRows:
+    """Read rows of 12 bytes past the HDF5 library, which takes several times as long to find them."""
+    descriptor = file.id.get_vfd_handle()
+
+    def read(start: int, num: int, row: int) -> None:
+        wanted: Any = out[row : row + num]  # contiguous, so the bytes of the rows are one piece
+        if os.preadv(descriptor, [wanted], address + 12 * start) != 12 * num:
+            raise corrupt_file(file.filename, "the file ends before its points")
+
+    return read
+
+
+def _hdf5_reader(points: Any, out: np.ndarray) -> _ReadRows:
+    """Read rows that are compressed, or of another type, by h5py's low level, several times faster than its slicing."""
+    from h5py import h5s, h5t
+
+    stored, wanted, dtype = points.id.get_space(), h5s.create_simple(out.shape), h5t.py_create(out.dtype)
+
+    def read(start: int, num: int, row: int) -> None:
+        stored.select_hyperslab((start, 0), (num, 3))
+        wanted.select_hyperslab((row, 0), (num, 3))
+        points.id.read(wanted, stored, out, dtype)
+
+    return read
+
+
+def _known_group(file: h5py.File, subject: str, name: str) -> Any:
     """A group that was checked when the dataset was opened."""
-    group: Any = file[f"{subject}/{name}"]
-    return group
+    return file[f"{subject}/{name}"]
+
+
+class _FileVersion(NamedTuple):
+    """A file as it was when the dataset was opened: another process must not read another one under its name."""
+
+    path: Path
+    inode: int
+    size: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> _FileVersion:
+        path = path.absolute()
+        status = path.stat()
+        return cls(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class _ProcessStore:
+    """What one process holds: open files, and volumes in the order of their last use."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.files: OrderedDict[_FileVersion, h5py.File] = OrderedDict()
+        self.volumes: OrderedDict[tuple[_FileVersion, str, str], Tensor] = OrderedDict()
+        self.volume_bytes = 0
+
+    @contextmanager
+    def open(self, version: _FileVersion) -> Iterator[h5py.File]:
+        """The open file; no other thread reads meanwhile."""
+        import h5py
+
+        with self.lock:
+            if version not in self.files:
+                if _FileVersion.of(version.path) != version:
+                    raise ValueError(f"The HDF5 file has changed since it was opened: {version.path}. Open it again")
+                while len(self.files) >= _MOST_OPEN_FILES:
+                    self.files.popitem(last=False)[1].close()
+                self.files[version] = h5py.File(version.path, "r")
+            self.files.move_to_end(version)
+            try:
+                yield self.files[version]
+            except (OSError, RuntimeError, KeyError) as error:
+                raise corrupt_file(version.path, error) from error
+
+    def volume(self, version: _FileVersion, subject: str, group: str, num_bytes: int, budget: int) -> Tensor:
+        """A volume, from memory or read; the least recently used ones are dropped to keep within the budget."""
+        key = (version, subject, group)
+        with self.lock:
+            if key not in self.volumes:
+                while self.volumes and self.volume_bytes + num_bytes > budget:
+                    self.volume_bytes -= self.volumes.popitem(last=False)[1].nbytes
+                with self.open(version) as file:
+                    volume = torch.from_numpy(
+                        raise_first(read_volume(_known_group(file, subject, group)), version.path)
+                    )
+                if num_bytes > budget:
+                    return volume
+                self.volumes[key] = volume
+                self.volume_bytes += num_bytes
+            self.volumes.move_to_end(key)
+            return self.volumes[key]
+
+
+_store = _ProcessStore()
+_inherited: list[_ProcessStore] = []
+
+
+def _reset_store() -> None:
+    """In a forked child: the parent's HDF5 handles must be neither used nor closed, and its lock may be held."""
+    global _store
+    _inherited.append(_store)
+    _store.volumes = OrderedDict()
+    _store = _ProcessStore()
+
+
+os.register_at_fork(after_in_child=_reset_store)

@@ -1,14 +1,10 @@
-"""Read datasets in the HDF5 layout of scil-vital/dwi_ml, checked on the way in: what is read is finite and in place.
-
-The layout, as written by its `src/dwi_ml/general/data/hdf5/hdf5_creation.py`: file attributes name the subjects of each
-subset; one group a subject; in it groups of type `volume` and of type `streamlines`.
-"""
+"""Open a dataset: volumes and streamlines of one subset, in memory or lazily, checked on the way in."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -16,27 +12,31 @@ from numpy.typing import NDArray
 
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
 from dwiml_func.data.hdf5.layout import (
-    check_same_space,
+    Subset,
+    Table,
     group_of,
-    location,
-    open_hdf5,
+    read_grid,
     read_lengths_mm,
     read_points,
     read_resampling,
     read_table,
     read_volume,
+    same_features,
+    same_grid,
+    streamline_grid,
+    subject_group,
     subjects_of,
-    to_python,
     volume_shape,
     voxel_sizes_of,
 )
 from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes, parse_bytes
+from dwiml_func.data.hdf5.problems import open_hdf5, raise_first, to_python
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
-__all__ = ["Subset", "open_dataset", "read_subsets"]
+if TYPE_CHECKING:
+    import h5py
 
-Subset = Literal["training", "validation", "testing"]
-"""A subset of a dataset's subjects, by name."""
+__all__ = ["Subset", "open_dataset", "read_subsets"]
 
 
 def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
@@ -50,7 +50,7 @@ def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not HDF5, or it is corrupt.
+        ValueError: it is not HDF5, or it is corrupt, or a subset lists a subject twice.
 
     Example:
         >>> import tempfile
@@ -63,7 +63,7 @@ def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
         {'training': ('anna',), 'validation': (), 'testing': ()}
     """
     with open_hdf5(Path(path)) as file:
-        return {subset: subjects_of(file, subset) for subset in get_args(Subset)}
+        return {subset: raise_first(subjects_of(file, subset), file.filename) for subset in get_args(Subset)}
 
 
 def open_dataset(
@@ -116,62 +116,67 @@ def open_dataset(
         raise ValueError(f"Expected a subset among {', '.join(get_args(Subset))}. Received: {subset!r}")
     budget = parse_bytes(cache_size)
     with open_hdf5(path) as file:
-        subjects = subjects_of(file, subset)
-        if not subjects and subset == "training":
-            raise ValueError(f"{path} lists no training subjects: its attribute training_subjs is missing or empty")
-        shapes: list[tuple[int, int, int, int]] = []
-        volumes: list[NDArray[np.float32]] = []
-        points: list[NDArray[np.float32]] = []
-        starts: list[NDArray[np.int64]] = []
-        lengths: list[NDArray[np.int64]] = []
-        lengths_mm: list[NDArray[np.float64] | None] = []
-        voxel_sizes: list[NDArray[np.float32]] = []
-        input_attributes: dict[str, object] = {}
-        resampling = read_resampling(file)
-        for subject in subjects:
-            input_group = group_of(file, subject, input_group_name, "volume")
-            streamline_group = group_of(file, subject, streamline_group_name, "streamlines")
-            shapes.append(volume_shape(input_group))
-            if shapes[-1][3] != shapes[0][3]:
-                raise ValueError(
-                    f"{location(input_group)} has {shapes[-1][3]} features, but subject {subjects[0]} has "
-                    f"{shapes[0][3]}. Expected the same number for all subjects"
-                )
-            if not lazy:
-                volumes.append(read_volume(input_group))
-            check_same_space(input_group, shapes[-1][:3], streamline_group)
-            voxel_sizes.append(voxel_sizes_of(streamline_group))
-            starts_of_subject, lengths_of_subject = read_table(streamline_group)
-            starts.append(starts_of_subject)
-            lengths.append(lengths_of_subject)
-            lengths_mm.append(read_lengths_mm(streamline_group, len(lengths_of_subject)))
-            if not lazy:
-                points.append(read_points(streamline_group, starts_of_subject, lengths_of_subject))
-            if subject == subjects[0]:
-                input_attributes = {name: to_python(value) for name, value in input_group.attrs.items()}
-    num_streamlines = np.array([len(of_subject) for of_subject in lengths], dtype=np.int64)
-    if subset == "training" and num_streamlines.sum() == 0:
-        raise ValueError(f"{path}: the training subjects have no streamlines in group {streamline_group_name!r}")
-    known_lengths = [of_subject for of_subject in lengths_mm if of_subject is not None]
-    index = DatasetIndex(
-        subjects, num_streamlines, np.concatenate(known_lengths) if 0 < len(known_lengths) == len(subjects) else None
-    )
-    all_lengths = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *lengths]))
-    if lazy:
-        all_starts = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *starts]))
-        stored_volumes = LazyVolumes(path, subjects, input_group_name, tuple(shapes), budget)
-        stored_streamlines = LazyStreamlines(path, index, streamline_group_name, all_starts, all_lengths)
-    else:
-        all_points = torch.from_numpy(np.concatenate([np.empty((0, 3), dtype=np.float32), *points]))
-        stored_volumes = tuple(torch.from_numpy(volume) for volume in volumes)
-        stored_streamlines = Streamlines(all_points, offsets_of(all_lengths))
-    return StreamlineDataset(
-        path=path,
-        subset=subset,
-        index=index,
-        volumes=stored_volumes,
-        streamlines=stored_streamlines,
-        voxel_sizes=torch.from_numpy(np.array(voxel_sizes, dtype=np.float32).reshape(-1, 3)),
-        input_attributes=input_attributes,
-        resampling=resampling,
-    )
+        subjects = raise_first(subjects_of(file, subset, required=subset == "training"), path)
+        parts = [_read_subject(file, subject, input_group_name, streamline_group_name) for subject in subjects]
+        features = {subject: part.shape[3] for subject, part in zip(subjects, parts, strict=True)}
+        raise_first(same_features(input_group_name, features), path)
+        index = _index(subjects, parts)
+        if subset == "training" and index.num_total == 0:
+            raise ValueError(f"{path}: the training subjects have no streamlines in group {streamline_group_name!r}")
+        lengths = _joined([part.table.lengths for part in parts])
+        if lazy:
+            starts = _joined([part.table.starts for part in parts])
+            volumes = LazyVolumes(path, subjects, input_group_name, tuple(part.shape for part in parts), budget)
+            streamlines = LazyStreamlines(path, index, streamline_group_name, starts, lengths)
+        else:
+            volumes = tuple(torch.from_numpy(raise_first(read_volume(part.volume), path)) for part in parts)
+            points = [raise_first(read_points(part.streamlines, part.table), path) for part in parts]
+            all_points = torch.from_numpy(np.concatenate([np.empty((0, 3), dtype=np.float32), *points]))
+            streamlines = Streamlines(all_points, offsets_of(lengths))
+        return StreamlineDataset(
+            path=path,
+            subset=subset,
+            index=index,
+            volumes=volumes,
+            streamlines=streamlines,
+            voxel_sizes=torch.from_numpy(np.array([part.voxel_sizes for part in parts], np.float32).reshape(-1, 3)),
+            input_attributes={name: to_python(value) for name, value in parts[0].volume.attrs.items()} if parts else {},
+            resampling=read_resampling(file),
+        )
+
+
+class _Subject(NamedTuple):
+    """What is read of a subject before its values and points."""
+
+    volume: h5py.Group
+    streamlines: h5py.Group
+    shape: tuple[int, int, int, int]
+    voxel_sizes: NDArray[np.float32]
+    table: Table
+    lengths_mm: NDArray[np.float64] | None
+
+
+def _read_subject(file: h5py.File, subject: str, input_group_name: str, streamline_group_name: str) -> _Subject:
+    path = file.filename
+    parent = raise_first(subject_group(file, subject), path)
+    volume = raise_first(group_of(parent, input_group_name, "volume"), path)
+    streamlines = raise_first(group_of(parent, streamline_group_name, "streamlines"), path)
+    shape = raise_first(volume_shape(volume), path)
+    grid = raise_first(read_grid(volume, shape[:3]), path)
+    raise_first(same_grid(streamlines, raise_first(streamline_grid(streamlines), path), input_group_name, grid), path)
+    sizes = raise_first(voxel_sizes_of(streamlines), path)
+    table = raise_first(read_table(streamlines), path)
+    lengths_mm = raise_first(read_lengths_mm(streamlines, len(table.lengths)), path)
+    return _Subject(volume, streamlines, shape, sizes, table, lengths_mm)
+
+
+def _index(subjects: tuple[str, ...], parts: list[_Subject]) -> DatasetIndex:
+    """Lengths in mm are known only where every subject has them."""
+    lengths_mm = [part.lengths_mm for part in parts if part.lengths_mm is not None]
+    num_streamlines = np.array([len(part.table.lengths) for part in parts], dtype=np.int64)
+    all_known = 0 < len(lengths_mm) == len(parts)
+    return DatasetIndex(subjects, num_streamlines, np.concatenate(lengths_mm) if all_known else None)
+
+
+def _joined(tables: list[NDArray[np.int64]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int64), *tables]))

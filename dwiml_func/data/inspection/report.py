@@ -1,4 +1,4 @@
-"""An inspection in words: tables for people."""
+"""The text of an inspection: tables for people."""
 
 from __future__ import annotations
 
@@ -15,33 +15,11 @@ _NUM_PROBLEMS = 50  # lines of problems, at most
 
 
 def format_inspection(inspection: Inspection) -> str:
-    """The text of `dwiml-func info`.
-
-    Args:
-        inspection: what to tell.
-
-    Returns:
-        Lines of text: the file, its subjects, a table for each group, and what is wrong.
-
-    Example:
-        >>> from pathlib import Path
-        >>> subsets = {"training": ("anna",), "validation": (), "testing": ()}
-        >>> empty = Inspection(path=Path("a.hdf5"), num_bytes=2048, attributes={}, subsets=subsets, subjects={},
-        ...                    problems=("subject 'anna': listed, but not in the file",))
-        >>> print(format_inspection(empty))
-        a.hdf5  0.0 MB
-        training     1 subject   anna
-        validation   0 subjects
-        testing      0 subjects
-        points       as they came
-        <BLANKLINE>
-        1 PROBLEM
-          subject 'anna': listed, but not in the file
-    """
+    """The text of `dwiml-func info`: the file, its subjects, a table for each group, and what is wrong."""
     lines = [f"{inspection.path}  {inspection.num_bytes / 1e6:.1f} MB{_date(inspection)}"]
     lines += [f"{subset:<12} {_count(len(names), 'subject'):<10}  {_shortened(names)}".rstrip()
               for subset, names in inspection.subsets.items()]  # fmt: skip
-    lines.append(f"{'points':<12} {_reshaping(inspection.attributes)}")
+    lines.append(f"{'points':<12} {_sampling(inspection.attributes)}")
     subset_of = {name: subset for subset, names in inspection.subsets.items() for name in names}
     for group in dict.fromkeys(name for groups in inspection.subjects.values() for name in groups):
         of_group = {subject: groups[group] for subject, groups in inspection.subjects.items() if group in groups}
@@ -54,7 +32,7 @@ def format_inspection(inspection: Inspection) -> str:
     lines.append("")
     if not inspection.problems:
         return "\n".join([*lines, "No problem found."])
-    lines.append(_count(len(inspection.problems), "PROBLEM", plural="PROBLEMS"))
+    lines.append(_count(len(inspection.problems), "PROBLEM", "S"))
     lines += [f"  {problem}" for problem in inspection.problems[:_NUM_PROBLEMS]]
     if len(inspection.problems) > _NUM_PROBLEMS:
         lines.append(f"  and {len(inspection.problems) - _NUM_PROBLEMS} more")
@@ -66,23 +44,23 @@ def _date(inspection: Inspection) -> str:
     return "" if date == "Not recorded" else f", made {date}"
 
 
-def _count(number: int, singular: str, *, plural: str | None = None) -> str:
-    return f"{number} {singular if number == 1 else plural or singular + 's'}"
+def _count(number: int, singular: str, suffix: str = "s") -> str:
+    return f"{number} {singular}{'' if number == 1 else suffix}"
 
 
 def _shortened(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _reshaping(attributes: dict[str, str]) -> str:
-    said = {name: text for name, text in attributes.items() if not text.startswith("Not defined")}
-    if "step_size" in said:
-        return f"resampled to a step of {said['step_size']} mm"
-    if "nb_points" in said:
-        return f"resampled to {said['nb_points']} points a streamline"
-    if "compress" in said:
-        return f"compressed to within {said['compress']} mm"
-    return "as they came"
+def _sampling(attributes: dict[str, str]) -> str:
+    named = {name: text for name, text in attributes.items() if not text.startswith("Not defined")}
+    if "step_size" in named:
+        return f"resampled to a step of {named['step_size']} mm"
+    if "nb_points" in named:
+        return f"resampled to {named['nb_points']} points a streamline"
+    if "compress" in named:
+        return f"compressed to within {named['compress']} mm"
+    return "as stored in the file"
 
 
 def _volume_table(volumes: dict[str, VolumeSummary], subset_of: dict[str, str]) -> list[str]:

@@ -1,0 +1,138 @@
+"""Problems of an HDF5 dataset: found by generators, raised by the reader, listed by `dwiml-func info`.
+
+A check is a generator: it yields the problems of one piece of the file and returns what it read. `raise_first` raises
+the first problem; `collect` keeps all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import h5py  # at run time only once a file is opened: `import dwiml_func.data` stays light
+
+__all__ = [
+    "Checked",
+    "Problem",
+    "attribute_of",
+    "collect",
+    "corrupt_file",
+    "dataset_of",
+    "location",
+    "open_hdf5",
+    "present",
+    "raise_first",
+    "to_python",
+]
+
+
+class Problem(NamedTuple):
+    """What is wrong with a dataset, and where; an empty location is the whole file."""
+
+    location: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.sentence}" if self.location else self.sentence
+
+
+T = TypeVar("T")
+Checked = Generator[Problem, None, T | None]
+"""Yields problems and returns what was read; None where a problem made that impossible."""
+
+
+def raise_first(checked: Checked[T], path: Path | str) -> T:
+    """Return what was read; raise the first problem as a ValueError that names the file."""
+    try:
+        problem = next(checked)
+    except StopIteration as end:
+        return cast(T, end.value)
+    raise ValueError(f"{path}: {problem}")
+
+
+def collect(checked: Checked[T], problems: list[Problem]) -> T | None:
+    """Return what was read; append all problems to a list."""
+    while True:
+        try:
+            problems.append(next(checked))
+        except StopIteration as end:
+            return end.value
+
+
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Open a file for reading; any error of h5py about it becomes one line that names the file."""
+    import h5py
+
+    if not path.exists():
+        raise FileNotFoundError(f"The HDF5 file does not exist: {path}")
+    if not path.is_file():
+        raise ValueError(f"Expected an HDF5 file. Received: {path}, which is not a file")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError, KeyError) as error:
+        if not h5py.is_hdf5(path):
+            reason = " ".join(str(error).split())
+            raise ValueError(f"Expected an HDF5 file. Received: {path}, which is not one ({reason})") from error
+        raise corrupt_file(path, error) from error
+
+
+def corrupt_file(path: Path | str, error: Exception | str) -> ValueError:
+    """The error of a file that HDF5 cannot read."""
+    return ValueError(
+        f"The HDF5 file is truncated or corrupt: {path} ({' '.join(str(error).split())}). Copy or create it again"
+    )
+
+
+def location(group: h5py.Group) -> str:
+    """Subject and group, as messages name them."""
+    subject, _, name = str(group.name).strip("/").partition("/")
+    return f"subject {subject!r}, group {name!r}"
+
+
+def to_python(value: object) -> object:
+    """An attribute as plain Python, or as an array of numbers."""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    if isinstance(value, np.ndarray) and value.dtype.kind in "SO":
+        return [to_python(element) for element in value.tolist()]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def dataset_of(group: h5py.Group, name: str, kinds: str) -> Checked[h5py.Dataset]:
+    """A dataset of numbers, not read. `kinds` are numpy's: f float, i and u integers."""
+    import h5py
+
+    dataset: Any = group.get(name)
+    if not isinstance(dataset, h5py.Dataset):
+        yield Problem(location(group), f"no dataset {name!r}. Present: {present(group)}")
+        return None
+    if dataset.dtype.kind not in kinds:
+        expected = "numbers" if "f" in kinds else "integers"
+        yield Problem(location(group), f"dataset {name!r} is of dtype {dataset.dtype}. Expected {expected}")
+        return None
+    plain = dataset.chunks is None and dataset.external is None and not dataset.is_virtual
+    stored = dataset.id.get_storage_size()
+    if plain and dataset.nbytes > stored:  # a corrupt shape could make reading it endless
+        sentence = f"dataset {name!r} of shape {dataset.shape} has {stored} of its {dataset.nbytes} bytes"
+        yield Problem(location(group), sentence)
+        return None
+    return dataset
+
+
+def attribute_of(group: h5py.Group, name: str) -> Checked[object]:
+    """An attribute as plain Python, or as an array of numbers."""
+    if name in group.attrs:
+        return to_python(group.attrs[name])
+    yield Problem(location(group), f"no attribute {name!r}. Present: {present(group.attrs)}")
+
+
+def present(members: Iterable[object]) -> str:
+    """Names for people; a corrupt name that is no text comes as bytes."""
+    return ", ".join(map(str, members)) or "none"
