@@ -8,23 +8,17 @@ from typing import ClassVar, Literal
 from dwiml_func._checks import STRICT, check_number
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.hdf5.lazy import parse_bytes
-from dwiml_func.data.neighborhood import Neighborhood
+from dwiml_func.data.interpolation import Interpolation
+from dwiml_func.data.neighborhood import Neighborhood, NeighborhoodType
 from dwiml_func.data.resampling import Resampling, StepRule
+from dwiml_func.data.sampler import BatchUnits, SamplerSpec
 
 __all__ = ["BatchConfig", "DataConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to read from the HDF5 dataset.
-
-    Raises:
-        ValueError: a part of the neighbourhood is missing or out of range, or the size of the cache cannot be read.
-
-    Example:
-        >>> DataConfig().input_group_name
-        'input'
-    """
+    """What to read from the HDF5 dataset. Options are checked by what they make: the neighbourhood, the cache size."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -32,9 +26,9 @@ class DataConfig:
     """Name of the input volume's group."""
     streamline_group_name: str = "streamlines"
     """Name of the streamlines' group."""
-    interpolation: Literal["nearest", "trilinear", "trilinear-corner"] = "trilinear"
+    interpolation: Interpolation = "trilinear"
     """How the volume is read between voxel centres. "trilinear-corner" is that of dwi_ml, half a voxel off."""
-    neighborhood_type: Literal["axes", "grid"] | None = None
+    neighborhood_type: NeighborhoodType | None = None
     """Points around each point where the volume is read too: on the axes, or on a cubic grid. None: nowhere else."""
     neighborhood_radius: int | None = None
     """How many steps away from the point. axes: 1 reads 7 points, 2 reads 13; grid: 27, 125."""
@@ -65,15 +59,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """How streamlines are put into batches.
-
-    Raises:
-        ValueError: a number out of range.
-
-    Example:
-        >>> BatchConfig().batch_size_training
-        100
-    """
+    """How streamlines are put into batches. Options are checked by the specs that they make."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -81,7 +67,7 @@ class BatchConfig:
     """Size of a training batch."""
     batch_size_validation: int = 100
     """Size of a validation batch. It cannot change the training."""
-    batch_size_units: Literal["nb_streamlines", "length_mm"] = "nb_streamlines"
+    batch_size_units: BatchUnits = "nb_streamlines"
     """What the sizes count: streamlines, or mm of streamlines (10000 is usual)."""
     nb_streamlines_per_chunk: int | None = None
     """With length_mm: streamlines drawn at once while a batch is filled. None: 256."""
@@ -96,13 +82,13 @@ class BatchConfig:
     processes: int = 0
     """Processes that load batches ahead; 0 loads them in a thread of the training process. The results are the same."""
     step_size: float | None = None
-    """Resample streamlines to steps of about this size, in mm. None: points as in the dataset."""
+    """Resample streamlines to steps of about this size, in mm. None: points as stored in the file."""
     step_rule: StepRule = "nearest"
     """With --step-size: make steps that come closest to it, or longer ones as dwi_ml does, for models to export."""
     nb_points: int | None = None
-    """Resample streamlines to this number of points. None: points as in the dataset."""
+    """Resample streamlines to this number of points. None: points as stored in the file."""
     compress: float | None = None
-    """Remove points that lie within this distance of a straight line, in mm. None: points as in the dataset."""
+    """Remove points that lie within this distance of a straight line, in mm. None: points as stored in the file."""
     noise_gaussian_size_forward: float = 0.0
     """Standard deviation, in voxels, of noise on the points that training gives the model as previous directions."""
     noise_gaussian_size_loss: float = 0.0
@@ -113,17 +99,22 @@ class BatchConfig:
     """Share of the streamlines of each training batch that are reversed."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size_training", "batch_size_validation"):
-            check_number(name, getattr(self, name), at_least=1)
-        for name in ("max_batches_per_epoch_training", "max_batches_per_epoch_validation"):
-            check_number(name, getattr(self, name), at_least=1)
         check_number("processes", self.processes, at_least=0)
-        for name in ("nb_streamlines_per_chunk", "nb_subjects_per_batch", "cycles"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), at_least=1)
-        if self.cycles is not None and self.nb_subjects_per_batch is None:
-            raise ValueError("cycles: expected nb_subjects_per_batch beside it, received none.")
-        _ = self.resampling, self.augmentation
+        _ = self.resampling, self.augmentation, self.sampler("training"), self.sampler("validation")
+
+    def sampler(self, phase: Literal["training", "validation"]) -> SamplerSpec:
+        """How an epoch of training or validation is cut into batches."""
+        try:
+            return SamplerSpec(
+                batch_size=getattr(self, f"batch_size_{phase}"),
+                max_batches=getattr(self, f"max_batches_per_epoch_{phase}"),
+                batch_size_units=self.batch_size_units,
+                nb_streamlines_per_chunk=self.nb_streamlines_per_chunk,
+                nb_subjects_per_batch=self.nb_subjects_per_batch,
+                cycles=self.cycles,
+            )
+        except ValueError as error:
+            raise ValueError(f"{phase} batches: {error}") from None
 
     @property
     def resampling(self) -> Resampling:

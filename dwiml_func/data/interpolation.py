@@ -8,29 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["Interpolation", "check_mode", "interpolate"]
+__all__ = ["Interpolation", "interpolate"]
 
 Interpolation = Literal["nearest", "trilinear", "trilinear-corner"]
 """A mode of `interpolate`, by name."""
 
 _MODES = get_args(Interpolation)
 _VALUE_AT = {"trilinear": 0.5, "trilinear-corner": 0.0}  # where in its voxel a voxel's value holds, on each axis
-
-
-def check_mode(mode: str) -> None:
-    """Refuse what is not a mode of `interpolate`.
-
-    Args:
-        mode: a mode's name.
-
-    Raises:
-        ValueError: there is no such mode.
-
-    Example:
-        >>> check_mode("trilinear")
-    """
-    if mode not in _MODES:
-        raise ValueError(f"Expected an interpolation among {', '.join(_MODES)}. Received: {mode!r}")
 
 
 def interpolate(volume: Tensor, points: Tensor, *, mode: Interpolation = "trilinear") -> Tensor:
@@ -61,7 +45,8 @@ def interpolate(volume: Tensor, points: Tensor, *, mode: Interpolation = "trilin
         >>> interpolate(volume, points, mode="trilinear-corner").tolist()
         [[15.0], [20.0]]
     """
-    check_mode(mode)
+    if mode not in _MODES:
+        raise ValueError(f"Expected an interpolation among {', '.join(_MODES)}. Received: {mode!r}")
     if volume.ndim != 4 or points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(
             "Expected a volume of shape (X, Y, Z, F) and points of shape (P, 3). "

@@ -24,7 +24,7 @@ from dwiml_func.data.augmentation import (
 )
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
-from dwiml_func.data.interpolation import Interpolation, check_mode
+from dwiml_func.data.interpolation import Interpolation
 from dwiml_func.data.neighborhood import Neighborhood, interpolate_neighborhood
 from dwiml_func.data.resampling import Resampling, resample_streamlines
 from dwiml_func.data.sampler import EpochPlan, SamplerSpec, sample_epoch
@@ -65,9 +65,6 @@ class LoaderSpec:
         augmentation: for training batches only; validation takes a spec without.
         add_eos: read the volume at the last point of each streamline too, for models that learn the end of streamlines.
 
-    Raises:
-        ValueError: the interpolation is none of those.
-
     Example:
         >>> LoaderSpec(augmentation=Augmentation(reverse_ratio=0.5)).interpolation
         'trilinear'
@@ -78,9 +75,6 @@ class LoaderSpec:
     resampling: Resampling = field(default_factory=Resampling)
     augmentation: Augmentation = field(default_factory=Augmentation)
     add_eos: bool = False
-
-    def __post_init__(self) -> None:
-        check_mode(self.interpolation)
 
     def num_inputs(self, dataset: StreamlineDataset) -> int:
         """Features of a batch's inputs at a point: those of the volume, at the point and at each neighbour."""
@@ -103,7 +97,8 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
         streamline stand side by side, with the same id.
 
     Raises:
-        ValueError: there is augmentation and no key; or what a lazy dataset reads is not finite, or corrupt.
+        ValueError: there is augmentation and no key, or no such interpolation; or what a lazy dataset reads is not
+            finite, or corrupt.
 
     Example:
         >>> from pathlib import Path
@@ -131,7 +126,7 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
     augmentation = spec.augmentation
     if augmentation.draws and request.key is None:
         raise ValueError("Augmentation draws random numbers. Expected a key in the request. Received: None")
-    key = request.key or Key(0)  # not drawn from without augmentation
+    key = request.key or Key(0)  # unused without augmentation
     rng = partial(rng_of, key, request.epoch, request.batch)
     if augmentation.split_ratio > 0:
         lines, origin = split_streamlines(lines, augmentation.split_ratio, rng(Kind.SPLIT))
@@ -152,7 +147,7 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
 
 def _inputs(lines: Streamlines, subject: Tensor, dataset: StreamlineDataset, spec: LoaderSpec) -> Tensor:
     """(N, F): each subject's volume along its streamlines, with `add_eos` at all points, else at all but the last."""
-    # index_select and index_copy_ move whole rows, several times faster than indexing with brackets.
+    # index_select and index_copy_ move whole rows, several times faster than indexing.
     points, lengths = lines.points, lines.lengths
     if not spec.add_eos:
         points, lengths = points.index_select(0, input_rows(lines.offsets, len(points))), lengths - 1
@@ -199,8 +194,8 @@ def epoch_batches(
         The loader; its length is the number of batches left.
 
     Raises:
-        ValueError: `start_batch` is not between 0 and the number of batches, `num_workers` is negative, or there is
-            augmentation and no key for it.
+        ValueError: `start_batch` is not between 0 and the number of batches, `num_workers` is negative (DataLoader's
+            error), or there is augmentation and no key for it.
 
     Warns:
         UserWarning: noise may reach beyond half a step of the streamlines.
@@ -224,8 +219,6 @@ def epoch_batches(
         2 8
         1 4
     """
-    if num_workers < 0:
-        raise ValueError(f"Expected a number of workers of at least 0. Received: {num_workers}")
     plan = sample_epoch(dataset.index, sampler_spec, key, epoch)
     if not 0 <= start_batch <= len(plan):
         raise ValueError(f"Expected a first batch between 0 and {len(plan)}. Received: {start_batch}")

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from dwiml_func._checks import check_number
 from dwiml_func.core.rng import Key, fold_in, numpy_rng
 from dwiml_func.data.dataset import DatasetIndex
 
@@ -22,7 +23,6 @@ BatchUnits = Literal["nb_streamlines", "length_mm"]
 _DEFAULT_CHUNK = 256
 # Lengths are added as whole numbers, rounded up: no order of summation can take a batch above its size.
 _UNITS_PER_MM = 2**20
-_MOST_MM = 2**42  # in a batch: half of what int64 holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,21 +56,12 @@ class SamplerSpec:
     def __post_init__(self) -> None:
         if self.batch_size_units not in get_args(BatchUnits):
             known = ", ".join(get_args(BatchUnits))
-            raise ValueError(f"Expected units of the batch size among {known}. Received: {self.batch_size_units!r}")
-        if self.batch_size < 1:
-            unit = "streamline" if self.batch_size_units == "nb_streamlines" else "mm"
-            raise ValueError(f"Expected a batch size of at least 1 {unit}. Received: {self.batch_size}")
-        if self.max_batches is not None and self.max_batches < 1:
-            raise ValueError(f"Expected at least 1 batch an epoch, or no limit. Received: {self.max_batches}")
-        for name in ("nb_streamlines_per_chunk", "nb_subjects_per_batch", "cycles"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise ValueError(f"{name}: expected at least 1, or none. Received: {number}")
+            raise ValueError(f"batch_size_units: expected one of {known}, received {self.batch_size_units!r}.")
+        for name in ("batch_size", "max_batches", "nb_streamlines_per_chunk", "nb_subjects_per_batch", "cycles"):
+            if (number := getattr(self, name)) is not None:
+                check_number(name, number, at_least=1)
         if self.cycles is not None and self.nb_subjects_per_batch is None:
-            raise ValueError(
-                f"cycles: expected nb_subjects_per_batch beside it, as it counts batches of the same subjects. "
-                f"Received: cycles={self.cycles} alone"
-            )
+            raise ValueError("cycles: requires nb_subjects_per_batch.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -146,7 +137,7 @@ def _sizes(index: DatasetIndex, spec: SamplerSpec) -> tuple[NDArray[np.int64] | 
             "HDF5 file). Create it anew, or count batches in nb_streamlines"
         )
     sizes = np.ceil(index.lengths_mm.astype(np.float64) * _UNITS_PER_MM).astype(np.int64)
-    return sizes, min(spec.batch_size, _MOST_MM) * _UNITS_PER_MM
+    return sizes, spec.batch_size * _UNITS_PER_MM
 
 
 def _cut(sizes: NDArray[np.int64] | None, num: int, budget: int, max_batches: int | None) -> NDArray[np.int64]:

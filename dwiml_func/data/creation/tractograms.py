@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dwiml_func.data.creation.files import Source
 from dwiml_func.data.grid import Grid, grid_difference, grid_of, to_voxel
-from dwiml_func.data.resampling import Resampling, compress, lengths_mm, resample, steps_for
+from dwiml_func.data.resampling import Resampling, resample_points
 
 __all__ = ["Tractogram", "load_streamlines"]
 
@@ -197,17 +197,7 @@ def _valid_only(
 
 
 def _resampled(tractogram: Tractogram, resampling: Resampling) -> Tractogram:
-    """The streamlines with other points, in mm as they came."""
-    points, offsets = tractogram.points, tractogram.offsets
-    if len(offsets) == 1 or resampling == Resampling():
+    if len(tractogram.offsets) == 1:
         return tractogram
-    if resampling.compress is not None:
-        points, offsets = compress(points, offsets, resampling.compress)
-        return tractogram._replace(points=points, offsets=offsets)
-    if resampling.nb_points is not None:
-        num_steps = np.full(len(offsets) - 1, resampling.nb_points - 1)
-    else:
-        assert resampling.step_size is not None
-        num_steps = steps_for(lengths_mm(points, offsets), resampling.step_size)
-    points, offsets = resample(points, offsets, num_steps)
+    points, offsets = resample_points(tractogram.points, tractogram.offsets, resampling)
     return tractogram._replace(points=points, offsets=offsets)

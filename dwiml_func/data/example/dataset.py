@@ -14,6 +14,7 @@ import numpy as np
 
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng
 from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
+from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.spherical_harmonics import half_sphere_directions, multi_tensor_signal, sh_matrix
 
@@ -32,11 +33,6 @@ _PARALLEL, _PERPENDICULAR = 1.5e-3, 3e-4  # mm^2/s, as in dipy.sims.voxel
 _ISOTROPIC = 8e-4  # mm^2/s, grey matter
 _SH_ORDER = 6
 _KEY = fold_in(Key(0), Stream.EXAMPLE_DATA)
-
-
-class _Grid(NamedTuple):
-    affine: np.ndarray  # (4, 4), voxel centres at integers -> RAS mm
-    shape: tuple[int, int, int]
 
 
 class _Fibres(NamedTuple):
@@ -138,22 +134,22 @@ def _write_subject(group: h5py.Group, row: int) -> None:
     write_volume(group, "wm_mask", mask[..., None], grid.affine, compression=1)
 
 
-def _grid(points: np.ndarray) -> _Grid:
+def _grid(points: np.ndarray) -> Grid:
     """The smallest grid of whole voxels that holds the points and the shell around them, its corner on even mm."""
     first = np.floor(points.min(axis=0) / _VOXEL_MM).astype(int) - _SHELL
     last = np.floor(points.max(axis=0) / _VOXEL_MM).astype(int) + _SHELL
     affine = np.diag([_VOXEL_MM, _VOXEL_MM, _VOXEL_MM, 1.0])
     affine[:3, 3] = (first + 0.5) * _VOXEL_MM  # the centre of voxel 0
     x, y, z = (last - first + 1).tolist()
-    return _Grid(affine, (x, y, z))
+    return Grid(affine, (x, y, z))
 
 
-def _to_voxel(points: np.ndarray, grid: _Grid) -> np.ndarray:
+def _to_voxel(points: np.ndarray, grid: Grid) -> np.ndarray:
     """RAS mm -> voxel space, corner origin: half a voxel more than the affine's inverse, whose integers are centres."""
     return (points - grid.affine[:3, 3]) / _VOXEL_MM + 0.5
 
 
-def _paint(bundles: list[list[np.ndarray]], grid: _Grid) -> _Fibres:
+def _paint(bundles: list[list[np.ndarray]], grid: Grid) -> _Fibres:
     """Spread the points' directions over the 27 voxels around each: density and axial mean direction of each bundle.
 
     The axial mean is the first eigenvector of the weighted sum of u u', which does not care about the sign of u
