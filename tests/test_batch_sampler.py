@@ -85,13 +85,13 @@ def test_a_batch_out_of_range_is_refused(batch):
 
 @pytest.mark.parametrize("batch_size", [0, -3])
 def test_a_batch_size_below_one_is_refused_by_value(batch_size):
-    with pytest.raises(ValueError, match=f"batch size of at least 1 streamline. Received: {batch_size}$"):
+    with pytest.raises(ValueError, match=f"^batch_size: .* at least 1 .*received {batch_size}[.]$"):
         SamplerSpec(batch_size=batch_size)
 
 
 @pytest.mark.parametrize("max_batches", [0, -1])
 def test_a_limit_below_one_is_refused_by_value(max_batches):
-    with pytest.raises(ValueError, match=f"at least 1 batch an epoch, or no limit. Received: {max_batches}$"):
+    with pytest.raises(ValueError, match=f"^max_batches: .* at least 1 .*received {max_batches}[.]$"):
         SamplerSpec(max_batches=max_batches)
 
 
@@ -214,7 +214,7 @@ def test_lengths_in_mm_do_not_overflow():
     index = DatasetIndex(("a",), np.array([70_000]), np.full(70_000, 150.0))
     plan = sample_epoch(index, SamplerSpec(batch_size=15_000, batch_size_units="length_mm", max_batches=None), KEY, 0)
     assert len(plan) == 700
-    whole = SamplerSpec(batch_size=10**30, batch_size_units="length_mm")
+    whole = SamplerSpec(batch_size=2**31 - 1, batch_size_units="length_mm")
     assert len(sample_epoch(index, whole, KEY, 0)) == 1
 
 
@@ -225,15 +225,15 @@ def test_batches_in_mm_need_lengths():
 
 @pytest.mark.parametrize("name", ["nb_streamlines_per_chunk", "nb_subjects_per_batch"])
 def test_numbers_of_subjects_and_chunks_below_one_are_refused(name):
-    with pytest.raises(ValueError, match=f"^{name}: .* Received: 0$"):
+    with pytest.raises(ValueError, match=f"^{name}: .*, received 0[.]$"):
         SamplerSpec(**{name: 0})  # pyright: ignore[reportArgumentType]
 
 
 def test_cycles_need_a_number_of_subjects():
-    with pytest.raises(ValueError, match=r"cycles=3 alone$"):
+    with pytest.raises(ValueError, match=r"^cycles: requires nb_subjects_per_batch\.$"):
         SamplerSpec(cycles=3)
 
 
 def test_unknown_units_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"nb_streamlines, length_mm. Received: 'km'$"):
+    with pytest.raises(ValueError, match=r"nb_streamlines, length_mm, received 'km'\.$"):
         SamplerSpec(batch_size_units="km")  # pyright: ignore[reportArgumentType]

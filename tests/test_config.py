@@ -160,12 +160,6 @@ def test_a_config_does_not_change():
 @pytest.mark.parametrize(
     ("make", "name", "value"),
     [
-        (BatchConfig, "batch_size_training", 0),
-        (BatchConfig, "batch_size_training", -3),
-        (BatchConfig, "batch_size_training", 2**31),
-        (BatchConfig, "batch_size_validation", 0),
-        (BatchConfig, "max_batches_per_epoch_training", 0),
-        (BatchConfig, "max_batches_per_epoch_validation", 0),
         (BatchConfig, "processes", -1),
         (run_with, "rnn_layer_sizes", (8, 0)),
         (run_with, "rnn_layer_sizes", ()),
@@ -197,6 +191,21 @@ def test_a_number_out_of_range_is_refused_with_name_and_value(make, name, value)
     shown = repr(received[0])[:50] if received else "0"
     assert f"received {shown}" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("phase", ["training", "validation"])
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("batch_size", "batch_size_{}", 0),
+        ("batch_size", "batch_size_{}", -3),
+        ("batch_size", "batch_size_{}", 2**31),
+        ("max_batches", "max_batches_per_epoch_{}", 0),
+    ],
+)
+def test_a_number_that_the_sampler_refuses_is_refused_for_its_phase(phase, name, option, value):
+    with pytest.raises(ValueError, match=f"^{phase} batches: {name}: expected .* received {value}[.]$"):
+        BatchConfig(**{option.format(phase): value})
 
 
 def test_a_number_of_any_length_is_refused_in_one_line():

@@ -1,7 +1,7 @@
 """Changes to training streamlines that teach a model more than the data hold: splitting, reversing, noise.
 
-All of it works on flat arrays. Each kind draws from a stream of its own, `fold_in(key, epoch, batch, kind)`, so that
-switching one on does not change what another draws, and a batch is the same whoever loads it.
+All of it works on flat arrays. Each kind has its own stream of random numbers, `fold_in(key, epoch, batch, kind)`:
+switching one on does not change another, and a batch is the same in whichever process it is loaded.
 """
 
 from __future__ import annotations
@@ -24,12 +24,7 @@ _CLIP = 2.0  # noise ends at this many standard deviations
 
 
 class Kind(IntEnum):
-    """The kinds of augmentation. A number, once given, is never given to another kind: old runs must replay.
-
-    Example:
-        >>> int(Kind.SPLIT)
-        0
-    """
+    """The kinds of augmentation. A number is never given to another kind: old runs must replay."""
 
     SPLIT = 0
     REVERSE = 1
@@ -52,7 +47,7 @@ class Augmentation:
         ValueError: a number is out of range.
 
     Example:
-        >>> Augmentation() == Augmentation(split_ratio=0.0), Augmentation(reverse_ratio=0.5).draws
+        >>> Augmentation() == Augmentation(split_ratio=0.0), Augmentation(reverse_ratio=0.5).needs_key
         (True, True)
     """
 
@@ -70,12 +65,12 @@ class Augmentation:
                 raise ValueError(f"{name}: expected a share between 0 and 1. Received: {value}")
 
     @property
-    def draws(self) -> bool:
-        """Whether anything is done, so that a key is needed."""
+    def needs_key(self) -> bool:
+        """Whether anything is done: everything here takes random numbers."""
         return self != Augmentation()
 
     def too_large_for(self, step: float) -> str | None:
-        """Say which noise could turn a step around: it reaches 2 standard deviations, at both ends of a step.
+        """Name the noise that could flip a direction: it reaches 2 standard deviations, at both ends of a step.
 
         Args:
             step: distance between two points in voxels.
@@ -92,59 +87,31 @@ class Augmentation:
         if not large:
             return None
         return (
-            f"{' and '.join(large)}: noise reaches twice that many voxels, which is more than half a step of "
-            f"{step:.3g} voxels and may turn directions around. A tenth of the step is usual"
+            f"{' and '.join(large)}: noise may flip directions. It reaches {_CLIP:g} standard deviations, "
+            f"more than half a step of {step:.3g} voxels"
         )
 
 
 def rng_of(key: Key, epoch: int, batch: int, kind: Kind) -> np.random.Generator:
-    """Make the generator of one kind of augmentation of one batch.
-
-    Args:
-        key: of the stream `Stream.TRAIN_AUGMENT`.
-        epoch: 0 for the first.
-        batch: the batch's position in the epoch.
-        kind: which kind.
-
-    Returns:
-        A fresh generator.
-
-    Example:
-        >>> a, b = (rng_of(Key(1), 0, 7, kind).random() for kind in (Kind.SPLIT, Kind.REVERSE))
-        >>> a == b
-        False
-    """
+    """A fresh generator of one kind of augmentation of one batch; `key` is of the stream `Stream.TRAIN_AUGMENT`."""
     return numpy_rng(fold_in(key, epoch, batch, kind))
 
 
 def split_streamlines(lines: Streamlines, ratio: float, rng: np.random.Generator) -> tuple[Streamlines, Tensor]:
-    """Cut some streamlines in two at a random point, which becomes the end of one half and the start of the other.
+    """Cut a share of the streamlines in two at a random point, the end of one half and the start of the other.
 
-    Both halves keep at least 6 points. A streamline too short for that stays whole.
-
-    Args:
-        lines: S streamlines.
-        ratio: share of streamlines that are chosen, 0 to 1.
-        rng: draws.
-
-    Returns:
-        S' >= S streamlines, halves side by side in the place of the whole; (S',) int64, the number in `lines` that each
-        came from. No segment is lost: P' - S' = P - S.
-
-    Example:
-        >>> halves, origin = split_streamlines(Streamlines.from_list([np.ones((20, 3))]), 1.0, np.random.default_rng(1))
-        >>> len(halves), origin.tolist(), int(halves.lengths.sum())
-        (2, [0, 0], 21)
+    Both halves keep at least 6 points; streamlines too short for that stay whole. Returns the streamlines, halves side
+    by side, and (S',) int64, the number in `lines` that each came from.
     """
     offsets = lines.offsets.numpy()
     lengths = np.diff(offsets)
     chosen = _choose(len(lines), ratio, rng)
-    # Drawn for short ones too: whether one splits depends on no other streamline's length.
-    place = rng.random(len(chosen))
-    num_places = lengths[chosen] - (2 * _LEAST_HALF - 2)
-    fits = num_places > 0
-    chosen, place, num_places = chosen[fits], place[fits], num_places[fits]
-    cuts = offsets[chosen] + _LEAST_HALF - 1 + np.floor(place * num_places).astype(np.int64)
+    # Random numbers for short ones too: whether one splits depends on no other streamline's length.
+    position = rng.random(len(chosen))
+    num_cuts = lengths[chosen] - (2 * _LEAST_HALF - 2)
+    fits = num_cuts > 0
+    chosen, position, num_cuts = chosen[fits], position[fits], num_cuts[fits]
+    cuts = offsets[chosen] + _LEAST_HALF - 1 + np.floor(position * num_cuts).astype(np.int64)
 
     repeats = np.ones(len(lines.points), dtype=np.int64)
     repeats[cuts] = 2
@@ -162,21 +129,7 @@ def split_streamlines(lines: Streamlines, ratio: float, rng: np.random.Generator
 
 
 def reverse_streamlines(lines: Streamlines, ratio: float, rng: np.random.Generator) -> Streamlines:
-    """Turn some streamlines around.
-
-    Args:
-        lines: S streamlines.
-        ratio: share of streamlines that are chosen, 0 to 1.
-        rng: draws.
-
-    Returns:
-        The same streamlines in the same order, some of them from their last point to their first.
-
-    Example:
-        >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0], [3, 0, 0]]])
-        >>> reverse_streamlines(lines, 1.0, np.random.default_rng(1)).points[:, 0].tolist()
-        [3.0, 1.0, 0.0]
-    """
+    """Reverse a share of the streamlines, in place in their order."""
     offsets = lines.offsets.numpy()
     reversed_ = np.zeros(len(lines), dtype=bool)
     reversed_[_choose(len(lines), ratio, rng)] = True
@@ -187,29 +140,12 @@ def reverse_streamlines(lines: Streamlines, ratio: float, rng: np.random.Generat
 
 
 def add_noise(points: Tensor, size: float, rng: np.random.Generator) -> Tensor:
-    """Move points by normal noise that is clipped at two standard deviations.
-
-    Args:
-        points: (P, 3) float32, voxel space.
-        size: standard deviation before clipping, in voxels; after it, it is 0.959 times that.
-        rng: draws.
-
-    Returns:
-        (P, 3) float32, new memory.
-
-    Example:
-        >>> noisy = add_noise(torch.zeros(1000, 3), 0.5, np.random.default_rng(1))
-        >>> noisy.abs().max().item()
-        1.0
-    """
+    """Move points by normal noise that is clipped at two standard deviations; `size` is in voxels, before clipping."""
     noise = rng.standard_normal(tuple(points.shape), dtype=np.float32)
     return points + torch.from_numpy(np.clip(noise, -_CLIP, _CLIP) * np.float32(size))
 
 
 def _choose(num: int, ratio: float, rng: np.random.Generator) -> np.ndarray:
-    """Numbers of the streamlines that are chosen, in rising order: `ratio * num` of them, rounded by chance.
-
-    Always rounding down would never choose any of a small batch.
-    """
+    """Numbers of `ratio * num` chosen streamlines, rising; rounded at random, as small batches would else get none."""
     count = min(num, math.floor(ratio * num + rng.random()))
     return np.sort(rng.permutation(num)[:count])

@@ -47,6 +47,12 @@ class StreamlineBatch:
     noisy_points: Tensor | None = None
     noisy_targets: Tensor | None = None
 
+    def __repr__(self) -> str:
+        size = f"{len(self)} streamlines, {len(self.points)} points, inputs {tuple(self.inputs.shape)}"
+        kind = f"{str(self.inputs.dtype).removeprefix('torch.')}, {self.inputs.device}"
+        noise = [name for name in ("noisy_points", "noisy_targets") if getattr(self, name) is not None]
+        return f"<StreamlineBatch: {', '.join([size, kind, *noise])}>"
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

@@ -70,11 +70,11 @@ class BatchConfig:
     batch_size_units: BatchUnits = "nb_streamlines"
     """What the sizes count: streamlines, or mm of streamlines (10000 is usual)."""
     nb_streamlines_per_chunk: int | None = None
-    """With length_mm: streamlines drawn at once while a batch is filled. None: 256."""
+    """With length_mm: streamlines sampled at once while a batch is filled. None: 256."""
     nb_subjects_per_batch: int | None = None
     """Most subjects that share a batch. None: all."""
     cycles: int | None = None
-    """Batches drawn from the same subjects before others are chosen. None: until they have no more."""
+    """Batches from the same subjects before others are chosen. None: until they have no more."""
     max_batches_per_epoch_training: int = 1000
     """Most training batches in an epoch."""
     max_batches_per_epoch_validation: int = 1000

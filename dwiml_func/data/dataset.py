@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from dwiml_func._checks import truncated_repr
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
 
@@ -18,11 +19,7 @@ __all__ = ["DatasetIndex", "StreamlineDataset", "StreamlineSource", "VolumeSourc
 
 
 class VolumeSource(Protocol):
-    """Volumes by row of the subject, read from a file when they are asked for.
-
-    Example:
-        >>> volume = source[0]  # doctest: +SKIP
-    """
+    """Volumes by row of the subject, read from a file when they are asked for."""
 
     @property
     def num_features(self) -> int:
@@ -37,11 +34,7 @@ class VolumeSource(Protocol):
 
 
 class StreamlineSource(Protocol):
-    """Streamlines by id: a flat set in memory, or what reads them from a file when they are asked for.
-
-    Example:
-        >>> source: StreamlineSource = Streamlines.from_list([])
-    """
+    """Streamlines by id: a flat set in memory, or a source that reads them from a file when they are asked for."""
 
     def __len__(self) -> int: ...
 
@@ -89,6 +82,10 @@ class DatasetIndex:
     subjects: tuple[str, ...]
     num_streamlines: NDArray[np.int64]
     lengths_mm: NDArray[np.float64] | None = None
+
+    def __repr__(self) -> str:
+        lengths = "no lengths in mm" if self.lengths_mm is None else "lengths in mm"
+        return f"<DatasetIndex: {len(self.subjects)} subjects, {self.num_total} streamlines, {lengths}>"
 
     @property
     def num_total(self) -> int:
@@ -150,6 +147,11 @@ class StreamlineDataset:
     voxel_sizes: Tensor
     input_attributes: dict[str, object]
     resampling: Resampling = field(default_factory=Resampling)
+
+    def __repr__(self) -> str:
+        size = f"{len(self.index.subjects)} subjects, {self.index.num_total} streamlines, {self.num_features} features"
+        where = "in memory" if isinstance(self.volumes, tuple) else "lazy"
+        return f"<StreamlineDataset {truncated_repr(self.path.name)} {self.subset}: {size}, {where}>"
 
     @property
     def num_features(self) -> int:

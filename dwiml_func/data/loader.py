@@ -35,11 +35,11 @@ __all__ = ["BatchRequest", "LoaderSpec", "epoch_batches", "load_batch"]
 
 
 class BatchRequest(NamedTuple):
-    """All that says which batch to load, a few hundred bytes to send to a worker.
+    """Which batch to load: a few hundred bytes to send to a worker.
 
     Args:
         ids: (S,) int64, streamline ids in the dataset.
-        key: of the stream of augmentation; `load_batch` folds epoch and batch in. None where loading draws nothing.
+        key: of the stream of augmentation; `load_batch` folds epoch and batch in. None without augmentation.
         epoch: the epoch of the batch, 0 for the first.
         batch: its position in the epoch, 0 for the first.
 
@@ -93,8 +93,8 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
         spec: how to make the batch.
 
     Returns:
-        The batch, its streamlines in the order of `request.ids`, with memory of its own. The halves of a split
-        streamline stand side by side, with the same id.
+        The batch, its streamlines in the order of `request.ids`, in new memory. The halves of a split streamline
+        are neighbours with the same id.
 
     Raises:
         ValueError: there is augmentation and no key, or no such interpolation; or what a lazy dataset reads is not
@@ -124,8 +124,8 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
         lines = resample_streamlines(lines, dataset.voxel_sizes[subject], spec.resampling)
 
     augmentation = spec.augmentation
-    if augmentation.draws and request.key is None:
-        raise ValueError("Augmentation draws random numbers. Expected a key in the request. Received: None")
+    if augmentation.needs_key and request.key is None:
+        raise ValueError("Augmentation needs random numbers. Expected a key in the request. Received: None")
     key = request.key or Key(0)  # unused without augmentation
     rng = partial(rng_of, key, request.epoch, request.batch)
     if augmentation.split_ratio > 0:
@@ -222,8 +222,8 @@ def epoch_batches(
     plan = sample_epoch(dataset.index, sampler_spec, key, epoch)
     if not 0 <= start_batch <= len(plan):
         raise ValueError(f"Expected a first batch between 0 and {len(plan)}. Received: {start_batch}")
-    if loader_spec.augmentation.draws and augment_key is None:
-        raise ValueError("Augmentation draws random numbers. Expected an augment_key. Received: None")
+    if loader_spec.augmentation.needs_key and augment_key is None:
+        raise ValueError("Augmentation needs random numbers. Expected an augment_key. Received: None")
     _warn_of_large_noise(dataset, loader_spec)
     requests = _EpochRequests(plan, epoch, start_batch, augment_key)
     collate_fn: Any = partial(load_batch, dataset=dataset, spec=loader_spec)  # torch expects it to take a list
@@ -249,8 +249,8 @@ class _EpochRequests(Dataset[Any]):  # torch types a loader by its dataset, not 
 
 
 def _warn_of_large_noise(dataset: StreamlineDataset, spec: LoaderSpec) -> None:
-    """Warn where noise may turn steps around. Their size is the one asked for, the file's, or the mean."""
-    if not spec.augmentation.draws or dataset.index.num_total == 0:
+    """Warn where noise may flip directions, by the step size of the spec, of the file, or of the mean streamline."""
+    if not spec.augmentation.needs_key or dataset.index.num_total == 0:
         return
     asked = spec.resampling if spec.resampling != Resampling() else dataset.resampling
     step = asked.step_size

@@ -62,20 +62,10 @@ class Neighborhood:
 
 
 def neighborhood_vectors(neighborhood: Neighborhood) -> Tensor:
-    """Make the vectors from a point to the points that are read for it.
+    """(N, 3) float32 vectors in voxels from a point to the points that are read for it, the point itself first.
 
-    The order is dwi_ml's (`prepare_neighborhood_vectors`), which its models depend on: first the point itself; then for
-    "axes", from the nearest to the farthest, +x, +y, +z, -x, -y, -z; for "grid" by x, then y, then z, from low to high.
-
-    Args:
-        neighborhood: which.
-
-    Returns:
-        (N, 3) float32, voxels.
-
-    Example:
-        >>> neighborhood_vectors(Neighborhood(type="axes", resolution=0.5))[:3].tolist()
-        [[0.0, 0.0, 0.0], [0.5, 0.0, 0.0], [0.0, 0.5, 0.0]]
+    The order is dwi_ml's (`prepare_neighborhood_vectors`), which its models depend on: for "axes", from the nearest to
+    the farthest, +x, +y, +z, -x, -y, -z; for "grid" by x, then y, then z, from low to high.
     """
     if neighborhood.type == "axes":
         axes = torch.cat([torch.eye(3, dtype=torch.float64), -torch.eye(3, dtype=torch.float64)])
@@ -116,27 +106,14 @@ def interpolate_neighborhood(
 
 
 def check_cubic_voxels(voxel_sizes: Tensor, subjects: Sequence[str]) -> None:
-    """Refuse voxels that are not cubes: steps counted in voxels would not go equally far along the three axes.
-
-    Args:
-        voxel_sizes: (num_subjects, 3) float, mm.
-        subjects: names.
-
-    Raises:
-        ValueError: the sides of a subject's voxels differ by more than a thousandth.
+    """Check that voxels are cubes within a thousandth: a neighbourhood's steps are counted in voxels.
 
     Source: dwi_ml, `neighborhood.py`, which asks for this and does not check it.
-
-    Example:
-        >>> check_cubic_voxels(torch.tensor([[2.0, 2.0, 3.0]]), ["anna"])  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: A neighbourhood counts its steps in voxels, so it needs cubic voxels. Received: 2 x 2 x 3 mm ...
     """
     for subject, sizes in zip(subjects, voxel_sizes.tolist(), strict=True):
         if max(sizes) > 1.001 * min(sizes):
-            shown = " x ".join(f"{size:.4g}" for size in sizes)
+            text = " x ".join(f"{size:.4g}" for size in sizes)
             raise ValueError(
-                f"A neighbourhood counts its steps in voxels, so it needs cubic voxels. Received: {shown} mm "
+                f"A neighbourhood counts its steps in voxels, so it needs cubic voxels. Received: {text} mm "
                 f"({subject}). Resample the volume to cubic voxels, or leave the neighbourhood out"
             )

@@ -13,11 +13,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class SizedBatches(Protocol[T_co]):
-    """Batches that can be counted and iterated, such as a torch DataLoader.
-
-    Example:
-        >>> batches: SizedBatches[int] = [1, 2]
-    """
+    """Batches that can be counted and iterated, such as a torch DataLoader."""
 
     def __len__(self) -> int: ...
 
@@ -28,7 +24,7 @@ class Prefetched(Generic[T_co]):
     """The same batches in the same order, made by a thread of this process, one ahead of the one in use.
 
     Most of loading (reading, gathering, interpolating) runs without Python's lock, and so does most of a training step.
-    What the batches raise is raised here, at their place. The thread ends with the iteration, also when it is left
+    An error of the batches is raised here, in its turn. The thread ends with the iteration, also with one that is left
     early.
 
     Args:
@@ -59,7 +55,7 @@ class Prefetched(Generic[T_co]):
         left = threading.Event()
 
         def put(is_batch: bool, item: object) -> bool:
-            """Wait for a free place, but not for a consumer that has gone."""
+            """Wait for room in the queue, but not for a consumer that has left."""
             while not left.is_set():
                 try:
                     made.put((is_batch, item), timeout=0.1)
@@ -83,7 +79,7 @@ class Prefetched(Generic[T_co]):
             while True:
                 is_batch, item = made.get()
                 if is_batch:
-                    yield item  # pyright: ignore[reportReturnType] # what came out of the batches
+                    yield item  # pyright: ignore[reportReturnType] # of the batches
                 elif isinstance(item, BaseException):
                     raise item
                 else:

@@ -101,8 +101,8 @@ def lengths_mm(points: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArr
 def steps_for(lengths: NDArray[np.float64], step_size: float, rule: StepRule = "nearest") -> NDArray[np.int64]:
     """(S,) numbers of steps, at least 1, into which lengths in mm divide evenly; the points are one more.
 
-    "nearest": as many as make a step come closest to the size. "dwi_ml": the number of *points* is the quotient, rounded
-    up, as in scilpy's `resample_streamlines_step_size`; the steps are fewer and longer than asked for.
+    "nearest": as many as make a step come closest to the size. "dwi_ml": the number of *points* is the quotient,
+    rounded up, as in scilpy's `resample_streamlines_step_size`; the steps are fewer and longer than asked for.
     """
     num_steps = np.rint(lengths / step_size) if rule == "nearest" else np.ceil(lengths / step_size) - 1
     return np.maximum(1, num_steps).astype(np.int64)

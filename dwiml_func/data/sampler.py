@@ -33,10 +33,10 @@ class SamplerSpec:
         batch_size: most streamlines in a batch, or most mm in the sum of their lengths; at least 1.
         max_batches: most batches in an epoch, at least 1; None for all.
         batch_size_units: "nb_streamlines" or "length_mm".
-        nb_streamlines_per_chunk: how many streamlines are drawn at once while a batch of "length_mm" is filled from
+        nb_streamlines_per_chunk: how many streamlines are sampled at once while a batch of "length_mm" is filled from
             chosen subjects; None for 256. The plan's distribution does not depend on it.
-        nb_subjects_per_batch: most subjects that share a batch; None draws from all.
-        cycles: how many batches are drawn from the same subjects before others are chosen; None: as many as they fill.
+        nb_subjects_per_batch: most subjects that share a batch; None: all subjects.
+        cycles: how many batches come from the same subjects before others are chosen; None: as many as they fill.
 
     Raises:
         ValueError: a number is below 1, the units are unknown, or there are cycles without a number of subjects.
@@ -81,6 +81,9 @@ class EpochPlan:
     ids: NDArray[np.int64]
     batch_offsets: NDArray[np.int64]
 
+    def __repr__(self) -> str:
+        return f"<EpochPlan: {len(self)} batches, {len(self.ids)} streamlines>"
+
     def __len__(self) -> int:
         return len(self.batch_offsets) - 1
 
@@ -95,7 +98,7 @@ def sample_epoch(index: DatasetIndex, spec: SamplerSpec, key: Key, epoch: int) -
 
     Every streamline comes exactly once an epoch, unless `spec.max_batches` ends the epoch earlier. A batch takes what
     fits next; it is smaller at the epoch's end, where its subjects have no more, and in "length_mm". A streamline that
-    is longer than a whole batch makes a batch of its own. Subjects are drawn with weights of what is left of them: all
+    is longer than a whole batch makes a batch alone. Subjects are chosen with weights of what is left of them: all
     streamlines left are equally likely to come next, among all or among the subjects chosen for `spec.cycles` batches.
 
     Args:
@@ -134,7 +137,7 @@ def _sizes(index: DatasetIndex, spec: SamplerSpec) -> tuple[NDArray[np.int64] | 
     if index.lengths_mm is None:
         raise ValueError(
             "Batches in length_mm need the streamlines' lengths, and this dataset holds none (euclidean_lengths in the "
-            "HDF5 file). Create it anew, or count batches in nb_streamlines"
+            "HDF5 file). Create it again, or count batches in nb_streamlines"
         )
     sizes = np.ceil(index.lengths_mm.astype(np.float64) * _UNITS_PER_MM).astype(np.int64)
     return sizes, spec.batch_size * _UNITS_PER_MM
@@ -146,7 +149,7 @@ def _cut(sizes: NDArray[np.int64] | None, num: int, budget: int, max_batches: in
         offsets = np.append(np.arange(0, num, budget), num)
     else:
         ends = np.cumsum(sizes)
-        # Where the batch would end that starts at each place: one search for all, then the chain from 0 is followed.
+        # Where a batch that starts at each position would end: one search for all; then the chain from 0 is followed.
         after = np.maximum(np.searchsorted(ends, ends - sizes + budget, side="right"), np.arange(num) + 1).tolist()
         chain = [0]
         while chain[-1] < num:

@@ -17,19 +17,17 @@ __all__ = ["ShardedBatch", "cut_batch"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ShardedBatch(Sequence[StreamlineBatch | None]):
-    """The shards of a batch, in order; None where one has no point to learn from. The first has.
+    """The shards of a batch, in order; None where one has no point to learn from, which the first always has.
 
-    Args:
-        shards: the parts.
-        ids: (S,) int64, the numbers of all streamlines, for error messages.
-
-    Example:
-        >>> len(ShardedBatch((None, None), torch.zeros(0)))
-        2
+    `ids` (S,) int64 are the numbers of all streamlines, for error messages.
     """
 
     shards: tuple[StreamlineBatch | None, ...]
     ids: Tensor
+
+    def __repr__(self) -> str:
+        num_points = sum(len(shard.points) for shard in self.shards if shard is not None)
+        return f"<ShardedBatch: {len(self)} shards, {len(self.ids)} streamlines, {num_points} points>"
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -45,19 +43,7 @@ class ShardedBatch(Sequence[StreamlineBatch | None]):
         return iter(self.shards)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ShardedBatch:
-        """Move every shard to a device.
-
-        Args:
-            device: where to.
-            non_blocking: let copies from pinned memory overlap with computation.
-
-        Returns:
-            The same shards there.
-
-        Example:
-            >>> ShardedBatch((None,), torch.zeros(0)).to("cpu").shards
-            (None,)
-        """
+        """Move every shard to a device."""
         moved = (None if shard is None else shard.to(device, non_blocking=non_blocking) for shard in self.shards)
         return ShardedBatch(tuple(moved), self.ids)
 
@@ -65,25 +51,7 @@ class ShardedBatch(Sequence[StreamlineBatch | None]):
 def cut_batch(batch: StreamlineBatch, num_shards: int) -> ShardedBatch:
     """Cut a batch into shards of consecutive streamlines, with nearly equal numbers of points.
 
-    Args:
-        batch: S streamlines, on the CPU.
-        num_shards: how many; a batch of fewer streamlines has empty shards at its end.
-
-    Returns:
-        The shards; their tensors are views of the batch's. The order of streamlines is kept.
-
-    Raises:
-        ValueError: the number of shards is below 1, or the batch has no streamline of two points or more.
-
-    Example:
-        >>> from dwiml_func.data.streamlines import Streamlines
-        >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]] * 3)
-        >>> one = torch.zeros(3, dtype=torch.int64)
-        >>> batch = StreamlineBatch(
-        ...     points=lines.points, offsets=lines.offsets, subject=one, ids=one, inputs=torch.zeros(3, 2)
-        ... )
-        >>> [shard and len(shard) for shard in cut_batch(batch, 2)], cut_batch(batch, 4)[3] is None
-        ([1, 2], True)
+    Tensors are views of the batch's, which is on the CPU. A batch of fewer streamlines has empty shards at its end.
     """
     if num_shards < 1:
         raise ValueError(f"Expected a number of shards of at least 1. Received: {num_shards}")

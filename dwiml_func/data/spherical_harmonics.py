@@ -13,22 +13,9 @@ _SH_BASES = ("descoteaux07", "tournier07")
 
 
 def half_sphere_directions(num: int) -> np.ndarray:
-    """Spread directions evenly over half a sphere, for functions with f(-u) = f(u), by a golden-angle spiral.
-
-    Args:
-        num: number of directions.
-
-    Returns:
-        (num, 3) float64 unit vectors with z > 0.
-
-    Raises:
-        ValueError: fewer than one direction.
+    """(num, 3) unit vectors with z > 0, spread evenly over half a sphere by a golden-angle spiral.
 
     Source: Swinbank and Purser, "Fibonacci grids: a novel approach to global modelling", 2006.
-
-    Example:
-        >>> half_sphere_directions(60).shape
-        (60, 3)
     """
     if num < 1:
         raise ValueError(f"Expected at least one direction. Received: {num}")
@@ -48,27 +35,11 @@ def multi_tensor_signal(
     parallel: float,
     perpendicular: float,
 ) -> np.ndarray:
-    """Signal of voxels that mix axially symmetric diffusion tensors, without noise, relative to the unweighted signal.
+    """(V, G) signal of voxels that mix axially symmetric diffusion tensors, relative to the unweighted signal.
 
-    It is `dipy.sims.voxel.multi_tensor` for many voxels at once: S(g) = sum_k f_k exp(-b g' D_k g), where D_k has the
-    eigenvalue `parallel` along fibre k and `perpendicular` across it.
-
-    Args:
-        fibres: (V, K, 3) unit vectors.
-        fractions: (V, K) shares of the fibres in the voxel.
-        directions: (G, 3) unit vectors of the gradients.
-        b_value: s/mm^2.
-        parallel: diffusivity along a fibre, mm^2/s.
-        perpendicular: diffusivity across a fibre, mm^2/s.
-
-    Returns:
-        (V, G) float64, between 0 and 1.
-
-    Example:
-        >>> along_z, g = np.array([[[0.0, 0, 1]]]), np.eye(3)
-        >>> s = multi_tensor_signal(along_z, np.ones((1, 1)), g, b_value=1000, parallel=1.7e-3, perpendicular=3e-4)
-        >>> s.round(3).tolist()
-        [[0.741, 0.741, 0.183]]
+    `dipy.sims.voxel.multi_tensor` for many voxels at once: S(g) = sum_k f_k exp(-b g' D_k g), where D_k has the
+    eigenvalue `parallel` along fibre k and `perpendicular` across it (mm^2/s). `fibres` (V, K, 3) and `directions` (G,
+    3) are unit vectors, `fractions` is (V, K), `b_value` in s/mm^2.
     """
     # einsum without `optimize` sums in a fixed order, whatever the number of threads of the BLAS library.
     cosines = np.einsum("vkd,gd->vkg", fibres, directions)
@@ -77,23 +48,10 @@ def multi_tensor_signal(
 
 
 def sh_matrix(directions: np.ndarray, order: int, *, basis: str = "descoteaux07", legacy: bool = False) -> np.ndarray:
-    """Values of the real symmetric SH: `sh_matrix(directions, order) @ coefficients` is the function at the directions.
+    """(G, F) values of the real symmetric SH: `sh_matrix(directions, order) @ coefficients` is the function.
 
-    Args:
-        directions: (G, 3) unit vectors.
-        order: highest order, even.
-        basis: "descoteaux07" or "tournier07", as dipy names and defines them.
-        legacy: dipy's older definition of that basis. dipy's own functions default to it.
-
-    Returns:
-        (G, F) float64, F = (order + 1) (order + 2) / 2, in dipy's order of coefficients.
-
-    Raises:
-        ValueError: an odd or negative order, or an unknown basis.
-
-    Example:
-        >>> sh_matrix(half_sphere_directions(60), 6).shape
-        (60, 28)
+    F = (order + 1) (order + 2) / 2, in dipy's order of coefficients. Bases and their legacy definitions are dipy's,
+    whose own functions default to legacy.
     """
     if order < 0 or order % 2:
         raise ValueError(f"Expected an even order of spherical harmonics. Received: {order}")

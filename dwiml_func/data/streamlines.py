@@ -30,18 +30,7 @@ __all__ = [
 
 
 def offsets_of(lengths: Tensor) -> Tensor:
-    """Count up lengths: where each streamline starts in the flat array, and where the last one ends.
-
-    Args:
-        lengths: (S,) any integer dtype, points a streamline.
-
-    Returns:
-        (S + 1,) int64, the first is 0; counted in int64, as short dtypes overflow.
-
-    Example:
-        >>> offsets_of(torch.tensor([3, 2]))
-        tensor([0, 3, 5])
-    """
+    """(S + 1,) int64 offsets of streamlines of these lengths. Counted in int64, as short dtypes overflow."""
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, dtype=torch.int64, out=offsets[1:])
     return offsets
@@ -64,18 +53,9 @@ def input_offsets(offsets: Tensor) -> Tensor:
 
 
 def input_rows(offsets: Tensor, num_points: int) -> Tensor:
-    """Rows of all points but the last of each streamline, in flat order.
+    """(P - S,) int64 rows of all points but the last of each streamline, in flat order.
 
-    Args:
-        offsets: (S + 1,) int64; every streamline has at least one point.
-        num_points: P, which is `offsets[-1]`; asked for, as reading it from an accelerator would wait for it.
-
-    Returns:
-        (P - S,) int64 rows of the flat point array.
-
-    Example:
-        >>> input_rows(torch.tensor([0, 3, 5]), 5)
-        tensor([0, 1, 3])
+    `num_points` is P: reading it from an accelerator's `offsets` would wait for the device.
     """
     num_rows = num_points - (len(offsets) - 1)
     return torch.arange(num_rows, device=offsets.device) + _streamline_of(input_offsets(offsets), num_rows)
@@ -135,7 +115,7 @@ class Streamlines:
     """A set of streamlines, flat.
 
     Args:
-        points: (P, 3) float32. The owner says in which space; in a dataset: voxel space, corner origin.
+        points: (P, 3) float32; in a dataset: voxel space, corner origin.
         offsets: (S + 1,) int64, the first is 0 and the last is P.
 
     Example:
@@ -146,6 +126,10 @@ class Streamlines:
 
     points: Tensor
     offsets: Tensor
+
+    def __repr__(self) -> str:
+        kind = f"{str(self.points.dtype).removeprefix('torch.')}, {self.points.device}"
+        return f"<Streamlines: {len(self)} streamlines, {len(self.points)} points, {kind}>"
 
     @classmethod
     def from_list(cls, streamlines: Iterable[ArrayLike]) -> Streamlines:
@@ -193,7 +177,7 @@ class Streamlines:
         return self.offsets.diff()
 
     def select(self, ids: Tensor | ArrayLike) -> Streamlines:
-        """Gather streamlines by number, in the order asked for; a number may come twice.
+        """Gather streamlines by number, in the given order; a number may come twice.
 
         Args:
             ids: (S',) integers, each 0 <= id < S.

@@ -19,20 +19,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class WorkerLoader(DataLoader[T_co]):
-    """A DataLoader for programs that stop on signals.
+    """A DataLoader whose workers ignore Ctrl-C and SIGTERM: the process that iterates decides when they end.
 
-    Ctrl-C, and SIGTERM to a whole job, reach the workers too; the process that iterates decides when they end. So they,
-    and the server that forks them, do not hear these signals, from their start on.
-
-    Args:
-        dataset: as for DataLoader.
-        num_workers: processes that load ahead; 0 loads in this one.
-        preload: a module that the server imports before it forks workers.
-        options: as for DataLoader.
-
-    Example:
-        >>> list(WorkerLoader([1, 2, 3], batch_size=None))
-        [1, 2, 3]
+    The server that forks them ignores the signals too, from its start on. `preload` is a module that it imports first.
     """
 
     def __init__(
@@ -42,7 +31,7 @@ class WorkerLoader(DataLoader[T_co]):
             dataset,
             num_workers=num_workers,
             multiprocessing_context=_context(preload) if num_workers > 0 else None,
-            # iter() draws a seed for the workers, from torch's global generator unless it is given one.
+            # iter() takes a seed for the workers from torch's global generator unless it is given one.
             generator=torch.Generator(),
             worker_init_fn=_ignore_signals,
             **options,
@@ -56,7 +45,7 @@ class WorkerLoader(DataLoader[T_co]):
         try:
             return super().__iter__()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # what came meanwhile is handled now
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)  # signals that arrived meanwhile are handled now
 
 
 def _ignore_signals(_: int) -> None:
@@ -66,7 +55,7 @@ def _ignore_signals(_: int) -> None:
 
 
 def _context(preload: str) -> multiprocessing.context.BaseContext:
-    """How workers start. Not by fork from this process: unsafe once a library (JAX, under orbax) runs threads."""
+    """How workers start. Forking this process is unsafe once a library (JAX, under orbax) runs threads."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -1,4 +1,4 @@
-"""The config of a dataset to be made: which files of a subject become which group, read strictly from JSON.
+"""The config of a new dataset: which files of a subject become which group, read strictly from JSON.
 
 The keys are those of scil-vital/dwi_ml (its `docs/for_users/hdf5.rst`): group name -> `type`, `files`, and what belongs
 to the type.
@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, TypeAdapter, ValidationError
 
+from dwiml_func._checks import STRICT, truncated_repr
 from dwiml_func.files.json import parse_json, read_config_file
 
 __all__ = [
@@ -25,8 +26,6 @@ __all__ = [
     "check_groups_config",
     "read_groups_config",
 ]
-
-_STRICT = {"extra": "forbid", "strict": True}
 
 Standardization = Literal["all", "independent", "per_file", "none"]
 """Which values share a mean and a standard deviation: the whole group's, each feature's, each file's, or none."""
@@ -48,23 +47,9 @@ _Blocs = Annotated[tuple[int, int, int], BeforeValidator(_as_three)]
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeGroup:
-    """A volume: NIfTI files, joined along their features.
+    """A volume: NIfTI files, joined along their features. The union of `std_mask` says what is measured."""
 
-    Args:
-        type: "volume".
-        files: paths below the subject's folder, `*`, `?` and `[...]` allowed.
-        standardization: which values share a mean and a standard deviation.
-        std_mask: files of masks; their union says which voxels are measured. Without: those that are not zero.
-
-    Raises:
-        ValueError: no files.
-
-    Example:
-        >>> VolumeGroup(files=("fa.nii.gz",)).standardization
-        'none'
-    """
-
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
 
     type: Literal["volume"] = "volume"
     files: _Names
@@ -77,27 +62,9 @@ class VolumeGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamlineGroup:
-    """Streamlines: TRK, TCK or TRX files, one after the other.
+    """Streamlines: TRK, TCK or TRX files, one after the other; with a connectivity matrix of blocs or of labels."""
 
-    Args:
-        type: "streamlines".
-        files: paths below the subject's folder, `*`, `?` and `[...]` allowed.
-        dps_keys: names of data per streamline to keep.
-        connectivity_matrix: an .npy file.
-        connectivity_nb_blocs: blocs along each axis, when the matrix is one of blocs.
-        connectivity_labels: a NIfTI file of labels, when the matrix is one of labels.
-
-    Raises:
-        ValueError: no files; a matrix without exactly one of blocs and labels, or one of them without a matrix.
-
-    Example:
-        >>> StreamlineGroup(files=("*.trk",), connectivity_matrix="matrix.npy")
-        Traceback (most recent call last):
-        ...
-        ValueError: connectivity_matrix: expected connectivity_nb_blocs or connectivity_labels with it, received neither
-    """
-
-    __pydantic_config__: ClassVar = _STRICT
+    __pydantic_config__: ClassVar = STRICT
 
     type: Literal["streamlines"] = "streamlines"
     files: _Names
@@ -129,23 +96,7 @@ _ADAPTER = TypeAdapter(dict[str, Annotated[VolumeGroup | StreamlineGroup, Discri
 
 
 def read_groups_config(path: str | os.PathLike[str]) -> GroupsConfig:
-    """Read a config file.
-
-    Args:
-        path: the JSON file.
-
-    Returns:
-        The groups.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, names a key twice, or is no config; one line names each place that is wrong.
-
-    Example:
-        >>> read_groups_config("/nowhere/config.json")
-        Traceback (most recent call last):
-        FileNotFoundError: The config file does not exist: /nowhere/config.json
-    """
+    """Read a JSON config file; the error names every wrong key."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The config file does not exist: {path}")
@@ -154,27 +105,7 @@ def read_groups_config(path: str | os.PathLike[str]) -> GroupsConfig:
 
 
 def check_groups_config(content: object, *, source: str = "config") -> GroupsConfig:
-    """Check a config.
-
-    Args:
-        content: JSON data: group name -> keys.
-        source: what to call it in an error.
-
-    Returns:
-        The groups.
-
-    Raises:
-        ValueError: an unknown key, a missing one, a value of a wrong type; a group name that HDF5 takes for a path; no
-            group at all.
-
-    Example:
-        >>> check_groups_config({"input": {"type": "volume", "files": "fa.nii.gz"}})["input"].files
-        ('fa.nii.gz',)
-        >>> check_groups_config({"input": {"type": "volume", "file": "fa.nii.gz", "files": "fa.nii.gz"}})
-        Traceback (most recent call last):
-        ...
-        ValueError: config: group 'input': unknown key 'file'. Known: type, files, standardization, std_mask
-    """
+    """Check JSON data: group name -> keys. `source` names it in errors."""
     try:
         groups = _ADAPTER.validate_json(json.dumps(content))  # strict about Python data means: dataclasses only
     except ValidationError as error:
@@ -193,24 +124,23 @@ def _check_files(files: tuple[str, ...]) -> None:
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
-    """One problem in words: the group, the key, what was expected, what came."""
+    """One problem in words: group, key, what was expected, what was received."""
     location = [str(part) for part in problem["loc"]]
     keys = location[2:]  # after the group's name comes the type by which pydantic chose
-    place = f"group {location[0]!r}: " if location else ""
-    received = repr(problem["input"])
-    received = received if len(received) <= 60 else received[:57] + "..."
+    where = f"group {location[0]!r}: " if location else ""
+    received = truncated_repr(problem["input"])
     kind = problem["type"]
     if kind == "union_tag_not_found":
-        return f"{place}type: expected 'volume' or 'streamlines', received none"
+        return f"{where}type: expected 'volume' or 'streamlines', received none"
     if kind == "union_tag_invalid":
-        return f"{place}type: expected 'volume' or 'streamlines', received {problem['ctx']['tag']!r}"
+        return f"{where}type: expected 'volume' or 'streamlines', received {problem['ctx']['tag']!r}"
     if kind == "value_error":
-        return place + str(problem["ctx"]["error"])
+        return where + str(problem["ctx"]["error"])
     if kind in ("missing", "missing_argument"):
-        return f"{place}{'.'.join(keys)}: expected, but missing"
+        return f"{where}{'.'.join(keys)}: expected, but missing"
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = VolumeGroup if location[1] == "volume" else StreamlineGroup
         known = ", ".join(field.name for field in fields(owner))
-        return f"{place}unknown key {keys[-1]!r}. Known: {known}"
+        return f"{where}unknown key {keys[-1]!r}. Known: {known}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{place}{'.'.join(keys)}{': ' if keys else ''}{message}, received {received}"
+    return f"{where}{'.'.join(keys)}{': ' if keys else ''}{message}, received {received}"

@@ -19,17 +19,7 @@ __all__ = ["Connectivity", "load_connectivity", "write_connectivity"]
 
 
 class Connectivity(NamedTuple):
-    """Which regions streamlines connect.
-
-    Args:
-        matrix: (N, N) bool.
-        blocs: blocs along each axis of the volume, N = their product; or None.
-        labels: (X, Y, Z) labels of the regions; or None.
-
-    Example:
-        >>> Connectivity(np.eye(8) > 0, blocs=(2, 2, 2)).labels is None
-        True
-    """
+    """Which regions streamlines connect: (N, N) bool; regions are blocs along each axis, or (X, Y, Z) labels."""
 
     matrix: NDArray[np.bool_]
     blocs: tuple[int, int, int] | None = None
@@ -37,24 +27,7 @@ class Connectivity(NamedTuple):
 
 
 def load_connectivity(group: StreamlineGroup, found: GroupFiles, expected: Grid | None) -> Connectivity | None:
-    """Read a group's connectivity matrix, as the config asks.
-
-    Args:
-        group: the config.
-        found: its files.
-        expected: the subject's grid.
-
-    Returns:
-        The connectivity; None when the config asks for none, or its files are missing and may be.
-
-    Raises:
-        ValueError: the matrix cannot be read, is not square, holds NaN, or does not have one row a bloc; the labels are
-            no labels or lie on another grid. The line names subject, group and file.
-
-    Example:
-        >>> load_connectivity(StreamlineGroup(files=("a.trk",)), GroupFiles(()), None) is None
-        True
-    """
+    """Read a group's connectivity matrix; None where the config asks for none, or files that may be missing are."""
     source = found.matrix
     if source is None or (group.connectivity_labels is not None and found.labels is None):
         return None
@@ -80,19 +53,7 @@ def load_connectivity(group: StreamlineGroup, found: GroupFiles, expected: Grid 
 
 
 def write_connectivity(group: h5py.Group, connectivity: Connectivity) -> None:
-    """Write the connectivity beside the streamlines it belongs to, in the reference's layout.
-
-    Args:
-        group: the streamlines' group in an open file.
-        connectivity: what to write.
-
-    Example:
-        >>> import h5py
-        >>> with h5py.File("any", "w", driver="core", backing_store=False) as file:
-        ...     write_connectivity(file.create_group("streamlines"), Connectivity(np.eye(8) > 0, blocs=(2, 2, 2)))
-        ...     file["streamlines"].attrs["connectivity_nb_blocs"].tolist()
-        [2, 2, 2]
-    """
+    """Write the connectivity beside the streamlines it belongs to, in dwi_ml's layout."""
     group.create_dataset("connectivity_matrix", data=connectivity.matrix)
     group.attrs["connectivity_matrix_type"] = "from_blocs" if connectivity.labels is None else "from_labels"
     if connectivity.blocs is not None:

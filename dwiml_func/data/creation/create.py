@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["create_dataset"]
 
-_INPUT_GROUP = "input"  # what models take as input unless told otherwise
+_INPUT_GROUP = "input"  # what models take as input by default
 
 
 def create_dataset(
@@ -43,38 +43,12 @@ def create_dataset(
     overwrite: bool = False,
     date: str | None = None,
 ) -> tuple[str, ...]:
-    """Write a dataset. One subject at a time is in memory; the file appears whole or not at all.
+    """Write a dataset from one folder a subject; returns what was left out, a line each.
 
-    All files are looked up before the first is read. A progress bar over subjects runs when standard error is a
-    terminal.
-
-    Args:
-        folder: holds one folder a subject.
-        groups: what to make of a subject's files, from `read_groups_config` or `check_groups_config`.
-        out: the HDF5 file to make.
-        training: names of the training subjects.
-        validation: names of the validation subjects.
-        testing: names of the testing subjects.
-        resampling: how streamlines are sampled anew; None leaves their points as they are.
-        remove_invalid: leave out streamlines that leave the volume, are corrupt or have no length.
-        enforce_files_presence: fail when a file is missing. Otherwise it is passed over.
-        overwrite: replace an existing file.
-        date: text for the file's `data_and_time`; None takes the clock.
-
-    Returns:
-        What was left out, a line each: missing files and invalid streamlines.
-
-    Raises:
-        FileNotFoundError: a folder, a subject or a file does not exist.
-        FileExistsError: `out` exists and `overwrite` is False.
-        ValueError: a file is corrupt or does not fit; the line names subject, group and file.
-        OSError: the file cannot be written.
-
-    Example:
-        >>> groups = {"input": VolumeGroup(files=("fa.nii.gz",))}
-        >>> create_dataset("/nowhere", groups, "out.hdf5", training=["anna"])
-        Traceback (most recent call last):
-        FileNotFoundError: The folder of subjects does not exist: /nowhere
+    All files are looked up before the first is read, one subject at a time is in memory, and the file appears whole or
+    not at all. A progress bar runs when standard error is a terminal. `remove_invalid` removes streamlines that leave
+    the volume, are corrupt or have no length; without `enforce_files_presence`, missing files are skipped. `date` is
+    text for the file's `data_and_time`, by default the time now. Errors name subject, group and file.
     """
     from tqdm import tqdm
 
@@ -88,9 +62,9 @@ def create_dataset(
     files: dict[str, dict[str, GroupFiles]] = {}
     for subject in subjects:
         files[subject], missing = find_files(folder, subject, groups, enforce_presence=enforce_files_presence)
-        notes += [f"{line}. It is passed over" for line in missing]
+        notes += [f"{line}. It is skipped" for line in missing]
 
-    place = "before the first subject"
+    where = "before the first subject"
     try:
         with new_dataset(
             out,
@@ -104,7 +78,7 @@ def create_dataset(
         ) as file:
             num_features: dict[str, tuple[int, str]] = {}
             for subject in tqdm(subjects, desc="Creating", unit="subject", disable=None):
-                place = f"at subject {subject!r}"
+                where = f"at subject {subject!r}"
                 parent = file.create_group(subject)
                 grid = _write_volumes(parent, subject, groups, files[subject], num_features)
                 _write_streamlines(parent, groups, files[subject], grid, resampling, remove_invalid, notes.append)
@@ -113,12 +87,12 @@ def create_dataset(
         if isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | PermissionError):
             raise
         reason = " ".join(str(error).split())
-        raise OSError(f"{out}: cannot be written, {place} ({reason}). No file was left. Is the disk full?") from error
+        raise OSError(f"{out}: cannot be written, {where} ({reason}). No file was left. Is the disk full?") from error
     return tuple(notes)
 
 
 def _plain(group: VolumeGroup | StreamlineGroup) -> dict[str, object]:
-    """A group as it would stand in the JSON file, without what it leaves out."""
+    """A group as it would stand in the JSON file, without the options that it leaves out."""
     options = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(group).items()}
     return {name: value for name, value in options.items() if value not in (None, [])}
 
@@ -142,7 +116,7 @@ def _write_volumes(
             standardization=group.standardization,
             masks=files[name].masks if group.standardization != "none" else (),
             expected=grid,
-            refuse_masks=group.standardization != "none" or name == _INPUT_GROUP,
+            forbid_masks=group.standardization != "none" or name == _INPUT_GROUP,
         )
         grid = grid or volume.grid
         features, first = num_features.setdefault(name, (volume.data.shape[3], subject))

@@ -14,17 +14,7 @@ __all__ = ["GroupFiles", "Source", "check_subjects", "find_files", "read_subject
 
 
 class Source(NamedTuple):
-    """Where something comes from, in every error.
-
-    Args:
-        subject: the subject's name.
-        group: the group's name.
-        path: the file.
-
-    Example:
-        >>> print(Source("anna", "input", Path("fa.nii.gz")))
-        subject 'anna', group 'input', file fa.nii.gz
-    """
+    """A file with its subject and group, as errors name it."""
 
     subject: str
     group: str
@@ -35,18 +25,7 @@ class Source(NamedTuple):
 
 
 class GroupFiles(NamedTuple):
-    """The files of one group of one subject.
-
-    Args:
-        files: what is joined into the group.
-        masks: of a volume, the masks that say which voxels are measured for the standardisation.
-        matrix: of streamlines, the connectivity matrix.
-        labels: of streamlines, the volume of labels.
-
-    Example:
-        >>> GroupFiles((Source("anna", "input", Path("fa.nii.gz")),)).matrix is None
-        True
-    """
+    """The files of one group of one subject; masks are of volumes, matrix and labels of streamlines."""
 
     files: tuple[Source, ...]
     masks: tuple[Source, ...] = ()
@@ -55,23 +34,7 @@ class GroupFiles(NamedTuple):
 
 
 def read_subjects(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Read a list of subjects.
-
-    Args:
-        path: a text file, one subject a line; empty lines are passed over.
-
-    Returns:
-        The names in the file's order.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no text.
-
-    Example:
-        >>> read_subjects("/nowhere/training.txt")
-        Traceback (most recent call last):
-        FileNotFoundError: The list of subjects does not exist: /nowhere/training.txt
-    """
+    """Read a list of subjects: a text file, one subject a line; empty lines are ignored."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The list of subjects does not exist: {path}")
@@ -83,24 +46,7 @@ def read_subjects(path: str | os.PathLike[str]) -> tuple[str, ...]:
 
 
 def check_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """Check that every subject stands once in one subset and has a folder.
-
-    Args:
-        folder: where the subjects' folders are.
-        subsets: subset -> names.
-
-    Returns:
-        All subjects.
-
-    Raises:
-        FileNotFoundError: the folder, or a subject's folder, does not exist.
-        ValueError: no subjects, a subject twice, or a name that is no folder's.
-
-    Example:
-        >>> check_subjects(Path("/"), {"training": ["anna"], "validation": ["anna"]})
-        Traceback (most recent call last):
-        ValueError: Subject 'anna' is in two subsets, training and validation. Expected each subject in one
-    """
+    """All subjects, each of which must be in one subset and have a folder."""
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder of subjects does not exist: {folder}")
     subset_of: dict[str, str] = {}
@@ -128,25 +74,10 @@ def check_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tuple[
 def find_files(
     folder: Path, subject: str, groups: GroupsConfig, *, enforce_presence: bool = True
 ) -> tuple[dict[str, GroupFiles], list[str]]:
-    """Find the files of a subject.
+    """Find the files of a subject: group -> files, and one line for every missing file.
 
-    Args:
-        folder: where the subjects' folders are.
-        subject: the subject.
-        groups: the config.
-        enforce_presence: fail when a file is missing; otherwise the file, and a group left without any, is passed over.
-
-    Returns:
-        Group -> files, in the config's order, and one line for every file that is missing.
-
-    Raises:
-        FileNotFoundError: files are missing and `enforce_presence`; the line names the first and their number.
-        ValueError: two entries of a group give the same file.
-
-    Example:
-        >>> find_files(Path("/nowhere"), "anna", {"input": VolumeGroup(files=("fa.nii.gz",))})
-        Traceback (most recent call last):
-        FileNotFoundError: subject 'anna', group 'input', file /nowhere/anna/fa.nii.gz: the file does not exist
+    Patterns are paths below the subject's folder. With `enforce_presence` a missing file is an error; otherwise the
+    file, and a group left without any, is skipped.
     """
     missing: list[str] = []
 

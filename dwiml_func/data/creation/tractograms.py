@@ -18,17 +18,10 @@ _EDGE = 1e-3  # voxels by which a point may leave the grid: what files of float3
 
 
 class Tractogram(NamedTuple):
-    """Streamlines, flat.
+    """Streamlines, flat: (P, 3) float64 points, (S + 1,) offsets, (S, K) data by name.
 
-    Args:
-        points: (P, 3) float64, RAS mm from a file, voxel space with corner origin from `load_streamlines`.
-        offsets: (S + 1,) from 0 to P.
-        per_streamline: name -> (S, K).
-        grid: the file's own grid, None for TCK; from `load_streamlines`, the grid of the points.
-
-    Example:
-        >>> Tractogram(np.zeros((2, 3)), np.array([0, 2]), {}, None).offsets.tolist()
-        [0, 2]
+    Points are in RAS mm when read from a file, in voxel space with corner origin from `load_streamlines`. The grid is
+    the file's own (None for TCK), then the one of the points.
     """
 
     points: NDArray[np.float64]
@@ -46,28 +39,11 @@ def load_streamlines(
     remove_invalid: bool = False,
     note: Callable[[str], None] = lambda line: None,
 ) -> Tractogram:
-    """Read the tractograms of a group, one after the other.
+    """Read the tractograms of a group, one after the other, into voxel space with corner origin.
 
-    A streamline is invalid when it leaves the grid, has a point that is NaN or infinite, or has no length (fewer than
-    two points, or all in one place): there is no direction to learn.
-
-    Args:
-        files: TRK, TCK or TRX.
-        expected: the grid of the subject's volumes; None: that of the first file.
-        dps_keys: names of data per streamline to keep.
-        resampling: how streamlines are sampled anew, in mm; None leaves their points as they are.
-        remove_invalid: leave out invalid streamlines.
-        note: told, in one line, when streamlines were left out.
-
-    Returns:
-        All streamlines, in voxel space with corner origin, and their grid.
-
-    Raises:
-        ValueError: a file cannot be read, is empty, lies on another grid, has invalid streamlines (unless removed), or
-            lacks data per streamline; a TCK without a grid. The line names subject, group and file.
-
-    Example:
-        >>> load_streamlines([Source("anna", "streamlines", Path("af.trk"))])  # doctest: +SKIP
+    A streamline is invalid when it leaves the grid, has a point that is NaN or infinite, or has no length: there is no
+    direction to learn. Invalid ones are removed, with a line to `note`, or refused. Without an `expected` grid, the
+    first file's grid counts. Resampling is in mm.
     """
     parts: list[Tractogram] = []
     for source in files:

@@ -14,22 +14,11 @@ from dwiml_func.data.grid import Grid, grid_difference, grid_of
 
 __all__ = ["Volume", "load_labels", "load_volume", "standardize"]
 
-_LEAST_STD = 1e-6  # below it a feature counts as constant, as in the reference; it is shifted, not scaled
+_LEAST_STD = 1e-6  # below it a feature counts as constant, as in dwi_ml; it is shifted, not scaled
 
 
 class Volume(NamedTuple):
-    """A group's volume.
-
-    Args:
-        data: (X, Y, Z, F) float32.
-        grid: where it lies.
-        mean: what was subtracted, () or (F,); None when not standardised.
-        std: what it was divided by, () or (F,); None when not standardised.
-
-    Example:
-        >>> Volume(np.zeros((9, 9, 9, 1), np.float32), Grid(np.eye(4), (9, 9, 9))).mean is None
-        True
-    """
+    """An (X, Y, Z, F) volume and its grid; the mean and std, () or (F,), of a standardised one."""
 
     data: NDArray[np.float32]
     grid: Grid
@@ -43,26 +32,12 @@ def load_volume(
     standardization: Standardization = "none",
     masks: Sequence[Source] = (),
     expected: Grid | None = None,
-    refuse_masks: bool = False,
+    forbid_masks: bool = False,
 ) -> Volume:
-    """Read the files of a group and join them along their features.
+    """Read the NIfTI files of a group, (X, Y, Z) or (X, Y, Z, F), and join them along their features.
 
-    Args:
-        files: NIfTI files of one grid, (X, Y, Z) or (X, Y, Z, F).
-        standardization: which values share a mean and a standard deviation.
-        masks: NIfTI files; their union says which voxels are measured. Without: those where no feature is zero.
-        expected: the grid of the subject's other groups; None when this is the first.
-        refuse_masks: refuse 3-D files of zeros and one other value.
-
-    Returns:
-        The volume.
-
-    Raises:
-        ValueError: a file cannot be read, is not 3-D or 4-D, holds NaN or infinite values, lies on another grid, or is
-            a mask where none may be; no voxel is left to measure. The line names subject, group and file.
-
-    Example:
-        >>> load_volume([Source("anna", "input", Path("fa.nii.gz"))])  # doctest: +SKIP
+    The union of `masks` says which voxels are measured; without, those whose features are all other than zero. With
+    `forbid_masks`, a 3-D file of zeros and one other value is an error.
     """
     images = [_open(source) for source in files]
     grid = _grid(files[0], images[0])
@@ -78,10 +53,10 @@ def load_volume(
         part = data[..., end - width : end]
         part[...] = _read(source, image).reshape(part.shape)
         _check_finite(source, part)
-        if refuse_masks and len(image.shape) == 3 and ((part == 0) | (part == part.max())).all():
+        if forbid_masks and len(image.shape) == 3 and ((part == 0) | (part == part.max())).all():
             raise ValueError(
                 f"{source}: a 3-D mask (zero and one other value) as a model's input. Expected a diffusion or "
-                "anatomical volume. A mask belongs in std_mask, or in a group of its own with standardization 'none'"
+                "anatomical volume. A mask belongs in std_mask, or in another group with standardization 'none'"
             )
         if standardization == "per_file":
             mean, std = standardize(part, mask, independent=False, source=source)
@@ -96,21 +71,7 @@ def load_volume(
 
 
 def load_labels(source: Source, expected: Grid | None) -> NDArray[np.int64]:
-    """Read a volume of labels.
-
-    Args:
-        source: a 3-D NIfTI file of whole numbers.
-        expected: the subject's grid, None when not known.
-
-    Returns:
-        (X, Y, Z) labels.
-
-    Raises:
-        ValueError: it cannot be read, lies on another grid, or holds what is no label.
-
-    Example:
-        >>> load_labels(Source("anna", "streamlines", Path("labels.nii.gz")), None)  # doctest: +SKIP
-    """
+    """The (X, Y, Z) labels of a 3-D NIfTI file of whole numbers, on the expected grid."""
     image = _open(source)
     if len(image.shape) != 3:
         raise ValueError(f"{source}: labels of shape {image.shape}. Expected (X, Y, Z)")
@@ -125,29 +86,11 @@ def load_labels(source: Source, expected: Grid | None) -> NDArray[np.int64]:
 def standardize(
     data: NDArray[np.float32], mask: NDArray[np.bool_] | None, *, independent: bool, source: Source
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Subtract a mean from all voxels, and divide them by a standard deviation, in place.
+    """Subtract a mean from all voxels, and divide them by a standard deviation, in place; returns both, () or (F,).
 
-    As the reference's `standardize_data` (src/dwi_ml/general/data/processing/dwi/dwi.py): both are measured inside the
-    mask and applied everywhere. A feature with a standard deviation below 1e-6 is only shifted.
-
-    Args:
-        data: (X, Y, Z, F); changed.
-        mask: (X, Y, Z) voxels to measure; None: those where no feature is zero.
-        independent: measure each feature alone.
-        source: where the data comes from, for errors.
-
-    Returns:
-        Mean and standard deviation, () or (F,); the latter 1 where it was too small.
-
-    Raises:
-        ValueError: there is no voxel to measure.
-
-    Example:
-        >>> data = np.arange(8, dtype=np.float32).reshape(2, 2, 2, 1)
-        >>> from pathlib import Path
-        >>> mean, std = standardize(data, None, independent=False, source=Source("anna", "input", Path("a.nii")))
-        >>> mean.item(), std.item(), data[0, 0, 0, 0].item()
-        (4.0, 2.0, -2.0)
+    Both are measured inside the mask, or else in voxels whose features are all other than zero. A feature with a
+    standard deviation below 1e-6 is only shifted. Source: dwi_ml, `standardize_data`
+    (general/data/processing/dwi/dwi.py).
     """
     measured = data[np.all(data != 0, axis=-1) if mask is None else mask]
     if len(measured) == 0:

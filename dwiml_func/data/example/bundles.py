@@ -28,29 +28,12 @@ _DENSE = 2001  # spline samples that measure the arc length: a tenth of a mm apa
 
 
 def load_bundles(subject: str, *, step_size: float = 1.0) -> dict[str, list[np.ndarray]]:
-    """Read one person's bundles, all streamlines travelling the same way, smoothed and resampled.
+    """One person's bundles, bundle name -> (N_i, 3) float64 arrays in RAS mm: oriented, smoothed and resampled.
 
-    The stored streamlines of a bundle start at either end, about half and half. Here each is turned, if need be, so
-    that it ends at the larger coordinate of its bundle's axis in `BUNDLES`; at the first point, nothing else would
-    tell a model which way to go. A cubic smoothing spline (Dierckx' FITPACK, `scipy.interpolate.splprep`) takes out
-    the zigzag of the coarse points.
-
-    Args:
-        subject: one of `SUBJECTS`.
-        step_size: distance between points in mm. The length is divided evenly, so steps differ from it by half a
-            step over the length: half a percent at 100 mm.
-
-    Returns:
-        Bundle name -> list of (N_i, 3) float64 arrays, RAS mm, in the order of the stored file.
-
-    Raises:
-        ValueError: an unknown subject, or a step that is not positive.
-        FileNotFoundError: this installation of dipy lacks the bundles.
-
-    Example:
-        >>> bundles = load_bundles("sub_1", step_size=2.0)
-        >>> {name: len(streamlines) for name, streamlines in bundles.items()}
-        {'AF_L': 50, 'CC_ForcepsMajor': 50, 'CST_R': 50}
+    The stored streamlines of a bundle start at either end. Here each ends at the larger coordinate of its bundle's axis
+    in `BUNDLES`: at the first point, nothing else tells a model which way to go. A cubic smoothing spline (Dierckx'
+    FITPACK, `scipy.interpolate.splprep`) removes the zigzag of the coarse points. The length is divided evenly into
+    steps of about `step_size` mm.
     """
     if subject not in SUBJECTS:
         raise ValueError(f"Expected a subject among {', '.join(SUBJECTS)}. Received: {subject!r}")

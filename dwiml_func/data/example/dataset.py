@@ -50,23 +50,10 @@ def make_example_data(path: str | os.PathLike[str], *, overwrite: bool = False) 
     Signal: within one voxel of a streamline (`wm_mask`), one diffusion tensor a bundle along the bundle's mean axis
     there, mixed with isotropic tissue by the number of its points nearby; two voxels further, isotropic tissue alone;
     0 elsewhere, as outside a brain mask. 60 directions at b = 1000 s/mm^2 and 6 unweighted images, Rician noise of
-    SNR 20. `input` holds the SH of order 6 (28 features) of the signal divided by the unweighted one, standardised as
-    the reference's `standardization: all`. Its attributes say which SH they are and how to undo the standardisation.
+    SNR 20. `input` holds the SH of order 6 (28 features) of the signal divided by the unweighted one, standardised over
+    all features. Its attributes say which SH they are and how to undo the standardisation.
 
     The file has the same bytes every time.
-
-    Args:
-        path: where the file shall appear; it appears whole or not at all.
-        overwrite: replace an existing file.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-        FileExistsError: the file exists and `overwrite` is False.
-
-    Example:
-        >>> make_example_data("/nowhere/example.hdf5")
-        Traceback (most recent call last):
-        FileNotFoundError: The folder of the HDF5 dataset does not exist: /nowhere. Create it, or choose another path
     """
     from tqdm import tqdm
 

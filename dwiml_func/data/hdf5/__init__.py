@@ -1,1 +1,1 @@
-"""HDF5 datasets: layout, reading and writing."""
+"""HDF5 datasets: layout and its problems, reading (in memory or lazily), writing."""

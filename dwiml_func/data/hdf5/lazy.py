@@ -68,6 +68,9 @@ class LazyVolumes:
         self._shapes = shapes
         self._cache_bytes = cache_bytes
 
+    def __repr__(self) -> str:
+        return f"<LazyVolumes: {len(self)} volumes, {self.num_features} features>"
+
     @property
     def num_features(self) -> int:
         """F, the same for all; 0 without subjects."""
@@ -98,6 +101,9 @@ class LazyStreamlines:
         self._starts = starts
         self._lengths = lengths
         self._addresses: dict[int, int | None] = {}  # by subject, where in the file its points lie as plain bytes
+
+    def __repr__(self) -> str:
+        return f"<LazyStreamlines: {len(self)} streamlines, {int(self._lengths.sum())} points>"
 
     def __len__(self) -> int:
         return len(self._lengths)

@@ -155,7 +155,7 @@ def _check_affine(affine: np.ndarray, name: str) -> np.ndarray:
 
 
 def _lengths_mm(points: np.ndarray, offsets: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """(S,) float32 mm. Unlike `resampling.lengths_mm`, whose sums round differently: the bytes of files depend on it."""
+    """(S,) float32 mm. Not `resampling.lengths_mm`, whose sums round differently: files keep their bytes."""
     steps = np.einsum("pj,ij->pi", np.diff(np.asarray(points, dtype=np.float64), axis=0), affine[:3, :3])
     travelled = np.concatenate([[0.0], np.cumsum(np.sqrt((steps**2).sum(axis=1)))])
     filled = offsets[1:] > offsets[:-1]

@@ -104,7 +104,7 @@ def _inspect_subject(file: h5py.File, name: str) -> Checked[Summaries]:
     return summaries
 
 
-def _inspect_group(group: object, place: str) -> Checked[VolumeSummary | StreamlineSummary]:
+def _inspect_group(group: object, where: str) -> Checked[VolumeSummary | StreamlineSummary]:
     import h5py
 
     kind = to_python(group.attrs.get("type")) if isinstance(group, h5py.Group) else None
@@ -112,7 +112,7 @@ def _inspect_group(group: object, place: str) -> Checked[VolumeSummary | Streaml
         return (yield from inspect_volume(group))
     if isinstance(group, h5py.Group) and kind == "streamlines":
         return (yield from inspect_streamlines(group))
-    yield Problem(place, f"type {kind!r}. Expected a group of type 'volume' or 'streamlines'")
+    yield Problem(where, f"type {kind!r}. Expected a group of type 'volume' or 'streamlines'")
 
 
 def _compare_subjects(subjects: Mapping[str, Summaries]) -> Checked[None]:
