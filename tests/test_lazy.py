@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes, parse_bytes
 from dwiml_func.data.hdf5 import lazy
+from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes, parse_bytes
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
@@ -98,7 +98,7 @@ def test_a_volume_that_is_not_finite_is_refused_when_it_is_read_and_only_then(ed
         contents["subj1/input/data"][3, 4, 5, :2] = np.inf
     volumes = open_dataset(edited, lazy=True).volumes
     assert volumes[0].isfinite().all()
-    with pytest.raises(ValueError, match="subject 'subj1', .* 2 of 82944 values are NaN or infinite"):
+    with pytest.raises(ValueError, match=r"subject 'subj1', .* 2 of 82944 values are NaN or infinite"):
         volumes[1]
 
 

@@ -8,8 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dwiml_func.data.example.bundles import BUNDLES, SUBJECTS, load_bundles
 from dwiml_func.data.example import bundles as minimal_bundles
+from dwiml_func.data.example.bundles import BUNDLES, SUBJECTS, load_bundles
 
 
 @pytest.fixture(scope="module")

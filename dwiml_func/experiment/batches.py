@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -18,9 +18,8 @@ from dwiml_func.data.loader import LoaderSpec, epoch_batches
 from dwiml_func.data.neighborhood import check_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
-from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.shards import cut_batch
-from dwiml_func.experiment.config import BatchConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.models.config import check_getter_for_compressed
 
 __all__ = ["RunData", "check_usable", "first_batch", "loader_spec", "make_batches", "open_data"]
@@ -61,7 +60,7 @@ def open_data(config: RunConfig) -> RunData:
 def make_batches(config: RunConfig, data: RunData, device: torch.device) -> tuple[Batches, Batches | None, Batches]:
     """Make the sources of training, validation and evaluation batches; of the validation None without its subjects."""
     num_shards, num_workers = config.training.num_shards, config.batches.processes
-    sampler = _sampler_spec(config.batches, "validation")
+    sampler = config.batches.sampler("validation")
 
     def load(num_shards: int, **plan: Any) -> SizedBatches[Any]:
         batches = epoch_batches(**plan, num_workers=num_workers)
@@ -117,7 +116,7 @@ def _training_plan(config: RunConfig, data: RunData, key: Key) -> dict[str, Any]
     key = _data_key(config, key)
     return {
         "dataset": data.training,
-        "sampler_spec": _sampler_spec(config.batches, "training"),
+        "sampler_spec": config.batches.sampler("training"),
         "loader_spec": replace(loader_spec(config), augmentation=config.batches.augmentation),
         "key": fold_in(key, Stream.TRAIN_PLAN),
         "augment_key": fold_in(key, Stream.TRAIN_AUGMENT),
@@ -126,17 +125,6 @@ def _training_plan(config: RunConfig, data: RunData, key: Key) -> dict[str, Any]
 
 def _data_key(config: RunConfig, key: Key) -> Key:
     return key if config.training.data_rng is None else Key(config.training.data_rng)
-
-
-def _sampler_spec(batches: BatchConfig, subset: Literal["training", "validation"]) -> SamplerSpec:
-    return SamplerSpec(
-        batch_size=getattr(batches, f"batch_size_{subset}"),
-        max_batches=getattr(batches, f"max_batches_per_epoch_{subset}"),
-        batch_size_units=batches.batch_size_units,
-        nb_streamlines_per_chunk=batches.nb_streamlines_per_chunk,
-        nb_subjects_per_batch=batches.nb_subjects_per_batch,
-        cycles=batches.cycles,
-    )
 
 
 class _Map:
