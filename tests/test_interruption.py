@@ -35,7 +35,7 @@ def test_a_signal_saves_the_batch_under_way_and_the_printed_command_goes_on_to_t
     """The signal goes to the whole group, as Ctrl-C on a terminal and many schedulers' SIGTERM do."""
     with gated(tmp_path, place, call, "--processes", processes) as process:
         os.killpg(process.pid, number)
-        read_to(process.stderr, "Stopping after the batch under way")
+        read_to(process.stderr, "Finishing the current batch, then saving")
         out, err = process.communicate("go on\n")
     assert process.returncode == 128 + number
     (line,) = err.splitlines()
@@ -51,7 +51,7 @@ def test_a_signal_saves_the_batch_under_way_and_the_printed_command_goes_on_to_t
 def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stands(cli, uninterrupted, tmp_path):
     with gated(tmp_path, "step", 6, "--checkpoint-every", "1batches") as process:
         os.killpg(process.pid, signal.SIGINT)
-        read_to(process.stderr, "Stopping after the batch under way")
+        read_to(process.stderr, "Finishing the current batch, then saving")
         os.killpg(process.pid, signal.SIGINT)  # while the batch is under way: nobody lets it through the gate
         err = process.communicate()[1]
     assert process.returncode == 130
@@ -64,7 +64,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stands(cli, unint
 def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path):
     with gated(tmp_path, "save", 1) as process:  # a disk that never answers
         process.send_signal(signal.SIGINT)
-        read_to(process.stderr, "Stopping after the batch under way")
+        read_to(process.stderr, "Finishing the current batch, then saving")
         process.send_signal(signal.SIGINT)
         process.communicate()
     assert process.returncode == 130
@@ -97,7 +97,7 @@ def test_the_first_signal_is_a_request_and_the_handlers_of_before_come_back_with
         assert (again.signal, signal.getsignal(number)) == (None, own)
     finally:
         signal.signal(number, before)
-    assert capfd.readouterr().err.count("Stopping after the batch under way") == 1
+    assert capfd.readouterr().err.count("Finishing the current batch, then saving") == 1
 
 
 def test_outside_the_main_thread_the_handlers_are_left_alone():

@@ -15,7 +15,8 @@ from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
 from dwiml_func.experiment.folder import read_config
-from dwiml_func.experiment.plots import PlottedRun, draw_experiments, plot_runs, save_run_figure
+from dwiml_func.experiment.panels import PlottedRun
+from dwiml_func.experiment.plots import draw_experiments, plot_runs, save_run_figure
 
 EVALUATION = Evaluation(model=9.0, keep_straight=4.0, principal_direction=11.5, num_points=7, num_streamlines=2)
 
@@ -138,7 +139,7 @@ def test_what_a_run_lacks_is_left_out() -> None:
     assert loss.get_yscale() == "linear"
     for axes in (angle, norm):
         assert axes.get_lines()[:] == []
-        assert [text.get_text() for text in axes.texts] == ["not on record"]
+        assert [text.get_text() for text in axes.texts] == ["not recorded"]
     unclipped = plot_runs([PlottedRun(label="a", history=history(3, clip=2.0))]).axes[2]
     assert list(lines(unclipped)) == ["not clipped"]
 

@@ -149,7 +149,7 @@ def test_a_changed_config_is_found(cli, run):
     (run / "config.json").write_text(config.replace('"rnn_layer_sizes": [\n      8', '"rnn_layer_sizes": [\n      9'))
     outcome = cli("verify", run)  # with which the state cannot even be restored
     assert outcome.code == 1
-    assert "the replay is not possible: " in outcome.out
+    assert "the replay failed: " in outcome.out
     assert "config: model.rnn_layer_sizes: [8] recorded, [9] in config.json" in outcome.out
 
 
@@ -164,12 +164,12 @@ def test_a_damaged_checkpoint_is_named_and_another_start_is_taken(cli, run):
 
 def test_what_cannot_be_verified_is_refused_with_exit_code_2(cli, run, tmp_path):
     for epoch in ("0", "-1", "4"):
-        cli("verify", run, "--epoch", epoch).check_refusal(f"Epoch {epoch} of {run} is not on record", "1 to 3")
+        cli("verify", run, "--epoch", epoch).check_refusal(f"Epoch {epoch} of {run} is not recorded", "1 to 3")
     cli("verify", run, "--epoch", "x").check_refusal("--epoch", "'x'")
     cli("verify", tmp_path).check_refusal("is not an experiment")
     cli("verify", run, "--hdf5-file", tmp_path / "none").check_refusal(str(tmp_path / "none"))
     shutil.rmtree(run / "checkpoint")
-    cli("verify", run).check_refusal("no epoch on record yet")
+    cli("verify", run).check_refusal("no recorded epoch yet")
 
 
 def test_diff_tells_the_first_epoch_that_differs(cli, run, tmp_path):

@@ -52,8 +52,8 @@ def format_verification(verification: Verification, directory: str) -> str:
     if verification.is_replayed:
         head += f", replayed from {start},"
     if verification.problems:
-        lines = (*verification.problems, *verification.surroundings)
+        lines = (*verification.problems, *verification.context)
         return "\n".join([f"{head} differs from the recorded epoch.", *(f"  {line}" for line in lines)])
     text = f"{head} is bitwise identical to the recorded epoch: {verification.num_values} numbers of its report, "
     text += f"state {verification.digest}" if verification.digest else _NO_DIGEST
-    return f"{text} (different: {'; '.join(verification.surroundings)})" if verification.surroundings else text
+    return f"{text} (different: {'; '.join(verification.context)})" if verification.context else text

@@ -1,4 +1,4 @@
-"""Two experiments side by side: what differs in config, environment and data, and from where on in the runs."""
+"""The differences between two experiments: in config, environment and data, and the epoch from which results differ."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
+from dwiml_func.checkpoint.digest import bit_difference, leaf_differences
 from dwiml_func.checkpoint.history import history_to_json
 from dwiml_func.core.loop import EpochReport
 from dwiml_func.experiment.folder import read_config
 
-__all__ = ["Comparison", "compare_experiments", "differences", "distinguishing", "report_differences"]
+__all__ = [
+    "Comparison",
+    "compare_experiments",
+    "differences",
+    "distinguishing",
+    "leaf_problems",
+    "report_differences",
+    "report_values",
+]
 
 _NOT_COMPARED = {"train_minutes", "valid_minutes", "timed_points", "stop", "digest"}
-"""When a run was interrupted, and when it ended, is no matter of its numbers."""
+"""These depend on interruptions and on the run's end, not on its numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What differs between two experiments, A and B.
+    """The differences between two experiments, A and B: a text for each.
 
-    Args:
-        config: a text for each difference between the configs.
-        environment: the same for what wrote the newest checkpoints; None where one is not on record.
-        data: the same for the fingerprints of the data; None where one is not on record.
-        num_epochs: epochs on record in A and in B.
-        num_digests: epochs that both have, with a digest on record in both.
-        first_state: the first epoch after which the states differ; None where those of all common epochs are equal.
-        first_metrics: the first epoch in which metrics differ; None where those of all common epochs are equal.
-        metrics: a text for each metric that differs in that epoch.
-        notes: what could not be compared.
-
-    Example:
-        >>> compare_experiments("experiments/a", "experiments/b").is_equal  # doctest: +SKIP
-        True
+    `environment` and `data` are None where one of the two is not recorded. `num_digests` epochs have a digest in both.
+    `first_state` is the first epoch after which the states differ, `first_metrics` the first whose metrics differ, as
+    `metrics` says; None where no common epoch differs. `notes` has what could not be compared.
     """
 
     config: tuple[str, ...]
@@ -57,25 +57,7 @@ class Comparison:
 
 
 def compare_experiments(a: str | Path, b: str | Path) -> Comparison:
-    """Compare what two experiments have on record.
-
-    Args:
-        a: an experiment's directory.
-        b: another one.
-
-    Returns:
-        What differs. Durations do not count, nor why a run ended.
-
-    Raises:
-        FileNotFoundError: one is no experiment.
-        ValueError: a `config.json`, or every checkpoint of one, is corrupt.
-
-    Example:
-        >>> compare_experiments("/no/such/experiment", "/nor/this")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: '/no/such/experiment' is not an experiment: it has no config.json.
-    """
+    """Compare config, environment, data and history of two experiments; durations and the reason of the end apart."""
     config_a, config_b = (read_config(Path(directory)).to_dict() for directory in (a, b))
     checkpoints = [newest(directory) for directory in (a, b)]
     histories = [checkpoint.history if checkpoint else () for checkpoint in checkpoints]
@@ -85,8 +67,8 @@ def compare_experiments(a: str | Path, b: str | Path) -> Comparison:
     known = [checkpoint for checkpoint in checkpoints if checkpoint]
     return Comparison(
         config=tuple(differences(config_a, config_b)),
-        environment=_compared([checkpoint.environment for checkpoint in known]),
-        data=_compared([_content(checkpoint.data) for checkpoint in known if checkpoint.data]),
+        environment=_differences_of_both([checkpoint.environment for checkpoint in known]),
+        data=_differences_of_both([_content(checkpoint.data) for checkpoint in known if checkpoint.data]),
         num_epochs=(len(histories[0]), len(histories[1])),
         num_digests=len(with_digest),
         first_state=next((pair[0].epoch for pair in with_digest if pair[0].digest != pair[1].digest), None),
@@ -97,71 +79,51 @@ def compare_experiments(a: str | Path, b: str | Path) -> Comparison:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], labels: tuple[str, str] = ("in A", "in B")) -> list[str]:
-    """Compare JSON data, bit for bit.
-
-    Args:
-        a: nested dicts; lists are compared as one value.
-        b: the same.
-        labels: what to say after the values.
-
-    Returns:
-        A text for each difference: the keys with dots between them, and both values. An absent value is like None.
-
-    Example:
-        >>> differences({"model": {"dropout": 0.5, "size": 3}}, {"model": {"dropout": 0.25, "size": 3}})
-        ['model.dropout: 0.5 in A, 0.25 in B']
-    """
+    """Compare nested JSON data, bit for bit: a text for each difference. An absent value is equal to None."""
     flat_a, flat_b = _flatten(a), _flatten(b)
     lines = []
     for name in {**flat_a, **flat_b}:
-        shown = _shown(flat_a.get(name)), _shown(flat_b.get(name))  # as text, since NaN is not equal to itself
-        if shown[0] != shown[1]:
-            place = name if name.isprintable() else ascii(name)
-            lines.append(f"{place}: {shown[0]} {labels[0]}, {shown[1]} {labels[1]}")
+        texts = _to_text(flat_a.get(name)), _to_text(flat_b.get(name))  # NaN is not equal to itself, but its text is
+        if texts[0] != texts[1]:
+            shown = name if name.isprintable() else ascii(name)
+            lines.append(f"{shown}: {texts[0]} {labels[0]}, {texts[1]} {labels[1]}")
     return lines
 
 
 def distinguishing(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """What sets each of several configs apart.
-
-    Args:
-        configs: nested dicts; lists are compared as one value.
-
-    Returns:
-        For each config, the values that not all share, as text, by their keys with dots between them.
-
-    Example:
-        >>> distinguishing([{"model": {"dropout": 0.5, "size": 3}}, {"model": {"dropout": 0.25, "size": 3}}])
-        [{'model.dropout': '0.5'}, {'model.dropout': '0.25'}]
-    """
+    """For each config, the values that not all of them share, as text, by their names with dots between the parts."""
     flat = [_flatten(config) for config in configs]
     names = {name: None for config in flat for name in config}
-    different = [name for name in names if len({_shown(config.get(name)) for config in flat}) > 1]
-    return [{name: _plain(config.get(name)) for name in different} for config in flat]
+    different = [name for name in names if len({_to_text(config.get(name)) for config in flat}) > 1]
+    return [{name: _to_option(config.get(name)) for name in different} for config in flat]
 
 
 def report_differences(a: EpochReport, b: EpochReport, labels: tuple[str, str] = ("in A", "in B")) -> list[str]:
-    """Compare what two epochs brought, bit for bit; durations, digests and why a run ended do not count.
-
-    Args:
-        a: an epoch's report.
-        b: another one.
-        labels: what to say after the values.
-
-    Returns:
-        A text for each difference, with both values.
-
-    Example:
-        >>> report_differences(report, report)  # doctest: +SKIP
-        []
-    """
+    """Compare two reports, bit for bit; durations, digests and the reason of the end apart."""
     return differences(report_values(a), report_values(b), labels)
 
 
 def report_values(report: EpochReport) -> dict[str, Any]:
-    """What `report_differences` compares, one value a key."""
+    """The values that `report_differences` compares, by name."""
     (data,) = history_to_json([report])
     return _flatten({name: value for name, value in data.items() if name not in _NOT_COMPARED})
+
+
+def leaf_problems(stored: Mapping[str, Tensor], replayed: Mapping[str, Tensor], name: str) -> list[str]:
+    """The first leaf of checkpoint `name` that differs from the replayed one, or differences of names and shapes."""
+    table = [{"name": leaf, "shape": list(value.shape), "dtype": str(value.dtype)} for leaf, value in stored.items()]
+    if lines := leaf_differences(table, replayed):
+        return lines
+    found = {leaf: bit_difference(stored[leaf], tensor) for leaf, tensor in replayed.items()}
+    differing = [(leaf, difference) for leaf, difference in found.items() if difference is not None]
+    if not differing:
+        return []
+    leaf, one = differing[0]
+    return [
+        f"first leaf that differs: {leaf}, {one.num_different} of {one.num_values} values, by {one.largest:.3g} "
+        f"at most; the first at {list(one.first)}: {one.values[0]} in checkpoint {name}, {one.values[1]} replayed, "
+        f"{one.ulps} ulp apart ({len(differing)} of {len(found)} leaves differ)"
+    ]
 
 
 def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -171,17 +133,17 @@ def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _shown(value: Any) -> str:
+def _to_text(value: Any) -> str:
     return "none" if value is None else json.dumps(value)  # floats to the last bit, control characters escaped
 
 
-def _plain(value: Any) -> str:
-    """Without quotes and brackets."""
+def _to_option(value: Any) -> str:
+    """As on the command line, without quotes and brackets."""
     values = value if isinstance(value, list) else [value]
-    return " ".join(item if isinstance(item, str) else _shown(item) for item in values)
+    return " ".join(item if isinstance(item, str) else _to_text(item) for item in values)
 
 
-def _compared(both: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
+def _differences_of_both(both: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
     return tuple(differences(both[0], both[1])) if len(both) == 2 else None
 
 
@@ -197,8 +159,8 @@ def _notes(checkpoints: Sequence[Checkpoint | None], *, num_without: int) -> lis
             notes.append(f"{label} has no checkpoint yet")
             continue
         if not checkpoint.data:
-            notes.append(f"{label} does not have on record what its data were")
+            notes.append(f"{label} has no recorded fingerprint of its data")
         notes += [f"{label}: {sentence}" for sentence in checkpoint.corrupt.values()]
     if num_without:
-        notes.append(f"{num_without} of the common epochs have no digest on record: no checkpoint was due there")
+        notes.append(f"{num_without} of the common epochs have no digest: no checkpoint was due there")
     return notes

@@ -1,7 +1,4 @@
-"""`parameters_latest.json`: a run's options in the reference's file and under its headings, for its scripts to read.
-
-The writers of an experiment's logs, as its config says.
-"""
+"""The writers of an experiment's logs, as its config asks, and dwi_ml's file of its options."""
 
 from __future__ import annotations
 
@@ -24,22 +21,7 @@ __all__ = ["experiment_comet", "experiment_writer", "write_parameters"]
 
 
 def write_parameters(directory: str | Path, config: RunConfig, *, nb_features: int, now: datetime) -> None:
-    """Write the file.
-
-    Args:
-        directory: the experiment.
-        config: the run's config.
-        nb_features: features of the input volume at a point.
-        now: the time to record.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     config = RunConfig(hdf5_file="data.hdf5")
-        ...     write_parameters(directory, config, nb_features=28, now=datetime(2026, 1, 1))
-        ...     json.loads((Path(directory) / "parameters_latest.json").read_text())["Patience_delta"]
-        1e-06
-    """
+    """Write a run's options to dwi_ml's file, under dwi_ml's headings, for its scripts to read."""
     training, batches = asdict(config.training), asdict(config.batches)
     patience, patience_delta = training.pop("patience"), training.pop("patience_delta")
     training["learning_rate"] = config.training.learning_rates
@@ -59,18 +41,7 @@ def write_parameters(directory: str | Path, config: RunConfig, *, nb_features: i
 
 
 def experiment_writer(directory: str | Path, config: RunConfig) -> Writer:
-    """All writers of an experiment as one.
-
-    Args:
-        directory: the experiment.
-        config: the run's config.
-
-    Returns:
-        The writer; it raises nothing.
-
-    Example:
-        >>> write = experiment_writer("experiments/first_run", RunConfig(hdf5_file="data.hdf5"))
-    """
+    """Make one writer of all that the config asks for; it raises nothing."""
     writers: list[Writer] = [npy(directory), jsonl(directory)]
     if config.logging.tensorboard:
         writers.append(tensorboard(directory))
@@ -80,19 +51,7 @@ def experiment_writer(directory: str | Path, config: RunConfig) -> Writer:
 
 
 def experiment_comet(directory: str | Path, config: RunConfig, **options: Any) -> Comet:
-    """The writer that logs an experiment with Comet, with the run's options as parameters.
-
-    Args:
-        directory: the experiment.
-        config: the run's config.
-        **options: further ones of `Comet`; they replace those of the config.
-
-    Returns:
-        The writer.
-
-    Example:
-        >>> comet = experiment_comet("experiments/first_run", RunConfig(hdf5_file="data.hdf5"))
-    """
+    """Make the Comet writer, with the run's options as parameters; `options` replace those of the config."""
     logging, origin = config.logging, config.origin
     defaults = {
         "workspace": logging.comet_workspace,
@@ -104,7 +63,7 @@ def experiment_comet(directory: str | Path, config: RunConfig, **options: Any) -
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options by their names on the command line, which no two of them share; lists as text."""
+    """The options by their names on the command line, which are unique; lists as text."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What experiments there are in a folder, and how far each has come: read from configs and manifests alone."""
+"""An overview of the experiments in a folder, read from configs and manifests alone."""
 
 from __future__ import annotations
 
@@ -20,23 +20,10 @@ RunState = Literal["running", "finished", "stopped early", "interrupted", "corru
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOverview:
-    """How far a run has come.
+    """The progress of a run. `state` is "running" while a process holds its lock, "corrupt" where it cannot be read.
 
-    Args:
-        name: the experiment's name; of a member "ENSEMBLE/NUMBER".
-        state: "running" while a process holds its lock; "corrupt" where config or all checkpoints cannot be read.
-        epochs: epochs done, as far as checkpoints have them.
-        max_epochs: epochs to do; None where the config cannot be read.
-        best_epoch: the best epoch, if there is one.
-        best_loss: the monitored loss after it.
-        angular_error_deg: mean angular error of the validation in it, in degrees, if it is on record.
-        minutes: duration of all epochs, in minutes.
-        last_change: when anything in the experiment's folder or its checkpoints changed last, local time.
-        problems: what is corrupt, a sentence for each.
-
-    Example:
-        >>> RunOverview.__slots__[:2]
-        ('name', 'state')
+    `minutes` is the duration of all epochs. `last_change` is the local time of the last change in its folder.
+    `problems` has a sentence for each corrupt part.
     """
 
     name: str
@@ -52,23 +39,7 @@ class RunOverview:
 
 
 def list_runs(experiments_path: str | Path) -> list[RunOverview]:
-    """Look at all experiments in a folder and at the members of ensembles. Nothing is written, no tensor is read.
-
-    Args:
-        experiments_path: the folder. What is no experiment in it, having no config.json, is passed over.
-
-    Returns:
-        An overview of each, sorted by name, members by number.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-
-    Example:
-        >>> list_runs("/no/such/folder")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: Experiments path '/no/such/folder' is not a folder.
-    """
+    """An overview of each experiment in a folder and each member of an ensemble, by name. No tensor is read."""
     folder = Path(experiments_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"Experiments path {str(experiments_path)!r} is not a folder.")
@@ -112,7 +83,7 @@ def _overview(directory: Path, name: str) -> RunOverview:
 
 
 def _state(training: TrainingConfig, history: tuple[EpochReport, ...]) -> RunState:
-    """By config and position, for the last report tells why a run had ended before it was given more epochs."""
+    """From config and history: the last report may be older than a change of the maximum of epochs or the patience."""
     if len(history) >= training.max_epochs:
         return "finished"
     if history and training.patience is not None and history[-1].best.num_bad_epochs >= training.patience:

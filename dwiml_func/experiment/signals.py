@@ -1,4 +1,4 @@
-"""Stopping a run at a batch's end when a signal asks for it."""
+"""Signals that end a run: the current batch is finished, then the state is saved."""
 
 from __future__ import annotations
 
@@ -22,25 +22,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(slots=True)
 class StopRequest:
-    """Whether a run should stop.
-
-    Args:
-        signal: the signal that asked for it; None while nothing did.
-        process_group: the processes that train together; when one is asked to stop, all do.
-
-    Example:
-        >>> StopRequest().agreed()
-        False
-    """
+    """A request to stop a run: the signal that asked for it, None while there is none."""
 
     signal: signal.Signals | None = None
     process_group: ProcessGroup = SINGLE_PROCESS
 
     def agreed(self) -> bool:
-        """Whether this process, or another that trains with it, was asked to stop.
+        """Whether this or another process of the group was asked to stop.
 
-        Returns:
-            The same in all processes. They all call it at the same points of the run.
+        All processes call it at the same points of the run and get the same answer.
         """
         if self.process_group.size > 1:
             asked = torch.tensor([0 if self.signal is None else int(self.signal)])
@@ -50,17 +40,9 @@ class StopRequest:
 
 
 class TrainingStopped(Exception):
-    """A run stopped because it was asked to; its state is saved.
+    """A run ended because a signal asked for it; its state is saved as the checkpoint `name`, None if there is none.
 
-    Args:
-        signal: the signal that asked for it.
-        directory: the experiment.
-        name: the name of the newest checkpoint; None when there is none.
-        error: what went wrong between the signal and the end; None when nothing did.
-
-    Example:
-        >>> TrainingStopped(signal.SIGTERM, Path("experiments/a"), "3-17").exit_code
-        143
+    `error` is another error that occurred between the signal and the end.
     """
 
     def __init__(
@@ -74,7 +56,7 @@ class TrainingStopped(Exception):
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a program that a signal ended: 128 and the signal's number."""
+        """The exit code that shells give to a program ended by the signal."""
         return 128 + self.signal
 
 
@@ -82,21 +64,10 @@ class TrainingStopped(Exception):
 def stop_on_signals(
     process_group: ProcessGroup = SINGLE_PROCESS, *, at_second: Callable[[signal.Signals], object] | None = None
 ) -> Iterator[StopRequest]:
-    """Turn the first SIGINT (Ctrl-C) or SIGTERM within the block into a request.
+    """Turn the first SIGINT (Ctrl-C) or SIGTERM within the block into a request, which is yielded.
 
-    Args:
-        process_group: the processes that train together.
-        at_second: called at a second signal, in the main thread; None lets that act as usual.
-
-    Yields:
-        The request, to look at after each batch. Outside the main thread, where Python cannot handle signals, it stays
-        empty.
-
-    Example:
-        >>> with stop_on_signals() as stop:
-        ...     signal.raise_signal(signal.SIGINT)
-        ...     stop.signal.name
-        'SIGINT'
+    `at_second` is called at a second signal; without it, a second signal acts as usual. Outside the main thread, where
+    Python cannot handle signals, the request stays empty.
     """
     request = StopRequest(process_group=process_group)
     if threading.current_thread() is not threading.main_thread():
@@ -119,8 +90,8 @@ def stop_on_signals(
             for each in _SIGNALS:
                 signal.signal(each, handle_second)
         request.signal = signal.Signals(number)
-        # Not print: the signal may have come while standard error was being written to.
-        os.write(2, b"\nStopping after the batch under way, to save it. Once more stops at once.\n")
+        # Not print: the signal may have interrupted a write to standard error.
+        os.write(2, b"\nFinishing the current batch, then saving. Press Ctrl-C again to quit immediately.\n")
 
     for number in _SIGNALS:
         signal.signal(number, handle)
