@@ -114,6 +114,7 @@ def _losses(panel: Panel, run: PlottedRun, number: int) -> None:
 
 
 def angular_errors(panel: Panel, run: PlottedRun, number: int) -> None:
+    """Angular errors of the epochs, and of the best model at the points where the baselines give a direction too."""
     panel.name("Angular error", "mean angle (degrees)")
     _train_and_valid(panel, run, number, "angular_error")
     best, value = run.history[-1].best.epoch, run.evaluation.model if run.evaluation else math.nan
