@@ -187,7 +187,7 @@ def test_a_path_without_a_name_is_nothing_to_write(cli, tmp_path, monkeypatch, c
     cli(command, *arguments, path).check_refusal(f"the name of a file or folder to write. Received: {path!r}")
 
 
-def test_an_argument_that_is_empty_is_told_and_not_taken_for_the_present_folder(cli, folder, monkeypatch):
+def test_an_empty_argument_is_refused_and_not_taken_for_the_current_folder(cli, folder, monkeypatch):
     monkeypatch.chdir(folder)
     before = contents(folder)
     cli("train", "", "new", PHANTOM).check_refusal("Expected no empty argument. Received: '' new", "not set?")
@@ -202,7 +202,7 @@ def test_a_link_to_nothing_is_a_file_that_exists(cli, tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--num-models", 10**9], ["--num-models", 5000, "--sweep", "learning-rate=1,2,3"]])
-def test_an_ensemble_that_no_disk_could_hold_is_refused_before_it_is_put_together(cli, folder, options):
+def test_an_ensemble_that_no_disk_could_hold_is_refused_early(cli, folder, options):
     cli("train", folder, "new", PHANTOM, *options).check_refusal("at most 10000 members")
 
 
@@ -259,7 +259,7 @@ def test_resume_refuses_in_one_line_and_changes_nothing(cli, experiments, argume
     ],
     ids=["empty", "no text", "unknown", "type", "deep", "huge", "longer"],
 )
-def test_a_damaged_config_is_refused_on_resume(cli, experiments, content, named):
+def test_a_corrupt_config_is_refused_on_resume(cli, experiments, content, named):
     (experiments / "run" / "config.json").write_bytes(content)
     before = contents(experiments)
     cli("resume", experiments, "run", "--new-patience", "9").check_refusal(
@@ -268,7 +268,7 @@ def test_a_damaged_config_is_refused_on_resume(cli, experiments, content, named)
     assert contents(experiments) == before
 
 
-def test_a_run_of_which_every_checkpoint_is_damaged_is_refused_on_resume_and_by_digest(cli, experiments):
+def test_a_run_whose_checkpoints_are_all_corrupt_is_refused_on_resume_and_by_digest(cli, experiments):
     for name in ("2", "3"):
         (data,) = (experiments / "run" / "checkpoint" / name / "leaves" / "d").iterdir()
         data.write_bytes(data.read_bytes()[:-1])
@@ -280,7 +280,7 @@ def test_a_run_of_which_every_checkpoint_is_damaged_is_refused_on_resume_and_by_
     assert contents(experiments) == before
 
 
-def test_what_is_no_experiment_is_refused(cli, folder):
+def test_a_folder_that_is_not_an_experiment_is_refused(cli, folder):
     cli("resume", folder, "nothing").check_refusal(str(folder / "nothing"), "not an experiment")
     cli("resume", folder / "nothing", "there").check_refusal(str(folder / "nothing"), "not a folder")
     cli("resume", folder, "../there").check_refusal("'../there'")

@@ -31,7 +31,7 @@ TINY = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs",
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of experiments, with one in it that has no checkpoint yet."""
+    """A folder of experiments; one of them has no checkpoint yet."""
     path = tmp_path / "experiments"
     (path / "there").mkdir(parents=True)
     (path / "there" / "config.json").write_text(RunConfig(hdf5_file=str(PHANTOM)).to_json())
@@ -45,7 +45,7 @@ def test_digest_prints_one_line_and_nothing_else(cli, stopped_early):
     assert outcome.out.strip() == latest_digest(stopped_early / "run")
 
 
-def test_after_a_new_patience_the_run_goes_on(cli, experiments):
+def test_after_a_new_patience_the_run_continues(cli, experiments):
     outcome = cli("resume", experiments, "run", "--new_patience", "3")
     assert (outcome.code, outcome.err) == (0, "")
     lines = [line.split()[1] for line in outcome.out.splitlines() if line.startswith("Epoch ")]

@@ -1,8 +1,9 @@
-"""Claims about what commands say of their work: quiet, verbose, and warnings of one line."""
+"""Claims about messages of commands: quiet, verbose, warnings of one line, and outputs that take no more."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 TINY = ("--rnn-layer-sizes", "4", "--batch-size-training", "40", "--max-epochs", "1")
 
 
-def test_quiet_leaves_the_results_only(cli, tmp_path: Path) -> None:
+def test_quiet_prints_only_results(cli, tmp_path: Path) -> None:
     outcome = cli("train", tmp_path, "quiet", PHANTOM, *TINY, "-q")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith("Finished after 1 epoch, ")
@@ -27,7 +28,7 @@ def test_quiet_leaves_the_results_only(cli, tmp_path: Path) -> None:
     assert cli("--quiet", "digest", tmp_path / "quiet").out == cli("digest", tmp_path / "normal").out
 
 
-def test_verbose_tells_what_computes_and_where_an_error_comes_from(cli, tmp_path: Path) -> None:
+def test_verbose_prints_the_environment_and_the_traceback_of_an_error(cli, tmp_path: Path) -> None:
     outcome = cli("train", tmp_path, "new", PHANTOM, *TINY, "--verbose")
     assert outcome.code == 0
     assert re.search(r"^dwiml-func train: \d\d:\d\d:\d\d debug dwiml_func\S*: .*torch \d", outcome.err, re.MULTILINE)
@@ -53,12 +54,23 @@ def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_what_messages_set_is_put_back() -> None:
+def test_messages_restores_the_loggers() -> None:
     root, package = logging.getLogger(), logging.getLogger("dwiml_func")
     before = (list(root.handlers), package.level, warnings.showwarning)
     with messages("dwiml-func", Verbosity.VERBOSE):
         assert len(root.handlers) == len(before[0]) + 1
     assert (list(root.handlers), package.level, warnings.showwarning) == before
+
+
+def test_an_output_without_unicode_shows_everything(tmp_path: Path) -> None:
+    (tmp_path / "r\u00e9sum\u00e9").mkdir()
+    (tmp_path / "r\u00e9sum\u00e9" / "config.json").write_text("{}")
+    for arguments, printed in ((["--help"], "send-to-comet"), (["runs", str(tmp_path)], r"r\xe9sum\xe9")):
+        command = [sys.executable, "-m", "dwiml_func", *arguments]
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert printed in done.stdout
 
 
 def test_an_output_that_is_closed_ends_a_command_without_a_traceback() -> None:

@@ -11,7 +11,7 @@ from dwiml_func.cli._output import folders_above, new_folder
 DATA = Path(__file__).parent / "data"
 
 
-def test_the_example_of_each_model_command_runs_where_no_folder_stands_yet(cli, tmp_path: Path) -> None:
+def test_the_model_commands_make_missing_folders(cli, tmp_path: Path) -> None:
     model, exported = tmp_path / "models" / "imported", tmp_path / "exported" / "today" / "best_model"
     assert cli("import-dwi-ml", DATA / "cos", model).code == 0
     outcome = cli("export-dwi-ml", model, exported)
@@ -19,7 +19,7 @@ def test_the_example_of_each_model_command_runs_where_no_folder_stands_yet(cli, 
     assert sorted(path.name for path in exported.iterdir()) == ["model_state.pkl", "model_type.txt", "parameters.json"]
 
 
-def test_a_picture_is_written_where_no_folder_stands_yet(cli, experiments: Path, tmp_path: Path) -> None:
+def test_plot_makes_missing_folders(cli, experiments: Path, tmp_path: Path) -> None:
     out = tmp_path / "plots" / "today" / "runs.svg"
     assert cli("plot", experiments / "run", "--out", out).code == 0
     assert out.stat().st_size > 0
@@ -32,7 +32,7 @@ def test_a_command_that_fails_leaves_no_folder(cli, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folders_that_were_there_or_hold_something_stay_when_the_block_fails(tmp_path: Path) -> None:
+def test_existing_and_non_empty_folders_are_kept_when_the_block_fails(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
 
     def fail() -> None:
@@ -45,7 +45,7 @@ def test_folders_that_were_there_or_hold_something_stay_when_the_block_fails(tmp
     assert [path.name for path in (tmp_path / "old").rglob("*")] == ["kept", "b.txt"]
 
 
-def test_what_stands_in_the_way_is_named(tmp_path: Path) -> None:
+def test_an_obstacle_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for name in ("file", "link"):
@@ -56,7 +56,7 @@ def test_what_stands_in_the_way_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "./a/../b/model"])
-def test_relative_paths_begin_where_the_user_stands(tmp_path: Path, monkeypatch, name: str) -> None:
+def test_relative_paths_start_in_the_current_folder(tmp_path: Path, monkeypatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     with new_folder(name) as folder:
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Claims about command lines: what is said when they cannot be read."""
+"""Claims about command lines that cannot be read, and about where options may stand."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(cli, command: str, mean
 
 
 @pytest.mark.parametrize("command", ["train", "resume", "digest", "create-hdf5"])
-def test_messages_are_set_before_or_behind_the_command(cli, command: str) -> None:
+def test_quiet_may_stand_before_or_after_the_command(cli, command: str) -> None:
     assert cli("--quiet", command, "--help").out == cli(command, "--help", "-q").out == cli(command, "--help").out
 
 

@@ -32,7 +32,7 @@ def test_a_run_is_trained_again_from_its_config_alone(cli, experiments: Path) ->
     assert latest_digest(experiments / "again") == latest_digest(experiments / "run")
 
 
-def test_the_command_line_counts_before_the_config_and_the_config_before_the_defaults(cli, folder: Path) -> None:
+def test_the_command_line_overrides_the_config_and_the_config_overrides_the_defaults(cli, folder: Path) -> None:
     part = folder.parent / "part.json"
     options = {"training": {"max_epochs": 7, "rng": 5}, "batches": {"nb_subjects_per_batch": 2}, "origin": None}
     part.write_text(json.dumps(options))
@@ -45,7 +45,7 @@ def test_the_command_line_counts_before_the_config_and_the_config_before_the_def
     assert example.hdf5_file == str(folder / "example_data.hdf5")
 
 
-def test_the_options_that_suit_the_example_data_are_there_before_the_others_are_checked(cli, folder: Path) -> None:
+def test_the_example_options_apply_before_the_others_are_checked(cli, folder: Path) -> None:
     config = config_from_json(cli("train", folder, "new", "--normalize-prev-dirs", "--dry-run").out)
     assert config.model.nb_previous_dirs == 1
     cli("train", folder, "new", PHANTOM, "--normalize-prev-dirs").check_refusal("nb_previous_dirs")
@@ -58,7 +58,7 @@ def test_the_options_that_suit_the_example_data_are_there_before_the_others_are_
         (["--learning-rate", "0.1", "--weight-decay=0.5"], "--max-epochs 30"),
     ],
 )
-def test_only_those_that_are_not_overridden_are_printed(given: list[str], kept: str) -> None:
+def test_only_example_options_that_are_not_overridden_are_printed(given: list[str], kept: str) -> None:
     options = parse(RunOptions, given, "", default=example_options())
     assert (
         shlex.join(kept_example_options(options))
@@ -67,7 +67,7 @@ def test_only_those_that_are_not_overridden_are_printed(given: list[str], kept: 
     assert kept_example_options(RunOptions()) == []
 
 
-def test_a_classification_of_the_example_data_has_options_of_its_own_under_those_given(cli, tmp_path: Path) -> None:
+def test_classification_on_the_example_data_has_its_own_options_below_the_given_ones(cli, tmp_path: Path) -> None:
     arguments = ("train", tmp_path, "new", "--dry-run", "--dg-key", "sphere-classification")
     plain = config_from_json(cli(*arguments[:4]).out)
     classes = config_from_json(cli(*arguments).out)
@@ -79,7 +79,7 @@ def test_a_classification_of_the_example_data_has_options_of_its_own_under_those
     assert given.training.learning_rate == ("0.25",)
 
 
-def test_a_dry_run_prints_what_the_run_would_record_and_writes_nothing(cli, experiments: Path) -> None:
+def test_a_dry_run_prints_the_config_and_writes_nothing(cli, experiments: Path) -> None:
     before = sorted(experiments.rglob("*"))
     run = experiments / "run" / "config.json"
     outcome = cli("train", experiments, "new", "--config", run, "--dry-run")

@@ -35,7 +35,7 @@ def change(run: Path, **training: object) -> None:
     )
 
 
-def test_a_run_is_shown_as_its_record_has_it(cli, experiments: Path) -> None:
+def test_a_run_is_listed_as_recorded(cli, experiments: Path) -> None:
     record = newest(experiments / "run")
     assert record is not None
     best = record.history[1]
@@ -71,7 +71,7 @@ def test_the_state_follows_from_lock_config_and_position(cli, experiments: Path)
     assert (begun["state"], begun["epochs"], begun["best_loss"]) == ("interrupted", 0, None)
 
 
-def test_what_is_damaged_is_shown_as_such(cli, experiments: Path) -> None:
+def test_corrupt_runs_are_marked(cli, experiments: Path) -> None:
     run = experiments / "run"
     (run / "checkpoint" / "3" / "manifest.json").write_text("{")
     row = rows(cli, experiments)["run"]
@@ -89,7 +89,7 @@ def test_what_is_damaged_is_shown_as_such(cli, experiments: Path) -> None:
     assert "config.json: invalid JSON" in " ".join(outcome.out.split())
 
 
-def test_folders_that_are_no_experiments_are_passed_over(cli, tmp_path: Path) -> None:
+def test_folders_that_are_not_experiments_are_skipped(cli, tmp_path: Path) -> None:
     assert cli("runs", tmp_path).out == f"No experiments in {tmp_path}.\n"
     assert rows(cli, tmp_path) == {}
     (tmp_path / "data.hdf5").write_bytes(b"")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import logging
 import os
 import shlex
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if sys.platform not in _PLATFORMS:
         return _fail(f"dwiml-func: Expected {' or '.join(_PLATFORMS.values())}. Received: {sys.platform}.", 2)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks ends no training
     if arguments[:1] == ["--version"]:
         from dwiml_func import __version__
 
