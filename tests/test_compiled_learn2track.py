@@ -1,4 +1,4 @@
-"""Claims about Learn2Track in a compiled step: one graph for batches of any length, whatever the direction getter."""
+"""Claims about Learn2Track in a compiled step: one graph for batches of any length, for each direction getter."""
 
 from functools import partial
 

@@ -231,7 +231,7 @@ def test_features_of_any_size_have_finite_losses_and_gradients(options: dict[str
 
 @pytest.mark.parametrize("eos_weight", [0.0, 1.0, 2.5])
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in CLASSIFICATIONS])
-def test_the_eos_loss_is_a_weighted_cross_entropy_beside_that_of_the_direction(key: str, eos_weight: float) -> None:
+def test_the_eos_loss_is_a_weighted_cross_entropy_added_to_that_of_the_direction(key: str, eos_weight: float) -> None:
     getter, (outputs, targets, is_last) = _case(key, add_eos=True, eos_weight=eos_weight)
     without = _make(key)
     of_directions = without.losses(outputs[:, :-1], targets).tolist()
@@ -262,7 +262,7 @@ def test_a_confident_mistake_about_eos_costs_its_logit_and_can_be_unlearned(key:
     assert gradient[:, -1].tolist() == [-1.0 if last else 1.0 for last in is_last.tolist()]
 
 
-# --- sampling: what holds for all; each getter's density is tested in a module of its own ----------------------------
+# --- sampling: what holds for all; test_getter_densities.py tests each density        ----------------------------
 
 
 @pytest.mark.parametrize("add_eos", [False, True])

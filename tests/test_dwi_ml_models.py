@@ -1,9 +1,9 @@
 """Models of dwi_ml: imported, they give the losses that it reported; exported, they are what they were.
 
 The models in `data/parity` were made by dwi_ml's own classes at commit a1ee02d, on torch 2.13: its `Learn2TrackModel`
-with the options that stand in each `parameters.json`, 40 steps of `torch.optim.Adam` (learning rate 0.005, 16
+with the options in each `parameters.json`, 40 steps of `torch.optim.Adam` (learning rate 0.005, 16
 streamlines of subject subj0 a step, batches from its `DWIMLBatchLoaderOneInput`), then its `save_params_and_state`. The
-losses beside them are its `compute_loss(average_results=True)` of all streamlines of subj2, the validation subject of
+recorded losses are its `compute_loss(average_results=True)` of all streamlines of subj2, the validation subject of
 `phantom.hdf5`, in one batch of that loader, in evaluation mode.
 """
 

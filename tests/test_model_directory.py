@@ -47,7 +47,7 @@ def saved(model: Learn2Track, tmp_path: Path) -> Path:
     return tmp_path / "best_model"
 
 
-def test_a_model_comes_back_with_the_same_outputs_to_the_bit(saved, model, batch):
+def test_a_model_comes_back_with_bitwise_identical_outputs(saved, model, batch):
     loaded = load_model(saved).module
     assert isinstance(loaded, Learn2Track)
     assert {name: p.requires_grad for name, p in loaded.named_parameters()} == {
@@ -102,7 +102,7 @@ def test_the_seed_decides_the_parameters_of_a_new_model():
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_a_damaged_model_is_refused(saved):
+def test_a_corrupt_model_is_refused(saved):
     (data,) = (saved / "leaves" / "d").iterdir()
     content = bytearray(data.read_bytes())
     content[len(content) // 2] ^= 1

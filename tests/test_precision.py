@@ -1,4 +1,4 @@
-"""Claims about mixed precision: the model's products in bfloat16, all else in float32, repeated to the bit."""
+"""Claims about mixed precision: the model's products in bfloat16, the rest in float32, bitwise reproducible."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_the_loss_and_gradient_of_every_getter_are_near_those_in_float32(dg_key,
 
 
 def test_a_getters_outputs_are_finer_than_bfloat16():
-    """Else a density that is narrow beside its mean would feel the rounding."""
+    """Otherwise rounding would affect a density that is narrow relative to its mean."""
     model = made(Learn2Track, NUM_FEATURES, dg_key="gaussian", **OPTIONS)
     outputs = autocast_forward(model, LOW)(some_batch(0, 10))
     assert not torch.equal(outputs, outputs.bfloat16().float())

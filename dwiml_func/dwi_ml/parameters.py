@@ -102,7 +102,7 @@ def parameters_of(config: RunConfig, *, nb_features: int, experiment_name: str) 
         "rnn_layer_sizes": _listed(model.rnn_layer_sizes),
         "use_skip_connection": model.use_skip_connection,
         "use_layer_normalization": model.use_layer_normalization,
-        "dropout": float(model.dropout),  # dwi_ml refuses an integer
+        "dropout": float(model.dropout),  # dwi_ml rejects an integer
     }
 
 

@@ -1,4 +1,4 @@
-"""Models that learn tractography, and what they are compared with.
+"""Models that learn tractography, their direction getters, and the baselines that they are compared with.
 
 Names are loaded at their first use, so that one model does not load another.
 """
@@ -15,7 +15,7 @@ __all__ = ["Learn2Track", "compute_batch_loss", "load_model", "make_direction_ge
 _MODULES = {
     "Learn2Track": "models.learn2track",
     "compute_batch_loss": "models.learn2track",
-    "load_model": "experiment.model_store",  # a door only: nothing in this room uses what stands above it
+    "load_model": "experiment.model_store",  # offered here, not used: the rooms below `experiment` do not import it
     "make_direction_getter": "models.direction_getters",
 }
 

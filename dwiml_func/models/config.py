@@ -38,7 +38,7 @@ _OneWithoutValue = Annotated[
         str_from_instance=lambda value: [str(value)],
     ),
 ]
-"""An option that may be left out, given alone (1.0) or given with a number."""
+"""An option that may be left out, given without a value (1.0) or given with a number."""
 
 GETTER_OPTIONS = {
     "dg_dropout": "dropout",
@@ -63,25 +63,25 @@ class ModelConfig:
     input_embedding_key: Literal["no_embedding", "nn_embedding", "cnn_embedding"] = "no_embedding"
     """First layers on the input: none, a linear layer and ReLU, or convolutions over a grid neighbourhood and ReLU."""
     input_embedded_size: int | None = None
-    """With nn_embedding: its number of features."""
+    """With nn_embedding: number of features."""
     nb_cnn_filters: tuple[int, ...] | None = None
-    """With cnn_embedding: filters of each layer."""
+    """With cnn_embedding: number of filters of each layer."""
     kernel_size: tuple[int, ...] | None = None
-    """With cnn_embedding: side of each layer's cubic kernel, as many as filters."""
+    """With cnn_embedding: side of each layer's cubic kernel, one per layer."""
     nb_previous_dirs: int = 0
-    """Previous directions given to the model at each point, beside the input."""
+    """Number of previous directions given to the model at each point, in addition to the input."""
     prev_dirs_embedding_key: Literal["no_embedding", "nn_embedding"] = "no_embedding"
     """First layer on the previous directions: none, or a linear layer and ReLU."""
     prev_dirs_embedded_size: int | None = None
-    """With nn_embedding: features of all previous directions together."""
+    """With nn_embedding: number of features for all previous directions together."""
     normalize_prev_dirs: bool = False
-    """Bring the previous directions to unit length."""
+    """Normalise the previous directions to unit length."""
     rnn_key: Literal["lstm", "gru"] = "lstm"
     """Recurrent unit."""
     rnn_layer_sizes: tuple[int, ...] = (100, 100)
     """Hidden size of each recurrent layer."""
     use_skip_connection: bool = False
-    """Give the input to every recurrent layer, and the outputs of all of them, with the input, to the getter."""
+    """Give the input to every recurrent layer, and the outputs of all layers and the input to the direction getter."""
     use_layer_normalization: bool = False
     """Normalise the output of each recurrent layer."""
     dropout: float = 0.0
@@ -101,19 +101,19 @@ class ModelConfig:
     dg_dropout: float = 0.0
     """Probability of dropping a value inside the direction getter."""
     dg_sphere: str | None = None
-    """With classification: the sphere of dipy whose points are the classes. None: symmetric724."""
+    """With classification: the dipy sphere whose points are the classes. None: symmetric724."""
     add_entropy_to_gauss: _OneWithoutValue = None
-    """With gaussian: subtract the entropy from the loss, with this weight; alone: 1. None: it is not."""
+    """With gaussian: weight of the entropy subtracted from the loss; without a value: 1. None: 0."""
     dg_nb_gaussians: int | None = None
     """With gaussian-mixture: number of Gaussians. None: 3."""
     dg_nb_clusters: int | None = None
     """With fisher-von-mises-mixture: number of distributions. None: 3."""
     normalize_targets: _OneWithoutValue = None
-    """With regression and gaussian: bring the true directions to this length; alone: 1. None: they are not."""
+    """With regression and gaussian: length given to the true directions; without a value: 1. None: as they are."""
     normalize_outputs: _OneWithoutValue = None
-    """With regression: bring the predicted directions to this length; alone: 1. None: they are not."""
+    """With regression: length given to the predicted directions; without a value: 1. None: as they are."""
     add_eos: bool = False
-    """Learn too where streamlines end (EOS)."""
+    """Also learn where streamlines end (EOS)."""
     eos_weight: float | None = None
     """With --add-eos, but not with classification: weight of the loss of EOS. None: 1."""
 
@@ -136,7 +136,7 @@ def build_model(config: ModelConfig, *, nb_features: int, neighborhood: Neighbor
 
 
 def model_shapes(build: Callable[[], torch.nn.Module]) -> dict[str, Tensor]:
-    """The state of a model without values, on torch's device "meta", which takes no memory whatever the options are.
+    """The state of a model without values, on torch's device "meta", which takes no memory.
 
     Raises OverflowError if torch cannot represent the size of a tensor.
     """

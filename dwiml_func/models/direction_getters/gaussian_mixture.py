@@ -18,7 +18,7 @@ __all__ = ["GaussianMixture"]
 class GaussianMixture(DirectionGetter):
     """Three two-layer networks, for the weights, the means and the deviations of G Gaussians; loss: -log density.
 
-    In dwi_ml this getter cannot be trained (its constructor refuses `normalize_targets`, its layers are misspelt, and
+    In dwi_ml this getter cannot be trained (its constructor rejects `normalize_targets`, its layers are misspelt, and
     it evaluates every point's Gaussian at every point). Formulas and parameter names are dwi_ml's; EOS is one more row
     of `layers_mean`, as in the single Gaussian.
 

@@ -2,7 +2,7 @@
 
 Taken apart, a scan over hundreds of time steps would make a graph that takes minutes to compile and fits one batch
 only. An operator fits batches of any length. No number may be read from a tensor while a graph is traced, so the layout
-of a batch is an operator too (see `packing`), and the lengths of the sequences stand for the rows of each time step.
+of a batch is an operator too (see `packing`), and the rows of each time step are given by the lengths of the sequences.
 """
 
 from __future__ import annotations
