@@ -1,4 +1,4 @@
-"""Claims about an experiment's logs: a full or read-only disk costs a warning, and the next resume makes them whole."""
+"""Claims about an experiment's logs: a full or read-only disk costs one warning, and the next resume completes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = RunConfig(
 
 
 def full_disk(directory: Path, write: Writer) -> Writer:
-    """The system refuses to write more than 100 bytes into a file, as long as the writer is at work."""
+    """The system refuses to write more than 100 bytes into a file while the writer runs."""
 
     def limited(*reports: EpochReport) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -48,7 +48,7 @@ def full_disk(directory: Path, write: Writer) -> Writer:
 
 
 def read_only(directory: Path, write: Writer) -> Writer:
-    """A place in which nobody can make a file, not even root."""
+    """A folder in which nobody can make a file, not even root."""
     (directory / "logs").symlink_to("/proc/self")
     return write
 
@@ -61,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("spoil", [full_disk, read_only])
-def test_training_goes_on_with_one_warning_and_the_next_resume_completes_the_logs(
+def test_training_continues_with_one_warning_and_the_next_resume_completes_the_logs(
     tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path, Writer], Writer]
 ) -> None:
     first = replace(CONFIG, training=TrainingConfig(max_epochs=1))
