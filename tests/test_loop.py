@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.loop import EpochReport, train_and_validate
+from dwiml_func.core.loop import EpochReport, Interrupted, train_and_validate
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
@@ -145,6 +145,47 @@ def test_a_run_resumed_with_more_epochs_is_the_longer_run():
     assert report.stop == "max_epochs"
     rest = [(state_digest(state), replace(report, stop=None)) for state, report in loop(half)]
     assert rest == whole[2:]
+
+
+def interrupting(number: int) -> Any:
+    calls = iter(range(1, 1000))
+    return lambda: next(calls) == number
+
+
+def test_interrupt_is_asked_after_each_batch_and_the_state_is_that_of_the_last_training_batch():
+    whole = [(state_digest(state), report) for state, report in loop(first_state(), max_epochs=2)]
+    positions = []
+    for number in range(1, 15):  # 4 training and 3 validation batches an epoch
+        seen = []
+        with pytest.raises(Interrupted) as raised:
+            seen.extend(loop(first_state(), max_epochs=2, interrupt=interrupting(number)))
+        state = raised.value.state
+        assert str(raised.value) == f"after batch {state.batch} of epoch {state.epoch + 1}"
+        positions.append((state.epoch, state.batch))
+        taken = []
+        rest = loop(
+            state, max_epochs=2, on_batch=lambda state, _, taken=taken: taken.append((state.epoch, state.batch))
+        )
+        ends = [(state_digest(state), replace(report, timed_points=None)) for state, report in rest]
+        assert ends == whole[len(seen) :]
+        assert positions[-1] not in taken  # no batch is trained twice
+    assert positions == [(epoch, batch) for epoch in (0, 1) for batch in (1, 2, 3, 4, 4, 4, 4)]
+    assert len(list(loop(first_state(), max_epochs=2, interrupt=lambda: False))) == 2
+
+
+def test_track_is_given_every_part_of_an_epoch_and_its_batches_are_those_that_are_used():
+    parts: list[tuple] = []
+
+    def track(batches, label, *, epoch, start_batch):
+        parts.append((label, epoch, start_batch))
+        return batches
+
+    plain = [state_digest(state) for state, _ in loop(first_state(), max_epochs=2)]
+    assert [state_digest(state) for state, _ in loop(first_state(), max_epochs=2, track=track)] == plain
+    assert parts == [(label, epoch, 0) for epoch in (0, 1) for label in ("training", "validation")]
+    nothing = loop(first_state(), track=lambda batches, label, **position: [])
+    with pytest.raises(ValueError, match="has no batch"):
+        next(nothing)
 
 
 # Validation

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -249,3 +251,26 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
     whole = Path(shutil.copytree(copy, tmp_path / "again"))
     assert list_checkpoints(whole) == ["2", "4", "5"]
     assert [report.digest for report in restored(copy)[1]][-1] == latest_digest(copy)
+
+
+def test_a_checkpoint_that_is_corrupt_a_second_time_replaces_the_one_set_aside(copy):
+    for content in ("{}", "[]"):
+        if not (copy / "checkpoint" / "4").exists():
+            shutil.copytree(copy / "checkpoint" / "3", copy / "checkpoint" / "4")
+        (copy / "checkpoint" / "4" / "manifest.json").write_text(content)
+        assert resume_experiment(copy, new_patience=9)[1].epoch == 3
+    assert (copy / "checkpoint" / "4.corrupt" / "manifest.json").read_text() == "[]"
+    assert not (copy / "checkpoint" / "4").exists()
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoint", "logs", "logs/comet", "logs/tensorboard", "plots"])
+def test_what_a_crash_left_is_removed_from_every_folder_that_is_written_to(copy, folder):
+    place = copy / folder
+    place.mkdir(exist_ok=True)
+    leave = (
+        f"from dwiml_func.files import atomic; atomic._beside(atomic.Path({str(place / 'x')!r}), '.dwiml-tmp-').mkdir()"
+    )
+    subprocess.run([sys.executable, "-c", leave], check=True)
+    assert [path.name for path in place.iterdir() if path.name.startswith(".dwiml-tmp-x")]
+    resume_experiment(copy, new_patience=9)
+    assert not [path.name for path in place.iterdir() if path.name.startswith(".dwiml-tmp-x")]

@@ -162,6 +162,35 @@ def test_a_damaged_checkpoint_is_named_and_another_start_is_taken(cli, run):
     assert "digest" not in outcome.out  # the epoch itself came out as recorded
 
 
+def test_a_difference_before_the_epoch_is_reported_too(cli, run):
+    """Epoch 3 is replayed from the first state, and epoch 2 is not as recorded."""
+    shutil.rmtree(run / "checkpoint" / "2")
+    shutil.rmtree(run / "checkpoint" / "1", ignore_errors=True)
+    history = record(run, "3")["history"]
+    history[1]["train"]["loss"] += 1.0
+    save_again(run, "3", history=history)
+    outcome = cli("verify", run)
+    assert outcome.code == 1
+    assert outcome.out.splitlines() == [
+        f"{run}: epoch 3, replayed from the first state, differs from the recorded epoch.",
+        "  epoch 2, replayed before, also differs",
+    ]
+
+
+def test_corrupt_tensors_after_the_epoch_are_reported_also_where_all_else_is_as_recorded(cli, run):
+    leaves = (path for path in (run / "checkpoint" / "2" / "leaves").rglob("*") if path.is_file())
+    largest = max(leaves, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    outcome = cli("verify", run, "--epoch", "2")
+    assert outcome.code == 1
+    first, *problems = outcome.out.splitlines()
+    assert first == f"{run}: epoch 2, replayed from the first state, differs from the recorded epoch."
+    assert len(problems) == 1
+    assert f"{run}/checkpoint/2 is corrupt" in problems[0]
+
+
 def test_what_cannot_be_verified_is_refused_with_exit_code_2(cli, run, tmp_path):
     for epoch in ("0", "-1", "4"):
         cli("verify", run, "--epoch", epoch).check_refusal(f"Epoch {epoch} of {run} is not recorded", "1 to 3")
