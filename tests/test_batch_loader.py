@@ -313,3 +313,44 @@ def test_noise_larger_than_half_a_step_warns(dataset, resampling):
             warnings.simplefilter("always")
             epoch_batches(dataset, SPEC, spec, key=KEY, epoch=0, augment_key=AUGMENT_KEY)
         assert ["half a step" in str(warning.message) for warning in caught] == [True] * large
+
+
+# --- voxels of several sizes ---
+
+SIZES = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [1.0, 2.0, 4.0]])
+
+
+@pytest.fixture(scope="module")
+def mixed() -> StreamlineDataset:
+    """Three subjects whose voxels differ, one anisotropic; each has straight streamlines of 12 voxels along an axis."""
+    ends = [np.eye(3)[axis] * 12 for axis in range(3)] * 3
+    return StreamlineDataset(
+        path=Path("mixed.hdf5"),
+        subset="training",
+        index=DatasetIndex(("a", "b", "c"), np.array([3, 3, 3]), np.array([12.0] * 3 + [24] * 3 + [12, 24, 48])),
+        volumes=tuple(torch.zeros(14, 14, 14, 1) for _ in range(3)),
+        streamlines=Streamlines.from_list([np.linspace(0, end, 7) for end in ends]),
+        voxel_sizes=SIZES,
+        input_attributes={},
+    )
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5, 6, 7, 8], [8, 0, 5, 7, 3]])
+def test_steps_are_in_mm_of_each_subjects_own_voxels_along_each_axis(mixed, order):
+    batch = load(mixed, LoaderSpec(resampling=Resampling(step_size=2.0)), np.array(order))
+    expected = [12 * SIZES[number // 3, number % 3].item() / 2 + 1 for number in order]
+    assert batch.offsets.diff().tolist() == expected
+    steps = directions(batch.points, batch.offsets) * SIZES[batch.subject].repeat_interleave(
+        batch.offsets.diff() - 1, dim=0
+    )
+    torch.testing.assert_close(steps.norm(dim=1), torch.full((len(steps),), 2.0))
+
+
+@pytest.mark.parametrize(("size", "large"), [(0.12, False), (0.13, True)])
+def test_noise_is_compared_with_the_smallest_step_in_voxels(mixed, size, large):
+    # A step of 2 mm is half a voxel along the longest side, 4 mm: noise of 0.125 voxels reaches half of it.
+    spec = LoaderSpec(resampling=Resampling(step_size=2.0), augmentation=Augmentation(noise_gaussian_size_forward=size))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        epoch_batches(mixed, SPEC, spec, key=KEY, epoch=0, augment_key=AUGMENT_KEY)
+    assert ["half a step of 0.5 voxels" in " ".join(str(w.message).split()) for w in caught] == [True] * large

@@ -237,3 +237,23 @@ def test_cycles_need_a_number_of_subjects():
 def test_unknown_units_are_refused_by_name():
     with pytest.raises(ValueError, match=r"nb_streamlines, length_mm, received 'km'\.$"):
         SamplerSpec(batch_size_units="km")  # pyright: ignore[reportArgumentType]
+
+
+@settings(max_examples=60)
+@given(indices(), st.integers(1, 2000), st.integers(1, 3), st.integers(1, 3), st.none() | st.integers(1, 20))
+def test_batches_in_mm_of_a_few_subjects_take_all_that_fits_next(index, batch_size, num_subjects, cycles, chunk):
+    spec = SamplerSpec(
+        batch_size=batch_size,
+        batch_size_units="length_mm",
+        nb_subjects_per_batch=num_subjects,
+        cycles=cycles,
+        nb_streamlines_per_chunk=chunk,
+        max_batches=None,
+    )
+    plan = sample_epoch(index, spec, KEY, 0)
+    left = index.num_streamlines.copy()
+    for number in range(len(plan)):
+        chosen = np.unique(index.subject_of(plan[number]))
+        np.subtract.at(left, index.subject_of(plan[number]), 1)
+        if left[chosen].sum() > 0:  # more was there to take: whatever came next did not fit
+            assert index.lengths_mm[plan[number]].sum() + index.lengths_mm.max() > batch_size - 1e-3

@@ -100,3 +100,14 @@ def test_labels_are_whole_numbers(subject):
     save_volume(labels.path, np.full((*SHAPE, 2), 1, np.int16))
     with pytest.raises(ValueError, match="Expected \\(X, Y, Z\\)"):
         load_labels(labels, None)
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_without_a_mask_a_voxel_with_one_feature_of_zero_is_not_measured(independent):
+    data = np.random.default_rng(0).normal(5, 1, (4, 4, 4, 2)).astype(np.float32)
+    data[:2, ..., 0] = 0  # the other feature is not zero there
+    measured = data[2:].reshape(-1, 2).astype(np.float64)
+    mean, std = standardize(data, None, independent=independent, source=Source("s", "g", Path("f")))
+    axis = 0 if independent else None
+    np.testing.assert_allclose(mean, measured.mean(axis=axis), rtol=1e-6)
+    np.testing.assert_allclose(std, measured.std(axis=axis), rtol=1e-6)

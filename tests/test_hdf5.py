@@ -385,3 +385,38 @@ def test_streamlines_without_a_dataset(edited, name):
 )
 def test_data_of_the_wrong_shape_or_kind(edited, place, name, data, expected):
     assert expected in one_line_problem(edited(lambda file: replace(file[place], name, data)))
+
+
+# --- values at the very end of what is stored ---
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8", "f2"])
+@pytest.mark.parametrize("lazily", [False, True])
+def test_the_last_value_of_a_large_volume_is_checked_too(edited, dtype, lazily):
+    def change(file: Any) -> None:
+        data = np.zeros((24, 24, 24, 320), dtype=dtype)  # more than is checked at once
+        data[-1, -1, -1, -1] = np.nan
+        for subject in ("subj0", "subj1"):
+            replace(file[subject]["input"], "data", data if subject == "subj1" else np.zeros_like(data))
+
+    path = edited(change)
+    with pytest.raises(ValueError, match="subject 'subj1', group 'input': 1 of 4423680 values are NaN"):
+        open_dataset(path, lazy=lazily).volumes[1]
+
+
+@pytest.mark.parametrize("removed", [("subj0",), ("subj1",), ("subj0", "subj1"), ()])
+def test_lengths_in_mm_are_known_only_where_every_subject_has_them(edited, removed):
+    def change(file: Any) -> None:
+        for subject in removed:
+            del file[subject]["streamlines/euclidean_lengths"]
+
+    lengths = open_dataset(edited(change)).index.lengths_mm
+    assert lengths is None if removed else len(lengths) == 96  # pyright: ignore[reportArgumentType]
+
+
+def test_lengths_of_some_streamlines_only_are_none(edited):
+    def change(file: Any) -> None:
+        group = file["subj1/streamlines"]
+        replace(group, "euclidean_lengths", group["euclidean_lengths"][:-1])
+
+    assert open_dataset(edited(change)).index.lengths_mm is None

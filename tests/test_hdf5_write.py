@@ -1,5 +1,7 @@
 """Writing the reference's HDF5 layout."""
 
+import errno
+import os
 import struct
 import time
 from pathlib import Path
@@ -178,3 +180,32 @@ def test_wrong_shapes_are_refused():
         with pytest.raises(ValueError, match=r"points of shape \(P, 3\) for group 's'. Received: \(5, 2\)"):
             write_streamlines(file, "s", np.ones((5, 2)), np.array([0, 5]), affine=AFFINE, dimensions=(9, 9, 9))
         assert list(file) == []
+
+
+def test_content_is_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flush(descriptor: int) -> None:
+        with File(tmp_path / os.readlink(f"/proc/self/fd/{descriptor}"), "r") as file:
+            calls.append(f"fsync {sorted(file)}")
+        fsync(descriptor)
+
+    def rename(source: Any, target: Any) -> None:
+        calls.append(f"rename to {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    write_small(tmp_path / "data.hdf5")
+    assert calls[:2] == ["fsync ['a', 'b']", "rename to data.hdf5"]
+
+
+def test_a_full_disk_at_the_end_of_the_block_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "data.hdf5"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"):
+        write_small(path, overwrite=True)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.data.resampling import Resampling, resample_streamlines
+from dwiml_func.data.resampling import Resampling, resample, resample_streamlines
 from dwiml_func.data.streamlines import Streamlines
 
 resamplings = st.one_of(
@@ -114,3 +114,13 @@ def test_nothing_asked_for_is_nothing_done():
 def test_what_is_no_resampling_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Resampling(**options)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40))
+def test_both_ends_of_every_streamline_are_bitwise_those_given(seed, num_steps):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(2, 9, 20)
+    points, offsets = rng.normal(scale=1e3, size=(counts.sum(), 3)) / 3, np.concatenate([[0], np.cumsum(counts)])
+    found, new_offsets = resample(points, offsets, np.full(20, num_steps))
+    assert found[new_offsets[:-1]].tobytes() == points[offsets[:-1]].tobytes()
+    assert found[new_offsets[1:] - 1].tobytes() == points[offsets[1:] - 1].tobytes()

@@ -170,3 +170,10 @@ def test_flat_functions_run_on_an_accelerators_kind_of_device_without_reading_ba
     dirs = previous_directions(torch.zeros(3, 3, device="meta"), input_offsets(offsets).to("meta"), 2)
     assert dirs.shape == (3, 6)
     assert directions(torch.zeros(5, 3, device="meta"), offsets.to("meta")).shape == (3, 3)
+
+
+@pytest.mark.parametrize("ids", [[-1], [0, -2], [2], np.array([1, -1]), torch.tensor([-1]), torch.tensor([0, 2])])
+def test_ids_that_are_negative_or_too_large_are_refused(ids):
+    lines = Streamlines.from_list([np.zeros((2, 3)), np.ones((3, 3))])
+    with pytest.raises((IndexError, RuntimeError)):
+        lines.select(ids)
