@@ -3,12 +3,14 @@
 import logging
 import math
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 
 from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
+from dwiml_func.compiled import _torch_private
 from dwiml_func.compiled.graph import CompiledFunction
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut
@@ -68,13 +70,14 @@ def same_states(first, second) -> bool:
 @pytest.mark.parametrize("optimizer", [sgd(momentum=0.9), adam(weight_decay=0.1), adamw(), radam()])
 def test_compiled_steps_are_those_of_train_step(optimizer, clip_grad):
     start, compiled, eager = make_steps(make_model(0.5), optimizer=optimizer, clip_grad=clip_grad)
+    start = start.replace(epoch=3, batch=2)  # the steps done do not tell the address of the random numbers
     actual, actual_sums = run(compiled, start, 7)
     expected, expected_sums = run(eager, start, 7)
     assert compiled.num_compilations == 1
     assert compiled.eager_reason is None
     torch.testing.assert_close(actual.params, expected.params)
     torch.testing.assert_close(actual.opt_state, expected.opt_state)
-    assert (actual.step, actual.batch, actual.epoch, actual.key) == (7, 7, 0, start.key)
+    assert (actual.step, actual.batch, actual.epoch, actual.key) == (7, 9, 3, start.key)
     for ours, theirs in zip([*actual_sums, actual.sums], [*expected_sums, expected.sums], strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
@@ -250,13 +253,16 @@ def test_a_step_that_is_not_finite_is_refused_and_leaves_the_state_whole(donate)
 
 
 def test_a_deferred_check_keeps_the_old_values_and_notes_the_first_step():
-    start, compiled, eager = make_steps(non_finite="defer")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+    start, compiled, eager = make_steps(model, non_finite="defer")
     results = []
     for step in (compiled, eager):
-        state, _ = run(step, start, 2)
+        before, _ = run(step, start, 2)
         inputs, targets = some_batch(9)
+        state = before
         for batch in ((inputs, targets * math.nan), (inputs, targets), (inputs, targets / 0)):
             state, _ = step(state, batch, lr=0.1)
+        assert same_states(state, before)
         results.append(state)
     actual, expected = results
     torch.testing.assert_close(actual.params, expected.params)
@@ -280,6 +286,50 @@ def test_a_donated_state_gives_its_memory_and_cannot_be_used_again():
     assert {name: p.data_ptr() for name, p in state.params.items()} == places
     with pytest.raises(RuntimeError, match="donated"):
         compiled(start, some_batch(0), lr=0.1)
+
+
+LACKING = {
+    "torch 2.11": ["recompile_limit", "isolate_recompiles"],
+    "a setting": ["torch._dynamo.config.trace_autograd_ops"],
+    "a function": ["torch._dynamo.maybe_mark_dynamic"],
+    "a module": ["torch._functorch.config"],
+    "a setting of inductor": ["torch._inductor.config.cpp.enable_loop_tail_vec"],
+}
+
+
+@pytest.mark.parametrize("lacks", LACKING.values(), ids=LACKING)
+def test_a_torch_without_the_private_switches_runs_eager_steps_and_says_why(monkeypatch, caplog, lacks):
+    if "recompile_limit" in lacks:
+        compile_of_2_11 = torch.compile
+
+        def old_compile(model=None, *, fullgraph=False, dynamic=None, backend="inductor", mode=None, options=None):
+            return compile_of_2_11(model, fullgraph=fullgraph, backend=backend, options=options)
+
+        monkeypatch.setattr(torch, "compile", old_compile)
+    else:
+        monkeypatch.setattr(_torch_private, "import_module", lambda path: without(import_module(path), path, lacks))
+    start, compiled, eager = make_steps(dynamic=True, backend="inductor")
+    with caplog.at_level(logging.WARNING):
+        actual, _ = run(compiled, start, 3)
+    [record] = (record for record in caplog.records if record.name == "dwiml_func.compiled.graph")
+    assert f"jit_step needs torch 2.13, {torch.__version__} lacks" in record.message
+    assert all(name in record.message for name in lacks)
+    assert compiled.num_compilations == 0
+    assert same_states(actual, run(eager, start, 3)[0])
+
+
+def without(module, path, lacks):
+    """A module of torch without some of its names, or none where it is lacking itself."""
+    if path in lacks:
+        raise ImportError(path)
+
+    class Older:
+        def __getattr__(self, name):
+            if f"{path}.{name}" in lacks:
+                raise AttributeError(name)
+            return getattr(module, name)
+
+    return Older()
 
 
 def test_a_limit_below_one_is_refused():

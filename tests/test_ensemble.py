@@ -240,6 +240,25 @@ def test_a_member_that_is_not_finite_stays_as_it_was_and_is_named():
         torch.testing.assert_close(member(ensemble, number).params, end.params, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
+def test_a_member_whose_gradient_alone_is_not_finite_takes_no_step(clip_grad):
+    def loss_fn(params, buffers, batch, *, key, train):  # the root of zero has an infinite slope
+        return LossOut(params["w"].sqrt().sum(), 1, {"count": buffers["count"] + 1}, {})
+
+    states = [
+        TrainState(params={"w": torch.tensor([w])}, buffers={"count": torch.tensor(0)}, opt_state={}, key=Key(0))
+        for w in (1.0, 0.0)
+    ]
+    options = {"loss_fn": loss_fn, "optimizer": sgd(), "lr": 0.1, "clip_grad": clip_grad}
+    ensemble, metrics = ensemble_step(stack_states(states), None, **options)
+    assert ensemble.active.tolist() == [True, False]
+    assert metrics["loss"].weight.tolist() == [1, 0]
+    assert state_digest(member(ensemble, 1)) == state_digest(states[1])
+    assert state_digest(member(ensemble, 0)) == state_digest(train_step(states[0], None, **options)[0])
+    with pytest.raises(NonFiniteError, match="gradient norm is inf in epoch 1, batch 1"):
+        train_step(states[1], None, **options)
+
+
 def test_an_ensemble_of_members_that_all_failed_ends():
     state = init_state(mlp(0), sgd(), seed=0)
     ensemble = stack_states([state.replace(params={n: p * torch.nan for n, p in state.params.items()})] * 2)

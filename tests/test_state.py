@@ -11,15 +11,19 @@ from torch import nn
 
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.rng import Key
-from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.state import TrainState, init_state, mark_donated
+from dwiml_func.ensemble.state import stack_states
 from dwiml_func.optim.optimizers import adam, sgd
 
 
-def test_a_first_state_holds_the_module_s_values_in_its_own_memory():
+@pytest.mark.parametrize("frozen", [(), ("0.bias", "1.weight")])
+def test_a_first_state_holds_the_module_s_values_in_its_own_memory(frozen):
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     state = init_state(model, adam(), seed=7)
-    assert list(state.params) == [name for name, _ in model.named_parameters()]
-    assert list(state.buffers) == [name for name, _ in model.named_buffers()]
+    assert list(state.params) == [name for name, _ in model.named_parameters() if name not in frozen]
+    assert sorted(state.buffers) == sorted([*frozen, *(name for name, _ in model.named_buffers())])
     theirs = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in {**state.params, **state.buffers}.items():
         assert torch.equal(tensor, theirs[name])
@@ -73,3 +77,27 @@ def test_a_state_cannot_be_changed_but_replaced():
     later = state.replace(step=3, epoch=1)
     assert (later.step, later.epoch, state.step, state.epoch) == (3, 1, 0, 0)
     assert later.params is state.params
+
+
+def test_a_repr_is_one_short_line():
+    state = init_state(nn.Linear(2, 1), sgd(), seed=7)
+    assert repr(state) == (
+        "TrainState(step=0, epoch=0, batch=0, params=3 float32 on cpu, key=Key(seed=7, path=()), best=none)"
+    )
+    mixed = {
+        name: p.to(dtype) for (name, p), dtype in zip(state.params.items(), (torch.half, torch.double), strict=True)
+    }
+    largest = {
+        "key": Key(2**64 - 1, (2**32 - 1,) * 50),
+        "best": Best(-0.12345678901234567, 10**6, 10**6),
+        **dict.fromkeys(("step", "epoch", "batch"), 10**7),
+    }
+    states = [state, state.replace(params=mixed), state.replace(params=mixed, **largest)]
+    ensembles = [stack_states([each] * 20) for each in states]
+    shared = states[0].replace(epoch=1)
+    mark_donated(state)
+    assert repr(state) == "TrainState(step=0, epoch=0, batch=0, donated)"
+    assert repr(shared) == "TrainState(step=0, epoch=1, batch=0, donated)"
+    for value in (*states, shared, *ensembles):
+        assert len(repr(value)) <= 200, repr(value)
+        assert "\n" not in repr(value)

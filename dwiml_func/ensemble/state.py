@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import listed, truncated_repr
+from dwiml_func._checks import listed
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, check_not_donated, describe_best, describe_tensors
@@ -64,10 +64,10 @@ class EnsembleState:
     def __repr__(self) -> str:
         position = f"step={self.step}, epoch={self.epoch}, batch={self.batch}"
         params = describe_tensors(self.params.values())
-        seeds = truncated_repr([key.seed for key in self.keys])
+        seeds = ", ".join(str(key.seed) for key in self.keys[:2]) + (", ..." if len(self) > 2 else "")
         best = describe_best(min(self.best, key=lambda best: best.value, default=Best()))
         members = f"members={len(self)}, active={int(self.active.sum())}"
-        return f"EnsembleState({members}, {position}, params={params}, seeds={seeds}, best={best})"
+        return f"EnsembleState({members}, {position}, params={params}, seeds=[{seeds}], best={best})"
 
     def replace(self, **changes: object) -> EnsembleState:
         """Return a copy with new values for the named fields.

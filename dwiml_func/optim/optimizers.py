@@ -125,7 +125,7 @@ def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
 
 
 def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.0) -> Optimizer:
-    """Rectified Adam (Liu et al., 2020, arXiv:1908.03265), as `torch.optim.RAdam`.
+    """Rectified Adam (Liu et al., 2020, arXiv:1908.03265), as `torch.optim.RAdam` with `foreach=False`.
 
     Args:
         beta1: decay of the running mean of gradients.
