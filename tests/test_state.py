@@ -89,7 +89,7 @@ def test_a_repr_is_one_short_line():
     }
     largest = {
         "key": Key(2**64 - 1, (2**32 - 1,) * 50),
-        "best": Best(-0.12345678901234567, 10**6, 10**6),
+        "best": Best(-0.12345678901234567, 10**4, 10**4),
         **dict.fromkeys(("step", "epoch", "batch"), 10**7),
     }
     states = [state, state.replace(params=mixed), state.replace(params=mixed, **largest)]
