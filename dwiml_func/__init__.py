@@ -9,15 +9,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dwiml_func.core.early_stopping import Best, should_stop, update_best
+from dwiml_func.core.epoch import end_epoch, epoch_fn, eval_epoch_fn, train_steps
 from dwiml_func.core.gradients import clip_by_global_norm, value_and_grad
-from dwiml_func.core.loop import EpochReport, Interrupted, epoch_fn, eval_epoch_fn, train_and_validate
+from dwiml_func.core.loop import Interrupted, run_epoch, train_and_validate
 from dwiml_func.core.loss import LossFn, LossOut, module_loss
 from dwiml_func.core.metrics import Metrics, Sum, read_means
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import NonFiniteError, eval_step, train_step
 from dwiml_func.core.weights import load_into
-from dwiml_func.optim import Optimizer, Schedule, adam, adamw, constant, cosine, per_epoch, radam, sgd, warm_up
+from dwiml_func.optim import (
+    Optimizer,
+    Schedule,
+    adam,
+    adamw,
+    constant,
+    cosine,
+    one_cycle,
+    per_epoch,
+    per_step,
+    radam,
+    sgd,
+    warm_up,
+    warmup_stable_decay,
+)
 from dwiml_func.types import Buffers, OptState, Params
 
 if TYPE_CHECKING:
@@ -50,6 +66,7 @@ __all__ = [
     "clip_by_global_norm",
     "constant",
     "cosine",
+    "end_epoch",
     "ensemble_step",
     "epoch_fn",
     "eval_epoch_fn",
@@ -63,11 +80,14 @@ __all__ = [
     "member",
     "module_loss",
     "numpy_rng",
+    "one_cycle",
     "per_epoch",
+    "per_step",
     "radam",
     "read_means",
     "restore",
     "restore_or",
+    "run_epoch",
     "save",
     "sgd",
     "should_stop",
@@ -76,9 +96,11 @@ __all__ = [
     "train_and_validate",
     "train_and_validate_ensemble",
     "train_step",
+    "train_steps",
     "update_best",
     "value_and_grad",
     "warm_up",
+    "warmup_stable_decay",
 ]
 
 _MODULES = {  # loaded at the first use of a name: a loop that saves nothing does not wait for them

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Buffers", "Gate", "Grads", "Metrics", "OptState", "Optimizer", "Params", "Schedule", "Sum", "Transform"]
+__all__ = [
+    "Buffers",
+    "Gate",
+    "Grads",
+    "Metrics",
+    "OptState",
+    "Optimizer",
+    "Params",
+    "PerStep",
+    "Schedule",
+    "Sum",
+    "Transform",
+]
 
 Params = Mapping[str, Tensor]
 """Trainable tensors by the module's own names."""
@@ -94,8 +107,23 @@ class Gate(NamedTuple):
     weight: float | Tensor
 
 
-Schedule = Callable[[int], float]
-"""Maps the number of epochs done (0 for the first epoch) to that epoch's learning rate."""
+@dataclass(frozen=True, slots=True)
+class PerStep:
+    """A schedule by optimizer steps, made by `dwiml_func.per_step`.
+
+    Args:
+        rate: maps the number of steps done (0 for the first step) to that step's learning rate.
+
+    Example:
+        >>> PerStep(lambda step: 0.1 / (1 + step)).rate(1)
+        0.05
+    """
+
+    rate: Callable[[int], float]
+
+
+Schedule = Callable[[int], float] | PerStep
+"""Maps the number of epochs done (0 for the first epoch) to that epoch's learning rate; or counts steps."""
 
 
 class Sum(NamedTuple):

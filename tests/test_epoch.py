@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dwiml_func.checkpoint.digest import state_digest
-from dwiml_func.core.loop import epoch_fn, eval_epoch_fn
+from dwiml_func.core.epoch import epoch_fn, eval_epoch_fn
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.metrics import Sum, read_means
 from dwiml_func.core.rng import Key, torch_rng

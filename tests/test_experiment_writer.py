@@ -15,7 +15,7 @@ import pytest
 from experiment_cases import latest_digest
 from reproduction_cases import logs
 
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.logs import experiment_writer

@@ -21,7 +21,7 @@ from dwiml_func.checkpoint.checkpoint import read, restore
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.cli.main import main
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key
 from dwiml_func.experiment.config import Origin
 from dwiml_func.experiment.folder import read_config

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.loop import EpochReport, Interrupted, train_and_validate
+from dwiml_func.core.loop import Interrupted, train_and_validate
 from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import NonFiniteError, eval_step, train_step
@@ -326,14 +327,19 @@ def test_the_speed_of_an_epoch_counts_the_points_since_the_resume():
     assert math.isnan(replace(whole[0], train_minutes=0.0).points_per_second)
 
 
-@pytest.mark.parametrize("valid", [None, lambda key, epoch, start: []], ids=["none", "no batches"])
-def test_without_validation_the_training_loss_decides(valid):
-    options = scripted([3.0, 1.0, 2.0]) | {"valid": valid}
-    options["eval_step"] = None if valid is None else EVALUATE
-    reports = [report for _, report in loop(scripted_state(), **options)]
+def test_without_validation_the_training_loss_decides():
+    reports = [
+        report for _, report in loop(scripted_state(), **scripted([3.0, 1.0, 2.0]) | {"valid": None, "eval_step": None})
+    ]
     assert [report.valid for report in reports] == [{}] * 3
     assert [report.monitored_loss for report in reports] == [3.0, 1.0, 2.0]
     assert reports[-1].best == Best(1.0, 2, 1)
+
+
+def test_a_validation_without_batches_judges_nothing():
+    options = scripted([3.0, 1.0, 2.0]) | {"valid": lambda key, epoch, start: [], "eval_step": EVALUATE}
+    reports = [report for _, report in loop(scripted_state(), **options, patience=1)]
+    assert [report.best for report in reports] == [Best()] * 3
 
 
 def test_a_validation_that_is_not_finite_is_a_bad_epoch_and_no_end():

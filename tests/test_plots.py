@@ -12,7 +12,7 @@ import pytest
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.panels import PlottedRun

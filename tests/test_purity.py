@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dwiml_func import epoch_fn, eval_epoch_fn, train_and_validate
 from dwiml_func.checkpoint.digest import leaf_digest, state_digest, state_leaves
 from dwiml_func.core.gradients import value_and_grad
-from dwiml_func.core.loop import epoch_fn, eval_epoch_fn, train_and_validate
 from dwiml_func.core.loss import module_loss
 from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key, torch_rng

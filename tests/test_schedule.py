@@ -4,11 +4,20 @@ import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dwiml_func.experiment.config import parse_learning_rate
-from dwiml_func.optim.schedules import constant, cosine, per_epoch, warm_up
+from dwiml_func.optim.schedules import (
+    constant,
+    cosine,
+    one_cycle,
+    per_epoch,
+    per_step,
+    warm_up,
+    warmup_stable_decay,
+)
 
 RATES = st.floats(min_value=1e-300, max_value=1e10, exclude_min=True)
 TERMS = st.lists(st.tuples(RATES, st.integers(1, 20)), max_size=5)
@@ -123,7 +132,7 @@ def test_a_list_changed_afterwards_changes_no_schedule():
 
 @given(st.floats(1e-6, 10), st.integers(1, 100), st.floats(0, 1e-7))
 def test_a_cosine_falls_from_initial_to_final_and_stays(initial, num_epochs, final):
-    schedule = cosine(initial, num_epochs=num_epochs, final=final)
+    schedule = cosine(initial, length=num_epochs, final=final)
     rates = [schedule(epoch) for epoch in range(num_epochs + 3)]
     assert rates[0] == pytest.approx(initial, rel=1e-12)
     assert rates[num_epochs:] == [final] * 3
@@ -136,11 +145,11 @@ def test_a_cosine_falls_from_initial_to_final_and_stays(initial, num_epochs, fin
 @pytest.mark.parametrize(
     ("initial", "options", "received"),
     [
-        (0.1, {"num_epochs": 0}, "0"),
-        (0.1, {"num_epochs": -3}, "-3"),
-        (math.nan, {"num_epochs": 3}, "nan"),
-        (-0.1, {"num_epochs": 3}, "-0.1"),
-        (0.1, {"num_epochs": 3, "final": math.inf}, "inf"),
+        (0.1, {"length": 0}, "0"),
+        (0.1, {"length": -3}, "-3"),
+        (math.nan, {"length": 3}, "nan"),
+        (-0.1, {"length": 3}, "-0.1"),
+        (0.1, {"length": 3, "final": math.inf}, "inf"),
     ],
 )
 def test_a_cosine_out_of_range_is_refused(initial, options, received):
@@ -150,14 +159,46 @@ def test_a_cosine_out_of_range_is_refused(initial, options, received):
 
 @given(st.floats(1e-6, 10), st.integers(0, 50))
 def test_a_warm_up_grows_in_equal_steps_and_then_follows(rate, num_epochs):
-    schedule = warm_up(constant(rate), num_epochs=num_epochs)
+    schedule = warm_up(constant(rate), length=num_epochs)
     for epoch in range(num_epochs):
         assert schedule(epoch) == pytest.approx(rate * (epoch + 1) / (num_epochs + 1), rel=1e-12)
     assert [schedule(num_epochs + epoch) for epoch in range(3)] == [rate] * 3
 
 
 def test_a_warm_up_wraps_any_schedule():
-    schedule = warm_up(per_epoch([0.4, 0.2, 0.1]), num_epochs=1)
+    schedule = warm_up(per_epoch([0.4, 0.2, 0.1]), length=1)
     assert [schedule(epoch) for epoch in range(4)] == [0.2, 0.2, 0.1, 0.1]
-    with pytest.raises(ValueError, match=r"num_epochs of at least 0\. Received: -1"):
-        warm_up(constant(0.1), num_epochs=-1)
+    with pytest.raises(ValueError, match=r"length of at least 0\. Received: -1"):
+        warm_up(constant(0.1), length=-1)
+
+
+def test_warmup_stable_decay_has_its_three_parts():
+    schedule = warmup_stable_decay(0.8, warmup=3, stable=4, decay=5, final=0.1)
+    rates = [schedule(count) for count in range(15)]
+    assert rates[:3] == pytest.approx([0.2, 0.4, 0.6])
+    assert rates[3:8] == [0.8] * 5  # the decay begins at the peak
+    assert rates[8:12] == pytest.approx([0.66, 0.52, 0.38, 0.24])
+    assert rates[12:] == [0.1] * 3
+    assert [warmup_stable_decay(1.0, warmup=0, stable=2, decay=0)(count) for count in range(3)] == [1.0, 1.0, 0.0]
+    with pytest.raises(ValueError, match=r"stable of at least 0\. Received: -1"):
+        warmup_stable_decay(1.0, warmup=1, stable=-1, decay=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"warmup_share": 0.5, "initial_divisor": 10.0, "final_divisor": 100.0}])
+def test_one_cycle_is_that_of_torch(options):
+    names = {"warmup_share": "pct_start", "initial_divisor": "div_factor", "final_divisor": "final_div_factor"}
+    theirs = {names[name]: value for name, value in options.items()}
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total_steps=40, cycle_momentum=False, **theirs)
+    schedule = one_cycle(0.3, length=40, **options)
+    for count in range(40):
+        assert schedule(count) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        if count < 39:
+            reference.step()
+    assert schedule(1000) == schedule(39)
+
+
+def test_a_schedule_by_steps_counts_steps():
+    schedule = per_step(warm_up(constant(1.0), length=4))
+    assert [schedule.rate(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dwiml_func.cli._summary import format_summary
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import directions

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from report_cases import report
 
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.writers.tensorboard import scalars, tensorboard
 
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -12,7 +12,7 @@ from report_cases import report
 
 from dwiml_func import init_state, module_loss, sgd, train_and_validate, train_step
 from dwiml_func.checkpoint.checkpoint import restore_or, save
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy
 from dwiml_func.writers.writer import Writer, fan_out, from_history

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 
 __all__ = ["fill_digests", "history_from_json", "history_to_json"]
 

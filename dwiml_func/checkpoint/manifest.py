@@ -23,7 +23,7 @@ import torch
 from dwiml_func._checks import check_number, truncated_repr
 from dwiml_func.checkpoint.digest import combine_digests
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dwiml_func.cli._messages import pluralize
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
 
 __all__ = ["NO_PRINCIPAL_DIRECTION", "format_summary"]

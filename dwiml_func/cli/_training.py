@@ -13,7 +13,7 @@ from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
 from dwiml_func.cli._summary import format_summary
 from dwiml_func.compiled.warmup import WarmUpStep
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.evaluation import evaluate_best_model, write_evaluation
 from dwiml_func.experiment.plots import save_run_figure

@@ -6,18 +6,22 @@ The best epoch is part of the training state, so a checkpoint commits it togethe
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-__all__ = ["Best", "should_stop", "update_best"]
+__all__ = ["Best", "Mode", "should_stop", "update_best"]
+
+
+Mode = Literal["min", "max"]
+"""Whether a lower or a higher value of the monitored metric is better."""
 
 
 class Best(NamedTuple):
     """The best epoch so far.
 
     Args:
-        value: the monitored loss of the best epoch; infinite while there is none.
+        value: the monitored metric of the best epoch, by default the loss; infinite while there is none.
         epoch: the best epoch (1 is the first); None while there is none.
-        num_bad_epochs: epochs since then.
+        num_bad_epochs: validations since then; without validation, epochs.
 
     Example:
         >>> Best()
@@ -29,17 +33,18 @@ class Best(NamedTuple):
     num_bad_epochs: int = 0
 
 
-def update_best(best: Best, value: float, epoch: int, *, patience_delta: float = 1e-6) -> Best:
+def update_best(best: Best, value: float, epoch: int, *, patience_delta: float = 1e-6, mode: Mode = "min") -> Best:
     """Compare an epoch with the best one.
 
-    The first finite value is the best. A later one must be below it by more than `patience_delta`, so a tie keeps the
+    The first finite value is the best. A later one must be better by more than `patience_delta`, so a tie keeps the
     earlier epoch. NaN and infinity count as bad epochs.
 
     Args:
         best: the best epoch so far.
-        value: the epoch's monitored loss.
+        value: the epoch's monitored metric.
         epoch: number of epochs done, including this one.
         patience_delta: least improvement that counts.
+        mode: "max" where a higher value is better.
 
     Returns:
         The new best, or the old one with one more bad epoch.
@@ -50,7 +55,8 @@ def update_best(best: Best, value: float, epoch: int, *, patience_delta: float =
         >>> update_best(Best(0.5, 1), float("nan"), 2)
         Best(value=0.5, epoch=1, num_bad_epochs=1)
     """
-    improved = math.isfinite(value) and (best.epoch is None or value < best.value - patience_delta)
+    is_better = value < best.value - patience_delta if mode == "min" else value > best.value + patience_delta
+    improved = math.isfinite(value) and (best.epoch is None or is_better)
     if improved:
         return Best(value, epoch, 0)
     return best._replace(num_bad_epochs=best.num_bad_epochs + 1)

@@ -8,41 +8,28 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Sized
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from dwiml_func.core.early_stopping import Best, should_stop, update_best
-from dwiml_func.core.metrics import add_metrics, read_means
+from dwiml_func.core.early_stopping import Mode, should_stop
+from dwiml_func.core.epoch import EvalStep, OnBatch, TrainStep, epoch_fn, eval_epoch_fn
+from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
-from dwiml_func.core.step import NON_FINITE, NonFiniteError, location
 from dwiml_func.optim.schedules import constant
-from dwiml_func.types import Metrics, Schedule, Sum
+from dwiml_func.types import Metrics, PerStep, Schedule
 
 __all__ = [
     "Batches",
-    "EpochReport",
-    "EvalStep",
     "Interrupted",
     "Track",
-    "TrainStep",
-    "epoch_fn",
-    "eval_epoch_fn",
+    "run_epoch",
     "train_and_validate",
 ]
 
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-"""`step(state, batch) -> (state, metrics)`: `train_step` with everything static bound."""
-
-EvalStep = Callable[[TrainState, Any], Metrics]
-"""`step(state, batch) -> metrics`: `eval_step` with the loss bound."""
-
 Batches = Callable[[Key, int, int], Iterable[Any]]
 """`batches(key, epoch, start_batch)`: the batches of an epoch from `start_batch` on, a pure function of the three."""
-
-OnBatch = Callable[[TrainState, Metrics], object]
 
 
 class Step(Protocol):
@@ -76,133 +63,98 @@ class Interrupted(Exception):
         self.state = state
 
 
-def epoch_fn(
-    state: TrainState, batches: Iterable[Any], *, step: TrainStep, on_batch: OnBatch | None = None
-) -> tuple[TrainState, Metrics]:
-    """Train on the remaining batches of an epoch, and close the epoch.
+def run_epoch(
+    state: TrainState,
+    *,
+    train: Batches,
+    step: Step,
+    valid: Batches | None = None,
+    eval_step: EvalStep | None = None,
+    learning_rate: float | Schedule,
+    monitor: str = "loss",
+    mode: Mode = "min",
+    validate_every: int = 1,
+    max_epochs: int | None = None,
+    patience: int | None = None,
+    patience_delta: float = 1e-6,
+    on_batch: OnBatch | None = None,
+    on_trained: Callable[[TrainState, EpochReport], object] | None = None,
+    interrupt: Callable[[], bool] | None = None,
+    track: Track | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[TrainState, EpochReport]:
+    """Train the current epoch to its end, validate, and judge it.
 
     Args:
-        state: the state to start from. When `state.batch` is above 0, `batches` must start at that batch.
-        batches: training batches, in order.
-        step: `step(state, batch) -> (state, metrics)`, e.g. `partial(train_step, loss_fn=..., optimizer=..., lr=...)`.
-        on_batch: called with the state and the batch's sums after each step, for checkpoints and progress bars.
+        state: where to start, also in the middle of an epoch.
+        train, step, valid, eval_step, learning_rate, monitor, mode, validate_every, patience, patience_delta, on_batch,
+            interrupt, track, clock: as for `train_and_validate`.
+        max_epochs: the report's `stop` says when this number is reached; None never does.
+        on_trained: called between training and validation with the state and the report that the epoch has without
+            validation. What is saved there is not lost if the validation fails.
 
     Returns:
-        The state with `epoch` one higher, `batch` 0 and no sums, and the sums of the whole epoch, including batches
-        before a resume.
+        The state after the epoch, and its report.
 
     Raises:
-        ValueError: the epoch has no batch at all.
-        NonFiniteError: a loss or gradient was not finite.
+        ValueError, TypeError, NonFiniteError, Interrupted: as `train_and_validate`.
 
     Example:
         >>> import torch
-        >>> from functools import partial
-        >>> from dwiml_func import init_state, module_loss, optim, train_step
+        >>> from dwiml_func import init_state, module_loss, sgd, train_step
         >>> model = torch.nn.Linear(2, 1)
         >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
-        >>> step = partial(train_step, loss_fn=loss_fn, optimizer=optim.sgd(), lr=0.1)
-        >>> state, sums = epoch_fn(init_state(model, optim.sgd(), seed=0), [torch.ones(4, 2)] * 3, step=step)
-        >>> state.epoch, state.step, sums["loss"].weight
-        (1, 3, 12.0)
+        >>> step = partial(train_step, loss_fn=loss_fn, optimizer=sgd())
+        >>> train = lambda key, epoch, start_batch: [torch.ones(4, 2)] * (3 - start_batch)
+        >>> state, report = run_epoch(init_state(model, sgd(), seed=0), train=train, step=step, learning_rate=0.1)
+        >>> state.epoch, state.step, report.is_best
+        (1, 3, True)
     """
-    for batch in batches:
-        state, metrics = step(state, batch)
+    check_options(
+        valid=valid, eval_step=eval_step, mode=mode, validate_every=validate_every, max_epochs=max_epochs,
+        patience=patience, patience_delta=patience_delta,
+    )  # fmt: skip
+    track = track or _untracked
+    bound, rate = with_rate(step, learning_rate, state.epoch)
+    last, earlier_sums, start = state, state.sums, clock()  # `last`: after the last training batch
+
+    def after_batch(state: TrainState, metrics: Metrics) -> None:
+        nonlocal last
+        last = state
         if on_batch is not None:
             on_batch(state, metrics)
-    check_has_batch(state)
-    sums = dict(state.sums)
-    first_bad = sums.pop(NON_FINITE, None)
-    if first_bad is not None and float(first_bad.weight) > 0:
-        _raise_deferred(state, first_bad)
-    return state.replace(epoch=state.epoch + 1, batch=0, sums={}), sums
+        after_eval_batch()
 
+    def after_eval_batch(*_: object) -> None:
+        if interrupt is not None and interrupt():
+            raise Interrupted(last)
 
-def eval_epoch_fn(
-    state: TrainState, batches: Iterable[Any], *, step: EvalStep, on_batch: OnBatch | None = None
-) -> Metrics:
-    """Evaluate all batches.
-
-    Args:
-        state: the state; it is not changed.
-        batches: validation batches, in order.
-        step: `step(state, batch) -> metrics`, e.g. `partial(eval_step, loss_fn=...)`.
-        on_batch: called with the state and the batch's sums after each batch.
-
-    Returns:
-        The sums over all batches; empty without batches.
-
-    Example:
-        >>> import torch
-        >>> from functools import partial
-        >>> from dwiml_func import eval_step, init_state, module_loss, optim
-        >>> model = torch.nn.Linear(2, 1)
-        >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
-        >>> state = init_state(model, optim.sgd(), seed=0)
-        >>> eval_epoch_fn(state, [torch.ones(4, 2)] * 3, step=partial(eval_step, loss_fn=loss_fn))["loss"].weight
-        12.0
-    """
-    sums: dict[str, Sum] = {}
-    for index, batch in enumerate(batches):
-        metrics = step(state.replace(batch=index), batch)
-        sums = add_metrics(sums, metrics)
-        if on_batch is not None:
-            on_batch(state, metrics)
-    return sums
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EpochReport:
-    """The metrics, the durations and the best epoch after one epoch.
-
-    Args:
-        epoch: number of epochs done, this one included; 1 is the first.
-        learning_rate: of this epoch.
-        train: means over the training batches, e.g. `loss` (weighted by points), `grad_norm` (by batches).
-        valid: means over the validation batches; empty without validation.
-        num_batches: training batches in the epoch.
-        num_points: number of points averaged in the training loss.
-        best: the best epoch so far, this one included.
-        is_best: whether this epoch is the best one.
-        stop: why the run ends after this epoch: "max_epochs" or "patience"; None when it continues.
-        train_minutes: duration of the training part, in minutes, since the start or the last resume.
-        valid_minutes: duration of the validation part, in minutes.
-        digest: SHA-256 of the state after the epoch, in a history that was restored from a checkpoint; None before, and
-            where no checkpoint was made at the epoch's end.
-        timed_points: number of points trained in `train_minutes`, where the epoch was resumed; None means all.
-
-    Example:
-        >>> report = EpochReport(
-        ...     epoch=1, learning_rate=0.1, train={"loss": 0.5}, valid={}, num_batches=3, num_points=30,
-        ...     best=Best(0.5, 1), is_best=True, stop=None, train_minutes=0.1, valid_minutes=0.0)
-        >>> report.monitored_loss
-        0.5
-    """
-
-    epoch: int
-    learning_rate: float
-    train: dict[str, float]
-    valid: dict[str, float]
-    num_batches: int
-    num_points: float
-    best: Best
-    is_best: bool
-    stop: Literal["max_epochs", "patience"] | None
-    train_minutes: float
-    valid_minutes: float
-    digest: str | None = None
-    timed_points: float | None = None
-
-    @property
-    def points_per_second(self) -> float:
-        """Speed of the training part, since the start or the last resume; NaN where no time was measured."""
-        points = self.num_points if self.timed_points is None else self.timed_points
-        return points / (60 * self.train_minutes) if self.train_minutes > 0 else math.nan
-
-    @property
-    def monitored_loss(self) -> float:
-        """The loss that decides the best epoch: of the validation, or of the training without validation."""
-        return self.valid["loss"] if self.valid else self.train["loss"]
+    batches = checked_batches(train, state)
+    batches = track(batches, "training", epoch=state.epoch, start_batch=state.batch)
+    state, train_sums = epoch_fn(state, batches, step=bound, on_batch=after_batch)
+    trained_at = clock()
+    judge = partial(
+        judge_epoch,
+        state.best,
+        epoch=state.epoch,
+        learning_rate=rate(state.step - 1),
+        train_sums=train_sums,
+        has_validation=valid is not None,
+        monitor=monitor,
+        mode=mode,
+        max_epochs=max_epochs,
+        patience=patience,
+        patience_delta=patience_delta,
+        earlier_sums=earlier_sums,
+    )
+    valid_sums: Metrics = {}
+    if valid is not None and eval_step is not None and state.epoch % validate_every == 0:
+        if on_trained is not None:
+            on_trained(state, judge(valid_sums={}, minutes=((trained_at - start) / 60, 0.0)))
+        batches = track(valid(state.key, state.epoch - 1, 0), "validation", epoch=state.epoch - 1, start_batch=0)
+        valid_sums = eval_epoch_fn(state, batches, step=eval_step, on_batch=after_eval_batch)
+    report = judge(valid_sums=valid_sums, minutes=((trained_at - start) / 60, (clock() - trained_at) / 60))
+    return state.replace(best=report.best), report
 
 
 def train_and_validate(
@@ -216,24 +168,33 @@ def train_and_validate(
     max_epochs: int,
     patience: int | None = None,
     patience_delta: float = 1e-6,
+    monitor: str = "loss",
+    mode: Mode = "min",
+    validate_every: int = 1,
+    keep_unvalidated: bool = True,
     on_batch: OnBatch | None = None,
     interrupt: Callable[[], bool] | None = None,
     track: Track | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Iterator[tuple[TrainState, EpochReport]]:
-    """Train and validate, epoch by epoch, until `max_epochs` or until patience runs out.
+) -> Generator[tuple[TrainState, EpochReport], TrainState | None, None]:
+    """Train and validate, epoch by epoch, until `max_epochs` or until patience runs out: a fold of `run_epoch`.
 
     Args:
         state: where to start: `init_state(...)` or a restored checkpoint, also one from the middle of an epoch.
         train: `train(key, epoch, start_batch)` gives training batches, `key` being the run's root key.
         step: `step(state, batch, lr=...)`, e.g. `partial(train_step, loss_fn=..., optimizer=...)`.
-        valid: like `train`, for validation. Where it is None or gives no batches, the training loss decides the best
-            epoch.
+        valid: like `train`, for validation. None: the means over the training decide the best epoch.
         eval_step: `eval_step(state, batch)`; needed with `valid`.
-        learning_rate: a number, or a function of the number of epochs done.
+        learning_rate: a number; a function of the number of epochs done; or `per_step(f)`, f being a function of the
+            number of optimizer steps done.
         max_epochs: number of epochs at which the run ends, counted from its very start.
-        patience: bad epochs in a row after which the run ends; None never ends it.
-        patience_delta: least improvement of the monitored loss that counts.
+        patience: validations in a row without a new best after which the run ends; None never ends it.
+        patience_delta: least improvement of the monitored metric that counts.
+        monitor: the metric that decides the best epoch: "loss", or the name of an auxiliary metric.
+        mode: "min" where a lower value is better, "max" where a higher one is.
+        validate_every: validate after every so many epochs. Best epoch and patience count validations only.
+        keep_unvalidated: whether an epoch whose validation fails with an error is yielded, without validation, before
+            the error is raised. Otherwise the error is raised at once.
         on_batch: called with the state and the sums after each training batch.
         interrupt: called after each training and each validation batch; True ends the loop with `Interrupted`.
         track: shows progress: `track(batches, label, epoch=..., start_batch=...)` gives back the same batches, see
@@ -241,11 +202,14 @@ def train_and_validate(
         clock: gives seconds; for tests.
 
     Yields:
-        The state after each epoch, and its report. Nothing is yielded when `state` has no epoch left to do.
+        The state after each epoch, and its report. Nothing is yielded when `state` has no epoch left to do. A state
+        that is sent back (`epochs.send(state)`) takes the place of the one that was yielded.
 
     Raises:
-        ValueError: at the call, for `valid` without `eval_step` or a number out of range; in an epoch, when it has no
-            batch or its learning rate is no finite number of at least 0.
+        ValueError: at the call, for `valid` without `eval_step` or an option out of range; in an epoch, when it has no
+            batch, its learning rate is no finite number of at least 0, there is no metric of the name `monitor`, or
+            `train` ignores `start_batch`.
+        TypeError: the step does not return a state and its sums.
         NonFiniteError: a training loss or gradient was not finite. The last state that was yielded is valid.
         Interrupted: `interrupt` asked for it.
 
@@ -263,98 +227,94 @@ def train_and_validate(
         1 3 12.0 None
         2 3 12.0 max_epochs
     """
-    if (valid is None) != (eval_step is None):
-        raise ValueError("Expected valid and eval_step together. Received only one of them.")
-    check_options(max_epochs=max_epochs, patience=patience, patience_delta=patience_delta)
-    schedule = learning_rate if callable(learning_rate) else constant(learning_rate)
-    track = track or _untracked
-    trained = state  # after the last training batch
+    judging = {"mode": mode, "validate_every": validate_every, "max_epochs": max_epochs, "patience": patience}
+    judging["patience_delta"] = patience_delta
+    check_options(valid=valid, eval_step=eval_step, **judging)
+    if not (callable(learning_rate) or isinstance(learning_rate, PerStep)):
+        learning_rate = constant(float(learning_rate))
+    trained: tuple[TrainState, EpochReport] | None = None  # an epoch that is being validated
 
-    def after_batch(state: TrainState, metrics: Metrics) -> None:
+    def on_trained(state: TrainState, report: EpochReport) -> None:
         nonlocal trained
-        trained = state
-        if on_batch is not None:
-            on_batch(state, metrics)
-        after_eval_batch()
+        trained = state, report
 
-    def after_eval_batch(*_: object) -> None:
-        if interrupt is not None and interrupt():
-            raise Interrupted(trained)
+    epoch = partial(
+        run_epoch,
+        train=train,
+        step=step,
+        valid=valid,
+        eval_step=eval_step,
+        learning_rate=learning_rate,
+        monitor=monitor,
+        on_batch=on_batch,
+        on_trained=on_trained,
+        interrupt=interrupt,
+        track=track,
+        clock=clock,
+        **judging,
+    )
 
-    def epochs(state: TrainState) -> Iterator[tuple[TrainState, EpochReport]]:
+    def epochs(state: TrainState) -> Generator[tuple[TrainState, EpochReport], TrainState | None, None]:
+        nonlocal trained
         while state.epoch < max_epochs and not should_stop(state.best, patience):
-            lr, earlier_sums, start = check_rate(schedule(state.epoch)), state.sums, clock()
-            batches = train(state.key, state.epoch, state.batch)
-            batches = track(batches, "training", epoch=state.epoch, start_batch=state.batch)
-            state, train_sums = epoch_fn(state, batches, step=partial(step, lr=lr), on_batch=after_batch)
-            train_end, valid_sums = clock(), {}
-            if valid is not None and eval_step is not None:
-                batches = valid(state.key, state.epoch - 1, 0)
-                batches = track(batches, "validation", epoch=state.epoch - 1, start_batch=0)
-                valid_sums = eval_epoch_fn(state, batches, step=eval_step, on_batch=after_eval_batch)
-            report = judge_epoch(
-                state.best,
-                epoch=state.epoch,
-                learning_rate=lr,
-                train_sums=train_sums,
-                valid_sums=valid_sums,
-                max_epochs=max_epochs,
-                patience=patience,
-                patience_delta=patience_delta,
-                minutes=((train_end - start) / 60, (clock() - train_end) / 60),
-                earlier_sums=earlier_sums,
-            )
-            state = state.replace(best=report.best)
-            yield state, report
+            try:
+                state, report = epoch(state)
+            except Interrupted:
+                raise
+            except Exception:
+                if trained is not None and keep_unvalidated:
+                    yield trained
+                raise
+            trained = None
+            state = (yield state, report) or state
 
     return epochs(state)
 
 
-def judge_epoch(
-    best: Best,
+def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
+    """The remaining batches of the current epoch; ValueError where the source plainly ignores where it should start."""
+    batches = train(state.key, state.epoch, state.batch)
+    if state.batch > 0 and isinstance(batches, Sized):
+        whole = train(state.key, state.epoch, 0)
+        if isinstance(whole, Sized) and len(batches) != (left := max(len(whole) - state.batch, 0)):
+            raise ValueError(
+                f"Expected the last {left} of the {len(whole)} batches of epoch {state.epoch + 1}, since {state.batch} "
+                f"are done. Received: {len(batches)} batches. The source must begin at `start_batch`."
+            )
+    return batches
+
+
+def with_rate(step: Step, learning_rate: float | Schedule, epoch: int) -> tuple[TrainStep, Callable[[int], float]]:
+    """Bind the learning rate of an epoch to a step; also the rate by the number of steps done."""
+    if isinstance(learning_rate, PerStep):
+        schedule = learning_rate.rate
+
+        def bound(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+            return step(state, batch, lr=check_rate(schedule(state.step)))
+
+        return bound, lambda count: check_rate(schedule(count))
+    lr = check_rate(learning_rate(epoch) if callable(learning_rate) else learning_rate)
+    return partial(step, lr=lr), lambda _: lr
+
+
+def check_options(
     *,
-    epoch: int,
-    learning_rate: float,
-    train_sums: Metrics,
-    valid_sums: Metrics,
-    max_epochs: int,
+    valid: object = None,
+    eval_step: object = None,
+    mode: str = "min",
+    validate_every: int = 1,
+    max_epochs: int | None,
     patience: int | None,
     patience_delta: float,
-    minutes: tuple[float, float],
-    earlier_sums: Metrics,
-) -> EpochReport:
-    """Report an epoch from its sums: the means, whether it is the best epoch, whether the run ends.
-
-    `earlier_sums` is the part of `train_sums` from before the clock started.
-    """
-    train_means, valid_means = read_means(train_sums), read_means(valid_sums)
-    num_points = float(train_sums["loss"].weight)
-    best = update_best(best, (valid_means or train_means)["loss"], epoch, patience_delta=patience_delta)
-    return EpochReport(
-        epoch=epoch,
-        learning_rate=learning_rate,
-        train=train_means,
-        valid=valid_means,
-        num_batches=int(train_sums["grad_norm"].weight) if "grad_norm" in train_sums else 0,
-        num_points=num_points,
-        best=best,
-        is_best=best.epoch == epoch,
-        stop="patience" if should_stop(best, patience) else "max_epochs" if epoch >= max_epochs else None,
-        train_minutes=minutes[0],
-        valid_minutes=minutes[1],
-        timed_points=num_points - float(earlier_sums["loss"].weight) if earlier_sums else None,
-    )
-
-
-def check_has_batch(state: Any) -> None:
-    """Raise ValueError when an epoch had no training batch; `state` is a `TrainState` or an `EnsembleState`."""
-    if state.batch == 0:
-        raise ValueError(f"Epoch {state.epoch + 1} has no batch. Expected at least one. Is the dataset empty?")
-
-
-def check_options(*, max_epochs: int, patience: int | None, patience_delta: float) -> None:
+) -> None:
     """Raise ValueError for options of a loop that are out of range."""
-    if max_epochs < 1:
+    if (valid is None) != (eval_step is None):
+        raise ValueError("Expected valid and eval_step together. Received only one of them.")
+    if mode not in ("min", "max"):
+        raise ValueError(f"Expected mode 'min' or 'max'. Received: {mode!r}")
+    if validate_every < 1:
+        raise ValueError(f"Expected validate_every of at least 1. Received: {validate_every}")
+    if max_epochs is not None and max_epochs < 1:
         raise ValueError(f"Expected max_epochs of at least 1. Received: {max_epochs}")
     if patience is not None and patience < 1:
         raise ValueError(f"Expected patience of at least 1, or None. Received: {patience}")
@@ -362,21 +322,13 @@ def check_options(*, max_epochs: int, patience: int | None, patience_delta: floa
         raise ValueError(f"Expected a finite patience_delta of at least 0. Received: {patience_delta}")
 
 
-def check_rate(lr: float) -> float:
-    """Return a learning rate; ValueError if it is negative or not finite."""
-    if not (math.isfinite(lr) and lr >= 0):
+def check_rate(lr: Any) -> float:
+    """Return a learning rate as a float, also of numpy or a () tensor; ValueError if it is negative or not finite."""
+    rate = float(lr)
+    if not (math.isfinite(rate) and rate >= 0):
         raise ValueError(f"Expected a learning rate that is finite and at least 0. Received: {lr}")
-    return lr
+    return rate
 
 
 def _untracked(batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterable[Any]:
     return batches
-
-
-def _raise_deferred(state: TrainState, first_bad: Sum) -> None:
-    bad_step = int(first_bad.total)
-    where = location(state.epoch, bad_step - (state.step - state.batch), bad_step)
-    raise NonFiniteError(
-        f"The loss or the gradient was not finite in {where}. "
-        f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids."
-    )

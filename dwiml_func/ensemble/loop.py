@@ -12,20 +12,13 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.early_stopping import should_stop
-from dwiml_func.core.loop import (
-    Batches,
-    EpochReport,
-    Interrupted,
-    check_has_batch,
-    check_options,
-    check_rate,
-    judge_epoch,
-)
+from dwiml_func.core.epoch import check_has_batch
+from dwiml_func.core.loop import Batches, Interrupted, check_options, check_rate
 from dwiml_func.core.metrics import add_metrics
+from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.core.step import location
 from dwiml_func.ensemble.state import EnsembleState, member_sums
-from dwiml_func.optim.schedules import constant
-from dwiml_func.types import Metrics, Schedule, Sum
+from dwiml_func.types import Metrics, PerStep, Schedule, Sum
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]
 
@@ -115,10 +108,12 @@ def train_and_validate_ensemble(
     if (valid is None) != (eval_step is None):
         raise ValueError("Expected valid and eval_step together. Received only one of them.")
     check_options(max_epochs=max_epochs, patience=patience, patience_delta=patience_delta)
-    each = list(learning_rate) if isinstance(learning_rate, Sequence) else [learning_rate] * len(ensemble)
+    each: list[float | Schedule] = (
+        list(learning_rate) if isinstance(learning_rate, Sequence) else [learning_rate] * len(ensemble)
+    )
     if len(each) != len(ensemble):
         raise ValueError(f"Expected {len(ensemble)} learning rates, one for each member. Received: {len(each)}")
-    schedules = [rate if callable(rate) else constant(rate) for rate in each]
+    is_per_step = any(isinstance(rate, PerStep) for rate in each)
     trained = ensemble  # after the last training batch
 
     def after_batch(ensemble: EnsembleState, metrics: Metrics) -> None:
@@ -136,8 +131,11 @@ def train_and_validate_ensemble(
         ensemble = _without_patience(ensemble, patience)
         while ensemble.epoch < max_epochs and any(running := ensemble.active.tolist()):
             earlier_sums, start = member_sums(ensemble.sums, len(ensemble)), clock()
-            rates = [check_rate(schedule(ensemble.epoch)) for schedule in schedules]
-            ensemble = _train(ensemble, train, partial(step, lr=_one_or_each(rates, ensemble)), after_batch)
+            rates = partial(_rates, each, ensemble.epoch)
+            bound: Any = partial(step, lr=_one_or_each(rates(ensemble.step), ensemble))
+            if is_per_step:
+                bound = partial(_step_at_its_rate, step, rates)
+            ensemble = _train(ensemble, train, bound, after_batch)
             still = ensemble.active.tolist()
             failed = {n: _failure(ensemble, n) for n, ran in enumerate(running) if ran and not still[n]}
             ensemble, sums = _close_epoch(ensemble)
@@ -148,7 +146,7 @@ def train_and_validate_ensemble(
                 number: judge_epoch(
                     ensemble.best[number],
                     epoch=ensemble.epoch,
-                    learning_rate=rates[number],
+                    learning_rate=rates(ensemble.step - 1)[number],
                     train_sums=train_sums[number],
                     valid_sums=valid_sums[number],
                     max_epochs=max_epochs,
@@ -156,6 +154,7 @@ def train_and_validate_ensemble(
                     patience_delta=patience_delta,
                     minutes=((train_end - start) / 60, (clock() - train_end) / 60),
                     earlier_sums=earlier_sums[number],
+                    has_validation=valid is not None,
                 )
                 for number, is_active in enumerate(still)
                 if is_active
@@ -191,6 +190,19 @@ def _evaluate(
         sums = add_metrics(sums, eval_step(ensemble.replace(batch=index), batch))
         on_batch()
     return sums
+
+
+def _rates(schedules: list[float | Schedule], epoch: int, step: int) -> list[float]:
+    return [
+        check_rate(each.rate(step) if isinstance(each, PerStep) else each(epoch) if callable(each) else each)
+        for each in schedules
+    ]
+
+
+def _step_at_its_rate(
+    step: EnsembleStep, rates: Callable[[int], list[float]], ensemble: EnsembleState, batch: Any
+) -> tuple[EnsembleState, Metrics]:
+    return step(ensemble, batch, lr=_one_or_each(rates(ensemble.step), ensemble))
 
 
 def _one_or_each(rates: list[float], ensemble: EnsembleState) -> float | Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
 from dwiml_func.checkpoint.digest import bit_difference, leaf_differences
 from dwiml_func.checkpoint.history import history_to_json
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.folder import read_config
 
 __all__ = [

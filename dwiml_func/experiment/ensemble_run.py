@@ -15,7 +15,7 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint, remove_old, restore, sa
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import fill_digests
 from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, stack_states

@@ -19,7 +19,8 @@ import torch
 from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import checkpoint_name
-from dwiml_func.core.loop import EpochReport, Interrupted, Track, train_and_validate
+from dwiml_func.core.loop import Interrupted, Track, train_and_validate
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.process_group import ProcessLostError
 from dwiml_func.experiment.best_model import save_best_model
@@ -80,6 +81,7 @@ def run_experiment(
         max_epochs=training.max_epochs,
         patience=training.patience,
         patience_delta=training.patience_delta,
+        keep_unvalidated=False,  # the state after the last batch is saved, and its validation repeated
         track=track,
     )
     with _make_checkpointer(directory, parts) as checkpointer:

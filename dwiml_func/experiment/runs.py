@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.config import TrainingConfig
 from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
 from dwiml_func.files.lock import is_locked

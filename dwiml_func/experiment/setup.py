@@ -14,7 +14,8 @@ from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.autocast import check_bf16
-from dwiml_func.core.loop import Batches, EvalStep
+from dwiml_func.core.epoch import EvalStep
+from dwiml_func.core.loop import Batches
 from dwiml_func.core.loss import LossFn, module_loss
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, init_state

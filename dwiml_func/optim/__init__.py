@@ -10,7 +10,15 @@ from dwiml_func.optim.nadam import nadam
 from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
 from dwiml_func.optim.rmsprop import rmsprop
 from dwiml_func.optim.schedule_free import schedule_free_adamw, schedule_free_sgd
-from dwiml_func.optim.schedules import constant, cosine, per_epoch, warm_up
+from dwiml_func.optim.schedules import (
+    constant,
+    cosine,
+    one_cycle,
+    per_epoch,
+    per_step,
+    warm_up,
+    warmup_stable_decay,
+)
 from dwiml_func.optim.transformations import add_decayed_weights, clip_by_global_norm, clip_by_value
 from dwiml_func.types import Gate, Optimizer, Schedule, Transform
 
@@ -34,7 +42,9 @@ __all__ = [
     "lookahead",
     "muon",
     "nadam",
+    "one_cycle",
     "per_epoch",
+    "per_step",
     "radam",
     "rmsprop",
     "schedule_free_adamw",
@@ -43,4 +53,5 @@ __all__ = [
     "skip_not_finite",
     "skipped_too_often",
     "warm_up",
+    "warmup_stable_decay",
 ]

@@ -1,16 +1,26 @@
-"""Learning rates per epoch: functions from the number of epochs done to a float."""
+"""Learning rates: functions from the number of epochs done, or of optimizer steps done, to a float."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from dwiml_func.types import Schedule
+from dwiml_func.types import PerStep, Schedule
 
-__all__ = ["Schedule", "constant", "cosine", "per_epoch", "warm_up"]
+__all__ = [
+    "PerStep",
+    "Schedule",
+    "constant",
+    "cosine",
+    "one_cycle",
+    "per_epoch",
+    "per_step",
+    "warm_up",
+    "warmup_stable_decay",
+]
 
 
-def constant(value: float) -> Schedule:
+def constant(value: float) -> Callable[[int], float]:
     """The same learning rate in every epoch.
 
     Args:
@@ -26,7 +36,7 @@ def constant(value: float) -> Schedule:
     return per_epoch([value])
 
 
-def per_epoch(values: Sequence[float]) -> Schedule:
+def per_epoch(values: Sequence[float]) -> Callable[[int], float]:
     """One learning rate for each epoch; the last one repeats.
 
     Args:
@@ -52,54 +62,159 @@ def per_epoch(values: Sequence[float]) -> Schedule:
     return lambda epoch: rates[min(epoch, len(rates) - 1)]
 
 
-def cosine(initial: float, *, num_epochs: int, final: float = 0.0) -> Schedule:
+def per_step(schedule: Callable[[int], float]) -> PerStep:
+    """Count optimizer steps instead of epochs.
+
+    Args:
+        schedule: maps the number of steps done to a learning rate; any schedule of this module, whose lengths then are
+            numbers of steps.
+
+    Returns:
+        A schedule for `train_and_validate`.
+
+    Example:
+        >>> schedule = per_step(warm_up(cosine(0.1, length=1000), length=100))
+        >>> round(schedule.rate(550), 6)
+        0.042178
+    """
+    return PerStep(schedule)
+
+
+def cosine(initial: float, *, length: int, final: float = 0.0) -> Callable[[int], float]:
     """Half a cosine from `initial` to `final` (Loshchilov and Hutter, 2017, arXiv:1608.03983, without restarts).
 
     Args:
         initial: learning rate of the first epoch.
-        num_epochs: epochs until `final`, which then stays.
+        length: epochs until `final`, which then stays. With `per_step`, steps.
         final: the last learning rate.
 
     Returns:
         A schedule.
 
     Raises:
-        ValueError: `num_epochs` is below 1, or a rate is negative or not finite.
+        ValueError: `length` is below 1, or a rate is negative or not finite.
 
     Example:
-        >>> round(cosine(1.0, num_epochs=10)(5), 6)
+        >>> round(cosine(1.0, length=10)(5), 6)
         0.5
     """
-    if num_epochs < 1:
-        raise ValueError(f"Expected num_epochs of at least 1. Received: {num_epochs}")
-    for rate in (initial, final):
-        if not (math.isfinite(rate) and rate >= 0):
-            raise ValueError(f"Expected learning rates that are finite and at least 0. Received: {rate:g}")
-
-    def schedule(epoch: int) -> float:
-        done = min(epoch / num_epochs, 1.0)
-        return final + (initial - final) * 0.5 * (1.0 + math.cos(math.pi * done))
-
-    return schedule
+    _check_lengths(length=length, at_least=1)
+    _check_rates(initial, final)
+    return lambda count: _half_cosine(initial, final, min(count / length, 1.0))
 
 
-def warm_up(schedule: Schedule, *, num_epochs: int) -> Schedule:
-    """Grow linearly to a schedule's values over the first epochs.
+def warm_up(schedule: Callable[[int], float], *, length: int) -> Callable[[int], float]:
+    """Grow linearly to the wrapped schedule's values at the start.
 
     Args:
-        schedule: the schedule to wrap; its epoch 0 is the first epoch of the warm-up.
-        num_epochs: epochs of warm-up; epoch i has (i + 1) / (num_epochs + 1) of the wrapped rate.
+        schedule: what to follow; its count 0 is the first of the warm-up.
+        length: epochs of warm-up; epoch i has (i + 1) / (length + 1) of the wrapped rate. With `per_step`, steps.
 
     Returns:
         A schedule.
 
     Raises:
-        ValueError: `num_epochs` is negative.
+        ValueError: `length` is negative.
 
     Example:
-        >>> [round(warm_up(constant(0.3), num_epochs=2)(epoch), 6) for epoch in range(4)]
+        >>> [round(warm_up(constant(0.3), length=2)(epoch), 6) for epoch in range(4)]
         [0.1, 0.2, 0.3, 0.3]
     """
-    if num_epochs < 0:
-        raise ValueError(f"Expected num_epochs of at least 0. Received: {num_epochs}")
-    return lambda epoch: schedule(epoch) * min((epoch + 1) / (num_epochs + 1), 1.0)
+    _check_lengths(length=length)
+    return lambda count: schedule(count) * min((count + 1) / (length + 1), 1.0)
+
+
+def warmup_stable_decay(
+    peak: float, *, warmup: int, stable: int, decay: int, final: float = 0.0
+) -> Callable[[int], float]:
+    """Linear warm-up, a plateau, and a linear decay (Hu et al., 2024, arXiv:2404.06395).
+
+    Args:
+        peak: learning rate of the plateau.
+        warmup, stable, decay: lengths of the three parts, in epochs. With `per_step`, in steps.
+        final: learning rate after the decay.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ValueError: a length is negative, or a rate negative or not finite.
+
+    Example:
+        >>> schedule = warmup_stable_decay(1.0, warmup=1, stable=2, decay=2)
+        >>> [round(schedule(epoch), 6) for epoch in range(6)]
+        [0.5, 1.0, 1.0, 1.0, 0.5, 0.0]
+    """
+    _check_lengths(warmup=warmup, stable=stable, decay=decay)
+    _check_rates(peak, final)
+
+    def schedule(count: int) -> float:
+        if count < warmup:
+            return peak * (count + 1) / (warmup + 1)
+        done = (count - warmup - stable) / decay if decay else float(count >= warmup + stable)
+        return final if done >= 1 else peak + (final - peak) * max(done, 0.0)
+
+    return schedule
+
+
+def one_cycle(
+    peak: float,
+    *,
+    length: int,
+    warmup_share: float = 0.3,
+    initial_divisor: float = 25.0,
+    final_divisor: float = 1e4,
+) -> Callable[[int], float]:
+    """Up to `peak` and down again, each along half a cosine, as `torch.optim.lr_scheduler.OneCycleLR`.
+
+    Args:
+        peak: the highest learning rate.
+        length: epochs in all, at least 2. With `per_step`, steps.
+        warmup_share: share of the length that goes up, 0 < share < 1.
+        initial_divisor: the first rate is `peak / initial_divisor`.
+        final_divisor: the last rate is the first one divided by it.
+
+    Returns:
+        A schedule. It stays at its last rate.
+
+    Raises:
+        ValueError: a number out of range.
+
+    Example:
+        >>> schedule = one_cycle(1.0, length=11)
+        >>> round(schedule(0), 6), round(schedule(2), 6), round(schedule(10), 6)
+        (0.04, 0.960261, 4e-06)
+    """
+    _check_lengths(length=length, at_least=2)
+    _check_rates(peak)
+    if not (0 < warmup_share < 1 and initial_divisor > 0 and final_divisor > 0):
+        raise ValueError(
+            f"Expected 0 < warmup_share < 1 and divisors above 0. Received: {warmup_share}, {initial_divisor} and "
+            f"{final_divisor}"
+        )
+    first = peak / initial_divisor
+    top, end = warmup_share * length - 1, length - 1
+
+    def schedule(count: int) -> float:
+        count = min(count, end)
+        if count <= top:
+            return _half_cosine(first, peak, count / top)
+        return _half_cosine(peak, first / final_divisor, (count - top) / (end - top))
+
+    return schedule
+
+
+def _half_cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def _check_lengths(*, at_least: int = 0, **lengths: int) -> None:
+    for name, length in lengths.items():
+        if length < at_least:
+            raise ValueError(f"Expected {name} of at least {at_least}. Received: {length}")
+
+
+def _check_rates(*rates: float) -> None:
+    for rate in rates:
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"Expected learning rates that are finite and at least 0. Received: {rate:g}")

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.writers.npy import monitor_name
 
 __all__ = ["Comet", "comet_key", "comet_metrics"]

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.writers.writer import Writer, from_history
 

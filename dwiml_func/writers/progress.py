@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.types import Metrics
 

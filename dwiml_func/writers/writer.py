@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from dwiml_func.core.loop import EpochReport
+from dwiml_func.core.report import EpochReport
 
 __all__ = ["Writer", "fan_out", "from_history"]
 

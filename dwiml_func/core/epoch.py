@@ -1,0 +1,183 @@
+"""An epoch: a fold of a step over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from dwiml_func.core.metrics import add_metrics
+from dwiml_func.core.state import TrainState
+from dwiml_func.core.step import NON_FINITE, NonFiniteError, location
+from dwiml_func.types import Metrics, Sum
+
+__all__ = ["EvalStep", "TrainStep", "end_epoch", "epoch_fn", "eval_epoch_fn", "train_steps"]
+
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+"""`step(state, batch) -> (state, metrics)`: `train_step` with everything static bound."""
+
+EvalStep = Callable[[TrainState, Any], Metrics]
+"""`step(state, batch) -> metrics`: `eval_step` with the loss bound."""
+
+OnBatch = Callable[[TrainState, Metrics], object]
+
+
+def train_steps(state: TrainState, batches: Iterable[Any], *, step: TrainStep) -> Iterator[tuple[TrainState, Metrics]]:
+    """Train on batches, one step at a time, within the current epoch.
+
+    Args:
+        state: the state to start from.
+        batches: training batches, in order.
+        step: `step(state, batch) -> (state, metrics)`.
+
+    Yields:
+        The state after each step, and the batch's sums. `end_epoch` closes the epoch.
+
+    Raises:
+        TypeError: the step did not return a pair of a state and its sums, or not the state one batch further.
+        NonFiniteError: a loss or gradient was not finite.
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from dwiml_func import init_state, module_loss, sgd, train_step
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+        >>> step = partial(train_step, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+        >>> for state, metrics in train_steps(init_state(model, sgd(), seed=0), [torch.ones(4, 2)] * 2, step=step):
+        ...     print(state.batch, metrics["loss"].weight)
+        1 4.0
+        2 4.0
+    """
+    for batch in batches:
+        result = step(state, batch)
+        _check_step(state, result)
+        state, metrics = result
+        yield state, metrics
+
+
+def end_epoch(state: TrainState) -> tuple[TrainState, Metrics]:
+    """Close the current epoch.
+
+    Args:
+        state: the state after the epoch's last batch.
+
+    Returns:
+        The state with `epoch` one higher, `batch` 0 and no sums, and the sums of the epoch.
+
+    Raises:
+        ValueError: the epoch has no batch at all.
+        NonFiniteError: a step left word of a loss or gradient that was not finite.
+
+    Example:
+        >>> import torch
+        >>> from dwiml_func import init_state, sgd
+        >>> state = init_state(torch.nn.Linear(2, 1), sgd(), seed=0).replace(batch=3, sums={"loss": Sum(1.0, 2.0)})
+        >>> end_epoch(state)[0].epoch, end_epoch(state)[1]
+        (1, {'loss': Sum(total=1.0, weight=2.0)})
+    """
+    check_has_batch(state)
+    sums = dict(state.sums)
+    first_bad = sums.pop(NON_FINITE, None)
+    if first_bad is not None and float(first_bad.weight) > 0:
+        _raise_deferred(state, first_bad)
+    return state.replace(epoch=state.epoch + 1, batch=0, sums={}), sums
+
+
+def epoch_fn(
+    state: TrainState, batches: Iterable[Any], *, step: TrainStep, on_batch: OnBatch | None = None
+) -> tuple[TrainState, Metrics]:
+    """Train on the remaining batches of an epoch, and close the epoch.
+
+    Args:
+        state: the state to start from. When `state.batch` is above 0, `batches` must start at that batch.
+        batches: training batches, in order.
+        step: `step(state, batch) -> (state, metrics)`, e.g. `partial(train_step, loss_fn=..., optimizer=..., lr=...)`.
+        on_batch: called with the state and the batch's sums after each step, for checkpoints and progress bars.
+
+    Returns:
+        The state with `epoch` one higher, `batch` 0 and no sums, and the sums of the whole epoch, including batches
+        before a resume.
+
+    Raises:
+        ValueError: the epoch has no batch at all.
+        NonFiniteError: a loss or gradient was not finite.
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from dwiml_func import init_state, module_loss, optim, train_step
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+        >>> step = partial(train_step, loss_fn=loss_fn, optimizer=optim.sgd(), lr=0.1)
+        >>> state, sums = epoch_fn(init_state(model, optim.sgd(), seed=0), [torch.ones(4, 2)] * 3, step=step)
+        >>> state.epoch, state.step, sums["loss"].weight
+        (1, 3, 12.0)
+    """
+    for state, metrics in train_steps(state, batches, step=step):  # noqa: B020  # the state is folded
+        if on_batch is not None:
+            on_batch(state, metrics)
+    return end_epoch(state)
+
+
+def eval_epoch_fn(
+    state: TrainState, batches: Iterable[Any], *, step: EvalStep, on_batch: OnBatch | None = None
+) -> Metrics:
+    """Evaluate all batches.
+
+    Args:
+        state: the state; it is not changed.
+        batches: validation batches, in order.
+        step: `step(state, batch) -> metrics`, e.g. `partial(eval_step, loss_fn=...)`.
+        on_batch: called with the state and the batch's sums after each batch.
+
+    Returns:
+        The sums over all batches; empty without batches.
+
+    Example:
+        >>> import torch
+        >>> from functools import partial
+        >>> from dwiml_func import eval_step, init_state, module_loss, optim
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+        >>> state = init_state(model, optim.sgd(), seed=0)
+        >>> eval_epoch_fn(state, [torch.ones(4, 2)] * 3, step=partial(eval_step, loss_fn=loss_fn))["loss"].weight
+        12.0
+    """
+    sums: dict[str, Sum] = {}
+    for index, batch in enumerate(batches):
+        metrics = step(state.replace(batch=index), batch)
+        sums = add_metrics(sums, metrics)
+        if on_batch is not None:
+            on_batch(state, metrics)
+    return sums
+
+
+def check_has_batch(state: Any) -> None:
+    """Raise ValueError when an epoch had no training batch; `state` is a `TrainState` or an `EnsembleState`."""
+    if state.batch == 0:
+        raise ValueError(f"Epoch {state.epoch + 1} has no batch. Expected at least one. Is the dataset empty?")
+
+
+def _check_step(old: TrainState, result: Any) -> None:
+    """The contract of a step of the user's own."""
+    is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], TrainState)
+    if not is_pair or not isinstance(result[1], Mapping):
+        raise TypeError(
+            f"Expected a step that returns (state, metrics), a TrainState and a dict of sums. "
+            f"Received: {type(result).__name__}"
+        )
+    new = result[0]
+    if (new.epoch, new.batch) != (old.epoch, old.batch + 1):
+        raise TypeError(
+            f"Expected a step that returns the state after the batch: epoch {old.epoch}, batch {old.batch + 1}. "
+            f"Received: epoch {new.epoch}, batch {new.batch}. Return what train_step returned, or count the batch."
+        )
+
+
+def _raise_deferred(state: TrainState, first_bad: Sum) -> None:
+    bad_step = int(first_bad.total)
+    where = location(state.epoch, bad_step - (state.step - state.batch), bad_step)
+    raise NonFiniteError(
+        f"The loss or the gradient was not finite in {where}. "
+        f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids."
+    )

@@ -1,0 +1,115 @@
+"""The report of an epoch: what it measured, and whether it is the best one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dwiml_func.core.early_stopping import Best, Mode, should_stop, update_best
+from dwiml_func.core.metrics import read_means
+from dwiml_func.types import Metrics
+
+__all__ = ["EpochReport", "judge_epoch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpochReport:
+    """The metrics, the durations and the best epoch after one epoch.
+
+    Args:
+        epoch: number of epochs done, this one included; 1 is the first.
+        learning_rate: of this epoch.
+        train: means over the training batches, e.g. `loss` (weighted by points), `grad_norm` (by batches).
+        valid: means over the validation batches; empty without validation.
+        num_batches: training batches in the epoch.
+        num_points: number of points averaged in the training loss.
+        best: the best epoch so far, this one included.
+        is_best: whether this epoch is the best one.
+        stop: why the run ends after this epoch: "max_epochs" or "patience"; None when it continues.
+        train_minutes: duration of the training part, in minutes, since the start or the last resume.
+        valid_minutes: duration of the validation part, in minutes.
+        digest: SHA-256 of the state after the epoch, in a history that was restored from a checkpoint; None before, and
+            where no checkpoint was made at the epoch's end.
+        timed_points: number of points trained in `train_minutes`, where the epoch was resumed; None means all.
+
+    Example:
+        >>> report = EpochReport(
+        ...     epoch=1, learning_rate=0.1, train={"loss": 0.5}, valid={}, num_batches=3, num_points=30,
+        ...     best=Best(0.5, 1), is_best=True, stop=None, train_minutes=0.1, valid_minutes=0.0)
+        >>> report.monitored_loss
+        0.5
+    """
+
+    epoch: int
+    learning_rate: float
+    train: dict[str, float]
+    valid: dict[str, float]
+    num_batches: int
+    num_points: float
+    best: Best
+    is_best: bool
+    stop: Literal["max_epochs", "patience"] | None
+    train_minutes: float
+    valid_minutes: float
+    digest: str | None = None
+    timed_points: float | None = None
+
+    @property
+    def points_per_second(self) -> float:
+        """Speed of the training part, since the start or the last resume; NaN where no time was measured."""
+        points = self.num_points if self.timed_points is None else self.timed_points
+        return points / (60 * self.train_minutes) if self.train_minutes > 0 else math.nan
+
+    @property
+    def monitored_loss(self) -> float:
+        """The loss that decides the best epoch: of the validation, or of the training without validation."""
+        return self.valid["loss"] if self.valid else self.train["loss"]
+
+
+def judge_epoch(
+    best: Best,
+    *,
+    epoch: int,
+    learning_rate: float,
+    train_sums: Metrics,
+    valid_sums: Metrics,
+    max_epochs: int | None,
+    patience: int | None,
+    patience_delta: float,
+    minutes: tuple[float, float],
+    earlier_sums: Metrics,
+    has_validation: bool = True,
+    monitor: str = "loss",
+    mode: Mode = "min",
+) -> EpochReport:
+    """Report an epoch from its sums: the means, whether it is the best epoch, whether the run ends.
+
+    `earlier_sums` is the part of `train_sums` from before the clock started. An epoch without validation is not judged
+    where the run has validations.
+    """
+    train_means, valid_means = read_means(train_sums), read_means(valid_sums)
+    num_points = float(train_sums["loss"].weight)
+    means = valid_means if has_validation else train_means
+    if means:
+        if monitor not in means:
+            raise ValueError(f"Expected a metric to monitor among {', '.join(sorted(means))}. Received: {monitor!r}")
+        best = update_best(best, means[monitor], epoch, patience_delta=patience_delta, mode=mode)
+    return EpochReport(
+        epoch=epoch,
+        learning_rate=learning_rate,
+        train=train_means,
+        valid=valid_means,
+        num_batches=int(train_sums["grad_norm"].weight) if "grad_norm" in train_sums else 0,
+        num_points=num_points,
+        best=best,
+        is_best=best.epoch == epoch,
+        stop="patience"
+        if should_stop(best, patience)
+        else "max_epochs"
+        if max_epochs is not None and epoch >= max_epochs
+        else None,
+        train_minutes=minutes[0],
+        valid_minutes=minutes[1],
+        timed_points=num_points - float(earlier_sums["loss"].weight) if earlier_sums else None,
+    )
