@@ -1,8 +1,6 @@
-"""How often a run saves a checkpoint: every so many batches, minutes or epochs.
+"""The config of a run: frozen dataclasses that are the command line, `config.json` and part of each checkpoint.
 
-The one description of a run: frozen dataclasses that are the command line, `config.json` and a checkpoint's record.
-
-Option names and defaults are those of the reference's training scripts.
+The field docstrings are the help texts of the command line. Names and defaults are those of dwi_ml's training scripts.
 """
 
 from __future__ import annotations
@@ -42,68 +40,24 @@ _FORM = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class SaveInterval:
-    """How often to save.
-
-    A checkpoint at the end of an epoch is always due, but where the unit is epochs.
-
-    Args:
-        number: how many of the unit, above 0.
-        unit: what is counted: batches and minutes within an epoch, or epochs.
-
-    Example:
-        >>> SaveInterval(50, "batch").due_within_epoch(batch=100, seconds=3.0)
-        True
-    """
+    """How often to save: every `number` batches or minutes and at each epoch's end, or every `number` epochs."""
 
     number: float
     unit: Literal["batch", "minute", "epoch"]
 
     def due_within_epoch(self, *, batch: int, seconds: float) -> bool:
-        """Whether to save after a batch.
-
-        Args:
-            batch: batches done in the epoch.
-            seconds: time since the last save.
-
-        Returns:
-            True when a checkpoint is due.
-        """
+        """Whether to save after so many batches of the epoch, `seconds` after the last save."""
         if self.unit == "batch":
             return batch % self.number == 0
         return self.unit == "minute" and seconds >= 60 * self.number
 
     def due_after_epoch(self, epoch: int) -> bool:
-        """Whether to save after an epoch.
-
-        Args:
-            epoch: epochs done.
-
-        Returns:
-            True when a checkpoint is due.
-
-        Example:
-            >>> [epoch for epoch in range(1, 8) if SaveInterval(3, "epoch").due_after_epoch(epoch)]
-            [3, 6]
-        """
+        """Whether to save after so many epochs."""
         return self.unit != "epoch" or epoch % self.number == 0
 
 
 def parse_save_interval(text: str) -> SaveInterval:
-    """Read how often to save.
-
-    Args:
-        text: a number and a unit: "50batches", "10minutes", "0.5 minutes", "1epoch".
-
-    Returns:
-        The save_interval.
-
-    Raises:
-        ValueError: the text has another form, or the number is 0 or, for batches and epochs, not whole.
-
-    Example:
-        >>> parse_save_interval("50batches")
-        SaveInterval(number=50, unit='batch')
-    """
+    """Read a number and a unit: "50batches", "10minutes", "0.5 minutes", "1epoch"; ValueError for any other text."""
     match = _FORM.fullmatch(text)
     number = float(match["number"]) if match else 0.0
     if match and number > 0:
@@ -119,48 +73,41 @@ def parse_save_interval(text: str) -> SaveInterval:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """The training.
-
-    Raises:
-        ValueError: a value out of range, or a learning rate that cannot be read.
-
-    Example:
-        >>> TrainingConfig(learning_rate=("0.001*3", "0.0001")).learning_rates
-        (0.001, 0.001, 0.001, 0.0001)
-    """
+    """The training."""
 
     __pydantic_config__: ClassVar = STRICT
 
     max_epochs: int = 100
-    """Epochs after which training ends."""
+    """Number of epochs after which training ends."""
     patience: int | None = None
-    """Epochs in a row without improvement after which training ends. None: it goes on."""
+    """Number of epochs in a row without improvement after which training ends. None: early stopping is off."""
     patience_delta: float = 1e-6
     """Least decrease of the monitored loss that counts as an improvement."""
     optimizer: Literal["Adam", "AdamW", "RAdam", "SGD"] = "Adam"
-    """Optimizer, in the arithmetic of torch.optim; SGD is without momentum."""
+    """Optimizer, as in torch.optim; SGD has no momentum."""
     learning_rate: tuple[str, ...] = ("0.001",)
-    """Learning rate. "0.001*3 0.0001": three epochs at 0.001, then 0.0001."""
+    """Learning rate. "0.001*3 0.0001" means three epochs at 0.001, then 0.0001."""
     weight_decay: float = 0.01
     """L2 penalty on the parameters (AdamW: decoupled)."""
     clip_grad: float | None = None
-    """Largest norm of the gradient; larger ones are scaled down to it. None: no limit."""
+    """Maximum norm of the gradient; a larger gradient is scaled down to it. None: no limit."""
     rng: int = 1234
-    """Seed of everything random."""
+    """Seed of all random numbers."""
     data_rng: int | None = None
-    """Seed of the batches alone: which streamlines, in which order, split, reversed, with which noise. None: --rng."""
+    """Seed of the batches only: choice and order of streamlines, splitting, reversal, noise. None: --rng."""
     use_gpu: bool = False
-    """Train on the CUDA device."""
+    """Train on the CUDA GPU."""
     num_threads: int = 1
-    """CPU threads of the computation. Another number gives other last bits, so it is the run's, not the machine's."""
+    """Number of CPU threads of the computation. Results with different numbers are not bitwise identical."""
     compile: bool = False
-    """Compile the training step with torch.compile. Other last bits than without, and again the same ones each time."""
+    """Compile the training step with torch.compile. Results are reproducible, but not bitwise identical to those
+    without it."""
     precision: Literal["float32", "bf16"] = "float32"
-    """Precision of the model's matrix products and convolutions, in validation too: bf16 is autocast to bfloat16.
-    Parameters, gradients, optimizer, losses and the finished model stay in float32."""
+    """Precision of the model's matrix products and convolutions in training and validation; bf16 is autocast to
+    bfloat16. Parameters, gradients, optimizer state, losses and the final model stay in float32."""
     num_shards: int = 1
-    """Parts that each batch is cut into. Under torchrun the processes share them, and any number of processes that
-    divides this one gives the same bits."""
+    """Number of shards of each batch. Under torchrun, the processes share them; any number of processes that divides
+    this number gives bitwise identical results."""
 
     def __post_init__(self) -> None:
         check_number("max_epochs", self.max_epochs, at_least=1)
@@ -179,29 +126,22 @@ class TrainingConfig:
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """One learning rate an epoch; the last one repeats."""
+        """One learning rate per epoch; the last one repeats."""
         return parse_learning_rate(" ".join(self.learning_rate))
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are saved, and which are kept. It cannot change the training.
-
-    Raises:
-        ValueError: a value out of range, or of another form.
-
-    Example:
-        >>> CheckpointConfig(checkpoint_every="50batches").save_interval
-        SaveInterval(number=50, unit='batch')
-    """
+    """When checkpoints are saved, and which are kept. These options cannot change the results."""
 
     __pydantic_config__: ClassVar = STRICT
 
     checkpoint_every: str = "1epoch"
-    """How often to save a checkpoint: "50batches" or "10minutes", and at each epoch's end; or "3epochs", and at each
-    best epoch."""
+    """Interval between checkpoints: "50batches" or "10minutes" (also saves at each epoch's end), or "3epochs" (also
+    saves
+    at each best epoch)."""
     keep: int | Literal["all"] = 2
-    """How many of the latest checkpoints at an epoch's end to keep, besides that of the best epoch; or all."""
+    """Number of latest checkpoints at an epoch's end to keep besides that of the best epoch, or all."""
 
     def __post_init__(self) -> None:
         if self.keep != "all":
@@ -216,22 +156,18 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is logged besides the files that every run has. It cannot change the training.
-
-    Example:
-        >>> LoggingConfig().uses_comet, LoggingConfig(comet_project="tracking").uses_comet
-        (False, True)
-    """
+    """What is logged besides the files that every run has. These options cannot change the results."""
 
     __pydantic_config__: ClassVar = STRICT
 
     comet_workspace: str | None = None
-    """Comet workspace. With it or --comet-project, Comet logs the run: online with an API key (COMET_API_KEY, or
-    comet's config) and a network, else as an archive in logs/comet. None: the account's own."""
+    """Comet workspace. With this option or --comet-project, Comet logs the run: online with an API key (COMET_API_KEY
+    or
+    comet's config) and a network, otherwise as an archive in logs/comet. None: the default workspace of the account."""
     comet_project: str | None = None
-    """Comet project. None: Comet's project for runs without one."""
+    """Comet project. None: Comet's default project."""
     tensorboard: bool = False
-    """Write logs/tensorboard too; it needs the package tensorboard."""
+    """Also write logs/tensorboard; requires the package tensorboard."""
 
     @property
     def uses_comet(self) -> bool:
@@ -241,17 +177,9 @@ class LoggingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Where a forked run came from.
+    """The source of a forked run: the experiment, the checkpoint's name and the digest of its state.
 
-    Args:
-        experiment: the directory it was forked from.
-        checkpoint: the name of the checkpoint.
-        digest: of the state in that checkpoint.
-        start_digest: of the state with which the fork began; another one where moments, seed or best epoch began anew.
-
-    Example:
-        >>> Origin(experiment="experiments/a", checkpoint="3", digest="0" * 64, start_digest="0" * 64).checkpoint
-        '3'
+    `start_digest` is that of the fork's first state. It differs where optimizer state, seed or best epoch were reset.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -264,26 +192,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A run, complete: enough to start it again.
-
-    Args:
-        hdf5_file: the dataset.
-        data: what to read from it.
-        batches: how batches are made.
-        model: the model.
-        training: the training.
-        checkpoints: when checkpoints are saved.
-        logging: what is logged besides the files that every run has.
-        origin: where a forked run came from; None for one that began by itself.
-
-    Raises:
-        ValueError: the model cannot learn from such data.
-
-    Example:
-        >>> config = RunConfig(hdf5_file="data.hdf5")
-        >>> config_from_json(config.to_json()) == config
-        True
-    """
+    """The complete config of a run; `origin` is None unless it was forked."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -300,40 +209,18 @@ class RunConfig:
         check_model(self.model, self.data, self.batches)
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON data.
-
-        Returns:
-            Nested dicts of strings, numbers and lists.
-        """
+        """The config as JSON data: nested dicts."""
         return json.loads(self.to_json())
 
     def to_json(self) -> str:
-        """The config as JSON text, for `config_from_json`.
-
-        Returns:
-            Indented text.
-        """
+        """The config as JSON text, for `config_from_json`."""
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def config_from_json(text: str | bytes, *, source: str = "config.json") -> RunConfig:
-    """Read a config, strictly: every key known, every value of the right type and in range.
+    """Read a config strictly: every key known, every value of the right type and in range.
 
-    Args:
-        text: JSON text; bytes are UTF-8.
-        source: what to call it in an error.
-
-    Returns:
-        The config.
-
-    Raises:
-        ValueError: the text is no JSON or no config; one line names each place that is wrong.
-
-    Example:
-        >>> config_from_json('{"hdf5_file": "a.hdf5", "data": {"colour": 3}}')
-        Traceback (most recent call last):
-        ...
-        ValueError: config.json: data.colour: unexpected keyword argument, received 3
+    ValueError with one line that names each wrong place, in the file that `source` names.
     """
     import pydantic
 
