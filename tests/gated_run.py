@@ -86,7 +86,7 @@ def read_to(pipe: IO[str] | None, text: str) -> str:
 def gated(
     folder: Path, place: str, number: int, *options: str, prefix: Sequence[str] = ()
 ) -> Iterator[subprocess.Popen[str]]:
-    """A training process in a process group of its own that has come to its gate."""
+    """A training process, in its own process group, that has reached its gate."""
     command = [*prefix, sys.executable, "-c", GATED, place, str(number)]
     with subprocess.Popen(
         [*command, "train", str(folder), "run", str(DATA), *OPTIONS, *options],

@@ -47,7 +47,7 @@ def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def train(folder: Path, name: str, *options: object, epochs: int = 2) -> Path:
-    """Train a small run to its end in a process of its own."""
+    """Train a small run to its end in a separate process."""
     run_command("train", folder, name, DATA, *STOCHASTIC, "--max-epochs", epochs, *options)
     return folder / name
 
@@ -81,7 +81,7 @@ def logs(directory: Path) -> dict[str, Any]:
 
 
 def files(directory: Path) -> list[str]:
-    """Every file of an experiment; orbax chooses names of its own for the arrays."""
+    """Every file of an experiment; except orbax's files of the arrays."""
     names = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
     return sorted(name for name in names if "/leaves/" not in name)
 

@@ -106,7 +106,7 @@ def create(folder: Path, configs: list[RunConfig]) -> Path:
 
 
 @pytest.mark.parametrize("batches", [2, 5], ids=["within the first epoch", "within the second"])
-def test_stopped_and_resumed_gives_the_bits_of_the_uninterrupted_run(tmp_path, batches):
+def test_a_stopped_and_resumed_run_is_identical_to_the_uninterrupted_run(tmp_path, batches):
     configs = small(patience=1, learning_rate=("0.05",))
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
@@ -166,7 +166,7 @@ class StopAfter(StopRequest):
         return self.signal is not None
 
 
-def test_an_ensemble_that_was_cut_off_between_members_goes_on_from_what_they_share(tmp_path):
+def test_an_ensemble_that_was_cut_off_between_members_resumes_from_what_they_share(tmp_path):
     configs = small(max_epochs=3)
     directory = create(tmp_path, configs)
     list(run_ensemble(directory, prepare_ensemble(configs)))
@@ -178,7 +178,7 @@ def test_an_ensemble_that_was_cut_off_between_members_goes_on_from_what_they_sha
     assert [latest_digest(directory / str(number)) for number in range(3)] == digests
 
 
-def test_the_command_goes_on_with_an_ensemble(trained, tmp_path, cli):
+def test_the_command_resumes_an_ensemble(trained, tmp_path, cli):
     seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
     assert "--new-max-epochs" in cli("resume", tmp_path, "seeds").err
     options = ("--new-max-epochs", "4", "--new-patience", "3", "--keep", "all", "--checkpoint-every", "3batches")
@@ -207,7 +207,7 @@ def test_commands_on_one_experiment_ask_for_a_member(trained, tmp_path, cli, com
     cli(command, trained / "seeds", *second.get(command, [])).check_refusal("is an ensemble", str(trained / "seeds/0"))
 
 
-def test_verify_tells_why_a_member_has_other_last_bits(trained, cli):
+def test_verify_says_why_a_member_is_not_bitwise_identical(trained, cli):
     done = cli("verify", trained / "seeds" / "1")
     assert done.code == 1
     assert "member of an ensemble: its common step is not bitwise identical" in done.out
@@ -231,7 +231,7 @@ def test_what_cannot_be_an_ensemble_is_refused_before_anything_is_written(tmp_pa
     assert not list(tmp_path.glob("bad"))
 
 
-def test_a_damaged_record_is_named(trained, tmp_path):
+def test_a_corrupt_file_is_named(trained, tmp_path):
     seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
     (seeds / "ensemble.json").write_text(json.dumps({"num_members": "x"}))
     with pytest.raises(ValueError, match=r"ensemble.json is corrupt"):

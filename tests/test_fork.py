@@ -1,4 +1,4 @@
-"""Claims about `fork`: it goes on as its source would have but for what was changed, and is whole or absent."""
+"""Claims about `fork`: it ends as its source would have but for the changes, and is complete or absent."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_another_learning_rate_makes_a_difference_from_that_epoch_on(cli, source
     cli("verify", faster, "--epoch", "2").check_refusal("before this run was forked", str(source))
 
 
-def test_another_optimizer_begins_with_moments_of_zero(cli, source):
+def test_another_optimizer_begins_with_a_reset_optimizer_state(cli, source):
     outcome = cli("fork", source, "other", "--from", "3", "--optimizer", "RAdam", "--rng", "5")
     assert outcome.code == 0
     assert "Optimizer RAdam instead of Adam: the optimizer state is reset." in outcome.out
@@ -168,7 +168,7 @@ def test_what_cannot_be_forked_is_refused_and_leaves_nothing(cli, source):
     assert tree(source.parent) == before
 
 
-def test_without_a_name_the_newest_sound_checkpoint_is_forked(cli, source):
+def test_without_a_name_the_newest_valid_checkpoint_is_forked(cli, source):
     end = latest_digest(source)
     flip_a_byte(source / "checkpoint" / "4")
     outcome = cli("fork", source, "a")
@@ -198,7 +198,7 @@ def test_a_fork_that_cannot_be_written_leaves_nothing(cli, source, monkeypatch):
     assert sorted(path.name for path in source.parent.iterdir()) == ["source"]
 
 
-def test_the_best_epoch_begins_anew_with_another_loss(cli, source):
+def test_the_best_epoch_is_reset_with_another_loss(cli, source):
     outcome = cli("fork", source, "other", "--from", "2", "--dg-key", "l2-regression")
     assert outcome.code == 0
     assert "are reset: another model.dg_key changes the monitored loss." in outcome.out
@@ -209,7 +209,7 @@ def test_the_best_epoch_begins_anew_with_another_loss(cli, source):
     assert cli("verify", other, "--epoch", "3").code == 0
 
 
-def test_the_best_epoch_begins_anew_where_its_model_is_gone(cli, stopped_early, tmp_path):
+def test_the_best_epoch_is_reset_where_its_model_is_gone(cli, stopped_early, tmp_path):
     experiments = Path(shutil.copytree(stopped_early, tmp_path / "experiments"))
     source = experiments / "run"  # best epoch 2 of 3
     cli("fork", source, "a").check_refusal("in a row without improvement: 1", "--patience of at least 2")

@@ -1,4 +1,4 @@
-"""Claims about signals: the batch under way is finished and saved, the printed command goes on to the same bits."""
+"""Claims about signals: the current batch is finished and saved, and the printed command gives identical results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=["SIGTERM in validation", "SIGTERM with workers", "Ctrl-C while workers start"],
 )
-def test_a_signal_saves_the_batch_under_way_and_the_printed_command_goes_on_to_the_same_bits(
+def test_a_signal_saves_the_current_batch_and_the_printed_command_gives_identical_results(
     cli, uninterrupted, tmp_path, number, place, call, processes, checkpoint
 ):
     """The signal goes to the whole group, as Ctrl-C on a terminal and many schedulers' SIGTERM do."""
@@ -52,11 +52,11 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stands(cli, unint
     with gated(tmp_path, "step", 6, "--checkpoint-every", "1batches") as process:
         os.killpg(process.pid, signal.SIGINT)
         read_to(process.stderr, "Finishing the current batch, then saving")
-        os.killpg(process.pid, signal.SIGINT)  # while the batch is under way: nobody lets it through the gate
+        os.killpg(process.pid, signal.SIGINT)  # while the batch is trained: nobody lets it through the gate
         err = process.communicate()[1]
     assert process.returncode == 130
     assert err == "dwiml-func: stopped immediately. The last checkpoint is kept.\n"
-    assert list_checkpoints(tmp_path / "run")[-1] in ("1", "1-1")  # the latter may have been under way
+    assert list_checkpoints(tmp_path / "run")[-1] in ("1", "1-1")  # the save of the latter may have begun
     assert cli("resume", tmp_path, "run", "--checkpoint-every", "1epoch").code == 0
     check_same_end(tmp_path / "run", uninterrupted)
 

@@ -98,7 +98,7 @@ def scripted_state() -> TrainState:
 
 
 def copied(state: TrainState) -> TrainState:
-    """A state in memory of its own, as a checkpoint would bring it back."""
+    """A state in separate memory, as a restored checkpoint is."""
     moments = {kind: {name: t.clone() for name, t in tensors.items()} for kind, tensors in state.opt_state.items()}
     return state.replace(
         params={name: t.clone() for name, t in state.params.items()},

@@ -1,4 +1,4 @@
-"""Claims about pictures: what is drawn, where, and how it is labelled."""
+"""Claims about figures: what is drawn, where, and how it is labelled."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_what_a_run_lacks_is_left_out() -> None:
     assert list(lines(unclipped)) == ["not clipped"]
 
 
-def test_training_leaves_a_picture_and_its_evaluation(stopped_early: Path) -> None:
+def test_training_writes_a_figure_and_its_evaluation(stopped_early: Path) -> None:
     run = stopped_early / "run"
     assert (run / "plots" / "training.png").read_bytes().startswith(b"\x89PNG")
     evaluation = read_evaluation(run)
@@ -202,7 +202,7 @@ def test_plot_refuses_what_it_cannot_draw(cli, experiments: Path, tmp_path: Path
     cli("plot", tmp_path).check_refusal("no finished epoch")
 
 
-def test_a_picture_that_cannot_be_drawn_costs_a_warning(experiments: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_figure_that_cannot_be_drawn_is_a_warning(experiments: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = experiments / "run"
     (run / "plots" / "training.png").unlink()
     (run / "plots").rmdir()

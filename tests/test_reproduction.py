@@ -1,4 +1,4 @@
-"""The same bits, whatever may differ between two runs of one config: every run is a process of its own.
+"""Bitwise identical results of two runs of one config, whatever else differs: every run is a separate process.
 
 One of each pair starts as a user starts it, the other by `preloaded`.
 """
@@ -109,7 +109,9 @@ def test_stopped_and_resumed_at_every_batch(uninterrupted: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-def test_stopped_twice_and_resumed_with_another_cadence(uninterrupted: Path, tmp_path: Path, processes: int) -> None:
+def test_stopped_twice_and_resumed_with_another_save_interval(
+    uninterrupted: Path, tmp_path: Path, processes: int
+) -> None:
     directory = create_experiment(tmp_path, "run", read_config(uninterrupted))
     assert _go_on(directory, "training", processes) == "0-1"
     assert _go_on(directory, "training", processes) == "0-2"

@@ -1,4 +1,4 @@
-"""Claims about how a run goes on: when it is refused, and what is mended first."""
+"""Claims about resuming a run: when it is refused, and what is repaired first."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_the_rules_of_refusal(epoch, bad, max_epochs, patience, new_max_epochs, 
             check()
 
 
-def test_after_new_values_the_run_goes_on_with_them(copy):
+def test_after_new_values_the_run_uses_them(copy):
     before = restored(copy)[1]
     parts, state, history = resume_experiment(copy, new_max_epochs=6, new_patience=5)
     assert history == before
@@ -141,7 +141,7 @@ def damage(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil", [remove, put_an_older_one, damage])
-def test_a_best_model_that_is_not_the_best_epochs_is_mended(copy, spoil: Callable[[Path], None]):
+def test_a_best_model_that_is_not_the_best_epochs_is_repaired(copy, spoil: Callable[[Path], None]):
     before = load_model(copy / "best_model").module.state_dict()
     spoil(copy)
     resume_experiment(copy, new_patience=9)
@@ -215,7 +215,7 @@ def test_data_of_another_width_is_refused_with_every_difference(copy, tmp_path):
     assert contents(copy) == before
 
 
-def test_another_version_or_machine_is_warned_of_once_and_the_run_goes_on(copy, caplog, monkeypatch):
+def test_another_version_or_machine_is_warned_of_once_and_the_run_resumes(copy, caplog, monkeypatch):
     resume_experiment(copy, new_patience=9)
     assert caplog.records == []
     now = environment()
@@ -239,7 +239,9 @@ def test_what_is_no_experiment_is_refused(tmp_path):
             resume_experiment(path)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_before_saying_so(copy, tmp_path, caplog):
+def test_a_corrupt_checkpoint_is_set_aside_with_a_warning_and_the_run_resumes_from_the_one_before(
+    copy, tmp_path, caplog
+):
     (copy / "checkpoint" / "4" / "manifest.json").write_text("{}")
     corrupt = contents(copy / "checkpoint" / "4")
     parts, state, history = resume_experiment(copy, new_patience=9, new_max_epochs=5)

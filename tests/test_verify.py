@@ -1,4 +1,4 @@
-"""Claims about `verify` and `diff`: equal bits are said to be equal, and a planted fault is found."""
+"""Claims about `verify` and `diff`: identical results are reported as such, and a planted fault is found."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def save_again(run: Path, name: str, leaves: dict[str, torch.Tensor] | None = No
     save_leaves(path, leaves or load_leaves(path), kept | facts, numbers=manifest["numbers"])
 
 
-def test_a_run_is_replayed_to_the_same_bits_and_nothing_is_written(cli, run):
+def test_a_replay_is_bitwise_identical_and_nothing_is_written(cli, run):
     before = contents(run)
     for epoch, start in [("1", "the first state"), ("3", "checkpoint 2")]:
         outcome = cli("verify", run, "--epoch", epoch)
@@ -153,7 +153,7 @@ def test_a_changed_config_is_found(cli, run):
     assert "config: model.rnn_layer_sizes: [8] recorded, [9] in config.json" in outcome.out
 
 
-def test_a_damaged_checkpoint_is_named_and_another_start_is_taken(cli, run):
+def test_a_corrupt_checkpoint_is_named_and_another_start_is_taken(cli, run):
     (run / "checkpoint" / "2" / "leaves" / "_METADATA").unlink()
     outcome = cli("verify", run)
     assert outcome.code == 1

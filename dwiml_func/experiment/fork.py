@@ -56,7 +56,7 @@ def prepare_fork(
 ) -> Fork:
     """Prepare to fork an experiment from its checkpoint `name`, by default the newest valid one. Nothing is written.
 
-    The source may be training meanwhile. The state is taken over whole: a fork without changes ends bitwise identical
+    The source may be training meanwhile. The complete state is copied: a fork without changes ends bitwise identical
     to its source. Another optimizer resets the optimizer state, another seed the key; options that change the meaning
     of the monitored loss reset the best epoch. Within an epoch, the model, the training batches and the seed cannot
     change.
@@ -99,7 +99,7 @@ def prepare_fork(
 
 
 def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) -> Path:
-    """Create a fork's directory, whole or not at all: its config, its checkpoint and the best model so far."""
+    """Create a fork's directory, complete or not at all: its config, its checkpoint and the best model so far."""
     parts = fork.parts
 
     def fill(directory: Path) -> None:
