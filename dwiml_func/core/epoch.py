@@ -49,9 +49,7 @@ def train_steps(state: TrainState, batches: Iterable[Any], *, step: TrainStep) -
         2 4.0
     """
     for batch in batches:
-        result = step(state, batch)
-        _check_step(state, result)
-        state, metrics = result
+        state, metrics = _checked(state, step(state, batch))
         yield state, metrics
 
 
@@ -113,7 +111,8 @@ def epoch_fn(
         >>> state.epoch, state.step, sums["loss"].weight
         (1, 3, 12.0)
     """
-    for state, metrics in train_steps(state, batches, step=step):  # noqa: B020  # the state is folded
+    for batch in batches:
+        state, metrics = _checked(state, step(state, batch))
         if on_batch is not None:
             on_batch(state, metrics)
     return end_epoch(state)
@@ -158,8 +157,8 @@ def check_has_batch(state: Any) -> None:
         raise ValueError(f"Epoch {state.epoch + 1} has no batch. Expected at least one. Is the dataset empty?")
 
 
-def _check_step(old: TrainState, result: Any) -> None:
-    """The contract of a step of the user's own."""
+def _checked(old: TrainState, result: Any) -> tuple[TrainState, Metrics]:
+    """What a step returned, if it keeps to the contract."""
     is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], TrainState)
     if not is_pair or not isinstance(result[1], Mapping):
         raise TypeError(
@@ -172,6 +171,7 @@ def _check_step(old: TrainState, result: Any) -> None:
             f"Expected a step that returns the state after the batch: epoch {old.epoch}, batch {old.batch + 1}. "
             f"Received: epoch {new.epoch}, batch {new.batch}. Return what train_step returned, or count the batch."
         )
+    return result
 
 
 def _raise_deferred(state: TrainState, first_bad: Sum) -> None:
