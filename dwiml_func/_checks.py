@@ -1,11 +1,11 @@
-"""Checks of options, and values and names as error messages show them."""
+"""Checks of numbers from options, and the text of errors: values cut short, one line, at most three problems."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-__all__ = ["STRICT", "check_number", "listed", "truncated_repr"]
+__all__ = ["STRICT", "at_most_three", "check_number", "error_text", "listed", "one_line", "truncated_repr"]
 
 STRICT = {"extra": "forbid", "strict": True}
 """How pydantic reads the dataclasses of a config from JSON: no unknown key, no conversion."""
@@ -37,6 +37,33 @@ def truncated_repr(value: object) -> str:
 
 def listed(names: Iterable[str]) -> str:
     """At most three names, sorted, and the number of the others."""
-    names = sorted(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3]) or 'none'}{more}"
+    return at_most_three(sorted(names), ", ") or "none"
+
+
+def at_most_three(texts: Sequence[str], separator: str = "; ") -> str:
+    """The first three texts, and the number of the others."""
+    more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
+    return separator.join(texts[:3]) + more
+
+
+def one_line(text: object, *, max_length: int | None = None) -> str:
+    """A text, or that of an error, on one line, without control characters, cut to `max_length`."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(str(text).split()))
+    return line if max_length is None or len(line) <= max_length else line[: max_length - 3] + "..."
+
+
+def error_text(error: Exception) -> str:
+    """An error on one line, without a full stop; of pydantic's, the first three problems and what was received."""
+    if not hasattr(error, "errors"):
+        return one_line(error).rstrip(".")
+    problems = error.errors(include_url=False)  # type: ignore[attr-defined]
+    return at_most_three([_problem_text(problem) for problem in problems])
+
+
+def _problem_text(problem: dict) -> str:
+    location = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "value_error" and "error" in problem.get("ctx", {}):
+        text = one_line(problem["ctx"]["error"]).rstrip(".")
+        return text if not location or location.rpartition(".")[2] in text else f"{location}: {text}"
+    text = f"{problem['msg'][0].lower()}{problem['msg'][1:]}, received {truncated_repr(problem['input'])}"
+    return one_line(f"{location}: {text}" if location else text)

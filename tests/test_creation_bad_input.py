@@ -148,8 +148,8 @@ def test_a_config_is_read_strictly(folder, refused, group, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON"),
-        ('{"a": {"type": "volume", "files": "a"}, "a": {"type": "volume", "files": "b"}}', "'a' is there twice"),
+        ("{", "is not JSON"),
+        ('{"a": {"type": "volume", "files": "a"}, "a": {"type": "volume", "files": "b"}}', "duplicate key 'a'"),
         ("{}", "at least one group"),
         ("[1]", "expected|should be"),
         (" " * (1 << 20) + "{}", "larger than any config"),

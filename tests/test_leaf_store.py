@@ -145,37 +145,50 @@ def files_of(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file())
 
 
-def test_a_flipped_bit_in_any_file_is_noticed(corrupt, capfd):
+def is_noticed(path: Path, leaves: dict[str, Tensor]) -> bool:
+    """Whether damage is noticed; else the leaves must be as they were saved."""
+    try:
+        found = load_leaves(path)
+    except CorruptError as error:
+        message = str(error)
+    else:
+        assert same(found, leaves)
+        return False
+    assert message.startswith(f"{path} is corrupt: ") or "It may be corrupt" in message
+    assert "\n" not in message
+    return True
+
+
+def test_damage_of_any_file_is_noticed_or_harmless(saved, corrupt, capfd):
+    leaves, noticed = load_leaves(saved), set()
     assert len(files_of(corrupt)) > 5
     for file in files_of(corrupt):
         content = file.read_bytes()
-        for place in sorted({0, len(content) // 3, len(content) // 2, len(content) - 1} if content else ()):
-            for mask in (1, 0x20):
-                file.write_bytes(content[:place] + bytes([content[place] ^ mask]) + content[place + 1 :])
-                with pytest.raises(CorruptError) as raised:
-                    load_leaves(corrupt)
-                assert str(corrupt) in str(raised.value)
-                assert "\n" not in str(raised.value)
+        places = sorted({0, len(content) // 3, len(content) // 2, len(content) - 1} if content else ())
+        variants = [content[:k] + bytes([content[k] ^ mask]) + content[k + 1 :] for k in places for mask in (1, 0x20)]
+        for variant in [*variants, content[: len(content) // 2], content[:-1], b"", None]:
+            if variant is None:
+                file.unlink()
+            else:
+                file.write_bytes(variant)
+            if is_noticed(corrupt, leaves):
+                noticed.add(file.name)
         file.write_bytes(content)
-    assert len(load_leaves(corrupt)) == 2
+    assert {"manifest.json", "_METADATA", "manifest.ocdbt"} < noticed  # and the data
+    shutil.rmtree(corrupt / "leaves")
+    with pytest.raises(CorruptError, match="cannot read its leaves"):
+        load_leaves(corrupt)
     assert capfd.readouterr().err == ""  # tensorstore's threads would print tracebacks
 
 
-def test_a_truncated_or_deleted_file_is_noticed(corrupt, capfd):
-    for file in files_of(corrupt):
-        name, content = file.relative_to(corrupt).as_posix(), file.read_bytes()
-        for length in {0, len(content) // 2, len(content) - 1} if content else ():
-            file.write_bytes(content[:length])
-            with pytest.raises(CorruptError, match=r"corrupt.*" + name.replace(".", r"\.")):
-                load_leaves(corrupt)
-        file.unlink()
-        with pytest.raises(CorruptError, match=name):
+def test_a_flipped_bit_of_any_value_is_noticed(corrupt):
+    (file,) = (file for file in files_of(corrupt) if torch.arange(1000.0).numpy().tobytes() in file.read_bytes())
+    content = file.read_bytes()
+    start = content.index(torch.arange(1000.0).numpy().tobytes())
+    for place in range(start, start + 4000, 97):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(CorruptError, match="corrupt"):
             load_leaves(corrupt)
-        file.write_bytes(content)
-    shutil.rmtree(corrupt / "leaves")
-    with pytest.raises(CorruptError, match="has no file leaves/"):
-        load_leaves(corrupt)
-    assert capfd.readouterr().err == ""
 
 
 def test_files_of_another_store_are_noticed(corrupt, tmp_path):
@@ -190,32 +203,32 @@ def test_files_of_another_store_are_noticed(corrupt, tmp_path):
 def test_what_orbax_gives_is_checked_against_the_table(corrupt, field):
     wrong = {"shape": [1000, 1], "dtype": "torch.int32", "sha256": "0" * 64}
     edit_manifest(corrupt, lambda manifest: manifest["leaves"][0].update({field: wrong[field]}))
-    with pytest.raises(CorruptError, match="weight does not have the bytes that were saved"):
+    with pytest.raises(CorruptError, match="weight does not have the (bytes|shape and dtype) that were saved"):
         load_leaves(corrupt)
 
 
 def test_a_leaf_that_orbax_does_not_have_is_an_error(corrupt):
     edit_manifest(corrupt, lambda manifest: manifest["leaves"][0].update(name="wait"))
-    with pytest.raises(CorruptError, match="cannot be read by orbax-checkpoint"):
+    with pytest.raises(CorruptError, match="orbax-checkpoint .* cannot read its leaves"):
         load_leaves(corrupt)
 
 
-@pytest.mark.parametrize("later", [2, 0, "1", None, 1.5])
+@pytest.mark.parametrize("later", [3, 1, "2", None, 1.5])
 def test_another_format_is_refused_with_both_numbers(corrupt, later):
     edit_manifest(corrupt, lambda manifest: manifest.update(format=later))
-    with pytest.raises(CheckpointError, match=f"has format {later!r}; this version reads format 1"):
+    with pytest.raises(CheckpointError, match=rf"has format {later!r}\. Expected format 2"):
         load_leaves(corrupt)
 
 
 def test_a_later_format_is_refused_whatever_else_it_holds(corrupt):
-    (corrupt / "manifest.json").write_text('{"format": 2}')
-    with pytest.raises(CheckpointError, match="has format 2; this version reads format 1"):
+    (corrupt / "manifest.json").write_text('{"format": 3}')
+    with pytest.raises(CheckpointError, match=r"has format 3\. Expected format 2"):
         read_manifest(corrupt)
 
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"null", b"{}", b'{"format": 1}', b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'"text"'],
+    [b"", b"{", b"[]", b"null", b"{}", b'{"format": 2}', b"\xff\xfe", b"[" * 100_000, b"1" * 5000, b'"text"'],
     ids=["empty", "half", "list", "null", "nothing", "format_only", "not_text", "deep", "huge_number", "text"],
 )
 def test_what_is_no_manifest_is_refused_in_one_line(corrupt, content):
@@ -249,9 +262,7 @@ def test_a_store_replaces_an_older_one(corrupt):
     assert len(list(corrupt.parent.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    "broken", ["os.fsync", "os.posix_fallocate", "pathlib.Path.write_text", "dwiml_func.checkpoint.arrays._file_digest"]
-)
+@pytest.mark.parametrize("broken", ["os.fsync", "os.posix_fallocate", "pathlib.Path.write_text"])
 def test_a_write_that_fails_leaves_what_was_there(saved, corrupt, monkeypatch, broken):
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")

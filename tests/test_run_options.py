@@ -103,9 +103,9 @@ def test_a_new_run_has_no_origin(cli, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("{", "is no JSON"),
+        ("{", "is not JSON"),
         ("[1]", "Expected a JSON object"),
-        ('{"training": {"rng": 1, "rng": 2}}', "'rng' is there twice"),
+        ('{"training": {"rng": 1, "rng": 2}}', "duplicate key 'rng'"),
         (" " * (1 << 20) + "{}", "larger than any config"),
         ('{"colour": 3}', "colour: unexpected keyword argument, received 3"),
         ('{"training": {"max_epoch": 3}}', "training.max_epoch: unexpected keyword argument"),

@@ -1,23 +1,21 @@
-"""Tensors on disk: a directory with the arrays (by orbax) and a `manifest.json` that says what they must be.
+"""Tensors on disk: a directory with the arrays, written by orbax, and the manifest that says what they must be.
 
 The only module that imports orbax, which brings jax and is imported when first used. Orbax restores other shapes and
-dtypes than asked for without a word, does not notice a flipped byte in an array, and about a corrupt file or a full
-disk prints tracebacks from its threads. So the disk's space is taken before orbax writes; and the manifest holds a
-SHA-256 of every file, checked before orbax sees them, and a table of names, shapes, dtypes and SHA-256 digests, checked
-on what orbax gives.
+dtypes than asked for without an error, does not notice a flipped byte in an array, and logs tracebacks about a corrupt
+file or a full disk. So the disk's space is reserved before orbax writes, and what it reads is checked against the
+manifest's table of names, shapes, dtypes and SHA-256 digests.
 """
 
 from __future__ import annotations
 
 import errno
 import gc
-import hashlib
-import json
 import logging
-import math
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,12 +24,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import one_line
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest, tensor_bytes
 from dwiml_func.checkpoint.manifest import FORMAT, CheckpointError, CorruptError, manifest_text, read_manifest
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.files.atomic import atomic_directory
 
 __all__ = ["CheckpointError", "CorruptError", "load_leaves", "read_manifest", "save_leaves"]
+
+_MAX_ERROR = 300  # orbax and tensorstore write long ones
 
 
 def save_leaves(
@@ -43,79 +44,50 @@ def save_leaves(
     leaf_digests: Mapping[str, str] | None = None,
     manifest_name: str = "manifest.json",
 ) -> None:
-    """Write tensors and facts as one directory: `leaves/` by orbax, and `manifest.json` with a table of the leaves.
+    """Write tensors and facts as one directory: `leaves/` by orbax, and a manifest with a table of the leaves.
 
-    It may run in any thread, and seldom keeps the others from running. The tensors must not change meanwhile.
+    Works in any thread; the tensors must not change meanwhile. On an error nothing is left of the attempt.
 
     Args:
         path: the directory; it appears in one step, after its bytes are on the disk, and replaces what stands there.
         leaves: tensors by name.
         facts: JSON data for the manifest. An `environment` among them replaces that of this process.
-        numbers: what enters the digest besides the leaves, as `dwiml_func.checkpoint.digest.state_numbers` gives it.
-        leaf_digests: what `dwiml_func.checkpoint.digest.leaf_digest` gives for each leaf, if it is known.
+        numbers: what enters the digest besides the leaves, as `state_numbers` gives it.
+        leaf_digests: the `leaf_digest` of each leaf, where known.
         manifest_name: the manifest's file name.
-
-    Raises:
-        OSError: the disk is full, or cannot be written to; nothing is left of the attempt.
-        TypeError, ValueError: the facts are no JSON, or cannot be in a manifest.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as parent:
-        ...     save_leaves(Path(parent) / "a", {"x/y.z": torch.ones(2)}, {})
-        ...     load_leaves(Path(parent) / "a")
-        {'x/y.z': tensor([1., 1.])}
     """
     digests = {name: leaf_digest(leaf) for name, leaf in leaves.items()} if leaf_digests is None else leaf_digests
-    table = [
-        {"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digests[name]}
-        for name, leaf in leaves.items()
-    ]
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "digest": combine_digests({row["name"]: row["sha256"] for row in table}, dict(numbers or {})),
+        "digest": combine_digests({name: digests[name] for name in leaves}, dict(numbers or {})),
         "environment": environment({str(leaf.device) for leaf in leaves.values()}),
         **facts,
         **({} if numbers is None else {"numbers": numbers}),
-        "leaves": table,
+        "leaves": [
+            {"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digests[name]}
+            for name, leaf in leaves.items()
+        ],
     }
+    text = manifest_text(manifest)
     arrays = {_escape(name): tensor_bytes(leaf).view(_Lent) for name, leaf in leaves.items() if leaf.numel()}
     with atomic_directory(path) as temporary:
-        _reserve(temporary, sum(array.nbytes for array in arrays.values()) + 2 * len(json.dumps(manifest)))
+        _reserve(temporary, sum(array.nbytes for array in arrays.values()) + len(text))
         if arrays:
             _write_arrays(temporary / "leaves", arrays)
-        files = sorted(file for file in temporary.rglob("*") if file.is_file())
-        manifest["files"] = {file.relative_to(temporary).as_posix(): _file_digest(file) for file in files}
-        (temporary / manifest_name).write_text(manifest_text(manifest))
+        (temporary / manifest_name).write_text(text)
 
 
 def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Read the tensors that `save_leaves` wrote and check each against its digest.
+    """Read the tensors that `save_leaves` wrote, on the CPU, each checked against its digest.
 
-    Args:
-        path: the directory.
-        manifest: its manifest, if already read.
-
-    Returns:
-        Tensors by name, on the CPU. Their digests are those of the manifest's table.
-
-    Raises:
-        FileNotFoundError: there is no such directory.
-        CorruptError: something is missing or corrupt.
-
-    Example:
-        >>> load_leaves(Path("/no/such/checkpoint"))
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: No manifest.json in /no/such/checkpoint.
+    `manifest` is that of `path`, if already read. FileNotFoundError if there is no such directory, CorruptError if
+    something is missing or corrupt.
     """
-    manifest = read_manifest(path) if manifest is None else manifest
-    table = manifest["leaves"]
-    _check_files(path, manifest)
+    table = (read_manifest(path) if manifest is None else manifest)["leaves"]
     arrays = _read_arrays(path, [row for row in table if 0 not in row["shape"]])
     leaves = {}
     for row in table:
-        leaf = torch.empty(row["shape"], dtype=getattr(torch, row["dtype"].removeprefix("torch.")))
+        leaf = torch.empty(row["shape"], dtype=_dtype(row))
         if leaf.numel():
             tensor_bytes(leaf)[...] = arrays.pop(_escape(row["name"]))  # a copy: torch's own memory is aligned
         if leaf_digest(leaf) != row["sha256"]:
@@ -134,27 +106,30 @@ class _Lent(np.ndarray):
 def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
-    try:  # what is written are floats that hardly compress: that took most of the time for a tenth of the bytes
+    try:  # without compression, which takes most of the time and saves a tenth of the bytes of trained floats
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(arrays)))
     except OSError:
         raise
-    except Exception as error:  # orbax and tensorstore raise many kinds, with long texts
+    except Exception as error:  # orbax and tensorstore raise many kinds
         number = re.search(r"os_error_code='([0-9]+)'", str(error))
-        text = f"orbax-checkpoint {ocp.__version__} cannot write: {_one_line(error)}"
+        text = f"orbax-checkpoint {ocp.__version__} cannot write: {one_line(error, max_length=_MAX_ERROR)}"
         raise OSError(int(number[1]) if number else errno.EIO, text, str(path)) from error
 
 
-def _read_arrays(path: Path, table: list[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     """The arrays of a table's rows by escaped name, with its shapes, and with its dtypes where numpy has them."""
     if not table:
         return {}
     import orbax.checkpoint as ocp
 
-    expected = {_escape(row["name"]): (tuple(row["shape"]), _stored_dtype(row["dtype"])) for row in table}
+    expected = {
+        _escape(row["name"]): (tuple(row["shape"]), tensor_bytes(torch.empty(0, dtype=_dtype(row))).dtype)
+        for row in table
+    }
     leaves = (path / "leaves").absolute()
     try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(leaves).item_metadata.tree
             stored = {name: (tuple(tree[name].shape), np.dtype(tree[name].dtype)) for name in expected}
             if stored == expected:
@@ -163,42 +138,33 @@ def _read_arrays(path: Path, table: list[Mapping[str, Any]]) -> dict[str, np.nda
                     restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected},
                 )
                 return dict(checkpointer.restore(leaves, args=args))
-        name = next(row["name"] for row in table if stored[_escape(row["name"])] != expected[_escape(row["name"])])
-        problem = f"{path} is corrupt: {name} does not have the bytes that were saved."
     except MemoryError:
         raise
     except Exception as error:
-        problem = f"{path} cannot be read by orbax-checkpoint {ocp.__version__}: {_one_line(error)}"
-    _collect_quietly()
-    raise CorruptError(problem)
+        problem = one_line(error, max_length=_MAX_ERROR).rstrip(".")
+        raise CorruptError(
+            f"{path} is corrupt: orbax-checkpoint {ocp.__version__} cannot read its leaves: {problem}."
+        ) from None
+    name = next(row["name"] for row in table if stored[_escape(row["name"])] != expected[_escape(row["name"])])
+    raise CorruptError(f"{path} is corrupt: {name} does not have the shape and dtype that were saved.")
 
 
-def _collect_quietly() -> None:
-    """Orbax leaves tasks behind, whose errors asyncio logs when they happen to be collected: let it be now, unseen."""
-    log = logging.getLogger("asyncio")
-    was_disabled, log.disabled = log.disabled, True
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off the terminal what orbax logs about a corrupt file, and what its threads and tasks still raise then."""
+    logs = [log for log in map(logging.getLogger, ("absl", "asyncio")) if not log.disabled]
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    for log in logs:
+        log.disabled = True
     try:
-        gc.collect()
+        yield
+    except BaseException:
+        gc.collect()  # asyncio logs the errors of abandoned tasks when they are collected
+        raise
     finally:
-        log.disabled = was_disabled
-
-
-def _check_files(path: Path, manifest: Mapping[str, Any]) -> None:
-    """Check the digest of every file, and that there are no more bytes than can be of use."""
-    needed = sum(math.prod(row["shape"]) * _stored_dtype(row["dtype"]).itemsize for row in manifest["leaves"])
-    found = 0
-    for name, digest in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise CorruptError(f"{path} is corrupt: it has no file {name}.")
-        found += file.stat().st_size
-        if found > 2 * needed + _SLACK or _file_digest(file) != digest:
-            raise CorruptError(f"{path} is corrupt: {name} does not have the bytes that were written.")
-    if needed > 1000 * found + _SLACK:  # compressed arrays of an earlier version were never that much smaller
-        raise CorruptError(f"{path} is corrupt: its manifest tells of {needed} bytes, its files have {found}.")
-
-
-_SLACK = 1 << 24
+        sys.unraisablehook = hook
+        for log in logs:
+            log.disabled = False
 
 
 def _reserve(directory: Path, num_bytes: int) -> None:
@@ -216,20 +182,10 @@ def _reserve(directory: Path, num_bytes: int) -> None:
         file.unlink()
 
 
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _stored_dtype(name: str) -> np.dtype:
-    return tensor_bytes(torch.empty(0, dtype=getattr(torch, name.removeprefix("torch.")))).dtype
+def _dtype(row: Mapping[str, Any]) -> torch.dtype:
+    return getattr(torch, row["dtype"].removeprefix("torch."))
 
 
 def _escape(name: str) -> str:
     """Orbax takes dots and slashes in a name for structure, and lets names that differ only in them collide."""
     return quote(name, safe="").replace(".", "%2E")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from dwiml_func._checks import at_most_three
 from dwiml_func.checkpoint.arrays import CheckpointError, CorruptError, load_leaves, save_leaves
 from dwiml_func.checkpoint.digest import (
     combine_digests,
@@ -298,12 +299,13 @@ def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
 
 
 def _check_fit(path: Path, manifest: Mapping[str, Any], like: TrainState) -> None:
-    differences = leaf_differences(manifest["leaves"], state_leaves(like))
     key = numbers_to_fields(manifest["numbers"])["key"]
-    if key != like.key:
-        differences.append(f"key: {key} in the checkpoint, {like.key} expected")
+    differences = [] if key == like.key else [f"key: {key} in the checkpoint, {like.key} expected"]
+    differences += leaf_differences(manifest["leaves"], state_leaves(like))
     if differences:
-        raise CheckpointError(f"Checkpoint {path} does not fit the state to restore into: {'; '.join(differences)}.")
+        raise CheckpointError(
+            f"Checkpoint {path} does not fit the state to restore into: {at_most_three(differences)}."
+        )
 
 
 def _load_state(path: Path, manifest: Mapping[str, Any], like: TrainState | None) -> TrainState:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from dwiml_func._checks import one_line
 from dwiml_func.cli._messages import Verbosity, messages, set_verbosity
 from dwiml_func.core.step import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError, rank_in
@@ -135,25 +136,19 @@ def _report(error: BaseException, sender: str, *, is_training: bool) -> int:
             return _CLOSED_PIPE
         case ValueError() | OSError():
             logging.getLogger(__name__).debug("", exc_info=error)
-            return _fail(f"{sender}: {_one_line(str(error))}", 2)
+            return _fail(f"{sender}: {one_line(error)}", 2)
         case KeyboardInterrupt():
             return _fail(f"{sender}: interrupted.{kept}", 130)
     # torch has no class for a lack of memory
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
-        return _fail(f"{sender}: not enough memory. {_one_line(str(error))}", 2)
+        return _fail(f"{sender}: not enough memory. {one_line(error)}", 2)
     raise error
 
 
 def _resume_hint(stopped: TrainingStopped) -> str:
     place = shlex.join([str(stopped.directory.parent), stopped.directory.name])
     saved = "before the first batch" if stopped.name is None else f"and saved as checkpoint {stopped.name}"
-    return f"{_one_line(str(stopped))} {saved}. To resume: dwiml-func resume {place}"
-
-
-def _one_line(text: str) -> str:
-    """Without line breaks, and without control characters that a name may bring to the terminal."""
-    text = " ".join(text.split())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return f"{one_line(stopped)} {saved}. To resume: dwiml-func resume {place}"
 
 
 def _fail(message: str, code: int) -> int:

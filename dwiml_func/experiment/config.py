@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-from dwiml_func._checks import STRICT, check_number, truncated_repr
+from dwiml_func._checks import STRICT, check_number, error_text, truncated_repr
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.files.json import parse_json
 from dwiml_func.models.config import ModelConfig, check_model
@@ -227,18 +226,9 @@ def config_from_json(text: str | bytes, *, source: str = "config.json") -> RunCo
     try:
         config = pydantic.TypeAdapter(RunConfig).validate_json(text)
     except pydantic.ValidationError as error:
-        raise ValueError(f"{source}: " + "; ".join(_describe(problem) for problem in error.errors())) from None
+        raise ValueError(f"{source}: {error_text(error)}.") from None
     parse_json(text, source=source)  # pydantic takes the last of two values under one key
     return config
-
-
-def _describe(problem: Mapping[str, Any]) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
-    if "error" in problem.get("ctx", {}) and problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    received = truncated_repr(problem["input"])
-    return f"{place}: {message}, received {received}" if place else f"{message}, received {received}"
 
 
 def parse_learning_rate(text: str) -> tuple[float, ...]:

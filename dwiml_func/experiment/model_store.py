@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import at_most_three, error_text, truncated_repr
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.digest import leaf_differences
-from dwiml_func.checkpoint.manifest import CorruptError, first_problem
+from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import Neighborhood
@@ -38,7 +38,6 @@ _DATA_FACTS = (
 _BATCH_FACTS = ("step_size", "nb_points", "compress")
 _STEP_RULE = "step_rule"  # older directories do not have it
 _BYTES = 4 * 4  # a parameter, its gradient and two tensors of optimizer state, float32
-_MOST_PROBLEMS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +99,7 @@ def load_model(path: str | Path) -> LoadedModel:
             "Read it with the version of dwiml_func that wrote it, or train the model again."
         )
     if missing := [name for name in (*_DATA_FACTS, *_BATCH_FACTS) if name not in facts]:
-        raise CorruptError(f"{path} is corrupt: {MANIFEST} lacks {_first(missing, ', ')}.")
+        raise CorruptError(f"{path} is corrupt: {MANIFEST} lacks {at_most_three(missing, ', ')}.")
     recorded = {
         "hdf5_file": "",
         "model": facts["options"],
@@ -114,10 +113,10 @@ def load_model(path: str | Path) -> LoadedModel:
         expected = model_shapes(build)
     except (ValueError, TypeError, OverflowError) as error:
         raise CorruptError(
-            f"{path} is corrupt: the options in {MANIFEST} make no model ({first_problem(error)})."
+            f"{path} is corrupt: the options in {MANIFEST} make no model ({error_text(error)})."
         ) from None
     if differences := leaf_differences(facts["leaves"], expected):
-        raise CorruptError(f"{path} is corrupt: its tensors do not fit its options: {_first(differences)}.")
+        raise CorruptError(f"{path} is corrupt: its tensors do not fit its options: {at_most_three(differences)}.")
     module = filled_model(build, load_leaves(path, facts), source=str(path))
     return LoadedModel(module=module, config=config, facts=facts)
 
@@ -143,7 +142,7 @@ def filled_model(build: Callable[[], Learn2Track], tensors: Mapping[str, Tensor]
         elif not tensors[name].isfinite().all():
             problems.append(f"{name} with values that are not finite")
     if problems:
-        raise ValueError(f"{source} does not fit the model: {_first(problems)}.")
+        raise ValueError(f"{source} does not fit the model: {at_most_three(problems)}.")
     with torch_rng(Key(0)):  # the random parameters are overwritten
         module = build()
     module.load_state_dict(dict(tensors))
@@ -183,8 +182,3 @@ def check_memory(config: ModelConfig, *, nb_features: int, neighborhood: Neighbo
             f"parameters, training takes {_BYTES} bytes for each, and this machine has {available / 1e9:.3g} GB of "
             "memory. Choose smaller layers."
         )
-
-
-def _first(problems: Sequence[str], separator: str = "; ") -> str:
-    more = len(problems) - _MOST_PROBLEMS
-    return separator.join(problems[:_MOST_PROBLEMS]) + (f" and {more} more" if more > 0 else "")

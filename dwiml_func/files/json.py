@@ -1,4 +1,4 @@
-"""JSON that people write: read up to a size, and refused where a key is there twice."""
+"""Strict JSON: files of limited size, no key twice, and null for numbers that JSON does not have."""
 
 from __future__ import annotations
 
@@ -15,21 +15,7 @@ _MAX_BYTES = 1 << 20
 
 
 def read_config_file(path: Path, *, source: str) -> bytes:
-    """Read a file that should be a config.
-
-    Args:
-        path: a file.
-        source: what to call it in an error.
-
-    Returns:
-        Its bytes, 1 MiB at most.
-
-    Raises:
-        ValueError: it is larger than any config.
-
-    Example:
-        >>> read_config_file(Path("experiments/first_run/config.json"), source="config.json")  # doctest: +SKIP
-    """
+    """Read a config file, called `source` in errors; ValueError if it is larger than 1 MiB."""
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
@@ -38,30 +24,13 @@ def read_config_file(path: Path, *, source: str) -> bytes:
 
 
 def parse_json(text: str | bytes, *, source: str) -> Any:
-    """Parse JSON text. Python's own reader takes the last of two values under one key, and says nothing.
-
-    Args:
-        text: JSON text; bytes are UTF-8.
-        source: what to call it in an error.
-
-    Returns:
-        JSON data.
-
-    Raises:
-        ValueError: it is no JSON, or names a key twice.
-
-    Example:
-        >>> parse_json('{"rng": 1, "rng": 2}', source="config.json")
-        Traceback (most recent call last):
-        ...
-        ValueError: config.json: 'rng' is there twice.
-    """
+    """Parse JSON, called `source` in errors; ValueError also for a duplicate key, which Python's own reader accepts."""
     try:
         return json.loads(text, object_pairs_hook=_check_twice)
     except _TwiceError as error:
-        raise ValueError(f"{source}: {error} is there twice.") from None
+        raise ValueError(f"{source}: duplicate key {error}.") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: this is no JSON: {error}.") from None
+        raise ValueError(f"{source} is not JSON: {error}.") from None
 
 
 def null_if_not_finite(data: Any) -> Any:

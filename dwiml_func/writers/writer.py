@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from dwiml_func._checks import one_line
 from dwiml_func.core.report import EpochReport
 
 __all__ = ["Writer", "fan_out", "from_history"]
@@ -56,7 +57,7 @@ def fan_out(*writers: Writer) -> Writer:
                     reasons.add(("errno", error.errno))
                 if not reasons & warned:
                     logging.getLogger(__name__).warning(
-                        "Logs were not written: %s. Training continues; the next resume writes them.", _one_line(error)
+                        "Logs were not written: %s. Training continues; the next resume writes them.", _reason(error)
                     )
                 warned.update(reasons)
 
@@ -84,6 +85,6 @@ def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
     return write
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
+def _reason(error: Exception) -> str:
+    text = one_line(error).rstrip(".")
     return text if isinstance(error, OSError | ValueError) and text else f"{type(error).__name__}: {text}"
