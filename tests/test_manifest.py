@@ -173,8 +173,6 @@ def drop(*path: str | int) -> Callable[[dict[str, Any]], None]:
         (edit("config", to=[]), "config"),
         (edit("environment", to="linux"), "environment"),
         (edit("data", to="file"), "data"),
-        (edit("format", to=1.0), "format"),
-        (edit("format", to=True), "format"),
     ],
 )
 def test_what_does_not_fit_the_schema_is_refused_by_name(tmp_path, change, named):

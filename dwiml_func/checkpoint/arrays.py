@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ from dwiml_func.files.atomic import atomic_directory
 __all__ = ["CheckpointError", "CorruptError", "load_leaves", "read_manifest", "save_leaves"]
 
 _MAX_ERROR = 300  # orbax and tensorstore write long ones
+_SETTLE_SECONDS = 0.1
 
 
 def save_leaves(
@@ -159,6 +161,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     except BaseException:
+        time.sleep(_SETTLE_SECONDS)  # reads of other arrays come to their end, and find their event loop closed
         gc.collect()  # asyncio logs the errors of abandoned tasks when they are collected
         raise
     finally:
