@@ -225,7 +225,7 @@ def test_another_format_is_no_damage_but_a_corrupt_format_is(tmp_path):
 def test_what_would_not_be_read_is_not_written(tmp_path):
     leaves = {"a": torch.ones(2)}
     for facts, named in [
-        ({"config": [1]}, "config: input should be a valid dictionary"),
+        ({"config": [1]}, "config: input should be an object"),
         ({"history": [{"epoch": 1}]}, "history.0"),
         ({"note": "x" * (1 << 25)}, "expected at most 33554432 bytes"),
     ]:
