@@ -27,25 +27,9 @@ class AsyncCheckpointer:
     """Saves checkpoints of a run in the background, one after the other.
 
     The training thread waits only while the state is copied, so a later step may reuse the state's memory. The copy's
-    memory is kept for the next one: new memory would take most of that time. An error of a save is raised by the next
-    call, and at the end.
-
-    Args:
-        directory: the experiment.
-        config: JSON data to record, e.g. the run's config.
-        data: gives the fingerprint of the data to record; called in the background.
-        keep, keep_always: as for `dwiml_func.checkpoint.checkpoint.save`.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from dwiml_func import init_state, sgd
-        >>> from dwiml_func.checkpoint.checkpoint import list_checkpoints
-        >>> state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
-        >>> with tempfile.TemporaryDirectory() as directory:
-        ...     with AsyncCheckpointer(directory) as checkpointer:
-        ...         checkpointer.save(state)
-        ...     list_checkpoints(directory)
-        ['0']
+    memory is reused by the next one: new memory would take most of that time. An error of a save is raised by the next
+    call, and at the end. `data()` gives the fingerprint of the data and is called in the background; the other
+    arguments are those of `save`.
     """
 
     def __init__(
@@ -73,16 +57,10 @@ class AsyncCheckpointer:
         *,
         then: Callable[[TrainState], None] | None = None,
     ) -> None:
-        """Copy a state, and begin to save it. Waits for the save before, if that is still under way.
+        """Copy a state and start to save it, after the save before. The state may then be donated to a step.
 
-        Args:
-            state: the run. It may be donated to a step afterwards.
-            history: the reports of all epochs so far.
-            then: called in the background with the copy, once the checkpoint is on the disk. The copy holds until `then`
-                returns: the next save uses its memory again.
-
-        Raises:
-            OSError, ValueError: an earlier save failed.
+        `then` is called in the background with the copy, once the checkpoint is on disk. The copy is valid until `then`
+        returns: the next save reuses its memory. Raises the error of an earlier save.
         """
         self.wait()
         copied, reports = copy_to_host(state, reuse=self._copy), tuple(history)
@@ -113,11 +91,7 @@ class AsyncCheckpointer:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until nothing is being saved.
-
-        Raises:
-            OSError, ValueError: a save failed.
-        """
+        """Wait until nothing is being saved; raises the error of a failed save."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -142,12 +116,7 @@ class AsyncCheckpointer:
 
 
 class NoCheckpointer:
-    """Stands where a `AsyncCheckpointer` would, and saves nothing: for all processes but the first of those that train together.
-
-    Example:
-        >>> with NoCheckpointer() as checkpointer:
-        ...     checkpointer.wait()
-    """
+    """Saves nothing: the checkpointer of all processes of a group but the first."""
 
     def save(
         self,
@@ -156,13 +125,7 @@ class NoCheckpointer:
         *,
         then: Callable[[TrainState], None] | None = None,
     ) -> None:
-        """Do nothing.
-
-        Args:
-            state: not used.
-            history: not used.
-            then: not called.
-        """
+        """Do nothing."""
 
     def wait(self) -> None:
         """Do nothing."""
