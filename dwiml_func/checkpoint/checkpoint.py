@@ -46,7 +46,7 @@ class Checkpoint:
         environment: what wrote it: versions, processor, number of threads, devices.
         data: the fingerprint of the data; empty where none was recorded.
         corrupt: what is wrong with newer checkpoints, by name; only `newest` fills it.
-        load: reads the state.
+        read_state: reads the state.
 
     Example:
         >>> import tempfile, torch
@@ -65,12 +65,12 @@ class Checkpoint:
     environment: Mapping[str, Any]
     data: Mapping[str, Any]
     corrupt: Mapping[str, str] = field(default_factory=dict)
-    load: Callable[[], TrainState] = field(repr=False, compare=False)
+    read_state: Callable[[], TrainState] = field(repr=False, compare=False)
 
     @cached_property
     def state(self) -> TrainState:
         """The training state, whose tensors are checked against their digests as they are read."""
-        return self.load()
+        return self.read_state()
 
 
 def read(directory: str | Path, name: str | None = None, *, like: TrainState | None = None) -> Checkpoint:
@@ -110,7 +110,7 @@ def read(directory: str | Path, name: str | None = None, *, like: TrainState | N
         config=manifest["config"],
         environment=manifest["environment"],
         data=manifest.get("data") or {},
-        load=partial(_load_state, path, manifest, like),
+        read_state=partial(_load_state, path, manifest, like),
     )
 
 
