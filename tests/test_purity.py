@@ -219,11 +219,13 @@ def test_eval_epoch_fn_is_pure(setting):
 
 
 def test_the_loop_is_pure(setting):
+    epoch_batches = [*setting.batches, *setting.batches]
+
     def run() -> list:
         return list(
             train_and_validate(
                 setting.state,
-                train=lambda key, epoch, start: setting.batches,
+                train=lambda key, epoch, start: epoch_batches[start:],
                 valid=lambda key, epoch, start: setting.batches,
                 step=setting.train,
                 eval_step=partial(eval_step, loss_fn=setting.loss_fn),
