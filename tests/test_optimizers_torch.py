@@ -7,7 +7,7 @@ import torch
 from optimizer_cases import assert_same_bits, gradient, run_torch, run_updates, some_tensors
 from torch import Tensor
 
-from dwiml_func.optim import adamw, by_name, muon, nadam, rmsprop
+from dwiml_func.optim import adam, adamw, by_name, muon, nadam, radam, rmsprop, sgd
 
 RMSPROP = [
     {},
@@ -110,12 +110,34 @@ def sometimes_missing(step: int, dtype: torch.dtype) -> dict[str, Tensor | None]
     [
         (rmsprop(momentum=0.9, weight_decay=0.1), partial(torch.optim.RMSprop, momentum=0.9, weight_decay=0.1)),
         (nadam(weight_decay=0.1), partial(torch.optim.NAdam, weight_decay=0.1)),
+        (sgd(momentum=0.9, nesterov=True), partial(torch.optim.SGD, momentum=0.9, nesterov=True)),
+        (adam(weight_decay=0.1), partial(torch.optim.Adam, weight_decay=0.1)),
+        (adamw(weight_decay=0.1), partial(torch.optim.AdamW, weight_decay=0.1)),
+        (radam(), torch.optim.RAdam),
     ],
-    ids=["rmsprop", "nadam"],
+    ids=["rmsprop", "nadam", "sgd", "adam", "adamw", "radam"],
 )
 def test_a_parameter_without_a_gradient_is_left_alone(ours, theirs, donate):
     expected = run_torch(lambda p: [theirs(p.values())], grads=sometimes_missing)
     assert_same_bits(run_updates(ours, grads=sometimes_missing, donate=donate)[0], expected)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (sgd(momentum=0.9, weight_decay=0.1), partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1)),
+        (adam(weight_decay=0.1), partial(torch.optim.Adam, weight_decay=0.1)),
+        (adamw(weight_decay=0.1), partial(torch.optim.AdamW, weight_decay=0.1)),
+        (radam(weight_decay=0.1), partial(torch.optim.RAdam, weight_decay=0.1)),
+    ],
+    ids=["sgd", "adam", "adamw", "radam"],
+)
+def test_complex_parameters_are_those_of_torch(ours, theirs, donate):
+    # Among torch's own implementations, complex arithmetic differs in the last bits.
+    dtype, foreach = torch.complex64, theirs.func is not torch.optim.RAdam
+    expected = run_torch(lambda p: [theirs(p.values(), foreach=foreach)], dtype=dtype)
+    assert_same_bits(run_updates(ours, dtype=dtype, donate=donate)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,9 @@ def arithmetic_for(tensors: Iterable[Tensor], *numbers: Number) -> Arithmetic:
 
 def _fused(name: str, tensors: Tensors, *others: Any, reuse: bool = False, **factors: Any) -> Tensors:
     if reuse:
+        if name == "mul" and any(tensor.dtype.itemsize == 2 for tensor in tensors):
+            # On the CPU, torch rounds a number to half precision here: a beta2 of 0.999 becomes 1 in bfloat16.
+            others = tuple(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in others)
         getattr(torch, f"_foreach_{name}_")(tensors, *others, **factors)
         return tensors
     return getattr(torch, f"_foreach_{name}")(tensors, *others, **factors)

@@ -32,11 +32,15 @@ Kernel = Callable[
 
 
 def make_optimizer(
-    kernel: Kernel, kinds: Mapping[str, Callable[[Tensor], Tensor]], *numbers: Number, uses_step: bool = False
+    kernel: Kernel,
+    kinds: Mapping[str, Callable[[Tensor], Tensor]],
+    *numbers: Number,
+    uses_step: bool = False,
+    on_reals: bool = True,
 ) -> Optimizer:
     """The optimizer that applies `kernel`. `kinds` maps each part of its state to the function that starts it.
 
-    `numbers` are further numbers of the formula, such as a weight decay. `uses_step`: see `apply_kernel`.
+    `numbers` are further numbers of the formula, such as a weight decay. The flags are those of `apply_kernel`.
     """
 
     def init(params: Params) -> OptState:
@@ -51,6 +55,7 @@ def make_optimizer(
             step=step,
             donate=donate,
             uses_step=uses_step,
+            on_reals=on_reals,
         )
 
     return Optimizer(init, update)
@@ -67,9 +72,11 @@ def apply_kernel(
     step: Number,
     donate: bool,
     uses_step: bool,
+    on_reals: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Update the parameters that have a gradient; complex tensors are pairs of real numbers, as in `torch.optim`.
+    """Update the parameters that have a gradient.
 
+    With `on_reals`, complex tensors are pairs of real numbers, as in most optimizers of `torch.optim`.
     With `uses_step`, each parameter's step is the number of its own updates, as in `torch.optim`: `opt_state["missed"]`
     counts the steps without a gradient, as () int64 tensors, and holds only the names that ever missed one.
     """
@@ -84,6 +91,7 @@ def apply_kernel(
             lr=lr,
             step=own_step,
             donate=donate,
+            on_reals=on_reals,
         )
         new_params.update(zip(names, values, strict=True))
         for kind, tensors in lists.items():
@@ -114,8 +122,9 @@ def _on_reals(
     lr: Number,
     step: Number,
     donate: bool,
+    on_reals: bool,
 ) -> tuple[Tensors, dict[str, Tensors]]:
-    is_complex, old = [param.is_complex() for param in params], opt_state
+    is_complex, old = [on_reals and param.is_complex() for param in params], opt_state
     if any(is_complex):
         grads, params = _as_real(grads), _as_real(params)
         opt_state = {kind: _as_real(tensors) for kind, tensors in opt_state.items()}

@@ -6,21 +6,16 @@ on donated memory, or one operation a tensor where the update is differentiated,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import chain
-
 import torch
 from torch import Tensor
 
-from dwiml_func.optim._foreach import Arithmetic, Number, Tensors, arithmetic_for
-from dwiml_func.types import Optimizer, OptState, Params
+from dwiml_func.optim._foreach import Arithmetic, Number, Tensors
+from dwiml_func.optim._kernel import check_options, is_not_zero, make_optimizer
+from dwiml_func.types import Optimizer
 
 __all__ = ["Optimizer", "adam", "adamw", "radam", "sgd"]
 
-Kernel = Callable[
-    [Arithmetic, Tensors, Tensors, dict[str, Tensors], Number, Number, bool], tuple[Tensors, dict[str, Tensors]]
-]
-"""(arithmetic, grads, params, opt_state, lr, step, donate) -> (params, opt_state), lists in one order of names."""
+_ADAM_STATE = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
 
 
 def sgd(*, momentum: float = 0.0, weight_decay: Number = 0.0, nesterov: bool = False) -> Optimizer:
@@ -41,12 +36,12 @@ def sgd(*, momentum: float = 0.0, weight_decay: Number = 0.0, nesterov: bool = F
         >>> sgd(momentum=0.9).init({"w": torch.ones(2)})
         {'momentum_buffer': {'w': tensor([0., 0.])}}
     """
-    _check(momentum=momentum, weight_decay=weight_decay)
+    check_options(momentum=momentum, weight_decay=weight_decay)
     if nesterov and momentum == 0:
         raise ValueError("Expected a momentum above 0 with nesterov=True. Received: momentum=0")
 
     def kernel(run, grads, params, opt_state, lr, step, donate):
-        if _is_not_zero(weight_decay):
+        if is_not_zero(weight_decay):
             grads = run("add", grads, params, alpha=weight_decay)
         if momentum:
             # torch starts from the first gradient; 0 * momentum + grad would turn -0.0 into 0.0
@@ -63,7 +58,8 @@ def sgd(*, momentum: float = 0.0, weight_decay: Number = 0.0, nesterov: bool = F
             grads = run("add", grads, buffers, alpha=momentum) if nesterov else buffers
         return run("add", params, grads, alpha=-lr, reuse=donate), opt_state
 
-    return _optimizer(("momentum_buffer",) if momentum else (), kernel, weight_decay)
+    kinds = {"momentum_buffer": torch.zeros_like} if momentum else {}
+    return make_optimizer(kernel, kinds, weight_decay, uses_step=momentum != 0, on_reals=False)
 
 
 def adam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.0) -> Optimizer:
@@ -85,14 +81,14 @@ def adam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_
         >>> sorted(adam().init({"w": torch.ones(2)}))
         ['exp_avg', 'exp_avg_sq']
     """
-    _check(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    check_options(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
     def kernel(run, grads, params, opt_state, lr, step, donate):
-        if _is_not_zero(weight_decay):
+        if is_not_zero(weight_decay):
             grads = run("add", grads, params, alpha=weight_decay)
         return _adam_kernel(run, grads, params, opt_state, lr, step, donate, beta1, beta2, eps)
 
-    return _optimizer(("exp_avg", "exp_avg_sq"), kernel, weight_decay)
+    return make_optimizer(kernel, _ADAM_STATE, weight_decay, uses_step=True)
 
 
 def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.01) -> Optimizer:
@@ -114,14 +110,14 @@ def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
         >>> sorted(adamw().init({"w": torch.ones(2)}))
         ['exp_avg', 'exp_avg_sq']
     """
-    _check(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    check_options(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
     def kernel(run, grads, params, opt_state, lr, step, donate):
-        if _is_not_zero(weight_decay):
+        if is_not_zero(weight_decay):
             params = run("mul", params, 1 - lr * weight_decay, reuse=donate)
         return _adam_kernel(run, grads, params, opt_state, lr, step, donate, beta1, beta2, eps)
 
-    return _optimizer(("exp_avg", "exp_avg_sq"), kernel, weight_decay)
+    return make_optimizer(kernel, _ADAM_STATE, weight_decay, uses_step=True)
 
 
 def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.0) -> Optimizer:
@@ -143,10 +139,10 @@ def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
         >>> sorted(radam().init({"w": torch.ones(2)}))
         ['exp_avg', 'exp_avg_sq']
     """
-    _check(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+    check_options(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
 
     def kernel(run, grads, params, opt_state, lr, step, donate):
-        if _is_not_zero(weight_decay):
+        if is_not_zero(weight_decay):
             grads = run("add", grads, params, alpha=weight_decay)
         means, squares = _update_averages(run, grads, opt_state, donate, beta1, beta2)
         count = step + 1
@@ -167,7 +163,7 @@ def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
         params = run("add", params, changes, alpha=-1.0, reuse=donate)
         return params, {"exp_avg": means, "exp_avg_sq": squares}
 
-    return _optimizer(("exp_avg", "exp_avg_sq"), kernel, weight_decay)
+    return make_optimizer(kernel, _ADAM_STATE, weight_decay, uses_step=True)
 
 
 def _adam_kernel(
@@ -197,39 +193,3 @@ def _update_averages(
     squares = run("mul", opt_state["exp_avg_sq"], beta2, reuse=donate)
     squares = run("addcmul", squares, grads, grads, 1 - beta2, reuse=True)
     return means, squares
-
-
-def _optimizer(kinds: Iterable[str], kernel: Kernel, weight_decay: Number) -> Optimizer:
-    kinds = tuple(kinds)
-
-    def init(params: Params) -> OptState:
-        return {kind: {name: torch.zeros_like(p) for name, p in params.items()} for kind in kinds}
-
-    def update(
-        grads: Params, opt_state: OptState, params: Params, *, lr: Number, step: Number, donate: bool = False
-    ) -> tuple[dict[str, Tensor], OptState]:
-        names = list(params)
-        lists: dict[str, Tensors] = {kind: [opt_state[kind][name] for name in names] for kind in kinds}
-        ordered, old = [grads[name] for name in names], [params[name] for name in names]
-        run = arithmetic_for(chain(old, ordered, *lists.values()), lr, step, weight_decay)
-        if isinstance(step, Tensor):
-            step = step.to(torch.float64)  # bias corrections lose half their digits in float32
-        values, lists = kernel(run, ordered, old, lists, lr, step, donate)
-        new_state = {kind: dict(zip(names, lists[kind], strict=True)) for kind in kinds}
-        return dict(zip(names, values, strict=True)), new_state
-
-    return Optimizer(init, update)
-
-
-def _is_not_zero(number: Number) -> bool:
-    return isinstance(number, Tensor) or number != 0
-
-
-def _check(**values: Number) -> None:
-    for name, value in values.items():
-        if isinstance(value, Tensor):  # it may stand for many values, or for none yet
-            continue
-        is_decay_rate = name in ("beta1", "beta2")
-        if not (0 <= value < 1 if is_decay_rate else 0 <= value < float("inf")):
-            expected = "0 <= value < 1" if is_decay_rate else "a finite value of at least 0"
-            raise ValueError(f"Expected {name} with {expected}. Received: {name}={value}")
