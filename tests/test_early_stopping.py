@@ -2,6 +2,7 @@
 
 import math
 from functools import reduce
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from dwiml_func.core.early_stopping import Best, should_stop, update_best
 LOSSES = st.one_of(st.sampled_from([math.nan, math.inf, -math.inf, 0.5]), st.floats(-2, 2))
 
 
-def follow(values: list[float], best: Best | None = None, first_epoch: int = 1, **options: float) -> Best:
+def follow(values: list[float], best: Best | None = None, first_epoch: int = 1, **options: Any) -> Best:
     numbered = enumerate(values, first_epoch)
     return reduce(lambda best, item: update_best(best, item[1], item[0], **options), numbered, best or Best())
 
