@@ -94,6 +94,20 @@ def test_a_captured_head_that_no_state_holds_is_refused(run: Callable[..., Any])
         run(init_state(model, sgd(), seed=0), BATCH, loss_fn)
 
 
+def test_a_gradient_penalty_trains_as_in_torch() -> None:
+    def penalized(model: Any, x: Tensor) -> tuple[Tensor, int]:
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(model, x)[0], x, create_graph=True)
+        return loss(model, x)[0] + slope.square().sum(), len(x)
+
+    model = mlp()
+    new, _ = step(model, penalized)
+    penalized(model, BATCH)[0].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(new.params[name], (parameter - 0.1 * parameter.grad).detach())
+
+
 def test_a_parameter_that_one_batch_does_not_use_is_fine() -> None:
     model = nn.ModuleDict({"used": nn.Linear(4, 1), "unused": nn.Linear(4, 1)})
     new, _ = step(model, lambda model, x: (model["used"](x).square().mean(), len(x)))

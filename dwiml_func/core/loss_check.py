@@ -93,9 +93,11 @@ def _check_leaves(loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
             "Expected a loss of the parameters that it is given. Received: one that depends on other tensors only. Use "
             "the model that the loss is handed, not a module of the enclosing script."
         )
-    if foreign := [tuple(tensor.shape) for number, tensor in reached.items() if number not in own]:
+    # Other leaves than parameters are inputs that the loss differentiates, as for a gradient penalty.
+    foreign = [leaf for number, leaf in reached.items() if number not in own and isinstance(leaf, torch.nn.Parameter)]
+    if foreign := [tuple(parameter.shape) for parameter in foreign]:
         raise ValueError(
-            f"The loss depends on tensors that require a gradient and are not in the state, of shapes "
+            f"The loss depends on parameters that require a gradient and are not in the state, of shapes "
             f"{listed(map(str, foreign))}: they would never be trained. Put their module into the one that the "
             f"state is made from, or detach them."
         )
