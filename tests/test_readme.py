@@ -205,3 +205,14 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def test_the_recipes_run_one_after_the_other(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 12
+    checks = "assert state.epoch >= 2 and 0 < report.train['loss'] < 0.75\n"
+    script = "\n".join(block + (checks if "run(" in block.splitlines()[-1] else "") for block in blocks)
+    (tmp_path / "script.py").write_text(
+        script + "assert float((model[0].weight - state.params['0.weight']).abs().max()) == 0\n"
+    )
+    _run(sys.executable, "-W", "error", "script.py", folder=tmp_path)
