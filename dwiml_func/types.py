@@ -47,6 +47,8 @@ class Optimizer(NamedTuple):
         eval_params: `eval_params(opt_state, params) -> params`, the parameters to evaluate with, such as an average.
             None evaluates with `params`.
         uses_weight: whether `update` also takes the keyword `weight`, the number of points that `grads` average.
+        is_elementwise: whether each element of a parameter is updated by itself, with state of the parameter's shape.
+            An ensemble then updates all members in one call, and maps `update` over members otherwise.
 
     Example:
         >>> import torch
@@ -62,6 +64,7 @@ class Optimizer(NamedTuple):
     update: Callable[..., tuple[dict[str, Tensor], OptState]]
     eval_params: Callable[[OptState, Params], Params] | None = None
     uses_weight: bool = False
+    is_elementwise: bool = False
 
 
 class Transform(NamedTuple):

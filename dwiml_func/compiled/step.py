@@ -6,10 +6,10 @@ it closes over, the optimizer, clipping) is read once, when the graph is compile
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,8 +21,20 @@ from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.rng import Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, advance, check_not_donated
-from dwiml_func.core.step import NON_FINITE, choose, clip_and_measure, raise_if_not_finite, train_step
-from dwiml_func.types import Metrics, Optimizer, Sum
+from dwiml_func.core.step import (
+    NON_FINITE,
+    NonFinite,
+    can_skip,
+    choose,
+    choose_policy,
+    clip_and_measure,
+    raise_if_not_finite,
+    skip_metrics,
+    spoil,
+    train_step,
+)
+from dwiml_func.optim.chain import update_with
+from dwiml_func.types import Metrics, Optimizer, OptState, Sum
 
 __all__ = ["JitStep", "jit_step"]
 
@@ -33,7 +45,7 @@ def jit_step(
     optimizer: Optimizer,
     clip_grad: float | None = None,
     donate: bool = False,
-    non_finite: Literal["raise", "defer"] | None = None,
+    non_finite: NonFinite | None = None,
     dynamic: bool = False,
     max_compilations: int = 8,
     backend: str = "inductor",
@@ -120,49 +132,82 @@ class JitStep:
         on_cpu = values.device.type == "cpu"
         numbers = values.tolist() if on_cpu else values
         loss, norm, is_first_bad, *_ = numbers
-        defer = not on_cpu if self._non_finite is None else self._non_finite == "defer"
-        if not defer:
+        policy = choose_policy(self._non_finite, state.opt_state, values)
+        if policy == "raise":
             raise_if_not_finite(state, batch, float(loss), float(norm))
         metrics = {name: Sum(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names, start=2)}
-        if defer:
+        if policy == "defer":
             metrics[NON_FINITE] = Sum(is_first_bad * state.step, is_first_bad)
         if self._donate:  # the graph wrote into these tensors
-            params, opt_state = state.params, state.opt_state
+            params, opt_state = state.params, _merged(state.opt_state, opt_state)
         return advance(state, params, buffers, opt_state, metrics, donate=self._donate), metrics
 
 
 def _make_graph(
-    loss_fn: LossFn, optimizer: Optimizer, clip_grad: float | None, donate: bool, **_: Any
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    clip_grad: float | None,
+    donate: bool,
+    non_finite: NonFinite | None,
 ) -> Callable[..., tuple[Any, ...]]:
     def graph(
         batch: Any,
         params: dict[str, Tensor],
         buffers: dict[str, Tensor],
-        opt_state: dict[str, dict[str, Tensor]],
+        opt_state: dict[str, Any],
         numbers: Tensor,
     ) -> tuple[Any, ...]:
         lr, step, blocked = numbers.unbind()
         out, grads = value_and_grad(loss_fn, params, buffers, batch, key=NO_KEY)
         grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
-        new_params, new_opt_state = optimizer.update(grads, opt_state, params, lr=lr, step=step)
+        skips = non_finite in (None, "skip") and can_skip(opt_state)
+        if skips:
+            is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
+            in_float64 = {name: Sum(*(as_float64(part, out.loss) for part in own)) for name, own in metrics.items()}
+            grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, in_float64)
+        weight = as_float64(out.weight, out.loss) if optimizer.uses_weight else 1
+        new_params, new_opt_state = update_with(
+            *(optimizer, grads, opt_state, params), lr=lr, step=step, donate=False, weight=weight
+        )
 
         # Tensors that are not finite are never committed. The caller checks `values` afterwards.
         is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
         keep_old = is_bad | (blocked > 0)
-        new_params = choose(keep_old, params, new_params)
-        new_opt_state = choose(keep_old, opt_state, new_opt_state)
+        keep_own = blocked > 0 if skips else keep_old
+        new_params = choose(keep_own, params, new_params)
+        new_opt_state = choose(keep_own, opt_state, new_opt_state)
         new_buffers = choose(keep_old, buffers, out.buffers)
         sums = [number for sum_ in metrics.values() for number in sum_]
         scalars = (out.loss, norm, is_bad & (blocked == 0), torch.zeros_like(norm), *sums)
         values = torch.stack([as_float64(value, out.loss) for value in scalars])
         if donate:
-            for old, new in ((params, new_params), *((opt_state[kind], new_opt_state[kind]) for kind in opt_state)):
-                for name, tensor in new.items():
-                    old[name].copy_(tensor)
-            return None, new_buffers, None, tuple(metrics), values
+            _write(params, new_params)
+            return None, new_buffers, _write(opt_state, new_opt_state), tuple(metrics), values
         return new_params, new_buffers, new_opt_state, tuple(metrics), values
 
     return graph
+
+
+def _write(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a tree into an old one, and return it with None for what was copied: the old one may lack some leaves."""
+    rest: dict[str, Any] = {}
+    for name, leaf in new.items():
+        if not isinstance(leaf, Tensor):
+            rest[name] = _write(old.get(name, {}), leaf)
+        elif name in old:
+            old[name].copy_(leaf)
+            rest[name] = None
+        else:
+            rest[name] = leaf
+    return rest
+
+
+def _merged(old: OptState, rest: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree that `_write` has written."""
+    return {
+        name: old[name] if leaf is None else leaf if isinstance(leaf, Tensor) else _merged(old.get(name, {}), leaf)
+        for name, leaf in rest.items()
+    }
 
 
 def _vector(lr: float | Tensor, step: int, blocked: float | Tensor, device: torch.device) -> Tensor:

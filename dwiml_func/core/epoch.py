@@ -7,7 +7,7 @@ from typing import Any
 
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.state import TrainState
-from dwiml_func.core.step import NON_FINITE, NonFiniteError, location
+from dwiml_func.core.step import NON_FINITE, SKIPPED, NonFiniteError, check_not_skipped_too_often, location
 from dwiml_func.types import Metrics, Sum
 
 __all__ = ["EvalStep", "TrainStep", "end_epoch", "epoch_fn", "eval_epoch_fn", "train_steps"]
@@ -74,6 +74,7 @@ def end_epoch(state: TrainState) -> tuple[TrainState, Metrics]:
         (1, {'loss': Sum(total=1.0, weight=2.0)})
     """
     check_has_batch(state)
+    check_not_skipped_too_often(state)
     sums = dict(state.sums)
     first_bad = sums.pop(NON_FINITE, None)
     if first_bad is not None and float(first_bad.weight) > 0:
@@ -171,6 +172,8 @@ def _checked(old: TrainState, result: Any) -> tuple[TrainState, Metrics]:
             f"Expected a step that returns the state after the batch: epoch {old.epoch}, batch {old.batch + 1}. "
             f"Received: epoch {new.epoch}, batch {new.batch}. Return what train_step returned, or count the batch."
         )
+    if isinstance(is_bad := result[1].get(SKIPPED, Sum(0.0, 0.0)).total, float) and is_bad:
+        check_not_skipped_too_often(new)  # elsewhere than on the CPU, at the end of the epoch
     return result
 
 

@@ -12,8 +12,8 @@ from dwiml_func._transforms import is_transformed
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.rng import Key
-from dwiml_func.optim._foreach import arithmetic_for
-from dwiml_func.types import Buffers, Params
+from dwiml_func.optim.transformations import clip_grad_norm, global_norm
+from dwiml_func.types import Buffers, Grads, Params
 
 __all__ = ["AutodiffBackend", "ValueAndGrad", "clip_by_global_norm", "global_norm", "value_and_grad"]
 
@@ -35,12 +35,12 @@ class ValueAndGrad(Protocol):
         *,
         key: Key,
         backend: AutodiffBackend | None = None,
-    ) -> tuple[LossOut, dict[str, Tensor]]: ...
+    ) -> tuple[LossOut, dict[str, Any]]: ...
 
 
 def value_and_grad(
     loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, *, key: Key, backend: AutodiffBackend | None = None
-) -> tuple[LossOut, dict[str, Tensor]]:
+) -> tuple[LossOut, dict[str, Any]]:
     """Evaluate a loss in training mode, and its gradient with respect to the parameters.
 
     Args:
@@ -53,7 +53,8 @@ def value_and_grad(
             graph, so that gradients of gradients are right, and "autograd" otherwise.
 
     Returns:
-        The loss's output, detached, and gradients by name: zeros for parameters that the loss does not depend on.
+        The loss's output, detached, and gradients by name. That of a parameter on which the loss does not depend is
+        None with "autograd" and zeros with "func", since transforms of torch.func return tensors only.
 
     Raises:
         ValueError: the loss depends on no parameter or is not a scalar, or the backend is unknown.
@@ -75,15 +76,15 @@ def value_and_grad(
 
 def _value_and_grad(
     loss_fn: LossFn, params: Params, buffers: Buffers, batch: Any, key: Key, backend: AutodiffBackend
-) -> tuple[LossOut, dict[str, Tensor]]:
+) -> tuple[LossOut, dict[str, Any]]:
     if backend == "autograd":
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
         with torch.enable_grad():
             out = loss_fn(leaves, buffers, batch, key=key, train=True)
         _check_loss(out.loss)
         tensors = list(leaves.values())
-        grads = torch.autograd.grad(out.loss, tensors, allow_unused=True, materialize_grads=True)
-        if sparse := [name for name, grad in zip(leaves, grads, strict=True) if grad.is_sparse]:
+        grads = torch.autograd.grad(out.loss, tensors, allow_unused=True)
+        if sparse := [n for n, grad in zip(leaves, grads, strict=True) if grad is not None and grad.is_sparse]:
             raise ValueError(f"Expected dense gradients. Received: a sparse one of {sparse[0]}. Use sparse=False.")
         aux = {
             name: (_detached(mean[0]), _detached(mean[1])) if isinstance(mean, tuple) else _detached(mean)
@@ -109,17 +110,11 @@ def _value_and_grad(
     raise ValueError(f"Expected backend 'autograd' or 'func'. Received: {backend!r}")
 
 
-def global_norm(grads: Params) -> Tensor:
-    """The L2 norm () of all gradients as one vector; bitwise identical to `torch.nn.utils.get_total_norm`."""
-    tensors = list(grads.values())
-    return torch.linalg.vector_norm(torch.stack(list(arithmetic_for(tensors)("norm", tensors))))
-
-
-def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def clip_by_global_norm(grads: Grads, max_norm: float) -> tuple[dict[str, Any], Tensor, Tensor]:
     """Scale gradients down to a global norm of at most `max_norm`.
 
     Args:
-        grads: tensors by name; they are not changed.
+        grads: tensors by name; they are not changed. None stays None.
         max_norm: the largest norm allowed, > 0.
 
     Returns:
@@ -134,20 +129,14 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[dict[str, Tenso
         >>> float(before), round(float(after), 3)
         (5.0, 1.0)
     """
-    norm = global_norm(grads)
-    factor = clip_factor(norm, max_norm)
-    tensors = list(grads.values())
-    scaled = arithmetic_for(tensors)("mul", tensors, factor)
-    # With gradients of several dtypes the factor has the widest, and multiplication would give it to a () gradient.
-    named = {name: new.to(old.dtype) for (name, old), new in zip(grads.items(), scaled, strict=True)}
-    return named, norm, norm * factor
+    check_clip_norm(max_norm)
+    return clip_grad_norm(grads, max_norm)
 
 
-def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """The factor that scales gradients of a global norm, or of several members' norms, down to `max_norm`."""
+def check_clip_norm(max_norm: float) -> None:
+    """Raise a ValueError unless gradients can be scaled down to this norm."""
     if not max_norm > 0:
         raise ValueError(f"Expected a clipping norm above 0, or None for no clipping. Received: {max_norm}")
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
 def is_differentiated(params: Params, lr: float | Tensor = 0.0) -> bool:

@@ -16,12 +16,20 @@ from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import weighted_sum
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.state import TrainState, advance, check_not_donated
-from dwiml_func.types import Metrics, Optimizer, Sum
+from dwiml_func.optim._kernel import read_number
+from dwiml_func.optim.chain import update_with
+from dwiml_func.optim.gates import skipped_too_often
+from dwiml_func.types import Grads, Metrics, Optimizer, OptState, Sum
 
 __all__ = ["NON_FINITE", "NonFiniteError", "eval_step", "train_step"]
 
 NON_FINITE = "non_finite"
 """Name of the sum that a deferred check leaves: its total is the first step that was not finite, its weight 1."""
+
+SKIPPED = "skipped"
+"""Name of the sum that counts the batches that `skip_not_finite` skipped; its weight counts all batches."""
+
+NonFinite = Literal["raise", "defer", "skip"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -46,7 +54,7 @@ def train_step(
     donate: bool = False,
     backend: AutodiffBackend | None = None,
     gradient_fn: ValueAndGrad = value_and_grad,
-    non_finite: Literal["raise", "defer"] | None = None,
+    non_finite: NonFinite | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Take one optimizer step.
 
@@ -61,16 +69,20 @@ def train_step(
         backend: `"autograd"` or `"func"`, see `dwiml_func.core.gradients`; None chooses.
         gradient_fn: evaluates loss and gradients, e.g. `sharded_value_and_grad(...)` for batches cut into shards.
         non_finite: `"raise"` checks the loss and the gradient norm at once, which waits for the device; `"defer"` keeps
-            the old parameters, buffers and optimizer state, and `epoch_fn` raises at the end of the epoch. None raises
-            on the CPU, and defers elsewhere and under transforms of torch.func.
+            the old parameters, buffers and optimizer state, and `epoch_fn` raises at the end of the epoch. `"skip"`
+            leaves them to an optimizer with `skip_not_finite`: the batch counts in no sum but `skipped`, and an epoch
+            raises once too many in a row were skipped. None skips where the optimizer can, else raises on the CPU, and
+            defers elsewhere and under transforms of torch.func.
 
     Returns:
         The run after the step, and the batch's sums: `loss` and the auxiliary metrics, weighted by points, and
         `unclipped_grad_norm` and `grad_norm` (before and after clipping), weighted by batches. The returned state has
-        them added to those of the epoch.
+        them added to those of the epoch. Parameters that the batch does not use, and their optimizer state, stay as
+        they are, as with `torch.optim`; see `value_and_grad`.
 
     Raises:
-        NonFiniteError: the loss or the gradient norm is NaN or infinite.
+        NonFiniteError: the loss or the gradient norm is NaN or infinite, and must not be.
+        ValueError: `"skip"` with an optimizer without `skip_not_finite`.
         RuntimeError: the state was donated to an earlier step.
 
     Example:
@@ -89,16 +101,24 @@ def train_step(
     out, grads = gradient_fn(loss_fn, state.params, state.buffers, batch, key=key, backend=backend)
     grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
 
-    defer = non_finite == "defer"
-    if non_finite is None:
-        defer = out.loss.device.type != "cpu" or is_transformed()
-    if not defer:
+    policy = choose_policy(non_finite, state.opt_state, out.loss)
+    is_bad: Any = False
+    if policy == "raise":
         raise_if_not_finite(state, batch, out.loss.item(), norm.item())
-    params, opt_state = optimizer.update(
-        grads, state.opt_state, state.params, lr=lr, step=state.step, donate=donate and not defer
+    elif policy == "skip":
+        is_bad = read_number(~(torch.isfinite(out.loss) & torch.isfinite(norm)))
+        grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, metrics)
+    params, opt_state = update_with(
+        *(optimizer, grads, state.opt_state, state.params),
+        lr=lr,
+        step=state.step,
+        donate=donate and policy != "defer",
+        weight=out.weight,
     )
     buffers = out.buffers
-    if defer:
+    if policy == "skip":
+        buffers = choose(is_bad, state.buffers, buffers)
+    elif policy == "defer":
         keep_old, metrics = _defer_check(state, out.loss, norm, metrics)
         old, new = (state.params, state.buffers, state.opt_state), (params, buffers, opt_state)
         params, buffers, opt_state = (choose(keep_old, *pair) for pair in zip(old, new, strict=True))
@@ -133,9 +153,7 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
         return loss_metrics(loss_fn(state.params, state.buffers, batch, key=key, train=False))
 
 
-def clip_and_measure(
-    out: LossOut, grads: dict[str, Tensor], clip_grad: float | None
-) -> tuple[dict[str, Tensor], Tensor, dict[str, Sum]]:
+def clip_and_measure(out: LossOut, grads: Grads, clip_grad: float | None) -> tuple[Grads, Tensor, dict[str, Sum]]:
     """Clip gradients to a global norm; return them, their norm before clipping, and the batch's sums."""
     if clip_grad is None:
         norm = clipped_norm = global_norm(grads)
@@ -149,7 +167,7 @@ def clip_and_measure(
 
 def loss_metrics(out: LossOut) -> dict[str, Sum]:
     """The sums of a loss and of its auxiliary metrics."""
-    if taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm", NON_FINITE}:
+    if taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm", NON_FINITE, SKIPPED}:
         raise ValueError(f"`aux` uses the reserved metric name {', '.join(map(repr, sorted(taken)))}.")
     means = {"loss": out.loss, **out.aux}
     return {name: weighted_sum(*(m if isinstance(m, tuple) else (m, out.weight))) for name, m in means.items()}
@@ -170,16 +188,73 @@ def location(epoch: int, batch: int, step: int) -> str:
     return f"epoch {epoch + 1}, batch {batch + 1} (step {step + 1})"
 
 
-def choose(condition: Tensor, first: Any, second: Any) -> Any:
+def choose(condition: bool | Tensor, first: Any, second: Any) -> Any:
     """Of two trees of tensors, the leaves of `first` where the condition holds, else those of `second`.
 
-    The condition is a () tensor, or (K,) for leaves (K, ...).
+    The condition is a bool, a () tensor, or (K,) for leaves (K, ...). A leaf that `first` lacks, such as a count that
+    starts, is zero there.
     """
+    if isinstance(condition, bool):
+        return first if condition else second
     if isinstance(second, Mapping):
-        return {name: choose(condition, first[name], leaf) for name, leaf in second.items()}
+        return {name: choose(condition, first.get(name, {}), leaf) for name, leaf in second.items()}
     if condition.dim() > 0:
         condition = condition.reshape(-1, *(1,) * (second.dim() - 1))
-    return torch.where(condition, first, second)
+    return torch.where(condition, first if isinstance(first, Tensor) else torch.zeros_like(second), second)
+
+
+def choose_policy(non_finite: NonFinite | None, opt_state: OptState, loss: Tensor) -> NonFinite:
+    """What to do with a step that is not finite."""
+    skips = can_skip(opt_state)
+    if non_finite == "skip" and not skips:
+        raise ValueError(
+            "Expected an optimizer with skip_not_finite for non_finite='skip'. Received: one without. "
+            "Use chain(skip_not_finite(3), ...)."
+        )
+    if non_finite is not None:
+        return non_finite
+    if skips:
+        return "skip"
+    return "defer" if loss.device.type != "cpu" or is_transformed() else "raise"
+
+
+def spoil(grads: Grads, is_bad: bool | Tensor) -> Grads:
+    """Gradients that are NaN where the step is bad, also if only the loss was."""
+    if is_bad is False:
+        return grads
+    return {
+        name: grad if grad is None else torch.where(torch.as_tensor(is_bad, device=grad.device), torch.nan, grad)
+        for name, grad in grads.items()
+    }
+
+
+def skip_metrics(is_bad: bool | Tensor, metrics: Mapping[str, Sum]) -> dict[str, Sum]:
+    """The sums of a batch, zero if it is skipped, and the count of skipped batches."""
+    if isinstance(is_bad, bool):
+        kept = {name: Sum(0.0, 0.0) if is_bad else own for name, own in metrics.items()}
+        return {**kept, SKIPPED: Sum(float(is_bad), 1.0)}
+    kept = {
+        name: Sum(*(torch.where(is_bad, 0.0, torch.as_tensor(part, device=is_bad.device)) for part in own))
+        for name, own in metrics.items()
+    }
+    return {**kept, SKIPPED: Sum(is_bad.to(torch.float64), torch.ones_like(is_bad, dtype=torch.float64))}
+
+
+def check_not_skipped_too_often(state: TrainState) -> None:
+    """Raise a NonFiniteError if `skip_not_finite` has skipped more steps in a row than it accepts."""
+    if SKIPPED in state.sums and bool(skipped_too_often(state.opt_state)):
+        raise NonFiniteError(
+            f"The loss or the gradient was not finite in too many steps in a row, up to "
+            f"{location(state.epoch, state.batch - 1, state.step - 1)}. Check the inputs, lower the learning rate or "
+            "clip the gradient."
+        )
+
+
+def can_skip(opt_state: OptState) -> bool:
+    """Whether the state is that of an optimizer with `skip_not_finite`."""
+    if "max_in_a_row" in opt_state and "in_a_row" in opt_state:
+        return True
+    return any(can_skip(part) for part in opt_state.values() if isinstance(part, Mapping))
 
 
 def _ids(batch: Any) -> str:

@@ -69,8 +69,8 @@ def sharded_value_and_grad(
     Returns:
         A function for `train_step(..., gradient_fn=...)`. Its batch is a sequence of shards, None for an empty one; the
         first is not empty. Shard i has the key `fold_in(key, i)`. Gradients and means are those of the whole batch,
-        weighted by points. Buffers that a model changes come from shard 0, as
-        `torch.nn.parallel.DistributedDataParallel` takes those of its first process.
+        weighted by points; a gradient is None where no shard uses the parameter. Buffers that a model changes come from
+        shard 0, as `torch.nn.parallel.DistributedDataParallel` takes those of its first process.
 
     Raises:
         ValueError: (when called) the number of processes does not divide that of the shards, or no shard has a point.
@@ -92,14 +92,17 @@ def sharded_value_and_grad(
         *,
         key: Key,
         backend: AutodiffBackend | None = None,
-    ) -> tuple[LossOut, dict[str, Tensor]]:
+    ) -> tuple[LossOut, dict[str, Any]]:
         def evaluate(shard: Any, number: int, is_empty: bool) -> _Part:
             out, grads = gradient_fn(loss_fn, params, buffers, shard, key=fold_in(key, number), backend=backend)
-            return _part(out, buffers, grads, is_empty)
+            used = [float(grads[name] is not None and not is_empty) for name in params]
+            dense = {n: torch.zeros_like(p) if grads[n] is None else grads[n] for n, p in params.items()}
+            return _part(out, buffers, dense, is_empty, used)
 
         out, total = _over_shards(batch, evaluate, buffers, process_group)
+        used = dict(zip(params, total.numbers[-len(params) :].tolist(), strict=True))
         return out, {
-            name: grad
+            name: grad if used[name] else None
             for dtype, flat in total.gradients.items()
             for name, grad in _unflattened(flat.div_(total.numbers[2].to(dtype)), params, dtype)
         }
@@ -149,12 +152,17 @@ class _Part(NamedTuple):
     """Sums over some shards, which are added along the tree."""
 
     gradients: dict[torch.dtype, Tensor]  # flat, of the total loss: means times weights
-    numbers: Tensor  # (1 + 2 M,) float64: whether buffers changed; totals and weights of loss and auxiliary metrics
+    numbers: (
+        Tensor  # (1 + 2 M + P,) float64: whether buffers changed; totals and weights of loss and auxiliary metrics;
+    )
+    # how many shards use each parameter
     names: tuple[str, ...]  # of the auxiliary metrics
     buffers: Buffers  # of the first shard
 
 
-def _part(out: LossOut, buffers: Buffers, grads: Mapping[str, Tensor], is_empty: bool) -> _Part:
+def _part(
+    out: LossOut, buffers: Buffers, grads: Mapping[str, Tensor], is_empty: bool, used: Sequence[float] = ()
+) -> _Part:
     pairs = [mean if isinstance(mean, tuple) else (mean, out.weight) for mean in (out.loss, *out.aux.values())]
     like = out.loss.detach()
     means = torch.stack([mean.detach().to(torch.float64) for mean, _ in pairs])
@@ -164,7 +172,7 @@ def _part(out: LossOut, buffers: Buffers, grads: Mapping[str, Tensor], is_empty:
         weights, changed = torch.zeros_like(weights), False
     totals = torch.where(weights > 0, means * weights, 0.0)  # a mean over nothing is NaN
     numbers = torch.stack([totals, weights], dim=1).flatten()
-    numbers = torch.cat([numbers.new_tensor([float(changed)]), numbers])
+    numbers = torch.cat([numbers.new_tensor([float(changed)]), numbers, numbers.new_tensor(used)])
     dtypes = dict.fromkeys(grad.dtype for grad in grads.values())
     flat = {dtype: torch.cat([g.flatten() for g in grads.values() if g.dtype == dtype]) for dtype in dtypes}
     for dtype, gradient in flat.items():

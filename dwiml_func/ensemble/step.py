@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func.core.gradients import clip_factor
+from dwiml_func.core.gradients import check_clip_norm
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Stream, fold_in
-from dwiml_func.core.step import choose, loss_metrics
+from dwiml_func.core.step import SKIPPED, can_skip, choose, loss_metrics
 from dwiml_func.ensemble.rng import per_member_rng
 from dwiml_func.ensemble.state import EnsembleState
-from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Sum
+from dwiml_func.optim._kernel import given
+from dwiml_func.optim.chain import update_with
+from dwiml_func.optim.gates import skipped_too_often
+from dwiml_func.types import Buffers, Grads, Metrics, Optimizer, OptState, Params, Sum
 
 __all__ = ["ensemble_eval_step", "ensemble_step"]
 
@@ -41,15 +44,15 @@ def ensemble_step(
 
     A member's result is that of `train_step` up to rounding: sums run in another order. The model gets the random
     numbers of the member's own key, see `per_member_rng`; a loss that uses its `key` directly gets the first member's.
-    A member whose loss or gradient norm is not finite keeps its values and is no longer active. Nothing waits for the
-    device.
+    A member whose loss or gradient norm is not finite keeps its values and is no longer active; with `skip_not_finite`,
+    only after too many such steps in a row. Nothing waits for the device.
 
     Args:
         ensemble: K members before the step. It is not changed.
         batch: what the loss takes.
         loss_fn: the loss of one member, see `dwiml_func.core.loss`. It runs under `torch.func.vmap`.
-        optimizer: an init/update pair with elementwise arithmetic, as all of `dwiml_func.optim` have; with
-            `weight_decay` a factory of one, such as `dwiml_func.adam`.
+        optimizer: an init/update pair; with `weight_decay` a factory of one, such as `dwiml_func.adam`. One that is not
+            elementwise, such as a chain, is mapped over members by `torch.func.vmap`.
         lr: learning rate, or (K,) one for each member.
         weight_decay: (K,) one for each member, given to `optimizer`.
         clip_grad: largest global norm of a member's gradient; None does not clip.
@@ -78,23 +81,33 @@ def ensemble_step(
         losses, metrics, buffers = _evaluate(ensemble, leaves, batch, loss_fn, Stream.TRAIN_STEP)
         if not losses.requires_grad:
             raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
-        tensors = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+        tensors = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
     grads, norm, clipped_norm = _clipped(dict(zip(leaves, tensors, strict=True)), clip_grad)
-    params, opt_state = _updated(ensemble, grads, optimizer, lr, weight_decay)
     one = torch.ones_like(norm, dtype=torch.float64)
     metrics |= {"unclipped_grad_norm": Sum(norm.double(), one), "grad_norm": Sum(clipped_norm.double(), one)}
 
-    takes = ensemble.active & torch.isfinite(losses.detach()) & torch.isfinite(norm)
+    is_good = torch.isfinite(losses.detach()) & torch.isfinite(norm)
+    takes, skips = ensemble.active & is_good, can_skip(ensemble.opt_state)
+    if skips:  # a loss alone can be infinite
+        grads = {n: g if g is None else choose(is_good, g, torch.full_like(g, torch.nan)) for n, g in grads.items()}
+    params, opt_state = _updated(ensemble, grads, optimizer, lr, weight_decay, metrics["loss"].weight)
+    continues = takes
+    if skips:
+        continues = ensemble.active & ~torch.func.vmap(skipped_too_often)(opt_state)
     if takes.device.type != "cpu" or not takes.all():  # reading costs nothing on the CPU
-        params, buffers = choose(takes, params, ensemble.params), choose(takes, buffers, ensemble.buffers)
-        opt_state = choose(takes, opt_state, ensemble.opt_state)
+        params, buffers = choose(~takes, ensemble.params, params), choose(~takes, ensemble.buffers, buffers)
+        opt_state = choose(~(ensemble.active if skips else takes), ensemble.opt_state, opt_state)
         metrics = {name: Sum(*(torch.where(takes, part, 0.0) for part in pair)) for name, pair in metrics.items()}
+    counts = takes
+    if skips:
+        counts = ensemble.active
+        metrics[SKIPPED] = Sum((counts & ~is_good).double(), counts.double())
     new_ensemble = ensemble.replace(
         params=params,
         buffers=buffers,
         opt_state=opt_state,
-        active=takes,
-        done=ensemble.done + torch.stack([takes, torch.zeros_like(takes), takes], dim=1),
+        active=continues,
+        done=ensemble.done + torch.stack([counts, torch.zeros_like(counts), counts], dim=1),
         step=ensemble.step + 1,
         batch=ensemble.batch + 1,
         sums=add_metrics(ensemble.sums, metrics),
@@ -176,29 +189,64 @@ def _explained(error: Exception) -> Exception:
     )
 
 
-def _clipped(grads: Params, clip_grad: float | None) -> tuple[Params, Tensor, Tensor]:
+def _clipped(grads: Grads, clip_grad: float | None) -> tuple[Grads, Tensor, Tensor]:
     """`clip_by_global_norm` of each member: the gradients, the norms (K,) before and after."""
-    norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in grads.values()]
+    norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in given(grads).values()]
     norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     if clip_grad is None:
         return grads, norm, norm
-    factor = clip_factor(norm, clip_grad)
-    return {name: grad * _broadcast(factor, like=grad) for name, grad in grads.items()}, norm, norm * factor
+    check_clip_norm(clip_grad)
+    factor = torch.clamp(clip_grad / (norm + 1e-6), max=1.0)
+    clipped = {name: grad * _broadcast(factor, like=grad) for name, grad in given(grads).items()}
+    return {**grads, **clipped}, norm, norm * factor
 
 
 def _updated(
+    ensemble: EnsembleState,
+    grads: Grads,
+    optimizer: Optimizer | Callable[..., Optimizer],
+    lr: float | Tensor,
+    weight_decay: Tensor | None,
+    weight: float | Tensor,
+) -> tuple[Params, OptState]:
+    """The optimizer's update of all members at once."""
+    if isinstance(optimizer, Optimizer) and weight_decay is not None:
+        raise ValueError("weight_decay requires an optimizer factory, such as dwiml_func.adam.")
+    example = optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)
+    dense = given(grads)
+    if not example.is_elementwise or len(dense) < len(grads) or "missed" in ensemble.opt_state:
+        return _updated_by_vmap(ensemble, grads, optimizer, lr=lr, weight_decay=weight_decay, weight=weight)
+    if isinstance(optimizer, Optimizer) and not isinstance(lr, Tensor):
+        return optimizer.update(dense, ensemble.opt_state, ensemble.params, lr=lr, step=ensemble.step)
+    return _updated_by_broadcast(ensemble, dense, optimizer, lr, weight_decay)
+
+
+def _updated_by_vmap(
+    ensemble: EnsembleState, grads: Grads, optimizer: Optimizer | Callable[..., Optimizer], **numbers: Any
+) -> tuple[Params, OptState]:
+    mapped = {name: number for name, number in numbers.items() if isinstance(number, Tensor)}
+
+    def one(dense: Params, opt_state: OptState, params: Params, own: dict[str, Tensor]) -> tuple[Params, OptState]:
+        options = {**numbers, **own}
+        decay = options.pop("weight_decay")
+        made = optimizer if isinstance(optimizer, Optimizer) else optimizer(**decayed(decay))
+        values = {name: dense.get(name) for name in params}, opt_state, params
+        return update_with(made, *values, step=ensemble.step, donate=False, **options)
+
+    def decayed(decay: Tensor | None) -> dict[str, Tensor]:
+        return {} if decay is None else {"weight_decay": decay}
+
+    trees = given(grads), dict(ensemble.opt_state), dict(ensemble.params)
+    return torch.func.vmap(one)(*trees, mapped)
+
+
+def _updated_by_broadcast(
     ensemble: EnsembleState,
     grads: Params,
     optimizer: Optimizer | Callable[..., Optimizer],
     lr: float | Tensor,
     weight_decay: Tensor | None,
 ) -> tuple[Params, OptState]:
-    """The optimizer's update of all members at once, possible since its arithmetic is elementwise."""
-    if isinstance(optimizer, Optimizer):
-        if weight_decay is not None:
-            raise ValueError("weight_decay requires an optimizer factory, such as dwiml_func.adam.")
-        if not isinstance(lr, Tensor):
-            return optimizer.update(grads, ensemble.opt_state, ensemble.params, lr=lr, step=ensemble.step)
     params: dict[str, Tensor] = {}
     opt_state: dict[str, dict[str, Tensor]] = {kind: {} for kind in ensemble.opt_state}
     groups: dict[Any, list[str]] = {}  # leaves to which the members' numbers broadcast in one shape and dtype

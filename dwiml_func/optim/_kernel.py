@@ -58,7 +58,7 @@ def make_optimizer(
             on_reals=on_reals,
         )
 
-    return Optimizer(init, update)
+    return Optimizer(init, update, is_elementwise=True)
 
 
 def apply_kernel(
