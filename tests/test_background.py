@@ -24,6 +24,7 @@ from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+FORMATS = (torch.contiguous_format, torch.channels_last)
 SAVE = "dwiml_func.checkpoint.background.save"
 
 
@@ -233,6 +234,13 @@ def test_the_memory_of_a_copy_is_used_again_where_it_fits():
     assert not {leaf.data_ptr() for leaf in state_leaves(second).values()} & {
         leaf.data_ptr() for leaf in state_leaves(other).values()
     }
+
+
+def test_the_memory_of_a_copy_keeps_the_memory_format_of_its_state():
+    module = torch.nn.Conv2d(3, 4, 3)
+    plain, last = (init_state(module.to(memory_format=f), sgd(), seed=0) for f in FORMATS)
+    copied = copy_to_host(last, reuse=copy_to_host(plain))
+    assert copied.params["weight"].stride() == last.params["weight"].stride()
 
 
 def test_saves_that_share_memory_hold_each_its_own_values(tmp_path):

@@ -16,7 +16,7 @@ from experiment_cases import latest_digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwiml_func import EpochReport, Key, TrainState, adam, init_state, sgd
+from dwiml_func import EpochReport, Key, TrainState, adam, init_state, module_loss, sgd, train_step
 from dwiml_func.checkpoint.arrays import CheckpointError
 from dwiml_func.checkpoint.checkpoint import restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
@@ -362,3 +362,20 @@ def test_the_manifest_is_readable_without_the_tensors(tmp_path):
     assert manifest["history"][0]["train"] == {"loss": 0.1 + 0.2}
     assert manifest["config"] == {"lr": 0.1}
     assert manifest["digest"] == state_digest(linear_state(epoch=3, step=12, best=Best(0.5, 2, 1)))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_restored_convolution_trains_on_bitwise_identically(tmp_path, memory_format):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3))
+    loss_fn = module_loss(model.to(memory_format=memory_format), lambda model, x: (model(x).square().mean(), len(x)))
+
+    def train(state: TrainState, first: int, last: int) -> TrainState:
+        for seed in range(first, last):
+            batch = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+            state, _ = train_step(state, batch, loss_fn=loss_fn, optimizer=adam(), lr=0.01)
+        return state
+
+    start = init_state(model, adam(), seed=0)
+    middle = train(start, 0, 3)
+    save(tmp_path, middle)
+    assert state_digest(train(restore(tmp_path, start).state, 3, 6)) == state_digest(train(middle, 3, 6))

@@ -91,6 +91,27 @@ def test_every_odd_leaf_comes_back_as_it_was(tmp_path):
     assert same(load_leaves(tmp_path / "odd"), ODD)
 
 
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
+        torch.randn(4, 3, 1, 1).to(memory_format=torch.channels_last),  # both contiguous and channels last
+        torch.randn(1, 3, 2, 4).to(torch.bfloat16).to(memory_format=torch.channels_last),
+        torch.randn(2, 3, 4, 4, 5).to(memory_format=torch.channels_last_3d),
+        torch.randn(3, 4, 5).permute(2, 0, 1),
+        torch.randn(4, 3, 1, 1),
+        torch.zeros(0, 3, 2, 2).to(memory_format=torch.channels_last),
+        torch.tensor(1.0),
+    ],
+)
+def test_the_memory_format_comes_back_and_the_digest_is_that_of_the_contiguous_tensor(tmp_path, leaf):
+    save_leaves(tmp_path / "odd", {"leaf": leaf}, {})
+    loaded = load_leaves(tmp_path / "odd")["leaf"]
+    assert loaded.stride() == leaf.stride()
+    assert torch.equal(loaded, leaf)
+    assert read_manifest(tmp_path / "odd")["leaves"][0]["sha256"] == leaf_digest(leaf.contiguous())
+
+
 def test_names_that_look_alike_stay_apart(tmp_path):
     leaves = {name: torch.tensor([float(number)]) for number, name in enumerate(COLLIDING)}
     save_leaves(tmp_path / "names", leaves, {})

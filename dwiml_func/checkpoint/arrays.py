@@ -66,7 +66,13 @@ def save_leaves(
         **facts,
         **({} if numbers is None else {"numbers": numbers}),
         "leaves": [
-            {"name": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype), "sha256": digests[name]}
+            {
+                "name": name,
+                "shape": list(leaf.shape),
+                "dtype": str(leaf.dtype),
+                "sha256": digests[name],
+                **_layout(leaf),
+            }
             for name, leaf in leaves.items()
         ],
     }
@@ -80,7 +86,7 @@ def save_leaves(
 
 
 def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Read the tensors that `save_leaves` wrote, on the CPU, each checked against its digest.
+    """Read the tensors that `save_leaves` wrote, on the CPU, in their memory format, each checked against its digest.
 
     `manifest` is that of `path`, if already read. FileNotFoundError if there is no such directory, CorruptError if
     something is missing or corrupt.
@@ -89,9 +95,10 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
     arrays = _read_arrays(path, [row for row in table if 0 not in row["shape"]])
     leaves = {}
     for row in table:
-        leaf = torch.empty(row["shape"], dtype=_dtype(row))
-        if leaf.numel():
-            tensor_bytes(leaf)[...] = arrays.pop(_escape(row["name"]))  # a copy: torch's own memory is aligned
+        order = row.get("dim_order") or list(range(len(row["shape"])))
+        leaf = torch.empty_permuted(row["shape"], order, dtype=_dtype(row))
+        if leaf.numel():  # a copy: torch's own memory is aligned
+            tensor_bytes(leaf.permute(order))[...] = arrays.pop(_escape(row["name"])).transpose(order)
         if leaf_digest(leaf) != row["sha256"]:
             raise CorruptError(f"{path} is corrupt: {row['name']} does not have the bytes that were saved.")
         leaves[row["name"]] = leaf
@@ -183,6 +190,12 @@ def _reserve(directory: Path, num_bytes: int) -> None:
     finally:
         os.close(descriptor)
         file.unlink()
+
+
+def _layout(leaf: Tensor) -> dict[str, list[int]]:
+    """The order of the dimensions in memory, where they are not contiguous: kernels are chosen by it."""
+    order = list(leaf.dim_order())
+    return {} if order == list(range(leaf.dim())) else {"dim_order": order}
 
 
 def _dtype(row: Mapping[str, Any]) -> torch.dtype:

@@ -172,6 +172,10 @@ def copy_to_host(state: TrainState, *, reuse: TrainState | None = None) -> Train
 
 
 def _copy(tensor: Tensor, into: Tensor | None) -> Tensor:
-    if into is not None and (into.shape, into.dtype) == (tensor.shape, tensor.dtype):
+    if into is not None and _kind(into) == _kind(tensor):
         return into.copy_(tensor)
     return tensor.to("cpu", copy=True)
+
+
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.shape, tensor.dtype, tensor.dim_order()

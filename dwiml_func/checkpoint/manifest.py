@@ -125,6 +125,10 @@ def _check(manifest: Mapping[str, Any], content: bytes, needs: Sequence[str]) ->
     known = {field.name for field in fields(EpochReport)}
     if unknown := sorted({key for report in manifest.get("history") or () for key in report} - known):
         raise ValueError(f"history: expected no key {truncated_repr(unknown[0])}")
+    for row in manifest["leaves"]:
+        dims = list(range(len(row["shape"])))
+        if sorted(row.get("dim_order") or dims) != dims:
+            raise ValueError(f"dim_order: expected each of {len(dims)} dimensions once")
     digests = {row["name"]: row["sha256"] for row in manifest["leaves"]}
     is_of_leaves = manifest["digest"] == combine_digests(digests, manifest.get("numbers") or {})
     if len(digests) < len(manifest["leaves"]) or not is_of_leaves:
@@ -142,7 +146,8 @@ def _schema() -> Any:
 
     count, sha256 = Annotated[int, Field(ge=0)], Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     dtype = Annotated[str, AfterValidator(_check_dtype)]
-    leaf = model("Leaf", extra="forbid", name=str, shape=list[count], dtype=dtype, sha256=sha256)
+    order = (list[count] | None, None)
+    leaf = model("Leaf", extra="forbid", name=str, shape=list[count], dtype=dtype, sha256=sha256, dim_order=order)
     counts = dict.fromkeys(("step", "epoch", "batch"), count)
     sums = dict[str, tuple[float, float]]
     numbers = model("Numbers", extra="forbid", key=Key, **counts, sums=sums, best=Best)
