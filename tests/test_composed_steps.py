@@ -14,7 +14,8 @@ from dwiml_func.core.loss import module_loss
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState, init_state
-from dwiml_func.core.step import NonFiniteError, train_step
+from dwiml_func.core.step import NonFiniteError, eval_step, train_step
+from dwiml_func.core.weights import load_into
 from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.optim import (
     Optimizer,
@@ -185,3 +186,20 @@ def test_an_optimizer_that_cannot_skip_is_refused_to():
     start = init_state(TwoHeads(), SKIPPING, seed=0)
     with pytest.raises(NonFiniteError):
         train_step(start, NAN, loss_fn=LOSS, optimizer=SKIPPING, lr=0.1, non_finite="raise")
+
+
+@pytest.mark.parametrize("name", ["chain", "schedule_free_adamw"])
+def test_evaluation_and_weights_are_those_of_the_average(name):
+    optimizer, model = COMPOSED[name], TwoHeads()
+    state = run(optimizer)
+    average = optimizer.eval_params(state.opt_state, state.params)
+    assert not torch.equal(average["stem.weight"], state.params["stem.weight"])
+    expected = eval_step(state.replace(params=average), batch(0, 4), loss_fn=LOSS)
+    assert eval_step(state, batch(0, 4), loss_fn=LOSS, optimizer=optimizer) == expected
+    assert eval_step(state, batch(0, 4), loss_fn=LOSS) != expected
+    load_into(model, state, optimizer=optimizer)
+    assert torch.equal(model.stem.weight, average["stem.weight"])
+    load_into(model, state)
+    assert torch.equal(model.stem.weight, state.params["stem.weight"])
+    with pytest.raises(ValueError, match="Received: both"):
+        load_into(model, state, optimizer=optimizer, params=average)

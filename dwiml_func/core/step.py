@@ -16,6 +16,7 @@ from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import weighted_sum
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.state import TrainState, advance, check_not_donated
+from dwiml_func.core.weights import with_eval_params
 from dwiml_func.optim._kernel import read_number
 from dwiml_func.optim.chain import update_with
 from dwiml_func.optim.gates import skipped_too_often
@@ -125,7 +126,7 @@ def train_step(
     return advance(state, params, buffers, opt_state, metrics, donate=donate), metrics
 
 
-def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
+def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn, optimizer: Optimizer | None = None) -> Metrics:
     """Evaluate one batch without gradients, in evaluation mode.
 
     Args:
@@ -133,6 +134,8 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
             `state.epoch` and `state.batch`.
         batch: what the loss takes.
         loss_fn: the loss.
+        optimizer: the run's optimizer; evaluates the parameters that it evaluates with, such as an average. None
+            evaluates `state.params`.
 
     Returns:
         The batch's sums: `loss` and the auxiliary metrics, weighted by points. They may be NaN or infinite.
@@ -147,6 +150,7 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn) -> Metrics:
         {'loss': Sum(total=8.0, weight=4.0)}
     """
     check_not_donated(state)
+    state = with_eval_params(state, optimizer)
     key = fold_in(state.key, Stream.VALID_STEP, state.epoch, state.batch)
     check_loss_fn(loss_fn, state.params, state.buffers, batch, key=key, train=False)
     with torch.no_grad():

@@ -8,11 +8,25 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.state import TrainState, check_not_donated
+from dwiml_func.types import Optimizer
 
-__all__ = ["load_into"]
+__all__ = ["load_into", "with_eval_params"]
 
 
-def load_into(module: torch.nn.Module, state: TrainState, *, params: Mapping[str, Tensor] | None = None) -> None:
+def with_eval_params(state: TrainState, optimizer: Optimizer | None) -> TrainState:
+    """The state with the parameters that its optimizer evaluates with, such as an average, in place of its own."""
+    if optimizer is None or optimizer.eval_params is None:
+        return state
+    return state.replace(params=optimizer.eval_params(state.opt_state, state.params))
+
+
+def load_into(
+    module: torch.nn.Module,
+    state: TrainState,
+    *,
+    params: Mapping[str, Tensor] | None = None,
+    optimizer: Optimizer | None = None,
+) -> None:
     """Write a run's parameters and buffers into a module, in place.
 
     It is the inverse of `init_state`: tied weights stay tied, buffers that are not persistent and frozen parameters are
@@ -21,10 +35,11 @@ def load_into(module: torch.nn.Module, state: TrainState, *, params: Mapping[str
     Args:
         module: the module that the run was made from, or one with the same names and shapes.
         state: the run.
-        params: parameters to write in place of `state.params`, e.g. averaged ones. None takes the run's own.
+        params: parameters to write in place of `state.params`. None takes the run's own.
+        optimizer: the run's optimizer; writes the parameters that it evaluates with, such as an average.
 
     Raises:
-        ValueError: names, shapes or dtypes differ. Nothing is written then.
+        ValueError: names, shapes or dtypes differ, or both `params` and `optimizer` are given. Nothing is written then.
         RuntimeError: the state was donated to a step.
 
     Example:
@@ -36,6 +51,9 @@ def load_into(module: torch.nn.Module, state: TrainState, *, params: Mapping[str
         0.0
     """
     check_not_donated(state)
+    if params is not None and optimizer is not None:
+        raise ValueError("Expected params or optimizer, which says what parameters to write. Received: both.")
+    state = with_eval_params(state, optimizer)
     tensors = {**(state.params if params is None else params), **state.buffers}
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if problems := list(_differences(own, tensors)):

@@ -115,7 +115,9 @@ def ensemble_step(
     return new_ensemble, metrics
 
 
-def ensemble_eval_step(ensemble: EnsembleState, batch: Any, *, loss_fn: LossFn) -> Metrics:
+def ensemble_eval_step(
+    ensemble: EnsembleState, batch: Any, *, loss_fn: LossFn, optimizer: Optimizer | None = None
+) -> Metrics:
     """Evaluate one batch with every member, without gradients, in evaluation mode.
 
     Args:
@@ -123,6 +125,7 @@ def ensemble_eval_step(ensemble: EnsembleState, batch: Any, *, loss_fn: LossFn) 
             each member's key, `ensemble.epoch` and `ensemble.batch`.
         batch: what the loss takes.
         loss_fn: the loss of one member.
+        optimizer: evaluates the parameters that it evaluates with, see `eval_step`.
 
     Returns:
         The batch's sums as from `eval_step`, each (K,) float64, also of members that have stopped.
@@ -136,8 +139,11 @@ def ensemble_eval_step(ensemble: EnsembleState, batch: Any, *, loss_fn: LossFn) 
         >>> ensemble_eval_step(ensemble, torch.ones(4, 2), loss_fn=loss_fn)["loss"].total
         tensor([8., 8.], dtype=torch.float64)
     """
+    params = ensemble.params
+    if optimizer is not None and optimizer.eval_params is not None:
+        params = torch.func.vmap(optimizer.eval_params)(dict(ensemble.opt_state), dict(params))
     with torch.no_grad():
-        return _evaluate(ensemble, ensemble.params, batch, loss_fn, Stream.VALID_STEP)[1]
+        return _evaluate(ensemble, params, batch, loss_fn, Stream.VALID_STEP)[1]
 
 
 def _evaluate(

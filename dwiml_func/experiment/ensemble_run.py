@@ -124,7 +124,9 @@ def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[s
         "train": first.train,
         "step": partial(ensemble_step, **bound),
         "valid": first.valid,
-        "eval_step": partial(ensemble_eval_step, loss_fn=first.loss_fn) if first.valid else None,
+        "eval_step": partial(ensemble_eval_step, loss_fn=first.loss_fn, optimizer=first.optimizer)
+        if first.valid
+        else None,
         "learning_rate": [per_epoch(training.learning_rates) for training in options],
         "max_epochs": options[0].max_epochs,
         "patience": options[0].patience,

@@ -149,12 +149,12 @@ def make_steps(
         "donate": True,
     }
     if training.num_shards == 1:
-        evaluate = partial(eval_step, loss_fn=loss_fn)
+        evaluate = partial(eval_step, loss_fn=loss_fn, optimizer=optimizer)
         if not training.compile:
             return partial(train_step, **bound), evaluate
         step = jit_step(**bound, dynamic=True)
         return WarmUpStep(step, eager=step.eager, graph=step.graph, first_batch=first_batch), evaluate
-    evaluate = partial(eval_step, loss_fn=sharded_loss(loss_fn, process_group))
+    evaluate = partial(eval_step, loss_fn=sharded_loss(loss_fn, process_group), optimizer=optimizer)
     eager = partial(train_step, **bound, gradient_fn=sharded_value_and_grad(process_group))
     if not training.compile:
         return eager, evaluate
