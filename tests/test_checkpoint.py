@@ -171,7 +171,7 @@ def test_a_restored_state_shares_no_memory(tmp_path):
 
 
 def test_names_sort_by_number(tmp_path):
-    for epoch, batch in [(10, 0), (3, 50), (9, 0), (4, 0), (3, 0), (3, 9), (0, 0), (0, 1)]:
+    for epoch, batch in [(0, 0), (0, 1), (3, 0), (3, 9), (3, 50), (4, 0), (9, 0), (10, 0)]:
         save(tmp_path, linear_state(epoch=epoch, batch=batch), keep=None)
     assert list_checkpoints(tmp_path) == ["0", "0-1", "3", "3-9", "3-50", "4", "9", "10"]
     assert restore(tmp_path, linear_state()).state.epoch == 10
@@ -379,3 +379,80 @@ def test_a_restored_convolution_trains_on_bitwise_identically(tmp_path, memory_f
     middle = train(start, 0, 3)
     save(tmp_path, middle)
     assert state_digest(train(restore(tmp_path, start).state, 3, 6)) == state_digest(train(middle, 3, 6))
+
+
+def trained(
+    directory: Path, state: TrainState, history: tuple[EpochReport, ...] = (), *, epochs: int, by: float
+) -> Any:
+    """Train on from a state, each epoch adding `by` to the parameters, and save each epoch. Returns the last state."""
+    for epoch in range(state.epoch + 1, epochs + 1):
+        params = {name: tensor + by for name, tensor in state.params.items()}
+        state = state.replace(params=params, epoch=epoch, best=Best(0.5, 1, epoch - 1))
+        history = (*history, report(epoch))
+        path = save(directory, state, history)
+        assert path.name in list_checkpoints(directory)  # what has just been written is never removed
+    return state
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {name: restore(directory, linear_state(), name=name).digest for name in list_checkpoints(directory)}
+
+
+@pytest.mark.parametrize(
+    ("position", "history", "later"), [((2, 0), (report(1), report(2)), "4, 5"), ((0, 3), (), "1, 4, 5")]
+)
+def test_a_folder_with_later_epochs_of_another_run_is_refused_and_left_alone(tmp_path, position, history, later):
+    trained(tmp_path, linear_state(), epochs=5, by=1)
+    before = digests(tmp_path)
+    other = linear_state(epoch=position[0], batch=position[1])
+    with pytest.raises(CheckpointError) as raised:
+        save(tmp_path, other, history)
+    assert str(raised.value) == (
+        f"Expected a folder without later epochs of another run, to save checkpoint {'2' if history else '0-3'}. "
+        f"Received: {tmp_path / 'checkpoint'}, which holds {later}. "
+        f"Save to another folder, or delete these checkpoints."
+    )
+    assert digests(tmp_path) == before
+    save(tmp_path / "another", other, history)
+
+
+def test_nothing_tells_runs_apart_that_were_saved_without_a_history(tmp_path):
+    for epoch in range(1, 6):
+        save(tmp_path, linear_state(epoch=epoch))
+    with pytest.raises(CheckpointError, match=r"holds 4, 5\."):
+        save(tmp_path, linear_state(epoch=3))
+    save(tmp_path, linear_state(epoch=4))  # that one is there, with this digest
+
+
+def test_a_run_restored_from_an_older_checkpoint_may_repeat_its_later_ones_bitwise(tmp_path):
+    trained(tmp_path, linear_state(), epochs=5, by=1)
+    before = digests(tmp_path)
+    older = restore(tmp_path, linear_state(), name="1")
+    assert save(tmp_path, older.state.replace(batch=3), older.history).is_dir()
+    trained(tmp_path, older.state, older.history, epochs=5, by=1)
+    assert digests(tmp_path) == before
+
+
+def test_a_run_restored_from_an_older_checkpoint_and_trained_otherwise_needs_another_folder(tmp_path):
+    trained(tmp_path, linear_state(), epochs=5, by=1)
+    older = restore(tmp_path, linear_state(), name="4")
+    save(tmp_path, older.state.replace(batch=3), older.history)
+    trained(tmp_path / "another", older.state, older.history, epochs=6, by=2)
+    older = restore(tmp_path, linear_state(), name="1")
+    with pytest.raises(CheckpointError, match=r"holds 4, (4-3, )?5\."):
+        trained(tmp_path, older.state, older.history, epochs=5, by=2)
+    for name in list_checkpoints(tmp_path)[1:]:  # the second way out
+        shutil.rmtree(tmp_path / "checkpoint" / name)
+    assert restore_or(tmp_path, linear_state())[0].epoch == 1
+    trained(tmp_path, older.state, older.history, epochs=5, by=2)
+
+
+def test_corrupt_later_checkpoints_do_not_end_a_run_that_resumed_before_them(tmp_path):
+    for epoch in range(1, 4):
+        save(tmp_path, linear_state(epoch=epoch), keep=None)  # without a history: only their being corrupt tells
+    for file in (tmp_path / "checkpoint" / "3" / "leaves").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    state, _ = restore_or(tmp_path, linear_state())
+    assert state.epoch == 2
+    assert save(tmp_path, state.replace(batch=2)).is_dir()

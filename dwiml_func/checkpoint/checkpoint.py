@@ -25,7 +25,7 @@ from dwiml_func.checkpoint.digest import (
     state_numbers,
 )
 from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
-from dwiml_func.checkpoint.index import checkpoint_name, checkpoint_path, list_checkpoints, position_name
+from dwiml_func.checkpoint.index import checkpoint_name, checkpoint_path, list_checkpoints, names_after, position_name
 from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
@@ -219,6 +219,9 @@ def save(
 ) -> Path:
     """Write a checkpoint of a run, and remove older ones.
 
+    The folder belongs to one run. A run that was restored from an older checkpoint may be saved over its later ones as
+    long as it repeats them bitwise; with other options it is another run, and belongs in another folder.
+
     Args:
         directory: the experiment; checkpoints go to its sub-folder `checkpoint`, made where needed.
         state: the run.
@@ -237,6 +240,8 @@ def save(
     Raises:
         OSError: the disk is full, or cannot be written to; the checkpoints before stay.
         ValueError: something given is not JSON data.
+        CheckpointError: the folder holds later checkpoints, and they are not known to be of this run. Nothing is
+            written then.
 
     Example:
         >>> import tempfile, torch
@@ -249,7 +254,10 @@ def save(
     """
     leaf_digests = {name: leaf_digest(leaf) for name, leaf in state_leaves(state).items()}
     digest = combine_digests(leaf_digests, state_numbers(state)) if state.batch == 0 else None
-    history = fill_digests(history, _earlier_history(directory), state.epoch, digest)
+    earlier = _earlier_history(directory)
+    history = fill_digests(history, earlier, state.epoch, digest)
+    known = {report.epoch: report.digest for report in history} | ({} if digest is None else {state.epoch: digest})
+    _check_later_are_of_this_run(directory, state, known, earlier)
     facts = {"config": config, "data": data, "environment": environment}
     path = write(directory, state, history, leaf_digests=leaf_digests, **facts)
     remove_old(directory, state, keep, keep_always)
@@ -278,13 +286,13 @@ def write(
 
 
 def remove_old(directory: str | Path, state: TrainState, keep: int | None, keep_always: Collection[str] = ()) -> None:
-    """Remove checkpoints as `save` does, where `state` is that of the latest."""
+    """Remove checkpoints as `save` does after it has written `state`."""
     if keep is None:
         return
     names = list_checkpoints(directory)
     ends = [name for name in names if "-" not in name]
     within = [name for name in names if name.startswith(f"{state.epoch}-")] if state.batch else []
-    kept = {*ends[-max(keep, 1) :], str(state.best.epoch), *within[-2:], *keep_always}
+    kept = {checkpoint_name(state), *ends[-max(keep, 1) :], str(state.best.epoch), *within[-2:], *keep_always}
     for name in names:
         if name not in kept:
             atomic_remove(Path(directory) / "checkpoint" / name)
@@ -296,6 +304,40 @@ def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
     except CheckpointError:
         return ()
     return found.history if found else ()
+
+
+def _check_later_are_of_this_run(
+    directory: str | Path, state: TrainState, known: Mapping[int, str | None], earlier: Sequence[EpochReport]
+) -> None:
+    """Raise CheckpointError if valid checkpoints come after `state`, unless all digests known by epoch are theirs.
+
+    At least one epoch must be in both: numbers and names alone do not tell two runs apart.
+    """
+    names = list_checkpoints(directory)
+    if not (later := names_after(names, state)):
+        return
+    recorded = {report.epoch: report.digest for report in earlier}
+    if state.batch == 0 and checkpoint_name(state) in names and _is_valid(directory, checkpoint_name(state)):
+        recorded[state.epoch] = read(directory, checkpoint_name(state)).digest
+    pairs = [(digest, recorded[epoch]) for epoch, digest in known.items() if digest and recorded.get(epoch)]
+    if pairs and all(own == other for own, other in pairs):
+        return
+    if valid := [name for name in later if _is_valid(directory, name)]:
+        raise CheckpointError(
+            f"Expected a folder without later epochs of another run, to save checkpoint {checkpoint_name(state)}. "
+            f"Received: {Path(directory) / 'checkpoint'}, which holds {at_most_three(valid, ', ')}. "
+            f"Save to another folder, or delete these checkpoints."
+        )
+
+
+def _is_valid(directory: str | Path, name: str) -> bool:
+    try:
+        _ = read(directory, name).state
+    except (CorruptError, FileNotFoundError):
+        return False
+    except CheckpointError:  # of another version
+        return True
+    return True
 
 
 def _check_fit(path: Path, manifest: Mapping[str, Any], like: TrainState) -> None:

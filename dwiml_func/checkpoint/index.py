@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from dwiml_func.core.state import TrainState
 
-__all__ = ["checkpoint_name", "checkpoint_path", "list_checkpoints", "position_name"]
+__all__ = ["checkpoint_name", "checkpoint_path", "list_checkpoints", "names_after", "position_name"]
 
 
 def list_checkpoints(directory: str | Path) -> list[str]:
@@ -37,6 +38,11 @@ def checkpoint_name(state: TrainState) -> str:
 def position_name(epoch: int, batch: int) -> str:
     """The name of the checkpoint at which so many epochs and, within an epoch, batches are done."""
     return f"{epoch}-{batch}" if batch else str(epoch)
+
+
+def names_after(names: Iterable[str], state: TrainState) -> list[str]:
+    """Of checkpoints' names, those of later positions than that of a state."""
+    return [name for name in names if (_position(name) or (0, 0)) > (state.epoch, state.batch)]
 
 
 def checkpoint_path(directory: str | Path, name: str | None) -> Path:

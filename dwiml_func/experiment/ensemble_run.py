@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from dwiml_func.checkpoint.arrays import CorruptError
-from dwiml_func.checkpoint.checkpoint import Checkpoint, remove_old, restore, save
+from dwiml_func.checkpoint.checkpoint import Checkpoint, remove_old, restore, write
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import fill_digests
 from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
@@ -68,10 +68,10 @@ def run_ensemble(
     set_num_threads(members[0].config.training.num_threads)
     folders = [directory / str(number) for number in range(len(members))]
     writers = [experiment_writer(folder, parts.config) for folder, parts in zip(folders, members, strict=True)]
-    for folder, parts, write, history in zip(folders, members, writers, histories or [()] * len(members), strict=True):
+    for folder, parts, log, history in zip(folders, members, writers, histories or [()] * len(members), strict=True):
         write_parameters(folder, parts.config, nb_features=parts.nb_features, now=datetime.now())
         if history:
-            write(*history)
+            log(*history)
     all_reports = [list(history) for history in histories or [()] * len(members)]
     data = fingerprint(members[0].config.hdf5_file)
 
@@ -80,12 +80,13 @@ def run_ensemble(
         new = [[report.members[n] for report in reports if n in report.members] for n in range(len(members))]
         for number, (folder, state) in enumerate(zip(folders, states, strict=True)):
             all_reports[number] += new[number]
-            if checkpoint_name(state) not in list_checkpoints(folder):
-                config = members[number].config.to_dict()
-                save(folder, state, all_reports[number], config=config, data=data, keep=None)
-            elif active[number] and state.batch == 0:
-                # It was saved before a kill, ahead of others. The epoch's report has been made again since then.
+            # It may have been saved before a kill, ahead of others. The epoch's report has been made again since then.
+            is_new = checkpoint_name(state) not in list_checkpoints(folder)
+            if state.batch == 0 and (is_new or active[number]):
                 all_reports[number] = list(fill_digests(all_reports[number], (), state.epoch, state_digest(state)))
+            if is_new:  # not by `save`, which refuses a state that is behind one of the folder's
+                config = members[number].config.to_dict()
+                write(folder, state, all_reports[number], config=config, data=data, environment=None)
         # Only now, when all have this checkpoint, is anything removed, or written that may be ahead of an older one.
         for number, (folder, parts, state) in enumerate(zip(folders, members, states, strict=True)):
             if new[number] and new[number][-1].is_best:  # a best epoch is saved at once, so this is its state
