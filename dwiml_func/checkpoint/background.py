@@ -161,14 +161,13 @@ def copy_to_host(state: TrainState, *, reuse: TrainState | None = None) -> Train
     check_not_donated(state)
     old = {} if reuse is None else state_leaves(reuse)
 
-    def copy(group: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _copy(tensor.detach(), old.get(f"{group}/{name}")) for name, tensor in tensors.items()}
+    def copy(path: str, part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return _copy(part.detach(), old.get(path))
+        return {name: copy(f"{path}/{name}", inner) for name, inner in part.items()}
 
-    return state.replace(
-        params=copy("params", state.params),
-        buffers=copy("buffers", state.buffers),
-        opt_state={kind: copy(f"opt_state/{kind}", moments) for kind, moments in state.opt_state.items()},
-    )
+    groups = ("params", "buffers", "opt_state")
+    return state.replace(**{group: copy(group, getattr(state, group)) for group in groups})
 
 
 def _copy(tensor: Tensor, into: Tensor | None) -> Tensor:

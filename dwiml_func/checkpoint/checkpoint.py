@@ -13,10 +13,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dwiml_func._checks import at_most_three
 from dwiml_func.checkpoint.arrays import CheckpointError, CorruptError, load_leaves, save_leaves
 from dwiml_func.checkpoint.digest import (
     combine_digests,
+    is_starting_count,
     leaf_differences,
     leaf_digest,
     numbers_to_fields,
@@ -343,7 +346,9 @@ def _is_valid(directory: str | Path, name: str) -> bool:
 def _check_fit(path: Path, manifest: Mapping[str, Any], like: TrainState) -> None:
     key = numbers_to_fields(manifest["numbers"])["key"]
     differences = [] if key == like.key else [f"key: {key} in the checkpoint, {like.key} expected"]
-    differences += leaf_differences(manifest["leaves"], state_leaves(like))
+    table = [row for row in manifest["leaves"] if not is_starting_count(row["name"], row)]
+    expected = {name: leaf for name, leaf in state_leaves(like).items() if not is_starting_count(name, leaf)}
+    differences += leaf_differences(table, expected)
     if differences:
         raise CheckpointError(
             f"Checkpoint {path} does not fit the state to restore into: {at_most_three(differences)}."
@@ -351,15 +356,17 @@ def _check_fit(path: Path, manifest: Mapping[str, Any], like: TrainState) -> Non
 
 
 def _load_state(path: Path, manifest: Mapping[str, Any], like: TrainState | None) -> TrainState:
-    leaves, fields = load_leaves(path, manifest), numbers_to_fields(manifest["numbers"])
+    state = state_from_leaves(load_leaves(path, manifest), numbers_to_fields(manifest["numbers"]))
     if like is None:
-        return state_from_leaves(leaves, fields)
-    return TrainState(
-        params={name: leaves[f"params/{name}"].to(like.params[name].device) for name in like.params},
-        buffers={name: leaves[f"buffers/{name}"].to(like.buffers[name].device) for name in like.buffers},
-        opt_state={
-            kind: {name: leaves[f"opt_state/{kind}/{name}"].to(tensors[name].device) for name in tensors}
-            for kind, tensors in like.opt_state.items()
-        },
-        **fields,
-    )
+        return state
+    device = next(iter(like.params.values())).device
+
+    def place(part: Any, old: Any) -> Any:
+        """In the order and on the devices of `like`."""
+        if isinstance(part, Tensor):
+            return part.to(old.device if isinstance(old, Tensor) else device)
+        names = [name for name in dict.fromkeys((*old, *part)) if name in part or isinstance(old[name], Mapping)]
+        return {name: place(part.get(name, {}), old.get(name, {})) for name in names}
+
+    groups = ("params", "buffers", "opt_state")
+    return state.replace(**{group: place(getattr(state, group), getattr(like, group)) for group in groups})

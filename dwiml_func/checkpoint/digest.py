@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from dwiml_func.types import Sum
 __all__ = [
     "BitDifference",
     "bit_difference",
+    "is_starting_count",
     "leaf_differences",
     "leaf_digest",
     "state_digest",
@@ -128,11 +129,12 @@ def state_leaves(state: TrainState) -> dict[str, Tensor]:
         state: the state.
 
     Returns:
-        Tensors by name: `params/NAME`, `buffers/NAME`, `opt_state/KIND/NAME`.
+        Tensors by name: `params/NAME`, `buffers/NAME`, and the path to each of the optimizer state's, such as
+        `opt_state/exp_avg/NAME` or `opt_state/optimizer/average/NAME`.
 
     Raises:
         RuntimeError: the state was donated to a step.
-        ValueError: a kind of moments has a slash in its name, so that two tensors could get the same name.
+        ValueError: a part of the optimizer state has a slash in its name, so that two tensors could get the same name.
 
     Example:
         >>> from dwiml_func import adam, init_state
@@ -142,11 +144,21 @@ def state_leaves(state: TrainState) -> dict[str, Tensor]:
     check_not_donated(state)
     leaves = {f"params/{name}": tensor for name, tensor in state.params.items()}
     leaves |= {f"buffers/{name}": tensor for name, tensor in state.buffers.items()}
-    for kind, moments in state.opt_state.items():
-        if "/" in kind:
-            raise ValueError(f"Expected names without a slash for the kinds of moments. Received: {kind!r}")
-        leaves |= {f"opt_state/{kind}/{name}": tensor for name, tensor in moments.items()}
+    for name, leaf in _paths(state.opt_state, "opt_state"):
+        if name in leaves:
+            raise ValueError(f"Expected one tensor of each name in an optimizer state. Received: several {name}")
+        leaves[name] = leaf
     return leaves
+
+
+def _paths(tree: Mapping[str, Any], path: str) -> Iterator[tuple[str, Tensor]]:
+    for name, part in tree.items():
+        if not isinstance(part, Mapping):
+            yield f"{path}/{name}", part
+        elif "/" in name:
+            raise ValueError(f"Expected names without a slash for the parts of an optimizer state. Received: {name!r}")
+        else:
+            yield from _paths(part, f"{path}/{name}")
 
 
 def state_numbers(state: TrainState) -> dict[str, Any]:
@@ -188,15 +200,29 @@ def numbers_to_fields(numbers: dict[str, Any]) -> dict[str, Any]:
 def state_from_leaves(leaves: Mapping[str, Tensor], fields: Mapping[str, Any]) -> TrainState:
     """The inverse of `state_leaves` and `numbers_to_fields`."""
     groups: dict[str, dict[str, Tensor]] = {"params": {}, "buffers": {}}
-    opt_state: dict[str, dict[str, Tensor]] = {}
+    opt_state: dict[str, Any] = {}
     for path, leaf in leaves.items():
         group, name = path.split("/", 1)
-        if group == "opt_state":
-            kind, name = name.split("/", 1)
-            opt_state.setdefault(kind, {})[name] = leaf
-        else:
+        if group in groups:
             groups[group][name] = leaf
+    with_slash = [name for name in groups["params"] if "/" in name]
+    for path, leaf in leaves.items():
+        if path.startswith("opt_state/"):
+            name = max((n for n in with_slash if path.endswith(f"/{n}")), key=len, default=path.rsplit("/", 1)[1])
+            part = opt_state
+            for key in path.removesuffix(f"/{name}").split("/")[1:]:
+                part = part.setdefault(key, {})
+            part[name] = leaf
     return TrainState(**groups, opt_state=opt_state, **fields)
+
+
+def is_starting_count(name: str, leaf: Tensor | Mapping[str, Any]) -> bool:
+    """Whether an optimizer's state has a leaf only since a batch did not use its parameter; until then it is 0."""
+    return (
+        name.startswith("opt_state/")
+        and any(part in ("missed", "unused") for part in name.split("/")[1:-1])
+        and tuple(leaf["shape"] if isinstance(leaf, Mapping) else leaf.shape) == ()
+    )
 
 
 def tensor_bytes(tensor: Tensor) -> np.ndarray:
