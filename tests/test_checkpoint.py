@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from experiment_cases import latest_digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwiml_func import EpochReport, Key, TrainState, adam, init_state, module_loss, sgd, train_step
+from dwiml_func import EpochReport, Key, NonFiniteError, TrainState, adam, init_state, module_loss, sgd, train_step
 from dwiml_func.checkpoint.arrays import CheckpointError
 from dwiml_func.checkpoint.checkpoint import restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
@@ -456,3 +457,18 @@ def test_corrupt_later_checkpoints_do_not_end_a_run_that_resumed_before_them(tmp
     state, _ = restore_or(tmp_path, linear_state())
     assert state.epoch == 2
     assert save(tmp_path, state.replace(batch=2)).is_dir()
+
+
+def test_a_state_whose_deferred_check_failed_is_refused_and_the_checkpoint_before_stays(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+    step = partial(train_step, loss_fn=loss_fn, optimizer=sgd(), lr=0.1, non_finite="defer")
+    state, _ = step(init_state(model, sgd(), seed=0), torch.ones(4, 2))
+    good = state_digest(state)
+    save(tmp_path, state)
+    for batch in (torch.full((4, 2), torch.nan), torch.ones(4, 2)):
+        state, _ = step(state, batch)
+        with pytest.raises(NonFiniteError, match=r"not finite in epoch 1, batch 2 \(step 2\)\. No later"):
+            save(tmp_path, state)
+    assert list_checkpoints(tmp_path) == ["0-1"]
+    assert latest_digest(tmp_path) == good

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +27,15 @@ from experiment_cases import (
 
 from dwiml_func import NonFiniteError, TrainState
 from dwiml_func.checkpoint.checkpoint import restore
-from dwiml_func.checkpoint.digest import leaf_digest, state_leaves
+from dwiml_func.checkpoint.digest import leaf_digest, state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Metrics
+from dwiml_func.core.step import NON_FINITE
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import directions
-from dwiml_func.experiment.config import TrainingConfig
+from dwiml_func.experiment.config import CheckpointConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.resume import resume_experiment
@@ -217,3 +219,25 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_once_a_deferred_check_failed_nothing_is_saved_and_the_last_good_checkpoint_resumes(tmp_path, stopped):
+    rates = TrainingConfig(max_epochs=3, optimizer="SGD", learning_rate=("0.01*1", "1e38"))
+    config = replace(CONFIG, training=rates, checkpoints=CheckpointConfig(checkpoint_every="1batches"))
+    directory, parts, stop = create_experiment(tmp_path, "run", config), prepare(config), StopRequest()
+    digests = []
+
+    def on_batch(state: TrainState, metrics: Metrics) -> None:
+        if state.sums[NON_FINITE].weight == 0:
+            digests.append(state_digest(state))
+        elif stopped:
+            stop.signal = signal.SIGTERM
+
+    deferring = replace(parts, step=partial(parts.step, non_finite="defer"))
+    with pytest.raises(TrainingStopped if stopped else NonFiniteError, match=r"not finite in epoch 2, batch \d"):
+        list(run_experiment(directory, deferring, on_batch=on_batch, stop=stop))
+    parts, state, history = resume_experiment(directory)
+    assert state_digest(state) == digests[-1]
+    with pytest.raises(NonFiniteError, match="ids"):
+        list(run_experiment(directory, parts, state=state, history=history))

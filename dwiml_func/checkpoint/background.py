@@ -15,6 +15,7 @@ from dwiml_func.checkpoint.checkpoint import save
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import checkpoint_name
 from dwiml_func.checkpoint.provenance import environment
+from dwiml_func.core.epoch import check_finite
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState, check_not_donated
 
@@ -60,9 +61,11 @@ class AsyncCheckpointer:
         """Copy a state and start to save it, after the save before. The state may then be donated to a step.
 
         `then` is called in the background with the copy, once the checkpoint is on disk. The copy is valid until `then`
-        returns: the next save reuses its memory. Raises the error of an earlier save.
+        returns: the next save reuses its memory. Raises the error of an earlier save, and NonFiniteError at once for a
+        state that `save` refuses because a step was not finite.
         """
         self.wait()
+        check_finite(state)
         copied, reports = copy_to_host(state, reuse=self._copy), tuple(history)
         devices = {str(leaf.device) for leaf in state_leaves(state).values()}  # the copy is on the CPU
         self._copy = copied
@@ -125,7 +128,8 @@ class NoCheckpointer:
         *,
         then: Callable[[TrainState], None] | None = None,
     ) -> None:
-        """Do nothing."""
+        """Raise what the first process raises at once; save nothing."""
+        check_finite(state)
 
     def wait(self) -> None:
         """Do nothing."""

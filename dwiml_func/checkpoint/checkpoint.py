@@ -30,6 +30,7 @@ from dwiml_func.checkpoint.digest import (
 from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
 from dwiml_func.checkpoint.index import checkpoint_name, checkpoint_path, list_checkpoints, names_after, position_name
 from dwiml_func.checkpoint.manifest import read_manifest
+from dwiml_func.core.epoch import check_finite
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.files.atomic import atomic_remove, make_directory
@@ -245,6 +246,8 @@ def save(
         ValueError: something given is not JSON data.
         CheckpointError: the folder holds later checkpoints, and they are not known to be of this run. Nothing is
             written then.
+        NonFiniteError: a deferred check found that a step of the current epoch was not finite. Nothing is written then:
+            a run that is resumed from such a state could take no step.
 
     Example:
         >>> import tempfile, torch
@@ -255,6 +258,7 @@ def save(
         ...     path.name, list_checkpoints(directory)
         ('0', ['0'])
     """
+    check_finite(state)
     leaf_digests = {name: leaf_digest(leaf) for name, leaf in state_leaves(state).items()}
     digest = combine_digests(leaf_digests, state_numbers(state)) if state.batch == 0 else None
     earlier = _earlier_history(directory)

@@ -75,10 +75,8 @@ def end_epoch(state: TrainState) -> tuple[TrainState, Metrics]:
     """
     check_has_batch(state)
     check_not_skipped_too_often(state)
-    sums = dict(state.sums)
-    first_bad = sums.pop(NON_FINITE, None)
-    if first_bad is not None and float(first_bad.weight) > 0:
-        _raise_deferred(state, first_bad)
+    check_finite(state)
+    sums = {name: metric for name, metric in state.sums.items() if name != NON_FINITE}
     return state.replace(epoch=state.epoch + 1, batch=0, sums={}), sums
 
 
@@ -177,10 +175,13 @@ def _checked(old: TrainState, result: Any) -> tuple[TrainState, Metrics]:
     return result
 
 
-def _raise_deferred(state: TrainState, first_bad: Sum) -> None:
-    bad_step = int(first_bad.total)
-    where = location(state.epoch, bad_step - (state.step - state.batch), bad_step)
-    raise NonFiniteError(
-        f"The loss or the gradient was not finite in {where}. "
-        f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids."
-    )
+def check_finite(state: TrainState) -> None:
+    """Raise NonFiniteError if a deferred check found a step of the current epoch that was not finite."""
+    first_bad = state.sums.get(NON_FINITE, Sum(0.0, 0.0))
+    if float(first_bad.weight) > 0:
+        bad_step = int(first_bad.total)
+        where = location(state.epoch, bad_step - (state.step - state.batch), bad_step)
+        raise NonFiniteError(
+            f"The loss or the gradient was not finite in {where}. "
+            f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids."
+        )

@@ -22,6 +22,7 @@ from dwiml_func.checkpoint.index import checkpoint_name
 from dwiml_func.core.loop import Interrupted, Track, train_and_validate
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
+from dwiml_func.core.step import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import SaveInterval
@@ -158,9 +159,12 @@ def train_and_save(
     except Exception as error:
         if stop.signal is None:
             raise
-        if unsaved is not None:
-            save_now(unsaved)
         besides = None if isinstance(error, Interrupted) else error
+        if unsaved is not None:
+            try:
+                save_now(unsaved)
+            except NonFiniteError as refused:  # the checkpoint before is the last one to resume from
+                besides = refused
         raise TrainingStopped(stop.signal, directory, newest, error=besides) from besides
 
 
