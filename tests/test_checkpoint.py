@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from experiment_cases import latest_digest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from dwiml_func import EpochReport, Key, NonFiniteError, TrainState, adam, init_state, module_loss, sgd, train_step
 from dwiml_func.checkpoint.arrays import CheckpointError
+from dwiml_func.checkpoint.background import AsyncCheckpointer
 from dwiml_func.checkpoint.checkpoint import restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
@@ -472,3 +474,29 @@ def test_a_state_whose_deferred_check_failed_is_refused_and_the_checkpoint_befor
             save(tmp_path, state)
     assert list_checkpoints(tmp_path) == ["0-1"]
     assert latest_digest(tmp_path) == good
+
+
+def test_numbers_of_numpy_and_torch_are_taken_for_what_they_are(tmp_path):
+    best = Best(np.float32(0.5), np.int64(1), torch.tensor(0))
+    state = linear_state(epoch=np.int64(1), step=torch.tensor(3), best=best, key=Key(np.uint64(7), (np.int32(1),)))
+    measured = report(
+        1, learning_rate=np.float32(0.5), train={"loss": torch.tensor(0.25)}, num_points=np.int16(30), best=best
+    )
+    config = {"rates": np.geomspace(1, 4, 3), "lr": torch.tensor(0.5), np.int64(3): (np.True_, Path("a") / "b", None)}
+    save(tmp_path, state, [measured], config=config, data={"size": np.uint8(9)})
+    plain = linear_state(epoch=1, step=3, best=Best(0.5, 1, 0), key=Key(7, (1,)))
+    found = restore(tmp_path, plain)
+    assert found.digest == state_digest(plain)
+    assert (found.config, found.data) == ({"rates": [1, 2, 4], "lr": 0.5, "3": [True, "a/b", None]}, {"size": 9})
+    expected = report(1, learning_rate=0.5, train={"loss": 0.25}, num_points=30, best=plain.best, digest=found.digest)
+    assert found.history == (expected,)
+
+
+def test_what_json_does_not_have_is_named_before_a_training(tmp_path):
+    with pytest.raises(
+        TypeError, match=r"^config\.model\.act: expected numbers, .* Received: builtin_function_or_method"
+    ):
+        save(tmp_path, linear_state(), config={"model": {"act": torch.relu}})
+    with pytest.raises(TypeError, match="expected texts as keys"):
+        AsyncCheckpointer(tmp_path, config={(1, 2): 3})
+    assert list_checkpoints(tmp_path) == []

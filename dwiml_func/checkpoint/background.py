@@ -18,6 +18,7 @@ from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.core.epoch import check_finite
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState, check_not_donated
+from dwiml_func.files.json import to_json_data
 
 __all__ = ["AsyncCheckpointer", "NoCheckpointer", "copy_to_host"]
 
@@ -43,7 +44,7 @@ class AsyncCheckpointer:
         keep_always: Collection[str] = (),
     ) -> None:
         self._directory = directory
-        self._config = config
+        self._config = to_json_data(config or {}, "config")  # an error here costs no epoch
         self._data = data
         self._keep = keep
         self._keep_always = tuple(keep_always)

@@ -34,6 +34,7 @@ from dwiml_func.core.epoch import check_finite
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.files.atomic import atomic_remove, make_directory
+from dwiml_func.files.json import to_json_data
 
 __all__ = ["Checkpoint", "newest", "read", "remove_old", "restore", "restore_or", "save", "write"]
 
@@ -231,7 +232,7 @@ def save(
         state: the run.
         history: the reports of all epochs so far. Missing digests are taken from the checkpoints before, and from the
             state itself.
-        config: JSON data to record, e.g. the run's config.
+        config: JSON data to record, e.g. the run's config; arrays, tensors and paths become lists, numbers and texts.
         data: a fingerprint of the data to record.
         environment: what computed the state; None takes this process and the devices of the state's tensors.
         keep: how many of the latest checkpoints at an epoch's end stay, besides that of the best epoch and the latest
@@ -243,7 +244,7 @@ def save(
 
     Raises:
         OSError: the disk is full, or cannot be written to; the checkpoints before stay.
-        ValueError: something given is not JSON data.
+        TypeError: something given is not JSON data.
         CheckpointError: the folder holds later checkpoints, and they are not known to be of this run. Nothing is
             written then.
         NonFiniteError: a deferred check found that a step of the current epoch was not finite. Nothing is written then:
@@ -284,9 +285,8 @@ def write(
     """Write one checkpoint, as `save` does, with the history as it is; no other checkpoint is read or removed."""
     folder = Path(directory) / "checkpoint"
     make_directory(folder)
-    facts = {"history": history_to_json(history), "config": dict(config or {}), "data": dict(data or {})}
-    if environment:
-        facts["environment"] = dict(environment)
+    given = {"config": config or {}, "data": data or {}, **({"environment": environment} if environment else {})}
+    facts = {"history": history_to_json(history), **{name: to_json_data(value, name) for name, value in given.items()}}
     path = folder / checkpoint_name(state)
     save_leaves(path, state_leaves(state), facts, numbers=state_numbers(state), leaf_digests=leaf_digests)
     return path

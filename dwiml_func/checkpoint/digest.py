@@ -21,6 +21,7 @@ from torch import Tensor
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, check_not_donated
+from dwiml_func.files.json import to_json_data
 from dwiml_func.types import Sum
 
 __all__ = [
@@ -175,14 +176,9 @@ def state_numbers(state: TrainState) -> dict[str, Any]:
         >>> state_numbers(init_state(torch.nn.Linear(1, 1), sgd(), seed=7))["key"]
         {'seed': 7, 'path': []}
     """
-    return {
-        "key": {"seed": state.key.seed, "path": list(state.key.path)},
-        "step": state.step,
-        "epoch": state.epoch,
-        "batch": state.batch,
-        "sums": {name: [float(total), float(weight)] for name, (total, weight) in state.sums.items()},
-        "best": state.best._asdict(),
-    }
+    sums = {name: [float(total), float(weight)] for name, (total, weight) in state.sums.items()}
+    numbers = {"key": {"seed": state.key.seed, "path": state.key.path}, "step": state.step, "epoch": state.epoch}
+    return to_json_data({**numbers, "batch": state.batch, "sums": sums, "best": state.best._asdict()}, "state")
 
 
 def numbers_to_fields(numbers: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport
+from dwiml_func.files.json import to_json_data
 
 __all__ = ["fill_digests", "history_from_json", "history_to_json"]
 
@@ -26,7 +27,8 @@ def history_to_json(history: Sequence[EpochReport]) -> list[dict[str, Any]]:
         >>> history_to_json([])
         []
     """
-    return [asdict(report) | {"best": report.best._asdict()} for report in history]
+    rows = [asdict(report) | {"best": report.best._asdict()} for report in history]
+    return to_json_data(rows, "history")
 
 
 def history_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[EpochReport, ...]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dwiml_func._checks import truncated_repr
 
-__all__ = ["null_if_not_finite", "parse_json", "read_config_file"]
+__all__ = ["null_if_not_finite", "parse_json", "read_config_file", "to_json_data"]
 
 _MAX_BYTES = 1 << 20
 
@@ -33,6 +35,29 @@ def parse_json(text: str | bytes, *, source: str) -> Any:
         raise ValueError(f"{source} is not JSON: {error}.") from None
 
 
+def to_json_data(data: Any, name: str = "data") -> Any:
+    """Plain JSON data: arrays and tensors, also of one number, as lists and numbers, tuples as lists, paths as text.
+
+    TypeError, which names the place, for what JSON does not have.
+    """
+    if data is None or type(data) in (bool, int, float, str):
+        return data
+    if isinstance(data, Mapping):
+        return {_key(key, name): to_json_data(value, f"{name}.{key}") for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [to_json_data(value, f"{name}.{index}") for index, value in enumerate(data)]
+    if hasattr(data, "tolist"):
+        return to_json_data(data.tolist(), name)
+    if isinstance(data, os.PathLike):
+        return os.fspath(data)
+    for kind in (bool, int, float, str):
+        if isinstance(data, kind):
+            return kind(data)
+    raise TypeError(
+        f"{name}: expected numbers, texts, lists and dicts. Received: {type(data).__name__} {truncated_repr(data)}"
+    )
+
+
 def null_if_not_finite(data: Any) -> Any:
     """The same JSON data with None for NaN and infinity, which JSON does not have."""
     if isinstance(data, dict):
@@ -40,6 +65,13 @@ def null_if_not_finite(data: Any) -> Any:
     if isinstance(data, list):
         return [null_if_not_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _key(key: Any, name: str) -> Any:
+    key = to_json_data(key, f"a key of {name}")
+    if isinstance(key, list | dict):
+        raise TypeError(f"{name}: expected texts as keys. Received: {truncated_repr(key)}")
+    return key
 
 
 class _TwiceError(Exception):
