@@ -9,7 +9,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from gated_run import check_same_end, gated, read_to, train_whole
+from gated_run import OPTIONS, check_same_end, gated, read_to, train_whole
+from reproduction_cases import DATA, differences, files, results
 
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals
@@ -26,8 +27,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (signal.SIGTERM, "eval_step", 1, "0", "0-4"),
         (signal.SIGTERM, "step", 6, "2", "1-2"),
         (signal.SIGINT, "train", 1, "2", "0-1"),
+        (signal.SIGUSR1, "step", 6, "0", "1-2"),
+        (signal.SIGHUP, "step", 3, "0", "0-3"),
     ],
-    ids=["SIGTERM in validation", "SIGTERM with workers", "Ctrl-C while workers start"],
+    ids=["SIGTERM in validation", "SIGTERM with workers", "Ctrl-C while workers start", "SIGUSR1", "SIGHUP"],
 )
 def test_a_signal_saves_the_current_batch_and_the_printed_command_gives_identical_results(
     cli, uninterrupted, tmp_path, number, place, call, processes, checkpoint
@@ -117,3 +120,36 @@ def test_outside_the_main_thread_the_handlers_are_left_alone():
 def test_the_exit_codes_are_those_a_shell_expects(tmp_path):
     stopped = [TrainingStopped(number, tmp_path, None) for number in (signal.SIGINT, signal.SIGTERM)]
     assert [error.exit_code for error in stopped] == [130, 143]
+
+
+def test_the_same_command_again_resumes_a_run_and_sums_up_one_that_has_ended(cli, uninterrupted, tmp_path):
+    with gated(tmp_path, "step", 6) as process:
+        process.send_signal(signal.SIGTERM)
+        read_to(process.stderr, "Finishing the current batch, then saving")
+        process.communicate("go on\n")
+    command = ("train", tmp_path, "run", DATA, *OPTIONS)
+    again = cli(*command)
+    assert again.code == 0
+    assert "exists, with this config: resuming it" in again.out
+    assert "Finished after 2 epochs" in again.out
+    check_same_end(tmp_path / "run", uninterrupted)
+    before = files(tmp_path / "run")
+    ended = cli(*command)
+    assert ended.code == 0
+    assert "Finished after 2 epochs" in ended.out
+    assert "Epoch 2/2" not in ended.out
+    assert files(tmp_path / "run") == before
+    assert differences(results(tmp_path / "run"), results(uninterrupted)) == []
+    other = cli(*command, "--dropout", "0.4", "--rng", "5")
+    other.check_refusal("'run' exists in", "with another config", "model.dropout", "dwiml-func resume")
+    assert files(tmp_path / "run") == before
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored():
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            signal.raise_signal(signal.SIGHUP)
+        assert request.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)

@@ -7,9 +7,11 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Self
 
+import torch
 import tyro
 
 from dwiml_func.cli._ensemble import train_members
@@ -17,8 +19,10 @@ from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import RunOptions, example_options, kept_example_options, read_config_part
 from dwiml_func.cli._training import describe_run, train_with_progress
-from dwiml_func.distributed.process_group import join_process_group, rank_in
+from dwiml_func.distributed.process_group import join_process_group, rank_in, rank_zero_first
+from dwiml_func.distributed.sharding import ProcessGroup
 from dwiml_func.experiment.folder import check_new_experiment, create_experiment, experiment_directory
+from dwiml_func.experiment.resume import check_same_run, resume_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.sweep import member_configs
 from dwiml_func.files.lock import experiment_lock
@@ -39,7 +43,7 @@ class Options(CommandOptions, RunOptions):
     experiments_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENTS_PATH")]
     """Folder of all experiments; it must exist."""
     experiment_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_NAME")]
-    """Name of the new experiment."""
+    """Name of the experiment. If it exists with the same config, it is resumed."""
     hdf5_file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[HDF5_FILE]")] = None
     """The dataset. None: that of --config, or else the built-in example data with suitable options; they are made once,
     in EXPERIMENTS_PATH."""
@@ -83,11 +87,14 @@ class _Early:
 def run(options: Options) -> int:
     """Make the experiment and train it."""
     directory = experiment_directory(options.experiments_path, options.experiment_name)
-    if rank_in() == 0:
-        check_new_experiment(options.experiments_path, options.experiment_name)
     example = Path(options.experiments_path, EXAMPLE_FILE)
     config = options.to_config(options.hdf5_file or example)
     members = member_configs(config, num_models=options.num_models, sweep=options.sweep)
+    is_again = rank_in() == 0 and directory.exists()  # the same command again, as a scheduler gives it
+    if is_again and len(members) > 1:
+        check_new_experiment(options.experiments_path, options.experiment_name)
+    if is_again:
+        check_same_run(directory, config)
     if options.dry_run:
         is_there = options.hdf5_file is not None or example.exists()
         data = describe_run(directory, prepare(config)) if is_there else f"{example} would be made."
@@ -102,6 +109,8 @@ def run(options: Options) -> int:
         train_members(options.experiments_path, options.experiment_name, members)
         return 0
     with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
+        if any(process_group.gather(torch.tensor([int(is_again)]))):
+            return _resume(directory, process_group)
         parts = prepare(config, process_group)
         if process_group.rank > 0:  # the first process writes
             train_with_progress(directory, parts, None, ())
@@ -110,6 +119,15 @@ def run(options: Options) -> int:
             create_experiment(options.experiments_path, options.experiment_name, config)
         with experiment_lock(directory):
             train_with_progress(directory, parts, None, ())
+    return 0
+
+
+def _resume(directory: Path, process_group: ProcessGroup) -> int:
+    """Go on with the run that the same command has begun; a run that has ended is evaluated and summarized."""
+    print_progress(f"{directory} exists, with this config: resuming it.")
+    resume = partial(resume_experiment, directory, process_group=process_group, may_have_ended=True)
+    with experiment_lock(directory) if process_group.rank == 0 else contextlib.nullcontext():
+        train_with_progress(directory, *rank_zero_first(process_group, resume))
     return 0
 
 

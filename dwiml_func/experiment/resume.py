@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dwiml_func._checks import at_most_three
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.provenance import environment, environment_differences
@@ -17,8 +18,9 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import repair_best_model
+from dwiml_func.experiment.compare import differences
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
-from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.folder import check_new_experiment, is_ensemble, read_config
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import same_file
@@ -26,7 +28,14 @@ from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy
 from dwiml_func.writers.writer import fan_out
 
-__all__ = ["check_has_epochs_left", "check_same_data", "repair_experiment", "resume_experiment", "with_new_options"]
+__all__ = [
+    "check_has_epochs_left",
+    "check_same_data",
+    "check_same_run",
+    "repair_experiment",
+    "resume_experiment",
+    "with_new_options",
+]
 
 _DECIDE_BITS = {"dwiml_func", "torch", "numpy", "machine", "cpu", "cpu_capability", "devices"}
 
@@ -34,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def resume_experiment(
-    directory: Path, *, process_group: ProcessGroup = SINGLE_PROCESS, **new_options: Any
+    directory: Path, *, process_group: ProcessGroup = SINGLE_PROCESS, may_have_ended: bool = False, **new_options: Any
 ) -> tuple[RunParts, TrainState, tuple[EpochReport, ...]]:
     """Restore an experiment from its newest valid checkpoint, or from its first state where it has none.
 
@@ -43,7 +52,7 @@ def resume_experiment(
     call this after it. Hold the experiment's lock.
 
     Returns the parts, the state and the history for `run_experiment`. ValueError where the run has ended and would end
-    again at once, or where the dataset or a checkpoint does not fit.
+    again at once (unless `may_have_ended`), or where the dataset or a checkpoint does not fit.
     """
     config = read_config(directory)
     changed = with_new_options(config, **new_options)
@@ -60,7 +69,7 @@ def resume_experiment(
             _log.warning("Checkpoint %s is corrupt. Resuming from checkpoint %s.", path, checkpoint.name)
     if process_group.rank == 0:
         repair_experiment(directory, parts, state, history)  # also after the last epoch: the crash may have come then
-    if history:
+    if history and not may_have_ended:
         check_has_epochs_left(state, changed.training, option_prefix="--new-")
     if process_group.rank == 0:
         for name in corrupt:
@@ -68,6 +77,19 @@ def resume_experiment(
         if changed != config:
             atomic_write(directory / "config.json", changed.to_json())
     return parts, state, history
+
+
+def check_same_run(directory: Path, config: RunConfig) -> None:
+    """Raise ValueError where a directory holds something else than a run of this config."""
+    if is_ensemble(directory) or not (directory / "config.json").is_file():
+        check_new_experiment(directory.parent, directory.name)
+    recorded = read_config(directory)
+    if changes := differences(recorded.to_dict(), config.to_dict(), ("there", "here")):
+        raise ValueError(
+            f"Experiment {directory.name!r} exists in {str(directory.parent)!r} with another config "
+            f"({at_most_three(changes)}). Choose another name, or resume it as it is: "
+            f"dwiml-func resume {directory.parent} {directory.name}"
+        )
 
 
 def with_new_options(

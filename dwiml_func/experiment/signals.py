@@ -17,7 +17,8 @@ from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 
 __all__ = ["StopRequest", "TrainingStopped", "stop_on_signals"]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # a second one of these ends the program immediately
+_SIGNALS = (*_AT_ONCE, signal.SIGHUP, signal.SIGUSR1)  # a lost terminal, a scheduler's warning
 
 
 @dataclass(slots=True)
@@ -64,16 +65,18 @@ class TrainingStopped(Exception):
 def stop_on_signals(
     process_group: ProcessGroup = SINGLE_PROCESS, *, at_second: Callable[[signal.Signals], object] | None = None
 ) -> Iterator[StopRequest]:
-    """Turn the first SIGINT (Ctrl-C) or SIGTERM within the block into a request, which is yielded.
+    """Turn the first SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1 within the block into a request, which is yielded.
 
-    `at_second` is called at a second signal; without it, a second signal acts as usual. Outside the main thread, where
-    Python cannot handle signals, the request stays empty.
+    `at_second` is called at a later SIGINT or SIGTERM; without it, later signals act as usual. SIGHUP stays ignored
+    where it is, as under nohup. Outside the main thread, where Python cannot handle signals, the request stays empty.
     """
     request = StopRequest(process_group=process_group)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     previous = {number: signal.getsignal(number) for number in _SIGNALS}
+    if previous[signal.SIGHUP] == signal.SIG_IGN:
+        del previous[signal.SIGHUP]
 
     def restore() -> None:
         for number, handler in previous.items():
@@ -87,13 +90,13 @@ def stop_on_signals(
         if at_second is None:
             restore()
         else:
-            for each in _SIGNALS:
-                signal.signal(each, handle_second)
+            for each in previous:
+                signal.signal(each, handle_second if each in _AT_ONCE else signal.SIG_IGN)
         request.signal = signal.Signals(number)
         # Not print: the signal may have interrupted a write to standard error.
         os.write(2, b"\nFinishing the current batch, then saving. Press Ctrl-C again to quit immediately.\n")
 
-    for number in _SIGNALS:
+    for number in previous:
         signal.signal(number, handle)
     try:
         yield request
