@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dwiml_func.compiled import jit_step
     from dwiml_func.data.dataloader import from_loader
     from dwiml_func.ensemble import ensemble_step, member, stack_states, train_and_validate_ensemble
+    from dwiml_func.experiment.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,7 @@ __all__ = [
     "jit_step",
     "list_checkpoints",
     "load_into",
+    "load_pretrained",
     "member",
     "module_loss",
     "numpy_rng",
@@ -108,6 +110,7 @@ _MODULES = {  # loaded at the first use of a name: a loop that saves nothing doe
     **dict.fromkeys(("ensemble_step", "member", "stack_states", "train_and_validate_ensemble"), "ensemble"),
     "from_loader": "data.dataloader",
     "jit_step": "compiled",
+    "load_pretrained": "experiment.pretrained",
 }
 
 

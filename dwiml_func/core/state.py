@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import at_most_three, truncated_repr
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Key, fold_in
@@ -71,7 +71,9 @@ class TrainState:
         return f"TrainState({position}, params={params}, key={truncated_repr(self.key)}, best={best})"
 
 
-def init_state(module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key) -> TrainState:
+def init_state(
+    module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key, params: Mapping[str, Tensor] | None = None
+) -> TrainState:
     """Make the first state of a run from a module's current values.
 
     Args:
@@ -79,12 +81,15 @@ def init_state(module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key
             gradient become buffers and keep their values.
         optimizer: an init/update pair, see `dwiml_func.optim`.
         seed: the run's seed, or its root key.
+        params: values of parameters and buffers to start from, by name, in place of the module's; they take its dtypes
+            and devices. Names that are not given keep the module's values.
 
     Returns:
         A state at step 0, epoch 0.
 
     Raises:
-        ValueError: the module has no trainable parameter, or the seed is out of range.
+        ValueError: the module has no trainable parameter, the seed is out of range, or `params` has a name or a shape
+            that the module does not have.
 
     Example:
         >>> from dwiml_func.optim import adam
@@ -93,16 +98,34 @@ def init_state(module: torch.nn.Module, optimizer: Optimizer, *, seed: int | Key
         (['bias', 'weight'], ['num_batches_tracked', 'running_mean', 'running_var'], ['exp_avg', 'exp_avg_sq'])
     """
     key = fold_in(seed if isinstance(seed, Key) else Key(seed))  # checked, as Python integers for JSON
-    named = dict(module.named_parameters())
-    params = {name: p.detach().clone() for name, p in named.items() if p.requires_grad}
-    frozen = {name: p.detach().clone() for name, p in named.items() if not p.requires_grad}
-    if not params:
+    named, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    given = _check_given(params or {}, {**named, **buffers})
+
+    def start(name: str, tensor: Tensor) -> Tensor:
+        own = tensor.detach().clone()
+        return own.copy_(given[name].detach()) if name in given else own
+
+    trained = {name: start(name, p) for name, p in named.items() if p.requires_grad}
+    frozen = {name: start(name, p) for name, p in named.items() if not p.requires_grad}
+    if not trained:
         raise ValueError(
             f"Expected a module with at least one parameter that requires a gradient. "
             f"Received: {type(module).__name__} with {len(frozen)} frozen parameters."
         )
-    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
-    return TrainState(params=params, buffers=frozen | buffers, opt_state=optimizer.init(params), key=key)
+    others = {name: start(name, b) for name, b in buffers.items()}
+    return TrainState(params=trained, buffers=frozen | others, opt_state=optimizer.init(trained), key=key)
+
+
+def _check_given(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    problems = [f"unexpected {name}" for name in given if name not in own]
+    problems += [
+        f"{name} of shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+        for name, tensor in given.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if problems:
+        raise ValueError(f"The given params do not fit the module: {at_most_three(problems)}.")
+    return given
 
 
 def advance(

@@ -1,0 +1,123 @@
+"""Claims about weights from elsewhere: what fits by name and shape is loaded, and the rest is reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from experiment_cases import CONFIG, trained
+from torch import nn
+
+from dwiml_func import adam, init_state, load_pretrained, save
+from dwiml_func.experiment.model_store import load_model
+from dwiml_func.experiment.setup import make_model
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.decode.weight = self.encode.weight
+        self.norm = nn.BatchNorm1d(3)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("trained"), CONFIG)
+
+
+@pytest.mark.parametrize("source", ["experiment", "model directory", "checkpoint"])
+def test_what_this_package_wrote_is_loaded_whole(experiment, source):
+    best = load_model(experiment / "best_model")
+    epoch = str(best.facts["epoch"])
+    folder = {"experiment": ".", "model directory": "best_model", "checkpoint": f"checkpoint/{epoch}"}[source]
+    module = make_model(CONFIG, best.facts["nb_features"])
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(7)
+    report = load_pretrained(module, experiment / folder)
+    assert (report.missing, report.unexpected, report.other_shape) == ((), (), {})
+    assert {name: tensor.tolist() for name, tensor in module.state_dict().items()} == {
+        name: tensor.tolist() for name, tensor in best.module.state_dict().items()
+    }
+
+
+def test_a_run_of_a_script_is_read_from_its_newest_checkpoint(tmp_path):
+    state = init_state(nn.Linear(2, 2), adam(), seed=0, params={"weight": torch.full((2, 2), 3.0)})
+    save(tmp_path, state)
+    module = nn.Linear(2, 2)
+    assert load_pretrained(module, tmp_path).loaded == ("weight", "bias")
+    assert torch.equal(module.weight, state.params["weight"])
+
+
+@pytest.mark.parametrize("wrap", [lambda tensors: tensors, lambda tensors: {"state_dict": tensors, "epoch": 3}])
+def test_an_encoder_with_a_new_head_is_told_apart(tmp_path, wrap):
+    old = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 8), nn.Linear(8, 1)).double()
+    torch.save(wrap(old.state_dict()), tmp_path / "old.pth")
+    module = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 5))
+    head = module[1].bias.clone()
+    report = load_pretrained(module, tmp_path / "old.pth")
+    assert report.loaded == ("0.weight", "0.bias")
+    assert report.other_shape == {"1.weight": ((8, 4), (5, 4)), "1.bias": ((8,), (5,))}
+    assert report.unexpected == ("2.weight", "2.bias")
+    assert module[0].weight.dtype == torch.float32
+    assert torch.equal(module[0].weight, old[0].weight.float())
+    assert torch.equal(module[1].bias, head)
+    load_pretrained(old, tmp_path / "old.pth")
+
+
+def test_tied_weights_and_buffers_are_loaded_and_stay_tied(tmp_path):
+    old, new = Tied(), Tied()
+    old.norm.running_mean.fill_(5)
+    torch.save({name: t for name, t in old.state_dict().items() if name != "encode.weight"}, tmp_path / "a.pt")
+    report = load_pretrained(new, tmp_path / "a.pt")
+    assert report.missing == ()
+    assert new.decode.weight is new.encode.weight
+    assert torch.equal(new.encode.weight, old.encode.weight)
+    assert torch.equal(new.norm.running_mean, old.norm.running_mean)
+
+
+def test_the_digest_is_of_the_loaded_values(tmp_path):
+    old = nn.Linear(2, 2)
+    torch.save(old.state_dict(), tmp_path / "a.pt")
+    torch.save(old.state_dict() | {"more": torch.ones(1)}, tmp_path / "b.pt")
+    torch.save({name: t + 1 for name, t in old.state_dict().items()}, tmp_path / "c.pt")
+    a, b, c = (load_pretrained(nn.Linear(2, 2), tmp_path / f"{name}.pt").digest for name in "abc")
+    assert a == b != c
+
+
+def test_when_nothing_fits_nothing_is_written(tmp_path):
+    torch.save({"weight": torch.ones(3), "other": torch.ones(2)}, tmp_path / "a.pt")
+    module = nn.Linear(2, 2)
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(ValueError, match=r"Nothing in .*: loaded: none; missing: bias; unexpected: other; of another"):
+        load_pretrained(module, tmp_path / "a.pt")
+    assert all(torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
+
+
+def test_what_is_no_state_dict_is_refused_and_nothing_is_executed(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("no model")
+    for name, text in (("module", "state_dict()"), ("list", "expected a state dict"), ("text", "state_dict()")):
+        with pytest.raises(ValueError) as raised:  # noqa: PT011
+            load_pretrained(nn.Linear(2, 2), tmp_path / f"{name}.pt")
+        assert text in str(raised.value)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(FileNotFoundError):
+        load_pretrained(nn.Linear(2, 2), tmp_path / "gone.pt")
+    with pytest.raises(ValueError, match="neither a model directory"):
+        load_pretrained(nn.Linear(2, 2), tmp_path)
+
+
+def test_a_run_may_start_from_given_parameters_and_wrong_ones_are_named():
+    module = nn.BatchNorm1d(3).bfloat16()
+    given = {"weight": torch.full((3,), 2.0, requires_grad=True), "running_mean": torch.full((3,), 4.0)}
+    state = init_state(module, adam(), seed=0, params=given)
+    assert (state.params["weight"].tolist(), state.params["bias"].tolist()) == ([2.0] * 3, [0.0] * 3)
+    assert state.buffers["running_mean"].tolist() == [4.0] * 3
+    assert state.params["weight"].dtype == torch.bfloat16
+    assert not state.params["weight"].requires_grad
+    with pytest.raises(ValueError, match=r"unexpected gain; weight of shape \(2,\), expected \(3,\)\.$"):
+        init_state(module, adam(), seed=0, params={"weight": torch.ones(2), "gain": torch.ones(3)})
