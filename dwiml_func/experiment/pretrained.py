@@ -16,7 +16,6 @@ from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import read_manifest
-from dwiml_func.experiment.model_store import MANIFEST, find_model
 
 __all__ = ["PretrainedReport", "load_pretrained", "read_tensors"]
 
@@ -108,6 +107,8 @@ def load_pretrained(module: torch.nn.Module, path: str | Path) -> PretrainedRepo
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """The parameters and buffers of any source that `load_pretrained` takes, by name, on the CPU."""
+    from dwiml_func.experiment.model_store import MANIFEST, find_model  # which brings models and data
+
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"No model at {path}. Expected a torch.save file, a model directory or an experiment.")
