@@ -1,4 +1,4 @@
-"""How a Learn2Track training step grows with the size of its parts: time, memory, fitted exponents and a picture."""
+"""How a Learn2Track training step grows with the size of its parts: time, memory, fitted exponents and a figure."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ STYLES = {  # colours of Okabe and Ito, which are told apart without red or gree
 
 
 def main() -> int:
-    """Print a table for each size and the fitted exponents; with --picture, draw them."""
+    """Print a table for each size and the fitted exponents; with --figure, draw them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=7, help="timed steps of each point (default: 7)")
-    parser.add_argument("--picture", type=Path, default=None, help="where to draw the curves, e.g. scaling.png")
+    parser.add_argument("--figure", type=Path, default=None, help="where to draw the curves, e.g. scaling.png")
     parser.add_argument("--point", default=None, help=argparse.SUPPRESS)  # one point, in a process of its own
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -67,9 +67,9 @@ def main() -> int:
     curves = {name: [run_point(name, size, options.steps) for size in sizes] for name, sizes in SIZES.items()}
     for name, points in curves.items():
         print_table(name, points)
-    if options.picture:
-        draw(curves, options.picture)
-        print(f"\n{options.picture}")
+    if options.figure:
+        draw(curves, options.figure)
+        print(f"\n{options.figure}")
     return 0
 
 

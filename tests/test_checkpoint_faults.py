@@ -196,10 +196,10 @@ import orbax.checkpoint
 from pathlib import Path
 sys.path[:0] = [sys.argv[2]]
 from test_checkpoint_faults import run_at
-from dwiml_func.checkpoint import arrays as leaf_store
+from dwiml_func.checkpoint import arrays as arrays
 from dwiml_func.checkpoint.background import AsyncCheckpointer
 if sys.argv[4] == "unreserved":
-    leaf_store._reserve = lambda directory, num_bytes: None
+    arrays._reserve = lambda directory, num_bytes: None
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = int(sys.argv[3])
 if limit:

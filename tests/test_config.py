@@ -272,9 +272,9 @@ def test_a_wrong_place_is_named_with_its_value(path, value, expected):
     assert expected in refusal(edited(*path, value=value))
 
 
-def test_every_wrong_place_is_named_at_once():
+def test_the_first_three_wrong_places_are_named_at_once_and_the_others_counted():
     message = refusal('{"data": {"interpolation": 1}, "training": {"rng": "x", "colour": 2}}')
-    for name in ("hdf5_file: field required", "data.interpolation", "training.rng", "training.colour"):
+    for name in ("hdf5_file: field required", "data.interpolation", "training.rng", "and 1 more"):
         assert name in message
 
 

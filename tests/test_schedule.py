@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.experiment.config import parse_learning_rate
+from dwiml_func.experiment.learning_rate import parse_learning_rate
 from dwiml_func.optim.schedules import (
     constant,
     cosine,

@@ -1,7 +1,7 @@
 """The training loop, from the inside out: an epoch is a fold of a step over batches, a run is a generator of epochs.
 
-The generator yields the state and a report after each epoch and does nothing else. The caller's `for` loop acts on
-them: it writes logs, saves checkpoints, stops early.
+The generator yields the state and a report after each epoch, until the last epoch or until patience runs out. The
+caller's `for` loop acts on them: it writes logs and saves checkpoints.
 """
 
 from __future__ import annotations
@@ -210,7 +210,8 @@ def train_and_validate(
             batch, its learning rate is no finite number of at least 0, there is no metric of the name `monitor`, or
             `train` ignores `start_batch`.
         TypeError: the step does not return a state and its sums.
-        NonFiniteError: a training loss or gradient was not finite. The last state that was yielded is valid.
+        NonFiniteError: a training loss or gradient was not finite. The last state that was yielded is valid, unless a
+            donating step has reused its memory.
         Interrupted: `interrupt` asked for it.
 
     Example:
@@ -227,11 +228,16 @@ def train_and_validate(
         1 3 12.0 None
         2 3 12.0 max_epochs
     """
-    judging = {"mode": mode, "validate_every": validate_every, "max_epochs": max_epochs, "patience": patience}
-    judging["patience_delta"] = patience_delta
+    judging: dict[str, Any] = {
+        "mode": mode,
+        "validate_every": validate_every,
+        "max_epochs": max_epochs,
+        "patience": patience,
+        "patience_delta": patience_delta,
+    }
     check_options(valid=valid, eval_step=eval_step, **judging)
     if not (callable(learning_rate) or isinstance(learning_rate, PerStep)):
-        learning_rate = constant(float(learning_rate))
+        learning_rate = constant(float(learning_rate))  # refused at the call, not in the first epoch
     trained: tuple[TrainState, EpochReport] | None = None  # an epoch that is being validated
 
     def on_trained(state: TrainState, report: EpochReport) -> None:

@@ -6,13 +6,13 @@ The field docstrings are the help texts of the command line. Names and defaults 
 from __future__ import annotations
 
 import json
-import math
 import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 from dwiml_func._checks import STRICT, check_number, error_text, truncated_repr
 from dwiml_func.data.config import BatchConfig, DataConfig
+from dwiml_func.experiment.learning_rate import parse_learning_rate
 from dwiml_func.files.json import parse_json
 from dwiml_func.models.config import ModelConfig, check_model
 
@@ -27,11 +27,9 @@ __all__ = [
     "SaveInterval",
     "TrainingConfig",
     "config_from_json",
-    "parse_learning_rate",
     "parse_save_interval",
 ]
 
-_MAX_EPOCHS = 1_000_000  # a slip of the finger ("0.1*99999999999") must not fill the memory
 _FORM = re.compile(
     r"(?P<number>[0-9]+(?:\.[0-9]+)?) ?(?:(?P<batch>batch(?:es)?)|(?P<minute>minutes?)|(?P<epoch>epochs?))", re.ASCII
 )
@@ -229,31 +227,3 @@ def config_from_json(text: str | bytes, *, source: str = "config.json") -> RunCo
         raise ValueError(f"{source}: {error_text(error)}.") from None
     parse_json(text, source=source)  # pydantic takes the last of two values under one key
     return config
-
-
-def parse_learning_rate(text: str) -> tuple[float, ...]:
-    """One learning rate an epoch from `RATE*EPOCHS ... RATE`: "0.01*2 0.1" is (0.01, 0.01, 0.1), whose last repeats."""
-    expected = "Expected RATE, or RATE*EPOCHS ... RATE such as '0.001*3 0.0001'."
-    terms, given = text.split(), f"Learning rate {truncated_repr(text)}"
-    if not terms:
-        raise ValueError(f"Learning rate is empty. {expected}")
-    rates: list[float] = []
-    for position, term in enumerate(terms):
-        rate, star, epochs = term.partition("*")
-        is_last = position == len(terms) - 1
-        try:
-            value, count = float(rate), int(epochs) if star else 1
-        except ValueError:
-            raise ValueError(f"{given}: cannot read {truncated_repr(term)}. {expected}") from None
-        if not star and not is_last:
-            raise ValueError(f"{given}: {truncated_repr(term)} has no number of epochs. {expected}")
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{given}: {truncated_repr(term)} is not a positive finite rate. {expected}")
-        if not 1 <= count <= _MAX_EPOCHS:
-            raise ValueError(
-                f"{given}: {truncated_repr(term)} lasts {truncated_repr(count)} epochs, expected 1 to {_MAX_EPOCHS}."
-            )
-        if len(rates) > _MAX_EPOCHS:
-            raise ValueError(f"{given}: more than {_MAX_EPOCHS} epochs before its end.")
-        rates.extend([value] * count)
-    return tuple(rates)
