@@ -17,7 +17,7 @@ from dwiml_func.core.epoch import EvalStep, OnBatch, TrainStep, epoch_fn, eval_e
 from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
-from dwiml_func.optim.schedules import constant
+from dwiml_func.optim.schedules import check_rate, constant
 from dwiml_func.types import Metrics, PerStep, Schedule
 
 __all__ = [
@@ -326,14 +326,6 @@ def check_options(
         raise ValueError(f"Expected patience of at least 1, or None. Received: {patience}")
     if not (math.isfinite(patience_delta) and patience_delta >= 0):
         raise ValueError(f"Expected a finite patience_delta of at least 0. Received: {patience_delta}")
-
-
-def check_rate(lr: Any) -> float:
-    """Return a learning rate as a float, also of numpy or a () tensor; ValueError if it is negative or not finite."""
-    rate = float(lr)
-    if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"Expected a learning rate that is finite and at least 0. Received: {lr}")
-    return rate
 
 
 def _untracked(batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterable[Any]:

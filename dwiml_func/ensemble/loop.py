@@ -18,6 +18,7 @@ from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.core.step import location
 from dwiml_func.ensemble.state import EnsembleState, member_sums
+from dwiml_func.optim.schedules import check_rate
 from dwiml_func.types import Metrics, PerStep, Schedule, Sum
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]

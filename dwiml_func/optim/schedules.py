@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from dwiml_func.types import PerStep, Schedule
 
@@ -218,3 +219,11 @@ def _check_rates(*rates: float) -> None:
     for rate in rates:
         if not (math.isfinite(rate) and rate >= 0):
             raise ValueError(f"Expected learning rates that are finite and at least 0. Received: {rate:g}")
+
+
+def check_rate(lr: Any) -> float:
+    """Return a learning rate as a float, also of numpy or a () tensor; ValueError if it is negative or not finite."""
+    rate = float(lr)
+    if not (math.isfinite(rate) and rate >= 0):
+        raise ValueError(f"Expected a learning rate that is finite and at least 0. Received: {lr}")
+    return rate
