@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.epoch import check_has_batch
-from dwiml_func.core.loop import Batches, Interrupted, check_options, check_rate
+from dwiml_func.core.loop import Batches, Interrupted, check_options
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.core.step import location
