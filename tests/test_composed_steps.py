@@ -44,7 +44,7 @@ COMPOSED = {
     "muon": muon(others=adamw()),
     "schedule_free_sgd": schedule_free_sgd(),
     "schedule_free_adamw": schedule_free_adamw(),
-    "lookahead": lookahead(sgd(), num_steps=2),
+    "lookahead": lookahead(sgd(), num_steps=4),
     "chain": chain(
         accumulate(2),
         skip_not_finite(3),

@@ -138,7 +138,7 @@ class JitStep:
         metrics = {name: Sum(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names, start=2)}
         if policy == "defer":
             metrics[NON_FINITE] = Sum(is_first_bad * state.step, is_first_bad)
-        if self._donate:  # the graph wrote into these tensors
+        if self._donate and self.eager.keywords["optimizer"].is_elementwise:  # the graph wrote into these tensors
             params, opt_state = state.params, _merged(state.opt_state, opt_state)
         return advance(state, params, buffers, opt_state, metrics, donate=self._donate), metrics
 
@@ -180,7 +180,7 @@ def _make_graph(
         sums = [number for sum_ in metrics.values() for number in sum_]
         scalars = (out.loss, norm, is_bad & (blocked == 0), torch.zeros_like(norm), *sums)
         values = torch.stack([as_float64(value, out.loss) for value in scalars])
-        if donate:
+        if donate and optimizer.is_elementwise:
             _write(params, new_params)
             return None, new_buffers, _write(opt_state, new_opt_state), tuple(metrics), values
         return new_params, new_buffers, new_opt_state, tuple(metrics), values

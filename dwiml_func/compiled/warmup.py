@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from dwiml_func.compiled.graph import CompiledFunction
 from dwiml_func.core.state import TrainState
@@ -72,8 +74,9 @@ class WarmUpStep:
 
     def _warm_up(self, state: TrainState, batch: Any) -> None:
         """Compile, and measure a few steps of both kinds, on a copy of the state."""
+        start = tree_map(torch.clone, state).replace(epoch=0, batch=0, sums={})
         try:
-            rehearsal, _ = self._step(_copy(state), batch, lr=0.0)
+            rehearsal, _ = self._step(start, batch, lr=0.0)
             times: dict[Callable[..., Any], list[float]] = {self._step: [], self._eager: []}
             for _ in range(1 + _REPEATS):
                 for step, seconds in times.items():
@@ -85,17 +88,3 @@ class WarmUpStep:
         if self.graph.eager_reason is None:
             compiled, eager = (statistics.median(seconds[1:]) for seconds in times.values())
             self.report = CompilationReport(self.graph.compile_seconds, eager, compiled)
-
-
-def _copy(state: TrainState) -> TrainState:
-    def copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in tensors.items()}
-
-    return state.replace(
-        params=copy(state.params),
-        buffers=copy(state.buffers),
-        opt_state={kind: copy(tensors) for kind, tensors in state.opt_state.items()},
-        epoch=0,
-        batch=0,
-        sums={},
-    )

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node, tree_map  # the same in torch 2.11 and 2.13
 
 from dwiml_func._checks import at_most_three, truncated_repr
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Key, fold_in
-from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params
+from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Sum
 
 __all__ = ["TrainState", "init_state"]
 
@@ -24,6 +25,9 @@ __all__ = ["TrainState", "init_state"]
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class TrainState:
     """A whole run. It holds data only: no functions, modules, files or devices.
+
+    It is a tree for `torch.utils._pytree` and `torch.func`: its tensors are the leaves, all else belongs to the
+    structure.
 
     Args:
         params: trainable tensors, by name.
@@ -63,12 +67,43 @@ class TrainState:
         """
         return replace(self, **changes)  # type: ignore[arg-type]
 
+    def to(self, device: torch.device | str) -> TrainState:
+        """Move all tensors to a device.
+
+        Args:
+            device: where to, e.g. "cuda".
+
+        Returns:
+            The state there. Tensors that are there already are shared, not copied.
+        """
+        return tree_map(lambda tensor: tensor.to(device), self)
+
     def __repr__(self) -> str:
         position = f"step={self.step}, epoch={self.epoch}, batch={self.batch}"
         if isinstance(self.params, _Donated) or not self.params:
             return f"TrainState({position}, donated)"
         params, best = describe_tensors(self.params.values()), describe_best(self.best)
         return f"TrainState({position}, params={params}, key={truncated_repr(self.key)}, best={best})"
+
+
+def _flatten(state: TrainState) -> tuple[list[Any], Any]:
+    sums = {name: [part for part in pair if isinstance(part, Tensor)] for name, pair in state.sums.items()}
+    numbers = {name: [None if isinstance(part, Tensor) else part for part in pair] for name, pair in state.sums.items()}
+    others = {"key": state.key, "step": state.step, "epoch": state.epoch, "batch": state.batch, "best": state.best}
+    return [dict(state.params), dict(state.buffers), dict(state.opt_state), sums], (others, numbers)
+
+
+def _unflatten(parts: Iterable[Any], context: Any) -> TrainState:
+    params, buffers, opt_state, tensors = parts
+    others, numbers = context
+    sums = {}
+    for name, pair in numbers.items():
+        own = iter(tensors[name])
+        sums[name] = Sum(*(next(own) if part is None else part for part in pair))
+    return TrainState(params=params, buffers=buffers, opt_state=opt_state, sums=sums, **others)
+
+
+register_pytree_node(TrainState, _flatten, _unflatten)
 
 
 def init_state(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node, tree_flatten_with_path, tree_map
 
 from dwiml_func._checks import listed
 from dwiml_func.core.early_stopping import Best
@@ -23,6 +25,8 @@ class EnsembleState:
 
     A member that is not active has stopped, early or because its loss or gradient was not finite. Its part of every
     tensor stays as it was, at the position in `done`.
+
+    It is a tree for `torch.utils._pytree` and `torch.func`, as a `TrainState` is.
 
     Args:
         params: trainable tensors by name, each (K, ...).
@@ -69,6 +73,17 @@ class EnsembleState:
         members = f"members={len(self)}, active={int(self.active.sum())}"
         return f"EnsembleState({members}, {position}, params={params}, seeds=[{seeds}], best={best})"
 
+    def to(self, device: torch.device | str) -> EnsembleState:
+        """Move all tensors to a device.
+
+        Args:
+            device: where to, e.g. "cuda".
+
+        Returns:
+            The ensemble there. Tensors that are there already are shared, not copied.
+        """
+        return tree_map(lambda tensor: tensor.to(device), self)
+
     def replace(self, **changes: object) -> EnsembleState:
         """Return a copy with new values for the named fields.
 
@@ -79,6 +94,17 @@ class EnsembleState:
             The new ensemble. Tensors are shared, not copied.
         """
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+_TENSORS = ("params", "buffers", "opt_state", "active", "done", "sums")
+_OTHERS = ("keys", "step", "epoch", "batch", "best")
+register_pytree_node(
+    EnsembleState,
+    lambda ensemble: ([getattr(ensemble, n) for n in _TENSORS], tuple(getattr(ensemble, n) for n in _OTHERS)),
+    lambda parts, others: EnsembleState(
+        **dict(zip(_TENSORS, parts, strict=True)), **dict(zip(_OTHERS, others, strict=True))
+    ),
+)
 
 
 def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None = None) -> EnsembleState:
@@ -120,9 +146,7 @@ def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None 
     ((step, epoch, batch),) = positions
     device = next(iter(states[0].params.values())).device
     return EnsembleState(
-        params=_stack([state.params for state in states]),
-        buffers=_stack([state.buffers for state in states]),
-        opt_state={kind: _stack([state.opt_state[kind] for state in states]) for kind in states[0].opt_state},
+        **tree_map(lambda *leaves: torch.stack(leaves), *map(_tensors, states)),
         keys=tuple(state.key for state in states),
         active=torch.tensor(active, device=device),
         done=torch.tensor(done, device=device),
@@ -158,9 +182,7 @@ def member(ensemble: EnsembleState, number: int) -> TrainState:
     step, epoch, batch = ensemble.done[number].tolist()
     sums = {name: Sum(*(_own(part, number) for part in pair)) for name, pair in ensemble.sums.items()}
     return TrainState(
-        params=_part(ensemble.params, number),
-        buffers=_part(ensemble.buffers, number),
-        opt_state={kind: _part(leaves, number) for kind, leaves in ensemble.opt_state.items()},
+        **tree_map(lambda leaf: leaf[number].clone(), _tensors(ensemble)),
         key=ensemble.keys[number],
         step=step,
         epoch=epoch,
@@ -188,12 +210,8 @@ def member_sums(sums: Metrics, num_members: int) -> list[dict[str, Sum]]:
     return [{name: Sum(*(part[n] for part in pair)) for name, pair in read.items()} for n in range(num_members)]
 
 
-def _stack(leaves: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([own[name] for own in leaves]) for name in leaves[0]}
-
-
-def _part(leaves: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-    return {name: leaf[number].clone() for name, leaf in leaves.items()}
+def _tensors(state: TrainState | EnsembleState) -> dict[str, Any]:
+    return {"params": dict(state.params), "buffers": dict(state.buffers), "opt_state": dict(state.opt_state)}
 
 
 def _stack_sums(sums: Sequence[Metrics], device: torch.device) -> dict[str, Sum]:
@@ -223,9 +241,10 @@ def _check_alike(state: TrainState, first: TrainState, number: int) -> None:
 
 
 def _table(state: TrainState) -> dict[str, str]:
-    kinds = {"params": state.params, "buffers": state.buffers, **state.opt_state}
+    groups = {"params": dict(state.params), "buffers": dict(state.buffers), **state.opt_state}
     return {
-        f"{kind}/{name}": f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)} on {leaf.device}"
-        for kind, leaves in kinds.items()
-        for name, leaf in leaves.items()
+        "/".join(str(key.key) for key in path): (  # type: ignore[attr-defined]
+            f"{str(leaf.dtype).removeprefix('torch.')} {tuple(leaf.shape)} on {leaf.device}"
+        )
+        for path, leaf in tree_flatten_with_path(groups)[0]
     }

@@ -1,0 +1,135 @@
+"""Claims about states as trees, for tree functions, vmap and grad, and about nested states in ensembles and graphs."""
+
+import pytest
+import torch
+from test_composed_steps import COMPOSED, LOSS, NAN, SIZES, TwoHeads, batch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from dwiml_func.checkpoint.digest import state_digest, state_leaves
+from dwiml_func.compiled._torch_private import missing
+from dwiml_func.compiled.step import jit_step
+from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.step import train_step
+from dwiml_func.ensemble import EnsembleState, ensemble_eval_step, ensemble_step, member, stack_states
+from dwiml_func.optim import adam, chain, ema, sgd, skip_not_finite
+from dwiml_func.types import Sum
+
+every_composed = pytest.mark.parametrize("name", COMPOSED)
+
+
+def start(name: str, seed: int = 0) -> TrainState:
+    state = init_state(TwoHeads(), COMPOSED[name], seed=seed)
+    return state.replace(params={key: tensor + 0.1 * seed for key, tensor in state.params.items()})
+
+
+def test_a_state_is_a_tree_of_its_tensors():
+    state = start("chain").replace(step=3, sums={"a": Sum(1.0, torch.ones(())), "b": Sum(2.0, 3.0)})
+    leaves, structure = tree_flatten(state)
+    assert len(leaves) == len(state_leaves(state)) + 1
+    again = tree_unflatten(leaves, structure)
+    assert state_digest(again) == state_digest(state)
+    doubled = tree_map(lambda tensor: tensor * 2, state)
+    assert (doubled.step, doubled.sums) == (3, {"a": (1.0, torch.tensor(2.0)), "b": (2.0, 3.0)})
+    assert torch.equal(doubled.params["stem.bias"], state.params["stem.bias"] * 2)
+    assert state_digest(state.to("cpu")) == state_digest(state)
+    assert {leaf.device.type for leaf in tree_leaves(state.to("meta"))} == {"meta"}
+
+
+def test_an_ensemble_is_a_tree_of_its_tensors():
+    ensemble = stack_states([start("chain", seed) for seed in range(3)])
+    again = tree_map(torch.clone, ensemble)
+    assert isinstance(again, EnsembleState)
+    assert [state_digest(member(again, n)) for n in range(3)] == [state_digest(member(ensemble, n)) for n in range(3)]
+    assert {leaf.device.type for leaf in tree_leaves(ensemble.to("meta"))} == {"meta"}
+
+
+def test_a_step_is_mapped_and_differentiated_over_states():
+    optimizer = ema(adam(), 0.9)
+    states = [init_state(TwoHeads(), optimizer, seed=0)] * 2
+    states = [tree_map(lambda t, n=n: t * (1 + n), state) for n, state in enumerate(states)]
+
+    first, second = batch(0, 5), batch(1, 5)
+
+    def step(state: TrainState, lr: torch.Tensor) -> TrainState:
+        return train_step(state, first, loss_fn=LOSS, optimizer=optimizer, lr=lr)[0].replace(sums={})
+
+    rates = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    mapped = torch.func.vmap(step)(tree_map(lambda *leaves: torch.stack(leaves), *states), rates)
+    for number, state in enumerate(states):
+        torch.testing.assert_close(
+            tree_map(lambda t, n=number: t[n], mapped).params, dict(step(state, rates[number]).params)
+        )
+
+    def loss(state: TrainState) -> torch.Tensor:
+        plain = sgd()
+        own = state.replace(opt_state=plain.init(state.params))
+        after, _ = train_step(own, first, loss_fn=LOSS, optimizer=plain, lr=0.1)
+        return LOSS(after.params, after.buffers, second, key=after.key, train=False).loss
+
+    slopes = torch.func.grad(loss)(states[0].replace(opt_state={}))
+    assert isinstance(slopes, TrainState)
+    assert slopes.params["stem.weight"].abs().sum() > 0
+
+
+def assert_same(actual: TrainState, expected: TrainState, name: str, tolerance: float) -> None:
+    leaves, others = state_leaves(actual), state_leaves(expected)
+    assert leaves.keys() == others.keys()
+    if name == "muon":  # its directions have the precision of bfloat16
+        tolerance = 3e-2
+    for key, leaf in leaves.items():
+        torch.testing.assert_close(leaf, others[key], rtol=tolerance, atol=tolerance, msg=lambda text, k=key: k + text)
+
+
+@every_composed
+def test_members_of_an_ensemble_are_separate_runs(name):
+    optimizer = COMPOSED[name]
+    alone = [start(name, seed) for seed in range(2)]
+    ensemble = stack_states(alone)
+    for number, size in enumerate(SIZES):
+        options = {"loss_fn": LOSS, "optimizer": optimizer, "clip_grad": 1.0}
+        ensemble, _ = ensemble_step(ensemble, batch(number, size), lr=torch.tensor([0.1, 0.05]), **options)
+        alone = [
+            train_step(state, batch(number, size), lr=lr, **options)[0]
+            for state, lr in zip(alone, (0.1, 0.05), strict=True)
+        ]
+    for number, state in enumerate(alone):
+        assert_same(member(ensemble, number), state, name, 1e-6)
+    sums = ensemble_eval_step(ensemble, batch(0, 5), loss_fn=LOSS, optimizer=optimizer)
+    own = ensemble_eval_step(ensemble, batch(0, 5), loss_fn=LOSS)
+    assert torch.equal(sums["loss"].total, own["loss"].total) == (optimizer.eval_params is None)
+
+
+def test_a_member_skips_a_step_alone_and_stops_after_too_many():
+    optimizer = chain(skip_not_finite(1), adam())
+    states = [init_state(TwoHeads(), optimizer, seed=seed) for seed in range(2)]
+    broken = states[1].replace(params=tree_map(lambda t: t * torch.nan, states[1].params))
+    ensemble = stack_states([states[0], broken])
+    step = {"loss_fn": LOSS, "optimizer": optimizer, "lr": 0.1}
+    ensemble, sums = ensemble_step(ensemble, batch(0, 5), **step)
+    assert ensemble.active.tolist() == [True, True]
+    assert sums["skipped"].total.tolist() == [0, 1]
+    ensemble, _ = ensemble_step(ensemble, batch(1, 5), **step)
+    assert ensemble.active.tolist() == [True, False]
+    ensemble, _ = ensemble_step(ensemble, NAN, **step)
+    assert ensemble.active.tolist() == [True, False]
+    assert ensemble.done[:, 0].tolist() == [3, 2]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+@pytest.mark.skipif(bool(missing("eager")), reason="this torch cannot compile steps: see test_torch_private.py")
+@pytest.mark.parametrize(("name", "backend"), [*((name, "eager") for name in COMPOSED), ("chain", "inductor")])
+def test_compiled_steps_are_those_of_train_step(name, backend):
+    donate = name in ("chain", "nadam")
+    compiled = jit_step(loss_fn=LOSS, optimizer=COMPOSED[name], donate=donate, backend=backend, max_compilations=20)
+    actual, expected = start(name), start(name)
+    inputs = [batch(number, size) for number, size in enumerate(SIZES)]
+    if name == "chain":
+        inputs[1] = NAN  # accumulate: each pair of micro-batches uses both heads, as unused ones get zeros in a graph
+    for x in inputs:
+        actual, sums = compiled(actual, x, lr=0.05)
+        expected, expected_sums = train_step(expected, x, loss_fn=LOSS, optimizer=COMPOSED[name], lr=0.05)
+        assert sums.keys() == expected_sums.keys()
+        for key, pair in sums.items():
+            assert tuple(pair) == pytest.approx(tuple(expected_sums[key]), rel=1e-5)
+    assert compiled.eager_reason is None
+    assert_same(actual, expected, name, 1e-6)
