@@ -180,7 +180,7 @@ def _make_graph(
         sums = [number for sum_ in metrics.values() for number in sum_]
         scalars = (out.loss, norm, is_bad & (blocked == 0), torch.zeros_like(norm), *sums)
         values = torch.stack([as_float64(value, out.loss) for value in scalars])
-        if donate and optimizer.is_elementwise:
+        if donate and optimizer.is_elementwise:  # a chain that wrote in place went wrong with inductor, see its test
             _write(params, new_params)
             return None, new_buffers, _write(opt_state, new_opt_state), tuple(metrics), values
         return new_params, new_buffers, new_opt_state, tuple(metrics), values
