@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiment_cases import CONFIG, trained
+from experiment_cases import CONFIG, PHANTOM, trained
 from torch import nn
 
-from dwiml_func import adam, init_state, load_pretrained, save
+from dwiml_func import adam, init_state, list_checkpoints, load_pretrained, restore, save
+from dwiml_func.checkpoint import state_digest
+from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import load_model
-from dwiml_func.experiment.setup import make_model
+from dwiml_func.experiment.setup import make_model, prepare
 
 
 class Tied(nn.Module):
@@ -121,3 +123,24 @@ def test_a_run_may_start_from_given_parameters_and_wrong_ones_are_named():
     assert not state.params["weight"].requires_grad
     with pytest.raises(ValueError, match=r"unexpected gain; weight of shape \(2,\), expected \(3,\)\.$"):
         init_state(module, adam(), seed=0, params={"weight": torch.ones(2), "gain": torch.ones(3)})
+
+
+def test_train_init_from_starts_from_the_weights_and_records_their_digest(cli, experiment, tmp_path):
+    arguments = ("second", PHANTOM, "--config", experiment / "config.json", "--rng", 8, "--init-from", experiment)
+    done = cli("train", tmp_path, *arguments, "--max-epochs", 1)
+    assert done.code == 0, done.err
+    config, best = read_config(tmp_path / "second"), load_model(experiment / "best_model").module
+    assert config.origin is not None
+    module = make_model(config, load_model(experiment / "best_model").facts["nb_features"])
+    assert config.origin.digest == load_pretrained(module, experiment).digest
+    first = restore(tmp_path / "second", prepare(config).first_state(), name="0").state
+    assert {name: tensor.tolist() for name, tensor in first.params.items()} == {
+        name: tensor.tolist() for name, tensor in best.named_parameters()
+    }
+    assert state_digest(first) == config.origin.start_digest
+    assert cli("resume", tmp_path, "second", "--new-max-epochs", 3).code == 0
+    assert "0" in list_checkpoints(tmp_path / "second")
+    assert cli("verify", tmp_path / "second", "--epoch", 1).code == 0
+    assert cli("train", tmp_path, *("third", *arguments[1:]), "--num-models", 2).code == 2
+    assert cli("train", tmp_path, *("third", *arguments[1:-1], tmp_path / "gone")).code == 2
+    assert not (tmp_path / "third").exists()

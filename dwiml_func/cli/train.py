@@ -22,6 +22,7 @@ from dwiml_func.cli._training import describe_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in, rank_zero_first
 from dwiml_func.distributed.sharding import ProcessGroup
 from dwiml_func.experiment.folder import check_new_experiment, create_experiment, experiment_directory
+from dwiml_func.experiment.init_from import create_initialized, initialize_from
 from dwiml_func.experiment.resume import check_same_run, resume_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.sweep import member_configs
@@ -49,6 +50,9 @@ class Options(CommandOptions, RunOptions):
     in EXPERIMENTS_PATH."""
     config: Annotated[str | None, tyro.conf.arg(metavar="FILE.json")] = None
     """Take the options from a run's config.json, or from a part of one. Options of the command line override it."""
+    init_from: Annotated[str | None, tyro.conf.arg(metavar="MODEL_OR_EXPERIMENT")] = None
+    """Start from the weights of a model directory, an experiment, a checkpoint's folder or a torch state dict (.pt),
+    where name and shape fit."""
     num_models: int = 1
     """Number of models to train at once, with consecutive seeds from --rng on: an ensemble, with a folder for each in
     EXPERIMENT_NAME."""
@@ -95,6 +99,8 @@ def run(options: Options) -> int:
         check_new_experiment(options.experiments_path, options.experiment_name)
     if is_again:
         check_same_run(directory, config)
+    if options.init_from is not None and len(members) > 1:
+        raise ValueError("--init-from: expected one model to train. Leave out --num-models and --sweep.")
     if options.dry_run:
         is_there = options.hdf5_file is not None or example.exists()
         data = describe_run(directory, prepare(config)) if is_there else f"{example} would be made."
@@ -111,14 +117,20 @@ def run(options: Options) -> int:
     with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
         if any(process_group.gather(torch.tensor([int(is_again)]))):
             return _resume(directory, process_group)
-        parts = prepare(config, process_group)
+        parts, state = prepare(config, process_group), None
+        if options.init_from is not None:
+            parts, state, report = initialize_from(parts, options.init_from)
+            print_progress(f"{options.init_from}: {report}")
         if process_group.rank > 0:  # the first process writes
-            train_with_progress(directory, parts, None, ())
+            train_with_progress(directory, parts, state, ())
             return 0
         with experiment_lock(options.experiments_path, wait=True):
-            create_experiment(options.experiments_path, options.experiment_name, config)
+            if state is None:
+                create_experiment(options.experiments_path, options.experiment_name, config)
+            else:
+                create_initialized(options.experiments_path, options.experiment_name, parts, state)
         with experiment_lock(directory):
-            train_with_progress(directory, parts, None, ())
+            train_with_progress(directory, parts, state, ())
     return 0
 
 

@@ -177,6 +177,8 @@ class Origin:
     """The source of a forked run: the experiment, the checkpoint's name and the digest of its state.
 
     `start_digest` is that of the fork's first state. It differs where optimizer state, seed or best epoch were reset.
+    With `weights_only` the run was only initialized from the source: `checkpoint` is the run's own first one, `digest`
+    that of the weights that were loaded.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -185,6 +187,7 @@ class Origin:
     checkpoint: str
     digest: str
     start_digest: str
+    weights_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

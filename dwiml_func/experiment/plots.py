@@ -106,7 +106,8 @@ def _label(directory: Path, config: RunConfig, options: Mapping[str, str]) -> st
     if len(named) > _MAX_OPTIONS:
         named[_MAX_OPTIONS:] = [f"and {len(named) - _MAX_OPTIONS} more"]
     if config.origin is not None:
-        named.insert(0, f"forked from {Path(config.origin.experiment).name} at {config.origin.checkpoint}")
+        source, at = Path(config.origin.experiment).name, config.origin.checkpoint
+        named.insert(0, f"initialized from {source}" if config.origin.weights_only else f"forked from {source} at {at}")
     name = directory.resolve().name
     return f"{name}: {', '.join(named)}" if named else name
 
