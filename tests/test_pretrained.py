@@ -138,6 +138,9 @@ def test_train_init_from_starts_from_the_weights_and_records_their_digest(cli, e
         name: tensor.tolist() for name, tensor in best.named_parameters()
     }
     assert state_digest(first) == config.origin.start_digest
+    assert cli("train", tmp_path, *arguments, "--max-epochs", 1).code == 0  # the same command again
+    for other in (arguments[:-2], (*arguments[:-1], experiment / "best_model")):
+        assert "exists in" in cli("train", tmp_path, *other, "--max-epochs", 1).err
     assert cli("resume", tmp_path, "second", "--new-max-epochs", 3).code == 0
     assert "0" in list_checkpoints(tmp_path / "second")
     assert cli("verify", tmp_path / "second", "--epoch", 1).code == 0

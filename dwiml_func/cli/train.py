@@ -98,7 +98,7 @@ def run(options: Options) -> int:
     if is_again and len(members) > 1:
         check_new_experiment(options.experiments_path, options.experiment_name)
     if is_again:
-        check_same_run(directory, config)
+        check_same_run(directory, config, init_from=options.init_from)
     if options.init_from is not None and len(members) > 1:
         raise ValueError("--init-from: expected one model to train. Leave out --num-models and --sweep.")
     if options.dry_run:

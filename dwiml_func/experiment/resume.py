@@ -19,7 +19,7 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import repair_best_model
 from dwiml_func.experiment.compare import differences
-from dwiml_func.experiment.config import RunConfig, TrainingConfig
+from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import check_new_experiment, is_ensemble, read_config
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
@@ -79,11 +79,16 @@ def resume_experiment(
     return parts, state, history
 
 
-def check_same_run(directory: Path, config: RunConfig) -> None:
-    """Raise ValueError where a directory holds something else than a run of this config."""
+def check_same_run(directory: Path, config: RunConfig, *, init_from: str | None = None) -> None:
+    """Raise ValueError where a directory holds something else than a run of this config, and of these weights."""
     if is_ensemble(directory) or not (directory / "config.json").is_file():
         check_new_experiment(directory.parent, directory.name)
     recorded = read_config(directory)
+    if init_from is not None:
+        origin, path = recorded.origin, str(Path(init_from).absolute())
+        if origin is None or not origin.weights_only or origin.experiment != path:
+            origin = Origin(experiment=path, checkpoint="0", digest="", start_digest="", weights_only=True)
+        config = replace(config, origin=origin)
     if changes := differences(recorded.to_dict(), config.to_dict(), ("there", "here")):
         raise ValueError(
             f"Experiment {directory.name!r} exists in {str(directory.parent)!r} with another config "
