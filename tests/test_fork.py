@@ -138,12 +138,10 @@ def test_options_of_the_source_stay_unless_given(cli, source):
     assert b.origin.experiment == str(source.parent / "a")
 
 
-def test_a_model_of_another_structure_is_refused_with_all_differences(cli, source):
+def test_a_model_of_another_structure_is_refused_with_its_first_differences(cli, source):
     before = tree(source.parent)
     cli("fork", source, "wide", "--rnn-layer-sizes", "8", "7", "--max-epochs", "9").check_refusal(
-        *("params/rnn_model.rnn_1.weight_ih_l0: float32 (24, 8) in the checkpoint, float32 (28, 8) expected"),
-        *("params/rnn_model.rnn_1.weight_hh_l0", "opt_state/exp_avg/rnn_model.rnn_1.bias_hh_l0"),
-        *("opt_state/exp_avg_sq/rnn_model.rnn_1.bias_hh_l0", "model.rnn_layer_sizes"),
+        *("float32 (3, 4) expected", " more. A fork keeps the model's tensors", "model.rnn_layer_sizes"),
     )
     assert tree(source.parent) == before
 
@@ -246,7 +244,7 @@ def flip_a_byte(checkpoint: Path) -> None:
         (path for path in (checkpoint / "leaves").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
     )
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[32::64] = bytes(byte ^ 1 for byte in content[32::64])  # some of them belong to a tensor
     file.write_bytes(content)
 
 

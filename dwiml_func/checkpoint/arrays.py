@@ -150,10 +150,10 @@ def _read_arrays(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[str, np
     except MemoryError:
         raise
     except Exception as error:
-        problem = one_line(error, max_length=_MAX_ERROR).rstrip(".")
-        raise CorruptError(
-            f"{path} is corrupt: orbax-checkpoint {ocp.__version__} cannot read its leaves: {problem}."
-        ) from None
+        problem = f"orbax-checkpoint {ocp.__version__} cannot read its leaves: {one_line(error, max_length=_MAX_ERROR)}"
+        if missing := [name for name in ("_METADATA", "manifest.ocdbt") if not (leaves / name).is_file()]:
+            problem = f"it has no file leaves/{missing[0]}"
+        raise CorruptError(f"{path} is corrupt: {problem.rstrip('.')}.") from None
     name = next(row["name"] for row in table if stored[_escape(row["name"])] != expected[_escape(row["name"])])
     raise CorruptError(f"{path} is corrupt: {name} does not have the shape and dtype that were saved.")
 
