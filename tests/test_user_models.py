@@ -55,6 +55,9 @@ def either_step(state: Any, loss_fn: Any, is_training: bool) -> None:
 class With(nn.Module):
     """A linear model whose forward first calls a function on the module."""
 
+    cache: dict[str, Tensor]
+    log: list[int]
+
     def __init__(self, before: Callable[[Any], Any]) -> None:
         super().__init__()
         self.linear, self.before = nn.Linear(4, 1), before
@@ -168,17 +171,12 @@ def _counts(module: Any) -> None:
     module.count = module.count + 1
 
 
-def _appends(module: Any) -> None:
-    module.history.append(1)
-
-
 def _adds_in_place(module: Any) -> None:
     module.running.add_(1)
 
 
 KEEPERS: dict[str, tuple[Callable[[Any], None], str, Any]] = {
     "counter": (_counts, "count", 0),
-    "list": (_appends, "history", []),
     "tensor in place": (_adds_in_place, "running", torch.zeros(())),
 }
 
@@ -189,6 +187,20 @@ def test_a_model_that_keeps_something_between_batches_is_refused(before, name, v
     setattr(model, name, value)
     with pytest.raises(ValueError, match=f"keeps something between batches in {name}, outside the training state"):
         step(model)
+
+
+def test_a_list_that_feeds_the_next_batch_is_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.seen = nn.Linear(4, 1), []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(1.0)
+            return self.linear(x) * sum(self.seen)
+
+    with pytest.raises(ValueError, match="keeps something between batches in seen"):
+        step(Model())
 
 
 def test_what_training_leaves_for_evaluation_in_an_attribute_is_refused() -> None:
@@ -211,6 +223,8 @@ def test_what_training_leaves_for_evaluation_in_an_attribute_is_refused() -> Non
 
 def test_caches_and_what_is_kept_for_a_look_are_no_state() -> None:
     def keep(module: Any) -> None:
+        module.cache.setdefault("mask", torch.ones(3))
+        module.log.append(len(module.cache))
         module.last = module.linear.weight.detach().sum()
         if not hasattr(module, "mask"):
             module.mask = torch.ones(3)
@@ -219,11 +233,13 @@ def test_caches_and_what_is_kept_for_a_look_are_no_state() -> None:
     for before in (keep, lambda module: None):
         torch.manual_seed(0)
         model = With(before)
+        model.cache, model.log = {}, []
         state, loss_fn = init_state(model, sgd(), seed=0), module_loss(model, loss)
         for _ in range(3):
             state, _ = train_step(state, BATCH, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
         eval_step(state, BATCH, loss_fn=loss_fn)
         digests.append(state_digest(state))
+        assert (model.cache, model.log) == ({}, [])
     assert digests[0] == digests[1]
 
 
@@ -272,6 +288,26 @@ def test_pruned_and_weight_normed_models_train_as_in_torch() -> None:
             loss(model, BATCH)[0].backward()
             optimizer.step()
         assert all(torch.equal(p, state.params[name]) for name, p in model.named_parameters())
+
+
+def test_a_loss_may_change_or_consume_its_batch() -> None:
+    def takes_out(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+        x = batch.pop("x")
+        return loss(model, x.sub_(x.mean()))
+
+    def consumes(model: Any, batch: Any) -> tuple[Tensor, int]:
+        return loss(model, next(batch))
+
+    results = []
+    for compute, batch in (
+        (loss, BATCH - BATCH.mean()),
+        (takes_out, {"x": BATCH.clone()}),
+        (consumes, iter([BATCH - BATCH.mean()])),
+    ):
+        model = mlp()
+        state, loss_fn = init_state(model, sgd(), seed=0), module_loss(model, compute)
+        results.append(state_digest(train_step(state, batch, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)[0]))
+    assert len(set(results)) == 1
 
 
 def test_frozen_parameters_are_the_very_tensors_after_a_step() -> None:

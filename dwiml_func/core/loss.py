@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import listed
+from dwiml_func._checks import listed, truncated_repr
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.stateless import ABSENT, IN_PLACE, StatelessModule
@@ -111,6 +111,8 @@ def module_loss(
                 f"Expected compute_batch_loss to return (loss, weight) or (loss, weight, aux). "
                 f"Received: {type(out).__name__}"
             )
+        if not isinstance(out[0], Tensor):
+            raise ValueError(f"Expected a loss that is a () tensor. Received: {truncated_repr(out[0])}")
         if view.changed or not train:
             attributes.check(view, {**params, **buffers}, compute_batch_loss, batch, out[0], key)
         aux = out[2] if len(out) == 3 else {}
@@ -143,7 +145,7 @@ class _AttributeCheck:
         seen |= new
         self._written |= left.keys()
         problem: Iterable[str] = [name for name in new if left.get(name) is IN_PLACE]
-        without = dict.fromkeys(new, ABSENT)
+        without = {name: ABSENT for name in new if not isinstance(left.get(name), list | dict | set)}
         carried = {name: left[name] for name in new if name in left and left[name] is not IN_PLACE}
 
         def changes_loss(values: dict[str, Any]) -> bool:

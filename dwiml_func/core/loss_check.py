@@ -7,6 +7,7 @@ training that goes silently wrong.
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,9 +40,13 @@ def check_loss_fn(
     """
     if is_transformed() or _CHECKED[train].get(id(loss_fn)) is loss_fn:
         return
+    try:  # a loss may consume or change its batch
+        first, second = copy.deepcopy(batch), copy.deepcopy(batch)
+    except Exception:  # an iterator, a tensor with a graph: it cannot be given twice
+        return
     with torch.set_grad_enabled(train):
         copies = _copies(params, requires_grad=train), _copies(buffers)
-        out = loss_fn(*copies, batch, key=key, train=train)
+        out = loss_fn(*copies, first, key=key, train=train)
         check_loss_out(out, buffers)
         if train:
             _check_leaves(out.loss, copies[0])
@@ -52,7 +57,7 @@ def check_loss_fn(
                     f"The loss function writes into {listed(written)} of the state. Expected a loss that leaves "
                     f"parameters and buffers as they are, and returns new buffers."
                 )
-        again = loss_fn(_copies(params), _copies(buffers), batch, key=key, train=train).loss
+        again = loss_fn(_copies(params), _copies(buffers), second, key=key, train=train).loss
     if not is_same_loss(out.loss, again):
         raise ValueError(
             f"Called twice with the same parameters, batch and key, the loss function gave {out.loss.item():.9g} and "

@@ -18,6 +18,7 @@ from dwiml_func.core.autocast import autocast_forward
 __all__ = ["StatelessModule"]
 
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_flat_weights", "_flat_weight_refs", "forward"}
+_CONTAINERS = (list, dict, set)
 ABSENT, IN_PLACE = object(), object()  # an attribute that is not there; one changed in place
 
 
@@ -126,7 +127,7 @@ class Attributes:
         self._modules = {name: submodule.__dict__ for name, submodule in module.named_modules()}
         self._names = {path: set(attributes) for path, attributes in self._modules.items()}
         self._values = [
-            (attributes, name, value, _trace(value), f"{path}.{name}".lstrip("."))
+            (attributes, name, value, _mark(value), f"{path}.{name}".lstrip("."))
             for path, attributes in self._modules.items()
             for name, value in attributes.items()
             if name not in _INTERNAL
@@ -135,12 +136,12 @@ class Attributes:
     def restore(self) -> dict[str, Any]:
         """Put every attribute back; return what those that had changed were."""
         changed: dict[str, Any] = {}
-        for attributes, name, value, trace, path in self._values:
+        for attributes, name, value, mark, path in self._values:
             found = attributes.get(name, ABSENT)
             if found is not value:
                 changed[path], attributes[name] = found, value
-            elif trace is not None and not trace.holds(value):
-                changed[path] = IN_PLACE
+            elif mark is not None and not mark.holds(value):
+                changed[path] = mark.undo(value)
         for path, attributes in self._modules.items():
             if len(attributes) != len(self._names[path]):
                 for name in attributes.keys() - self._names[path]:
@@ -157,14 +158,23 @@ class Attributes:
                 self._modules[module][name] = value
 
 
-class _Trace:
+class _Mark:
     """What tells that a value was changed in place: a tensor's version, a container's elements."""
 
     def __init__(self, value: Any) -> None:
-        self._mark = self._look(value)
+        self._mark, self._content = self._look(value), copy.copy(value) if isinstance(value, _CONTAINERS) else None
 
     def holds(self, value: Any) -> bool:
         return self._look(value) == self._mark
+
+    def undo(self, value: Any) -> Any:
+        """Put a container's content back and return a copy of what it was; `IN_PLACE` for other values."""
+        if self._content is None:
+            return IN_PLACE
+        changed = copy.copy(value)
+        value.clear()
+        (value.extend if isinstance(value, list) else value.update)(self._content)
+        return changed
 
     @staticmethod
     def _look(value: Any) -> Any:
@@ -177,11 +187,11 @@ class _Trace:
         return [id(element) for element in value]
 
 
-def _trace(value: Any) -> _Trace | None:
-    is_mutable = isinstance(value, list | dict | set | torch.Generator) or (
+def _mark(value: Any) -> _Mark | None:
+    is_mutable = isinstance(value, (*_CONTAINERS, torch.Generator)) or (
         isinstance(value, Tensor) and not value.is_inference()
     )
-    return _Trace(value) if is_mutable else None
+    return _Mark(value) if is_mutable else None
 
 
 def _copy_structure(module: nn.Module) -> nn.Module:
