@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from dataloader_cases import Noisy
+from torch.utils.data import DataLoader, IterableDataset
 
 from dwiml_func import Key, Stream, from_loader
-
-
-class Noisy(Dataset):
-    """Draws from every global generator."""
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, index: int) -> list[float]:
-        return [float(index), float(torch.rand(())), float(np.random.rand()), random.random()]  # noqa: NPY002
 
 
 class Stream10(IterableDataset):
@@ -33,17 +24,9 @@ def batches(source, epoch: int = 0, start: int = 0, seed: int = 7) -> list:
     return [torch.stack(b).tolist() if isinstance(b, list) else b.tolist() for b in source(key, epoch, start)]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_batch_depends_on_key_epoch_and_number_alone(num_workers: int) -> None:
-    context = "fork" if num_workers else None
-    alone = from_loader(lambda: DataLoader(Noisy(), batch_size=3, shuffle=True))
-    source = from_loader(
-        lambda: DataLoader(
-            Noisy(), batch_size=3, shuffle=True, num_workers=num_workers, multiprocessing_context=context
-        )
-    )
+def test_a_batch_depends_on_key_epoch_and_number_alone() -> None:
+    source = from_loader(lambda: DataLoader(Noisy(), batch_size=3, shuffle=True))
     whole = batches(source)
-    assert whole == batches(alone)
     assert [len(batch[0]) for batch in whole] == [3, 3, 3, 1]
     assert sorted(index for batch in whole for index in batch[0]) == list(range(10))
     for start in range(5):
@@ -53,6 +36,14 @@ def test_a_batch_depends_on_key_epoch_and_number_alone(num_workers: int) -> None
     assert batches(source, seed=8) != whole
     noise = {value for batch in whole for row in batch[1:] for value in row}
     assert len(noise) == 30  # no number is drawn twice
+
+
+def test_workers_give_the_same_batches_from_any_start() -> None:
+    options: dict[str, Any] = {"batch_size": 3, "shuffle": True}
+    whole = batches(from_loader(lambda: DataLoader(Noisy(), **options)))
+    source = from_loader(lambda: DataLoader(Noisy(), num_workers=2, multiprocessing_context="spawn", **options))
+    assert batches(source) == whole
+    assert batches(source, start=2) == whole[2:]
 
 
 def test_global_generators_are_left_alone() -> None:

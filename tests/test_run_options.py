@@ -88,7 +88,9 @@ def test_a_dry_run_prints_the_config_and_writes_nothing(cli, experiments: Path) 
     assert outcome.err.startswith(f"{experiments / 'new'}: 96 streamlines of 2 training subjects, 48 of 1 validation")
     example = cli("train", experiments, "new", "--dry-run")
     assert (example.code, example.err) == (0, f"{experiments / 'example_data.hdf5'} would be made.\n")
-    cli("train", experiments, "run", "--config", run, "--dry-run").check_refusal("'run' exists")
+    cli("train", experiments, "run", "--config", run, "--rng", "7", "--dry-run").check_refusal(
+        "'run' exists", "training.rng"
+    )
     assert sorted(experiments.rglob("*")) == before
 
 
