@@ -238,7 +238,7 @@ def test_the_memory_of_a_copy_is_used_again_where_it_fits():
 
 def test_the_memory_of_a_copy_keeps_the_memory_format_of_its_state():
     module = torch.nn.Conv2d(3, 4, 3)
-    plain, last = (init_state(module.to(memory_format=f), sgd(), seed=0) for f in FORMATS)
+    plain, last = (init_state(module.to(memory_format=f), sgd(), seed=0) for f in FORMATS)  # type: ignore
     copied = copy_to_host(last, reuse=copy_to_host(plain))
     assert copied.params["weight"].stride() == last.params["weight"].stride()
 

@@ -370,7 +370,7 @@ def test_the_manifest_is_readable_without_the_tensors(tmp_path):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_restored_convolution_trains_on_bitwise_identically(tmp_path, memory_format):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU(), torch.nn.Conv2d(16, 16, 3))
-    loss_fn = module_loss(model.to(memory_format=memory_format), lambda model, x: (model(x).square().mean(), len(x)))
+    loss_fn = module_loss(model.to(memory_format=memory_format), lambda model, x: (model(x).square().mean(), len(x)))  # type: ignore
 
     def train(state: TrainState, first: int, last: int) -> TrainState:
         for seed in range(first, last):
@@ -477,8 +477,8 @@ def test_a_state_whose_deferred_check_failed_is_refused_and_the_checkpoint_befor
 
 
 def test_numbers_of_numpy_and_torch_are_taken_for_what_they_are(tmp_path):
-    best = Best(np.float32(0.5), np.int64(1), torch.tensor(0))
-    state = linear_state(epoch=np.int64(1), step=torch.tensor(3), best=best, key=Key(np.uint64(7), (np.int32(1),)))
+    best = Best(np.float32(0.5), np.int64(1), torch.tensor(0))  # type: ignore
+    state = linear_state(epoch=np.int64(1), step=torch.tensor(3), best=best, key=Key(np.uint64(7), (np.int32(1),)))  # type: ignore
     measured = report(
         1, learning_rate=np.float32(0.5), train={"loss": torch.tensor(0.25)}, num_points=np.int16(30), best=best
     )
@@ -498,5 +498,5 @@ def test_what_json_does_not_have_is_named_before_a_training(tmp_path):
     ):
         save(tmp_path, linear_state(), config={"model": {"act": torch.relu}})
     with pytest.raises(TypeError, match="expected texts as keys"):
-        AsyncCheckpointer(tmp_path, config={(1, 2): 3})
+        AsyncCheckpointer(tmp_path, config={(1, 2): 3})  # type: ignore
     assert list_checkpoints(tmp_path) == []

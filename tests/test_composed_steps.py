@@ -192,7 +192,7 @@ def test_an_optimizer_that_cannot_skip_is_refused_to():
 def test_evaluation_and_weights_are_those_of_the_average(name):
     optimizer, model = COMPOSED[name], TwoHeads()
     state = run(optimizer)
-    average = optimizer.eval_params(state.opt_state, state.params)
+    average = optimizer.eval_params(state.opt_state, state.params)  # type: ignore
     assert not torch.equal(average["stem.weight"], state.params["stem.weight"])
     expected = eval_step(state.replace(params=average), batch(0, 4), loss_fn=LOSS)
     assert eval_step(state, batch(0, 4), loss_fn=LOSS, optimizer=optimizer) == expected

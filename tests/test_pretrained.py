@@ -58,26 +58,26 @@ def test_an_encoder_with_a_new_head_is_told_apart(tmp_path, wrap):
     old = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 8), nn.Linear(8, 1)).double()
     torch.save(wrap(old.state_dict()), tmp_path / "old.pth")
     module = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 5))
-    head = module[1].bias.clone()
+    head = module[1].bias.clone()  # type: ignore
     report = load_pretrained(module, tmp_path / "old.pth")
     assert report.loaded == ("0.weight", "0.bias")
     assert report.other_shape == {"1.weight": ((8, 4), (5, 4)), "1.bias": ((8,), (5,))}
     assert report.unexpected == ("2.weight", "2.bias")
     assert module[0].weight.dtype == torch.float32
-    assert torch.equal(module[0].weight, old[0].weight.float())
-    assert torch.equal(module[1].bias, head)
+    assert torch.equal(module[0].weight, old[0].weight.float())  # type: ignore
+    assert torch.equal(module[1].bias, head)  # type: ignore
     load_pretrained(old, tmp_path / "old.pth")
 
 
 def test_tied_weights_and_buffers_are_loaded_and_stay_tied(tmp_path):
     old, new = Tied(), Tied()
-    old.norm.running_mean.fill_(5)
+    old.norm.running_mean.fill_(5)  # type: ignore
     torch.save({name: t for name, t in old.state_dict().items() if name != "encode.weight"}, tmp_path / "a.pt")
     report = load_pretrained(new, tmp_path / "a.pt")
     assert report.missing == ()
     assert new.decode.weight is new.encode.weight
     assert torch.equal(new.encode.weight, old.encode.weight)
-    assert torch.equal(new.norm.running_mean, old.norm.running_mean)
+    assert torch.equal(new.norm.running_mean, old.norm.running_mean)  # type: ignore
 
 
 def test_the_digest_is_of_the_loaded_values(tmp_path):

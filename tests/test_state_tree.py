@@ -96,7 +96,7 @@ def test_members_of_an_ensemble_are_separate_runs(name):
         assert_same(member(ensemble, number), state, name, 1e-6)
     sums = ensemble_eval_step(ensemble, batch(0, 5), loss_fn=LOSS, optimizer=optimizer)
     own = ensemble_eval_step(ensemble, batch(0, 5), loss_fn=LOSS)
-    assert torch.equal(sums["loss"].total, own["loss"].total) == (optimizer.eval_params is None)
+    assert torch.equal(sums["loss"].total, own["loss"].total) == (optimizer.eval_params is None)  # type: ignore
 
 
 def test_a_member_skips_a_step_alone_and_stops_after_too_many():
@@ -107,7 +107,7 @@ def test_a_member_skips_a_step_alone_and_stops_after_too_many():
     step = {"loss_fn": LOSS, "optimizer": optimizer, "lr": 0.1}
     ensemble, sums = ensemble_step(ensemble, batch(0, 5), **step)
     assert ensemble.active.tolist() == [True, True]
-    assert sums["skipped"].total.tolist() == [0, 1]
+    assert sums["skipped"].total.tolist() == [0, 1]  # type: ignore
     ensemble, _ = ensemble_step(ensemble, batch(1, 5), **step)
     assert ensemble.active.tolist() == [True, False]
     ensemble, _ = ensemble_step(ensemble, NAN, **step)
