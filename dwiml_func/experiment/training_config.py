@@ -1,0 +1,70 @@
+"""How a run trains: epochs, optimizer, learning rate, random numbers and hardware, as command-line options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from dwiml_func._checks import STRICT, check_number
+from dwiml_func.experiment.learning_rate import parse_learning_rate
+
+__all__ = ["TrainingConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The training."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    max_epochs: int = 100
+    """Number of epochs after which training ends."""
+    patience: int | None = None
+    """Number of epochs in a row without improvement after which training ends. None: early stopping is off."""
+    patience_delta: float = 1e-6
+    """Least decrease of the monitored loss that counts as an improvement."""
+    optimizer: Literal["Adam", "AdamW", "RAdam", "SGD"] = "Adam"
+    """Optimizer, as in torch.optim; SGD has no momentum."""
+    learning_rate: tuple[str, ...] = ("0.001",)
+    """Learning rate. "0.001*3 0.0001" means three epochs at 0.001, then 0.0001."""
+    weight_decay: float = 0.01
+    """L2 penalty on the parameters (AdamW: decoupled)."""
+    clip_grad: float | None = None
+    """Maximum norm of the gradient; a larger gradient is scaled down to it. None: no limit."""
+    rng: int = 1234
+    """Seed of all random numbers."""
+    data_rng: int | None = None
+    """Seed of the batches only: choice and order of streamlines, splitting, reversal, noise. None: --rng."""
+    use_gpu: bool = False
+    """Train on the CUDA GPU."""
+    num_threads: int = 1
+    """Number of CPU threads of the computation. Results with different numbers are not bitwise identical."""
+    compile: bool = False
+    """Compile the training step with torch.compile. Results are reproducible, but not bitwise identical to those
+    without it."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Precision of the model's matrix products and convolutions in training and validation; bf16 is autocast to
+    bfloat16. Parameters, gradients, optimizer state, losses and the final model stay in float32."""
+    num_shards: int = 1
+    """Number of shards of each batch. Under torchrun, the processes share them; any number of processes that divides
+    this number gives bitwise identical results."""
+
+    def __post_init__(self) -> None:
+        check_number("max_epochs", self.max_epochs, at_least=1)
+        if self.patience is not None:
+            check_number("patience", self.patience, at_least=1)
+        check_number("patience_delta", self.patience_delta, at_least=0)
+        check_number("weight_decay", self.weight_decay, at_least=0)
+        if self.clip_grad is not None:
+            check_number("clip_grad", self.clip_grad, above=0)
+        check_number("num_threads", self.num_threads, at_least=1, below=1 << 12)
+        check_number("num_shards", self.num_shards, at_least=1)
+        check_number("rng", self.rng, at_least=0, below=1 << 64)
+        if self.data_rng is not None:
+            check_number("data_rng", self.data_rng, at_least=0, below=1 << 64)
+        parse_learning_rate(" ".join(self.learning_rate))
+
+    @property
+    def learning_rates(self) -> tuple[float, ...]:
+        """One learning rate per epoch; the last one repeats."""
+        return parse_learning_rate(" ".join(self.learning_rate))
