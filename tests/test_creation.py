@@ -81,6 +81,28 @@ def test_several_files_are_joined_in_the_order_of_their_names_with_their_data_pe
         np.testing.assert_allclose(group["euclidean_lengths"][:], lengths, rtol=1e-5)
 
 
+def test_each_file_is_a_bundle_and_removed_streamlines_are_not_counted(tmp_path, capfd):
+    for seed, name in enumerate(("s1", "s2")):
+        subject = make_subject(tmp_path / "subjects", name, seed=seed)
+        lines = some_lines(5, 9)
+        save_lines(subject / "bundles" / "CST.trk", [*lines[:2], lines[2] + 1000, *lines[3:]])
+        save_lines(subject / "other" / "a.trk", some_lines(2, 4))
+    (tmp_path / "subjects" / "s2" / "other" / "a.trk").rename(tmp_path / "subjects" / "s2" / "other" / "z.trk")
+    config = {"input": CONFIG["input"], "streamlines": {"type": "streamlines", "files": ["bundles/*", "other/*"]}}
+    out = create(tmp_path, config, ("s1", "s2"), remove_invalid=True)
+    with File(out) as file:
+        group = file["s1/streamlines"]
+        assert list(group.attrs["bundle_names"]) == ["CST", "bundles/a", "b", "other/a"]  # in the order of the files
+        assert group["bundle_ids"].dtype == np.int32
+        assert np.bincount(group["bundle_ids"]).tolist() == [4, 7, 3, 2]
+    bundles = open_dataset(out).bundles
+    assert bundles is not None
+    assert bundles.names == ("CST", "bundles/a", "b", "other/a", "a", "z")
+    assert np.bincount(bundles.ids).tolist() == [8, 7, 6, 2, 7, 2]
+    assert main(["info", str(out)]) == 0
+    assert "with 6 bundles: CST, bundles/a, b, other/a, a, z\n" in capfd.readouterr().out
+
+
 def test_the_file_has_the_attributes_of_the_layout(tmp_path):
     make_subject(tmp_path / "subjects", "s1")
     make_subject(tmp_path / "subjects", "s2", seed=5)
@@ -107,13 +129,15 @@ def test_the_layout_is_that_of_a_file_of_the_reference(tmp_path):
     out = create(tmp_path, CONFIG, ("s1", "s2"), resampling=Resampling(step_size=0.5))
 
     def layout(file: Any) -> dict[str, object]:
+        ours_alone = ("standardization", "bundle")  # how to undo it; which bundle a streamline is of
         found: dict[str, object] = {f"@{name}": type(value) for name, value in file.attrs.items()}
         for name, group in file[next(iter(file))].items():
             for key, value in group.attrs.items():
-                if not key.startswith("standardization"):  # ours alone: how to undo it
+                if not key.startswith(ours_alone):
                     found[f"{name}@{key}"] = getattr(value, "dtype", type(value))
             for key, item in group.items():
-                found[f"{name}/{key}"] = (item.dtype, item.ndim) if hasattr(item, "ndim") else "group"
+                if not key.startswith(ours_alone):
+                    found[f"{name}/{key}"] = (item.dtype, item.ndim) if hasattr(item, "ndim") else "group"
         return found
 
     with File(out) as ours, File(Path(__file__).parent / "data" / "phantom.hdf5") as theirs:

@@ -92,6 +92,14 @@ def test_voxel_centres_at_a_half_give_back_the_streamlines_in_mm(file, subject):
     np.testing.assert_allclose(points, expected, atol=1e-4)
 
 
+def test_the_file_says_which_bundle_each_streamline_is_of(file):
+    for subject in SUBJECTS:
+        group = file[subject]["streamlines"]
+        assert list(group.attrs["bundle_names"]) == ["AF_L", "CC_ForcepsMajor", "CST_R"]
+        sizes = [len(lines) for lines in load_bundles(subject).values()]
+        assert group["bundle_ids"][:].tolist() == np.repeat([0, 1, 2], sizes).tolist()
+
+
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_all_voxels_that_interpolation_reads_are_white_matter(file, subject):
     mask = file[subject]["wm_mask/data"][..., 0]

@@ -414,6 +414,53 @@ def test_lengths_in_mm_are_known_only_where_every_subject_has_them(edited, remov
     assert lengths is None if removed else len(lengths) == 96  # pyright: ignore[reportArgumentType]
 
 
+def name_bundles(group: Any, names: object = ("left", "right"), ids: object = (0, 1)) -> None:
+    group.attrs["bundle_names"] = names
+    group["bundle_ids"] = np.resize(np.array(ids, np.int32), len(group["lengths"]))
+
+
+def test_bundles_of_the_same_name_are_one_for_all_subjects(edited):
+    def change(file: Any) -> None:
+        name_bundles(file["subj0/streamlines"])
+        name_bundles(file["subj1/streamlines"], ("right", "third"), (1, 0, 0))
+
+    for lazily in (False, True):
+        bundles = open_dataset(edited(change), lazy=lazily).bundles
+        assert bundles is not None
+        assert bundles.names == ("left", "right", "third")
+        assert bundles.ids.tolist() == [0, 1] * 24 + [2, 1, 1] * 16
+
+
+@pytest.mark.parametrize("named", [("subj0",), ()])
+def test_bundles_are_known_only_where_every_subject_has_them(edited, named):
+    assert open_dataset(edited(lambda file: [name_bundles(file[s]["streamlines"]) for s in named])).bundles is None
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda group: name_bundles(group, ids=(0, 2)), "24 of 48 streamlines are of a bundle that is none of the 2"),
+        (lambda group: name_bundles(group, ids=(0, -1)), "24 of 48 streamlines are of a bundle that is none of the 2"),
+        (lambda group: name_bundles(group, names=("a", "a")), "Expected names, each once"),
+        (lambda group: name_bundles(group, names=(1, 2)), "Expected names, each once"),
+        (lambda group: group.create_dataset("bundle_ids", data=[0, 1]), "no attribute 'bundle_names'"),
+        (lambda group: group.create_dataset("bundle_ids", data=[0.5]), "dtype float64. Expected integers"),
+    ],
+)
+def test_bundles_that_do_not_fit(edited, change, problem):
+    message = one_line_problem(edited(lambda file: change(file["subj1/streamlines"])))
+    assert "subject 'subj1', group 'streamlines'" in message
+    assert problem in message
+
+
+def test_bundle_ids_of_another_number_of_streamlines(edited):
+    def change(file: Any) -> None:
+        name_bundles(file["subj1/streamlines"])
+        replace(file["subj1/streamlines"], "bundle_ids", np.zeros(47, np.int64))
+
+    assert "bundle_ids of shape (47,). Expected (48,)" in one_line_problem(edited(change))
+
+
 def test_lengths_of_some_streamlines_only_are_none(edited):
     def change(file: Any) -> None:
         group = file["subj1/streamlines"]

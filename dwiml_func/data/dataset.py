@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
+from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
 
@@ -123,6 +124,7 @@ class StreamlineDataset:
         voxel_sizes: (num_subjects, 3) float32, mm.
         input_attributes: attributes of the first subject's input group, as plain Python values or numpy arrays.
         resampling: how the streamlines were sampled when the file was made.
+        bundles: the bundle of each streamline; None where not every subject of the file has them.
 
     Example:
         >>> import torch
@@ -147,6 +149,7 @@ class StreamlineDataset:
     voxel_sizes: Tensor
     input_attributes: dict[str, object]
     resampling: Resampling = field(default_factory=Resampling)
+    bundles: Bundles | None = None
 
     def __repr__(self) -> str:
         size = f"{len(self.index.subjects)} subjects, {self.index.num_total} streamlines, {self.num_features} features"

@@ -163,6 +163,7 @@ def _write_streamlines(
             affine=lines.grid.affine,
             dimensions=lines.grid.shape,
             data_per_streamline=lines.per_streamline,
+            bundles=lines.bundles,
         )
         if connectivity is not None:
             write_connectivity(parent[name], connectivity)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dwiml_func.data.bundles import Bundles, join_bundles
 from dwiml_func.data.creation.files import Source
 from dwiml_func.data.grid import Grid, grid_difference, grid_of, to_voxel
 from dwiml_func.data.resampling import Resampling, resample_points
@@ -18,7 +19,7 @@ _EDGE = 1e-3  # voxels by which a point may leave the grid: what files of float3
 
 
 class Tractogram(NamedTuple):
-    """Streamlines, flat: (P, 3) float64 points, (S + 1,) offsets, (S, K) data by name.
+    """Streamlines, flat: (P, 3) float64 points, (S + 1,) offsets, (S, K) data by name, and from which file each is.
 
     Points are in RAS mm when read from a file, in voxel space with corner origin from `load_streamlines`. The grid is
     the file's own (None for TCK), then the one of the points.
@@ -28,6 +29,7 @@ class Tractogram(NamedTuple):
     offsets: NDArray[np.int64]
     per_streamline: dict[str, NDArray]
     grid: Grid | None
+    bundles: Bundles | None = None
 
 
 def load_streamlines(
@@ -43,7 +45,7 @@ def load_streamlines(
 
     A streamline is invalid when it leaves the grid, has a point that is NaN or infinite, or has no length: there is no
     direction to learn. Invalid ones are removed, with a line to `note`, or refused. Without an `expected` grid, the
-    first file's grid counts. Resampling is in mm.
+    first file's grid counts. Resampling is in mm. Each file is a bundle.
     """
     parts: list[Tractogram] = []
     for source in files:
@@ -65,7 +67,20 @@ def load_streamlines(
         np.concatenate([[0], *(part.offsets[1:] + end for part, end in zip(parts, ends[:-1], strict=True))]),
         {key: np.concatenate([part.per_streamline[key] for part in parts]) for key in dps_keys},
         expected,
+        _bundles(files, parts),
     )
+
+
+def _bundles(files: Sequence[Source], parts: Sequence[Tractogram]) -> Bundles:
+    """Each file is a bundle of its name; files of the same name in several folders have the folder's name before it."""
+    stems = [source.path.stem for source in files]
+    names = [
+        stem if stems.count(stem) == 1 else f"{source.path.parent.name}/{stem}"
+        for source, stem in zip(files, stems, strict=True)
+    ]
+    sizes = [len(part.offsets) - 1 for part in parts]
+    filled = [(name, size) for name, size in zip(names, sizes, strict=True) if size > 0]
+    return join_bundles([Bundles((name,), np.zeros(size, dtype=np.int64)) for name, size in filled])
 
 
 def _read(source: Source, dps_keys: Sequence[str]) -> Tractogram:

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng
+from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
@@ -117,6 +118,7 @@ def _write_subject(group: h5py.Group, row: int) -> None:
         np.concatenate([[0], np.cumsum([len(s) for s in streamlines])]),
         affine=grid.affine,
         dimensions=grid.shape,
+        bundles=Bundles(tuple(bundles), np.repeat(np.arange(len(bundles)), [len(b) for b in voxel_bundles])),
     )
     write_volume(group, "wm_mask", mask[..., None], grid.affine, compression=1)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from dwiml_func._checks import truncated_repr
+from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.grid import Grid, grid_difference, grid_of
 from dwiml_func.data.hdf5.problems import Checked, Problem, attribute_of, dataset_of, location, present, to_python
 from dwiml_func.data.resampling import Resampling
@@ -23,6 +25,7 @@ __all__ = [
     "Subset",
     "Table",
     "group_of",
+    "read_bundles",
     "read_grid",
     "read_lengths_mm",
     "read_points",
@@ -215,6 +218,28 @@ def read_lengths_mm(group: h5py.Group, num_streamlines: int) -> Checked[NDArray[
     lengths = stored.astype(np.float64)[()]
     bad = ~(np.isfinite(lengths) & (lengths >= 0))
     return None if (yield from streamlines_that(group, bad, "have a length in mm that is no length")) else lengths
+
+
+def read_bundles(group: h5py.Group, num_streamlines: int) -> Checked[Bundles]:
+    """The bundle of each streamline; None where the file does not say it."""
+    if "bundle_ids" not in group:
+        return None
+    stored = yield from dataset_of(group, "bundle_ids", "iu")
+    received = yield from attribute_of(group, "bundle_names")
+    if stored is None or received is None:
+        return None
+    names = tuple(map(str, received)) if isinstance(received, list) else ()
+    if not names or len(set(names)) < len(names):
+        sentence = f"attribute 'bundle_names' is {truncated_repr(received)}. Expected names, each once"
+        yield Problem(location(group), sentence)
+        return None
+    if stored.shape != (num_streamlines,):
+        yield Problem(location(group), f"bundle_ids of shape {stored.shape}. Expected ({num_streamlines},)")
+        return None
+    ids = stored.astype(np.int64)[()]
+    unknown = (ids < 0) | (ids >= len(names))
+    fault = f"are of a bundle that is none of the {len(names)} named"
+    return None if (yield from streamlines_that(group, unknown, fault)) else Bundles(names, ids)
 
 
 def streamlines_that(group: h5py.Group, wrong: NDArray[np.bool_], have_a_fault: str) -> Checked[bool]:

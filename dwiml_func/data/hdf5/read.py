@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dwiml_func.data.bundles import Bundles, join_bundles
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
 from dwiml_func.data.hdf5.layout import (
     Subset,
     Table,
     group_of,
+    read_bundles,
     read_grid,
     read_lengths_mm,
     read_points,
@@ -142,6 +144,7 @@ def open_dataset(
             voxel_sizes=torch.from_numpy(np.array([part.voxel_sizes for part in parts], np.float32).reshape(-1, 3)),
             input_attributes={name: to_python(value) for name, value in parts[0].volume.attrs.items()} if parts else {},
             resampling=read_resampling(file),
+            bundles=_all_bundles(parts),
         )
 
 
@@ -154,6 +157,7 @@ class _Subject(NamedTuple):
     voxel_sizes: NDArray[np.float32]
     table: Table
     lengths_mm: NDArray[np.float64] | None
+    bundles: Bundles | None
 
 
 def _read_subject(file: h5py.File, subject: str, input_group_name: str, streamline_group_name: str) -> _Subject:
@@ -167,7 +171,8 @@ def _read_subject(file: h5py.File, subject: str, input_group_name: str, streamli
     sizes = raise_first(voxel_sizes_of(streamlines), path)
     table = raise_first(read_table(streamlines), path)
     lengths_mm = raise_first(read_lengths_mm(streamlines, len(table.lengths)), path)
-    return _Subject(volume, streamlines, shape, sizes, table, lengths_mm)
+    bundles = raise_first(read_bundles(streamlines, len(table.lengths)), path)
+    return _Subject(volume, streamlines, shape, sizes, table, lengths_mm, bundles)
 
 
 def _index(subjects: tuple[str, ...], parts: list[_Subject]) -> DatasetIndex:
@@ -176,6 +181,12 @@ def _index(subjects: tuple[str, ...], parts: list[_Subject]) -> DatasetIndex:
     num_streamlines = np.array([len(part.table.lengths) for part in parts], dtype=np.int64)
     all_known = 0 < len(lengths_mm) == len(parts)
     return DatasetIndex(subjects, num_streamlines, np.concatenate(lengths_mm) if all_known else None)
+
+
+def _all_bundles(parts: list[_Subject]) -> Bundles | None:
+    """Bundles are known only where every subject has them."""
+    known = [part.bundles for part in parts if part.bundles is not None]
+    return join_bundles(known) if 0 < len(known) == len(parts) else None
 
 
 def _joined(tables: list[NDArray[np.int64]]) -> torch.Tensor:

@@ -18,6 +18,8 @@ import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes
 
+from dwiml_func.data.bundles import Bundles
+
 __all__ = ["WatchedFile", "new_dataset", "write_streamlines", "write_volume"]
 
 
@@ -114,11 +116,13 @@ def write_streamlines(
     affine: np.ndarray,
     dimensions: Sequence[int],
     data_per_streamline: Mapping[str, np.ndarray] | None = None,
+    bundles: Bundles | None = None,
 ) -> None:
     """Write streamlines, (P, 3) points in voxel space with corner origin, as float32 into a group of a subject.
 
     `affine` maps voxel centres to RAS mm, `dimensions` is the grid's (X, Y, Z), `data_per_streamline` has (S, K)
-    arrays. The lengths in mm (`euclidean_lengths`) are computed here.
+    arrays. The lengths in mm (`euclidean_lengths`) are computed here. `bundles` become the dataset `bundle_ids` and the
+    attribute `bundle_names`, which dwi_ml ignores.
     """
     if points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(f"Expected points of shape (P, 3) for group '{name}'. Received: {points.shape}")
@@ -145,6 +149,9 @@ def write_streamlines(
     group.create_dataset("offsets", data=offsets[:-1])
     group.create_dataset("lengths", data=lengths)
     group.create_dataset("euclidean_lengths", data=_lengths_mm(points, offsets, affine))
+    if bundles is not None:
+        group.attrs["bundle_names"] = list(bundles.names)
+        group.create_dataset("bundle_ids", data=bundles.ids.astype(np.int32))
 
 
 def _check_affine(affine: np.ndarray, name: str) -> np.ndarray:

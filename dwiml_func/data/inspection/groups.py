@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.layout import (
+    read_bundles,
     read_grid,
     read_lengths_mm,
     read_points,
@@ -61,6 +62,7 @@ class StreamlineSummary(NamedTuple):
     grid: Grid | None
     extras: tuple[str, ...]
     """Names of data per streamline, and of the connectivity matrix."""
+    bundles: tuple[str, ...] = ()
 
 
 def inspect_volume(group: h5py.Group) -> Checked[VolumeSummary]:
@@ -92,6 +94,8 @@ def inspect_streamlines(group: h5py.Group) -> Checked[StreamlineSummary]:
         if getattr(values, "ndim", 0) != 2 or len(values) != num:
             shape = getattr(values, "shape", "()")
             yield Problem(location(group), f"data per streamline {key!r} of shape {shape}. Expected ({num}, values)")
+    bundles = yield from read_bundles(group, num)
+    unknown = unknown._replace(bundles=() if bundles is None else bundles.names)
     stored_lengths = yield from read_lengths_mm(group, num)
     points = yield from read_points(group, table)
     if points is None or grid is None:

@@ -89,7 +89,9 @@ def _streamline_table(streamlines: dict[str, StreamlineSummary], subset_of: dict
         rows.append([subject, subset_of.get(subject, "none"), *_measures([summary])])
     if len(streamlines) > 1:
         rows.append(["all", "", *_measures(list(streamlines.values()))])
-    extras = dict.fromkeys(extra for summary in streamlines.values() for extra in summary.extras)
+    extras = list(dict.fromkeys(extra for summary in streamlines.values() for extra in summary.extras))
+    bundles = list(dict.fromkeys(name for summary in streamlines.values() for name in summary.bundles))
+    extras += [f"{_count(len(bundles), 'bundle')}: {_shortened(bundles)}"] if bundles else []
     return _table(rows, right=set(range(2, 11))) + [f"  with {extra}" for extra in extras]
 
 
