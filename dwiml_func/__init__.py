@@ -14,10 +14,11 @@ from dwiml_func.core.gradients import clip_by_global_norm, value_and_grad
 from dwiml_func.core.loop import Interrupted, run_epoch, train_and_validate
 from dwiml_func.core.loss import LossFn, LossOut, module_loss
 from dwiml_func.core.metrics import Metrics, Sum, read_means
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
-from dwiml_func.core.step import NonFiniteError, eval_step, train_step
+from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.core.weights import load_into
 from dwiml_func.optim import (
     Optimizer,

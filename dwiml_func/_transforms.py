@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-__all__ = ["is_transformed"]
+import torch
+from torch import Tensor
+
+__all__ = ["is_transformed", "read_number"]
 
 
 def is_transformed() -> bool:
@@ -14,3 +17,10 @@ def is_transformed() -> bool:
     """
     # Private, the same in torch 2.11 and 2.13; torch.func has no public function for it.
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def read_number(number: Any) -> Any:
+    """The Python number of a () tensor on the CPU; the tensor itself where reading would wait, or is impossible."""
+    if not isinstance(number, Tensor) or number.requires_grad or number.device.type != "cpu" or is_transformed():
+        return number
+    return number.item()

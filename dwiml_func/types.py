@@ -13,6 +13,7 @@ __all__ = [
     "Gate",
     "Grads",
     "Metrics",
+    "Number",
     "OptState",
     "Optimizer",
     "Params",
@@ -21,6 +22,9 @@ __all__ = [
     "Sum",
     "Transform",
 ]
+
+Number = float | int | Tensor
+"""A Python number, or a () tensor."""
 
 Params = Mapping[str, Tensor]
 """Trainable tensors by the module's own names."""

@@ -13,8 +13,8 @@ from dwiml_func.compiled._torch_private import missing
 from dwiml_func.compiled.graph import CompiledFunction
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.rng import torch_rng
-from dwiml_func.core.step import NonFiniteError
 
 # Torch's own compiler stack warns of what it will change in itself.
 pytestmark = [

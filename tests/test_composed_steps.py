@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 from dwiml_func.core.epoch import epoch_fn
 from dwiml_func.core.loss import module_loss
 from dwiml_func.core.metrics import read_means
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState, init_state
-from dwiml_func.core.step import NonFiniteError, eval_step, train_step
+from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.core.weights import load_into
 from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.optim import (

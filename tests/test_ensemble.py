@@ -12,10 +12,11 @@ from dwiml_func.checkpoint.digest import leaf_digest, state_digest, state_leaves
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.metrics import read_means
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
-from dwiml_func.core.step import NonFiniteError, eval_step, train_step
+from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, member_sums, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step

@@ -11,9 +11,10 @@ from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.core.epoch import epoch_fn, eval_epoch_fn
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.metrics import Sum, read_means
+from dwiml_func.core.non_finite import NON_FINITE, NonFiniteError
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState, init_state
-from dwiml_func.core.step import NON_FINITE, NonFiniteError, eval_step, train_step
+from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.optim.optimizers import adam, sgd
 
 SIZES = [7, 1, 4, 7, 2]

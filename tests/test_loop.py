@@ -16,10 +16,11 @@ from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import Interrupted, train_and_validate
 from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
-from dwiml_func.core.step import NonFiniteError, eval_step, train_step
+from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.optim.optimizers import adam, sgd
 from dwiml_func.optim.schedules import per_epoch
 

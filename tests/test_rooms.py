@@ -7,7 +7,19 @@ import dwiml_func
 
 ROOT = Path(dwiml_func.__file__).parent
 ROOMS = (  # from the ground up
-    *("types", "_checks", "_transforms", "files", "optim", "core", "compiled", "distributed", "ensemble", "checkpoint"),
+    *(
+        "types",
+        "_checks",
+        "_transforms",
+        "_trees",
+        "files",
+        "optim",
+        "core",
+        "compiled",
+        "distributed",
+        "ensemble",
+        "checkpoint",
+    ),
     *("writers", "data", "models", "tracking", "experiment", "dwi_ml", "cli"),
 )
 BLIND = {"data": {"writers"}, "models": {"checkpoint", "writers"}, "tracking": {"checkpoint", "writers"}}

@@ -31,7 +31,7 @@ from dwiml_func.checkpoint.digest import leaf_digest, state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Metrics
-from dwiml_func.core.step import NON_FINITE
+from dwiml_func.core.non_finite import NON_FINITE
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import directions

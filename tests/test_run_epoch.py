@@ -246,7 +246,7 @@ def test_a_rate_of_numpy_or_a_tensor_is_a_number(learning_rate: Any) -> None:
         (lambda state, batch, lr: (state, None), r"Expected a step that returns \(state, metrics\)"),
         (
             lambda state, batch, lr: (state, {}),
-            "the state after the batch: epoch 0, batch 1",
+            "the state after batch 1 of epoch 1",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from dwiml_func.checkpoint.checkpoint import save
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import checkpoint_name
 from dwiml_func.checkpoint.provenance import environment
-from dwiml_func.core.epoch import check_finite
+from dwiml_func.core.non_finite import check_finite
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.files.json import to_json_data

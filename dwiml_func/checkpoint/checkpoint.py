@@ -30,7 +30,7 @@ from dwiml_func.checkpoint.digest import (
 from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
 from dwiml_func.checkpoint.index import checkpoint_name, checkpoint_path, list_checkpoints, names_after, position_name
 from dwiml_func.checkpoint.manifest import read_manifest
-from dwiml_func.core.epoch import check_finite
+from dwiml_func.core.non_finite import check_finite
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.files.atomic import atomic_remove, make_directory

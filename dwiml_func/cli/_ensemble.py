@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.cli._messages import pluralize, print_progress
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
-from dwiml_func.core.step import NonFiniteError
 from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.experiment.config import RunConfig

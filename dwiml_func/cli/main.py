@@ -15,7 +15,7 @@ import tyro
 
 from dwiml_func._checks import one_line
 from dwiml_func.cli._messages import Verbosity, messages, set_verbosity
-from dwiml_func.core.step import NonFiniteError
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError, rank_in
 from dwiml_func.experiment.signals import TrainingStopped
 

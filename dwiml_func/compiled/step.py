@@ -15,24 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwiml_func._trees import choose
 from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
 from dwiml_func.core.gradients import is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
-from dwiml_func.core.rng import Stream, fold_in, torch_rng
-from dwiml_func.core.state import TrainState, advance, check_not_donated
-from dwiml_func.core.step import (
+from dwiml_func.core.non_finite import (
     NON_FINITE,
     NonFinite,
     can_skip,
-    choose,
     choose_policy,
-    clip_and_measure,
     raise_if_not_finite,
     skip_metrics,
     spoil,
-    train_step,
 )
+from dwiml_func.core.rng import Stream, fold_in, torch_rng
+from dwiml_func.core.state import TrainState, advance, check_not_donated
+from dwiml_func.core.step import clip_and_measure, train_step
 from dwiml_func.optim.chain import update_with
 from dwiml_func.types import Metrics, Optimizer, OptState, Sum
 

@@ -6,11 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from dwiml_func.core.metrics import add_metrics
+from dwiml_func.core.non_finite import NON_FINITE, SKIPPED, check_finite, check_not_skipped_too_often
 from dwiml_func.core.state import TrainState
-from dwiml_func.core.step import NON_FINITE, SKIPPED, NonFiniteError, check_not_skipped_too_often, location
 from dwiml_func.types import Metrics, Sum
 
-__all__ = ["EvalStep", "TrainStep", "end_epoch", "epoch_fn", "eval_epoch_fn", "train_steps"]
+__all__ = [
+    "EvalStep",
+    "OnBatch",
+    "TrainStep",
+    "check_has_batch",
+    "end_epoch",
+    "epoch_fn",
+    "eval_epoch_fn",
+    "train_steps",
+]
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 """`step(state, batch) -> (state, metrics)`: `train_step` with everything static bound."""
@@ -19,6 +28,7 @@ EvalStep = Callable[[TrainState, Any], Metrics]
 """`step(state, batch) -> metrics`: `eval_step` with the loss bound."""
 
 OnBatch = Callable[[TrainState, Metrics], object]
+"""Called with the state and the batch's sums after each batch."""
 
 
 def train_steps(state: TrainState, batches: Iterable[Any], *, step: TrainStep) -> Iterator[tuple[TrainState, Metrics]]:
@@ -167,21 +177,10 @@ def _checked(old: TrainState, result: Any) -> tuple[TrainState, Metrics]:
     new = result[0]
     if (new.epoch, new.batch) != (old.epoch, old.batch + 1):
         raise TypeError(
-            f"Expected a step that returns the state after the batch: epoch {old.epoch}, batch {old.batch + 1}. "
-            f"Received: epoch {new.epoch}, batch {new.batch}. Return what train_step returned, or count the batch."
+            f"Expected a step that returns the state after batch {old.batch + 1} of epoch {old.epoch + 1}. "
+            f"Received: the state after batch {new.batch} of epoch {new.epoch + 1}. Return what train_step returned, "
+            "or count the batch."
         )
     if isinstance(is_bad := result[1].get(SKIPPED, Sum(0.0, 0.0)).total, float) and is_bad:
         check_not_skipped_too_often(new)  # elsewhere than on the CPU, at the end of the epoch
     return result
-
-
-def check_finite(state: TrainState) -> None:
-    """Raise NonFiniteError if a deferred check found a step of the current epoch that was not finite."""
-    first_bad = state.sums.get(NON_FINITE, Sum(0.0, 0.0))
-    if float(first_bad.weight) > 0:
-        bad_step = int(first_bad.total)
-        where = location(state.epoch, bad_step - (state.step - state.batch), bad_step)
-        raise NonFiniteError(
-            f"The loss or the gradient was not finite in {where}. "
-            f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids."
-        )

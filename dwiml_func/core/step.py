@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwiml_func._transforms import is_transformed
+from dwiml_func._transforms import read_number
+from dwiml_func._trees import choose
 from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import weighted_sum
+from dwiml_func.core.non_finite import (
+    NON_FINITE,
+    SKIPPED,
+    NonFinite,
+    choose_policy,
+    defer_check,
+    raise_if_not_finite,
+    skip_metrics,
+    spoil,
+)
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.state import TrainState, advance, check_not_donated
 from dwiml_func.core.weights import with_eval_params
-from dwiml_func.optim._kernel import read_number
 from dwiml_func.optim.chain import update_with
-from dwiml_func.optim.gates import skipped_too_often
-from dwiml_func.types import Grads, Metrics, Optimizer, OptState, Sum
+from dwiml_func.types import Grads, Metrics, Optimizer, Sum
 
-__all__ = ["NON_FINITE", "NonFiniteError", "eval_step", "train_step"]
-
-NON_FINITE = "non_finite"
-"""Name of the sum that a deferred check leaves: its total is the first step that was not finite, its weight 1."""
-
-SKIPPED = "skipped"
-"""Name of the sum that counts the batches that `skip_not_finite` skipped; its weight counts all batches."""
-
-NonFinite = Literal["raise", "defer", "skip"]
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or a gradient was NaN or infinite. The step was not taken; the state before it is unchanged.
-
-    Example:
-        >>> raise NonFiniteError("loss is nan")
-        Traceback (most recent call last):
-        ...
-        dwiml_func.core.step.NonFiniteError: loss is nan
-    """
+__all__ = ["clip_and_measure", "eval_step", "loss_metrics", "train_step"]
 
 
 def train_step(
@@ -120,7 +108,7 @@ def train_step(
     if policy == "skip":
         buffers = choose(is_bad, state.buffers, buffers)
     elif policy == "defer":
-        keep_old, metrics = _defer_check(state, out.loss, norm, metrics)
+        keep_old, metrics = defer_check(state, out.loss, norm, metrics)
         old, new = (state.params, state.buffers, state.opt_state), (params, buffers, opt_state)
         params, buffers, opt_state = (choose(keep_old, *pair) for pair in zip(old, new, strict=True))
     return advance(state, params, buffers, opt_state, metrics, donate=donate), metrics
@@ -175,106 +163,3 @@ def loss_metrics(out: LossOut) -> dict[str, Sum]:
         raise ValueError(f"`aux` uses the reserved metric name {', '.join(map(repr, sorted(taken)))}.")
     means = {"loss": out.loss, **out.aux}
     return {name: weighted_sum(*(m if isinstance(m, tuple) else (m, out.weight))) for name, m in means.items()}
-
-
-def raise_if_not_finite(state: TrainState, batch: Any, loss: float, norm: float) -> None:
-    """Raise a NonFiniteError if the loss or the gradient norm of the next step of `state` is not finite."""
-    for name, value in (("loss", loss), ("gradient norm", norm)):
-        if not math.isfinite(value):
-            raise NonFiniteError(
-                f"The {name} is {value} in {location(state.epoch, state.batch, state.step)}{_ids(batch)}. "
-                "The step was not taken. Check these inputs, lower the learning rate or clip the gradient."
-            )
-
-
-def location(epoch: int, batch: int, step: int) -> str:
-    """Where a run stands, as messages name it, counted from 1; the arguments are numbers done before it."""
-    return f"epoch {epoch + 1}, batch {batch + 1} (step {step + 1})"
-
-
-def choose(condition: bool | Tensor, first: Any, second: Any) -> Any:
-    """Of two trees of tensors, the leaves of `first` where the condition holds, else those of `second`.
-
-    The condition is a bool, a () tensor, or (K,) for leaves (K, ...). A leaf that `first` lacks, such as a count that
-    starts, is zero there.
-    """
-    if isinstance(condition, bool):
-        return first if condition else second
-    if isinstance(second, Mapping):
-        return {name: choose(condition, first.get(name, {}), leaf) for name, leaf in second.items()}
-    if condition.dim() > 0:
-        condition = condition.reshape(-1, *(1,) * (second.dim() - 1))
-    return torch.where(condition, first if isinstance(first, Tensor) else torch.zeros_like(second), second)
-
-
-def choose_policy(non_finite: NonFinite | None, opt_state: OptState, loss: Tensor) -> NonFinite:
-    """What to do with a step that is not finite."""
-    skips = can_skip(opt_state)
-    if non_finite == "skip" and not skips:
-        raise ValueError(
-            "Expected an optimizer with skip_not_finite for non_finite='skip'. Received: one without. "
-            "Use chain(skip_not_finite(3), ...)."
-        )
-    if non_finite is not None:
-        return non_finite
-    if skips:
-        return "skip"
-    return "defer" if loss.device.type != "cpu" or is_transformed() else "raise"
-
-
-def spoil(grads: Grads, is_bad: bool | Tensor) -> Grads:
-    """Gradients that are NaN where the step is bad, also if only the loss was."""
-    if is_bad is False:
-        return grads
-    return {
-        name: grad if grad is None else torch.where(torch.as_tensor(is_bad, device=grad.device), torch.nan, grad)
-        for name, grad in grads.items()
-    }
-
-
-def skip_metrics(is_bad: bool | Tensor, metrics: Mapping[str, Sum]) -> dict[str, Sum]:
-    """The sums of a batch, zero if it is skipped, and the count of skipped batches."""
-    if isinstance(is_bad, bool):
-        kept = {name: Sum(0.0, 0.0) if is_bad else own for name, own in metrics.items()}
-        return {**kept, SKIPPED: Sum(float(is_bad), 1.0)}
-    kept = {
-        name: Sum(*(torch.where(is_bad, 0.0, torch.as_tensor(part, device=is_bad.device)) for part in own))
-        for name, own in metrics.items()
-    }
-    return {**kept, SKIPPED: Sum(is_bad.to(torch.float64), torch.ones_like(is_bad, dtype=torch.float64))}
-
-
-def check_not_skipped_too_often(state: TrainState) -> None:
-    """Raise a NonFiniteError if `skip_not_finite` has skipped more steps in a row than it accepts."""
-    if SKIPPED in state.sums and bool(skipped_too_often(state.opt_state)):
-        raise NonFiniteError(
-            f"The loss or the gradient was not finite in too many steps in a row, up to "
-            f"{location(state.epoch, state.batch - 1, state.step - 1)}. Check the inputs, lower the learning rate or "
-            "clip the gradient."
-        )
-
-
-def can_skip(opt_state: OptState) -> bool:
-    """Whether the state is that of an optimizer with `skip_not_finite`."""
-    if "max_in_a_row" in opt_state and "in_a_row" in opt_state:
-        return True
-    return any(can_skip(part) for part in opt_state.values() if isinstance(part, Mapping))
-
-
-def _ids(batch: Any) -> str:
-    ids = getattr(batch, "ids", None)
-    if ids is None:
-        return ""
-    numbers = [int(i) for i in ids]
-    more = f", ... ({len(numbers)} in all)" if len(numbers) > 8 else ""
-    return f", ids {', '.join(map(str, numbers[:8]))}{more}"
-
-
-def _defer_check(
-    state: TrainState, loss: Tensor, norm: Tensor, metrics: dict[str, Sum]
-) -> tuple[Tensor, dict[str, Sum]]:
-    """Whether to keep the old values, decided on the device, and the sums with the first step that was not finite."""
-    bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-    earlier = state.sums.get(NON_FINITE, Sum(0.0, 0.0)).weight > 0
-    first = (bad & ~torch.as_tensor(earlier, device=bad.device)).to(torch.float64)
-    return bad | earlier, {**metrics, NON_FINITE: Sum(first * state.step, first)}

@@ -15,8 +15,8 @@ from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.epoch import check_has_batch
 from dwiml_func.core.loop import Batches, Interrupted, check_options
 from dwiml_func.core.metrics import add_metrics
+from dwiml_func.core.non_finite import location
 from dwiml_func.core.report import EpochReport, judge_epoch
-from dwiml_func.core.step import location
 from dwiml_func.ensemble.state import EnsembleState, member_sums
 from dwiml_func.optim.schedules import check_rate
 from dwiml_func.types import Metrics, PerStep, Schedule, Sum

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwiml_func._trees import choose, given
 from dwiml_func.core.gradients import check_clip_norm
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import add_metrics
+from dwiml_func.core.non_finite import SKIPPED, can_skip
 from dwiml_func.core.rng import Stream, fold_in
-from dwiml_func.core.step import SKIPPED, can_skip, choose, loss_metrics
+from dwiml_func.core.step import loss_metrics
 from dwiml_func.ensemble.rng import per_member_rng
 from dwiml_func.ensemble.state import EnsembleState
-from dwiml_func.optim._kernel import given
 from dwiml_func.optim.chain import update_with
 from dwiml_func.optim.gates import skipped_too_often
 from dwiml_func.types import Buffers, Grads, Metrics, Optimizer, OptState, Params, Sum

@@ -20,9 +20,9 @@ from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import checkpoint_name
 from dwiml_func.core.loop import Interrupted, Track, train_and_validate
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
-from dwiml_func.core.step import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import SaveInterval

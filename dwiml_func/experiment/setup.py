@@ -32,8 +32,7 @@ from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.model_store import check_memory
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import compute_batch_loss
-from dwiml_func.optim._foreach import Number
-from dwiml_func.types import Metrics, Optimizer
+from dwiml_func.types import Metrics, Number, Optimizer
 
 __all__ = [
     "RunParts",

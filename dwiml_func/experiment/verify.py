@@ -16,9 +16,9 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.loop import Track, train_and_validate
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
-from dwiml_func.core.step import NonFiniteError
 from dwiml_func.experiment.compare import differences, leaf_problems, report_differences, report_values
 from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config

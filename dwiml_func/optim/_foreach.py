@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from dwiml_func._transforms import is_transformed
+from dwiml_func.types import Number
 
-__all__ = ["Arithmetic", "Number", "Tensors", "arithmetic_for"]
-
-Number = float | int | Tensor
-"""A Python number, or a () tensor."""
+__all__ = ["Arithmetic", "Tensors", "arithmetic_for"]
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 """Tensors in one order of names."""

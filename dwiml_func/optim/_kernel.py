@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dwiml_func._transforms import is_transformed
-from dwiml_func.optim._foreach import Arithmetic, Number, Tensors, arithmetic_for
-from dwiml_func.types import Grads, Optimizer, OptState, Params
+from dwiml_func._transforms import read_number
+from dwiml_func._trees import given
+from dwiml_func.optim._foreach import Arithmetic, Tensors, arithmetic_for
+from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = [
     "Kernel",
     "apply_kernel",
     "check_options",
-    "given",
     "is_not_zero",
     "lerp",
     "make_optimizer",
-    "read_number",
     "scalar",
 ]
 
@@ -145,21 +143,9 @@ def _as_real(tensors: Tensors) -> Tensors:
     return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
 
 
-def given(grads: Grads) -> dict[str, Tensor]:
-    """The gradients that are there."""
-    return {name: grad for name, grad in grads.items() if grad is not None}
-
-
 def scalar(like: Tensor, value: float, dtype: torch.dtype) -> Tensor:
     """A () tensor on the device of `like`, one for each member where `like` is mapped by vmap."""
     return like.new_full((), value, dtype=dtype)
-
-
-def read_number(number: Any) -> Any:
-    """The Python number of a () tensor on the CPU; the tensor itself where reading would wait, or is impossible."""
-    if not isinstance(number, Tensor) or number.requires_grad or number.device.type != "cpu" or is_transformed():
-        return number
-    return number.item()
 
 
 def lerp(run: Arithmetic, start: Tensors, end: Tensors, weight: Number, *, reuse: bool = False) -> Tensors:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func.optim._foreach import Number, arithmetic_for
+from dwiml_func.optim._foreach import arithmetic_for
 from dwiml_func.optim._kernel import lerp
-from dwiml_func.types import Grads, Optimizer, OptState, Params
+from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["ema", "lookahead"]
 

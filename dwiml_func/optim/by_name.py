@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
-from dwiml_func.optim._foreach import Number
 from dwiml_func.optim._kernel import check_options
 from dwiml_func.optim._names import check_patterns, first_matches
 from dwiml_func.optim.chain import update_with
-from dwiml_func.types import Grads, Optimizer, OptState, Params
+from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["by_name"]
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
-from dwiml_func.optim._foreach import Number
-from dwiml_func.types import Grads, Optimizer, OptState, Params, Transform
+from dwiml_func._trees import choose
+from dwiml_func.types import Grads, Number, Optimizer, OptState, Params, Transform
 
 __all__ = ["chain", "update_with"]
 
@@ -70,20 +68,20 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         weight: Number = 1,
     ) -> tuple[dict[str, Tensor], OptState]:
         new_state = dict(opt_state)
-        is_open: Literal[True] | Tensor = True
+        is_closed: bool | Tensor = False
 
         def store(key: str, state: OptState) -> None:
             if state:
-                new_state[key] = _choose(is_open, state, opt_state.get(key, {}))
+                new_state[key] = choose(is_closed, opt_state.get(key, {}), state)
 
         for key, link in transforms.items():
-            reuse = donate and is_open is True
+            reuse = donate and is_closed is False
             options = {"lr": lr, "step": step, "weight": weight, "donate": reuse}
             grads, state, *gates = link.update(grads, opt_state.get(key, {}), params, **options)
             store(key, state)
             for gate in gates:
                 if isinstance(gate.is_open, Tensor):
-                    is_open = gate.is_open & is_open
+                    is_closed = ~gate.is_open | is_closed
                 elif not gate.is_open:
                     return dict(params), new_state
                 step, weight = gate.step, gate.weight
@@ -91,11 +89,11 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
             *(optimizer, grads, opt_state.get("optimizer", {}), params),
             lr=lr,
             step=step,
-            donate=donate and is_open is True,
+            donate=donate and is_closed is False,
             weight=weight,
         )
         store("optimizer", state)
-        return _choose(is_open, new_params, params), new_state
+        return choose(is_closed, params, new_params), new_state
 
     def eval_params(opt_state: OptState, params: Params) -> Params:
         assert optimizer.eval_params is not None
@@ -118,12 +116,3 @@ def update_with(
     """Call `optimizer.update`, with `weight` where it takes one."""
     further = {"weight": weight} if optimizer.uses_weight else {}
     return optimizer.update(grads, opt_state, params, lr=lr, step=step, donate=donate, **further)
-
-
-def _choose(is_open: Literal[True] | Tensor, new: Any, old: Any) -> Any:
-    """The new tree where the gate is open. A tensor that the old one lacks (a count that starts) is 0 there."""
-    if is_open is True or new is old:
-        return new
-    if isinstance(new, Mapping):
-        return {key: _choose(is_open, value, old.get(key, {})) for key, value in new.items()}
-    return torch.where(is_open, new, old if isinstance(old, Tensor) else torch.zeros_like(new))

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func.optim._foreach import Number, arithmetic_for
-from dwiml_func.optim._kernel import given, read_number, scalar
-from dwiml_func.types import Gate, Grads, OptState, Params, Transform
+from dwiml_func._transforms import read_number
+from dwiml_func._trees import choose, given
+from dwiml_func.optim._foreach import arithmetic_for
+from dwiml_func.optim._kernel import scalar
+from dwiml_func.types import Gate, Grads, Number, OptState, Params, Transform
 
 __all__ = ["accumulate", "skip_not_finite", "skipped_too_often"]
 
@@ -77,13 +79,14 @@ def accumulate(num_steps: int) -> Transform:
         is_last = (step + 1) % num_steps == 0
         mean = dict(zip(params, means, strict=True))
         emitted: dict[str, Tensor | None] = dict(mean)
-        new_state: dict[str, Any] = {"mean": mean, "weight": _where(is_last, 0.0, total, like=state["weight"])}
+        points = total if isinstance(total, Tensor) else torch.full_like(state["weight"], total)
+        new_state: dict[str, Any] = {"mean": mean, "weight": choose(is_last, torch.zeros_like(points), points)}
         unused: Mapping[str, Tensor] = state.get("unused", {})
         counts = {}
         for name in params:
             if name in unused or name not in used:
                 count = unused.get(name, scalar(params[name], 0, torch.int64)) + int(name not in used)
-                counts[name] = _where(is_last, 0, count, like=count)
+                counts[name] = choose(is_last, torch.zeros_like(count), count)
                 known = read_number(count)
                 if not isinstance(known, Tensor) and known == num_steps:
                     emitted[name] = None
@@ -132,8 +135,8 @@ def skip_not_finite(max_in_a_row: int) -> Transform:
         skipped = read_number(state["skipped"])
         in_a_row = state["in_a_row"] + 1
         new_state = {
-            "skipped": state["skipped"] + _where(is_finite, 0, 1, like=state["skipped"]),
-            "in_a_row": _where(is_finite, 0, in_a_row, like=in_a_row),
+            "skipped": state["skipped"] + choose(is_finite, 0, 1),
+            "in_a_row": choose(is_finite, torch.zeros_like(in_a_row), in_a_row),
             "max_in_a_row": state["max_in_a_row"],
         }
         return grads, new_state, Gate(is_finite, step - skipped, weight)
@@ -169,11 +172,3 @@ def _all_finite(grads: Grads, like: Tensor) -> Tensor:
         return torch.ones_like(like, dtype=torch.bool)
     largest = arithmetic_for(tensors)("norm", tensors, math.inf)  # the L2 norm of finite numbers can be infinite
     return torch.isfinite(torch.stack(list(largest))).all()
-
-
-def _where(condition: bool | Tensor, yes: Any, no: Any, *, like: Tensor) -> Tensor:
-    """A tensor of the dtype and device of `like`."""
-    yes, no = (x if isinstance(x, Tensor) else torch.full_like(like, x) for x in (yes, no))
-    if isinstance(condition, Tensor):
-        return torch.where(condition, yes, no)
-    return yes if condition else no

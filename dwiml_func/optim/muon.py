@@ -8,11 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dwiml_func.optim._foreach import Number
 from dwiml_func.optim._kernel import apply_kernel, check_options, lerp
 from dwiml_func.optim._names import check_patterns, first_matches
 from dwiml_func.optim.chain import update_with
-from dwiml_func.types import Grads, Optimizer, OptState, Params
+from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["muon"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dwiml_func.optim._foreach import Number, arithmetic_for
-from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, make_optimizer, read_number, scalar
-from dwiml_func.types import Optimizer
+from dwiml_func._transforms import read_number
+from dwiml_func.optim._foreach import arithmetic_for
+from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, make_optimizer, scalar
+from dwiml_func.types import Number, Optimizer
 
 __all__ = ["nadam"]
 

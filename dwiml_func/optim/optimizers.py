@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dwiml_func.optim._foreach import Arithmetic, Number, Tensors
+from dwiml_func.optim._foreach import Arithmetic, Tensors
 from dwiml_func.optim._kernel import check_options, is_not_zero, make_optimizer
-from dwiml_func.types import Optimizer
+from dwiml_func.types import Number, Optimizer
 
 __all__ = ["Optimizer", "adam", "adamw", "radam", "sgd"]
 

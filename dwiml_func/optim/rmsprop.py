@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dwiml_func.optim._foreach import Number
 from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, make_optimizer
-from dwiml_func.types import Optimizer
+from dwiml_func.types import Number, Optimizer
 
 __all__ = ["rmsprop"]
 

@@ -14,17 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func.optim._foreach import Number, arithmetic_for
-from dwiml_func.optim._kernel import (
-    Kernel,
-    apply_kernel,
-    check_options,
-    is_not_zero,
-    lerp,
-    read_number,
-    scalar,
-)
-from dwiml_func.types import Grads, Optimizer, OptState, Params
+from dwiml_func._transforms import read_number
+from dwiml_func.optim._foreach import arithmetic_for
+from dwiml_func.optim._kernel import Kernel, apply_kernel, check_options, is_not_zero, lerp, scalar
+from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["schedule_free_adamw", "schedule_free_sgd"]
 
