@@ -42,6 +42,7 @@ SKIPPED = "skipped"
 """Name of the sum that counts the batches that `skip_not_finite` skipped; its weight counts all batches."""
 
 NonFinite = Literal["raise", "defer", "skip"]
+"""A policy, see `train_step`."""
 
 
 class NonFiniteError(ArithmeticError):
