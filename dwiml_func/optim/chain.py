@@ -28,6 +28,7 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         TypeError: the last link is not an optimizer, or an earlier one is not a transformation.
 
     Example:
+        >>> import torch
         >>> from dwiml_func.optim import accumulate, adam, clip_by_global_norm
         >>> optimizer = chain(accumulate(2), clip_by_global_norm(1.0), adam())
         >>> params = {"w": torch.ones(2)}
