@@ -14,10 +14,12 @@ __all__ = [
     "Grads",
     "Metrics",
     "Number",
+    "OnPlateau",
     "OptState",
     "Optimizer",
     "Params",
     "PerStep",
+    "Plateau",
     "Schedule",
     "Sum",
     "Transform",
@@ -129,8 +131,50 @@ class PerStep:
     rate: Callable[[int], float]
 
 
-Schedule = Callable[[int], float] | PerStep
-"""Maps the number of epochs done (0 for the first epoch) to that epoch's learning rate; or counts steps."""
+class Plateau(NamedTuple):
+    """What a run remembers of its validations, for a schedule that depends on them; part of the `TrainState`.
+
+    Args:
+        num_reductions: how often the schedule was reduced.
+        best: the best value of the monitored metric so far; None before the first one.
+        num_bad: validations since then, or since the last reduction.
+        cooldown: validations that will not count.
+
+    Example:
+        >>> Plateau()
+        Plateau(num_reductions=0, best=None, num_bad=0, cooldown=0)
+    """
+
+    num_reductions: int = 0
+    best: float | None = None
+    num_bad: int = 0
+    cooldown: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OnPlateau:
+    """A schedule that is reduced when validations stop improving, made by `dwiml_func.reduce_on_plateau`.
+
+    Args:
+        schedule: the values without reductions.
+        reduce: `reduce(value, num_reductions) -> value`.
+        update: `update(plateau, value, mode=...) -> plateau`, after a validation with that value of the monitored
+            metric; `mode` is "min" or "max".
+
+    Example:
+        >>> halved = OnPlateau(lambda epoch: 0.1, lambda value, count: value / 2**count, lambda plateau, *_: plateau)
+        >>> halved.reduce(halved.schedule(0), 2)
+        0.025
+    """
+
+    schedule: Callable[[int], float] | PerStep
+    reduce: Callable[[float, int], float]
+    update: Callable[..., Plateau]
+
+
+Schedule = Callable[[int], float] | PerStep | OnPlateau
+"""Maps the number of epochs done (0 for the first epoch) to that epoch's value, such as a learning rate; or counts
+steps, or follows the validations."""
 
 
 class Sum(NamedTuple):

@@ -1,4 +1,4 @@
-"""Claims about checkpoints of composed optimizers: nested states, their names, and exact resume at every batch."""
+"""Claims about checkpoints of composed runs: nested states, their names, and exact resume at every batch."""
 
 from functools import partial
 
@@ -23,6 +23,7 @@ from dwiml_func.optim import (
     clip_by_global_norm,
     ema,
     per_step,
+    reduce_on_plateau,
     skip_not_finite,
     warm_up,
 )
@@ -32,7 +33,8 @@ OPTIMIZER = chain(
     clip_by_global_norm(0.5),
     ema(by_name(adamw, {"*.bias": {"weight_decay": 0}, "stem.*": {"lr": 0.1}}, weight_decay=0.1), 0.9),
 )
-NUM_BATCHES, NUM_EPOCHS = 10, 2
+RATE = reduce_on_plateau(per_step(warm_up(lambda step: 0.05, length=17)), factor=0.5, patience=0, threshold=0.999)
+NUM_BATCHES, NUM_EPOCHS = 10, 3
 
 
 class Model(nn.Module):
@@ -65,7 +67,7 @@ def epochs(state: TrainState, optimizer=OPTIMIZER, interrupt=None):
         valid=lambda key, epoch, start: batches(Key(9), 0, start)[:2],
         step=partial(train_step, loss_fn=LOSS, optimizer=optimizer, donate=True),
         eval_step=partial(eval_step, loss_fn=LOSS, optimizer=optimizer),
-        learning_rate=per_step(warm_up(lambda step: 0.05, length=7)),
+        learning_rate=RATE,
         max_epochs=NUM_EPOCHS,
         interrupt=interrupt,
     )
@@ -77,7 +79,9 @@ def first_state(optimizer=OPTIMIZER) -> TrainState:
 
 @pytest.fixture(scope="module")
 def uninterrupted() -> str:
-    return state_digest([state for state, _ in epochs(first_state())][-1])
+    ends = [state for state, _ in epochs(first_state())]
+    assert [state.plateau.num_reductions for state in ends] == [0, 1, 2]
+    return state_digest(ends[-1])
 
 
 @pytest.mark.parametrize("kill_at", range(1, NUM_EPOCHS * NUM_BATCHES + 1))
@@ -87,7 +91,8 @@ def test_a_run_that_was_killed_at_any_batch_ends_in_the_uninterrupted_digest(kil
     def kill() -> bool:
         nonlocal num_batches
         num_batches += 1
-        return num_batches > kill_at + (2 if kill_at > NUM_BATCHES else 0) - 1  # validation batches are counted too
+        validated = 2 * ((kill_at - 1) // NUM_BATCHES)  # validation batches are counted too
+        return num_batches >= kill_at + validated
 
     with pytest.raises(Interrupted) as caught:
         list(epochs(first_state(), interrupt=kill))

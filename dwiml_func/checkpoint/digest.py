@@ -22,7 +22,7 @@ from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.files.json import to_json_data
-from dwiml_func.types import Sum
+from dwiml_func.types import Plateau, Sum
 
 __all__ = [
     "BitDifference",
@@ -178,7 +178,9 @@ def state_numbers(state: TrainState) -> dict[str, Any]:
     """
     sums = {name: [float(total), float(weight)] for name, (total, weight) in state.sums.items()}
     numbers = {"key": {"seed": state.key.seed, "path": state.key.path}, "step": state.step, "epoch": state.epoch}
-    return to_json_data({**numbers, "batch": state.batch, "sums": sums, "best": state.best._asdict()}, "state")
+    plateau = {} if state.plateau == Plateau() else {"plateau": state.plateau._asdict()}  # as before there was one
+    own = {**numbers, "batch": state.batch, "sums": sums, "best": state.best._asdict(), **plateau}
+    return to_json_data(own, "state")
 
 
 def numbers_to_fields(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -190,6 +192,7 @@ def numbers_to_fields(numbers: dict[str, Any]) -> dict[str, Any]:
         "batch": numbers["batch"],
         "sums": {name: Sum(*pair) for name, pair in numbers["sums"].items()},
         "best": Best(**numbers["best"]),
+        "plateau": Plateau(**numbers.get("plateau") or {}),
     }
 
 

@@ -22,6 +22,7 @@ from dwiml_func.checkpoint.digest import combine_digests
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key
+from dwiml_func.types import Plateau
 
 __all__ = ["FORMAT", "CheckpointError", "CorruptError", "manifest_checksum", "manifest_text", "read_manifest"]
 
@@ -150,7 +151,7 @@ def _schema() -> Any:
     leaf = model("Leaf", extra="forbid", name=str, shape=list[count], dtype=dtype, sha256=sha256, dim_order=order)
     counts = dict.fromkeys(("step", "epoch", "batch"), count)
     sums = dict[str, tuple[float, float]]
-    numbers = model("Numbers", extra="forbid", key=Key, **counts, sums=sums, best=Best)
+    numbers = model("Numbers", extra="forbid", key=Key, **counts, sums=sums, best=Best, plateau=(Plateau | None, None))
     data = dict[str, Any]
     optional = {"numbers": numbers, "history": list[EpochReport], "config": data, "data": data}
     return TypeAdapter(

@@ -17,8 +17,8 @@ from dwiml_func.core.epoch import EvalStep, OnBatch, TrainStep, epoch_fn, eval_e
 from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
-from dwiml_func.optim.schedules import check_rate, constant
-from dwiml_func.types import Metrics, PerStep, Schedule
+from dwiml_func.optim.schedules import constant, value_at
+from dwiml_func.types import Metrics, OnPlateau, PerStep, Schedule
 
 __all__ = [
     "Batches",
@@ -115,7 +115,7 @@ def run_epoch(
         patience=patience, patience_delta=patience_delta,
     )  # fmt: skip
     track = track or _untracked
-    bound, rate = with_rate(step, learning_rate, state.epoch)
+    bound = with_rate(step, learning_rate, state)
     last, earlier_sums, start = state, state.sums, clock()  # `last`: after the last training batch
 
     def after_batch(state: TrainState, metrics: Metrics) -> None:
@@ -137,7 +137,7 @@ def run_epoch(
         judge_epoch,
         state.best,
         epoch=state.epoch,
-        learning_rate=rate(state.step - 1),
+        learning_rate=value_at(learning_rate, epoch=state.epoch - 1, step=state.step - 1, plateau=state.plateau),
         train_sums=train_sums,
         has_validation=valid is not None,
         monitor=monitor,
@@ -154,7 +154,11 @@ def run_epoch(
         batches = track(valid(state.key, state.epoch - 1, 0), "validation", epoch=state.epoch - 1, start_batch=0)
         valid_sums = eval_epoch_fn(state, batches, step=eval_step, on_batch=after_eval_batch)
     report = judge(valid_sums=valid_sums, minutes=((trained_at - start) / 60, (clock() - trained_at) / 60))
-    return state.replace(best=report.best), report
+    state = state.replace(best=report.best)
+    means = report.train if valid is None else report.valid
+    if isinstance(learning_rate, OnPlateau) and means:
+        state = state.replace(plateau=learning_rate.update(state.plateau, means[monitor], mode=mode))
+    return state, report
 
 
 def train_and_validate(
@@ -185,8 +189,8 @@ def train_and_validate(
         step: `step(state, batch, lr=...)`, e.g. `partial(train_step, loss_fn=..., optimizer=...)`.
         valid: like `train`, for validation. None: the means over the training decide the best epoch.
         eval_step: `eval_step(state, batch)`; needed with `valid`.
-        learning_rate: a number; a function of the number of epochs done; or `per_step(f)`, f being a function of the
-            number of optimizer steps done.
+        learning_rate: a number; a function of the number of epochs done; `per_step(f)`, f being a function of the
+            number of optimizer steps done; or `reduce_on_plateau(...)`.
         max_epochs: number of epochs at which the run ends, counted from its very start.
         patience: validations in a row without a new best after which the run ends; None never ends it.
         patience_delta: least improvement of the monitored metric that counts.
@@ -236,7 +240,7 @@ def train_and_validate(
         "patience_delta": patience_delta,
     }
     check_options(valid=valid, eval_step=eval_step, **judging)
-    if not (callable(learning_rate) or isinstance(learning_rate, PerStep)):
+    if not (callable(learning_rate) or isinstance(learning_rate, PerStep | OnPlateau)):
         learning_rate = constant(float(learning_rate))  # refused at the call, not in the first epoch
     trained: tuple[TrainState, EpochReport] | None = None  # an epoch that is being validated
 
@@ -290,17 +294,16 @@ def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
     return batches
 
 
-def with_rate(step: Step, learning_rate: float | Schedule, epoch: int) -> tuple[TrainStep, Callable[[int], float]]:
-    """Bind the learning rate of an epoch to a step; also the rate by the number of steps done."""
-    if isinstance(learning_rate, PerStep):
-        schedule = learning_rate.rate
+def with_rate(step: Step, learning_rate: float | Schedule, state: TrainState) -> TrainStep:
+    """Bind the learning rate to a step, for the current epoch."""
 
-        def bound(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-            return step(state, batch, lr=check_rate(schedule(state.step)))
+    def rate(state: TrainState) -> float:
+        return value_at(learning_rate, epoch=state.epoch, step=state.step, plateau=state.plateau)
 
-        return bound, lambda count: check_rate(schedule(count))
-    lr = check_rate(learning_rate(epoch) if callable(learning_rate) else learning_rate)
-    return partial(step, lr=lr), lambda _: lr
+    base = learning_rate.schedule if isinstance(learning_rate, OnPlateau) else learning_rate
+    if isinstance(base, PerStep):
+        return lambda state, batch: step(state, batch, lr=rate(state))
+    return partial(step, lr=rate(state))
 
 
 def check_options(

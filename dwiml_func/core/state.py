@@ -17,7 +17,7 @@ from dwiml_func._checks import at_most_three, truncated_repr
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Key, fold_in
-from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Sum
+from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Plateau, Sum
 
 __all__ = ["TrainState", "init_state"]
 
@@ -39,6 +39,7 @@ class TrainState:
         batch: batches done in the current epoch; 0 between epochs.
         sums: metric sums of the current epoch; empty between epochs.
         best: the best epoch so far.
+        plateau: what `reduce_on_plateau` depends on.
 
     Example:
         >>> from dwiml_func.optim import sgd
@@ -55,6 +56,7 @@ class TrainState:
     batch: int = 0
     sums: Metrics = field(default_factory=dict)
     best: Best = field(default_factory=Best)
+    plateau: Plateau = field(default_factory=Plateau)
 
     def replace(self, **changes: object) -> TrainState:
         """Return a copy with new values for the named fields.
@@ -89,7 +91,7 @@ class TrainState:
 def _flatten(state: TrainState) -> tuple[list[Any], Any]:
     sums = {name: [part for part in pair if isinstance(part, Tensor)] for name, pair in state.sums.items()}
     numbers = {name: [None if isinstance(part, Tensor) else part for part in pair] for name, pair in state.sums.items()}
-    others = {"key": state.key, "step": state.step, "epoch": state.epoch, "batch": state.batch, "best": state.best}
+    others = {name: getattr(state, name) for name in ("key", "step", "epoch", "batch", "best", "plateau")}
     return [dict(state.params), dict(state.buffers), dict(state.opt_state), sums], (others, numbers)
 
 
@@ -179,6 +181,7 @@ def advance(
         batch=state.batch + 1,
         sums=add_metrics(state.sums, metrics),
         best=state.best,
+        plateau=state.plateau,
     )
     if donate:
         mark_donated(state)

@@ -18,8 +18,8 @@ from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import location
 from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.ensemble.state import EnsembleState, member_sums
-from dwiml_func.optim.schedules import check_rate
-from dwiml_func.types import Metrics, PerStep, Schedule, Sum
+from dwiml_func.optim.schedules import value_at
+from dwiml_func.types import Metrics, OnPlateau, PerStep, Plateau, Schedule, Sum
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]
 
@@ -77,7 +77,7 @@ def train_and_validate_ensemble(
         train: `train(key, epoch, start_batch)` returns training batches for all; `key` is the first member's root key.
         step: `step(ensemble, batch, lr=...)`, e.g. `partial(ensemble_step, loss_fn=..., optimizer=...)`.
         valid, eval_step: as for `train_and_validate`, with `ensemble_eval_step`.
-        learning_rate: a number, or a function of the number of epochs done; or one for each member.
+        learning_rate: a number or a schedule, as for `train_and_validate`; or a list with one for each member.
         max_epochs, patience, patience_delta, clock: as for `train_and_validate`, of each member.
         on_batch: called with the ensemble and the sums after each training batch.
         interrupt: called after each training and each validation batch; True ends the loop with `Interrupted`.
@@ -114,7 +114,7 @@ def train_and_validate_ensemble(
     )
     if len(each) != len(ensemble):
         raise ValueError(f"Expected {len(ensemble)} learning rates, one for each member. Received: {len(each)}")
-    is_per_step = any(isinstance(rate, PerStep) for rate in each)
+    is_per_step = any(isinstance(getattr(rate, "schedule", rate), PerStep) for rate in each)
     trained = ensemble  # after the last training batch
 
     def after_batch(ensemble: EnsembleState, metrics: Metrics) -> None:
@@ -132,7 +132,7 @@ def train_and_validate_ensemble(
         ensemble = _without_patience(ensemble, patience)
         while ensemble.epoch < max_epochs and any(running := ensemble.active.tolist()):
             earlier_sums, start = member_sums(ensemble.sums, len(ensemble)), clock()
-            rates = partial(_rates, each, ensemble.epoch)
+            rates = partial(_rates, each, ensemble.plateau, ensemble.epoch)
             bound: Any = partial(step, lr=_one_or_each(rates(ensemble.step), ensemble))
             if is_per_step:
                 bound = partial(_step_at_its_rate, step, rates)
@@ -161,7 +161,11 @@ def train_and_validate_ensemble(
                 if is_active
             }
             best = tuple(reports[n].best if n in reports else best for n, best in enumerate(ensemble.best))
-            ensemble = _without_patience(ensemble.replace(best=best), patience)
+            plateau = tuple(
+                _next_plateau(each[n], own, reports.get(n), is_validated=valid is not None)
+                for n, own in enumerate(ensemble.plateau)
+            )
+            ensemble = _without_patience(ensemble.replace(best=best, plateau=plateau), patience)
             yield ensemble, EnsembleReport(epoch=ensemble.epoch, members=reports, failed=failed)
 
     return epochs(ensemble)
@@ -193,11 +197,16 @@ def _evaluate(
     return sums
 
 
-def _rates(schedules: list[float | Schedule], epoch: int, step: int) -> list[float]:
-    return [
-        check_rate(each.rate(step) if isinstance(each, PerStep) else each(epoch) if callable(each) else each)
-        for each in schedules
-    ]
+def _rates(schedules: list[float | Schedule], plateaus: Sequence[Plateau], epoch: int, step: int) -> list[float]:
+    pairs = zip(schedules, plateaus, strict=True)
+    return [value_at(each, epoch=epoch, step=step, plateau=plateau) for each, plateau in pairs]
+
+
+def _next_plateau(
+    schedule: float | Schedule, plateau: Plateau, report: EpochReport | None, *, is_validated: bool
+) -> Plateau:
+    means = {} if report is None else report.valid if is_validated else report.train
+    return schedule.update(plateau, means["loss"]) if isinstance(schedule, OnPlateau) and means else plateau
 
 
 def _step_at_its_rate(

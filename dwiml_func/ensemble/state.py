@@ -14,7 +14,7 @@ from dwiml_func._checks import listed
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, check_not_donated, describe_best, describe_tensors
-from dwiml_func.types import Buffers, Metrics, OptState, Params, Sum
+from dwiml_func.types import Buffers, Metrics, OptState, Params, Plateau, Sum
 
 __all__ = ["EnsembleState", "member", "member_sums", "stack_states"]
 
@@ -40,6 +40,7 @@ class EnsembleState:
         batch: batches that they have done in the current epoch; 0 between epochs.
         sums: metric sums of the current epoch: totals and weights (K,) float64.
         best: the best epoch so far of each member.
+        plateau: what `reduce_on_plateau` depends on, of each member.
 
     Example:
         >>> from dwiml_func import init_state, sgd
@@ -61,6 +62,7 @@ class EnsembleState:
     batch: int = 0
     sums: Metrics = field(default_factory=dict)
     best: tuple[Best, ...] = ()
+    plateau: tuple[Plateau, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -97,7 +99,7 @@ class EnsembleState:
 
 
 _TENSORS = ("params", "buffers", "opt_state", "active", "done", "sums")
-_OTHERS = ("keys", "step", "epoch", "batch", "best")
+_OTHERS = ("keys", "step", "epoch", "batch", "best", "plateau")
 register_pytree_node(
     EnsembleState,
     lambda ensemble: ([getattr(ensemble, n) for n in _TENSORS], tuple(getattr(ensemble, n) for n in _OTHERS)),
@@ -155,6 +157,7 @@ def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None 
         batch=batch,
         sums=_stack_sums([state.sums for state in states], device),
         best=tuple(state.best for state in states),
+        plateau=tuple(state.plateau for state in states),
     )
 
 
@@ -189,6 +192,7 @@ def member(ensemble: EnsembleState, number: int) -> TrainState:
         batch=batch,
         sums=sums if batch else {},
         best=ensemble.best[number],
+        plateau=ensemble.plateau[number],
     )
 
 

@@ -8,6 +8,7 @@ from dwiml_func.optim.lion import lion
 from dwiml_func.optim.muon import muon
 from dwiml_func.optim.nadam import nadam
 from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
+from dwiml_func.optim.plateau import reduce_on_plateau
 from dwiml_func.optim.rmsprop import rmsprop
 from dwiml_func.optim.schedule_free import schedule_free_adamw, schedule_free_sgd
 from dwiml_func.optim.schedules import (
@@ -46,6 +47,7 @@ __all__ = [
     "per_epoch",
     "per_step",
     "radam",
+    "reduce_on_plateau",
     "rmsprop",
     "schedule_free_adamw",
     "schedule_free_sgd",

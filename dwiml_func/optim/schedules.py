@@ -1,4 +1,4 @@
-"""Learning rates: functions from the number of epochs done, or of optimizer steps done, to a float."""
+"""Schedules of learning rates and weight decays: functions from the number of epochs or steps done to a float."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dwiml_func.types import PerStep, Schedule
+from dwiml_func.types import OnPlateau, PerStep, Plateau, Schedule
 
 __all__ = [
     "PerStep",
@@ -16,6 +16,7 @@ __all__ = [
     "one_cycle",
     "per_epoch",
     "per_step",
+    "value_at",
     "warm_up",
     "warmup_stable_decay",
 ]
@@ -219,6 +220,16 @@ def _check_rates(*rates: float) -> None:
     for rate in rates:
         if not (math.isfinite(rate) and rate >= 0):
             raise ValueError(f"Expected learning rates that are finite and at least 0. Received: {rate:g}")
+
+
+def value_at(schedule: float | Schedule, *, epoch: int, step: int, plateau: Plateau) -> float:
+    """The value of a schedule, or a plain number, for a step of a run; the counts are numbers done before it."""
+    if isinstance(schedule, OnPlateau):
+        value = value_at(schedule.schedule, epoch=epoch, step=step, plateau=plateau)
+        return check_rate(schedule.reduce(value, plateau.num_reductions))
+    if isinstance(schedule, PerStep):
+        return check_rate(schedule.rate(step))
+    return check_rate(schedule(epoch) if callable(schedule) else schedule)
 
 
 def check_rate(lr: Any) -> float:
