@@ -18,7 +18,7 @@ from nibabel.orientations import aff2axcodes
 from dwiml_func.cli.main import main
 from dwiml_func.data.creation.config import check_groups_config
 from dwiml_func.data.creation.create import create_dataset
-from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.hdf5.read import open_dataset, read_subsets
 from dwiml_func.data.resampling import Resampling
 
 File: Any = h5py.File
@@ -327,3 +327,29 @@ def test_the_command_says_what_it_wrote(tmp_path, capfd):
         assert list(file.attrs["validation_subjs"]) == ["s2"]
     assert main(["info", str(tmp_path / "out.hdf5")]) == 0
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xef\xbb\xbfs1\r\n\r\ns2\r\n", "s1\ns2\n".encode("utf-16"), b"\xfe\xff" + "s1\r\ns2".encode("utf-16-be")],
+)
+def test_lists_and_configs_of_windows_editors_are_read(tmp_path, content, cli):
+    arguments = make_folder(tmp_path)
+    (tmp_path / "train.txt").write_bytes(content)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_bytes(config.encode("utf-8-sig" if content[0] == 0xEF else "utf-16"))
+    assert cli("create-hdf5", *arguments[:5]).code == 0
+    assert read_subsets(tmp_path / "out.hdf5")["training"] == ("s1", "s2")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "numbers"),
+    [("b/**/*.trk", [2, 3, 4]), ("**/c.trk", [2, 3, 4]), ("b/*/*.trk", [3]), ("b/**/y/*.trk", [4]), ("b/c.trk", [2])],
+)
+def test_two_stars_are_any_number_of_folders(tmp_path, pattern, numbers):
+    make_subject(tmp_path / "subjects", "s1")
+    for place, number in (("b", 2), ("b/x", 3), ("b/x/y", 4)):
+        save_lines(tmp_path / "subjects" / "s1" / place / "c.trk", some_lines(number, seed=number))
+    path = create(tmp_path, {**CONFIG, "streamlines": {"type": "streamlines", "files": [pattern]}})
+    with File(path) as file:
+        assert len(file["s1/streamlines/lengths"]) == sum(numbers)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,115 @@ def test_a_truncated_file_is_named(folder, refused, name, keep):
     content = (subject / name).read_bytes()
     (subject / name).write_bytes(content[: keep if keep == 0 or keep > 1 else int(keep * len(content))])
     assert re.search(place("input" if name == "dwi.nii.gz" else "streamlines", name) + "cannot be read as", refused())
+
+
+NIFTIS = ["dwi.nii.gz", "mask.nii.gz", "labels.nii.gz", "dwi.nii"]
+TRACTOGRAMS = ["a.trk", "a.tck", "a.trx"]
+
+
+def files_of_all_kinds(folder: Path) -> None:
+    """Every kind of file that a config may name, and a config that names them."""
+    for one in ("s1", "s2"):
+        subject = folder / "subjects" / one
+        save_volume(subject / "dwi.nii", np.random.default_rng(0).normal(size=(*SHAPE, 2)).astype(np.float32))
+        save_volume(subject / "labels.nii.gz", np.arange(np.prod(SHAPE), dtype=np.int32).reshape(SHAPE) % 9)
+        np.save(subject / "m.npy", np.ones((8, 8)))
+        for name in TRACTOGRAMS:
+            save_lines(subject / name, some_lines(5))
+    keys = {"connectivity_matrix": "m.npy", "connectivity_labels": "labels.nii.gz"}
+    set_config(
+        folder,
+        input={**CONFIG["input"], "files": ["dwi.nii.gz", "dwi.nii"]},
+        streamlines={"type": "streamlines", "files": TRACTOGRAMS, **keys},
+    )
+
+
+@pytest.mark.parametrize("name", [*NIFTIS, *TRACTOGRAMS])
+def test_a_file_that_goes_on_after_what_its_header_promises_is_named(folder, refused, name):
+    files_of_all_kinds(folder)
+    path = folder / "subjects" / "s2" / name
+    content = path.read_bytes()
+    if name.endswith(".gz"):
+        content = gzip.compress(gzip.decompress(content) + bytes(4))
+    elif name.endswith(".trx"):
+        with zipfile.ZipFile(path) as packed:
+            members = {member: packed.read(member) for member in packed.namelist()}
+        with zipfile.ZipFile(path, "w") as packed:
+            for member, found in members.items():
+                packed.writestr(member, found + bytes(12) if "positions" in member else found)
+        content = path.read_bytes()
+    else:
+        content += np.array([1, 2, 3], np.float32).tobytes()
+    path.write_bytes(content)
+    assert re.search(rf"subject 's2', group '\w+', file [^ ]*/{re.escape(name)}: cannot be read", refused())
+
+
+@pytest.mark.parametrize(("declared", "is_accepted"), [(0, True), (3, False), (4, False), (6, False), (5, True)])
+@pytest.mark.parametrize("name", ["a.trk", "a.tck"])
+def test_the_header_has_the_number_of_streamlines(folder, refused, cli, name, declared, is_accepted):
+    files_of_all_kinds(folder)
+    path = folder / "subjects" / "s2" / name
+    content = bytearray(path.read_bytes())
+    if name == "a.trk":
+        content[988:992] = int(declared).to_bytes(4, "little")
+    else:
+        content = content.replace(b"count: 0000000005", b"count: %010d" % declared)
+        is_accepted = declared == 5  # TRK alone has 0 for a number that is not stored
+    path.write_bytes(content)
+    if not is_accepted:
+        assert re.search(place("streamlines", name) + "cannot be read", refused())
+    else:
+        paths = [folder / part for part in ("subjects", "config.json", "out.hdf5")]
+        assert cli("create-hdf5", *paths, "--training-subjs", folder / "valid.txt").code == 0
+        with File(folder / "out.hdf5") as file:
+            assert len(file["s2/streamlines/lengths"]) == 15
+
+
+@pytest.mark.parametrize("name", ["dwi.nii.gz", "mask.nii.gz", "labels.nii.gz", "a.trx"])
+def test_a_file_whose_checksum_does_not_hold_is_named(folder, refused, name):
+    """One bit of the compressed bytes, in places drawn from a seed; and of the checksum itself."""
+    files_of_all_kinds(folder)
+    path, rng = folder / "subjects" / "s2" / name, np.random.default_rng(1)
+    good = path.read_bytes()
+    first = 60 if name != "a.trx" else good.index(b"positions") + 40
+    ends = [len(good) - 7] if name != "a.trx" else []
+    last = len(good) - 8 if name != "a.trx" else first + 200
+    for place_of_bit in [*rng.integers(first, last, 3), *ends]:
+        damaged = bytearray(good)
+        damaged[place_of_bit] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        assert re.search(rf"file [^ ]*/{re.escape(name)}: cannot be read", refused())
+
+
+@pytest.mark.parametrize("name", ["dwi.nii.gz", "mask.nii.gz", "labels.nii.gz"])
+@pytest.mark.parametrize("kind", [np.complex64, np.complex128])
+def test_complex_numbers_are_refused(folder, refused, name, kind):
+    files_of_all_kinds(folder)
+    save_volume(folder / "subjects" / "s2" / name, np.full((*SHAPE, 4)[: 3 + (name == "dwi.nii.gz")], 1 + 1j, kind))
+    assert re.search(rf"file [^ ]*/{re.escape(name)}: a volume of complex numbers", refused())
+
+
+def test_colours_are_refused(folder, refused):
+    save_volume(folder / "subjects" / "s2" / "dwi.nii.gz", np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    assert re.search(place("input", "dwi.nii.gz") + "a volume of colours", refused())
+
+
+def test_a_broken_link_is_called_one(folder, refused):
+    path = folder / "subjects" / "s2" / "dwi.nii.gz"
+    path.unlink()
+    path.symlink_to(folder / "moved")
+    assert re.search(place("input", "dwi.nii.gz") + f"the file does not exist: .* is a broken link, to {folder}/moved",
+                     refused())  # fmt: skip
+    (folder / "subjects" / "s2" / "bundles" / "b.trk").unlink()
+    (folder / "subjects" / "s2" / "bundles" / "b.trk").symlink_to("gone.trk")
+    path.unlink()
+    save_volume(path, np.ones((*SHAPE, 4), np.float32) * np.arange(1, 5, dtype=np.float32))
+    assert re.search(place("streamlines", "bundles/b.trk") + ".* is a broken link, to gone.trk", refused())
+
+
+def test_one_file_under_two_names_is_named(folder, refused):
+    (folder / "subjects" / "s1" / "bundles" / "c.trk").symlink_to("a.trk")
+    assert re.search(place("streamlines", "bundles/c.trk", "s1") + "two entries .* the same as .*/a.trk", refused())
 
 
 def test_a_file_of_another_kind_is_named(folder, refused):

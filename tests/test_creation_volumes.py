@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 from creation_cases import SHAPE, make_subject, save_volume
@@ -88,6 +90,62 @@ def test_means_of_large_values_are_exact():
     mean, std = standardize(data, None, independent=False, source=Source("s", "g", Path("f")))
     assert mean == 16_777_218
     assert std == 2
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-40, 1e-12, 1.0, 1e12, 1e200])
+@pytest.mark.parametrize("standardization", ["all", "independent", "per_file"])
+def test_maps_in_any_unit_have_a_mean_of_0_and_a_std_of_1(subject, unit, standardization):
+    data = np.random.default_rng(0).normal(7, 2, (*SHAPE, 2)) * unit
+    save_volume(subject / "map.nii.gz", data)
+    volume = load(subject, ["map.nii.gz"], standardization)
+    assert volume.mean is not None
+    expected = (data / unit - 7) / 2
+    assert np.abs(volume.data - expected).max() < 0.2
+    assert abs(volume.data.mean(dtype=np.float64)) < 1e-6
+    assert abs(volume.data.std(dtype=np.float64) - 1) < 0.05
+    np.testing.assert_allclose(volume.data * np.asarray(volume.std) + volume.mean, data, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int32])
+def test_small_changes_of_large_values_are_kept(subject, kind):
+    data = 10**9 + np.random.default_rng(0).integers(-50, 50, (*SHAPE, 2))  # float32 has steps of 64 there
+    save_volume(subject / "map.nii.gz", data.astype(kind))
+    volume = load(subject, ["map.nii.gz"], "independent")
+    measured = data.reshape(-1, 2).astype(np.float64)
+    np.testing.assert_allclose(volume.data, (data - measured.mean(0)) / measured.std(0), atol=1e-5)
+
+
+def test_scaled_integers_are_standardised_as_scaled(subject):
+    image = nib.Nifti1Image(np.random.default_rng(0).integers(0, 999, (*SHAPE, 2)).astype(np.int16), np.eye(4))
+    image.header.set_slope_inter(1e-9, 1.0)
+    nib.save(image, subject / "map.nii.gz")
+    image: Any = nib.load(subject / "map.nii.gz")
+    stored = image.get_fdata()
+    volume = load(subject, ["map.nii.gz"], "all")
+    np.testing.assert_allclose(volume.data, (stored - stored.mean()) / stored.std(), atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("kind", [np.int32, np.uint32, np.int64, np.float64])
+def test_large_labels_keep_their_integers(subject, suffix, kind):
+    labels = np.full(SHAPE, 312_782_566, kind)
+    labels[5:] = 312_782_574
+    place = Source("s1", "streamlines", subject / f"labels{suffix}")
+    nib.save(nib.Nifti1Image(labels, np.eye(4), dtype=kind), place.path)
+    assert (load_labels(place, None) == labels).all()
+
+
+@pytest.mark.parametrize(("kind", "largest"), [(np.float32, 1 << 24), (np.float64, 1 << 53), (np.uint64, 1 << 63)])
+def test_labels_that_their_type_cannot_tell_apart_are_refused(subject, kind, largest):
+    place = Source("s1", "streamlines", subject / "labels.nii")
+    labels = np.zeros(SHAPE, kind)
+    labels[0, 0, 0] = largest - 1 if kind != np.uint64 else largest - 1024
+    nib.save(nib.Nifti1Image(labels, np.eye(4), dtype=kind), place.path)
+    assert load_labels(place, None).max() == int(labels.max())
+    labels[0, 0, 0] = largest
+    nib.save(nib.Nifti1Image(labels, np.eye(4), dtype=kind), place.path)
+    with pytest.raises(ValueError, match=f"a label of {largest} in {np.dtype(kind).name}"):
+        load_labels(place, None)
 
 
 def test_labels_are_whole_numbers(subject):

@@ -34,7 +34,6 @@ LOADERS: dict[str, tuple[str, str] | None] = {
     "json": None,
     "nib": None,
     "nib.streamlines": None,
-    "trx_file_memmap": None,
 }
 """What may be called as `X.load(...)`, and the argument that keeps it from unpickling where it could."""
 

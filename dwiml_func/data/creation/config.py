@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Discriminator, TypeAdapter, ValidationErro
 
 from dwiml_func._checks import STRICT, truncated_repr
 from dwiml_func.files.json import parse_json, read_config_file
+from dwiml_func.files.paths import missing_text
 
 __all__ = [
     "GroupsConfig",
@@ -99,7 +100,7 @@ def read_groups_config(path: str | os.PathLike[str]) -> GroupsConfig:
     """Read a JSON config file; the error names every wrong key."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"The config file does not exist: {path}")
+        raise FileNotFoundError(f"The config file {missing_text(path)}")
     content = parse_json(read_config_file(path, source=str(path)), source=str(path))
     return check_groups_config(content, source=str(path))
 

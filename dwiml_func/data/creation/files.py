@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dwiml_func.data.creation.config import GroupsConfig, VolumeGroup
+from dwiml_func.files.paths import missing_text
 
 __all__ = ["GroupFiles", "Source", "check_subjects", "find_files", "read_subjects"]
 
@@ -34,21 +36,28 @@ class GroupFiles(NamedTuple):
 
 
 def read_subjects(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Read a list of subjects: a text file, one subject a line; empty lines are ignored."""
+    """Read a list of subjects: a text file, one subject a line; empty lines are ignored.
+
+    The text is UTF-8, or UTF-16 with its byte order mark, as Windows editors write it.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"The list of subjects does not exist: {path}")
+        raise FileNotFoundError(f"The list of subjects {missing_text(path)}")
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = content.decode(encoding).splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path}: expected a list of subjects, one a line. Received bytes that are no UTF-8") from None
+    if any("\0" in line for line in lines):
+        raise ValueError(f"{path}: expected a list of subjects in UTF-8. Received zero bytes. Save it as UTF-8")
     return tuple(line.strip() for line in lines if line.strip())
 
 
 def check_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """All subjects, each of which must be in one subset and have a folder."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"The folder of subjects does not exist: {folder}")
+        raise FileNotFoundError(f"The folder of subjects {missing_text(folder)}")
     subset_of: dict[str, str] = {}
     for subset, names in subsets.items():
         for name in names:
@@ -76,8 +85,9 @@ def find_files(
 ) -> tuple[dict[str, GroupFiles], list[str]]:
     """Find the files of a subject: group -> files, and one line for every missing file.
 
-    Patterns are paths below the subject's folder. With `enforce_presence` a missing file is an error; otherwise the
-    file, and a group left without any, is skipped.
+    Patterns are paths below the subject's folder; `**` is any number of folders, none included. An unpacked TRX is a
+    folder. With `enforce_presence` a missing file is an error; otherwise the file, and a group left without any, is
+    skipped.
     """
     missing: list[str] = []
 
@@ -85,19 +95,29 @@ def find_files(
         found: list[Source] = []
         for pattern in patterns:
             path = folder / subject / pattern
-            if path.is_file():
+            if _is_file(path):
                 matches = [path]
             else:
-                names = glob.glob(pattern, root_dir=folder / subject) if glob.has_magic(pattern) else []
-                matches = [folder / subject / name for name in sorted(names)]
-            matches = [match for match in matches if match.is_file()]
-            if not matches:
-                reason = "no file matches" if glob.has_magic(pattern) else "the file does not exist"
-                missing.append(f"{Source(subject, group, path)}: {reason}")
-            found += [Source(subject, group, match) for match in matches]
-        for number, source in enumerate(found):
-            if source in found[:number]:
-                raise ValueError(f"{source}: two entries of the config give this file. Expected each file once")
+                has_magic = glob.has_magic(pattern)
+                names = glob.glob(pattern, root_dir=folder / subject, recursive=True) if has_magic else []
+                matches = [folder / subject / name for name in sorted(set(names))]
+            for match in (path, *matches):
+                if match.is_symlink() and not match.exists():
+                    missing.append(f"{Source(subject, group, match)}: the file {missing_text(match)}")
+                    break
+            else:
+                matches = [match for match in matches if _is_file(match)]
+                if not matches:
+                    reason = "no file matches" if glob.has_magic(pattern) else "the file does not exist"
+                    missing.append(f"{Source(subject, group, path)}: {reason}")
+            found += [Source(subject, group, match) for match in matches if _is_file(match)]
+        files: dict[object, Source] = {}
+        for source in found:
+            status = source.path.stat()
+            first = files.setdefault((status.st_dev, status.st_ino), source)
+            if first is not source:
+                also = "" if first.path == source.path else f" It is the same as {first.path}."
+                raise ValueError(f"{source}: two entries of the config give this file.{also} Expected each file once")
         return tuple(found)
 
     def one(group: str, name: str | None) -> Source | None:
@@ -120,3 +140,7 @@ def find_files(
         more = f" (and {len(missing) - 1} more files of this subject are missing)" if len(missing) > 1 else ""
         raise FileNotFoundError(missing[0] + more)
     return result, missing
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() or (path.suffix.lower() == ".trx" and path.is_dir())

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dwiml_func.data.bundles import Bundles, join_bundles
 from dwiml_func.data.creation.files import Source
+from dwiml_func.data.creation.trx import read_trx
 from dwiml_func.data.grid import Grid, grid_difference, grid_of, to_voxel
 from dwiml_func.data.resampling import Resampling, resample_points
 
@@ -106,26 +107,28 @@ def _read_nibabel(source: Source) -> Tractogram:
     import nibabel as nib
 
     # Reading to the end overwrites the number in the header by what was found, however early the file ends.
-    declared = int(nib.streamlines.load(source.path, lazy_load=True).header.get("nb_streamlines", 0))
+    header = nib.streamlines.load(source.path, lazy_load=True).header
     file = nib.streamlines.load(source.path)
-    if declared not in (0, len(file.streamlines)):
-        raise ValueError(f"the header promises {declared} streamlines, the file ends after {len(file.streamlines)}")
-    is_trk = source.path.suffix.lower() == ".trk"
+    is_trk, found = source.path.suffix.lower() == ".trk", len(file.streamlines)
+    declared = int(header.get("nb_streamlines", 0)) if is_trk else int(header.get("count", found))
+    if declared not in ((0, found) if is_trk else (found,)):  # 0 in TRK: the number is not stored
+        raise ValueError(f"the header promises {declared} streamlines, the file holds {found}")
+    if is_trk and _trk_size(header, file) != source.path.stat().st_size:
+        raise ValueError(f"the header promises {declared or found} streamlines, the file goes on after them")
     grid = grid_of(file.header["voxel_to_rasmm"], file.header["dimensions"]) if is_trk else None
     return _flat(file.streamlines, file.tractogram.data_per_streamline, grid)
 
 
-def _read_trx(source: Source) -> Tractogram:
-    from trx import trx_file_memmap  # half a second to import
+def _trk_size(header: Any, file: Any) -> int:
+    """The bytes of a TRK file with the streamlines that were read."""
+    columns = 3 + int(header.get("nb_scalars_per_point", 0))
+    num, properties = len(file.streamlines), int(header.get("nb_properties_per_streamline", 0))
+    return 1000 + 4 * (num + columns * int(file.streamlines._lengths.sum()) + num * properties)
 
-    file: Any = trx_file_memmap.load(str(source.path))
-    try:
-        grid = grid_of(file.header["VOXEL_TO_RASMM"], file.header["DIMENSIONS"])
-        if len(file.streamlines) == 0:
-            return Tractogram(np.empty((0, 3)), np.zeros(1, dtype=np.int64), {}, grid)
-        return _flat(file.streamlines, file.data_per_streamline, grid)
-    finally:
-        file.close()
+
+def _read_trx(source: Source) -> Tractogram:
+    trx = read_trx(source.path)
+    return Tractogram(trx.points.astype(np.float64), trx.offsets, trx.per_streamline, trx.grid)
 
 
 def _flat(sequence: Any, per_streamline: Any, grid: Grid | None) -> Tractogram:

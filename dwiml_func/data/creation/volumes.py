@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from dwiml_func.data.grid import Grid, grid_difference, grid_of
 
 __all__ = ["Volume", "load_labels", "load_volume", "standardize"]
 
-_LEAST_STD = 1e-6  # below it a feature counts as constant, as in dwi_ml; it is shifted, not scaled
+_FLOAT32_LABELS = 1 << 24  # above it float32 leaves whole numbers out
 
 
 class Volume(NamedTuple):
@@ -47,11 +48,13 @@ def load_volume(
             _check_grid(source, grid, expected, "as the subject's first volume group has")
     widths = [1 if len(image.shape) == 3 else image.shape[3] for image in images]
     mask = _union(masks, grid)
-    data = np.empty((*grid.shape, sum(widths)), dtype=np.float32)
+    # Standardised are the values of the file: float32 would round those of other types first.
+    is_exact = standardization == "none" or all(_fits_float32(image) for image in images)
+    data = np.empty((*grid.shape, sum(widths)), dtype=np.float32 if is_exact else np.float64)
     measured: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
     for source, image, end, width in zip(files, images, np.cumsum(widths), widths, strict=True):
         part = data[..., end - width : end]
-        part[...] = _read(source, image).reshape(part.shape)
+        part[...] = _read(source, image, data.dtype).reshape(part.shape)
         _check_finite(source, part)
         if forbid_masks and len(image.shape) == 3 and ((part == 0) | (part == part.max())).all():
             raise ValueError(
@@ -62,12 +65,12 @@ def load_volume(
             mean, std = standardize(part, mask, independent=False, source=source)
             measured.append((np.repeat(mean, width), np.repeat(std, width)))
     if standardization == "none":
-        return Volume(data, grid)
+        return Volume(data.astype(np.float32, copy=False), grid)
     if standardization == "per_file":
-        means, stds = zip(*measured, strict=True)
-        return Volume(data, grid, np.concatenate(means), np.concatenate(stds))
-    mean, std = standardize(data, mask, independent=standardization == "independent", source=files[0])
-    return Volume(data, grid, mean, std)
+        mean, std = (np.concatenate(values) for values in zip(*measured, strict=True))
+    else:
+        mean, std = standardize(data, mask, independent=standardization == "independent", source=files[0])
+    return Volume(data.astype(np.float32, copy=False), grid, mean, std)
 
 
 def load_labels(source: Source, expected: Grid | None) -> NDArray[np.int64]:
@@ -77,31 +80,41 @@ def load_labels(source: Source, expected: Grid | None) -> NDArray[np.int64]:
         raise ValueError(f"{source}: labels of shape {image.shape}. Expected (X, Y, Z)")
     if expected is not None:
         _check_grid(source, _grid(source, image), expected, "as the subject's volumes have")
-    data = _read(source, image)
+    data = _read(source, image, None)
     if not (np.isfinite(data) & (data >= 0) & (data == np.rint(data))).all():
         raise ValueError(f"{source}: expected labels, whole numbers of at least 0. Received others")
+    exact_below = {"float16": 1 << 11, "float32": _FLOAT32_LABELS, "float64": 1 << 53}.get(data.dtype.name, 1 << 63)
+    if (largest := int(data.max())) >= exact_below:
+        raise ValueError(
+            f"{source}: a label of {largest} in {data.dtype.name}, which cannot hold all whole numbers from "
+            f"{exact_below} on. Expected labels as integers"
+        )
     return data.astype(np.int64)
 
 
 def standardize(
-    data: NDArray[np.float32], mask: NDArray[np.bool_] | None, *, independent: bool, source: Source
+    data: NDArray[np.floating], mask: NDArray[np.bool_] | None, *, independent: bool, source: Source
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Subtract a mean from all voxels, and divide them by a standard deviation, in place; returns both, () or (F,).
 
-    Both are measured inside the mask, or else in voxels whose features are all other than zero. A feature with a
-    standard deviation below 1e-6 is only shifted. Source: dwi_ml, `standardize_data`
-    (general/data/processing/dwi/dwi.py).
+    Both are measured inside the mask, or else in voxels whose features are all other than zero, and all arithmetic is
+    in float64. A feature whose standard deviation is no more than the rounding of its largest value is constant, and
+    only shifted. Source: dwi_ml, `standardize_data` (general/data/processing/dwi/dwi.py), which instead divides by 1e-6
+    at least: maps in small units (m2/s) would stay all but zero.
     """
     measured = data[np.all(data != 0, axis=-1) if mask is None else mask]
     if len(measured) == 0:
         what = "no voxel whose features are all other than zero" if mask is None else "no voxel in its std_mask"
         raise ValueError(f"{source}: {what}, so there is nothing to standardise by. Give another std_mask")
     axis = 0 if independent else None
-    mean = np.asarray(measured.mean(axis=axis, dtype=np.float64))
-    std = np.asarray(measured.std(axis=axis, dtype=np.float64))
-    std = np.where(std < _LEAST_STD, 1.0, std)
-    data -= mean.astype(np.float32)
-    data /= std.astype(np.float32)
+    largest = np.abs(measured).max(axis=axis).astype(np.float64)
+    _, exponent = np.frexp(largest)  # by a power of two, as the squares of very large or small values leave float64
+    scaled = np.ldexp(measured.astype(np.float64), -exponent)
+    mean = np.ldexp(scaled.mean(axis=axis), exponent)
+    std = np.ldexp(scaled.std(axis=axis), exponent)
+    std = np.where(std <= np.finfo(data.dtype).eps / 2 * largest, 1.0, std)
+    for slab in data:  # no float64 copy of the whole
+        slab[...] = (slab.astype(np.float64) - mean) / std
     return mean, std
 
 
@@ -116,12 +129,29 @@ def _open(source: Source) -> Any:
         raise ValueError(f"{source}: cannot be read as NIfTI ({_reason(error)})") from error
     if len(image.shape) not in (3, 4) or 0 in image.shape:
         raise ValueError(f"{source}: a volume of shape {image.shape}. Expected (X, Y, Z) or (X, Y, Z, features)")
+    if image.get_data_dtype().kind not in "biuf":
+        kind = {"c": "complex numbers", "V": "colours"}.get(image.get_data_dtype().kind, str(image.get_data_dtype()))
+        raise ValueError(f"{source}: a volume of {kind}. Expected real numbers: save magnitude or real part")
     return image
 
 
-def _read(source: Source, image: Any) -> NDArray[np.float32]:
+def _fits_float32(image: Any) -> bool:
+    """Whether float32 holds every value that the file may hold."""
+    is_scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
+    return not is_scaled and np.can_cast(image.get_data_dtype(), np.float32)
+
+
+def _read(source: Source, image: Any, dtype: Any) -> NDArray[Any]:
+    """All values, as `dtype` or (None) as stored. The file is read to its end, where gzip has its checksum."""
     try:
-        return image.get_fdata(dtype=np.float32, caching="unchanged")
+        with gzip.open(source.path) if source.path.name.endswith(".gz") else source.path.open("rb") as file:
+            whole: Any = type(image).from_stream(file).dataobj
+            data = whole.get_unscaled() if dtype is None and (whole.slope, whole.inter) == (1.0, 0.0) else whole
+            data = np.asanyarray(data, dtype=dtype)
+            file.seek(int(whole.offset) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize)
+            if file.read(1):
+                raise ValueError("the file goes on after the values that its header promises")
+            return data
     except Exception as error:
         raise ValueError(f"{source}: cannot be read as NIfTI ({_reason(error)})") from error
 
@@ -143,7 +173,7 @@ def _check_grid(source: Source, received: Grid, expected: Grid, as_where: str) -
         raise ValueError(f"{source}: {difference}, {as_where}")
 
 
-def _check_finite(source: Source, data: NDArray[np.float32]) -> None:
+def _check_finite(source: Source, data: NDArray[np.floating]) -> None:
     num_bad = data.size - np.count_nonzero(np.isfinite(data))
     if num_bad:
         raise ValueError(f"{source}: {num_bad} of {data.size} values are NaN or infinite. Expected finite values only")
@@ -156,5 +186,5 @@ def _union(masks: Sequence[Source], grid: Grid) -> NDArray[np.bool_] | None:
         if len(image.shape) == 4 and image.shape[3] != 1:
             raise ValueError(f"{source}: a mask of shape {image.shape}. Expected (X, Y, Z)")
         _check_grid(source, _grid(source, image), grid, "as the group's first file has")
-        union |= _read(source, image).reshape(grid.shape) > 0
+        union |= _read(source, image, None).reshape(grid.shape) > 0
     return union if masks else None

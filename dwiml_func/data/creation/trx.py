@@ -1,0 +1,111 @@
+"""TRX tractograms: a zip archive, or a folder, of a JSON header and arrays whose names say what they hold.
+
+Format: https://github.com/tee-ar-ex/trx-spec (specifications.md). Everything is read to its end: zip checks the CRC of
+each array, and the header's numbers must be those of the arrays.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwiml_func.data.grid import Grid, grid_of
+
+__all__ = ["Trx", "read_trx"]
+
+_KINDS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+_MOST_HEADER_BYTES = 1 << 24
+
+
+class Trx(NamedTuple):
+    """(P, 3) points in RAS mm, (S + 1,) offsets, (S, K) data per streamline by name, and the grid."""
+
+    points: NDArray
+    offsets: NDArray[np.int64]
+    per_streamline: dict[str, NDArray]
+    grid: Grid
+
+
+class _Archive(NamedTuple):
+    """The members of an archive or a folder: name -> bytes, and a function that reads one."""
+
+    sizes: dict[str, int]
+    read: Callable[[str], bytes]
+
+
+def read_trx(path: Path) -> Trx:
+    """Read a TRX, packed or not. ValueError (or an error of zipfile) where it is corrupt."""
+    if path.is_dir():
+        files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
+        archive = _Archive({name: f.stat().st_size for name, f in files.items()}, lambda name: files[name].read_bytes())
+        return _read(archive)
+    with zipfile.ZipFile(path) as packed:
+        members = {info.filename: info.file_size for info in packed.infolist() if not info.is_dir()}
+        return _read(_Archive(members, packed.read))
+
+
+def _read(archive: _Archive) -> Trx:
+    if archive.sizes.get("header.json", _MOST_HEADER_BYTES) >= _MOST_HEADER_BYTES:
+        raise ValueError("no header.json of less than 16 MB")
+    header = json.loads(archive.read("header.json"))
+    grid = grid_of(header["VOXEL_TO_RASMM"], header["DIMENSIONS"])
+    num_points, num_streamlines = int(header["NB_VERTICES"]), int(header["NB_STREAMLINES"])
+    tables = _members(archive.sizes, "dps/")
+    if num_streamlines == 0 and num_points == 0:
+        return Trx(np.empty((0, 3)), np.zeros(1, np.int64), {}, grid)
+    points = _array(archive, _only(archive, "positions"), num_points, "NB_VERTICES", columns=3)
+    offsets = _offsets(archive, num_streamlines, num_points)
+    per_streamline = {_name_of(member): _array(archive, member, num_streamlines, "NB_STREAMLINES") for member in tables}
+    return Trx(points, offsets, per_streamline, grid)
+
+
+def _offsets(archive: _Archive, num_streamlines: int, num_points: int) -> NDArray[np.int64]:
+    """The (S + 1,) offsets; older files leave out the last, which is the number of points."""
+    member = _only(archive, "offsets")
+    size = np.dtype(_kind_of(member)).itemsize
+    has_last = archive.sizes[member] != num_streamlines * size
+    stored = _array(archive, member, num_streamlines + has_last, "NB_STREAMLINES, and one more,")[:, 0]
+    offsets = stored.astype(np.int64) if has_last else np.append(stored.astype(np.int64), num_points)
+    is_rising = (np.diff(offsets) >= 0).all() and (has_last or offsets[-2] < num_points)
+    if offsets[0] != 0 or offsets[-1] != num_points or not is_rising:
+        raise ValueError(f"its offsets do not rise from 0 to the {num_points} points of the header")
+    return offsets
+
+
+def _array(archive: _Archive, member: str, rows: int, promised: str, *, columns: int | None = None) -> NDArray:
+    """An array of the archive, (rows, columns); the name says the columns and the type."""
+    parts = member.rpartition("/")[2].split(".")
+    named = int(parts[1]) if len(parts) == 3 else 1
+    kind = np.dtype(_kind_of(member)).newbyteorder("<")
+    expected = rows * named * kind.itemsize
+    if archive.sizes[member] != expected or (columns is not None and named != columns):
+        raise ValueError(f"{member} holds {archive.sizes[member]} bytes, {promised} of the header promises {expected}")
+    return np.frombuffer(archive.read(member), kind).reshape(rows, named).astype(kind.newbyteorder("="))
+
+
+def _only(archive: _Archive, name: str) -> str:
+    found = [member for member in archive.sizes if member.split(".")[0] == name]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} arrays of {name}. Expected one")
+    return found[0]
+
+
+def _members(names: Iterable[str], folder: str) -> list[str]:
+    return [name for name in names if name.startswith(folder) and name.count("/") == 1]
+
+
+def _name_of(member: str) -> str:
+    return member.rpartition("/")[2].split(".")[0]
+
+
+def _kind_of(member: str) -> Any:
+    parts = member.rpartition("/")[2].split(".")
+    if len(parts) not in (2, 3) or parts[-1] not in _KINDS:
+        raise ValueError(f"{member}: expected a name such as weight.float32 or color.3.uint8")
+    return parts[-1]

@@ -1,0 +1,98 @@
+"""TRX files: as trx-python writes and reads them, packed, compressed or unpacked."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from creation_cases import AFFINE, SHAPE, save_lines, some_lines
+
+from dwiml_func.data.creation.trx import read_trx
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    table = {"weight": np.arange(6.0)[:, None], "colour": np.arange(18.0).reshape(6, 3)}
+    save_lines(tmp_path / "a.trx", some_lines(6), per_streamline=table)
+    return tmp_path / "a.trx"
+
+
+@pytest.mark.parametrize("how", ["as written", "stored", "deflated", "folder"])
+def test_a_tractogram_is_as_trx_python_reads_it(packed, tmp_path, how):
+    from trx import trx_file_memmap
+
+    truth: Any = trx_file_memmap.load(str(packed))
+    path = packed
+    if how != "as written":
+        with zipfile.ZipFile(packed) as old:
+            old.extractall(tmp_path / "b.trx")
+        path = tmp_path / "b.trx"
+    if how in ("stored", "deflated"):
+        path = tmp_path / "c.trx"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED if how == "stored" else zipfile.ZIP_DEFLATED) as new:
+            for file in sorted((tmp_path / "b.trx").rglob("*")):
+                new.write(file, file.relative_to(tmp_path / "b.trx"))
+    trx = read_trx(path)
+    np.testing.assert_array_equal(trx.points, truth.streamlines._data)
+    np.testing.assert_array_equal(np.diff(trx.offsets), truth.streamlines._lengths)
+    assert sorted(trx.per_streamline) == ["colour", "weight"]
+    for key, values in trx.per_streamline.items():
+        np.testing.assert_array_equal(values, np.asarray(truth.data_per_streamline[key]))
+    np.testing.assert_allclose(trx.grid.affine, AFFINE, atol=1e-5)
+    assert trx.grid.shape == SHAPE
+    truth.close()
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("has_last", [True, False])
+@pytest.mark.parametrize("offset_kind", ["uint32", "uint64"])
+def test_an_unpacked_tractogram_of_any_kind_is_read(tmp_path, kind, has_last, offset_kind):
+    points = np.random.default_rng(0).uniform(0, 9, (7, 3)).astype(kind)
+    (tmp_path / "header.json").write_text(header(7, 2))
+    (tmp_path / f"positions.3.{kind}").write_bytes(points.tobytes())
+    offsets = np.array([0, 3, 7], offset_kind)
+    (tmp_path / f"offsets.{offset_kind}").write_bytes(offsets[: 2 + has_last].tobytes())
+    trx = read_trx(tmp_path)
+    np.testing.assert_array_equal(trx.points, points)
+    assert trx.offsets.tolist() == [0, 3, 7]
+
+
+def header(num_points: int, num_streamlines: int) -> str:
+    import json
+
+    numbers = {"NB_VERTICES": num_points, "NB_STREAMLINES": num_streamlines}
+    return json.dumps({"VOXEL_TO_RASMM": AFFINE.tolist(), "DIMENSIONS": SHAPE, **numbers})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"header.json": header(6, 2)}, "NB_VERTICES of the header promises 72"),
+        ({"header.json": header(8, 2)}, "NB_VERTICES of the header promises 96"),
+        ({"header.json": header(7, 3)}, "offsets|NB_STREAMLINES"),
+        ({"header.json": header(7, 1)}, "offsets|NB_STREAMLINES"),
+        ({"header.json": None}, "no header.json"),
+        ({"offsets.uint64": np.array([0, 3, 6], "u8").tobytes()}, "do not rise from 0 to the 7 points"),
+        ({"offsets.uint64": np.array([0, 8, 7], "u8").tobytes()}, "do not rise"),
+        ({"offsets.uint64": None}, "0 arrays of offsets"),
+        ({"offsets.uint32": b""}, "2 arrays of offsets"),
+        ({"positions.3.float32": None}, "0 arrays of positions"),
+        ({"dps/weight.float32": bytes(12)}, "dps/weight.float32 holds 12 bytes"),
+        ({"dps/weight.words": bytes(8)}, "expected a name such as"),
+    ],
+)
+def test_what_does_not_agree_with_the_header_is_named(tmp_path, change, message):
+    content = {
+        "header.json": header(7, 2),
+        "positions.3.float32": np.zeros((7, 3), "f4").tobytes(),
+        "offsets.uint64": np.array([0, 3, 7], "u8").tobytes(),
+    }
+    (tmp_path / "dps").mkdir()
+    for name, value in {**content, **change}.items():
+        if value is not None:
+            (tmp_path / name).write_bytes(value.encode() if isinstance(value, str) else value)
+    with pytest.raises(ValueError, match=message):
+        read_trx(tmp_path)
