@@ -13,7 +13,16 @@ from torch import Tensor
 
 from dwiml_func.data.streamlines import Streamlines
 
-__all__ = ["Resampling", "StepRule", "lengths_mm", "resample", "resample_points", "resample_streamlines", "steps_for"]
+__all__ = [
+    "Resampling",
+    "StepRule",
+    "lengths_mm",
+    "resample",
+    "resample_points",
+    "resample_streamlines",
+    "steps_for",
+    "travelled_mm",
+]
 
 StepRule = Literal["nearest", "dwi_ml"]
 """A way of counting steps, by name, see `steps_for`."""
@@ -94,7 +103,7 @@ def resample_points(
 
 def lengths_mm(points: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
     """(S,) lengths in mm of streamlines of one point or more: sums of the distances between their points."""
-    travelled = _travelled(points, offsets)
+    travelled = travelled_mm(points, offsets)
     return travelled[offsets[1:] - 1] - travelled[offsets[:-1]]
 
 
@@ -118,7 +127,7 @@ def resample(
     new_offsets = np.concatenate([[0], np.cumsum(num_steps + 1)])
     streamline = np.repeat(np.arange(len(num_steps)), num_steps + 1)
     position = np.arange(new_offsets[-1]) - new_offsets[streamline]
-    travelled = _travelled(points, offsets)
+    travelled = travelled_mm(points, offsets)
     starts, ends = offsets[:-1], offsets[1:] - 1
     lengths = travelled[ends] - travelled[starts]
     target = travelled[starts][streamline] + lengths[streamline] * (position / num_steps[streamline])
@@ -133,7 +142,7 @@ def resample(
     return new_points, new_offsets
 
 
-def _travelled(points: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
+def travelled_mm(points: NDArray[np.float64], offsets: NDArray[np.int64]) -> NDArray[np.float64]:
     """(P,) distance along all streamlines to each point; the jump from one streamline to the next counts nothing."""
     steps = np.sqrt((np.diff(points, axis=0, prepend=points[:1]) ** 2).sum(axis=1))
     steps[offsets[:-1]] = 0.0

@@ -1,0 +1,137 @@
+"""Which regions streamlines connect: count matrices by blocs or labels, and how they compare with real ones."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwiml_func.data.streamlines import Streamlines
+
+__all__ = [
+    "ConnectivityScores",
+    "connection_counts",
+    "connectivity_scores",
+    "end_points",
+    "regions_of_blocs",
+    "regions_of_labels",
+]
+
+
+class ConnectivityScores(NamedTuple):
+    """How the connections of a tractogram compare with real ones; 0 is best.
+
+    false_connections: share of the streamlines that join regions that no real streamline joins.
+    missing_connections: share of the real connections that no streamline makes.
+
+    Example:
+        >>> ConnectivityScores(0.0, 0.5).missing_connections
+        0.5
+    """
+
+    false_connections: float
+    missing_connections: float
+
+
+def regions_of_blocs(
+    points: NDArray[np.float64], shape: tuple[int, int, int], nb_blocs: tuple[int, int, int]
+) -> NDArray[np.int64]:
+    """The bloc around each point, where each axis of a volume is cut into blocs of equal size.
+
+    Args:
+        points: (..., 3), voxel space, corner origin; points outside count to the nearest bloc.
+        shape: (X, Y, Z) voxels.
+        nb_blocs: blocs along each axis.
+
+    Returns:
+        (...) int64, 0 to the number of blocs - 1; the last axis varies fastest.
+
+    Example:
+        >>> regions_of_blocs(np.array([[0.5, 0.5, 0.5], [9.9, 9.9, 9.9]]), (10, 10, 10), (2, 2, 2)).tolist()
+        [0, 7]
+    """
+    blocs = np.floor(points * np.array(nb_blocs) / np.array(shape)).astype(np.int64)
+    blocs = np.clip(blocs, 0, np.array(nb_blocs) - 1)
+    return (blocs[..., 0] * nb_blocs[1] + blocs[..., 1]) * nb_blocs[2] + blocs[..., 2]
+
+
+def regions_of_labels(points: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The row of the label of the voxel around each point, among the volume's labels in ascending order.
+
+    Args:
+        points: (..., 3), voxel space, corner origin; points outside count to the nearest voxel.
+        labels: (X, Y, Z) integers; 0, the background, is a label as the others.
+
+    Returns:
+        (...) int64, rows of a connectivity matrix.
+
+    Example:
+        >>> regions_of_labels(np.array([[0.5, 0.5, 0.5], [1.5, 0.5, 0.5]]), np.array([[[7]], [[0]]])).tolist()
+        [1, 0]
+    """
+    voxels = np.clip(np.floor(points).astype(np.int64), 0, np.array(labels.shape) - 1)
+    rows = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
+    return rows[tuple(np.moveaxis(voxels, -1, 0))].astype(np.int64)
+
+
+def connection_counts(regions: NDArray[np.int64], num_regions: int) -> NDArray[np.int64]:
+    """How many streamlines join each pair of regions.
+
+    Args:
+        regions: (S, 2), the regions of each streamline's ends.
+        num_regions: N.
+
+    Returns:
+        (N, N) int64; the smaller region is the row, so that the lower triangle is empty.
+
+    Example:
+        >>> connection_counts(np.array([[2, 0], [0, 2], [1, 1]]), 3).tolist()
+        [[0, 0, 2], [0, 1, 0], [0, 0, 0]]
+    """
+    low, high = regions.min(axis=1), regions.max(axis=1)
+    return np.bincount(low * num_regions + high, minlength=num_regions**2).reshape(num_regions, num_regions)
+
+
+def connectivity_scores(counts: NDArray[np.int64], real: NDArray) -> ConnectivityScores:
+    """Compare the connections of a tractogram with a subject's own.
+
+    Args:
+        counts: (N, N), see `connection_counts`.
+        real: (N, N), above 0 where regions are connected; either triangle, or both.
+
+    Returns:
+        False and missing connections; NaN without streamlines, or without real connections.
+
+    Source: the share of false connections is dwi_ml's `tracking_connectivity_score_monitor`, in which missing
+    connections do not count.
+
+    Example:
+        >>> connectivity_scores(np.array([[0, 3], [0, 1]]), np.array([[1, 1], [1, 0]]))
+        ConnectivityScores(false_connections=0.25, missing_connections=0.5)
+    """
+    is_real = np.triu((real > 0) | (real > 0).T)
+    num_streamlines, num_real = int(counts.sum()), int(is_real.sum())
+    num_false = int(counts[~is_real].sum())
+    num_missing = int((is_real & (counts == 0)).sum())
+    return ConnectivityScores(
+        num_false / num_streamlines if num_streamlines else float("nan"),
+        num_missing / num_real if num_real else float("nan"),
+    )
+
+
+def end_points(lines: Streamlines) -> NDArray[np.float64]:
+    """The first and the last point of each streamline.
+
+    Args:
+        lines: S streamlines of one point or more.
+
+    Returns:
+        (S, 2, 3) float64, in the space of the lines.
+
+    Example:
+        >>> end_points(Streamlines.from_list([[[0, 0, 0], [1, 0, 0], [2, 0, 0]]]))[0, :, 0].tolist()
+        [0.0, 2.0]
+    """
+    rows = np.stack([lines.offsets[:-1].numpy(), lines.offsets[1:].numpy() - 1], axis=1)
+    return lines.points.double().numpy()[rows]
