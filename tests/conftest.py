@@ -81,6 +81,16 @@ def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "experiments"
 
 
+@pytest.fixture(scope="session")
+def example_hdf5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in example data, to read only."""
+    from dwiml_func.data.example.dataset import make_example_data
+
+    path = tmp_path_factory.mktemp("example") / "example.hdf5"
+    make_example_data(path)
+    return path
+
+
 @pytest.fixture
 def experiments(stopped_early: Path, tmp_path: Path) -> Path:
     """A copy of `stopped_early` to work in."""

@@ -13,7 +13,8 @@ from scipy.special import logsumexp as _logsumexp
 from torch import Tensor
 
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.models.direction_getters import DirectionGetter, make_direction_getter
+from dwiml_func.models.direction_getters import DIRECTION_GETTERS, DirectionGetter, make_direction_getter
+from dwiml_func.models.direction_getters._mixture import sample_classes
 from dwiml_func.models.direction_getters.fisher_von_mises import (
     fisher_von_mises_log_density,
     sample_fisher_von_mises,
@@ -234,10 +235,10 @@ LEAST = 1e-3  # of a p-value; seeds are fixed, so this holds or it does not
 @pytest.mark.parametrize("kappa", [1e-7, 0.1, 2.0, 20.0, 1e4])
 def test_samples_of_fisher_von_mises_follow_its_density(kappa):
     mean = units(np.array([1.0, -2, 0.5]))
-    with torch_rng(Key(3)):
-        drawn = sample_fisher_von_mises(
-            torch.from_numpy(mean).expand(4000, 3), torch.full((4000,), kappa, dtype=torch.float64)
-        ).numpy()
+    uniforms = torch.from_numpy(np.random.default_rng(3).uniform(size=(4000, 2)))
+    drawn = sample_fisher_von_mises(
+        torch.from_numpy(mean).expand(4000, 3), torch.full((4000,), kappa, dtype=torch.float64), uniforms
+    ).numpy()
     np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), 1, rtol=1e-9)
     # 1 - cos to the mean has the distribution function (1 - e^(-kappa t)) / (1 - e^(-2 kappa)) on 0 to 2.
     less = 1 - drawn @ mean
@@ -276,6 +277,24 @@ def test_samples_of_a_mixture_come_from_its_parts_by_their_weights(key):
     observed = np.bincount((drawn @ means.T).argmax(dim=1).numpy(), minlength=3)
     assert stats.chisquare(observed, 6000 * weights.double().numpy() / weights.double().sum().item()).pvalue > LEAST
     assert ((drawn @ means.T).max(dim=1).values > 0.9).all()
+
+
+@pytest.mark.parametrize("key", [key for key, getter in DIRECTION_GETTERS.items() if getter.is_probabilistic])
+def test_a_row_of_a_sample_depends_on_its_own_row_alone(key):
+    getter = make_direction_getter(key, 4, add_eos=True)
+    generator = np.random.default_rng(9)
+    outputs = torch.from_numpy(generator.normal(size=(40, getter.output_size))).float()
+    uniforms = torch.from_numpy(generator.uniform(size=(40, 4)))
+    whole = getter.sample_from(outputs, uniforms)
+    assert torch.equal(getter.sample_from(outputs[7:8], uniforms[7:8]), whole[7:8])
+    assert torch.equal(getter.sample_from(outputs.flip(0), uniforms.flip(0)), whole.flip(0))
+    assert whole.isfinite().all()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1e-12, 1 - 1e-12, 1.0])
+def test_no_uniform_number_gives_a_class_without_probability(uniform):
+    logits = torch.tensor([[-math.inf, 0.0, -200.0]])
+    assert sample_classes(logits, torch.tensor([uniform], dtype=torch.float64)).tolist() == [1]
 
 
 def test_deterministic_directions_are_the_means_the_best_parts_or_the_best_classes():

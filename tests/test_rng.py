@@ -47,7 +47,7 @@ def test_paths_of_zeros_differ_by_their_length(first):
 def test_named_streams_epochs_and_batches_have_their_own_draws(first):
     keys = [Key(1, (stream, epoch)) for stream in Stream for epoch in range(10)]
     keys += [Key(1, (stream, epoch, batch)) for stream in Stream for epoch in range(10) for batch in range(10)]
-    assert len({first(key) for key in keys}) == len(keys) == 7 * 10 * 11
+    assert len({first(key) for key in keys}) == len(keys) == 8 * 10 * 11
 
 
 def test_a_large_seed_does_not_read_as_a_small_seed_with_a_path():
@@ -103,6 +103,7 @@ def test_stream_numbers_are_pinned():
         "VALID_PLAN": 4,
         "VALID_STEP": 5,
         "EXAMPLE_DATA": 6,
+        "TRACK": 7,
     }
 
 

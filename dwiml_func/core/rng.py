@@ -58,6 +58,7 @@ class Stream(IntEnum):
     VALID_PLAN = 4  # which streamlines are in which validation batch
     VALID_STEP = 5  # the model in validation
     EXAMPLE_DATA = 6  # simulated signal of the example data
+    TRACK = 7  # seeds and sampled directions of tracking
 
 
 def fold_in(key: Key, *path: int) -> Key:
@@ -121,10 +122,7 @@ def torch_rng(key: Key) -> Iterator[None]:
         >>> torch.equal(first, second)
         True
     """
-    key = fold_in(key)  # checks the range
-    packed = struct.pack(f"<Q{len(key.path)}I", key.seed, *key.path)
-    # SeedSequence would do, but takes 60 microseconds inside a training step where this takes two.
-    seed = int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+    seed = key_hash(key)
     generators = default_generators()
     with _GLOBAL_GENERATORS:
         states = [generator.get_state() for generator in generators]
@@ -135,6 +133,14 @@ def torch_rng(key: Key) -> Iterator[None]:
         finally:
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
+
+
+def key_hash(key: Key) -> int:
+    """64 bits that depend on every bit of a key."""
+    key = fold_in(key)  # checks the range
+    packed = struct.pack(f"<Q{len(key.path)}I", key.seed, *key.path)
+    # SeedSequence would do, but takes 60 microseconds inside a training step where this takes two.
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
 def default_generators() -> list[torch.Generator]:

@@ -20,6 +20,12 @@ from dwiml_func.tracking.scores import (
     score_lines,
     score_tractogram,
 )
+from dwiml_func.tracking.seeds import seeds_in_mask
+from dwiml_func.tracking.space import TrackingMask, TrackingSpace
+from dwiml_func.tracking.spec import TrackingSpec
+from dwiml_func.tracking.state import TrackState, init_track_state
+from dwiml_func.tracking.step import track_step
+from dwiml_func.tracking.track import Tracked, track
 
 __all__ = [
     "BundleScores",
@@ -27,12 +33,18 @@ __all__ = [
     "LineScores",
     "Overlap",
     "ReferenceBundle",
+    "TrackState",
+    "Tracked",
+    "TrackingMask",
+    "TrackingSpace",
+    "TrackingSpec",
     "TractogramScores",
     "ceiling_scores",
     "connection_counts",
     "connectivity_scores",
     "end_points",
     "final_distances",
+    "init_track_state",
     "lags",
     "overlap_within",
     "reference_bundles",
@@ -41,5 +53,8 @@ __all__ = [
     "remainder",
     "score_lines",
     "score_tractogram",
+    "seeds_in_mask",
+    "track",
+    "track_step",
     "voxel_overlap",
 ]

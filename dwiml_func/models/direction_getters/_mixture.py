@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["component", "mixture_log_density", "sample_components"]
+__all__ = ["component", "mixture_log_density", "sample_classes"]
 
 
 def mixture_log_density(logits: Tensor, log_densities: Tensor) -> Tensor:
@@ -16,9 +16,12 @@ def mixture_log_density(logits: Tensor, log_densities: Tensor) -> Tensor:
     return (logits.log_softmax(dim=-1) + log_densities).logsumexp(dim=-1)
 
 
-def sample_components(logits: Tensor) -> Tensor:
-    """Sample one distribution of each mixture by the weights' logits (N, G), with torch's generator: (N,) int64."""
-    return torch.multinomial(logits.softmax(dim=-1), 1)[:, 0]
+def sample_classes(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Turn uniform random numbers (N,) into classes (N,) int64 with the probabilities of logits (N, G)."""
+    distribution = logits.softmax(dim=-1).cumsum(dim=-1)
+    # Never beyond the last class that has a probability, though rounding may leave the sum below 1.
+    target = uniforms.to(logits.dtype).clamp(max=1 - torch.finfo(logits.dtype).eps)[:, None] * distribution[:, -1:]
+    return (distribution <= target).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
 
 
 def component(values: Tensor, index: Tensor) -> Tensor:

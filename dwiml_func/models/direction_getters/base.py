@@ -11,9 +11,12 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dwiml_func._checks import check_number
-from dwiml_func.core.rng import Key
+from dwiml_func.core.rng import Key, torch_rng
 
-__all__ = ["DirectionGetter"]
+__all__ = ["NUM_UNIFORMS", "DirectionGetter"]
+
+NUM_UNIFORMS = 4
+"""How many uniform random numbers `DirectionGetter.sample_from` takes for a direction."""
 
 _COMMON_ARGUMENTS = ("input_size", "dropout", "add_eos", "eos_weight")
 
@@ -169,7 +172,32 @@ class DirectionGetter(torch.nn.Module, ABC):
             ...
             ValueError: cosine-regression has no distribution of directions to sample from. Use `directions`.
         """
-        raise ValueError(f"{self.key} has no distribution of directions to sample from. Use `directions`.")
+        with torch_rng(key):
+            uniforms = torch.rand(len(outputs), NUM_UNIFORMS, dtype=torch.float64, device=outputs.device)
+        return self.sample_from(outputs, uniforms)
+
+    def sample_from(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Turn uniform random numbers into directions: a row of the result depends on that row of the arguments alone.
+
+        Args:
+            outputs: (N, K), from `forward`.
+            uniforms: (N, 4) float64, each 0 < u < 1; a getter may leave the last ones unused.
+
+        Returns:
+            (N, 3), voxel space, without gradient, as from `sample`.
+
+        Raises:
+            ValueError: the getter has no distribution to sample from.
+
+        Example:
+            >>> from dwiml_func.models.direction_getters import Gaussian
+            >>> outputs = torch.tensor([[0.0, 0, 1, -9, -9, -9]])  # a mean, and small deviations
+            >>> Gaussian(6).sample_from(outputs, torch.full((1, 4), 0.5, dtype=torch.float64))
+            tensor([[0., 0., 1.]])
+        """
+        if not self.is_probabilistic:
+            raise ValueError(f"{self.key} has no distribution of directions to sample from. Use `directions`.")
+        return self._sample_from(outputs.detach(), uniforms)
 
     def eos_probability(self, outputs: Tensor) -> Tensor:
         """The probability that a point is its streamline's last.
@@ -191,6 +219,29 @@ class DirectionGetter(torch.nn.Module, ABC):
         if not self.add_eos:
             raise ValueError("This direction getter does not learn where streamlines end. Make it with add_eos=True.")
         return self._eos_probability(outputs)
+
+    def eos_is_most_likely(self, outputs: Tensor) -> Tensor:
+        """Whether a point is more likely its streamline's last than not; of classes: whether EOS is the likeliest.
+
+        Args:
+            outputs: (N, K), from `forward`.
+
+        Returns:
+            (N,) bool.
+
+        Raises:
+            ValueError: the getter was made without `add_eos`.
+
+        Example:
+            >>> from dwiml_func.models.direction_getters import CosineRegression
+            >>> CosineRegression(6, add_eos=True).eos_is_most_likely(torch.tensor([[1.0, 0, 0, 2], [1, 0, 0, -2]]))
+            tensor([ True, False])
+        """
+        return self.eos_probability(outputs) > 0.5
+
+    def _sample_from(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """See `sample_from`; of a getter with a distribution."""
+        raise NotImplementedError
 
     def _direction_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The loss of the direction alone, (N,)."""

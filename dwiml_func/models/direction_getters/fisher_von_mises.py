@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, unit_vectors
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
@@ -65,10 +64,8 @@ class FisherVonMises(DirectionGetter):
         """The means (N, 3), unit vectors in voxel space."""
         return outputs[..., :3]
 
-    def sample(self, outputs: Tensor, key: Key) -> Tensor:
-        """Sample a direction (N, 3) from each point's distribution, see `DirectionGetter.sample`."""
-        with torch_rng(key):
-            return sample_fisher_von_mises(outputs.detach()[..., :3], outputs.detach()[..., 3])
+    def _sample_from(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        return sample_fisher_von_mises(outputs[..., :3], outputs[..., 3], uniforms[..., :2])
 
     def _direction_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return -fisher_von_mises_log_density(unit_vectors(targets), outputs[..., :3], outputs[..., 3])
@@ -86,19 +83,31 @@ def fisher_von_mises_log_density(directions: Tensor, means: Tensor, kappas: Tens
     return _log_peak(kappas) + kappas * ((means * directions).sum(dim=-1) - 1)
 
 
-def sample_fisher_von_mises(means: Tensor, kappas: Tensor) -> Tensor:
-    """Sample directions (..., 3) around unit vectors with concentrations (...) >= 0, with torch's generator.
+def sample_fisher_von_mises(means: Tensor, kappas: Tensor, uniforms: Tensor) -> Tensor:
+    """Turn uniform random numbers (..., 2) into directions (..., 3) around unit vectors, with concentrations >= 0.
 
     Source: W. Jakob, "Numerically stable sampling of the von Mises-Fisher distribution on S² (and other tricks)", 2012:
-        the cosine to the mean by its inverse distribution function.
+        the cosine to the mean by its inverse distribution function. The angle around the mean counts from an axis of
+        Duff et al., "Building an Orthonormal Basis, Revisited", JCGT 2017.
     """
+    first, second = uniforms.to(means.dtype).unbind(-1)
     kappas = kappas.clamp(min=1e-6)  # as good as uniform, and no division by zero
-    one_less_cosine = -torch.log1p((1 - torch.rand_like(kappas)) * torch.expm1(-2 * kappas)) / kappas
+    one_less_cosine = -torch.log1p((1 - first) * torch.expm1(-2 * kappas)) / kappas
     one_less_cosine = one_less_cosine.clamp(max=2)[..., None]  # infinite where e^(-2 kappa) underflows
-    noise = torch.randn_like(means)
-    across = unit_vectors(noise - (noise * means).sum(dim=-1, keepdim=True) * means)
+    angle = (2 * math.pi * second)[..., None]
+    one, other = _across(means)
     sine = (one_less_cosine * (2 - one_less_cosine)).sqrt()
-    return unit_vectors((1 - one_less_cosine) * means + sine * across)
+    return unit_vectors((1 - one_less_cosine) * means + sine * (angle.cos() * one + angle.sin() * other))
+
+
+def _across(directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Two unit vectors (..., 3) that are perpendicular to unit vectors (..., 3), and to each other."""
+    x, y, z = directions.unbind(-1)
+    sign = torch.where(z < 0, -1.0, 1.0).to(z.dtype)
+    factor = -1 / (sign + z)
+    product = x * y * factor
+    one = torch.stack([1 + sign * x * x * factor, sign * product, -sign * x], dim=-1)
+    return one, torch.stack([product, sign + y * y * factor, -y], dim=-1)
 
 
 def _log_peak(kappas: Tensor) -> Tensor:

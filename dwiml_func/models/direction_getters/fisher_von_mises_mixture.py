@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import check_number
-from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, unit_vectors
-from dwiml_func.models.direction_getters._mixture import component, mixture_log_density, sample_components
+from dwiml_func.models.direction_getters._mixture import component, mixture_log_density, sample_classes
 from dwiml_func.models.direction_getters.base import DirectionGetter
 from dwiml_func.models.direction_getters.fisher_von_mises import (
     LARGEST_KAPPA,
@@ -74,12 +73,11 @@ class FisherVonMisesMixture(DirectionGetter):
         logits, means, _ = self._parts(outputs)
         return component(means, logits.argmax(dim=-1))
 
-    def sample(self, outputs: Tensor, key: Key) -> Tensor:
-        """Sample a distribution by its weight at each point, then a direction, see `DirectionGetter.sample`."""
-        logits, means, kappas = self._parts(outputs.detach())
-        with torch_rng(key):
-            drawn = sample_components(logits)
-            return sample_fisher_von_mises(component(means, drawn), component(kappas[..., None], drawn)[..., 0])
+    def _sample_from(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        logits, means, kappas = self._parts(outputs)
+        drawn = sample_classes(logits, uniforms[..., 0])
+        kappa = component(kappas[..., None], drawn)[..., 0]
+        return sample_fisher_von_mises(component(means, drawn), kappa, uniforms[..., 1:3])
 
     def _direction_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         logits, means, kappas = self._parts(outputs)

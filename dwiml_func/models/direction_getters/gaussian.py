@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import check_number
-from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, check_length, with_length
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
-__all__ = ["Gaussian", "bounded_log_sigmas", "gaussian_log_density"]
+__all__ = ["Gaussian", "bounded_log_sigmas", "gaussian_log_density", "sample_gaussian"]
 
 _LOG_2PI = math.log(2 * math.pi)
 _BOUND = 20.0  # of |log sigma|: squares of (x - mean) / sigma and their gradients stay finite in float32
@@ -71,11 +70,8 @@ class Gaussian(DirectionGetter):
         """The means (N, 3), voxel space, of any length."""
         return outputs[..., :3]
 
-    def sample(self, outputs: Tensor, key: Key) -> Tensor:
-        """Sample a direction (N, 3) from each point's Gaussian, see `DirectionGetter.sample`."""
-        means, log_sigmas = outputs.detach()[..., :3], outputs.detach()[..., 3:6]
-        with torch_rng(key):
-            return means + bounded_log_sigmas(log_sigmas).exp() * torch.randn_like(means)
+    def _sample_from(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        return sample_gaussian(outputs[..., :3], outputs[..., 3:6], uniforms[..., :3])
 
     def _direction_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         targets = with_length(targets, self.normalize_targets)
@@ -97,6 +93,12 @@ def gaussian_log_density(x: Tensor, means: Tensor, log_sigmas: Tensor) -> Tensor
     log_sigmas = bounded_log_sigmas(log_sigmas)
     squares = ((x - means) * (-log_sigmas).exp()).square().sum(dim=-1)
     return -0.5 * (3 * _LOG_2PI + squares) - log_sigmas.sum(dim=-1)
+
+
+def sample_gaussian(means: Tensor, log_sigmas: Tensor, uniforms: Tensor) -> Tensor:
+    """Turn uniform random numbers (..., 3) into samples (..., 3) of normal distributions along three axes."""
+    normals = torch.special.ndtri(uniforms).to(means.dtype)
+    return means + bounded_log_sigmas(log_sigmas).exp() * normals
 
 
 def bounded_log_sigmas(log_sigmas: Tensor) -> Tensor:

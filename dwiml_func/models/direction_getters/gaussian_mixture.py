@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import check_number
-from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, check_length, with_length
-from dwiml_func.models.direction_getters._mixture import component, mixture_log_density, sample_components
+from dwiml_func.models.direction_getters._mixture import component, mixture_log_density, sample_classes
 from dwiml_func.models.direction_getters.base import DirectionGetter
-from dwiml_func.models.direction_getters.gaussian import bounded_log_sigmas, gaussian_log_density
+from dwiml_func.models.direction_getters.gaussian import gaussian_log_density, sample_gaussian
 
 __all__ = ["GaussianMixture"]
 
@@ -73,13 +72,10 @@ class GaussianMixture(DirectionGetter):
         logits, means, _ = self._parts(outputs)
         return component(means, logits.argmax(dim=-1))
 
-    def sample(self, outputs: Tensor, key: Key) -> Tensor:
-        """Sample a Gaussian by its weight at each point, then a direction from it, see `DirectionGetter.sample`."""
-        logits, means, log_sigmas = self._parts(outputs.detach())
-        with torch_rng(key):
-            drawn = sample_components(logits)
-            mean, log_sigma = component(means, drawn), component(log_sigmas, drawn)
-            return mean + bounded_log_sigmas(log_sigma).exp() * torch.randn_like(mean)
+    def _sample_from(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        logits, means, log_sigmas = self._parts(outputs)
+        drawn = sample_classes(logits, uniforms[..., 0])
+        return sample_gaussian(component(means, drawn), component(log_sigmas, drawn), uniforms[..., 1:4])
 
     def _direction_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         targets = with_length(targets, self.normalize_targets)

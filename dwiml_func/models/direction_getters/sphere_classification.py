@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
-from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters._layers import TwoLayerNetwork
+from dwiml_func.models.direction_getters._mixture import sample_classes
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
 __all__ = ["SmoothSphereClassification", "SphereClassification", "nearest_vertices", "sphere_vertices"]
@@ -98,12 +98,15 @@ class SphereClassification(DirectionGetter):
         """The most probable point of the sphere, (N, 3) unit vectors; EOS does not count (see `eos_probability`)."""
         return self._vertices.to(outputs)[self._direction_logits(outputs).argmax(dim=-1)]
 
-    def sample(self, outputs: Tensor, key: Key) -> Tensor:
-        """Sample points of the sphere (N, 3), given that the streamline does not end, see `DirectionGetter.sample`."""
-        probabilities = self._direction_logits(outputs.detach()).softmax(dim=-1)
-        with torch_rng(key):
-            classes = torch.multinomial(probabilities, 1)[:, 0]
-        return self._vertices.to(outputs)[classes]
+    def _sample_from(self, outputs: Tensor, uniforms: Tensor) -> Tensor:
+        """Points of the sphere, given that the streamline does not end."""
+        return self._vertices.to(outputs)[sample_classes(self._direction_logits(outputs), uniforms[..., 0])]
+
+    def eos_is_most_likely(self, outputs: Tensor) -> Tensor:
+        """Whether EOS is the likeliest class, (N,) bool, see `DirectionGetter.eos_is_most_likely`."""
+        if not self.add_eos:
+            return super().eos_is_most_likely(outputs)
+        return outputs[..., -1] > self._direction_logits(outputs).amax(dim=-1)
 
     def _class_losses(self, log_probabilities: Tensor, targets: Tensor, is_last: Tensor | None) -> Tensor:
         classes = nearest_vertices(targets, self._vertices)

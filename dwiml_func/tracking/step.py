@@ -1,0 +1,123 @@
+"""One step of all lines."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dwiml_func.core.rng import Stream, fold_in
+from dwiml_func.tracking.random_numbers import uniforms
+from dwiml_func.tracking.space import TrackingSpace
+from dwiml_func.tracking.spec import TrackingSpec
+from dwiml_func.tracking.state import StepModel, TrackState, without_memory
+
+__all__ = ["track_step"]
+
+_DIRECTION = 2  # of the stream's random numbers, beside those of the seeds
+_STRAIGHT_BACK = 180.0  # degrees: no angle is larger
+
+
+def track_step(
+    state: TrackState, *, model: StepModel, space: TrackingSpace, spec: TrackingSpec, donate: bool = False
+) -> TrackState:
+    """Let the model read one point of every line, and move the lines on.
+
+    A line grows from its seed until it ends: at the limit of its length, at an angle above `theta`, where the model
+    ends it, with a direction that is not a number, at the border of the volume or the mask. Then, unless
+    `track_forward_only`, the model reads the first half again, from its end and without the seed, a point a step; from
+    the seed on the line grows in the other direction. A row depends on that row of `state` alone.
+
+    Args:
+        state: R rows.
+        model: the model, in evaluation mode.
+        space: its volume, and the mask.
+        spec: the options.
+        donate: the result may overwrite the points of `state`, which is not used again.
+
+    Returns:
+        The next state.
+
+    Source: dwi_ml, `tracker.py` and `tracking_utils.py` (the order of the checks; reading the first half again).
+
+    Example:
+        >>> from dwiml_func.core.rng import Key
+        >>> from dwiml_func.models import Learn2Track
+        >>> from dwiml_func.tracking.state import init_track_state, with_lines
+        >>> model, spec = Learn2Track(28).eval(), TrackingSpec(step_size=1)
+        >>> space = TrackingSpace(volume=torch.zeros(9, 9, 9, 28), voxel_sizes=(2.0, 2.0, 2.0))
+        >>> state = init_track_state(model, space, spec, key=Key(1), num_rows=8)
+        >>> state = with_lines(state, torch.tensor([3]), torch.tensor([0]), torch.full((1, 3), 4.5))
+        >>> state = track_step(state, model=model, space=space, spec=spec)
+        >>> state.num_points.tolist()
+        [0, 0, 0, 2, 0, 0, 0, 0]
+    """
+    with torch.no_grad():
+        inputs, dirs = space.read(state.position), state.dirs[:, : 3 * model.nb_previous_dirs]
+        outputs, model_state = model.run_step(inputs, dirs, state.model_state)
+        direction, ends = _chosen(outputs, state, model, spec)
+        step, is_valid = _step(direction, state.dirs[:, :3], space, spec)
+        target = state.position + step
+
+        is_replay = state.is_replay
+        is_asked = state.is_live & ~is_replay
+        is_allowed = space.allows(target)
+        moves = is_asked & is_valid & ~ends & space.contains(target)
+        if spec.discard_last_point:
+            moves = moves & is_allowed
+        num_points = state.num_points + moves
+        is_full = num_points > spec.max_steps
+        ended = is_asked & ~(moves & is_allowed & ~is_full)
+        turns = ended & (state.turn == 0) & (num_points > 1) & ~is_full
+        if spec.track_forward_only:
+            turns = torch.zeros_like(turns)
+
+        points = state.points if donate else state.points.clone()
+        rows = torch.arange(len(points), device=points.device)
+        points[rows, torch.where(moves, state.num_points, points.shape[1] - 1)] = target
+        cursor = torch.where(is_replay, state.cursor - 1, torch.where(is_asked, num_points - 1, state.cursor))
+        position = points[rows, cursor]
+        walked = torch.cat([position - state.position, state.dirs], dim=1)[:, : state.dirs.shape[1]]
+        return TrackState(
+            points=points,
+            num_points=num_points,
+            turn=torch.where(turns, num_points, state.turn),
+            cursor=cursor,
+            position=position,
+            dirs=walked.masked_fill(turns[:, None], 0.0),
+            model_state=without_memory(model_state, turns),
+            line=state.line,
+            is_live=state.is_live & ~(ended & ~turns),
+            key=state.key,
+        )
+
+
+def _chosen(outputs: Tensor, state: TrackState, model: StepModel, spec: TrackingSpec) -> tuple[Tensor, Tensor]:
+    """Directions (R, 3), voxel space, of any length, and whether the model ends the lines, (R,) bool."""
+    getter = model.direction_getter
+    if spec.algo == "prob":
+        key = fold_in(state.key, Stream.TRACK, _DIRECTION)
+        asked = 2 * state.num_points + (state.turn > 0)  # the end of the first half and the seed are two questions
+        direction = getter.sample_from(outputs, uniforms(key, state.line.clamp(min=0), asked))
+    else:
+        direction = getter.directions(outputs)
+    if not getter.add_eos:
+        return direction, torch.zeros_like(state.is_live)
+    if spec.eos_stop == "max":
+        return direction, getter.eos_is_most_likely(outputs)
+    return direction, getter.eos_probability(outputs) > (0.5 if spec.eos_stop is None else spec.eos_stop)
+
+
+def _step(direction: Tensor, previous: Tensor, space: TrackingSpace, spec: TrackingSpec) -> tuple[Tensor, Tensor]:
+    """Steps (R, 3), voxel space, as long in mm as asked for, and whether lines may take them, (R,) bool."""
+    sizes = torch.tensor(space.voxel_sizes, device=direction.device)
+    direction_mm, previous_mm = direction * sizes, previous * sizes
+    length = torch.linalg.vector_norm(direction_mm, dim=1)
+    step = direction * (spec.step_size / length)[:, None]
+    is_valid = step.isfinite().all(dim=1)
+    if spec.theta < _STRAIGHT_BACK:
+        # Both sides times the lengths: a line without a previous direction has 0 >= 0.
+        scale = length * torch.linalg.vector_norm(previous_mm, dim=1)
+        is_valid &= (direction_mm * previous_mm).sum(dim=1) >= math.cos(math.radians(spec.theta)) * scale
+    return step, is_valid

@@ -1,0 +1,268 @@
+"""Tracking in fields whose lines have a closed form, and at all that can end a line."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tracking_cases import FieldModel, SteeredModel, positions, tracked_lines
+
+from dwiml_func.core.rng import Key
+from dwiml_func.models import Learn2Track
+from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, init_track_state, track, track_step
+from dwiml_func.tracking.state import with_lines
+
+ALONG_X = FieldModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
+AXIS_X = SteeredModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
+
+
+def circle(p):
+    """Counterclockwise around (20, 20), any z."""
+    return torch.stack([20 - p[:, 1], p[:, 0] - 20, torch.zeros(len(p))], dim=1)
+
+
+def test_a_constant_field_gives_a_straight_line_to_the_border():
+    (line,) = tracked_lines([3.25, 4.5, 4.5], ALONG_X, positions(10, 9, 9), track_forward_only=True).values()
+    expected = torch.tensor([[3.25 + i, 4.5, 4.5] for i in range(7)])
+    assert torch.equal(line, expected)
+
+
+def test_both_halves_make_one_line_through_the_seed():
+    (line,) = tracked_lines([3.25, 4.5, 4.5], AXIS_X, positions(10, 9, 9)).values()
+    assert torch.equal(line, torch.tensor([[9.25 - i, 4.5, 4.5] for i in range(10)]))
+
+
+def test_forward_only_leaves_out_the_second_half():
+    (line,) = tracked_lines([3.25, 4.5, 4.5], AXIS_X, positions(10, 9, 9), track_forward_only=True).values()
+    assert line[:, 0].tolist() == [3.25 + i for i in range(7)]
+
+
+@pytest.mark.parametrize("radius", [5.0, 12.0])
+def test_steps_along_a_circle_drift_outwards_as_those_of_euler_do(radius):
+    # A step of length h along the tangent takes the squared radius from r² to r² + h², exactly.
+    (line,) = tracked_lines(
+        [20 + radius, 20, 4.5],
+        FieldModel(circle),
+        positions(40, 40, 9),
+        step_size=0.5,
+        track_forward_only=True,
+        max_length=40,
+    ).values()
+    squares = (line[:, :2].double() - 20).square().sum(dim=1)
+    assert len(line) == 81
+    np.testing.assert_allclose(squares, radius**2 + 0.25 * np.arange(81), rtol=1e-5)
+
+
+def test_the_drift_from_a_helix_shrinks_with_the_step():
+    radius, pitch = 8.0, 0.3  # mm, and the rise per mm around the axis
+
+    def helix(p):
+        around = circle(p)
+        return around + torch.tensor([0, 0, pitch]) * torch.linalg.vector_norm(around, dim=1, keepdim=True)
+
+    drifts = []
+    for step in (1.0, 0.5, 0.25, 0.125):
+        (line,) = tracked_lines(
+            [20 + radius, 20, 1.0],
+            FieldModel(helix),
+            positions(40, 40, 40),
+            step_size=step,
+            max_length=30,
+            track_forward_only=True,
+        ).values()
+        travelled = 30 / math.sqrt(1 + pitch**2)  # mm around the axis
+        angle = travelled / radius
+        end = np.array([20 + radius * math.cos(angle), 20 + radius * math.sin(angle), 1 + pitch * travelled])
+        assert len(line) == round(30 / step) + 1
+        drifts.append(np.linalg.norm(line[-1].numpy() - end))
+    ratios = np.array(drifts[:-1]) / drifts[1:]
+    assert ((ratios > 1.8) & (ratios < 2.2)).all()  # Euler's method is of first order
+    assert drifts[-1] < 30 * 0.125 / radius  # the length times the step over the radius
+
+
+def test_steps_have_their_length_in_mm_whatever_the_shape_of_voxels():
+    sizes = (1.0, 2.0, 4.0)
+    diagonal = SteeredModel(lambda p: torch.tensor([1.0, 1.0, 1.0]).expand(len(p), 3))  # voxel space
+    (line,) = tracked_lines([10.5, 10.5, 10.5], diagonal, positions(21, 21, 21, voxel_sizes=sizes)).values()
+    steps = line.double().diff(dim=0)
+    np.testing.assert_allclose((steps * torch.tensor(sizes)).norm(dim=1), 1, rtol=1e-5)
+    assert (steps.amax(dim=1) - steps.amin(dim=1)).abs().max() < 1e-5  # still the model's direction in voxel space
+
+
+def test_angles_are_those_in_mm():
+    # In voxel space, (1, 0, 0) and (1, 1, 0) make 45 degrees; with voxels of 1 x 4 mm it is atan(4), 76 degrees.
+    def bend(p):
+        return torch.where(p[:, :1] < 5, torch.tensor([1.0, 0, 0]), torch.tensor([1.0, 1.0, 0]))
+
+    space = positions(20, 40, 9, voxel_sizes=(1.0, 4.0, 1.0))
+    ends = {}
+    for theta in (70, 80):
+        (line,) = tracked_lines(
+            [2.5, 4.5, 4.5], FieldModel(bend), space, theta=theta, track_forward_only=True, max_length=12
+        ).values()
+        ends[theta] = len(line)
+    assert ends == {70: 4, 80: 13}
+
+
+@pytest.mark.parametrize("forward_only", [True, False])
+@pytest.mark.parametrize("step", [1.0, 0.3])
+def test_the_longest_line_has_max_length_in_mm_in_one_half_or_two(forward_only, step):
+    options = {"step_size": step, "max_length": 12.0, "track_forward_only": forward_only}
+    seeds = [[20.5 + i, 4.5, 4.5] for i in range(5)] + [[98.5, 4.5, 4.5]]  # the last meets the border first
+    lines = tracked_lines(seeds, AXIS_X, positions(100, 9, 9), **options)
+    lengths = [float(line.diff(dim=0).norm(dim=1).sum()) for line in lines.values()]
+    np.testing.assert_allclose(lengths[:5], 12, rtol=1e-5)
+    np.testing.assert_allclose(
+        lengths[5], 1.5 if forward_only and step == 0.3 else 1 if forward_only else 12, atol=0.31
+    )
+
+
+def test_lines_below_min_length_in_mm_are_left_out():
+    seeds = [[9.5 - i, 4.5, 4.5] for i in range(5)]  # 0, 1, 2, 3, 4 mm to the border
+    lines = tracked_lines(seeds, ALONG_X, positions(10, 9, 9), track_forward_only=True, min_length=3)
+    assert sorted(lines) == [3, 4]
+
+
+def test_a_line_without_a_step_is_none():
+    assert tracked_lines([9.5, 4.5, 4.5], ALONG_X, positions(10, 9, 9)) == {}
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_the_last_point_outside_the_mask_is_kept_or_not(discard):
+    mask = torch.zeros(10, 9, 9)
+    mask[2:6] = 1
+    space = positions(10, 9, 9, mask=TrackingMask(values=mask))
+    (line,) = tracked_lines([3.5, 4.5, 4.5], AXIS_X, space, discard_last_point=discard).values()
+    inside = [5.5, 4.5, 3.5, 2.5]
+    assert line[:, 0].tolist() == (inside if discard else [6.5, *inside, 1.5])
+
+
+def test_a_mask_is_read_at_the_nearest_voxel_or_between_the_centres():
+    mask = torch.zeros(10, 9, 9)
+    mask[:5] = 1  # nearest: up to 5.0; trilinear: 0.5 is reached at 5.0 too, from 1 at 4.5 to 0 at 5.5
+    mask[5] = 0.8  # nearest: up to 6.0; trilinear: 0.5 at 5.5 + 0.3 / 0.8
+    ends = {}
+    for interpolation in ("nearest", "trilinear"):
+        space = positions(10, 9, 9, mask=TrackingMask(values=mask, interpolation=interpolation))
+        (line,) = tracked_lines(
+            [2.0, 4.5, 4.5], ALONG_X, space, step_size=0.01, track_forward_only=True, discard_last_point=True
+        ).values()
+        ends[interpolation] = float(line[-1, 0])
+    assert ends == pytest.approx({"nearest": 6.0, "trilinear": 5.875}, abs=0.02)
+
+
+def test_a_mask_of_one_voxel_holds_lines_of_its_size():
+    mask = torch.zeros(9, 9, 9)
+    mask[4, 4, 4] = 1
+    space = positions(9, 9, 9, mask=TrackingMask(values=mask))
+    (line,) = tracked_lines([4.5, 4.5, 4.5], AXIS_X, space, step_size=0.2, discard_last_point=True).values()
+    assert line[:, 0].min() >= 4
+    assert line[:, 0].max() < 5
+    assert len(line) == 5  # 4.1, 4.3, 4.5, 4.7, 4.9
+
+
+def test_seeds_on_the_border_track_inwards_and_those_beyond_are_refused():
+    space = positions(10, 9, 9)
+    (line,) = tracked_lines([0.0, 0.0, 0.0], ALONG_X, space, track_forward_only=True).values()
+    assert line[:, 0].tolist() == [float(i) for i in range(10)]
+    for seed in ([10.0, 4, 4], [-0.01, 4, 4], [float("nan"), 4, 4]):
+        with pytest.raises(ValueError, match=r"seeds in the volume of 10 x 9 x 9 voxels.* Received: 1 of 2 outside"):
+            tracked_lines([[1.0, 1, 1], seed], ALONG_X, space)
+
+
+def test_a_model_that_is_not_a_number_ends_the_line_and_no_point_is_nan():
+    def breaks(p):
+        return torch.where(p[:, :1] > 5, torch.nan, torch.tensor([1.0, 0, 0]))
+
+    lines = tracked_lines([[2.5, 4.5, 4.5], [7.5, 4.5, 4.5]], FieldModel(breaks), positions(10, 9, 9))
+    assert list(lines) == [0]
+    assert lines[0][:, 0].tolist() == [5.5, 4.5, 3.5, 2.5]  # the second half starts backwards: a turn of 180 degrees
+
+
+def test_a_direction_without_length_ends_the_line():
+    assert tracked_lines([2.5, 4.5, 4.5], FieldModel(lambda p: 0 * p), positions(10, 9, 9)) == {}
+
+
+@pytest.mark.parametrize(("stop", "num_points"), [(None, 4), ("max", 4), (0.5, 4), (0.9, 6), (1.0, 8)])
+def test_a_line_ends_where_its_model_says(stop, num_points):
+    # The logit of the end: 1 from x = 5 on, 3 from x = 7 on.
+    def field(p):
+        eos = torch.where(p[:, :1] > 7, 3.0, torch.where(p[:, :1] > 5, 1.0, -3.0))
+        return torch.cat([torch.tensor([1.0, 0, 0]).expand(len(p), 3), eos], dim=1)
+
+    model = FieldModel(field, add_eos=True)
+    options = {"track_forward_only": True, "eos_stop": stop}
+    (line,) = tracked_lines([2.5, 4.5, 4.5], model, positions(10, 9, 9), **options).values()
+    assert len(line) == num_points  # the point at which it ends is the last
+
+
+def test_an_end_at_the_seed_gives_no_line():
+    model = FieldModel(lambda p: torch.tensor([1.0, 0, 0, 9]).expand(len(p), 4), add_eos=True)
+    assert tracked_lines([2.5, 4.5, 4.5], model, positions(10, 9, 9)) == {}
+
+
+def test_the_second_half_starts_with_the_memory_of_the_first_turned_round():
+    # The direction is that of the count of points read since the line's start, so it tells what the model has seen.
+    class Counting(FieldModel):
+        def run_step(self, inputs, dirs, state=None):
+            _, state = super().run_step(inputs, dirs, state)
+            up = state["count"][:, None] * 0.01
+            return torch.cat([torch.ones_like(up), up, torch.zeros_like(up)], dim=1), state
+
+    space = positions(9, 9, 9)
+    model, spec = Counting(circle), TrackingSpec(step_size=1, min_length=0, theta=180, max_length=8)
+    (tracked,) = track(torch.tensor([[4.5, 4.5, 4.5]]), model=model, space=space, spec=spec, key=Key(1), num_rows=16)
+    line = tracked.streamlines.points.double()
+    slopes = line.diff(dim=0)[:, 1] / line.diff(dim=0)[:, 0]
+    # Read at 5 points forwards (4 steps, the fifth leaves the volume), then again at the 4 that are no seed, then on.
+    assert len(line) == 9
+    np.testing.assert_allclose(slopes[:4].flip(0), [0.01, 0.02, 0.03, 0.04], rtol=1e-3)
+    np.testing.assert_allclose(slopes[4:], [0.05, 0.06, 0.07, 0.08], rtol=1e-3)
+
+
+def test_a_step_leaves_the_state_before_it_as_it_was():
+    space, spec = positions(9, 9, 9), TrackingSpec(step_size=1)
+    state = init_track_state(AXIS_X, space, spec, key=Key(1), num_rows=4)
+    started = with_lines(state, torch.tensor([1]), torch.tensor([7]), torch.tensor([[4.5, 4.5, 4.5]]))
+    before = started.points.clone()
+    after = track_step(started, model=AXIS_X, space=space, spec=spec)
+    assert not state.points.any()
+    assert torch.equal(started.points, before)
+    assert after.num_points.tolist() == [0, 2, 0, 0]
+    again = track_step(started, model=AXIS_X, space=space, spec=spec)
+    assert torch.equal(after.points, again.points)
+
+
+def test_nothing_to_track_gives_nothing():
+    assert tracked_lines(torch.zeros(0, 3), ALONG_X, positions(9, 9, 9)) == {}
+
+
+def test_what_cannot_track_is_refused():
+    space = TrackingSpace(volume=torch.zeros(4, 4, 4, 6), voxel_sizes=(1.0, 1.0, 1.0))
+    model = Learn2Track(6, rnn_layer_sizes=(4,))
+    with pytest.raises(ValueError, match="a model in evaluation mode"):
+        tracked_lines([1.0, 1, 1], model, space)
+    model.eval()
+    with pytest.raises(ValueError, match=r"prob requires a direction getter with a distribution.*cosine-regression"):
+        tracked_lines([1.0, 1, 1], model, space, algo="prob")
+    with pytest.raises(ValueError, match="eos_stop: requires a model that learned where streamlines end"):
+        tracked_lines([1.0, 1, 1], model, space, eos_stop=0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step_size": 0}, "step_size: expected a finite number above 0"),
+        ({"algo": "best"}, "algo: expected det or prob, received 'best'"),
+        ({"max_length": 5}, "max_length: expected at least min_length, 10.0 mm, received 5"),
+        ({"max_length": 0.5, "min_length": 0}, "max_length: expected at least a step, 1.0 mm, received 0.5"),
+        ({"theta": 0}, "theta: expected a finite number above 0"),
+        ({"eos_stop": 1.5}, "eos_stop: expected a probability from 0 to 1, received 1.5"),
+        ({"eos_stop": "often"}, "eos_stop: expected a probability or max, received 'often'"),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrackingSpec(**{"step_size": 1.0, **options})

@@ -1,0 +1,86 @@
+"""A line's bytes do not depend on the lines beside it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dwiml_func.core.rng import Key, torch_rng
+from dwiml_func.models import Learn2Track
+from dwiml_func.tracking import TrackingSpace, TrackingSpec, track
+
+SEEDS = 3 + 10 * torch.rand(1000, 3, generator=torch.Generator().manual_seed(1))
+VOLUME = torch.randn(16, 16, 16, 28, generator=torch.Generator().manual_seed(2))
+NUM_ROWS = 64
+GETTERS = {"det": ("cosine-regression", "sphere-classification"), "prob": ("gaussian", "fisher-von-mises-mixture")}
+
+
+def lines_of(model: Learn2Track, algo: str, numbers: list[int]) -> dict[int, bytes]:
+    space = TrackingSpace(volume=VOLUME, voxel_sizes=(2.0, 2.0, 2.0))
+    spec = TrackingSpec(step_size=1, min_length=0, max_length=15, theta=120, algo=algo)  # pyright: ignore[reportArgumentType]
+    wanted = torch.tensor(numbers)
+    found = {}
+    for tracked in track(
+        SEEDS[wanted], model=model, space=space, spec=spec, key=Key(3), numbers=wanted, num_rows=NUM_ROWS
+    ):
+        lines = [line.numpy().tobytes() for line in tracked.streamlines.to_list()]
+        found |= dict(zip(tracked.seeds.tolist(), lines, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("algo", ["det", "prob"])
+@pytest.mark.parametrize("rnn_key", ["lstm", "gru"])
+def test_a_line_has_the_same_bytes_alone_among_ten_and_among_a_thousand(rnn_key, algo):
+    for dg_key in GETTERS[algo]:
+        with torch_rng(Key(1)):
+            sizes = (60, 50)  # rows of 25 numbers in the getter: every fourth one begins where a vector register does
+            model = Learn2Track(28, rnn_key=rnn_key, rnn_layer_sizes=sizes, nb_previous_dirs=1, dg_key=dg_key).eval()
+            for parameter in model.parameters():
+                parameter.data *= 2  # lines that turn
+        whole = lines_of(model, algo, list(range(1000)))
+        assert len({len(line) for line in whole.values()}) > 8  # lines of many lengths: rows are filled at many times
+        among_ten = lines_of(model, algo, list(range(7, 1000, 100)))
+        assert among_ten == {number: whole[number] for number in among_ten}
+        assert len(among_ten) >= 8
+        for number in (0, 63, 131, 500, 999):
+            assert lines_of(model, algo, [number]) == {n: line for n, line in whole.items() if n == number}
+
+
+def test_other_keys_give_other_samples_and_the_same_key_the_same():
+    with torch_rng(Key(1)):
+        model = Learn2Track(28, rnn_layer_sizes=(8,), dg_key="gaussian").eval()
+    space = TrackingSpace(volume=VOLUME, voxel_sizes=(2.0, 2.0, 2.0))
+    spec = TrackingSpec(step_size=1, min_length=0, max_length=20, algo="prob", theta=180)
+
+    def points(seed):
+        results = track(SEEDS[:20], model=model, space=space, spec=spec, key=Key(seed), num_rows=32)
+        return torch.cat([tracked.streamlines.points for tracked in results])
+
+    first = points(1)
+    assert torch.equal(points(1), first)
+    assert not torch.equal(points(2)[:20], first[:20])
+
+
+def test_memory_holds_a_bounded_number_of_lines():
+    # One line in a hundred is long; the others wait for the oldest one, and no more seeds are taken meanwhile.
+    from tracking_cases import FieldModel, positions
+
+    from dwiml_func.tracking.queue import SeedQueue
+
+    queue, num_rows = SeedQueue(torch.arange(10_000), 16), 16
+    taken = set()
+    for _ in range(1000):
+        _, indices = queue.take()
+        taken |= set(indices.tolist())
+        is_live = torch.zeros(num_rows, dtype=torch.bool)
+        is_live[0] = True  # seed 0 never ends
+        queue.release(queue.ended(is_live))
+    assert max(taken) == 8 * num_rows - 1
+
+    space = positions(200, 9, 9)
+    spec = TrackingSpec(step_size=1, min_length=0, track_forward_only=True)
+    seeds = torch.tensor([[198.5 - 197 * (i % 100 == 0), 4.5, 4.5] for i in range(1000)])
+    model = FieldModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
+    counts = [len(t.seeds) for t in track(seeds, model=model, space=space, spec=spec, key=Key(1), num_rows=16)]
+    assert sum(counts) == 1000
+    assert max(counts) <= 8 * 16 + 16

@@ -1,0 +1,71 @@
+"""Seeds, and the random numbers of single lines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from dwiml_func.core.rng import Key
+from dwiml_func.tracking import seeds_in_mask
+from dwiml_func.tracking.random_numbers import philox, uniforms
+
+MASK = torch.zeros(5, 6, 7)
+MASK[1:4, 2, 3:6] = 1
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # the known answers of Random123's kat_vectors for philox4x32-10
+        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
+    ],
+)
+def test_philox_gives_the_known_answers(counter, key, expected):
+    first, second = (int(word, 16) for word in key.split())
+    counters = torch.tensor([[int(word, 16)] for word in counter.split()])
+    assert [f"{word:08x}" for word in philox(counters, (first, second))[:, 0].tolist()] == expected.split()
+
+
+def test_a_row_of_random_numbers_depends_on_its_address_alone():
+    rows, steps = torch.arange(300) % 30, torch.arange(300) // 30
+    whole = uniforms(Key(3), rows, steps)
+    assert torch.equal(uniforms(Key(3), rows[17:18], steps[17:18]), whole[17:18])
+    assert len(whole.unique()) == 1200  # no number twice
+    assert not torch.equal(uniforms(Key(4), rows, steps), whole)
+    assert stats.kstest(whole.flatten().numpy(), "uniform").pvalue > 1e-3
+
+
+def test_every_voxel_has_one_seed_before_any_has_two():
+    seeds = seeds_in_mask(MASK, npv=3, key=Key(1))
+    assert len(seeds) == 27
+    voxels = seeds.floor().long()
+    for start in (0, 9, 18):
+        assert len(voxels[start : start + 9].unique(dim=0)) == 9
+    assert all(MASK[tuple(voxel)] == 1 for voxel in voxels)
+
+
+def test_a_seed_is_the_same_however_many_are_asked_for():
+    whole = seeds_in_mask(MASK, nt=1000, key=Key(1))
+    assert torch.equal(seeds_in_mask(MASK, nt=10, key=Key(1)), whole[:10])
+    assert torch.equal(seeds_in_mask(MASK, nt=10, first=500, key=Key(1)), whole[500:510])
+    assert not torch.equal(seeds_in_mask(MASK, nt=10, key=Key(2)), whole[:10])
+
+
+def test_seeds_are_uniform_within_their_voxels():
+    inside = seeds_in_mask(MASK, nt=9000, key=Key(1)).double()
+    inside -= inside.floor()
+    for axis in range(3):
+        assert stats.kstest(inside[:, axis].numpy(), "uniform").pvalue > 1e-3
+    assert np.abs(np.corrcoef(inside.numpy().T) - np.eye(3)).max() < 0.05
+
+
+def test_masks_without_voxels_and_counts_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="The seeding mask has no voxel above 0"):
+        seeds_in_mask(torch.zeros(3, 3, 3), nt=5, key=Key(1))
+    with pytest.raises(ValueError, match="Expected one of npv and nt"):
+        seeds_in_mask(MASK, key=Key(1))
+    with pytest.raises(ValueError, match="nt: expected a finite number at least 1"):
+        seeds_in_mask(MASK, nt=0, key=Key(1))
