@@ -29,6 +29,7 @@ COMMANDS = {
     "create-hdf5": "Make an HDF5 dataset from NIfTI files and tractograms.",
     "info": "Print what an HDF5 dataset contains and what is wrong with it.",
     "evaluate": "Print a model's loss and angular error on a subset of a dataset, beside two baselines.",
+    "score": "Score a tractogram beside the real streamlines of a dataset's subject.",
     "runs": "Print a table of experiments with their progress and best loss.",
     "plot": "Plot losses, angular errors, gradient norms and speed of experiments.",
     "import-dwi-ml": "Make a model directory from a model that dwi_ml trained.",
