@@ -23,7 +23,7 @@ def test_every_option_has_a_text_and_a_default(cli, command: str) -> None:
     assert len(options) >= 2  # --verbose and --quiet, of every command
     for option in options:
         words = " ".join(option.split())
-        assert re.search(r" [A-Z\"][^.]{9,}.*[.:] \(default: .*\)", words), words
+        assert re.search(r" [A-Z\"][^.]{9,}.*[.:] \((default: .*|required)\)", words), words
 
 
 def test_the_help_of_train_is_grouped_by_the_parts_of_the_config(cli) -> None:
