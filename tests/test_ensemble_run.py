@@ -86,7 +86,8 @@ def test_learning_rates_and_decays_are_swept(tmp_path, cli):
     assert cli("train", tmp_path, "alone", PHANTOM, *OPTIONS, *numbers).code == 0
     (tmp_path / "sweep" / "3").rename(tmp_path / "moved")
     alone, moved = read_config(tmp_path / "alone"), read_config(tmp_path / "moved")
-    assert alone.training.learning_rates == moved.training.learning_rates
+    alone_rates, moved_rates = ([own.training.schedule(epoch) for epoch in range(3)] for own in (alone, moved))
+    assert alone_rates == moved_rates == [0.002, 0.001, 0.001]
     same = replace(moved, training=replace(moved.training, learning_rate=alone.training.learning_rate))
     (tmp_path / "moved" / "config.json").write_text(same.to_json())
     assert_close(tmp_path / "moved", tmp_path / "alone")

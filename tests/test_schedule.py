@@ -8,16 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.experiment.learning_rate import parse_learning_rate
+from dwiml_func.core.rates import counts_steps
+from dwiml_func.experiment.learning_rate import parse_learning_rate, parse_rates
+from dwiml_func.optim.plateau import reduce_on_plateau
 from dwiml_func.optim.schedules import (
     constant,
     cosine,
     one_cycle,
     per_epoch,
     per_step,
+    value_at,
     warm_up,
     warmup_stable_decay,
 )
+from dwiml_func.types import OnPlateau, Plateau
 
 RATES = st.floats(min_value=1e-300, max_value=1e10, exclude_min=True)
 TERMS = st.lists(st.tuples(RATES, st.integers(1, 20)), max_size=5)
@@ -29,9 +33,9 @@ def test_what_is_written_is_read_back(terms, last, last_count):
         [f"{rate!r}*{count}" for rate, count in terms] + [f"{last!r}*{last_count}" if last_count else repr(last)]
     )
     expected = [rate for rate, count in terms for _ in range(count)] + [last] * max(last_count, 1)
-    assert parse_learning_rate(text) == tuple(expected)
-    assert parse_learning_rate(f"  {text.replace(' ', '   ')}\t\n") == tuple(expected)
-    schedule = per_epoch(parse_learning_rate(text))
+    assert parse_rates(text.split(), "") == tuple(expected)
+    schedule = parse_learning_rate(f"  {text.replace(' ', '   ')}\t\n")
+    assert callable(schedule)
     assert [schedule(epoch) for epoch in range(len(expected) + 3)] == expected + [last] * 3
 
 
@@ -46,7 +50,7 @@ def test_what_is_written_is_read_back(terms, last, last_count):
     ],
 )
 def test_the_notation_of_the_reference_is_read(text, rates):
-    assert parse_learning_rate(text) == rates
+    assert parse_rates(text.split(), "") == rates
 
 
 MALFORMED = [
@@ -96,17 +100,18 @@ def test_malformed_text_is_refused_and_named(text):
 
 @pytest.mark.parametrize("text", ["", " ", "\t\n"])
 def test_empty_text_is_refused(text):
-    with pytest.raises(ValueError, match=r"Learning rate is empty\. Expected RATE, or"):
+    with pytest.raises(ValueError, match=r"Learning rate is empty: no rate was given\. Expected RATE, RATE\*EPOCHS"):
         parse_learning_rate(text)
 
 
 @given(st.text(alphabet="0123456789.*e-+ xn", max_size=12))
 def test_any_text_gives_positive_finite_rates_or_a_value_error(text):
     try:
-        rates = parse_learning_rate(text)
+        schedule = parse_learning_rate(text)
     except ValueError:
         return
-    assert rates
+    assert callable(schedule)
+    rates = [schedule(epoch) for epoch in range(25)]
     assert all(math.isfinite(rate) and rate > 0 for rate in rates)
 
 
@@ -202,3 +207,78 @@ def test_one_cycle_is_that_of_torch(options):
 def test_a_schedule_by_steps_counts_steps():
     schedule = per_step(warm_up(constant(1.0), length=4))
     assert [schedule.rate(step) for step in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+REDUCED = Plateau(num_reductions=2)
+IN_WORDS = [
+    ("0.1*3 0.01", per_epoch([0.1, 0.1, 0.1, 0.01])),
+    ("0.1 epochs", constant(0.1)),
+    ("0.1*3 0.01 steps", per_step(per_epoch([0.1, 0.1, 0.1, 0.01]))),
+    ("warmup 4 0.1", warm_up(constant(0.1), length=4)),
+    ("warmup 2 0.1*3 0.01 steps", per_step(warm_up(per_epoch([0.1, 0.1, 0.1, 0.01]), length=2))),
+    ("cosine 0.1 20", cosine(0.1, length=20)),
+    ("cosine 1e-1 20 0.001 epoch", cosine(0.1, length=20, final=0.001)),
+    ("warmup 5 cosine 0.1 20 steps", per_step(warm_up(cosine(0.1, length=20), length=5))),
+    ("wsd 0.1 2 5 4", warmup_stable_decay(0.1, warmup=2, stable=5, decay=4)),
+    ("wsd 0.1 0 5 4 0.01 steps", per_step(warmup_stable_decay(0.1, warmup=0, stable=5, decay=4, final=0.01))),
+    ("onecycle 0.1 30 step", per_step(one_cycle(0.1, length=30))),
+    ("plateau 0.1 0.5 3", reduce_on_plateau(0.1, factor=0.5, patience=3)),
+    ("warmup 4 plateau 0.1 0.5 3", reduce_on_plateau(warm_up(constant(0.1), length=4), factor=0.5, patience=3)),
+    (
+        "warmup 4 plateau 0.1 0.5 3 steps",
+        reduce_on_plateau(per_step(warm_up(constant(0.1), length=4)), factor=0.5, patience=3),
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), IN_WORDS, ids=[text for text, _ in IN_WORDS])
+def test_words_name_the_schedules_of_scripts(text, expected):
+    schedule = parse_learning_rate(text)
+    assert counts_steps(schedule) == counts_steps(expected)
+    for plateau in (Plateau(), REDUCED):
+        for step in range(40):
+            position = {"epoch": step // 3, "step": step, "plateau": plateau}
+            assert value_at(schedule, **position) == value_at(expected, **position)
+
+
+def test_the_patience_in_words_is_that_of_the_plateau():
+    schedule, plateau = parse_learning_rate("plateau 0.1 0.5 2"), Plateau()
+    assert isinstance(schedule, OnPlateau)
+    seen = []
+    for _ in range(7):
+        plateau = schedule.update(plateau, 1.0, mode="min")
+        seen.append(plateau.num_reductions)
+    assert seen == [0, 0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("cosin 0.1 20", "cannot read 'cosin'. Expected RATE, .* words warmup, cosine, wsd, onecycle, plateau"),
+        ("steps", "no rate was given"),
+        ("warmup", "expected warmup LENGTH. Received: 0 numbers after warmup"),
+        ("warmup 5", "no rate was given"),
+        ("warmup 0 0.1", "LENGTH being a whole number of at least 1. Received: '0'"),
+        ("warmup 5 warmup 5 0.1", "expected no warmup before warmup"),
+        ("warmup 5 wsd 0.1 1 2 3", "expected no warmup before wsd, which has its own"),
+        ("cosine 0.1", r"expected cosine RATE LENGTH \[FINAL_RATE\]. Received: 1 numbers after cosine"),
+        ("cosine 0.1 10 0.01 0.001", "Received: 4 numbers after cosine"),
+        ("cosine 0.1 10.5", "LENGTH being a whole number of at least 1. Received: '10.5'"),
+        ("cosine 0 10", "RATE being a number above 0. Received: '0'"),
+        ("cosine nan 10", "RATE being a number above 0. Received: 'nan'"),
+        ("cosine 0.1 10 -1", "FINAL_RATE being a number of at least 0. Received: '-1'"),
+        ("cosine 0.1 10 inf", "FINAL_RATE being a number of at least 0. Received: 'inf'"),
+        ("cosine 0.1 10 minutes", "FINAL_RATE being a number of at least 0. Received: 'minutes'"),
+        ("wsd 0.1 1 2", "expected wsd PEAK WARMUP STABLE DECAY"),
+        ("wsd 0.1 1 -2 3", "STABLE being a whole number of at least 0. Received: '-2'"),
+        ("onecycle 0.1 1", "length of at least 2. Received: 1"),
+        ("plateau 0.1 1 3", "factor between 0 and 1. Received: 1"),
+        ("plateau 0.1 0.5 3 steps", "expected no unit. Received: one for plateau"),
+        ("plateau 0.1 0.5 two", "PATIENCE being a whole number of at least 0. Received: 'two'"),
+    ],
+)
+def test_a_schedule_in_words_that_is_wrong_is_refused_with_what_was_expected(text, named):
+    with pytest.raises(ValueError, match=named) as error:
+        parse_learning_rate(text)
+    assert str(error.value).startswith(f"Learning rate {text!r}")
+    assert "\n" not in str(error.value)

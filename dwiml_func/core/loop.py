@@ -13,11 +13,12 @@ from functools import partial
 from typing import Any, Protocol
 
 from dwiml_func.core.early_stopping import Mode, should_stop
-from dwiml_func.core.epoch import EvalStep, OnBatch, TrainStep, epoch_fn, eval_epoch_fn
+from dwiml_func.core.epoch import EvalStep, OnBatch, epoch_fn, eval_epoch_fn
+from dwiml_func.core.rates import Step, epoch_rates, next_plateau, with_rate
 from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState
-from dwiml_func.optim.schedules import constant, value_at
+from dwiml_func.optim.schedules import constant
 from dwiml_func.types import Metrics, OnPlateau, PerStep, Schedule
 
 __all__ = [
@@ -30,12 +31,6 @@ __all__ = [
 
 Batches = Callable[[Key, int, int], Iterable[Any]]
 """`batches(key, epoch, start_batch)`: the batches of an epoch from `start_batch` on, a pure function of the three."""
-
-
-class Step(Protocol):
-    """`train_step` with all but the learning rate bound."""
-
-    def __call__(self, state: TrainState, batch: Any, *, lr: float) -> tuple[TrainState, Metrics]: ...
 
 
 class Track(Protocol):
@@ -117,6 +112,7 @@ def run_epoch(
     track = track or _untracked
     bound = with_rate(step, learning_rate, state)
     last, earlier_sums, start = state, state.sums, clock()  # `last`: after the last training batch
+    first_step = state.step - state.batch
 
     def after_batch(state: TrainState, metrics: Metrics) -> None:
         nonlocal last
@@ -137,7 +133,9 @@ def run_epoch(
         judge_epoch,
         state.best,
         epoch=state.epoch,
-        learning_rate=value_at(learning_rate, epoch=state.epoch - 1, step=state.step - 1, plateau=state.plateau),
+        rates=epoch_rates(
+            learning_rate, first_step=first_step, step=state.step, epoch=state.epoch - 1, plateau=state.plateau
+        ),
         train_sums=train_sums,
         has_validation=valid is not None,
         monitor=monitor,
@@ -154,11 +152,9 @@ def run_epoch(
         batches = track(valid(state.key, state.epoch - 1, 0), "validation", epoch=state.epoch - 1, start_batch=0)
         valid_sums = eval_epoch_fn(state, batches, step=eval_step, on_batch=after_eval_batch)
     report = judge(valid_sums=valid_sums, minutes=((trained_at - start) / 60, (clock() - trained_at) / 60))
-    state = state.replace(best=report.best)
     means = report.train if valid is None else report.valid
-    if isinstance(learning_rate, OnPlateau) and means:
-        state = state.replace(plateau=learning_rate.update(state.plateau, means[monitor], mode=mode))
-    return state, report
+    plateau = next_plateau(learning_rate, state.plateau, means, monitor=monitor, mode=mode)
+    return state.replace(best=report.best, plateau=plateau), report
 
 
 def train_and_validate(
@@ -292,18 +288,6 @@ def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
                 f"are done. Received: {len(batches)} batches. The source must begin at `start_batch`."
             )
     return batches
-
-
-def with_rate(step: Step, learning_rate: float | Schedule, state: TrainState) -> TrainStep:
-    """Bind the learning rate to a step, for the current epoch."""
-
-    def rate(state: TrainState) -> float:
-        return value_at(learning_rate, epoch=state.epoch, step=state.step, plateau=state.plateau)
-
-    base = learning_rate.schedule if isinstance(learning_rate, OnPlateau) else learning_rate
-    if isinstance(base, PerStep):
-        return lambda state, batch: step(state, batch, lr=rate(state))
-    return partial(step, lr=rate(state))
 
 
 def check_options(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +20,7 @@ class EpochReport:
 
     Args:
         epoch: number of epochs done, this one included; 1 is the first.
-        learning_rate: of this epoch.
+        learning_rate: of this epoch; of its last step, where it changes from step to step.
         train: means over the training batches, e.g. `loss` (weighted by points), `grad_norm` (by batches).
         valid: means over the validation batches; empty without validation.
         num_batches: training batches in the epoch.
@@ -31,6 +32,7 @@ class EpochReport:
         valid_minutes: duration of the validation part, in minutes.
         digest: SHA-256 of the state after the epoch, in a history that was restored from a checkpoint; None before, and
             where no checkpoint was made at the epoch's end.
+        learning_rate_min, learning_rate_max: the lowest and highest of the epoch's steps; None where all are the same.
         timed_points: number of points trained in `train_minutes`, where the epoch was resumed; None means all.
 
     Example:
@@ -54,6 +56,8 @@ class EpochReport:
     valid_minutes: float
     digest: str | None = None
     timed_points: float | None = None
+    learning_rate_min: float | None = None
+    learning_rate_max: float | None = None
 
     @property
     def points_per_second(self) -> float:
@@ -71,7 +75,7 @@ def judge_epoch(
     best: Best,
     *,
     epoch: int,
-    learning_rate: float,
+    rates: Sequence[float],
     train_sums: Metrics,
     valid_sums: Metrics,
     max_epochs: int | None,
@@ -85,8 +89,8 @@ def judge_epoch(
 ) -> EpochReport:
     """Report an epoch from its sums: the means, whether it is the best epoch, whether the run ends.
 
-    `earlier_sums` is the part of `train_sums` from before the clock started. An epoch without validation is not judged
-    where the run has validations.
+    `rates` are the learning rates of the steps, or the one of all. `earlier_sums` is the part of `train_sums` from
+    before the clock started. An epoch without validation is not judged where the run has validations.
     """
     train_means, valid_means = read_means(train_sums), read_means(valid_sums)
     num_points = float(train_sums["loss"].weight)
@@ -97,7 +101,7 @@ def judge_epoch(
         best = update_best(best, means[monitor], epoch, patience_delta=patience_delta, mode=mode)
     return EpochReport(
         epoch=epoch,
-        learning_rate=learning_rate,
+        learning_rate=rates[-1],
         train=train_means,
         valid=valid_means,
         num_batches=int(train_sums["grad_norm"].weight) if "grad_norm" in train_sums else 0,
@@ -112,4 +116,6 @@ def judge_epoch(
         train_minutes=minutes[0],
         valid_minutes=minutes[1],
         timed_points=num_points - float(earlier_sums["loss"].weight) if earlier_sums else None,
+        learning_rate_min=min(rates) if len(set(rates)) > 1 else None,
+        learning_rate_max=max(rates) if len(set(rates)) > 1 else None,
     )

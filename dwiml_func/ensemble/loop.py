@@ -16,10 +16,11 @@ from dwiml_func.core.epoch import check_has_batch
 from dwiml_func.core.loop import Batches, Interrupted, check_options
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import location
+from dwiml_func.core.rates import counts_steps, epoch_rates, next_plateau
 from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.ensemble.state import EnsembleState, member_sums
 from dwiml_func.optim.schedules import value_at
-from dwiml_func.types import Metrics, OnPlateau, PerStep, Plateau, Schedule, Sum
+from dwiml_func.types import Metrics, Plateau, Schedule, Sum
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]
 
@@ -114,7 +115,7 @@ def train_and_validate_ensemble(
     )
     if len(each) != len(ensemble):
         raise ValueError(f"Expected {len(ensemble)} learning rates, one for each member. Received: {len(each)}")
-    is_per_step = any(isinstance(getattr(rate, "schedule", rate), PerStep) for rate in each)
+    is_per_step = any(map(counts_steps, each))
     trained = ensemble  # after the last training batch
 
     def after_batch(ensemble: EnsembleState, metrics: Metrics) -> None:
@@ -128,10 +129,14 @@ def train_and_validate_ensemble(
         if interrupt is not None and interrupt():
             raise Interrupted(trained)
 
+    def means(report: EpochReport) -> Mapping[str, float]:
+        return report.train if valid is None else report.valid
+
     def epochs(ensemble: EnsembleState) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
         ensemble = _without_patience(ensemble, patience)
         while ensemble.epoch < max_epochs and any(running := ensemble.active.tolist()):
             earlier_sums, start = member_sums(ensemble.sums, len(ensemble)), clock()
+            first_step = ensemble.step - ensemble.batch
             rates = partial(_rates, each, ensemble.plateau, ensemble.epoch)
             bound: Any = partial(step, lr=_one_or_each(rates(ensemble.step), ensemble))
             if is_per_step:
@@ -147,7 +152,13 @@ def train_and_validate_ensemble(
                 number: judge_epoch(
                     ensemble.best[number],
                     epoch=ensemble.epoch,
-                    learning_rate=rates(ensemble.step - 1)[number],
+                    rates=epoch_rates(
+                        each[number],
+                        first_step=first_step,
+                        step=ensemble.step,
+                        epoch=ensemble.epoch - 1,
+                        plateau=ensemble.plateau[number],
+                    ),
                     train_sums=train_sums[number],
                     valid_sums=valid_sums[number],
                     max_epochs=max_epochs,
@@ -162,7 +173,7 @@ def train_and_validate_ensemble(
             }
             best = tuple(reports[n].best if n in reports else best for n, best in enumerate(ensemble.best))
             plateau = tuple(
-                _next_plateau(each[n], own, reports.get(n), is_validated=valid is not None)
+                next_plateau(each[n], own, means(reports[n]), monitor="loss", mode="min") if n in reports else own
                 for n, own in enumerate(ensemble.plateau)
             )
             ensemble = _without_patience(ensemble.replace(best=best, plateau=plateau), patience)
@@ -200,13 +211,6 @@ def _evaluate(
 def _rates(schedules: list[float | Schedule], plateaus: Sequence[Plateau], epoch: int, step: int) -> list[float]:
     pairs = zip(schedules, plateaus, strict=True)
     return [value_at(each, epoch=epoch, step=step, plateau=plateau) for each, plateau in pairs]
-
-
-def _next_plateau(
-    schedule: float | Schedule, plateau: Plateau, report: EpochReport | None, *, is_validated: bool
-) -> Plateau:
-    means = {} if report is None else report.valid if is_validated else report.train
-    return schedule.update(plateau, means["loss"]) if isinstance(schedule, OnPlateau) and means else plateau
 
 
 def _step_at_its_rate(

@@ -30,7 +30,6 @@ from dwiml_func.experiment.setup import RunParts, make_optimizer, make_parts, op
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import fingerprint
-from dwiml_func.optim.schedules import per_epoch
 
 __all__ = ["prepare_ensemble", "resume_ensemble", "run_ensemble"]
 
@@ -128,7 +127,7 @@ def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[s
         "eval_step": partial(ensemble_eval_step, loss_fn=first.loss_fn, optimizer=first.optimizer)
         if first.valid
         else None,
-        "learning_rate": [per_epoch(training.learning_rates) for training in options],
+        "learning_rate": [training.schedule for training in options],
         "max_epochs": options[0].max_epochs,
         "patience": options[0].patience,
         "patience_delta": options[0].patience_delta,

@@ -21,6 +21,7 @@ from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.resume import check_has_epochs_left
 from dwiml_func.experiment.setup import RunParts, make_optimizer, make_parts, prepare
 from dwiml_func.files.fingerprint import fingerprint, same_file
+from dwiml_func.types import Plateau
 
 __all__ = ["Fork", "create_fork", "prepare_fork"]
 
@@ -82,9 +83,12 @@ def prepare_fork(
         state = state.replace(opt_state=first.opt_state, step=0)
         old, new = recorded.training.optimizer, config.training.optimizer
         notes.append(f"Optimizer {new} instead of {old}: the optimizer state is reset.")
+    if "training.learning_rate" in changed and state.plateau != Plateau():
+        state = state.replace(plateau=Plateau())
+        notes.append("The reductions of the learning rate are reset: the fork has another schedule.")
     best_state, why = _best(source, like, checkpoint.state, changed, is_validated=parts.valid is not None)
     if why is not None:
-        state = state.replace(best=Best())
+        state = state.replace(best=Best(), plateau=state.plateau._replace(best=None, num_bad=0, cooldown=0))
         notes.append(f"The best epoch and the count of bad epochs are reset: {why}.")
     check_has_epochs_left(state, config.training, option_prefix="--")
 

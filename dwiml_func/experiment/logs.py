@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.config import RunConfig, TrainingConfig
+from dwiml_func.experiment.learning_rate import parse_rates
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.writers.comet import Comet
 from dwiml_func.writers.jsonl import jsonl
@@ -24,7 +25,7 @@ def write_parameters(directory: str | Path, config: RunConfig, *, nb_features: i
     """Write a run's options to dwi_ml's file, under dwi_ml's headings, for its scripts to read."""
     training, batches = asdict(config.training), asdict(config.batches)
     patience, patience_delta = training.pop("patience"), training.pop("patience_delta")
-    training["learning_rate"] = config.training.learning_rates
+    training["learning_rate"] = _rates(config.training)
     options = ("batch_size_units", "nb_streamlines_per_chunk", "nb_subjects_per_batch", "cycles")
     sampler = {name: batches[name] for name in ("batch_size_training", "batch_size_validation", *options)}
     content = {
@@ -60,6 +61,15 @@ def experiment_comet(directory: str | Path, config: RunConfig, **options: Any) -
         "branch": "" if origin is None else f"{origin.digest} {Path(directory).absolute().name}",
     }
     return Comet(directory, **(defaults | options))
+
+
+def _rates(training: TrainingConfig) -> tuple[float, ...] | str:
+    """The rates of the epochs, as dwi_ml writes them; a schedule in words as text."""
+    text = " ".join(training.learning_rate)
+    try:
+        return parse_rates(text.split(), text)
+    except ValueError:
+        return text
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -148,7 +148,13 @@ def _norms(panel: Panel, run: PlottedRun, number: int) -> None:
 def _rates(panel: Panel, run: PlottedRun, number: int) -> None:
     panel.name("Learning rate", "learning rate")
     rates = [report.learning_rate for report in run.history]
-    panel.curve(run, rates, number, "", colour=_BLUE, drawstyle="steps-mid")
+    by_step = any(report.learning_rate_max is not None for report in run.history)
+    panel.curve(run, rates, number, "last step" if by_step else "", colour=_BLUE, drawstyle="steps-mid")
+    if by_step:
+        lowest = [math.nan if r.learning_rate_min is None else r.learning_rate_min for r in run.history]
+        highest = [math.nan if r.learning_rate_max is None else r.learning_rate_max for r in run.history]
+        for values, text in ((highest, "highest"), (lowest, "lowest")):
+            panel.curve(run, values, number, text, colour=_GREY, linestyle=":", linewidth=1.5)
 
 
 def _speeds(panel: Panel, run: PlottedRun, number: int) -> None:

@@ -30,7 +30,6 @@ from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.fingerprint import FingerprintInBackground
-from dwiml_func.optim.schedules import per_epoch
 from dwiml_func.types import Metrics
 from dwiml_func.writers.writer import Writer, fan_out
 
@@ -78,7 +77,7 @@ def run_experiment(
         step=parts.step,
         valid=parts.valid,
         eval_step=parts.eval_step if parts.valid else None,
-        learning_rate=per_epoch(training.learning_rates),
+        learning_rate=training.schedule,
         max_epochs=training.max_epochs,
         patience=training.patience,
         patience_delta=training.patience_delta,

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from dwiml_func._checks import STRICT, check_number
 from dwiml_func.experiment.learning_rate import parse_learning_rate
+from dwiml_func.types import Schedule
 
 __all__ = ["TrainingConfig"]
 
@@ -26,7 +27,10 @@ class TrainingConfig:
     optimizer: Literal["Adam", "AdamW", "RAdam", "SGD"] = "Adam"
     """Optimizer, as in torch.optim; SGD has no momentum."""
     learning_rate: tuple[str, ...] = ("0.001",)
-    """Learning rate. "0.001*3 0.0001" means three epochs at 0.001, then 0.0001."""
+    """Learning rate. "0.001*3 0.0001" means three epochs at 0.001, then 0.0001. Or a schedule: "cosine RATE LENGTH
+    [FINAL_RATE]", "wsd PEAK WARMUP STABLE DECAY [FINAL_RATE]", "onecycle PEAK LENGTH", "plateau RATE FACTOR PATIENCE".
+    "warmup LENGTH" may stand before rates, cosine and plateau. Lengths are epochs; with "steps" as the last word they
+    are batches: "warmup 500 cosine 0.001 20000 steps"."""
     weight_decay: float = 0.01
     """L2 penalty on the parameters (AdamW: decoupled)."""
     clip_grad: float | None = None
@@ -65,6 +69,6 @@ class TrainingConfig:
         parse_learning_rate(" ".join(self.learning_rate))
 
     @property
-    def learning_rates(self) -> tuple[float, ...]:
-        """One learning rate per epoch; the last one repeats."""
+    def schedule(self) -> Schedule:
+        """The schedule of the learning rate."""
         return parse_learning_rate(" ".join(self.learning_rate))

@@ -24,7 +24,6 @@ from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.files.fingerprint import fingerprint
-from dwiml_func.optim.schedules import per_epoch
 
 __all__ = ["Verification", "verify_epoch"]
 
@@ -194,7 +193,7 @@ def _replay_problems(
         valid=parts.valid,
         eval_step=parts.eval_step if parts.valid else None,
         track=track,
-        learning_rate=per_epoch(training.learning_rates),
+        learning_rate=training.schedule,
         max_epochs=epoch,  # without patience: the recorded run went that far
         patience_delta=training.patience_delta,
     )

@@ -43,6 +43,7 @@ def epoch_row(report: EpochReport) -> dict[str, float | int | bool | None]:
     row = {
         "epoch": report.epoch,
         "learning_rate": report.learning_rate,
+        **_range(report),
         **{f"train_{name}": value for name, value in report.train.items()},
         **{f"valid_{name}": value for name, value in report.valid.items()},
         "num_batches": report.num_batches,
@@ -55,6 +56,12 @@ def epoch_row(report: EpochReport) -> dict[str, float | int | bool | None]:
         "points_in_train_minutes": report.num_points if report.timed_points is None else report.timed_points,
     }
     return null_if_not_finite(row)
+
+
+def _range(report: EpochReport) -> dict[str, float]:
+    if report.learning_rate_min is None or report.learning_rate_max is None:
+        return {}
+    return {"learning_rate_min": report.learning_rate_min, "learning_rate_max": report.learning_rate_max}
 
 
 def _write(directory: Path, history: Sequence[EpochReport]) -> None:

@@ -1,0 +1,55 @@
+"""The learning rate within the loop: bound to a step, reported, and updated after a validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
+
+from dwiml_func.core.epoch import TrainStep
+from dwiml_func.core.state import TrainState
+from dwiml_func.optim.schedules import value_at
+from dwiml_func.types import Metrics, OnPlateau, PerStep, Plateau, Schedule
+
+__all__ = ["Step", "counts_steps", "epoch_rates", "next_plateau", "with_rate"]
+
+
+class Step(Protocol):
+    """`train_step` with all but the learning rate bound."""
+
+    def __call__(self, state: TrainState, batch: Any, *, lr: float) -> tuple[TrainState, Metrics]: ...
+
+
+def with_rate(step: Step, learning_rate: float | Schedule, state: TrainState) -> TrainStep:
+    """Bind the learning rate to a step, for the current epoch."""
+
+    def rate(state: TrainState) -> float:
+        return value_at(learning_rate, epoch=state.epoch, step=state.step, plateau=state.plateau)
+
+    if counts_steps(learning_rate) or isinstance(learning_rate, OnPlateau):
+        return lambda state, batch: step(state, batch, lr=rate(state))
+    return partial(step, lr=rate(state))
+
+
+def counts_steps(learning_rate: float | Schedule) -> bool:
+    """Whether the rate can change from step to step."""
+    schedule = learning_rate.schedule if isinstance(learning_rate, OnPlateau) else learning_rate
+    return isinstance(schedule, PerStep)
+
+
+def epoch_rates(learning_rate: float | Schedule, *, first_step: int, step: int, **position: Any) -> list[float]:
+    """The rates of an epoch's steps, from `first_step` to the one before `step`; only one if all are the same.
+
+    `position` is the epoch and the plateau, as for `value_at`.
+    """
+    steps = range(first_step if counts_steps(learning_rate) else step - 1, step)
+    return [value_at(learning_rate, step=number, **position) for number in steps]
+
+
+def next_plateau(
+    learning_rate: float | Schedule, plateau: Plateau, means: Mapping[str, float], *, monitor: str, mode: str
+) -> Plateau:
+    """The plateau after a validation with these means; the same one without a validation, or where nothing uses it."""
+    if not isinstance(learning_rate, OnPlateau) or monitor not in means:
+        return plateau
+    return learning_rate.update(plateau, means[monitor], mode=mode)
