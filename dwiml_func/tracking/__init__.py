@@ -26,10 +26,12 @@ from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import TrackState, init_track_state
 from dwiml_func.tracking.step import track_step
 from dwiml_func.tracking.track import Tracked, track
+from dwiml_func.tracking.window_lag import LagWindows, choose_windows, continue_lines, window_lags
 
 __all__ = [
     "BundleScores",
     "ConnectivityScores",
+    "LagWindows",
     "LineScores",
     "Overlap",
     "ReferenceBundle",
@@ -40,8 +42,10 @@ __all__ = [
     "TrackingSpec",
     "TractogramScores",
     "ceiling_scores",
+    "choose_windows",
     "connection_counts",
     "connectivity_scores",
+    "continue_lines",
     "end_points",
     "final_distances",
     "init_track_state",
@@ -57,4 +61,5 @@ __all__ = [
     "track",
     "track_step",
     "voxel_overlap",
+    "window_lags",
 ]
