@@ -23,7 +23,7 @@ from dwiml_func.dwi_ml.upgrade import upgraded_parameters
 DATA = Path(__file__).parent / "data"
 PARITY = DATA / "parity"
 MODELS = [DATA / name for name in ("cos", "sphere_eos", "gauss_eos")] + sorted(
-    folder for folder in PARITY.iterdir() if folder.is_dir()
+    folder for parent in (PARITY, DATA / "transformers") for folder in parent.iterdir() if folder.is_dir()
 )
 by_name = pytest.mark.parametrize("folder", MODELS, ids=lambda folder: folder.name)
 
@@ -45,7 +45,7 @@ def test_the_loss_is_the_one_that_dwi_ml_reported(cli, folder, tmp_path):
     expected = json.loads((folder.parent / "expected_losses.json").read_text())[folder.name]
     parameters = json.loads((folder / "parameters.json").read_text())
     assert result["loss"] == pytest.approx(expected, rel=1e-5)
-    num_points = 1997 if parameters["step_size"] == 0.5 else 1006  # the file has steps of 0.5 mm
+    num_points = 1997 if parameters["step_size"] in (0.5, None) else 1006  # the file has steps of 0.5 mm
     last_points = 0 if parameters["dg_args"]["add_eos"] else 48
     assert (result["num_streamlines"], result["num_points"]) == (48, num_points - last_points)
 
@@ -247,8 +247,8 @@ def spoil_state(folder: Path) -> None:
         (lambda folder: (folder / "parameters.json").write_text("{"), ["parameters.json is not JSON"]),
         (lambda folder: (folder / "parameters.json").write_text("[1, 2]"), ["expected names and values", "[1, 2]"]),
         (
-            lambda folder: (folder / "model_type.txt").write_text("TransformerSrcAndTgtModel"),
-            ["expected a model of type 'Learn2TrackModel'", "'TransformerSrcAndTgtModel'"],
+            lambda folder: (folder / "model_type.txt").write_text("ModelAE"),
+            ["expected a model of type Learn2TrackModel, OriginalTransformerModel", "'ModelAE'"],
         ),
         (spoil_state, ["model_state.pkl cannot be read as named tensors"]),
         (lambda folder: torch.save([1], folder / "model_state.pkl"), ["has no named tensors"]),

@@ -19,8 +19,8 @@ __all__ = ["Options", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
-    """Make a model directory from a Learn2Track model that dwi_ml trained. The model interpolates as dwi_ml does
-    (trilinear-corner), so its losses are dwi_ml's.
+    """Make a model directory from a model that dwi_ml trained: Learn2Track or a transformer. The model interpolates as
+    dwi_ml does (trilinear-corner), so its losses are dwi_ml's.
 
     Example: dwiml-func import-dwi-ml dwi_ml_experiment/best_model imported
     """

@@ -1,4 +1,4 @@
-"""Learn2Track models in dwi_ml's files: `parameters.json`, `model_state.pkl` and `model_type.txt`.
+"""Models in dwi_ml's files: `parameters.json`, `model_state.pkl` and `model_type.txt`.
 
 Source: dwi_ml, `main_abstract_model.py` (which files), and the `params_for_checkpoint` of `main_models.py` and
 `learn2track_model.py` (which keys, in which order). The tensors are read with `weights_only=True`, which runs no
@@ -21,16 +21,17 @@ from typing import Any
 import torch
 
 from dwiml_func.dwi_ml.parameters import check_whole_grid, config_of, parameters_of
+from dwiml_func.dwi_ml.transformers import MODEL_TYPES, joined_state, split_state
 from dwiml_func.dwi_ml.upgrade import upgraded_parameters, upgraded_state
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import LoadedModel, filled_model
 from dwiml_func.files.atomic import atomic_directory
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import Learn2Track
+from dwiml_func.models.tractography_model import TractographyModel
+from dwiml_func.models.transformers.transformer import Transformer
 
 __all__ = ["DwiMlModel", "read_dwi_ml_model", "shift_warning", "write_dwi_ml_model"]
-
-MODEL_TYPE = "Learn2TrackModel"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +48,13 @@ class DwiMlModel:
         ('module', 'config', 'parameters')
     """
 
-    module: Learn2Track
+    module: TractographyModel
     config: RunConfig
     parameters: Mapping[str, Any]
 
 
 def read_dwi_ml_model(path: str | Path) -> DwiMlModel:
-    """Read a Learn2Track model from a folder of dwi_ml: `best_model` or `checkpoint/model` of an experiment.
+    """Read a model from a folder of dwi_ml: `best_model` or `checkpoint/model` of an experiment.
 
     Args:
         path: the folder.
@@ -79,19 +80,18 @@ def read_dwi_ml_model(path: str | Path) -> DwiMlModel:
     if missing:
         hint = " Did you mean its folder best_model?" if (path / "best_model").is_dir() else ""
         raise FileNotFoundError(f"{str(path)!r} has no {' and no '.join(missing)}. {expected}{hint}")
-    if (path / "model_type.txt").is_file():  # older versions of dwi_ml do not write it
-        model_type = (path / "model_type.txt").read_text(errors="replace").strip()
-        if model_type != MODEL_TYPE:
-            raise ValueError(f"{str(path)!r}: expected a model of type {MODEL_TYPE!r}, received {model_type[:60]!r}.")
+    kind = _kind(path)
     source = str(path / "parameters.json")
     try:
         parameters = upgraded_parameters(json.loads((path / "parameters.json").read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not JSON: {error}") from None
-    config, nb_features = config_of(parameters, source=source)
+    config, nb_features = config_of(parameters, model=kind, source=source)
     state = upgraded_state(_read_state(path / "model_state.pkl"))
+    if kind != "learn2track":
+        state = joined_state(state, source=str(path / "model_state.pkl"))
 
-    def build() -> Learn2Track:
+    def build() -> Learn2Track | Transformer:
         try:
             return build_model(config.model, nb_features=nb_features, neighborhood=config.data.neighborhood)
         except ValueError as error:
@@ -121,10 +121,13 @@ def write_dwi_ml_model(path: str | Path, model: LoadedModel, *, experiment_name:
     if parameters is None:
         nb_features = model.module.nb_features
         parameters = parameters_of(model.config, nb_features=nb_features, experiment_name=experiment_name)
-    state = OrderedDict((name, tensor.contiguous()) for name, tensor in model.module.state_dict().items())
+    kind, state = model.config.model.model, model.module.state_dict()
+    if kind != "learn2track":
+        state = split_state(state, max_len=parameters["max_len"])
+    state = OrderedDict((name, tensor.contiguous()) for name, tensor in state.items())
     with atomic_directory(path, replace=False) as folder:
         (folder / "parameters.json").write_text(json.dumps(parameters, indent=4, separators=(",", ": ")))
-        (folder / "model_type.txt").write_text(MODEL_TYPE)
+        (folder / "model_type.txt").write_text(MODEL_TYPES[kind])
         torch.save(state, folder / "model_state.pkl")
 
 
@@ -137,6 +140,18 @@ def shift_warning(config: RunConfig) -> str | None:
         f"half a voxel off, and this model was trained with the interpolation {config.data.interpolation!r}. "
         "Train with --interpolation trilinear-corner for models to export."
     )
+
+
+def _kind(path: Path) -> str:
+    """Which model a folder has, by its model_type.txt, which older versions of dwi_ml do not write."""
+    if not (path / "model_type.txt").is_file():
+        return "learn2track"
+    model_type = (path / "model_type.txt").read_text(errors="replace").strip()
+    for kind, name in MODEL_TYPES.items():
+        if name == model_type:
+            return kind
+    expected = ", ".join(MODEL_TYPES.values())
+    raise ValueError(f"{str(path)!r}: expected a model of type {expected}, received {model_type[:60]!r}.")
 
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -23,13 +23,14 @@ from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.experiment.config import ModelConfig, RunConfig, config_from_json
 from dwiml_func.experiment.folder import is_ensemble
 from dwiml_func.models.config import build_model, model_shapes
-from dwiml_func.models.learn2track import Learn2Track
+from dwiml_func.models.tractography_model import TractographyModel
 
 __all__ = ["MANIFEST", "LoadedModel", "check_memory", "filled_model", "find_model", "load_model", "save_model"]
 
 MANIFEST = "model.json"
 """The file that makes a folder a model directory."""
 
+_CLASSES = ("Transformer", "Learn2Track")
 _LAYOUT = 2  # of the facts in the manifest
 _DATA_FACTS = (
     *("input_group_name", "streamline_group_name", "interpolation"),
@@ -40,6 +41,9 @@ _STEP_RULE = "step_rule"  # older directories do not have it
 _BYTES = 4 * 4  # a parameter, its gradient and two tensors of optimizer state, float32
 
 
+_Model = TypeVar("_Model", bound=TractographyModel)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
     """A model read from disk, in evaluation mode.
@@ -48,7 +52,7 @@ class LoadedModel:
     dataset has no name. `facts` has all that was recorded: `class`, `nb_features`, `options`, `epoch`, ...
     """
 
-    module: Learn2Track
+    module: TractographyModel
     config: RunConfig
     facts: Mapping[str, Any]
 
@@ -60,7 +64,8 @@ def save_model(
 
     It appears by one rename, replacing an older one. `facts` are further JSON data, e.g. the loss.
     """
-    described = {"class": "Learn2Track", "layout": _LAYOUT, "nb_features": nb_features, "options": asdict(config.model)}
+    kind = _CLASSES[config.model.model == "learn2track"]
+    described = {"class": kind, "layout": _LAYOUT, "nb_features": nb_features, "options": asdict(config.model)}
     described |= {name: getattr(config.data, name) for name in _DATA_FACTS}
     described |= {name: getattr(config.batches, name) for name in (*_BATCH_FACTS, _STEP_RULE)}
     leaves = {**state.params, **state.buffers}
@@ -91,8 +96,9 @@ def load_model(path: str | Path) -> LoadedModel:
     if not (path / MANIFEST).is_file():
         raise FileNotFoundError(f"No {MANIFEST} in {path}.")
     facts = read_manifest(path, MANIFEST, needs=("class", "options", "nb_features"))
-    if facts["class"] != "Learn2Track":
-        raise ValueError(f"{path}: expected a model of class 'Learn2Track', received {truncated_repr(facts['class'])}.")
+    if facts["class"] not in _CLASSES:
+        received = truncated_repr(facts["class"])
+        raise ValueError(f"{path}: expected a model of class Learn2Track or Transformer, received {received}.")
     if facts.get("layout") != _LAYOUT:
         raise ValueError(
             f"{path}: expected layout {_LAYOUT} of model directories, received {facts.get('layout', 1)}. "
@@ -121,7 +127,7 @@ def load_model(path: str | Path) -> LoadedModel:
     return LoadedModel(module=module, config=config, facts=facts)
 
 
-def filled_model(build: Callable[[], Learn2Track], tensors: Mapping[str, Tensor], *, source: str) -> Learn2Track:
+def filled_model(build: Callable[[], _Model], tensors: Mapping[str, Tensor], *, source: str) -> _Model:
     """Build a model in evaluation mode with given parameters and buffers, if all of them fit.
 
     `build` is called first for the shapes alone, which takes no memory. The caller's random generators do not move.
@@ -176,9 +182,10 @@ def check_memory(config: ModelConfig, *, nb_features: int, neighborhood: Neighbo
     except OverflowError:
         num_parameters = math.inf
     if _BYTES * num_parameters > available:
+        sizes = f" (rnn_layer_sizes {config.rnn_layer_sizes})" if config.model == "learn2track" else ""
         count = f"{num_parameters:.3g}" if math.isfinite(num_parameters) else "more than 1e18"
         raise ValueError(
-            f"The layers of this model are too large (rnn_layer_sizes {config.rnn_layer_sizes}): it has {count} "
+            f"The layers of this model are too large{sizes}: it has {count} "
             f"parameters, training takes {_BYTES} bytes for each, and this machine has {available / 1e9:.3g} GB of "
             "memory. Choose smaller layers."
         )

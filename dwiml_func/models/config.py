@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,6 +18,8 @@ from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS, make_direction_getter
 from dwiml_func.models.learn2track import Learn2Track
+from dwiml_func.models.transformers.config import TransformerOptions
+from dwiml_func.models.transformers.transformer import Transformer
 
 __all__ = [
     "GETTER_OPTIONS",
@@ -55,13 +57,17 @@ GETTER_OPTIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The options of `Learn2Track` and its direction getter, which check their values; see `check_model`."""
+class ModelConfig(TransformerOptions):
+    """The options of a model and its direction getter, which check their values; see `check_model`."""
 
     __pydantic_config__: ClassVar = STRICT
 
-    input_embedding_key: Literal["no_embedding", "nn_embedding", "cnn_embedding"] = "no_embedding"
-    """First layers on the input: none, a linear layer and ReLU, or convolutions over a grid neighbourhood and ReLU."""
+    model: Literal["learn2track", "tto", "tts", "ttst"] = "learn2track"
+    """Learn2Track, a recurrent model; or a transformer: tto (encoder over the input, decoder over the previous
+    directions), tts (encoder over the input) or ttst (encoder over both)."""
+    input_embedding_key: Literal["no_embedding", "nn_embedding", "cnn_embedding"] | None = None
+    """First layers on the input: none, a linear layer and ReLU, or convolutions over a grid neighbourhood and ReLU.
+    None: no_embedding with learn2track, nn_embedding with transformers."""
     input_embedded_size: int | None = None
     """With nn_embedding: number of features."""
     nb_cnn_filters: tuple[int, ...] | None = None
@@ -124,15 +130,35 @@ class ModelConfig:
         return {name: value for name, value in values.items() if value is not None}
 
     @property
+    def embedding_key(self) -> str:
+        """The input's embedding that the model has."""
+        return self.input_embedding_key or ("no_embedding" if self.model == "learn2track" else "nn_embedding")
+
+    @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `Learn2Track`, except `nb_features` and `neighborhood`, which depend on the data."""
-        own = {name: value for name, value in asdict(self).items() if name not in GETTER_OPTIONS}
-        return {**own, "dg_args": self.dg_args}
+        """The arguments of the model, except `nb_features` and `neighborhood`, which depend on the data."""
+        excluded = _ONLY_TRANSFORMER if self.model == "learn2track" else _ONLY_LEARN2TRACK
+        excluded = {*excluded, *GETTER_OPTIONS, "input_embedding_key", "position_encoding"}
+        own = {name: value for name, value in asdict(self).items() if name not in excluded}
+        return {**own, "input_embedding_key": self.embedding_key, "dg_args": self.dg_args}
 
 
-def build_model(config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None) -> Learn2Track:
+_ONLY_LEARN2TRACK = frozenset(
+    {
+        *("nb_previous_dirs", "prev_dirs_embedding_key", "prev_dirs_embedded_size", "normalize_prev_dirs"),
+        *("rnn_key", "rnn_layer_sizes", "use_skip_connection", "use_layer_normalization", "dropout"),
+    }
+)
+_ONLY_TRANSFORMER = frozenset({"model", *(field.name for field in fields(TransformerOptions))})
+
+
+def build_model(
+    config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None
+) -> Learn2Track | Transformer:
     """A new model with random parameters from torch's generator; `nb_features` are those of the volume at a point."""
-    return Learn2Track(nb_features, neighborhood=neighborhood, **config.arguments)
+    if config.model == "learn2track":
+        return Learn2Track(nb_features, neighborhood=neighborhood, **config.arguments)
+    return Transformer(nb_features, neighborhood=neighborhood, **config.arguments)
 
 
 def model_shapes(build: Callable[[], torch.nn.Module]) -> dict[str, Tensor]:
@@ -154,6 +180,7 @@ def check_model(model: ModelConfig, data: DataConfig, batches: BatchConfig) -> N
 
     It builds the model without memory: each part checks its own options.
     """
+    _check_options_of_model(model)
     if model.eos_weight is not None and not model.add_eos:
         raise ValueError(f"eos_weight: requires add_eos, received {model.eos_weight} without it.")
     try:
@@ -162,10 +189,26 @@ def check_model(model: ModelConfig, data: DataConfig, batches: BatchConfig) -> N
         name, _, message = str(error).partition(": ")
         names = {ours: option for option, ours in GETTER_OPTIONS.items()}
         raise ValueError(f"{names.get(name, name)}: {message}") from None
-    with suppress(OverflowError):  # the memory is checked when the number of features is known
-        model_shapes(partial(build_model, model, nb_features=1, neighborhood=data.neighborhood))
+    if model.model == "learn2track" or model.embedding_key != "no_embedding":  # else the data's features decide
+        with suppress(OverflowError):  # the memory is checked when the number of features is known
+            model_shapes(partial(build_model, model, nb_features=1, neighborhood=data.neighborhood))
     if batches.compress is not None:
         check_getter_for_compressed(model.dg_key, "compress")
+
+
+def _check_options_of_model(model: ModelConfig) -> None:
+    """Raise ValueError for an option that another model has."""
+    if model.position_encoding == "relational":
+        raise ValueError("position_encoding: there is no relational encoding. Use sinusoidal.")
+    other, names = (
+        ("a transformer", _ONLY_TRANSFORMER) if model.model == "learn2track" else ("learn2track", _ONLY_LEARN2TRACK)
+    )
+    defaults = ModelConfig(model=model.model)
+    given = [name for name in sorted(names) if getattr(model, name) != getattr(defaults, name)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: requires --model {other}, received {model.model}.")
+    if model.model == "tts" and (model.sos_token_type, model.target_embedding_key) != ("as_label", "nn_embedding"):
+        raise ValueError("sos_token_type, target_embedding_key: require model tto or ttst, received tts.")
 
 
 def check_getter_for_compressed(dg_key: str, source: str) -> None:

@@ -21,13 +21,14 @@ from dwiml_func.models.direction_getters import make_direction_getter
 from dwiml_func.models.embeddings import make_embedding, make_input_embedding
 from dwiml_func.models.rnn.packing import packed_layout
 from dwiml_func.models.rnn.stacked import StackedRNN
+from dwiml_func.models.tractography_model import TractographyModel
 
 __all__ = ["Learn2Track", "compute_batch_loss"]
 
 _LEAST_LENGTH = 1e-8  # shorter previous directions are normalised as if they had this length: to almost nothing
 
 
-class Learn2Track(torch.nn.Module):
+class Learn2Track(TractographyModel):
     """Embeddings of the input volume and of the previous directions, recurrent layers, then a direction getter.
 
     Options and parameters have dwi_ml's names, so its model states load unchanged.
@@ -124,11 +125,6 @@ class Learn2Track(torch.nn.Module):
         )
         self.direction_getter = make_direction_getter(dg_key, self.rnn_model.output_size, **(dg_args or {}))
 
-    @property
-    def add_eos(self) -> bool:
-        """Whether the model learns where streamlines end, and therefore also reads the inputs at their last points."""
-        return self.direction_getter.add_eos
-
     def forward(self, batch: StreamlineBatch) -> Tensor:
         """Predict at every point of the batch's inputs, from the streamline up to that point.
 
@@ -150,7 +146,7 @@ class Learn2Track(torch.nn.Module):
             >>> Learn2Track(6, nb_previous_dirs=2)(batch).shape
             torch.Size([4, 3])
         """
-        self._check(batch)
+        self.check_batch(batch)
         offsets = batch.input_offsets
         previous = None
         if self.nb_previous_dirs > 0:
@@ -160,23 +156,6 @@ class Learn2Track(torch.nn.Module):
         layout = packed_layout(offsets, batch.num_points)
         features = self.rnn_model(layout.pack(self._embedded(batch.inputs, previous)), layout.batch_sizes)
         return layout.unpack(self.direction_getter(features))
-
-    def directions(self, batch: StreamlineBatch) -> Tensor:
-        """Predict the direction at every point that has a next one.
-
-        Args:
-            batch: S streamlines, P points, as in `forward`.
-
-        Returns:
-            (P - S, 3), voxel space, of any length: the directions that deterministic tracking takes.
-
-        Raises:
-            ValueError: as in `forward`.
-
-        Example:
-            >>> model.directions(batch)  # doctest: +SKIP
-        """
-        return self.direction_getter.directions(batch.at_directions(self(batch)))
 
     def run_step(
         self, inputs: Tensor, dirs: Tensor, state: Sequence[tuple[Tensor, ...]] | None = None
@@ -217,23 +196,8 @@ class Learn2Track(torch.nn.Module):
             return dirs
         return dirs / dirs.norm(dim=-1, keepdim=True).clamp(min=_LEAST_LENGTH)
 
-    def _check(self, batch: StreamlineBatch) -> None:
-        if batch.inputs.shape[1] != self.input_size:
-            raise ValueError(
-                f"Expected a batch with {self.input_size} input features, as the model. "
-                f"Received: {batch.inputs.shape[1]}. Use the input volume that the model was trained on."
-            )
-        if batch.num_points == 0:
-            raise ValueError("Expected a batch with streamlines of two points or more. Received: none.")
-        if batch.num_points != (len(batch.points) if self.add_eos else batch.num_directions):
-            expected = "all points" if self.add_eos else "all points but the last of each streamline"
-            raise ValueError(
-                f"Expected a batch with inputs at {expected}. Received: {batch.num_points} rows for "
-                f"{len(batch.points)} points. Load it with LoaderSpec(add_eos={self.add_eos})."
-            )
 
-
-def compute_batch_loss(model: Learn2Track, batch: StreamlineBatch) -> tuple[Tensor, int, dict[str, Any]]:
+def compute_batch_loss(model: TractographyModel, batch: StreamlineBatch) -> tuple[Tensor, int, dict[str, Any]]:
     """The loss of a batch, in the form that `module_loss` takes.
 
     Args:

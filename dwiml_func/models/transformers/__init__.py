@@ -1,0 +1,1 @@
+"""Transformers that learn tractography: TTS, TTST and TTO."""
