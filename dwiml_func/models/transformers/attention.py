@@ -15,7 +15,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from dwiml_func._transforms import is_transformed
 
-__all__ = ["Bucket", "Sequences", "causal_attention", "sequences_of"]
+__all__ = ["Bucket", "Sequences", "sequences_of"]
 
 _SHORTEST = 0.8  # of a bucket's sequences, relative to the longest: padding then costs a fifth at most
 
@@ -46,6 +46,21 @@ class Sequences:
     buckets: tuple[Bucket, ...]
     flat: Tensor
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
+        """Attend to the rows of the same sequence up to and including one's own: (N, d) from three of (N, d).
+
+        Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2, with dropout on the weights.
+        """
+        joined = torch.cat([query, key, value], dim=1)  # one gather and one gradient for the three
+        results = []
+        for bucket in self.buckets:
+            padded = joined.index_select(0, bucket.rows)
+            heads = padded.reshape(bucket.num_sequences, -1, 3, num_heads, query.shape[1] // num_heads)
+            heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, heads, L, size)
+            rows = _attend(heads[0], heads[1], heads[2], dropout_rate).transpose(1, 2).reshape(-1, query.shape[1])
+            results.append(rows.index_select(0, bucket.real))
+        return torch.cat(results).index_select(0, self.flat)
+
 
 def sequences_of(offsets: Tensor, num_rows: int) -> Sequences:
     """The sequences s with the flat rows offsets[s] to offsets[s + 1] - 1; `offsets` is (S + 1,) int64."""
@@ -54,7 +69,7 @@ def sequences_of(offsets: Tensor, num_rows: int) -> Sequences:
     positions = rows - offsets[:-1].repeat_interleave(offsets.diff(), output_size=num_rows)
     if torch.compiler.is_compiling():
         padded, real, flat = _one_bucket(offsets, num_rows)
-        return Sequences(positions, (Bucket(padded, real, offsets.shape[0] - 1),), flat)
+        return Sequences(positions, (Bucket(padded.flatten(), real, offsets.shape[0] - 1),), flat)
     lengths = offsets.diff()
     order = lengths.argsort(descending=True, stable=True)
     sizes = lengths[order].tolist()
@@ -89,35 +104,14 @@ def _one_bucket(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]
     steps = torch.arange(longest, device=offsets.device)
     rows = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)
     real = (steps < offsets.diff()[:, None]).flatten().nonzero()[:, 0]
-    return rows.flatten(), real, torch.arange(num_rows, device=offsets.device)
+    return rows, real, torch.arange(num_rows, device=offsets.device)
 
 
 @_one_bucket.register_fake
 def _(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     longest = torch.library.get_ctx().new_dynamic_size(min=1)
-    num_padded = (offsets.shape[0] - 1) * longest
-    return offsets.new_empty(num_padded), offsets.new_empty(num_rows), offsets.new_empty(num_rows)
-
-
-def causal_attention(
-    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, *, num_heads: int, dropout_rate: float = 0.0
-) -> Tensor:
-    """Attend to the rows of the same sequence up to and including one's own: (N, d) from three of (N, d).
-
-    Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2, with dropout on the weights.
-    """
-    joined = torch.cat([query, key, value], dim=1)  # one gather and one gradient for the three
-    size = query.shape[1] // num_heads
-    results = []
-    for bucket in sequences.buckets:
-        padded = joined.index_select(0, bucket.rows)
-        heads = padded.reshape(bucket.num_sequences, -1, 3, num_heads, size).permute(2, 0, 3, 1, 4)
-        attended = _attend(heads[0], heads[1], heads[2], dropout_rate)  # (B, heads, L, size)
-        rows = attended.transpose(1, 2).reshape(-1, num_heads * size)
-        results.append(rows.index_select(0, bucket.real))
-    if not results:
-        return query * 0
-    return torch.cat(results).index_select(0, sequences.flat)
+    padded = offsets.new_empty(offsets.shape[0] - 1, longest)
+    return padded, offsets.new_empty(num_rows), offsets.new_empty(num_rows)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, dropout_rate: float) -> Tensor:

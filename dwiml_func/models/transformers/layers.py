@@ -16,12 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, gelu, linear, relu
 
-from dwiml_func.models.transformers.attention import Sequences, causal_attention
+from dwiml_func.models.transformers.attention import Sequences
+from dwiml_func.models.transformers.cache import CachedStep
 
-__all__ = ["Activation", "Attention", "Decoder", "DecoderLayer", "Encoder", "EncoderDecoder", "EncoderLayer"]
+__all__ = ["Activation", "Attention", "Decoder", "DecoderLayer", "Encoder", "EncoderDecoder", "EncoderLayer", "Rows"]
 
 Activation = Literal["relu", "gelu"]
 _ACTIVATIONS = {"relu": relu, "gelu": gelu}
+
+
+Rows = Sequences | CachedStep
+"""How rows attend: all rows of sequences at once, or the newest row of each."""
 
 
 class Attention(torch.nn.Module):
@@ -38,12 +43,11 @@ class Attention(torch.nn.Module):
             torch.nn.init.xavier_uniform_(weight)
         torch.nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, memory: Tensor | None, sequences: Sequences) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor | None, sequences: Rows) -> Tensor:
         """Rows (N, d) attend to rows of `memory` (N, d), or with None to themselves."""
         query, key, value = self.project(x, memory)
         rate = self.dropout_rate if self.training else 0.0
-        attended = causal_attention(query, key, value, sequences, num_heads=self.num_heads, dropout_rate=rate)
-        return self.out_proj(attended)
+        return self.out_proj(sequences.attend(query, key, value, num_heads=self.num_heads, dropout_rate=rate))
 
     def project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries of `x`, keys and values of `memory`, or with None of `x`."""
@@ -90,7 +94,7 @@ class EncoderLayer(_Layer):
 
     attends_to_memory = False
 
-    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x: Tensor, sequences: Rows) -> Tensor:
         """Map rows (N, d) to rows (N, d)."""
         if self.norm_first:
             x = x + self._drop(self.self_attn(self.norm1(x), None, sequences))
@@ -104,7 +108,7 @@ class DecoderLayer(_Layer):
 
     attends_to_memory = True
 
-    def forward(self, x: Tensor, memory: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, sequences: Rows) -> Tensor:
         """Map rows (N, d) to rows (N, d); `memory` (N, d) are the encoder's."""
         if self.norm_first:
             x = x + self._drop(self.self_attn(self.norm1(x), None, sequences))
@@ -122,7 +126,7 @@ class Encoder(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x: Tensor, sequences: Rows) -> Tensor:
         """Map rows (N, d) to rows (N, d)."""
         for layer in self.layers:
             x = layer(x, sequences)
@@ -136,7 +140,7 @@ class Decoder(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, memory: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, sequences: Rows) -> Tensor:
         """Map rows (N, d) to rows (N, d); `memory` (N, d) are the encoder's."""
         for layer in self.layers:
             x = layer(x, memory, sequences)
@@ -154,6 +158,6 @@ class EncoderDecoder(torch.nn.Module):
             if isinstance(module, torch.nn.Linear):
                 torch.nn.init.xavier_uniform_(module.weight)
 
-    def forward(self, x: Tensor, y: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, sequences: Rows) -> Tensor:
         """Encode rows x (N, d), and decode rows y (N, d)."""
         return self.decoder(y, self.encoder(x, sequences), sequences)

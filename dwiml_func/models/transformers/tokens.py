@@ -20,10 +20,10 @@ __all__ = ["SOS_AS_LABEL", "TargetTokens", "sinusoidal_encoding"]
 SOS_AS_LABEL = "as_label"
 
 
-def sinusoidal_encoding(positions: Tensor, size: int) -> Tensor:
-    """Sines (even columns) and cosines (odd ones) of positions (...,) in `size` columns, float32; `size` is even."""
-    rates = torch.exp(torch.arange(0, size, 2, device=positions.device) * (-math.log(10000.0) / size))
-    angles = positions[..., None] * rates
+def sinusoidal_encoding(positions: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sines (even columns) and cosines (odd ones) of positions (...,) in `size` columns; `size` is even."""
+    pairs = torch.arange(0, size, 2, device=positions.device, dtype=dtype)
+    angles = positions[..., None] * torch.exp(pairs * (-math.log(10000.0) / size))
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 

@@ -17,6 +17,7 @@ from dwiml_func.models.direction_getters import make_direction_getter
 from dwiml_func.models.embeddings import make_embedding, make_input_embedding
 from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.models.transformers.attention import sequences_of
+from dwiml_func.models.transformers.cache import CachedStep, CacheState, copied
 from dwiml_func.models.transformers.layers import (
     Activation,
     Decoder,
@@ -24,6 +25,7 @@ from dwiml_func.models.transformers.layers import (
     Encoder,
     EncoderDecoder,
     EncoderLayer,
+    Rows,
 )
 from dwiml_func.models.transformers.tokens import TargetTokens, sinusoidal_encoding
 
@@ -180,15 +182,54 @@ class Transformer(TractographyModel):
             previous = previous_directions(dirs, offsets, 1)
             target = self.embedding_layer_t(self.tokens(previous, sequences.positions == 0))
         x, y = self._encoder_inputs(x, target, sequences.positions)
-        rows = (x, sequences) if y is None else (x, y, sequences)
-        return self.direction_getter(self.modified_torch_transformer(*rows))
+        return self._outputs(x, y, sequences)
+
+    def run_step(
+        self, inputs: Tensor, dirs: Tensor, state: CacheState | None = None, /, *, donate: bool = False
+    ) -> tuple[Tensor, CacheState]:
+        """Predict at the next point of S streamlines, for tracking.
+
+        Args:
+            inputs: (S, input_size) float, the input volume at (and around) the streamlines' newest points.
+            dirs: (S, 3) float, voxel space, the previous direction, any at a streamline's first point; (S, 0) for tts.
+            state: the state returned by the previous step; None at the streamlines' first points. In a row whose count
+                of points is 0 a new streamline begins.
+            donate: write into the memory of `state`, which is not used again.
+
+        Returns:
+            The direction getter's outputs (S, K), and the new state: the number of points read (S,), and keys and
+            values of all of them.
+
+        Raises:
+            ValueError: a streamline has more points than `max_len`.
+
+        Example:
+            >>> model = Transformer(6, model="tts", input_embedded_size=16, nheads=4, n_layers_e=1).eval()
+            >>> outputs, state = model.run_step(torch.zeros(2, 6), torch.zeros(2, 0))
+            >>> outputs, state = model.run_step(torch.zeros(2, 6), torch.zeros(2, 0), state)
+            >>> outputs.shape, state[0].tolist()
+            (torch.Size([2, 3]), [2, 2])
+        """
+        num_read, caches = (inputs.new_zeros(len(inputs), dtype=torch.int64), ()) if state is None else state
+        if self.max_len is not None and int(num_read.max()) >= self.max_len:
+            raise _too_long(self.max_len, int(num_read.max()) + 1)
+        step = CachedStep(num_read, caches if donate else copied(caches))
+        target = None
+        if self.kind != "tts":
+            target = self.embedding_layer_t(self.tokens(dirs[:, :3], num_read == 0))
+        x, y = self._encoder_inputs(self.input_embedding_layer(inputs), target, num_read)
+        return self._outputs(x, y, step), step.state
+
+    def _outputs(self, x: Tensor, y: Tensor | None, rows: Rows) -> Tensor:
+        layers = self.modified_torch_transformer
+        return self.direction_getter(layers(x, rows) if y is None else layers(x, y, rows))
 
     def _encoder_inputs(self, x: Tensor, target: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows of the encoder and, for tto, of the decoder, with their positions."""
         if self.kind == "ttst":
             assert target is not None
             x, target = torch.cat([x, target], dim=1), None
-        encoding = sinusoidal_encoding(positions, x.shape[1]).to(x.dtype)
+        encoding = sinusoidal_encoding(positions, x.shape[1], x.dtype)
         x = dropout(x + encoding, self.dropout_rate, self.training)
         return x, None if target is None else dropout(target + encoding, self.dropout_rate, self.training)
 
@@ -217,7 +258,11 @@ def _check_size(size: int, nheads: int) -> None:
 def _check_lengths(offsets: Tensor, max_len: int) -> None:
     longest = int(offsets.diff().max())
     if longest > max_len:
-        raise ValueError(
-            f"max_len: expected streamlines of at most {max_len} points, received one with {longest}. Train with a "
-            "larger max_len, or resample the streamlines with a larger step size."
-        )
+        raise _too_long(max_len, longest)
+
+
+def _too_long(max_len: int, longest: int) -> ValueError:
+    return ValueError(
+        f"max_len: expected streamlines of at most {max_len} points, received one with {longest}. Train with a larger "
+        "max_len, or resample the streamlines with a larger step size."
+    )

@@ -1,0 +1,298 @@
+"""Transformers: torch's own layers are the truth; flat rows, caches and transforms change nothing."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dwiml_func import init_state, jit_step, module_loss, sgd, train_step
+from dwiml_func.core.gradients import value_and_grad
+from dwiml_func.core.rng import Key
+from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.streamlines import input_offsets, offsets_of
+from dwiml_func.ensemble import ensemble_step, member, stack_states
+from dwiml_func.models.learn2track import compute_batch_loss
+from dwiml_func.models.transformers.transformer import Transformer
+
+F = 6
+LENGTHS = [9, 2, 14, 5, 13]
+KINDS = ("tts", "ttst", "tto")
+by_kind = pytest.mark.parametrize("kind", KINDS)
+by_norm = pytest.mark.parametrize("norm_first", [False, True])
+
+
+def _model(kind: Any, *, seed: int = 0, **options: Any) -> Transformer:
+    options = {"input_embedded_size": 8, "nheads": 2, "n_layers_e": 2, "dropout_rate": 0.0, **options}
+    if kind == "ttst":
+        options = {"target_embedded_size": 4, **options}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Transformer(F, model=kind, **options)
+    for parameter in model.parameters():  # biases and norms at their initial values would hide mistakes
+        parameter.data += 0.1 * torch.sin(torch.arange(parameter.numel()).reshape(parameter.shape))
+    return model
+
+
+def _batch(
+    lengths: list[int] = LENGTHS, *, add_eos: bool = False, dtype: torch.dtype = torch.float32
+) -> StreamlineBatch:
+    generator = torch.Generator().manual_seed(len(lengths))
+    offsets = offsets_of(torch.tensor(lengths))
+    num_rows = int(offsets[-1]) if add_eos else int(input_offsets(offsets)[-1])
+    return StreamlineBatch(
+        points=torch.rand(int(offsets[-1]), 3, generator=generator, dtype=dtype) * 4,
+        offsets=offsets,
+        subject=torch.zeros(len(lengths), dtype=torch.int64),
+        ids=torch.arange(len(lengths)),
+        inputs=torch.randn(num_rows, F, generator=generator, dtype=dtype),
+    )
+
+
+def _torch_encoder(model: Transformer, size: int, activation: str, norm_first: bool) -> torch.nn.TransformerEncoder:
+    """Torch's own encoder, with the model's parameters."""
+    layers: Any = model.modified_torch_transformer
+    layers = getattr(layers, "encoder", layers).layers
+    hidden = layers[0].linear1.out_features
+    layer = torch.nn.TransformerEncoderLayer(
+        size, 2, hidden, 0.0, activation, batch_first=True, norm_first=norm_first, dtype=torch.float64
+    )
+    encoder = torch.nn.TransformerEncoder(layer, len(layers), enable_nested_tensor=False)
+    for theirs, ours in zip(encoder.layers, layers, strict=True):
+        theirs.load_state_dict(ours.state_dict())
+    return encoder
+
+
+def _torch_decoder(model: Transformer, size: int, activation: str, norm_first: bool) -> torch.nn.TransformerDecoder:
+    layers: Any = model.modified_torch_transformer
+    layers = layers.decoder.layers
+    hidden = layers[0].linear1.out_features
+    layer = torch.nn.TransformerDecoderLayer(
+        size, 2, hidden, 0.0, activation, batch_first=True, norm_first=norm_first, dtype=torch.float64
+    )
+    decoder = torch.nn.TransformerDecoder(layer, len(layers))
+    for theirs, ours in zip(decoder.layers, layers, strict=True):
+        theirs.load_state_dict(ours.state_dict())
+    return decoder
+
+
+def _encoding(length: int, size: int) -> Tensor:
+    """Vaswani et al., section 3.5, written out."""
+    table = torch.zeros(length, size, dtype=torch.float64)
+    for position in range(length):
+        for pair in range(size // 2):
+            angle = torch.tensor(position / 10000 ** (2 * pair / size), dtype=torch.float64)
+            table[position, 2 * pair], table[position, 2 * pair + 1] = angle.sin(), angle.cos()
+    return table
+
+
+def _by_torch(model: Transformer, batch: StreamlineBatch, activation: str, norm_first: bool) -> Tensor:
+    """The model's outputs by torch's layers, on padded input with causal and padding masks."""
+    offsets = batch.input_offsets.tolist()
+    rows = [batch.inputs[a:b] for a, b in pairwise(offsets)]
+    x = torch.nn.utils.rnn.pad_sequence([model.input_embedding_layer(r) for r in rows], batch_first=True)
+    longest = x.shape[1]
+    target = None
+    if model.kind != "tts":
+        tokens = []
+        for a, b, length in zip(batch.offsets[:-1], batch.offsets[1:], [len(r) for r in rows], strict=True):
+            dirs = batch.points[a:b].diff(dim=0)[: length - 1]
+            shifted = torch.cat([dirs.new_zeros(1, 4), torch.cat([dirs, dirs.new_zeros(len(dirs), 1)], dim=1)])
+            shifted[0, 3] = 1
+            tokens.append(model.embedding_layer_t(shifted))
+        target = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    if model.kind == "ttst":
+        x, target = torch.cat([x, target], dim=2) if target is not None else x, None
+    size = x.shape[2]
+    causal = torch.ones(longest, longest, dtype=torch.bool).triu(1)
+    padding = torch.arange(longest) >= torch.tensor([[len(r)] for r in rows])
+    x = x + _encoding(longest, size)
+    encoder = _torch_encoder(model, size, activation, norm_first)
+    y = encoder(x, mask=causal, src_key_padding_mask=padding)
+    if target is not None:
+        decoder = _torch_decoder(model, size, activation, norm_first)
+        y = decoder(
+            target + _encoding(longest, size), y, tgt_mask=causal, memory_mask=causal,
+            tgt_key_padding_mask=padding, memory_key_padding_mask=padding,
+        )  # fmt: skip
+    return model.direction_getter(y[~padding])
+
+
+@by_kind
+@by_norm
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_outputs_and_gradients_are_those_of_torchs_own_layers_with_masks(
+    kind: str, norm_first: bool, activation: str
+) -> None:
+    model = _model(kind, norm_first=norm_first, activation=activation).double()
+    batch = _batch(dtype=torch.float64)
+    outputs, expected = model(batch), _by_torch(model, batch, activation, norm_first)
+    torch.testing.assert_close(outputs, expected, atol=1e-10, rtol=0)
+    leaves = (model.input_embedding_layer.linear.weight,)  # pyright: ignore[reportAttributeAccessIssue]
+    (ours,) = torch.autograd.grad(outputs.square().sum(), leaves)
+    (theirs,) = torch.autograd.grad(expected.square().sum(), leaves)
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+@by_kind
+def test_the_plain_operations_of_transforms_give_the_same(kind: str) -> None:
+    model, batch = _model(kind).double(), _batch(dtype=torch.float64)
+    params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def outputs(params: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, params, (batch,))
+
+    mapped = torch.func.vmap(outputs)({name: torch.stack([p, 2 * p]) for name, p in params.items()})
+    torch.testing.assert_close(mapped[0], model(batch), atol=1e-12, rtol=0)
+
+
+@by_kind
+def test_first_and_second_gradients_are_those_of_finite_differences(kind: str) -> None:
+    model, batch = _model(kind, n_layers_e=1, activation="gelu").double(), _batch([4, 3], dtype=torch.float64)
+    name = next(n for n, _ in model.named_parameters() if n.endswith("self_attn.in_proj_weight"))
+    others = {n: p.detach() for n, p in model.named_parameters()}
+    direction = torch.sin(torch.arange(others[name].numel(), dtype=torch.float64)).reshape(others[name].shape)
+
+    def along(step: Tensor) -> Tensor:
+        params = others | {name: others[name] + step * direction}
+        return torch.func.functional_call(model, params, (batch,)).square().sum()
+
+    first, second = torch.func.grad(along), torch.func.grad(torch.func.grad(along))
+    zero, h = torch.zeros((), dtype=torch.float64), 1e-4
+    values = [along(zero + k * h) for k in (-2, -1, 0, 1, 2)]
+    expected = (values[0] - 8 * values[1] + 8 * values[3] - values[4]) / (12 * h)
+    torch.testing.assert_close(first(zero), expected, rtol=1e-8, atol=1e-8)
+    expected = (-values[0] + 16 * values[1] - 30 * values[2] + 16 * values[3] - values[4]) / (12 * h * h)
+    torch.testing.assert_close(second(zero), expected, rtol=1e-5, atol=1e-5)
+
+
+@by_kind
+def test_a_prediction_depends_on_the_streamline_up_to_its_point_and_on_nothing_else(kind: str) -> None:
+    model, batch = _model(kind).eval(), _batch([9])
+    before = model(batch)
+    for changed in range(8):
+        inputs = batch.inputs.clone()
+        inputs[changed] += 1
+        same = (model(replace(batch, inputs=inputs)) == before).all(dim=1)
+        assert same[:changed].all()
+        assert not same[changed:].any()
+    together = _batch([9, 4, 9])
+    alone = StreamlineBatch(
+        points=together.points[:9], offsets=together.offsets[:2], subject=together.subject[:1], ids=together.ids[:1],
+        inputs=together.inputs[:8],
+    )  # fmt: skip
+    torch.testing.assert_close(model(alone), model(together)[:8])
+
+
+@by_kind
+@pytest.mark.parametrize("add_eos", [False, True])
+@pytest.mark.parametrize("sos_token_type", ["as_label", "repulsion100"])
+def test_one_point_at_a_time_gives_what_the_whole_streamline_gives(
+    kind: str, add_eos: bool, sos_token_type: str
+) -> None:
+    if kind == "tts" and sos_token_type != "as_label":
+        return
+    model = _model(kind, sos_token_type=sos_token_type, dg_args={"add_eos": add_eos}).double().eval()
+    if kind != "tts":
+        model.embedding_layer_t.double()
+    batch = _batch([140, 70, 3], add_eos=add_eos, dtype=torch.float64)  # more than two blocks, and one, and none full
+    offsets = batch.input_offsets
+    whole = model(batch)
+    state, dirs = None, batch.points.diff(dim=0)
+    with torch.no_grad():
+        for step in range(int(offsets.diff().max())):
+            rows = (offsets[:-1] + step).clamp(max=len(batch.inputs) - 1)  # rows past an end are not compared
+            previous = dirs[(batch.offsets[:-1] + step - 1).clamp(min=0, max=len(dirs) - 1)]
+            outputs, state = model.run_step(batch.inputs[rows], previous, state)
+            for line in range(3):
+                if step < offsets.diff()[line]:
+                    expected = whole[offsets[line] + step]
+                    torch.testing.assert_close(outputs[line], expected, atol=1e-10, rtol=0)
+
+
+@by_kind
+def test_a_state_of_tracking_is_not_written_and_a_row_of_count_zero_begins_anew(kind: str) -> None:
+    model = _model(kind).eval()
+    inputs, dirs = torch.randn(70, 2, F), torch.randn(70, 2, 3)
+    state = None
+    with torch.no_grad():
+        for step in range(66):
+            _, state = model.run_step(inputs[step], dirs[step], state)
+        assert state is not None
+        kept = copy.deepcopy(state)
+        first, after = model.run_step(inputs[66], dirs[66], state)
+        torch.testing.assert_close(state, kept, rtol=0, atol=0)
+        again, _ = model.run_step(inputs[66], dirs[66], state, donate=True)
+        assert torch.equal(first, again)
+        restarted = (after[0] * torch.tensor([1, 0]), after[1])
+        outputs, _ = model.run_step(inputs[67], dirs[67], restarted)
+        fresh, _ = model.run_step(inputs[67], dirs[67], None)
+        assert torch.equal(outputs[1], fresh[1])  # whatever stands beside it, and however long
+
+
+def test_steps_ensembles_and_compiled_steps_train_alike() -> None:
+    batch = _batch()
+    models = [_model("ttst", seed=seed) for seed in (1, 2)]
+    loss_fn, optimizer = module_loss(models[0], compute_batch_loss), sgd()  # Adam: signs of rounded zeros
+    states = [init_state(model, optimizer, seed=0) for model in models]
+    alone = [train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, lr=0.01) for state in states]
+    together, _ = ensemble_step(stack_states(states), batch, loss_fn=loss_fn, optimizer=optimizer, lr=0.01)
+    for number, (state, _) in enumerate(alone):
+        for name, value in member(together, number).params.items():
+            torch.testing.assert_close(value, state.params[name], atol=1e-5, rtol=1e-4)
+    step = jit_step(loss_fn=loss_fn, optimizer=optimizer, dynamic=True, backend="aot_eager")
+    for lengths in (LENGTHS, [5, 30, 4], [12, 7, 6, 2]):
+        state, batch = states[0], _batch(lengths)
+        compiled, _ = step(state, batch, lr=0.01)
+        eager, _ = train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, lr=0.01)
+        for name, value in eager.params.items():
+            torch.testing.assert_close(compiled.params[name], value, atol=1e-5, rtol=1e-4)
+    assert step.eager_reason is None
+    assert step.num_compilations <= 2
+
+
+def test_dropout_comes_from_the_key() -> None:
+    model, batch = _model("tto", dropout_rate=0.3), _batch()
+    loss_fn = module_loss(model, compute_batch_loss)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    losses = [value_and_grad(loss_fn, params, {}, batch, key=Key(k))[0].loss for k in (1, 1, 2)]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+    model.eval()
+    assert torch.equal(model(batch), model(batch))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("tts", {"nheads": 3}, "nheads: expected heads that divide"),
+        ("tts", {"input_embedded_size": 3}, "input_embedded_size: expected at least 4"),
+        ("tts", {"n_layers_d": 2}, "n_layers_d: requires model tto"),
+        ("tto", {"target_embedded_size": 8}, "target_embedded_size: requires model ttst"),
+        ("tto", {"target_embedding_key": "no_embedding"}, "target_embedding_key: expected as many features"),
+        ("ttst", {"sos_token_type": "ball"}, "sos_token_type: expected as_label or a sphere"),
+        ("ttst", {"target_embedded_size": None}, "target_embedding_key: nn_embedding requires target_embedded_size"),
+        ("tts", {"dropout_rate": 1.0}, "dropout_rate"),
+        ("tts", {"max_len": 0}, "max_len"),
+        ("ttt", {}, "model: expected one of"),
+    ],
+)
+def test_options_that_make_no_model_are_refused(kind: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _model(kind, **options)
+
+
+def test_streamlines_longer_than_max_len_are_refused() -> None:
+    model = _model("tts", max_len=12).eval()
+    with pytest.raises(ValueError, match="at most 12 points, received one with 13"):
+        model(_batch())
+    state = None
+    for _ in range(12):
+        _, state = model.run_step(torch.zeros(1, F), torch.zeros(1, 0), state)
+    with pytest.raises(ValueError, match="at most 12 points, received one with 13"):
+        model.run_step(torch.zeros(1, F), torch.zeros(1, 0), state)
