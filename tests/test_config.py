@@ -121,8 +121,18 @@ def test_the_defaults_are_those_of_dwi_ml():
         for name, value in dataclasses.asdict(config.model).items()
         if value is not None and value is not False
     }
-    assert model == {
-        "input_embedding_key": "no_embedding",
+    transformer = {
+        "nheads": 8,
+        "n_layers_e": 6,
+        "dropout_rate": 0.1,
+        "activation": "relu",
+        "position_encoding": "sinusoidal",
+        "sos_token_type": "as_label",
+        "target_embedding_key": "nn_embedding",
+    }
+    assert (config.model.embedding_key, ModelConfig(model="tts").embedding_key) == ("no_embedding", "nn_embedding")
+    assert model == transformer | {
+        "model": "learn2track",
         "nb_previous_dirs": 0,
         "prev_dirs_embedding_key": "no_embedding",
         "rnn_key": "lstm",

@@ -25,6 +25,7 @@ HELD_ELSEWHERE = {
         "compile",
         "num_shards",
     ),  # test_parallel, test_compiled_runs, ...
+    *("max_len", "position_encoding"),  # test_transformers, test_config
     *(
         "max_epochs",
         "patience",
@@ -46,6 +47,8 @@ PREVIOUS: dict[str, Any] = {"nb_previous_dirs": 1}
 PREVIOUS_NN = PREVIOUS | {"prev_dirs_embedding_key": "nn_embedding", "prev_dirs_embedded_size": 4}
 LENGTHS = {"batch_size_units": "length_mm", "batch_size_training": 300}
 SPHERE = {"dg_key": "sphere-classification", "dg_sphere": "repulsion100"}
+TTS: dict[str, Any] = {"model": "tts", "input_embedded_size": 8, "nheads": 2, "n_layers_e": 1}
+TTST = TTS | {"model": "ttst", "target_embedded_size": 4}
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # other options, and what is changed
     "input_embedding_key": ({}, NN),
     "input_embedded_size": (NN, {"input_embedded_size": 5}),
@@ -70,6 +73,17 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # other options, 
     "normalize_outputs": ({"dg_key": "l2-regression"}, {"normalize_outputs": 2.0}),
     "add_eos": ({}, {"add_eos": True}),
     "eos_weight": ({"add_eos": True}, {"eos_weight": 2.0}),
+    "model": ({}, TTS),
+    "nheads": (TTS, {"nheads": 4}),
+    "n_layers_e": (TTS, {"n_layers_e": 2}),
+    "n_layers_d": (TTS | {"model": "tto"}, {"n_layers_d": 2}),
+    "ffnn_hidden_size": (TTS, {"ffnn_hidden_size": 7}),
+    "dropout_rate": (TTS, {"dropout_rate": 0.3}),
+    "activation": (TTS, {"activation": "gelu"}),
+    "norm_first": (TTS, {"norm_first": True}),
+    "sos_token_type": (TTST, {"sos_token_type": "repulsion100"}),
+    "target_embedding_key": (TTST, {"target_embedding_key": "no_embedding", "target_embedded_size": None}),
+    "target_embedded_size": (TTST, {"target_embedded_size": 6}),
     "input_group_name": ({}, {"input_group_name": "wm_mask"}),
     "streamline_group_name": ({}, {"streamline_group_name": "others"}),
     "interpolation": ({}, {"interpolation": "nearest"}),
@@ -115,7 +129,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def first_steps(data: Path, options: dict[str, Any]) -> tuple[Any, ...]:
     """The start of a run: the plan of its batches, losses of two training and one validation batch, the parameters."""
-    options = {"rnn_layer_sizes": (8,), "batch_size_training": 8, "batch_size_validation": 8} | options
+    small = {"batch_size_training": 8, "batch_size_validation": 8}
+    if "model" not in options:
+        small["rnn_layer_sizes"] = (8,)
+    options = small | options
 
     def part(description: Any) -> Any:
         names = {field.name for field in fields(description)}

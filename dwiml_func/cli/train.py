@@ -35,8 +35,9 @@ EXAMPLE_FILE = "example_data.hdf5"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions, RunOptions):
-    """Train a Learn2Track model. Every epoch ends with a checkpoint in EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, for
-    `dwiml-func resume`. The best epoch's model is in best_model, the logs in logs, a figure in plots.
+    """Train a model: Learn2Track or a transformer. Every epoch ends with a checkpoint in
+    EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, for `dwiml-func resume`. The best epoch's model is in best_model, the
+    logs in logs, a figure in plots.
 
     Example: dwiml-func train experiments second_run data.hdf5 --patience 10 --dropout 0.2
     """
