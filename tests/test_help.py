@@ -29,7 +29,7 @@ def test_every_option_has_a_text_and_a_default(cli, command: str) -> None:
 def test_the_help_of_train_is_grouped_by_the_parts_of_the_config(cli) -> None:
     groups = dict(re.findall(r"╭─ ([a-z]+) options ─+╮\n(.*?)╰", cli("train", "--help").out, flags=re.DOTALL))
     assert list(groups) == ["training", "model", "batches", "data", "checkpoints", "logging"]
-    assert re.findall(r"^│ --([a-z-]+)", groups["model"], flags=re.MULTILINE)[0] == "input-embedding-key"
+    assert re.findall(r"^│ --([a-z-]+)", groups["model"], flags=re.MULTILINE)[:2] == ["model", "input-embedding-key"]
     assert "{cosine-regression,l2-regression," in "".join(groups["model"].split())
     assert "--max-epochs INT" in groups["training"]
 

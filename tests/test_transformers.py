@@ -133,9 +133,9 @@ def test_outputs_and_gradients_are_those_of_torchs_own_layers_with_masks(
     batch = _batch(dtype=torch.float64)
     outputs, expected = model(batch), _by_torch(model, batch, activation, norm_first)
     torch.testing.assert_close(outputs, expected, atol=1e-10, rtol=0)
-    leaves = (model.input_embedding_layer.linear.weight,)  # pyright: ignore[reportAttributeAccessIssue]
-    (ours,) = torch.autograd.grad(outputs.square().sum(), leaves)
-    (theirs,) = torch.autograd.grad(expected.square().sum(), leaves)
+    leaf = model.get_parameter("input_embedding_layer.linear.weight")
+    (ours,) = torch.autograd.grad(outputs.square().sum(), [leaf])
+    (theirs,) = torch.autograd.grad(expected.square().sum(), [leaf])
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
 
 

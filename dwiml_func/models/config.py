@@ -57,10 +57,8 @@ GETTER_OPTIONS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(TransformerOptions):
-    """The options of a model and its direction getter, which check their values; see `check_model`."""
-
-    __pydantic_config__: ClassVar = STRICT
+class _Learn2TrackOptions:
+    """Which model, its input, and the options that only Learn2Track has."""
 
     model: Literal["learn2track", "tto", "tts", "ttst"] = "learn2track"
     """Learn2Track, a recurrent model; or a transformer: tto (encoder over the input, decoder over the previous
@@ -92,6 +90,14 @@ class ModelConfig(TransformerOptions):
     """Normalise the output of each recurrent layer."""
     dropout: float = 0.0
     """Probability of dropping a value between recurrent layers, and in the embeddings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(TransformerOptions, _Learn2TrackOptions):
+    """The options of a model and its direction getter, which check their values; see `check_model`."""
+
+    __pydantic_config__: ClassVar = STRICT
+
     dg_key: Literal[
         "cosine-regression",
         "l2-regression",

@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = ["BLOCK", "Block", "CacheState", "CachedStep", "copied"]
 
 BLOCK = 64
+"""Points a block."""
 
 Block = tuple[Tensor, Tensor]
 """Keys and values of 64 points, (R, heads, 64, size) each."""

@@ -22,6 +22,7 @@ from dwiml_func.models.transformers.cache import CachedStep
 __all__ = ["Activation", "Attention", "Decoder", "DecoderLayer", "Encoder", "EncoderDecoder", "EncoderLayer", "Rows"]
 
 Activation = Literal["relu", "gelu"]
+"""Between the two linear layers of a layer."""
 _ACTIVATIONS = {"relu": relu, "gelu": gelu}
 
 

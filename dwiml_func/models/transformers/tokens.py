@@ -18,6 +18,7 @@ from dwiml_func.models.direction_getters.sphere_classification import nearest_ve
 __all__ = ["SOS_AS_LABEL", "TargetTokens", "sinusoidal_encoding"]
 
 SOS_AS_LABEL = "as_label"
+"""A token of four numbers."""
 
 
 def sinusoidal_encoding(positions: Tensor, size: int, dtype: torch.dtype = torch.float32) -> Tensor:

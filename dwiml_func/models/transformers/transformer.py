@@ -32,6 +32,7 @@ from dwiml_func.models.transformers.tokens import TargetTokens, sinusoidal_encod
 __all__ = ["Kind", "Transformer"]
 
 Kind = Literal["tts", "ttst", "tto"]
+"""What a transformer reads: see `Transformer`."""
 
 _LEAST_SIZE = 4  # dwi_ml requires more than 3 embedded features
 
