@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.models import Learn2Track
+from dwiml_func.models import Learn2Track, Transformer
 from dwiml_func.tracking import TrackingSpace, TrackingSpec, track
+from dwiml_func.tracking.state import StepModel
 
 SEEDS = 3 + 10 * torch.rand(1000, 3, generator=torch.Generator().manual_seed(1))
 VOLUME = torch.randn(16, 16, 16, 28, generator=torch.Generator().manual_seed(2))
@@ -15,9 +18,9 @@ NUM_ROWS = 64
 GETTERS = {"det": ("cosine-regression", "sphere-classification"), "prob": ("gaussian", "fisher-von-mises-mixture")}
 
 
-def lines_of(model: Learn2Track, algo: str, numbers: list[int]) -> dict[int, bytes]:
+def lines_of(model: StepModel, algo: Any, numbers: list[int], **options: Any) -> dict[int, bytes]:
     space = TrackingSpace(volume=VOLUME, voxel_sizes=(2.0, 2.0, 2.0))
-    spec = TrackingSpec(step_size=1, min_length=0, max_length=15, theta=120, algo=algo)  # pyright: ignore[reportArgumentType]
+    spec = TrackingSpec(**{"step_size": 1, "min_length": 0, "max_length": 15, "theta": 120, "algo": algo, **options})
     wanted = torch.tensor(numbers)
     found = {}
     for tracked in track(
@@ -44,6 +47,20 @@ def test_a_line_has_the_same_bytes_alone_among_ten_and_among_a_thousand(rnn_key,
         assert len(among_ten) >= 8
         for number in (0, 63, 131, 500, 999):
             assert lines_of(model, algo, [number]) == {n: line for n, line in whole.items() if n == number}
+
+
+@pytest.mark.parametrize("kind", ["tts", "tto"])
+def test_so_do_lines_of_transformers_with_keys_and_values_in_several_blocks(kind):
+    with torch_rng(Key(1)):
+        model = Transformer(28, model=kind, input_embedded_size=12, nheads=2, n_layers_e=1).eval()
+    for parameter in model.direction_getter.parameters():
+        parameter.data *= 3  # lines that turn
+    longest = 90  # points, of some lines: two blocks
+    whole = lines_of(model, "det", list(range(200)), max_length=longest, theta=180)
+    assert max(len(line) for line in whole.values()) > 64 * 12
+    among_few = lines_of(model, "det", list(range(3, 200, 40)), max_length=longest, theta=180)
+    assert among_few == {number: whole[number] for number in among_few}
+    assert len(among_few) >= 4
 
 
 def test_other_keys_give_other_samples_and_the_same_key_the_same():

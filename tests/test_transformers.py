@@ -227,9 +227,9 @@ def test_a_state_of_tracking_is_not_written_and_a_row_of_count_zero_begins_anew(
         kept = copy.deepcopy(state)
         first, after = model.run_step(inputs[66], dirs[66], state)
         torch.testing.assert_close(state, kept, rtol=0, atol=0)
-        again, _ = model.run_step(inputs[66], dirs[66], state, donate=True)
+        again, _ = model.run_step_in_place(inputs[66], dirs[66], state)
         assert torch.equal(first, again)
-        restarted = (after[0] * torch.tensor([1, 0]), after[1])
+        restarted = after.forget(torch.tensor([False, True]))
         outputs, _ = model.run_step(inputs[67], dirs[67], restarted)
         fresh, _ = model.run_step(inputs[67], dirs[67], None)
         assert torch.equal(outputs[1], fresh[1])  # whatever stands beside it, and however long

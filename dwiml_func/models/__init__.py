@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dwiml_func.models.direction_getters import make_direction_getter
     from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
+    from dwiml_func.models.transformers.transformer import Transformer
 
-__all__ = ["Learn2Track", "compute_batch_loss", "load_model", "make_direction_getter"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["Learn2Track", "Transformer", "compute_batch_loss", "load_model", "make_direction_getter"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 _MODULES = {
     "Learn2Track": "models.learn2track",
+    "Transformer": "models.transformers.transformer",
     "compute_batch_loss": "models.learn2track",
     "load_model": "experiment.model_store",  # offered here, not used: the rooms below `experiment` do not import it
     "make_direction_getter": "models.direction_getters",

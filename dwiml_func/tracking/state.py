@@ -39,6 +39,8 @@ class StepModel(Protocol):
         """Outputs (S, K) and the new state: any tree of tensors of S rows, in which zeros mean a new line.
 
         `inputs` (S, F) are those at the lines' newest points, `dirs` (S, 3 * nb_previous_dirs) the previous directions.
+        Where zeros everywhere would cost too much, the state may have a method `forget(rows)`, which gives the state
+        with new lines in rows (S,) bool, and the model `run_step_in_place`, which may write into a state's memory.
         """
         ...
 
@@ -147,4 +149,6 @@ def with_lines(state: TrackState, rows: Tensor, lines: Tensor, seeds: Tensor, *,
 
 def without_memory(model_state: Any, rows: Tensor) -> Any:
     """The model's state with zeros in rows (R,) bool: of new lines."""
+    if (forget := getattr(model_state, "forget", None)) is not None:
+        return forget(rows)
     return tree_map(lambda leaf: leaf.masked_fill(rows.reshape(-1, *[1] * (leaf.ndim - 1)), 0), model_state)

@@ -34,7 +34,7 @@ def track_step(
         model: the model, in evaluation mode.
         space: its volume, and the mask.
         spec: the options.
-        donate: the result may overwrite the points of `state`, which is not used again.
+        donate: the result may overwrite the memory of `state`, which is not used again.
 
     Returns:
         The next state.
@@ -55,7 +55,8 @@ def track_step(
     """
     with torch.no_grad():
         inputs, dirs = space.read(state.position), state.dirs[:, : 3 * model.nb_previous_dirs]
-        outputs, model_state = model.run_step(inputs, dirs, state.model_state)
+        run_step = getattr(model, "run_step_in_place", model.run_step) if donate else model.run_step
+        outputs, model_state = run_step(inputs, dirs, state.model_state)
         direction, ends = _chosen(outputs, state, model, spec)
         step, is_valid = _step(direction, state.dirs[:, :3], space, spec)
         target = state.position + step

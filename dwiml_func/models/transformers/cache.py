@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,20 @@ BLOCK = 64
 Block = tuple[Tensor, Tensor]
 """Keys and values of 64 points, (R, heads, 64, size) each."""
 
-CacheState = tuple[Tensor, tuple[tuple[Block, ...], ...]]
-"""(R,) int64, points read so far by each row; and for each attention of the model its blocks."""
+
+class CacheState(NamedTuple):
+    """What a model remembers of R sequences.
+
+    num_read: (R,) int64, points read so far.
+    caches: for each attention of the model its blocks.
+    """
+
+    num_read: Tensor
+    caches: tuple[tuple[Block, ...], ...]
+
+    def forget(self, rows: Tensor) -> CacheState:
+        """The state in which new sequences begin in rows (R,) bool."""
+        return self._replace(num_read=self.num_read.masked_fill(rows, 0))
 
 
 class CachedStep:
@@ -48,7 +61,7 @@ class CachedStep:
     @property
     def state(self) -> CacheState:
         """The state after the step."""
-        return self.positions + 1, tuple(tuple(blocks) for blocks in self._caches)
+        return CacheState(self.positions + 1, tuple(tuple(blocks) for blocks in self._caches))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
         """Attend from rows (R, d) to what is cached and to themselves: (R, d)."""
@@ -77,6 +90,7 @@ class CachedStep:
         return (result / total).flatten(1)
 
 
-def copied(caches: Sequence[Sequence[Block]]) -> list[list[Block]]:
-    """Caches in other memory."""
-    return [[(keys.clone(), values.clone()) for keys, values in blocks] for blocks in caches]
+def copied(state: CacheState) -> CacheState:
+    """A state in other memory."""
+    caches = (tuple((keys.clone(), values.clone()) for keys, values in blocks) for blocks in state.caches)
+    return state._replace(caches=tuple(caches))

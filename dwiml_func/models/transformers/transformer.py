@@ -185,21 +185,18 @@ class Transformer(TractographyModel):
         x, y = self._encoder_inputs(x, target, sequences.positions)
         return self._outputs(x, y, sequences)
 
-    def run_step(
-        self, inputs: Tensor, dirs: Tensor, state: CacheState | None = None, /, *, donate: bool = False
-    ) -> tuple[Tensor, CacheState]:
+    def run_step(self, inputs: Tensor, dirs: Tensor, state: CacheState | None = None, /) -> tuple[Tensor, CacheState]:
         """Predict at the next point of S streamlines, for tracking.
 
         Args:
             inputs: (S, input_size) float, the input volume at (and around) the streamlines' newest points.
             dirs: (S, 3) float, voxel space, the previous direction, any at a streamline's first point; (S, 0) for tts.
-            state: the state returned by the previous step; None at the streamlines' first points. In a row whose count
-                of points is 0 a new streamline begins.
-            donate: write into the memory of `state`, which is not used again.
+            state: the state returned by the previous step; None at the streamlines' first points. In a row whose number
+                of points read is 0 a new streamline begins.
 
         Returns:
-            The direction getter's outputs (S, K), and the new state: the number of points read (S,), and keys and
-            values of all of them.
+            The direction getter's outputs (S, K), and the new state: the numbers of points read, and keys and values of
+            all of them.
 
         Raises:
             ValueError: a streamline has more points than `max_len`.
@@ -208,17 +205,24 @@ class Transformer(TractographyModel):
             >>> model = Transformer(6, model="tts", input_embedded_size=16, nheads=4, n_layers_e=1).eval()
             >>> outputs, state = model.run_step(torch.zeros(2, 6), torch.zeros(2, 0))
             >>> outputs, state = model.run_step(torch.zeros(2, 6), torch.zeros(2, 0), state)
-            >>> outputs.shape, state[0].tolist()
+            >>> outputs.shape, state.num_read.tolist()
             (torch.Size([2, 3]), [2, 2])
         """
-        num_read, caches = (inputs.new_zeros(len(inputs), dtype=torch.int64), ()) if state is None else state
-        if self.max_len is not None and int(num_read.max()) >= self.max_len:
-            raise _too_long(self.max_len, int(num_read.max()) + 1)
-        step = CachedStep(num_read, caches if donate else copied(caches))
+        return self.run_step_in_place(inputs, dirs, None if state is None else copied(state))
+
+    def run_step_in_place(
+        self, inputs: Tensor, dirs: Tensor, state: CacheState | None = None, /
+    ) -> tuple[Tensor, CacheState]:
+        """What `run_step` does, writing into the memory of `state`, which is not used again."""
+        if state is None:
+            state = CacheState(torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device), ())
+        if self.max_len is not None and int(state.num_read.max()) >= self.max_len:
+            raise _too_long(self.max_len, int(state.num_read.max()) + 1)
         target = None
         if self.kind != "tts":
-            target = self.embedding_layer_t(self.tokens(dirs[:, :3], num_read == 0))
-        x, y = self._encoder_inputs(self.input_embedding_layer(inputs), target, num_read)
+            target = self.embedding_layer_t(self.tokens(dirs[:, :3], state.num_read == 0))
+        x, y = self._encoder_inputs(self.input_embedding_layer(inputs), target, state.num_read)
+        step = CachedStep(*state)
         return self._outputs(x, y, step), step.state
 
     def _outputs(self, x: Tensor, y: Tensor | None, rows: Rows) -> Tensor:
