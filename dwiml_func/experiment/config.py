@@ -106,6 +106,13 @@ class LoggingConfig:
     """Comet project. None: Comet's default project."""
     tensorboard: bool = False
     """Also write logs/tensorboard; requires the package tensorboard."""
+    log_every: int | None = None
+    """Also log training loss, gradient norms and learning rate of every so many batches, in logs/steps.jsonl and where
+    else the run is logged. None: only epochs are logged."""
+
+    def __post_init__(self) -> None:
+        if self.log_every is not None:
+            check_number("log_every", self.log_every, at_least=1)
 
     @property
     def uses_comet(self) -> bool:

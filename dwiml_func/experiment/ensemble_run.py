@@ -18,7 +18,7 @@ from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
-from dwiml_func.ensemble.state import EnsembleState, member, stack_states
+from dwiml_func.ensemble.state import EnsembleState, member, member_sums, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import RunConfig
@@ -30,6 +30,9 @@ from dwiml_func.experiment.setup import RunParts, make_optimizer, make_parts, op
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import fingerprint
+from dwiml_func.types import Metrics
+from dwiml_func.writers.steps import step_scalars
+from dwiml_func.writers.writer import StepWriter
 
 __all__ = ["prepare_ensemble", "resume_ensemble", "run_ensemble"]
 
@@ -67,6 +70,10 @@ def run_ensemble(
     set_num_threads(members[0].config.training.num_threads)
     folders = [directory / str(number) for number in range(len(members))]
     writers = [experiment_writer(folder, parts.config) for folder, parts in zip(folders, members, strict=True)]
+    log_every = members[0].config.logging.log_every
+    if log_every is not None:  # before the histories, which may send what is in the logs of steps
+        for log, step in zip(writers, ensemble.done[:, 0].tolist(), strict=True):
+            log.write_scalars(step, {})
     for folder, parts, log, history in zip(folders, members, writers, histories or [()] * len(members), strict=True):
         write_parameters(folder, parts.config, nb_features=parts.nb_features, now=datetime.now())
         if history:
@@ -105,9 +112,24 @@ def run_ensemble(
             bool(report.failed) or any(own.is_best or own.stop is not None for own in report.members.values())
         ),
         interval=members[0].config.checkpoints.save_interval,
+        on_batch=None if log_every is None else partial(_log_step, members, writers, log_every),
         stop=stop or StopRequest(),
         directory=directory,
     )
+
+
+def _log_step(
+    members: Sequence[RunParts], writers: Sequence[StepWriter], every: int, ensemble: EnsembleState, metrics: Metrics
+) -> None:
+    """`log_steps` for each member that trains."""
+    if ensemble.step % every:
+        return
+    active, position = ensemble.active.tolist(), {"epoch": ensemble.epoch, "step": ensemble.step - 1}
+    for number, own in enumerate(member_sums(metrics, len(ensemble))):
+        if active[number]:
+            schedule, plateau = members[number].config.training.schedule, ensemble.plateau[number]
+            values = step_scalars(own, schedule, **position, plateau=plateau)
+            writers[number].write_scalars(ensemble.step, values)
 
 
 def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dwiml_func.writers.comet import Comet
 from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy
 from dwiml_func.writers.tensorboard import tensorboard
-from dwiml_func.writers.writer import Writer, fan_out
+from dwiml_func.writers.writer import StepWriter, Writer, fan_out
 
 __all__ = ["experiment_comet", "experiment_writer", "write_parameters"]
 
@@ -41,7 +41,7 @@ def write_parameters(directory: str | Path, config: RunConfig, *, nb_features: i
     atomic_write(Path(directory) / "parameters_latest.json", json.dumps(content, indent=4) + "\n")
 
 
-def experiment_writer(directory: str | Path, config: RunConfig) -> Writer:
+def experiment_writer(directory: str | Path, config: RunConfig) -> StepWriter:
     """Make one writer of all that the config asks for; it raises nothing."""
     writers: list[Writer] = [npy(directory), jsonl(directory)]
     if config.logging.tensorboard:

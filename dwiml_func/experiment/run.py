@@ -31,6 +31,7 @@ from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.fingerprint import FingerprintInBackground
 from dwiml_func.types import Metrics
+from dwiml_func.writers.steps import log_steps
 from dwiml_func.writers.writer import Writer, fan_out
 
 __all__ = ["run_experiment", "set_num_threads", "train_and_save"]
@@ -68,6 +69,10 @@ def run_experiment(
     write = experiment_writer(directory, config) if write is None else fan_out(write)
     if parts.process_group.rank == 0:
         write_parameters(directory, config, nb_features=parts.nb_features, now=datetime.now())
+        if config.logging.log_every is not None:
+            write.write_scalars(state.step, {})
+            log = log_steps(write, every=config.logging.log_every, learning_rate=training.schedule)
+            on_batch = partial(_both, log, on_batch)
         if history:
             write(*history)
 
@@ -165,6 +170,17 @@ def train_and_save(
             except NonFiniteError as refused:  # the checkpoint before is the last one to resume from
                 besides = refused
         raise TrainingStopped(stop.signal, directory, newest, error=besides) from besides
+
+
+def _both(
+    first: Callable[[Any, Metrics], object],
+    second: Callable[[Any, Metrics], object] | None,
+    state: Any,
+    metrics: Metrics,
+) -> None:
+    first(state, metrics)
+    if second is not None:
+        second(state, metrics)
 
 
 def set_num_threads(wanted: int) -> None:

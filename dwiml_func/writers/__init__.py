@@ -4,7 +4,19 @@ from dwiml_func.writers.comet import Comet
 from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy
 from dwiml_func.writers.progress import Progress
+from dwiml_func.writers.steps import log_steps, read_scalars
 from dwiml_func.writers.tensorboard import tensorboard
-from dwiml_func.writers.writer import Writer, fan_out
+from dwiml_func.writers.writer import StepWriter, Writer, fan_out
 
-__all__ = ["Comet", "Progress", "Writer", "fan_out", "jsonl", "npy", "tensorboard"]
+__all__ = [
+    "Comet",
+    "Progress",
+    "StepWriter",
+    "Writer",
+    "fan_out",
+    "jsonl",
+    "log_steps",
+    "npy",
+    "read_scalars",
+    "tensorboard",
+]

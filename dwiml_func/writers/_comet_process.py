@@ -177,9 +177,9 @@ def _describe(experiment: Any, run: dict[str, Any]) -> None:
 
 def _log_metrics(experiment: Any, metrics: list[Any]) -> None:
     contexts = {None: nullcontext, "train": experiment.train, "validate": experiment.validate}
-    for context, name, value, epoch in metrics:
+    for context, name, value, step, *is_no_epoch in metrics:
         with contexts[context]():
-            experiment.log_metric(name, value, step=epoch, epoch=epoch)
+            experiment.log_metric(name, value, step=step, epoch=None if is_no_epoch else step)
 
 
 def _full_name(context: str | None, name: str) -> str:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.core.report import EpochReport
+from dwiml_func.types import Number
 from dwiml_func.writers.npy import monitor_name
+from dwiml_func.writers.steps import read_scalars
 
 __all__ = ["Comet", "comet_key", "comet_metrics"]
 
@@ -69,15 +71,20 @@ class Comet:
         self._branch = branch
         self._patience = patience
         self._metrics: list[tuple[str | None, str, float, int]] = []
+        self._scalars: list[tuple[object, ...]] = []  # of steps before the first report, which the key needs
         self._process: _CometProcess | None = None
+        self._lock = threading.RLock()  # steps come from the training's thread, reports from that of the checkpoints
 
     def __call__(self, *reports: EpochReport) -> None:
         """Send reports in order; after the last epoch of the run, wait until all is sent or archived.
 
         Raises ValueError if the first of all reports is not that of epoch 1.
         """
-        if not reports:
-            return
+        if reports:
+            with self._lock:
+                self._send_reports(*reports)
+
+    def _send_reports(self, *reports: EpochReport) -> None:
         if not self._metrics and reports[0].epoch != 1:
             raise ValueError(
                 f"Expected the report of epoch 1 first. Received: epoch {reports[0].epoch}. "
@@ -90,10 +97,31 @@ class Comet:
         if self._process is None:
             self._process = _CometProcess(self._run)
             weakref.finalize(self, self._process.close)
-            metrics = self._metrics
+            metrics = [*self._metrics, *self._steps_so_far()]
         self._process.send({"metrics": metrics})
         if reports[-1].stop is not None:
             self._finish()
+
+    def write_scalars(self, step: int, values: Mapping[str, Number]) -> None:
+        """Send values of a step, under names that end in `_per_step`; in the first epoch, with its report.
+
+        Args:
+            step: number of steps done, Comet's step.
+            values: by name.
+        """
+        rows = _step_rows(step, values)
+        with self._lock:
+            if self._process is None:
+                self._scalars += rows
+            elif rows:
+                self._process.send({"metrics": rows})
+
+    def _steps_so_far(self) -> list[tuple[object, ...]]:
+        """Those that were not sent yet, and those in `logs/steps.jsonl`: an archive holds the whole run."""
+        waiting, self._scalars = self._scalars, []
+        recorded = read_scalars(Path(self._run["directory"]).parent.parent)
+        rows = [_step_rows(row.pop("step"), row) for row in recorded]
+        return list(dict.fromkeys([*(row for own in rows for row in own), *waiting]))
 
     def send(self, *history: EpochReport) -> str | None:
         """Log a whole run, finished or not, and wait until it is done. Comet's errors are only warned of.
@@ -136,6 +164,13 @@ def comet_metrics(report: EpochReport) -> list[tuple[str | None, str, float, int
     if report.best.epoch is not None:
         rows += [(None, "best_epoch", report.best.epoch), (None, "best_loss", report.best.value)]
     return [(context, name, value, report.epoch) for context, name, value in rows]
+
+
+def _step_rows(step: int, values: Mapping[str, Number | None]) -> list[tuple[object, ...]]:
+    """Values of a step: context, name, value, step, and that it is no epoch."""
+    return [
+        ("train", f"{name}_per_step", float(value), step, True) for name, value in values.items() if value is not None
+    ]
 
 
 class _CometProcess:

@@ -1,4 +1,4 @@
-"""`logs/metrics.jsonl`: one JSON object per epoch, for pandas, jq and others."""
+"""`logs/metrics.jsonl`: one JSON object per epoch, for pandas, jq and others; and `logs/steps.jsonl`, one per step."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 from dwiml_func.core.report import EpochReport
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite
-from dwiml_func.writers.writer import Writer, from_history
+from dwiml_func.writers.steps import ScalarLines
+from dwiml_func.writers.writer import StepWriter, WithScalars, from_history
 
 __all__ = ["epoch_row", "jsonl"]
 
 
-def jsonl(directory: str | Path) -> Writer:
-    """A writer of `logs/metrics.jsonl`; every report rewrites it.
+def jsonl(directory: str | Path) -> StepWriter:
+    """A writer of `logs/metrics.jsonl`, which every report rewrites, and of `logs/steps.jsonl`, for values of steps.
 
     Args:
         directory: the experiment.
@@ -31,7 +32,7 @@ def jsonl(directory: str | Path) -> Writer:
         ...     for state, report in train_and_validate(state, ...):  # doctest: +SKIP
         ...         write(report)
     """
-    return from_history(partial(_write, Path(directory)))
+    return WithScalars(from_history(partial(_write, Path(directory))), ScalarLines(directory))
 
 
 def epoch_row(report: EpochReport) -> dict[str, float | int | bool | None]:

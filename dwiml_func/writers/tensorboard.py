@@ -1,26 +1,29 @@
-"""`logs/tensorboard/`: an event file for TensorBoard. Requires the extra `tensorboard`."""
+"""`logs/tensorboard/`: event files for TensorBoard, by epoch and by step. Requires the extra `tensorboard`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dwiml_func.core.report import EpochReport
-from dwiml_func.writers.writer import Writer, from_history
+from dwiml_func.types import Number
+from dwiml_func.writers.writer import StepWriter, WithScalars, from_history
 
 __all__ = ["scalars", "tensorboard"]
 
 _SUFFIX = ".dwiml_func"
 
 
-def tensorboard(directory: str | Path) -> Writer:
-    """A writer of an event file for TensorBoard.
+def tensorboard(directory: str | Path) -> StepWriter:
+    """A writer of event files for TensorBoard.
 
     New epochs are appended. A resumed run replaces the files of earlier processes by one with the whole history, so no
-    epoch is counted twice. Times are those of the training, without the pauses between stops and resumes.
+    epoch is counted twice. Times are those of the training, without the pauses between stops and resumes. Values of
+    steps are a run of their own, `steps`, since their axis is another; TensorBoard leaves out what an earlier process
+    wrote of the steps that this one repeats (the `purge_step` of torch).
 
     Args:
         directory: the experiment.
@@ -36,7 +39,8 @@ def tensorboard(directory: str | Path) -> Writer:
         ...     for state, report in train_and_validate(state, ...):  # doctest: +SKIP
         ...         write(report)
     """
-    return from_history(_EventFile(Path(directory) / "logs" / "tensorboard"))
+    folder = Path(directory) / "logs" / "tensorboard"
+    return WithScalars(from_history(_EventFile(folder)), _StepEvents(folder / "steps"))
 
 
 def scalars(report: EpochReport) -> dict[str, float]:
@@ -75,17 +79,45 @@ class _EventFile:
         self._written = history
 
     def _open(self, history: Sequence[EpochReport]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f'{error}. Install it: pip install "dwiml_func[tensorboard]"') from None
+        open_writer = _summary_writer()
         if self._writer is not None:
             with suppress(OSError):  # the error that the last call has raised
                 self._writer.close()
         for old in self._folder.glob(f"*tfevents*{_SUFFIX}"):
             old.unlink()
         self._start = time.time() - sum(map(_seconds, history))
-        self._writer = SummaryWriter(str(self._folder), filename_suffix=_SUFFIX)
+        self._writer = open_writer(str(self._folder), filename_suffix=_SUFFIX)
+
+
+class _StepEvents:
+    """The event file of the steps of this process, opened with the first of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+        self._last = -1
+
+    def __call__(self, step: int, values: Mapping[str, Number]) -> None:
+        if self._writer is None or step <= self._last:
+            if not values and not self._folder.exists():
+                return
+            if self._writer is not None:
+                self._writer.close()
+            self._writer = _summary_writer()(
+                str(self._folder), purge_step=step if values else step + 1, filename_suffix=_SUFFIX
+            )
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._writer.flush()
+        self._last = step if values else -1
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}. Install it: pip install "dwiml_func[tensorboard]"') from None
+    return SummaryWriter
 
 
 def _seconds(report: EpochReport) -> float:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from dwiml_func._checks import one_line
 from dwiml_func.core.report import EpochReport
+from dwiml_func.types import Number
 
-__all__ = ["Writer", "fan_out", "from_history"]
+__all__ = ["StepWriter", "WithScalars", "Writer", "fan_out", "from_history"]
 
 
 class Writer(Protocol):
@@ -26,11 +28,40 @@ class Writer(Protocol):
     def __call__(self, *reports: EpochReport) -> None: ...
 
 
-def fan_out(*writers: Writer) -> Writer:
+class StepWriter(Writer, Protocol):
+    """A writer that also takes values of single steps: `write.write_scalars(step, {"loss": 0.5})`.
+
+    Values of a step that was written before replace those and all after it, so that nothing is counted twice after a
+    resume. `write.write_scalars(state.step, {})`, in a run that is resumed from `state`, removes what was written after
+    it.
+
+    Example:
+        >>> import tempfile
+        >>> from dwiml_func.writers import jsonl
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     jsonl(directory).write_scalars(50, {"loss": 0.5})
+    """
+
+    def write_scalars(self, step: int, values: Mapping[str, Number], /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class WithScalars:
+    """A writer of reports that takes values of steps too."""
+
+    write: Writer
+    write_scalars: Callable[[int, Mapping[str, Number]], None]
+
+    def __call__(self, *reports: EpochReport) -> None:
+        self.write(*reports)
+
+
+def fan_out(*writers: Writer) -> StepWriter:
     """Join writers into one. None of them can stop the training or the others.
 
     Args:
-        writers: each is called with every report, in this order. One that raises an error is called again with the next
+        writers: each is called with every report, in this order, and with the values of steps if it has `write_scalars`
+            (`jsonl`, `tensorboard` and `Comet` have). One that raises an error is called again with the next
             report, since the disk may have space again. Only the first error of a writer is logged, as a warning; an
             error of the disk that several writers raise is logged once.
 
@@ -47,10 +78,10 @@ def fan_out(*writers: Writer) -> Writer:
     """
     warned: set[tuple[str, int]] = set()
 
-    def write(*reports: EpochReport) -> None:
+    def each(call: Callable[[Writer], object]) -> None:
         for number, writer in enumerate(writers):
             try:
-                writer(*reports)
+                call(writer)
             except Exception as error:
                 reasons = {("writer", number)}
                 if isinstance(error, OSError) and error.errno:
@@ -61,7 +92,13 @@ def fan_out(*writers: Writer) -> Writer:
                     )
                 warned.update(reasons)
 
-    return write
+    def write(*reports: EpochReport) -> None:
+        each(lambda writer: writer(*reports))
+
+    def write_scalars(step: int, values: Mapping[str, Number]) -> None:
+        each(lambda writer: getattr(writer, "write_scalars", _nothing)(step, values))
+
+    return WithScalars(write, write_scalars)
 
 
 def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
@@ -83,6 +120,10 @@ def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
             rewrite(tuple(history))
 
     return write
+
+
+def _nothing(*_: object) -> None:
+    pass
 
 
 def _reason(error: Exception) -> str:
