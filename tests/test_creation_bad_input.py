@@ -364,6 +364,69 @@ def test_an_empty_tractogram_is_named(folder, refused, suffix):
     assert re.search(place("streamlines", name) + "an empty tractogram", refused())
 
 
+@pytest.mark.parametrize("suffix", [".trk", ".tck", ".trx"])
+def test_an_empty_bundle_is_passed_over_on_request_with_a_word(folder, refused, cli, suffix):
+    for one in ("s1", "s2"):
+        save_lines(folder / "subjects" / one / f"bundles/0_empty{suffix}", [] if one == "s2" else some_lines(2, 5))
+    set_config(folder, streamlines={"type": "streamlines", "files": "bundles/*"})
+    assert "pass it over with --allow-empty" in refused()
+    paths = [folder / part for part in ("subjects", "config.json", "out.hdf5")]
+    outcome = cli("create-hdf5", *paths, "--training-subjs", folder / "valid.txt", "--allow-empty")
+    assert outcome.code == 0
+    assert re.search(
+        place("streamlines", f"bundles/0_empty{suffix}") + "an empty tractogram. It is passed over", outcome.err
+    )
+    with File(folder / "out.hdf5") as file:
+        assert len(file["s2/streamlines/lengths"]) == 10
+        assert list(file["s2/streamlines"].attrs["bundle_names"]) == ["a", "b"]
+    assert cli("info", folder / "out.hdf5").code == 0
+
+
+def test_a_group_of_empty_bundles_alone_is_refused_still(folder, refused):
+    for path in (folder / "subjects" / "s2" / "bundles").iterdir():
+        save_lines(path, [])
+    assert "no valid streamline is left" in refused("--allow-empty")
+
+
+@pytest.mark.parametrize("turn", [np.diag([-1.0, 1, 1]), np.eye(3)[[1, 0, 2]]])
+def test_subjects_of_different_orientation_are_refused(folder, refused, turn):
+    other = np.eye(4)
+    other[:3, :3] = turn
+    affine = AFFINE @ other
+    subject = folder / "subjects" / "s2"
+    for name, shape in (("dwi.nii.gz", (*SHAPE, 4)), ("mask.nii.gz", SHAPE)):
+        save_volume(subject / name, np.random.default_rng(0).normal(9, 1, shape).astype(np.float32), affine)
+    inside = [apply_affine(affine, np.linspace([3, 3, 3], [6, 5, 5], 9)).astype(np.float32)]
+    for path in (subject / "bundles").iterdir():
+        save_lines(path, inside, affine=affine)
+    assert re.search(
+        "subject 's2': the orientation ... of the voxel axes, expected ..., as subject 's1' has", refused()
+    )
+
+
+def test_labels_and_matrix_fit(folder, refused):
+    files_of_all_kinds(folder)  # labels 1 to 8, matrices of 8 rows
+    np.save(folder / "subjects" / "s2" / "m.npy", np.ones((7, 7)))
+    assert re.search(place("streamlines", "m.npy") + "a matrix of 7 rows. Expected 8, one for each label", refused())
+    np.save(folder / "subjects" / "s2" / "m.npy", np.ones((8, 8)))
+    labels = folder / "subjects" / "s2" / "labels.nii.gz"
+    save_volume(labels, np.full(SHAPE, 312_782_566, np.int32))
+    assert re.search("m.npy: a matrix of 8 rows. Expected 1, one for each label \\(up to 312782566\\)", refused())
+    save_volume(labels, np.zeros(SHAPE, np.int32))
+    assert re.search("m.npy: labels without any region", refused())
+
+
+@pytest.mark.parametrize("key", ["", "a/", "/a", "a//b", ".", "a/.."])
+def test_a_key_that_hdf5_cannot_keep_is_refused(folder, refused, key):
+    set_config(folder, streamlines={**CONFIG["streamlines"], "dps_keys": [key]})
+    assert f"dps_keys: {key!r}: expected a name" in refused()
+
+
+def test_keys_of_which_one_is_a_folder_of_the_other_are_refused(folder, refused):
+    set_config(folder, streamlines={**CONFIG["streamlines"], "dps_keys": ["a", "a/b"]})
+    assert "HDF5 cannot keep both" in refused()
+
+
 def test_a_tck_needs_a_volume(folder, refused):
     for one in ("s1", "s2"):
         save_lines(folder / "subjects" / one / "lines.tck", some_lines(2))
@@ -398,11 +461,14 @@ def test_a_file_given_twice_is_named(folder, refused):
         (["--step-size", "0.5", "--nb-points", "12"], "at most one of step_size, nb_points and compress"),
         (["--step-size", "0"], "step_size"),
         (["--nb-points", "1"], "nb_points"),
+        (["--nb-points", 10**20], "nb_points: expected a whole number of at most 1000000"),
+        (["--nb-points", "1000001"], "nb_points"),
+        (["--step-size", "1e-300"], "step_size: a streamline of .* mm would have more than 1000000 points"),
         (["--compress", "-1"], "compress"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(refused, options, message):
-    assert message in refused(*options)
+    assert re.search(message, refused(*map(str, options)))
 
 
 def invalid_lines() -> list[np.ndarray]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment.config import ModelConfig, RunConfig
@@ -84,6 +85,27 @@ def test_batches_and_laziness_change_the_last_bits_at_most(cli, stopped_early, o
     result = json.loads(cli("evaluate", stopped_early / "run", PHANTOM, "--json", *options).out)
     assert result["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert (result["num_points"], result["num_streamlines"]) == (whole["num_points"], whole["num_streamlines"])
+
+
+def test_more_batches_than_an_epoch_may_have_are_all_evaluated(cli, tmp_path):
+    """An epoch of a training has at most 1000 batches; a subset has all its streamlines."""
+    points = np.random.default_rng(1).uniform(2, 7, (1003 * 3, 3))
+    with new_dataset(tmp_path / "data.hdf5", training=["p1"], validation=["p2"], groups_config={}, date="x") as file:
+        for subject, number in (("p1", 10), ("p2", 1003)):
+            group = file.create_group(subject)
+            write_volume(group, "input", np.random.default_rng(0).normal(size=(9, 9, 9, 4)), np.eye(4))
+            offsets = np.arange(number + 1) * 3
+            lines = {"affine": np.eye(4), "dimensions": (9, 9, 9)}
+            write_streamlines(group, "streamlines", points[: offsets[-1]], offsets, **lines)
+    small = ["--max-epochs", 1, "--rnn-layer-sizes", 4, "--batch-size-validation", 600]
+    assert cli("train", tmp_path, "run", tmp_path / "data.hdf5", *small).code == 0
+    found = {}
+    for size in (1, 7, 5000):
+        outcome = cli("evaluate", tmp_path / "run", tmp_path / "data.hdf5", "--json", "--batch-size", size)
+        found[size] = json.loads(outcome.out)
+        assert found[size]["num_streamlines"] == found[size]["compared"]["num_streamlines"] == 1003
+        assert found[size]["compared"]["num_points"] == 1003
+    assert found[1]["loss"] == pytest.approx(found[5000]["loss"], rel=1e-5)
 
 
 def test_the_training_subset_is_both_its_subjects(cli, stopped_early):

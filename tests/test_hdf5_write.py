@@ -23,7 +23,7 @@ def write_small(path: Path, *, compression: int | None = None, overwrite: bool =
     dataset = new_dataset(
         path,
         training=["a", "b"],
-        validation=["a"],
+        validation=["c"],
         groups_config={"input": {"type": "volume"}},
         date="then",
         step_size=0.5,
@@ -54,8 +54,8 @@ def test_the_file_has_the_attributes_of_the_layout(tmp_path):
             "testing_subjs", "training_subjs", "validation_subjs",
         }  # fmt: skip
         assert list(attributes["training_subjs"]) == ["a", "b"]
-        assert list(attributes["validation_subjs"]) == ["a"]
-        assert list(attributes["chosen_subjs"]) == ["a", "b"]
+        assert list(attributes["validation_subjs"]) == ["c"]
+        assert list(attributes["chosen_subjs"]) == ["a", "b", "c"]
         assert attributes["testing_subjs"].dtype == np.float64  # how the reference stores an empty list
         assert attributes["testing_subjs"].shape == (0,)
         assert attributes["groups_config"] == "{'input': {'type': 'volume'}}"

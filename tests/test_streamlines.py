@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.streamlines import (
     Streamlines,
     directions,
@@ -170,6 +172,28 @@ def test_flat_functions_run_on_an_accelerators_kind_of_device_without_reading_ba
     dirs = previous_directions(torch.zeros(3, 3, device="meta"), input_offsets(offsets).to("meta"), 2)
     assert dirs.shape == (3, 6)
     assert directions(torch.zeros(5, 3, device="meta"), offsets.to("meta")).shape == (3, 3)
+
+
+MASK = np.array([False, True, True])
+
+
+@pytest.mark.parametrize(
+    "ids", [MASK, torch.from_numpy(MASK), MASK.tolist(), [1.0, 2.0], np.array([1.9]), torch.ones(1)]
+)
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_masks_and_fractions_are_no_ids(ids, is_lazy):
+    lines = Streamlines.from_list([[[0, 0, 0]], [[1, 1, 1]], [[2, 2, 2]]])
+    if is_lazy:
+        lines = open_dataset(Path(__file__).parent / "data" / "phantom.hdf5", lazy=True).streamlines
+    with pytest.raises(TypeError, match="Expected integers as numbers of streamlines"):
+        lines.select(ids)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint64, np.int64])
+def test_ids_may_be_any_integers_and_none(kind):
+    lines = Streamlines.from_list([[[0, 0, 0]], [[1, 1, 1]], [[2, 2, 2]]])
+    assert lines.select(np.array([2, 1], kind)).points[:, 0].tolist() == [2, 1]
+    assert len(lines.select([])) == len(lines.select(np.array([]))) == 0
 
 
 @pytest.mark.parametrize("ids", [[-1], [0, -2], [2], np.array([1, -1]), torch.tensor([-1]), torch.tensor([0, 2])])

@@ -75,6 +75,8 @@ class Options(CommandOptions):
     tractograms."""
     remove_invalid: bool = False
     """Remove streamlines that leave the volume, have NaN points or have no length; otherwise they are an error."""
+    allow_empty: bool = False
+    """Pass over tractograms without streamlines, with a warning; otherwise they are an error."""
     enforce_files_presence: Annotated[
         tyro.conf.FlagConversionOff[bool], _optional(bool, _read_bool, "[True|False]", alone=True)
     ] = True
@@ -104,6 +106,7 @@ def run(options: Options) -> int:
             testing=subsets["testing"],
             resampling=resampling,
             remove_invalid=options.remove_invalid,
+            allow_empty=options.allow_empty,
             enforce_files_presence=options.enforce_files_presence and not options.skip_enforce_files_presence,
             overwrite=options.overwrite,
         )

@@ -122,7 +122,9 @@ class StreamlineDataset:
         streamlines: of all subjects, in the index's order; voxel space, corner origin. `Streamlines` in memory, or
             `dwiml_func.data.hdf5.lazy.LazyStreamlines`.
         voxel_sizes: (num_subjects, 3) float32, mm.
-        input_attributes: attributes of the first subject's input group, as plain Python values or numpy arrays.
+        input_attributes: attributes of the first subject's input group, as plain Python values or numpy arrays. Where
+            subjects were standardised by different values, standardization_mean and standardization_std are arrays
+            (num_subjects, 1 or F).
         resampling: how the streamlines were sampled when the file was made.
         bundles: the bundle of each streamline; None where not every subject of the file has them.
 

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Grid", "grid_difference", "grid_of", "to_voxel"]
+__all__ = ["Grid", "grid_difference", "grid_of", "orientation_difference", "to_voxel"]
 
 _TOLERANCE = 1e-3  # of an affine's elements: what `open_dataset`, and dipy's is_header_compatible, let pass
+
+_SAME_AXIS = 0.5  # cosine between two subjects' axes; scans are tilted by less
 
 
 class Grid(NamedTuple):
@@ -40,6 +42,17 @@ def grid_difference(received: Grid, expected: Grid) -> str | None:
         rows = (str(grid.affine[:3].round(4).tolist()) for grid in (received, expected))
         return "the affine {}, expected {}".format(*rows)
     return None
+
+
+def orientation_difference(received: Grid, expected: Grid) -> str | None:
+    """How the voxel axes of two grids point differently, in words; None where all are within 60 degrees."""
+    first, second = (grid.affine[:3, :3] / np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in (received, expected))
+    if (np.einsum("ij,ij->j", first, second) > _SAME_AXIS).all():
+        return None
+    from nibabel.orientations import aff2axcodes
+
+    codes = ("".join(str(code) for code in aff2axcodes(grid.affine)) for grid in (received, expected))
+    return "the orientation {} of the voxel axes, expected {}".format(*codes)
 
 
 def to_voxel(points: NDArray[np.float64], affine: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dwiml_func._checks import truncated_repr
 from dwiml_func.data.streamlines import Streamlines
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "steps_for",
     "travelled_mm",
 ]
+
+_MOST_POINTS = 1_000_000  # of a resampled streamline
 
 StepRule = Literal["nearest", "dwi_ml"]
 """A way of counting steps, by name, see `steps_for`."""
@@ -60,6 +63,9 @@ class Resampling:
             raise ValueError(
                 f"Expected a step_rule among {', '.join(get_args(StepRule))}. Received: {self.step_rule!r}"
             )
+        if self.nb_points is not None and not (self.nb_points <= _MOST_POINTS and float(self.nb_points).is_integer()):
+            number = truncated_repr(self.nb_points)
+            raise ValueError(f"nb_points: expected a whole number of at most {_MOST_POINTS}. Received: {number}")
         for name, value in given.items():
             least = 2 if name == "nb_points" else 0
             if not (math.isfinite(value) and value >= least and value > 0):
@@ -113,6 +119,9 @@ def steps_for(lengths: NDArray[np.float64], step_size: float, rule: StepRule = "
     "nearest": as many as make a step come closest to the size. "dwi_ml": the number of *points* is the quotient,
     rounded up, as in scilpy's `resample_streamlines_step_size`; the steps are fewer and longer than asked for.
     """
+    if lengths.max(initial=0) > step_size * _MOST_POINTS:
+        longest = f"a streamline of {lengths.max():g} mm would have more than {_MOST_POINTS} points"
+        raise ValueError(f"step_size: {longest}. Received: {step_size} mm. Give a larger step size")
     num_steps = np.rint(lengths / step_size) if rule == "nearest" else np.ceil(lengths / step_size) - 1
     return np.maximum(1, num_steps).astype(np.int64)
 

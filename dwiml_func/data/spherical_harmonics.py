@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 import warnings
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 
-__all__ = ["half_sphere_directions", "multi_tensor_signal", "sh_matrix"]
+__all__ = ["HARMONICS", "half_sphere_directions", "harmonics_fault", "multi_tensor_signal", "sh_matrix"]
+
+HARMONICS = ("sh_order", "sh_basis", "sh_legacy")
+"""The attributes of a volume that say which spherical harmonics its features are."""
 
 _SH_BASES = ("descoteaux07", "tournier07")
+
+
+def harmonics_fault(attributes: Mapping[str, Any], num_features: int) -> str | None:
+    """Why a volume's attributes do not fit its features, in words; None where they fit, or there are none.
+
+    Those are of spherical harmonics, and the mean and standard deviation of the standardisation.
+    """
+    for name in ("standardization_mean", "standardization_std"):
+        values = np.asarray(attributes.get(name, 1.0))
+        is_right = values.dtype.kind in "fiu" and values.shape in ((), (1,), (num_features,))
+        if not is_right or not np.isfinite(values).all() or (name.endswith("std") and not (values > 0).all()):
+            return f"attribute {name!r} of shape {values.shape}. Expected one finite number, or {num_features}"
+    if "sh_order" not in attributes:
+        return None
+    order = np.asarray(attributes["sh_order"])
+    if order.dtype.kind not in "fiu" or order.size != 1 or order.item() % 2 or order.item() < 0:
+        return f"attribute 'sh_order' is {attributes['sh_order']}. Expected an even number of at least 0"
+    expected = (int(order.item()) + 1) * (int(order.item()) + 2) // 2
+    if num_features != expected:
+        return (
+            f"Expected {expected} features for spherical harmonics of order {int(order.item())}. "
+            f"Received: {num_features}. Correct the attribute sh_order of the input group"
+        )
+    basis = str(attributes.get("sh_basis", _SH_BASES[0]))
+    if basis not in _SH_BASES:
+        return f"attribute 'sh_basis' is {basis!r}. Expected one of {', '.join(_SH_BASES)}"
+    return None
 
 
 def half_sphere_directions(num: int) -> np.ndarray:

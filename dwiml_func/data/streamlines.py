@@ -21,6 +21,7 @@ from torch import Tensor
 
 __all__ = [
     "Streamlines",
+    "as_ids",
     "directions",
     "input_offsets",
     "input_rows",
@@ -34,6 +35,16 @@ def offsets_of(lengths: Tensor) -> Tensor:
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, dtype=torch.int64, out=offsets[1:])
     return offsets
+
+
+def as_ids(ids: Tensor | ArrayLike) -> Tensor:
+    """(S,) int64 numbers; TypeError for a mask or fractions, which are no numbers of streamlines."""
+    given = ids if isinstance(ids, Tensor) else np.array(ids)  # copied: torch warns when it wraps a read-only array
+    kind = str(given.dtype).removeprefix("torch.")
+    if len(given) > 0 and not kind.startswith(("int", "uint")):
+        hint = ". A mask is made into numbers by `mask.nonzero()[0]`" if kind == "bool" else ""
+        raise TypeError(f"Expected integers as numbers of streamlines. Received: {kind}{hint}")
+    return (given if isinstance(given, Tensor) else torch.from_numpy(given.astype(np.int64))).to(torch.int64)
 
 
 def input_offsets(offsets: Tensor) -> Tensor:
@@ -187,15 +198,14 @@ class Streamlines:
 
         Raises:
             IndexError: an id is out of range.
+            TypeError: the ids are a mask, or fractions.
 
         Example:
             >>> lines = Streamlines.from_list([[[0, 0, 0]], [[1, 1, 1], [2, 2, 2]]])
             >>> lines.select([1, 0]).points.tolist()
             [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [0.0, 0.0, 0.0]]
         """
-        # np.array copies: torch warns when it has to wrap a read-only array
-        numbers = ids if isinstance(ids, Tensor) else torch.from_numpy(np.array(ids, dtype=np.int64))
-        numbers = numbers.to(self.offsets.device, torch.int64)
+        numbers = as_ids(ids).to(self.offsets.device)
         starts = self.offsets[:-1].index_select(0, numbers)  # unlike brackets, it refuses negative numbers
         offsets = offsets_of(self.lengths.index_select(0, numbers))
         num_points = int(offsets[-1])

@@ -103,8 +103,14 @@ def loader_spec(config: RunConfig) -> LoaderSpec:
 def check_usable(dataset: StreamlineDataset, config: RunConfig) -> None:
     """Raise ValueError for a dataset that the model cannot use.
 
-    A neighbourhood requires cubic voxels; some direction getters cannot use compressed streamlines.
+    A neighbourhood requires cubic voxels; batches in mm require lengths; some direction getters cannot use compressed
+    streamlines.
     """
+    if config.batches.batch_size_units == "length_mm" and dataset.index.num_total and dataset.index.lengths_mm is None:
+        raise ValueError(
+            f"{dataset.path}: batches in length_mm need the lengths of the {dataset.subset} streamlines "
+            "(euclidean_lengths), and there are none. Create the dataset again, or count batches in nb_streamlines"
+        )
     if config.data.neighborhood is not None:
         check_cubic_voxels(dataset.voxel_sizes, dataset.index.subjects)
     if dataset.resampling.compress is not None and config.batches.resampling == Resampling():

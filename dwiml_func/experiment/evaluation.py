@@ -138,7 +138,7 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
             f"received {dataset.num_features}. Evaluate on the volumes it was trained on (see --input-group-name)."
         )
     check_usable(dataset, model.config)
-    sampler = SamplerSpec(batch_size=batch_size)
+    sampler = SamplerSpec(batch_size=batch_size, max_batches=None)
     batches = Prefetched(epoch_batches(dataset, sampler, loader_spec(model.config), key=Key(0), epoch=0))
     sums: Metrics = {}
 

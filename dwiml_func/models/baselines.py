@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.data.batch import StreamlineBatch
-from dwiml_func.data.spherical_harmonics import half_sphere_directions, sh_matrix
+from dwiml_func.data.spherical_harmonics import HARMONICS, half_sphere_directions, harmonics_fault, sh_matrix
 from dwiml_func.data.streamlines import directions, input_offsets, previous_directions
 
 __all__ = ["angular_error", "keep_straight", "principal_direction"]
@@ -58,15 +58,19 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
     along the voxel axes, and the voxels to be cubes.
 
     `batch.inputs` are the SH coefficients of the signal divided by the unweighted signal, standardised.
-    `input_attributes`, the same for all subjects of the batch, are `sh_order` and optionally `sh_basis` (default
-    "descoteaux07"), `sh_legacy` (False), `standardization_mean` (0) and `standardization_std` (1).
+    `input_attributes` are `sh_order` and optionally `sh_basis` (default "descoteaux07") and `sh_legacy` (False), the
+    same for all subjects, and `standardization_mean` (0) and `standardization_std` (1), or a row of each per subject.
 
     Returns unit vectors (N, 3) in voxel space and which points have one, as `keep_straight`; None without `sh_order`.
     Raises ValueError if the number of features is not that of the SH order, or the SH are unknown.
     """
+    num = batch.inputs.shape[1]
     if "sh_order" not in input_attributes:
         return None
-    order = int(input_attributes["sh_order"])
+    fault = harmonics_fault({name: input_attributes[name] for name in HARMONICS if name in input_attributes}, num)
+    if fault is not None:
+        raise ValueError(f"{fault}.")
+    order = int(np.asarray(input_attributes["sh_order"]).item())
     g = half_sphere_directions(_NUM_DIRECTIONS)
     basis = sh_matrix(
         g,
@@ -74,17 +78,19 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
         basis=str(input_attributes.get("sh_basis", "descoteaux07")),
         legacy=bool(input_attributes.get("sh_legacy", False)),
     )
-    if batch.inputs.shape[1] != basis.shape[1]:
-        raise ValueError(
-            f"Expected {basis.shape[1]} features for spherical harmonics of order {order}. "
-            f"Received: {batch.inputs.shape[1]}. Correct the attribute sh_order of the input group."
-        )
 
     def tensor(values: Any) -> Tensor:
         return torch.as_tensor(np.asarray(values), dtype=torch.float32, device=batch.inputs.device)
 
-    std = tensor(input_attributes.get("standardization_std", 1.0))
-    mean = tensor(input_attributes.get("standardization_mean", 0.0))
+    def of_points(values: Any) -> Tensor:
+        """One value, one a feature, or a row of either for each subject."""
+        values = tensor(values)
+        if values.ndim < 2:
+            return values
+        return values[batch.subject].repeat_interleave(input_offsets(batch.offsets).diff(), dim=0)
+
+    std = of_points(input_attributes.get("standardization_std", 1.0))
+    mean = of_points(input_attributes.get("standardization_mean", 0.0))
     signal = (batch.at_directions(batch.inputs) * std + mean) @ tensor(basis).T
     # -log S = g' D g, linear in D's six entries (xx, yy, zz, xy, xz, yz) with b = 1.
     x, y, z = g.T

@@ -76,6 +76,13 @@ class StreamlineGroup:
 
     def __post_init__(self) -> None:
         _check_files(self.files)
+        for key in self.dps_keys:
+            if any(part in ("", ".", "..") for part in key.split("/")):
+                raise ValueError(
+                    f"dps_keys: {key!r}: expected a name that is no path of '.' or '..', nor has empty parts"
+                )
+            if any(other.startswith(f"{key}/") for other in self.dps_keys):
+                raise ValueError(f"dps_keys: {key!r} and {key}/...: HDF5 cannot keep both. Rename one")
         if self.connectivity_nb_blocs is not None and min(self.connectivity_nb_blocs) < 1:
             raise ValueError(f"connectivity_nb_blocs: expected at least 1, received {self.connectivity_nb_blocs}")
         received = [

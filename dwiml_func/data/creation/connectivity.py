@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.creation.config import StreamlineGroup
 from dwiml_func.data.creation.files import GroupFiles
 from dwiml_func.data.creation.volumes import load_labels
@@ -38,17 +39,13 @@ def load_connectivity(group: StreamlineGroup, found: GroupFiles, expected: Grid 
         raise ValueError(f"{source}: cannot be read as a matrix in .npy ({reason})") from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
         raise ValueError(f"{source}: expected a matrix of numbers in .npy")
-    if values.ndim != 2 or values.shape[0] != values.shape[1]:
-        raise ValueError(f"{source}: a matrix of shape {values.shape}. Expected a square one")
     if not np.isfinite(values).all():
         raise ValueError(f"{source}: the matrix holds NaN or infinite values. Expected finite values only")
     blocs = group.connectivity_nb_blocs
-    if blocs is not None and len(values) != np.prod(blocs):
-        raise ValueError(
-            f"{source}: a matrix of {len(values)} rows. Expected {np.prod(blocs)}, one for each of "
-            f"{' x '.join(map(str, blocs))} blocs"
-        )
     labels = None if found.labels is None else load_labels(found.labels, expected)
+    fault = matrix_fault(values.shape, blocs, labels)
+    if fault is not None:
+        raise ValueError(f"{source}: {fault}")
     return Connectivity(values > 0, blocs, labels)
 
 

@@ -7,18 +7,18 @@ folder a subject, the same files in each.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dwiml_func.data.creation.config import GroupsConfig, StreamlineGroup, VolumeGroup
 from dwiml_func.data.creation.connectivity import load_connectivity, write_connectivity
 from dwiml_func.data.creation.files import GroupFiles, check_subjects, find_files
 from dwiml_func.data.creation.tractograms import load_streamlines
 from dwiml_func.data.creation.volumes import load_volume
-from dwiml_func.data.grid import Grid
+from dwiml_func.data.grid import Grid, orientation_difference
 from dwiml_func.data.resampling import Resampling
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def create_dataset(
     testing: Sequence[str] = (),
     resampling: Resampling | None = None,
     remove_invalid: bool = False,
+    allow_empty: bool = False,
     enforce_files_presence: bool = True,
     overwrite: bool = False,
     date: str | None = None,
@@ -47,8 +48,9 @@ def create_dataset(
 
     All files are looked up before the first is read, one subject at a time is in memory, and the file appears whole or
     not at all. A progress bar runs when standard error is a terminal. `remove_invalid` removes streamlines that leave
-    the volume, are corrupt or have no length; without `enforce_files_presence`, missing files are skipped. `date` is
-    text for the file's `data_and_time`, by default the time now. Errors name subject, group and file.
+    the volume, are corrupt or have no length; `allow_empty` passes over tractograms without streamlines; without
+    `enforce_files_presence`, missing files are skipped. `date` is text for the file's `data_and_time`, by default the
+    time now. Errors name subject, group and file.
     """
     from tqdm import tqdm
 
@@ -77,11 +79,21 @@ def create_dataset(
             overwrite=overwrite,
         ) as file:
             num_features: dict[str, tuple[int, str]] = {}
+            first: tuple[str, Grid] | None = None
             for subject in tqdm(subjects, desc="Creating", unit="subject", disable=None):
                 where = f"at subject {subject!r}"
                 parent = file.create_group(subject)
                 grid = _write_volumes(parent, subject, groups, files[subject], num_features)
-                _write_streamlines(parent, groups, files[subject], grid, resampling, remove_invalid, notes.append)
+                options = {"resampling": resampling, "remove_invalid": remove_invalid, "allow_empty": allow_empty}
+                grid = _write_streamlines(parent, groups, files[subject], grid, {**options, "note": notes.append})
+                if grid is not None:
+                    first = first or (subject, grid)
+                    difference = orientation_difference(grid, first[1])
+                    if difference is not None:
+                        raise ValueError(
+                            f"subject {subject!r}: {difference}, as subject {first[0]!r} has. Reorient all volumes and "
+                            "streamlines alike: models learn directions along the voxel axes"
+                        )
                 file.flush()  # a full disk shows here, with the subject's name
     except OSError as error:
         if isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | PermissionError):
@@ -136,10 +148,9 @@ def _write_streamlines(
     groups: GroupsConfig,
     files: dict[str, GroupFiles],
     grid: Grid | None,
-    resampling: Resampling,
-    remove_invalid: bool,
-    note: Callable[[str], None],
-) -> None:
+    options: dict[str, Any],
+) -> Grid | None:
+    """Write a subject's streamline groups, and return the grid of all its groups."""
     from dwiml_func.data.hdf5.write import write_streamlines
 
     for name, group in groups.items():
@@ -149,11 +160,10 @@ def _write_streamlines(
             files[name].files,
             expected=grid,
             dps_keys=group.dps_keys,
-            resampling=resampling,
-            remove_invalid=remove_invalid,
-            note=note,
+            **options,
         )
         assert lines.grid is not None
+        grid = grid or lines.grid
         connectivity = load_connectivity(group, files[name], lines.grid)
         write_streamlines(
             parent,
@@ -167,3 +177,4 @@ def _write_streamlines(
         )
         if connectivity is not None:
             write_connectivity(parent[name], connectivity)  # type: ignore[arg-type]
+    return grid

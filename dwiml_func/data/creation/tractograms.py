@@ -40,17 +40,29 @@ def load_streamlines(
     dps_keys: Sequence[str] = (),
     resampling: Resampling | None = None,
     remove_invalid: bool = False,
+    allow_empty: bool = False,
     note: Callable[[str], None] = lambda line: None,
 ) -> Tractogram:
     """Read the tractograms of a group, one after the other, into voxel space with corner origin.
 
     A streamline is invalid when it leaves the grid, has a point that is NaN or infinite, or has no length: there is no
-    direction to learn. Invalid ones are removed, with a line to `note`, or refused. Without an `expected` grid, the
-    first file's grid counts. Resampling is in mm. Each file is a bundle.
+    direction to learn. Invalid ones are removed, with a line to `note`, or refused; so are files without streamlines,
+    which `allow_empty` passes over. Without an `expected` grid, the first file's grid counts. Resampling is in mm. Each
+    file is a bundle.
     """
     parts: list[Tractogram] = []
+    filled: list[Source] = []
     for source in files:
-        tractogram = _read(source, dps_keys)
+        tractogram = _read(source)
+        if len(tractogram.offsets) == 1:
+            if not allow_empty:
+                raise ValueError(
+                    f"{source}: an empty tractogram. Expected streamlines. Pass it over with --allow-empty"
+                )
+            note(f"{source}: an empty tractogram. It is passed over")
+            continue
+        filled.append(source)
+        tractogram = _with_keys(source, tractogram, dps_keys)
         grid = _common_grid(source, tractogram.grid, expected)
         expected = grid
         tractogram = _valid_only(source, tractogram, grid, remove_invalid=remove_invalid, note=note)
@@ -68,7 +80,7 @@ def load_streamlines(
         np.concatenate([[0], *(part.offsets[1:] + end for part, end in zip(parts, ends[:-1], strict=True))]),
         {key: np.concatenate([part.per_streamline[key] for part in parts]) for key in dps_keys},
         expected,
-        _bundles(files, parts),
+        _bundles(filled, parts),
     )
 
 
@@ -84,18 +96,20 @@ def _bundles(files: Sequence[Source], parts: Sequence[Tractogram]) -> Bundles:
     return join_bundles([Bundles((name,), np.zeros(size, dtype=np.int64)) for name, size in filled])
 
 
-def _read(source: Source, dps_keys: Sequence[str]) -> Tractogram:
+def _read(source: Source) -> Tractogram:
     suffix = source.path.suffix.lower()
     readers = {".trk": _read_nibabel, ".tck": _read_nibabel, ".trx": _read_trx}
     if suffix not in readers:
         raise ValueError(f"{source}: expected a tractogram, .trk, .tck or .trx")
     try:
-        tractogram = readers[suffix](source)
+        return readers[suffix](source)
     except Exception as error:  # the readers raise of many kinds about corrupt files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{source}: cannot be read as {suffix[1:].upper()} ({reason})") from error
-    if len(tractogram.offsets) == 1:
-        raise ValueError(f"{source}: an empty tractogram. Expected streamlines")
+
+
+def _with_keys(source: Source, tractogram: Tractogram, dps_keys: Sequence[str]) -> Tractogram:
+    """The tractogram with the data per streamline that are asked for."""
     missing = [key for key in dps_keys if key not in tractogram.per_streamline]
     if missing:
         known = ", ".join(tractogram.per_streamline) or "none"

@@ -6,7 +6,6 @@ File attributes name the subjects of each subset. Each subject is a group that h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
@@ -32,12 +31,10 @@ __all__ = [
     "read_resampling",
     "read_table",
     "read_volume",
-    "same_features",
     "same_grid",
     "streamline_grid",
     "streamlines_that",
     "subject_group",
-    "subjects_of",
     "volume_shape",
     "voxel_sizes_of",
 ]
@@ -50,17 +47,6 @@ _SPACES = {
     "origin": ("Origin.TRACKVIS (the corner)", ("origin.trackvis", "trackvis", "corner")),  # and its name
 }
 _SLAB_VALUES = 1 << 22  # how many values are checked at once: no copy of a whole volume
-
-
-def subjects_of(file: h5py.File, subset: str, *, required: bool = False) -> Checked[tuple[str, ...]]:
-    """The names of a subset's subjects, each once."""
-    names = to_python(np.atleast_1d(file.attrs.get(f"{subset}_subjs", [])))
-    subjects = tuple(str(name) for name in names) if isinstance(names, list) else ()  # no names: an array of floats
-    for name in dict.fromkeys(name for row, name in enumerate(subjects) if name in subjects[:row]):
-        yield Problem(f"subject {name!r}", f"listed twice in the {subset} subset")
-    if required and not subjects:
-        yield Problem("", f"no {subset} subjects: the attribute {subset}_subjs is missing or empty")
-    return subjects
 
 
 def subject_group(file: h5py.File, subject: str) -> Checked[h5py.Group]:
@@ -140,15 +126,6 @@ def same_grid(group: h5py.Group, grid: Grid, first: str, expected: Grid) -> Chec
     difference = grid_difference(grid, expected)
     if difference is not None:
         yield Problem(location(group), f"{difference}, as group {first!r} has")
-
-
-def same_features(group: str, numbers: Mapping[str, int]) -> Checked[None]:
-    """The volumes of all subjects have the same number of features; `numbers` has it by subject."""
-    first = next(iter(numbers), "")
-    for subject, number in numbers.items():
-        if number != numbers[first]:
-            sentence = f"{number} features, but subject {first!r} has {numbers[first]}"
-            yield Problem(f"subject {subject!r}, group {group!r}", sentence)
 
 
 def voxel_sizes_of(group: h5py.Group) -> Checked[NDArray[np.float32]]:

@@ -26,7 +26,7 @@ from dwiml_func._checks import truncated_repr
 from dwiml_func.data.dataset import DatasetIndex
 from dwiml_func.data.hdf5.layout import read_volume, streamlines_that
 from dwiml_func.data.hdf5.problems import corrupt_file, raise_first
-from dwiml_func.data.streamlines import Streamlines, offsets_of
+from dwiml_func.data.streamlines import Streamlines, as_ids, offsets_of
 
 if TYPE_CHECKING:
     import h5py
@@ -134,8 +134,8 @@ class LazyStreamlines:
             IndexError: an id is out of range.
             ValueError: a point is NaN or infinite; the file is corrupt, or has changed since the dataset was opened.
         """
-        numbers = np.asarray(ids, dtype=np.int64)
-        lengths = self._lengths.index_select(0, torch.from_numpy(numbers.copy()))
+        numbers = as_ids(ids).numpy()
+        lengths = self._lengths.index_select(0, torch.from_numpy(numbers))
         offsets = offsets_of(lengths)
         points = np.empty((int(offsets[-1]), 3), dtype=np.float32)
         subjects = self._index.subject_of(numbers)

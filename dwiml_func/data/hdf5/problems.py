@@ -6,12 +6,16 @@ the first problem; `collect` keeps all of them.
 
 from __future__ import annotations
 
+import errno
+import math
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
+
+from dwiml_func.files.paths import missing_text
 
 if TYPE_CHECKING:
     import h5py  # at run time only once a file is opened: `import dwiml_func.data` stays light
@@ -70,17 +74,26 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
     import h5py
 
     if not path.exists():
-        raise FileNotFoundError(f"The HDF5 file does not exist: {path}")
+        raise FileNotFoundError(f"The HDF5 file {missing_text(path)}")
     if not path.is_file():
         raise ValueError(f"Expected an HDF5 file. Received: {path}, which is not a file")
     try:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
+        if "unable to lock file" in str(error):
+            raise OSError(_lock_text(path, error)) from error
         if not h5py.is_hdf5(path):
             reason = " ".join(str(error).split())
             raise ValueError(f"Expected an HDF5 file. Received: {path}, which is not one ({reason})") from error
         raise corrupt_file(path, error) from error
+
+
+def _lock_text(path: Path, error: Exception) -> str:
+    if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
+        return f"The HDF5 file is in use: another program has it open for writing: {path}. Close it there, or wait"
+    reason = " ".join(str(error).split())
+    return f"The HDF5 file cannot be locked: {path} ({reason}). Set HDF5_USE_FILE_LOCKING=FALSE where locks do not work"
 
 
 def corrupt_file(path: Path | str, error: Exception | str) -> ValueError:
@@ -117,13 +130,37 @@ def dataset_of(group: h5py.Group, name: str, kinds: str) -> Checked[h5py.Dataset
         expected = "numbers" if "f" in kinds else "integers"
         yield Problem(location(group), f"dataset {name!r} is of dtype {dataset.dtype}. Expected {expected}")
         return None
-    plain = dataset.chunks is None and dataset.external is None and not dataset.is_virtual
-    stored = dataset.id.get_storage_size()
-    if plain and dataset.nbytes > stored:  # a corrupt shape could make reading it endless
-        sentence = f"dataset {name!r} of shape {dataset.shape} has {stored} of its {dataset.nbytes} bytes"
-        yield Problem(location(group), sentence)
+    unwritten = _unwritten(dataset)
+    if unwritten is not None:
+        yield Problem(location(group), f"dataset {name!r} of shape {dataset.shape} {unwritten}")
         return None
     return dataset
+
+
+def _unwritten(dataset: Any) -> str | None:
+    """What HDF5 would fill with zeros because nobody has written it, in words; None where all was written."""
+    folder = Path(dataset.file.filename).parent
+    if dataset.size == 0:
+        return None
+    if dataset.is_virtual:
+        sources = dataset.virtual_sources()
+        names = dict.fromkeys(source.file_name for source in sources if source.file_name != ".")
+        missing = [name for name in names if not ((folder / name).is_file() or Path(name).is_file())]
+        return f"is virtual, and its source {missing[0]} does not exist" if missing else None
+    if dataset.external is not None:
+        for name, offset, size in dataset.external:
+            place = folder / name
+            if size < 1 << 62 and (not place.is_file() or place.stat().st_size < offset + size):
+                return f"lies in {place}, which does not hold its {size} bytes"
+        return None
+    if dataset.chunks is not None:
+        expected = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+        stored = dataset.id.get_num_chunks()
+        return None if stored >= expected else f"has {stored} of its {expected} chunks: the others were never written"
+    stored = dataset.id.get_storage_size()
+    if dataset.nbytes > stored:  # a corrupt shape could make reading it endless
+        return f"has {stored} of its {dataset.nbytes} bytes: the others were never written"
+    return None
 
 
 def attribute_of(group: h5py.Group, name: str) -> Checked[object]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -12,6 +13,15 @@ from numpy.typing import NDArray
 
 from dwiml_func.data.bundles import Bundles, join_bundles
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
+from dwiml_func.data.grid import Grid
+from dwiml_func.data.hdf5.consistency import (
+    Volume,
+    connectivity_fits,
+    disjoint_subsets,
+    same_volumes,
+    subjects_of,
+    volume_attributes,
+)
 from dwiml_func.data.hdf5.layout import (
     Subset,
     Table,
@@ -23,16 +33,14 @@ from dwiml_func.data.hdf5.layout import (
     read_resampling,
     read_table,
     read_volume,
-    same_features,
     same_grid,
     streamline_grid,
     subject_group,
-    subjects_of,
     volume_shape,
     voxel_sizes_of,
 )
 from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes, parse_bytes
-from dwiml_func.data.hdf5.problems import open_hdf5, raise_first, to_python
+from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
 if TYPE_CHECKING:
@@ -65,7 +73,11 @@ def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
         {'training': ('anna',), 'validation': (), 'testing': ()}
     """
     with open_hdf5(Path(path)) as file:
-        return {subset: raise_first(subjects_of(file, subset), file.filename) for subset in get_args(Subset)}
+        return _subsets(file)
+
+
+def _subsets(file: h5py.File) -> dict[str, tuple[str, ...]]:
+    return {subset: raise_first(subjects_of(file, subset), file.filename) for subset in get_args(Subset)}
 
 
 def open_dataset(
@@ -119,9 +131,16 @@ def open_dataset(
     budget = parse_bytes(cache_size)
     with open_hdf5(path) as file:
         subjects = raise_first(subjects_of(file, subset, required=subset == "training"), path)
-        parts = [_read_subject(file, subject, input_group_name, streamline_group_name) for subject in subjects]
-        features = {subject: part.shape[3] for subject, part in zip(subjects, parts, strict=True)}
-        raise_first(same_features(input_group_name, features), path)
+        subsets = _subsets(file)
+        raise_first(disjoint_subsets(subsets), path)
+        read = partial(_read_subject, file, input_group_name=input_group_name, streamlines=streamline_group_name)
+        parts = [read(subject, read_labels=not lazy) for subject in subjects]
+        # All subjects are compared with one: those of other subsets then agree with these too.
+        first = next(iter([*subsets["training"], *subjects]), "")
+        if parts and first in file:
+            expected = parts[0] if first == subjects[0] else read(first, read_labels=False)
+            for subject, part in zip(subjects, parts, strict=True):
+                raise_first(same_volumes(input_group_name, first, expected.common, subject, part.common), path)
         index = _index(subjects, parts)
         if subset == "training" and index.num_total == 0:
             raise ValueError(f"{path}: the training subjects have no streamlines in group {streamline_group_name!r}")
@@ -142,7 +161,7 @@ def open_dataset(
             volumes=volumes,
             streamlines=streamlines,
             voxel_sizes=torch.from_numpy(np.array([part.voxel_sizes for part in parts], np.float32).reshape(-1, 3)),
-            input_attributes={name: to_python(value) for name, value in parts[0].volume.attrs.items()} if parts else {},
+            input_attributes=_attributes([part.attributes for part in parts]),
             resampling=read_resampling(file),
             bundles=_all_bundles(parts),
         )
@@ -154,25 +173,50 @@ class _Subject(NamedTuple):
     volume: h5py.Group
     streamlines: h5py.Group
     shape: tuple[int, int, int, int]
+    grid: Grid
+    attributes: dict[str, Any]
     voxel_sizes: NDArray[np.float32]
     table: Table
     lengths_mm: NDArray[np.float64] | None
     bundles: Bundles | None
 
+    @property
+    def common(self) -> Volume:
+        """What all subjects share."""
+        return Volume(self.shape[3], self.grid, self.attributes)
 
-def _read_subject(file: h5py.File, subject: str, input_group_name: str, streamline_group_name: str) -> _Subject:
+
+def _read_subject(
+    file: h5py.File, subject: str, *, input_group_name: str, streamlines: str, read_labels: bool
+) -> _Subject:
     path = file.filename
     parent = raise_first(subject_group(file, subject), path)
     volume = raise_first(group_of(parent, input_group_name, "volume"), path)
-    streamlines = raise_first(group_of(parent, streamline_group_name, "streamlines"), path)
+    lines = raise_first(group_of(parent, streamlines, "streamlines"), path)
     shape = raise_first(volume_shape(volume), path)
     grid = raise_first(read_grid(volume, shape[:3]), path)
-    raise_first(same_grid(streamlines, raise_first(streamline_grid(streamlines), path), input_group_name, grid), path)
-    sizes = raise_first(voxel_sizes_of(streamlines), path)
-    table = raise_first(read_table(streamlines), path)
-    lengths_mm = raise_first(read_lengths_mm(streamlines, len(table.lengths)), path)
-    bundles = raise_first(read_bundles(streamlines, len(table.lengths)), path)
-    return _Subject(volume, streamlines, shape, sizes, table, lengths_mm, bundles)
+    attributes = raise_first(volume_attributes(volume, shape[3]), path)
+    raise_first(same_grid(lines, raise_first(streamline_grid(lines), path), input_group_name, grid), path)
+    sizes = raise_first(voxel_sizes_of(lines), path)
+    raise_first(connectivity_fits(lines, shape[:3], read_labels=read_labels), path)
+    table = raise_first(read_table(lines), path)
+    lengths_mm = raise_first(read_lengths_mm(lines, len(table.lengths)), path)
+    bundles = raise_first(read_bundles(lines, len(table.lengths)), path)
+    return _Subject(volume, lines, shape, grid, attributes, sizes, table, lengths_mm, bundles)
+
+
+def _attributes(of_subjects: list[dict[str, Any]]) -> dict[str, Any]:
+    """Those of the first subject; what undoes the standardisation is an array of a row per subject where it differs."""
+    if not of_subjects:
+        return {}
+    result = dict(of_subjects[0])
+    for name in ("standardization_mean", "standardization_std"):
+        default = 0.0 if name.endswith("mean") else 1.0
+        rows = [np.atleast_1d(attributes.get(name, default)) for attributes in of_subjects]
+        if any(not np.array_equal(row, rows[0]) for row in rows):
+            width = max(map(len, rows))
+            result[name] = np.stack([np.broadcast_to(row, width) for row in rows])
+    return result
 
 
 def _index(subjects: tuple[str, ...], parts: list[_Subject]) -> DatasetIndex:

@@ -19,10 +19,12 @@ from nibabel.affines import voxel_sizes
 from nibabel.orientations import aff2axcodes
 
 from dwiml_func.data.bundles import Bundles
+from dwiml_func.data.hdf5.consistency import disjoint_subsets
 
 __all__ = ["WatchedFile", "new_dataset", "write_streamlines", "write_volume"]
 
 
+_MOST_IN_HEADER = 4000  # names in an attribute of HDF5's first format; later ones store larger attributes elsewhere
 _NOT_DEFINED = "Not defined by user"  # dwi_ml's words for an option that was left out
 
 
@@ -56,11 +58,16 @@ def new_dataset(
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"The file exists: {path}. Choose another name, or ask to overwrite it")
 
+    subjects = list(dict.fromkeys([*training, *validation, *testing]))
+    for name in subjects:
+        _check_name("subject", name)
+    for problem in disjoint_subsets({"training": training, "validation": validation, "testing": testing}):
+        raise ValueError(f"{problem}. Expected each subject in one subset")
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with closing(WatchedFile(partial)) as file:
+        with closing(WatchedFile(partial, has_large_attributes=len(subjects) > _MOST_IN_HEADER)) as file:
             file.attrs["data_and_time"] = date
-            file.attrs["chosen_subjs"] = list(dict.fromkeys([*training, *validation, *testing]))
+            file.attrs["chosen_subjs"] = subjects
             file.attrs["groups_config"] = str({name: dict(config) for name, config in groups_config.items()})
             file.attrs["training_subjs"] = list(training)
             file.attrs["validation_subjs"] = list(validation)
@@ -91,6 +98,7 @@ def write_volume(
     if data.ndim != 4:
         raise ValueError(f"Expected a volume of shape (X, Y, Z, F) for group '{name}'. Received: {data.shape}")
     affine = _check_affine(affine, name)
+    _check_name("group", name)
     group = subject.create_group(name)
     group.attrs["type"] = "volume"
     group.attrs["affine"] = affine
@@ -134,6 +142,13 @@ def write_streamlines(
             f"Received: {np.array2string(offsets, threshold=6)}"
         )
     affine = _check_affine(affine, name)
+    tables = data_per_streamline or {}
+    for key in tables:
+        for part in key.split("/"):  # HDF5 keeps 'a/b' as 'b' in a group 'a'
+            _check_name("part of a key of data per streamline", part)
+        if any(other.startswith(f"{key}/") for other in tables):
+            raise ValueError(f"HDF5 cannot keep data per streamline of both names {key!r} and {key}/... Rename one")
+    _check_name("group", name)
     group = subject.create_group(name)
     group.attrs["type"] = "streamlines"
     group.attrs["space"] = "Space.VOX"
@@ -143,7 +158,7 @@ def write_streamlines(
     group.attrs["voxel_sizes"] = voxel_sizes(affine).astype(np.float32)
     group.attrs["voxel_order"] = "".join(aff2axcodes(affine))
     per_streamline = group.create_group("data_per_streamline")
-    for key, values in (data_per_streamline or {}).items():
+    for key, values in tables.items():
         per_streamline.create_dataset(key, data=values)
     group.create_dataset("data", data=np.asarray(points, dtype=np.float32))
     group.create_dataset("offsets", data=offsets[:-1])
@@ -152,6 +167,12 @@ def write_streamlines(
     if bundles is not None:
         group.attrs["bundle_names"] = list(bundles.names)
         group.create_dataset("bundle_ids", data=bundles.ids.astype(np.int32))
+
+
+def _check_name(what: str, name: str) -> None:
+    """HDF5 takes names with '/' for paths."""
+    if not name or "/" in name or name in (".", ".."):
+        raise ValueError(f"Expected a name without '/' for a {what}. Received: {name!r}. Rename it")
 
 
 def _check_affine(affine: np.ndarray, name: str) -> np.ndarray:
@@ -214,9 +235,9 @@ class _Sink(io.RawIOBase):
 class WatchedFile(h5py.File):
     """A new HDF5 file. `flush` and `close_and_sync` raise the first error of any write before."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, has_large_attributes: bool = False) -> None:
         self._sink = _Sink(path)
-        super().__init__(self._sink, "w")
+        super().__init__(self._sink, "w", libver=("v108", "latest") if has_large_attributes else None)
 
     def flush(self) -> None:
         """Hand everything to the operating system."""

@@ -5,12 +5,14 @@ What stops a training is checked by `hdf5.layout`; here are added the problems t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dwiml_func.data.grid import Grid
+from dwiml_func.data.hdf5.consistency import connectivity_fits, volume_attributes
 from dwiml_func.data.hdf5.layout import (
     read_bundles,
     read_grid,
@@ -39,6 +41,7 @@ class VolumeSummary(NamedTuple):
 
     shape: tuple[int, int, int, int] | None
     grid: Grid | None
+    attributes: Mapping[str, Any] = {}
 
 
 class Steps(NamedTuple):
@@ -74,13 +77,15 @@ def inspect_volume(group: h5py.Group) -> Checked[VolumeSummary]:
     named = group.attrs.get("nb_features", shape[3])
     if named != shape[3]:
         yield Problem(location(group), f"attribute nb_features is {named}, but the data has {shape[3]} features")
-    return VolumeSummary(shape, (yield from read_grid(group, shape[:3])))
+    attributes = (yield from volume_attributes(group, shape[3])) or {}
+    return VolumeSummary(shape, (yield from read_grid(group, shape[:3])), attributes)
 
 
 def inspect_streamlines(group: h5py.Group) -> Checked[StreamlineSummary]:
     """Read a subject's streamlines and measure them."""
     grid = yield from streamline_grid(group)
     yield from voxel_sizes_of(group)
+    yield from connectivity_fits(group, None if grid is None else grid.shape, read_labels=True)
     extras = _extras(group)
     table = yield from read_table(group)
     if table is None:
@@ -90,7 +95,7 @@ def inspect_streamlines(group: h5py.Group) -> Checked[StreamlineSummary]:
     if num == 0:
         yield Problem(location(group), "no streamlines")
         return unknown
-    for key, values in (group.get("data_per_streamline") or {}).items():  # type: ignore[union-attr]
+    for key, values in _per_streamline(group).items():
         if getattr(values, "ndim", 0) != 2 or len(values) != num:
             shape = getattr(values, "shape", "()")
             yield Problem(location(group), f"data per streamline {key!r} of shape {shape}. Expected ({num}, values)")
@@ -120,8 +125,23 @@ def inspect_streamlines(group: h5py.Group) -> Checked[StreamlineSummary]:
     return unknown._replace(lengths=lengths, steps=measured)
 
 
+def _per_streamline(group: Any) -> dict[str, Any]:
+    """Data per streamline by name; a name with '/' is a group in a group."""
+    found: dict[str, Any] = {}
+
+    def visit(prefix: str, parent: Any) -> None:
+        for name, item in parent.items():
+            if hasattr(item, "items"):
+                visit(f"{prefix}{name}/", item)
+            else:
+                found[prefix + name] = item
+
+    visit("", group.get("data_per_streamline") or {})
+    return found
+
+
 def _extras(group: Any) -> tuple[str, ...]:
-    names = [f"data per streamline {key!r}" for key in group.get("data_per_streamline") or ()]
+    names = [f"data per streamline {key!r}" for key in _per_streamline(group)]
     if "connectivity_matrix" in group:
         kind = str(group.attrs.get("connectivity_matrix_type", "of no type")).replace("_", " ")
         names.append(f"connectivity matrix {kind}")

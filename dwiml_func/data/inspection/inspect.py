@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.hdf5.layout import Subset, same_features, same_grid, subject_group, subjects_of
+from dwiml_func.data.hdf5.consistency import Volume, disjoint_subsets, same_volumes, subjects_of
+from dwiml_func.data.hdf5.layout import Subset, same_grid, subject_group
 from dwiml_func.data.hdf5.problems import Checked, Problem, collect, corrupt_file, open_hdf5, to_python
 from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary, inspect_streamlines, inspect_volume
 
@@ -70,15 +71,12 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
 
 def _inspect_subsets(file: h5py.File, in_file: list[str]) -> Checked[dict[str, tuple[str, ...]]]:
     subsets: dict[str, tuple[str, ...]] = {}
-    subset_of: dict[str, str] = {}
     for subset in get_args(Subset):
         subsets[subset] = (yield from subjects_of(file, subset, required=subset == "training")) or ()
-        for name in dict.fromkeys(subsets[subset]):
-            first = subset_of.setdefault(name, subset)
-            if first != subset:
-                yield Problem(f"subject {name!r}", f"in two subsets, {first} and {subset}")
+    yield from disjoint_subsets(subsets)
+    listed = {name for names in subsets.values() for name in names}
     for name in in_file:
-        if name not in subset_of:
+        if name not in listed:
             yield Problem(f"subject {name!r}", "in the file, but in no subset")
     return subsets
 
@@ -116,13 +114,12 @@ def _inspect_group(group: object, where: str) -> Checked[VolumeSummary | Streaml
 
 
 def _compare_subjects(subjects: Mapping[str, Summaries]) -> Checked[None]:
-    """All subjects shall have the same groups, with the same number of features."""
+    """All subjects shall have the same groups, with the same features on voxel axes of the same orientation."""
     first_with: dict[str, str] = {}
     for subject, groups in subjects.items():
         for group in groups:
             first_with.setdefault(group, subject)
     for group, first in first_with.items():
-        features = {}
         for subject, groups in subjects.items():
             if not groups:
                 continue
@@ -133,9 +130,16 @@ def _compare_subjects(subjects: Mapping[str, Summaries]) -> Checked[None]:
             elif type(summary) is not type(subjects[first][group]):
                 sentence = f"of another type than that of subject {first!r}"
                 yield Problem(f"subject {subject!r}, group {group!r}", sentence)
-            elif isinstance(summary, VolumeSummary) and summary.shape is not None:
-                features[subject] = summary.shape[3]
-        yield from same_features(group, features)
+            elif isinstance(summary, VolumeSummary):
+                expected, volume = _common(subjects[first][group]), _common(summary)
+                if expected is not None and volume is not None:
+                    yield from same_volumes(group, first, expected, subject, volume)
+
+
+def _common(summary: VolumeSummary | StreamlineSummary) -> Volume | None:
+    if not isinstance(summary, VolumeSummary) or summary.shape is None:
+        return None
+    return Volume(summary.shape[3], summary.grid, summary.attributes)
 
 
 def _check_step(attributes: Mapping[str, str], subjects: Mapping[str, Summaries]) -> Checked[None]:

@@ -1,0 +1,99 @@
+"""What belongs together in a dataset: its subsets and subjects, features and their harmonics, matrices and labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dwiml_func.data.connectivity import matrix_fault
+from dwiml_func.data.grid import Grid, orientation_difference
+from dwiml_func.data.hdf5.problems import Checked, Problem, attribute_of, dataset_of, location, to_python
+from dwiml_func.data.spherical_harmonics import HARMONICS, harmonics_fault
+
+if TYPE_CHECKING:
+    import h5py
+
+__all__ = ["Volume", "connectivity_fits", "disjoint_subsets", "same_volumes", "subjects_of", "volume_attributes"]
+
+
+def subjects_of(file: h5py.File, subset: str, *, required: bool = False) -> Checked[tuple[str, ...]]:
+    """The names of a subset's subjects, each once."""
+    names = to_python(np.atleast_1d(file.attrs.get(f"{subset}_subjs", [])))
+    names = [names] if isinstance(names, str) else names
+    subjects = tuple(str(name) for name in names) if isinstance(names, list) else ()  # no names: an array of floats
+    for name, number in Counter(subjects).items():
+        if number > 1:
+            yield Problem(f"subject {name!r}", f"listed twice in the {subset} subset")
+    if required and not subjects:
+        yield Problem("", f"no {subset} subjects: the attribute {subset}_subjs is missing or empty")
+    return subjects
+
+
+def disjoint_subsets(subsets: Mapping[str, Sequence[str]]) -> Checked[None]:
+    """Each subject is in one subset: a model is judged on subjects that it has not seen."""
+    subset_of: dict[str, str] = {}
+    for subset, names in subsets.items():
+        for name in dict.fromkeys(names):
+            first = subset_of.setdefault(name, subset)
+            if first != subset:
+                yield Problem(f"subject {name!r}", f"in two subsets, {first} and {subset}")
+
+
+class Volume(NamedTuple):
+    """What the volumes of one group have in common over subjects; the grid is None where it cannot be read."""
+
+    num_features: int
+    grid: Grid | None
+    attributes: Mapping[str, Any]
+
+
+def volume_attributes(group: h5py.Group, num_features: int) -> Checked[dict[str, Any]]:
+    """A volume's attributes, plain; those of spherical harmonics and of the standardisation fit its features."""
+    attributes = {name: to_python(value) for name, value in group.attrs.items()}
+    fault = harmonics_fault(attributes, num_features)
+    if fault is not None:
+        yield Problem(location(group), fault)
+    return attributes
+
+
+def same_volumes(group: str, first: str, expected: Volume, subject: str, volume: Volume) -> Checked[None]:
+    """A subject's volume has the features, the orientation and the harmonics of the first subject's."""
+    where = f"subject {subject!r}, group {group!r}"
+    if volume.num_features != expected.num_features:
+        yield Problem(where, f"{volume.num_features} features, but subject {first!r} has {expected.num_features}")
+    if volume.grid is not None and expected.grid is not None:
+        difference = orientation_difference(volume.grid, expected.grid)
+        if difference is not None:
+            yield Problem(where, f"{difference}, as subject {first!r} has. Reorient all volumes and streamlines alike")
+    for name in HARMONICS:
+        received, wanted = volume.attributes.get(name), expected.attributes.get(name)
+        if str(received) != str(wanted):
+            yield Problem(where, f"attribute {name!r} is {received}, but that of subject {first!r} is {wanted}")
+
+
+def connectivity_fits(group: h5py.Group, shape: Sequence[int] | None, *, read_labels: bool) -> Checked[None]:
+    """A connectivity matrix, if there is one, fits its blocs or labels, and the labels the grid."""
+    if "connectivity_matrix" not in group:
+        return
+    matrix = yield from dataset_of(group, "connectivity_matrix", "biuf")
+    if matrix is None:
+        return
+    blocs, labels = None, None
+    if "connectivity_nb_blocs" in group.attrs:
+        received = np.atleast_1d(np.asarray((yield from attribute_of(group, "connectivity_nb_blocs"))))
+        if received.dtype.kind not in "iu" or received.shape != (3,):
+            yield Problem(location(group), f"attribute 'connectivity_nb_blocs' is {received.tolist()}. Expected three")
+            return
+        blocs = received.tolist()
+    if "connectivity_label_volume" in group:
+        labels = yield from dataset_of(group, "connectivity_label_volume", "fiu")
+        if labels is not None and shape is not None and labels.shape != tuple(shape):
+            yield Problem(location(group), f"labels of shape {labels.shape}. Expected {tuple(shape)}, the grid's")
+            return
+    values = None if labels is None or not read_labels else np.asarray(labels[()]).astype(np.int64)
+    fault = matrix_fault(matrix.shape, blocs, values)
+    if fault is not None:
+        yield Problem(location(group), f"connectivity: {fault}")

@@ -1,0 +1,263 @@
+"""What belongs together in a dataset: `info` tells it and `train` refuses it, in the same words."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from dwiml_func.data.hdf5.read import open_dataset, read_subsets
+from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
+
+File: Any = h5py.File
+SHAPE = (6, 6, 6)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two training subjects and one for validation, with 6 features, the harmonics of order 2."""
+    path = tmp_path / "data.hdf5"
+    with new_dataset(path, training=["a", "b"], validation=["c"], groups_config={}, date="x") as file:
+        for seed, subject in enumerate("abc"):
+            rng = np.random.default_rng(seed)
+            group = file.create_group(subject)
+            write_volume(group, "input", rng.uniform(0.3, 0.9, (*SHAPE, 6)), np.eye(4), attributes={"sh_order": 2})
+            points = rng.uniform(1, 5, (12, 3))
+            write_streamlines(group, "streamlines", points, np.arange(5) * 3, affine=np.eye(4), dimensions=SHAPE)
+    return path
+
+
+def attribute(place: str, name: str, value: object) -> Callable[[Any], None]:
+    def change(file: Any) -> None:
+        file[place].attrs[name] = value
+
+    return change
+
+
+def flip(file: Any) -> None:
+    for name in ("input", "streamlines"):
+        file[f"c/{name}"].attrs["affine"] = np.diag([-1.0, 1, 1, 1])
+
+
+def add_matrix(rows: int, **regions: Any) -> Callable[[Any], None]:
+    def change(file: Any) -> None:
+        group = file["b/streamlines"]
+        group["connectivity_matrix"] = np.ones((rows, rows), bool)
+        if "blocs" in regions:
+            group.attrs["connectivity_nb_blocs"] = regions["blocs"]
+        if "labels" in regions:
+            group["connectivity_label_volume"] = regions["labels"]
+
+    return change
+
+
+def fewer_features(file: Any) -> None:
+    del file["c/input"]
+    write_volume(file["c"], "input", np.ones((*SHAPE, 5)), np.eye(4))
+
+
+def half_chunks(file: Any) -> None:
+    del file["b/input/data"]
+    made = file["b/input"].create_dataset("data", (*SHAPE, 6), "f4", chunks=(3, 6, 6, 6))
+    made[:3] = 1
+
+
+def virtual_without_source(file: Any) -> None:
+    del file["b/input/data"]
+    layout = h5py.VirtualLayout((*SHAPE, 6), "f4")
+    layout[:] = h5py.VirtualSource("gone.hdf5", "data", (*SHAPE, 6))
+    file["b/input"].create_virtual_dataset("data", layout)
+
+
+def external_without_bytes(file: Any) -> None:
+    del file["b/input/data"]
+    file["b/input"].create_dataset("data", (*SHAPE, 6), "f4", external=[("gone.raw", 0, 4 * 6**4)])
+
+
+def delete_and_leave(name: str, dtype: str, shape: tuple[int, ...]) -> Callable[[Any], None]:
+    def change(file: Any) -> None:
+        del file["b/streamlines"][name]
+        file["b/streamlines"].create_dataset(name, shape, dtype, compression="gzip")
+
+    return change
+
+
+LABELS = np.arange(216).reshape(SHAPE) % 5  # 1 to 4
+FAULTS = {
+    "twice": (attribute("/", "validation_subjs", ["c", "a"]), "subject 'a': in two subsets, training and validation"),
+    "tested": (attribute("/", "testing_subjs", ["b"]), "subject 'b': in two subsets, training and testing"),
+    "features": (fewer_features, "subject 'c', group 'input': 5 features, but subject 'a' has 6"),
+    "flipped": (
+        flip,
+        "subject 'c', group 'input': the orientation LAS of the voxel axes, expected RAS, as subject",
+    ),
+    "order": (
+        attribute("c/input", "sh_order", 4),
+        "Expected 15 features for spherical harmonics of order 4",
+    ),
+    "odd order": (attribute("c/input", "sh_order", 3), "attribute 'sh_order' is 3. Expected an even number"),
+    "basis": (attribute("b/input", "sh_basis", "mine"), "attribute 'sh_basis' is 'mine'. Expected one of descoteaux07"),
+    "bases": (
+        attribute("b/input", "sh_basis", "tournier07"),
+        "'sh_basis' is tournier07, but that of subject",
+    ),
+    "mean": (attribute("b/input", "standardization_mean", [1.0, 2]), "'standardization_mean' of shape (2,). Expected"),
+    "std": (attribute("b/input", "standardization_std", 0.0), "'standardization_std' of shape (). Expected one finite"),
+    "blocs": (add_matrix(7, blocs=[2, 2, 2]), "a matrix of 7 rows. Expected 8, one for each of 2 x 2 x 2 blocs"),
+    "labels": (add_matrix(3, labels=LABELS), "a matrix of 3 rows. Expected 4, one for each label (up to 4)"),
+    "label grid": (add_matrix(4, labels=LABELS[:5]), "labels of shape (5, 6, 6). Expected (6, 6, 6), the grid's"),
+    "chunks": (half_chunks, "'data' of shape (6, 6, 6, 6) has 1 of its 2 chunks: the others were never written"),
+    "points": (delete_and_leave("data", "f4", (12, 3)), "'data' of shape (12, 3) has 0 of its 1 chunks"),
+    "lengths": (delete_and_leave("lengths", "i8", (4,)), "'lengths' of shape (4,) has 0 of its 1 chunks"),
+    "mm": (delete_and_leave("euclidean_lengths", "f4", (4,)), "'euclidean_lengths' of shape (4,) has 0 of its 1"),
+    "virtual": (virtual_without_source, "is virtual, and its source gone.hdf5 does not exist"),
+    "external": (external_without_bytes, "which does not hold its 5184 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_info_dry_run_and_train_give_one_verdict_and_leave_nothing(cli, data, tmp_path, name):
+    change, text = FAULTS[name]
+    with File(data, "a") as file:
+        change(file)
+    before = sorted(tmp_path.rglob("*"))
+    told = cli("info", data)
+    assert told.code == 1
+    assert text in told.out
+    for more in (["--dry-run"], [], ["--lazy", "--dry-run"]):
+        if "labels" in name and "--lazy" in more:
+            continue  # a lazy dataset reads no volume of labels
+        cli("train", tmp_path, "run", data, "--max-epochs", 1, *more).check_refusal(text)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_labels_that_are_numbers_of_rows_fit_though_some_are_not_there(cli, data):
+    with File(data, "a") as file:
+        add_matrix(9, labels=LABELS)(file)
+    assert cli("info", data).code == 0
+    assert len(open_dataset(data).index.subjects) == 2
+
+
+def test_what_fits_is_no_problem(cli, data):
+    outcome = cli("info", data)
+    assert outcome.code == 0, outcome.out
+
+
+@pytest.mark.parametrize("kind", [np.bytes_, str])
+def test_text_of_fixed_length_is_text(cli, data, tmp_path, kind):
+    with File(data, "a") as file:
+        for subject in "abc":
+            for group in ("input", "streamlines"):
+                for name, value in list(file[f"{subject}/{group}"].attrs.items()):
+                    if isinstance(value, str):
+                        file[f"{subject}/{group}"].attrs[name] = kind(value)
+        for subset, names in (("training", ["a", "b"]), ("validation", ["c"])):
+            file.attrs[f"{subset}_subjs"] = np.array(names, dtype="S1" if kind is np.bytes_ else object)
+    assert cli("info", data).code == 0
+    assert cli("train", tmp_path, "run", data, "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("number", [4000, 4001, 4200, 30_000])
+def test_many_subjects_fit_in_a_dataset(tmp_path, number):
+    names = [f"sub-{n:05d}" for n in range(number)]
+    with new_dataset(tmp_path / "many.hdf5", training=names[1:], testing=names[:1], groups_config={}, date="x"):
+        pass
+    assert read_subsets(tmp_path / "many.hdf5") == {
+        "training": tuple(names[1:]),
+        "validation": (),
+        "testing": tuple(names[:1]),
+    }
+    with File(tmp_path / "many.hdf5") as file:
+        assert list(file.attrs["chosen_subjs"]) == [*names[1:], names[0]]
+
+
+@pytest.mark.parametrize("subsets", [{"validation": ["a"]}, {"testing": ["a"]}])
+def test_a_new_dataset_has_each_subject_in_one_subset(tmp_path, subsets):
+    with (
+        pytest.raises(ValueError, match=r"subject 'a': in two subsets, training and .* Expected each subject in one"),
+        new_dataset(tmp_path / "new.hdf5", training=["a"], **subsets, groups_config={}, date="x"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["", "a/b", ".", ".."])
+def test_names_that_hdf5_takes_for_paths_are_refused(tmp_path, name):
+    with (
+        pytest.raises(ValueError, match="Expected a name without '/' for a subject"),
+        new_dataset(tmp_path / "new.hdf5", training=[name], groups_config={}, date="x"),
+    ):
+        pass
+
+
+def test_data_per_streamline_may_have_a_slash_in_its_name(cli, tmp_path):
+    path = tmp_path / "data.hdf5"
+    with new_dataset(path, training=["a"], groups_config={}, date="x") as file:
+        group = file.create_group("a")
+        write_volume(group, "input", np.ones((*SHAPE, 6)), np.eye(4))
+        keep = {"sift2/weight": np.arange(4.0)[:, None], "sift2/mu/x": np.ones((4, 2)), "plain": np.ones((4, 1))}
+        points = np.random.default_rng(0).uniform(1, 5, (12, 3))
+        lines = {"affine": np.eye(4), "dimensions": SHAPE, "data_per_streamline": keep}
+        write_streamlines(group, "streamlines", points, np.arange(5) * 3, **lines)
+        with pytest.raises(ValueError, match="Expected a name without '/'"):
+            write_streamlines(
+                group, "s2", points, np.arange(5) * 3, **{**lines, "data_per_streamline": {"a//b": points}}
+            )
+    outcome = cli("info", path)
+    assert outcome.code == 0, outcome.out
+    for key, values in keep.items():
+        assert f"data per streamline {key!r}" in outcome.out
+        with File(path) as file:
+            np.testing.assert_array_equal(file["a/streamlines/data_per_streamline"][key][()], values)
+    with File(path, "a") as file:
+        del file["a/streamlines/data_per_streamline/sift2/weight"]
+        file["a/streamlines/data_per_streamline/sift2/weight"] = np.ones((3, 1))
+    assert "data per streamline 'sift2/weight' of shape (3, 1)" in cli("info", path).out
+
+
+def test_a_file_that_another_program_writes_is_in_use(cli, data, tmp_path):
+    """Locks of HDF5 are between processes, so another one holds the file."""
+    code = f"import h5py, sys; file = h5py.File({str(data)!r}, 'a'); print('open', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"open\n"
+        for command in (["info", data], ["train", tmp_path, "run", data, "--dry-run"]):
+            cli(*command).check_refusal("in use: another program has it open for writing", str(data))
+        other.communicate(b"")
+    assert cli("info", data).code == 0
+
+
+def test_a_link_to_nothing_is_called_a_broken_link(cli, tmp_path):
+    (tmp_path / "link.hdf5").symlink_to("gone.hdf5")
+    cli("info", tmp_path / "link.hdf5").check_refusal("does not exist", "link.hdf5 is a broken link, to gone.hdf5")
+    (tmp_path / "folder").symlink_to(tmp_path / "nowhere")
+    cli("info", tmp_path / "folder" / "data.hdf5").check_refusal("folder is a broken link, to", "nowhere")
+
+
+@pytest.mark.parametrize("removed", ["a", "c"])
+def test_batches_in_mm_are_refused_before_anything_is_written(cli, data, tmp_path, removed):
+    with File(data, "a") as file:
+        del file[f"{removed}/streamlines/euclidean_lengths"]
+    command = [
+        "train",
+        tmp_path,
+        "run",
+        data,
+        "--max-epochs",
+        1,
+        "--rnn-layer-sizes",
+        4,
+        "--nb-streamlines-per-chunk",
+        9,
+    ]
+    for more in ([], ["--dry-run"]):
+        outcome = cli(*command, "--batch-size-units", "length_mm", *more)
+        outcome.check_refusal("batches in length_mm need the lengths of the")
+    assert not (tmp_path / "run").exists()
+    assert cli(*command, "--dry-run").code == 0
