@@ -369,7 +369,7 @@ def test_an_empty_bundle_is_passed_over_on_request_with_a_word(folder, refused, 
     for one in ("s1", "s2"):
         save_lines(folder / "subjects" / one / f"bundles/0_empty{suffix}", [] if one == "s2" else some_lines(2, 5))
     set_config(folder, streamlines={"type": "streamlines", "files": "bundles/*"})
-    assert "pass it over with --allow-empty" in refused()
+    assert "Pass it over with --allow-empty" in refused()
     paths = [folder / part for part in ("subjects", "config.json", "out.hdf5")]
     outcome = cli("create-hdf5", *paths, "--training-subjs", folder / "valid.txt", "--allow-empty")
     assert outcome.code == 0
