@@ -34,8 +34,8 @@ def latest_digest(directory: Path) -> str:
     return state_digest(read(directory).state)
 
 
-def restored(directory: Path) -> tuple[TrainState, tuple[EpochReport, ...]]:
-    checkpoint = restore(directory, prepare(read_config(directory)).first_state())
+def restored(directory: Path, *, name: str | None = None) -> tuple[TrainState, tuple[EpochReport, ...]]:
+    checkpoint = restore(directory, prepare(read_config(directory)).first_state(), name=name)
     return checkpoint.state, checkpoint.history
 
 

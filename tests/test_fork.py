@@ -98,7 +98,7 @@ def test_another_learning_rate_makes_a_difference_from_that_epoch_on(cli, source
 def test_another_optimizer_begins_with_a_reset_optimizer_state(cli, source):
     outcome = cli("fork", source, "other", "--from", "3", "--optimizer", "RAdam", "--rng", "5")
     assert outcome.code == 0
-    assert "Optimizer RAdam instead of Adam: the optimizer state is reset." in outcome.out
+    assert "Another optimizer: the optimizer state is reset." in outcome.out
     other = source.parent / "other"
     parts = prepare(read_config(other))
     start, taken = (
@@ -189,7 +189,7 @@ def test_a_fork_that_cannot_be_written_leaves_nothing(cli, source, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dwiml_func.experiment.fork.save_best_model", fail)
+    monkeypatch.setattr("dwiml_func.experiment.fork.save_evaluated", fail)
     before = tree(source.parent)
     cli("fork", source, "a", "--from", "3").check_refusal("No space left on device")
     assert tree(source.parent) == before

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ class RunOptions:
     def to_config(self, hdf5_file: str | Path) -> RunConfig:
         """The config of a run with these options; the dataset's path is made absolute."""
         return RunConfig(hdf5_file=str(Path(hdf5_file).absolute()), **self.parts)
+
+    def for_command_line(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The parts as defaults of a command line, whose rules replace the others as its other options do."""
+        gives_rules = any(argument.partition("=")[0] == "--rule" for argument in arguments)
+        training = replace(self.training, rule=()) if gives_rules else self.training
+        return {**self.parts, "training": training}
 
     @classmethod
     def from_config(cls, config: RunConfig) -> RunOptions:

@@ -28,7 +28,8 @@ class Options(CommandOptions, RunOptions):
     """Train a new experiment, beside SOURCE_DIR, that starts from one of its checkpoints. The default of every training
     option is the source's value: `dwiml-func fork SOURCE_DIR --help` lists them. The shapes of the model's tensors
     cannot change. Within an epoch, only options of the training other than the seed can change. With another optimizer,
-    the optimizer state is reset. Epochs continue to count, also for the learning rate.
+    momentum, rule, accumulation or average, the optimizer state is reset. Epochs continue to count, also for the
+    learning rate.
 
     Example: dwiml-func fork experiments/first_run slower --from 10 --learning-rate 0.0001 --max-epochs 50
     """
@@ -49,7 +50,7 @@ class Options(CommandOptions, RunOptions):
         if source is None:  # the command line is wrong or asks for help
             return parse(cls, arguments, program)
         base = RunOptions.from_config(read_config(Path(source)))
-        default = cls(source_dir=tyro.MISSING, new_name=tyro.MISSING, **base.parts)
+        default = cls(source_dir=tyro.MISSING, new_name=tyro.MISSING, **base.for_command_line(arguments))
         return parse(cls, arguments, program, default=default)
 
 

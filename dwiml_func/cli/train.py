@@ -71,7 +71,10 @@ class Options(CommandOptions, RunOptions):
         def read(base: RunOptions, *, is_silent: bool = False) -> Self:
             base, hdf5_file = (base, None) if early.config is None else read_config_part(early.config, base)
             default = cls(
-                experiments_path=tyro.MISSING, experiment_name=tyro.MISSING, hdf5_file=hdf5_file, **base.parts
+                experiments_path=tyro.MISSING,
+                experiment_name=tyro.MISSING,
+                hdf5_file=hdf5_file,
+                **base.for_command_line(arguments),
             )
             return parse(cls, arguments, program, default=default, is_silent=is_silent)
 

@@ -11,14 +11,19 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.core.weights import with_eval_params
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import MANIFEST, save_model
-from dwiml_func.experiment.setup import make_optimizer
+from dwiml_func.experiment.optimizers import make_optimizer
 
-__all__ = ["repair_best_model", "save_best_model"]
+__all__ = ["repair_best_model", "save_best_model", "save_evaluated"]
 
 
 def save_best_model(directory: Path, state: TrainState, config: RunConfig, *, nb_features: int) -> None:
     """Write the model of the state after a best epoch, with the parameters that were evaluated."""
-    state = with_eval_params(state, make_optimizer(config.training))
+    evaluated = with_eval_params(state, make_optimizer(config.training))
+    save_evaluated(directory, evaluated, config, nb_features=nb_features)
+
+
+def save_evaluated(directory: Path, state: TrainState, config: RunConfig, *, nb_features: int) -> None:
+    """Write the best model of a state that has the parameters that were evaluated in place of its own."""
     save_model(directory / "best_model", state, config, nb_features=nb_features, facts={"loss": state.best.value})
 
 

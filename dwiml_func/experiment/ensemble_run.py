@@ -24,9 +24,10 @@ from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config, read_ended, write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
+from dwiml_func.experiment.optimizers import make_optimizer
 from dwiml_func.experiment.resume import check_same_data, repair_experiment, with_new_options
 from dwiml_func.experiment.run import set_num_threads, train_and_save
-from dwiml_func.experiment.setup import RunParts, make_optimizer, make_parts, open_data
+from dwiml_func.experiment.setup import RunParts, make_parts, open_data
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import fingerprint
@@ -136,7 +137,7 @@ def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[s
     """The arguments of `train_and_validate_ensemble`; members may differ in learning rate, weight decay and seed."""
     first, options = members[0], [parts.config.training for parts in members]
     decays = [training.weight_decay for training in options]
-    bound: dict[str, Any] = {"loss_fn": first.loss_fn, "clip_grad": options[0].clip_grad}
+    bound: dict[str, Any] = {"loss_fn": first.loss_fn, "clip_grad": options[0].step_clip_grad}
     if len(set(decays)) == 1:
         bound["optimizer"] = first.optimizer
     else:

@@ -12,14 +12,15 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, restore, write
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.manifest import CheckpointError, CorruptError
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.rng import Key
-from dwiml_func.core.state import TrainState
+from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.weights import with_eval_params
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
-from dwiml_func.experiment.best_model import save_best_model
-from dwiml_func.experiment.config import Origin, RunConfig
+from dwiml_func.experiment.best_model import save_evaluated
+from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.optimizers import make_optimizer
 from dwiml_func.experiment.resume import check_has_epochs_left
-from dwiml_func.experiment.setup import RunParts, make_optimizer, make_parts, prepare
+from dwiml_func.experiment.setup import RunParts, make_model, make_parts, prepare
 from dwiml_func.files.fingerprint import fingerprint, same_file
 from dwiml_func.types import Plateau
 
@@ -33,6 +34,8 @@ _TRAINING_ONLY = {
     *("batches.split_ratio", "batches.reverse_ratio"),
 }
 """Options that leave the validation loss of a given model as it is."""
+_OPTIMIZER = ("optimizer", "momentum", "rule", "accumulate", "ema", "skip_not_finite")
+"""Options that decide what the optimizer state is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +43,8 @@ class Fork:
     """A fork, ready to be written and trained.
 
     `checkpoint` is the source's; `state` is its state with the parts that the changes reset, and `notes` has a sentence
-    for each of these. `best_state` is the state after the best epoch so far, None where the best epoch is reset. `data`
-    is the fingerprint of the dataset.
+    for each of these. `best_state` is the state after the best epoch so far, with the parameters that were evaluated;
+    None where the best epoch is reset. `data` is the fingerprint of the dataset.
     """
 
     parts: RunParts
@@ -58,9 +61,9 @@ def prepare_fork(
     """Prepare to fork an experiment from its checkpoint `name`, by default the newest valid one. Nothing is written.
 
     The source may be training meanwhile. The complete state is copied: a fork without changes ends bitwise identical
-    to its source. Another optimizer resets the optimizer state, another seed the key; options that change the meaning
-    of the monitored loss reset the best epoch. Within an epoch, the model, the training batches and the seed cannot
-    change.
+    to its source. Another optimizer, momentum, rule, accumulation or average resets the optimizer state, another seed
+    the key; options that change the meaning of the monitored loss reset the best epoch. Within an epoch, the model, the
+    training batches and the seed cannot change.
 
     CorruptError for a corrupt checkpoint; ValueError where the model has other tensors, an option cannot change, the
     fork would end at once, or the dataset has changed under the same path.
@@ -69,7 +72,7 @@ def prepare_fork(
     changed = _changed_options(recorded, config)
     parts = prepare(config, process_group)
     first = parts.first_state()
-    like = first.replace(key=Key(recorded.training.rng), opt_state=make_optimizer(recorded.training).init(first.params))
+    like = _first_state(parts, recorded.training)
     checkpoint = _restore(source, like, name, changed)
     has_same_data = _has_same_data(checkpoint, recorded, config)
     data = checkpoint.data if has_same_data else fingerprint(config.hdf5_file)
@@ -79,14 +82,18 @@ def prepare_fork(
         _check_within_epoch(checkpoint, changed)
 
     state, notes = checkpoint.state.replace(key=first.key), []
-    if "training.optimizer" in changed:
-        state = state.replace(opt_state=first.opt_state, step=0)
-        old, new = recorded.training.optimizer, config.training.optimizer
-        notes.append(f"Optimizer {new} instead of {old}: the optimizer state is reset.")
+    if names := [name for name in _OPTIMIZER if f"training.{name}" in changed]:
+        tensors = {**state.params, **state.buffers}
+        params, buffers = ({name: tensors[name] for name in part} for part in (first.params, first.buffers))
+        opt_state = parts.optimizer.init(params)
+        state = state.replace(params=params, buffers=buffers, opt_state=opt_state, step=0)
+        notes.append(f"Another {', '.join(names)}: the optimizer state is reset.")
     if "training.learning_rate" in changed and state.plateau != Plateau():
         state = state.replace(plateau=Plateau())
         notes.append("The reductions of the learning rate are reset: the fork has another schedule.")
     best_state, why = _best(source, like, checkpoint.state, changed, is_validated=parts.valid is not None)
+    if best_state is not None:
+        best_state = with_eval_params(best_state, make_optimizer(recorded.training))
     if why is not None:
         state = state.replace(best=Best(), plateau=state.plateau._replace(best=None, num_bad=0, cooldown=0))
         notes.append(f"The best epoch and the count of bad epochs are reset: {why}.")
@@ -110,9 +117,17 @@ def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) 
         source, config = fork.checkpoint, parts.config.to_dict()
         write(directory, fork.state, source.history, config=config, data=fork.data, environment=source.environment)
         if fork.best_state is not None:
-            save_best_model(directory, fork.best_state, parts.config, nb_features=parts.nb_features)
+            save_evaluated(directory, fork.best_state, parts.config, nb_features=parts.nb_features)
 
     return create_experiment(experiments_path, experiment_name, parts.config, fill=fill)
+
+
+def _first_state(parts: RunParts, recorded: TrainingConfig) -> TrainState:
+    """The first state that the source would have with the fork's model."""
+    config, model = replace(parts.config, training=recorded), parts.model
+    if recorded.rule != parts.config.training.rule:  # other parameters are frozen
+        model = make_model(config, parts.nb_features).to(next(model.parameters()).device)
+    return init_state(model, make_optimizer(recorded), seed=recorded.rng)
 
 
 def _changed_options(recorded: RunConfig, config: RunConfig) -> Set[str]:

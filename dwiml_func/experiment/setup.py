@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from dwiml_func import optim
 from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.compiled.warmup import WarmUpStep
@@ -30,21 +29,20 @@ from dwiml_func.distributed.sharding import (
 from dwiml_func.experiment.batches import RunData, first_batch, make_batches, open_data
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.model_store import check_memory
+from dwiml_func.experiment.optimizers import apply_rules, make_optimizer
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import compute_batch_loss
-from dwiml_func.types import Metrics, Number, Optimizer
+from dwiml_func.types import Metrics, Optimizer
 
 __all__ = [
     "RunParts",
     "make_model",
-    "make_optimizer",
     "make_parts",
     "make_steps",
     "prepare",
 ]
 
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16}
-_OPTIMIZERS = {"Adam": optim.adam, "AdamW": optim.adamw, "RAdam": optim.radam, "SGD": optim.sgd}
 
 RunStep = Callable[..., tuple[TrainState, Metrics]]
 """`step(state, batch, lr=lr)`."""
@@ -116,16 +114,13 @@ def make_parts(config: RunConfig, data: RunData, process_group: ProcessGroup = S
 
 
 def make_model(config: RunConfig, nb_features: int) -> torch.nn.Module:
-    """Make the model, with the initial parameters of the config's seed."""
+    """Make the model, with the initial parameters of the config's seed; frozen ones require no gradient."""
     shape = {"nb_features": nb_features, "neighborhood": config.data.neighborhood}
     check_memory(config.model, **shape)
     with torch_rng(fold_in(Key(config.training.rng), Stream.INIT)):
-        return build_model(config.model, **shape)
-
-
-def make_optimizer(training: TrainingConfig, *, weight_decay: Number | None = None) -> Optimizer:
-    """Make the optimizer; a `weight_decay`, also a tensor, replaces that of the config."""
-    return _OPTIMIZERS[training.optimizer](weight_decay=training.weight_decay if weight_decay is None else weight_decay)
+        model = build_model(config.model, **shape)
+    apply_rules(model, config.training)
+    return model
 
 
 def make_steps(
@@ -144,7 +139,7 @@ def make_steps(
     bound: dict[str, Any] = {
         "loss_fn": loss_fn,
         "optimizer": optimizer,
-        "clip_grad": training.clip_grad,
+        "clip_grad": training.step_clip_grad,
         "donate": True,
     }
     if training.num_shards == 1:

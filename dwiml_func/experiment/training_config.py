@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import tyro
 
 from dwiml_func._checks import STRICT, check_number
 from dwiml_func.experiment.learning_rate import parse_learning_rate
+from dwiml_func.experiment.optimizers import OptimizerName, make_optimizer
 from dwiml_func.types import Schedule
 
 __all__ = ["TrainingConfig"]
@@ -24,8 +27,23 @@ class TrainingConfig:
     """Number of epochs in a row without improvement after which training ends. None: early stopping is off."""
     patience_delta: float = 1e-6
     """Least decrease of the monitored loss that counts as an improvement."""
-    optimizer: Literal["Adam", "AdamW", "RAdam", "SGD"] = "Adam"
-    """Optimizer, as in torch.optim; SGD has no momentum."""
+    optimizer: OptimizerName = "Adam"
+    """Optimizer, as in torch.optim. Muon updates matrices, and AdamW the rest. ScheduleFree optimizers evaluate with an
+    average, and take a constant learning rate."""
+    momentum: float | None = None
+    """Momentum of SGD, RMSprop, Muon or ScheduleFreeSGD. None: 0, 0, 0.95 or 0.9."""
+    rule: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="RULE")] = ()
+    """Options of some parameters, by name: "PATTERN: NAME=VALUE, ..." or "PATTERN: frozen". Options are those of the
+    optimizer, and lr, a factor of the learning rate. The first rule that matches a parameter counts; "none" removes the
+    rules of --config or of a fork's source. (default: none)"""
+    accumulate: int = 1
+    """Number of batches whose mean gradient, weighted by points, makes one optimizer step."""
+    ema: float | None = None
+    """Decay of an average of the parameters after each step, such as 0.999, to validate with and to save as the best
+    model. None: no average."""
+    skip_not_finite: int | None = None
+    """Number of batches in a row whose loss or gradient may be NaN or infinite: they are skipped. None: the first one
+    ends the training."""
     learning_rate: tuple[str, ...] = ("0.001",)
     """Learning rate. "0.001*3 0.0001" means three epochs at 0.001, then 0.0001. Or a schedule: "cosine RATE LENGTH
     [FINAL_RATE]", "wsd PEAK WARMUP STABLE DECAY [FINAL_RATE]", "onecycle PEAK LENGTH", "plateau RATE FACTOR PATIENCE".
@@ -61,12 +79,23 @@ class TrainingConfig:
         check_number("weight_decay", self.weight_decay, at_least=0)
         if self.clip_grad is not None:
             check_number("clip_grad", self.clip_grad, above=0)
+        check_number("accumulate", self.accumulate, at_least=1)
+        if self.skip_not_finite is not None:
+            check_number("skip_not_finite", self.skip_not_finite, at_least=1)
+        if self.rule == ("none",):
+            object.__setattr__(self, "rule", ())
         check_number("num_threads", self.num_threads, at_least=1, below=1 << 12)
         check_number("num_shards", self.num_shards, at_least=1)
         check_number("rng", self.rng, at_least=0, below=1 << 64)
         if self.data_rng is not None:
             check_number("data_rng", self.data_rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
+        make_optimizer(self)
+
+    @property
+    def step_clip_grad(self) -> float | None:
+        """Maximum norm of the gradient of each batch; None where `clip_grad` limits the mean of several batches."""
+        return self.clip_grad if self.accumulate == 1 else None
 
     @property
     def schedule(self) -> Schedule:

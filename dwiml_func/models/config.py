@@ -16,7 +16,7 @@ from dwiml_func._checks import STRICT
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.data.neighborhood import Neighborhood
-from dwiml_func.models.direction_getters import DIRECTION_GETTERS, make_direction_getter
+from dwiml_func.models.direction_getters import DIRECTION_GETTERS, DirectionGetterKey, make_direction_getter
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.models.transformers.config import TransformerOptions
 from dwiml_func.models.transformers.transformer import Transformer
@@ -98,17 +98,7 @@ class ModelConfig(TransformerOptions, _Learn2TrackOptions):
 
     __pydantic_config__: ClassVar = STRICT
 
-    dg_key: Literal[
-        "cosine-regression",
-        "l2-regression",
-        "cosine-plus-l2-regression",
-        "sphere-classification",
-        "smooth-sphere-classification",
-        "gaussian",
-        "gaussian-mixture",
-        "fisher-von-mises",
-        "fisher-von-mises-mixture",
-    ] = "cosine-regression"
+    dg_key: DirectionGetterKey = "cosine-regression"
     """Direction getter: the last layers, and the loss."""
     dg_dropout: float = 0.0
     """Probability of dropping a value inside the direction getter."""

@@ -82,9 +82,10 @@ def muon(
                 f"Muon updates matrices only. Received: {listed}{more}. Give muon an optimizer for them, "
                 "such as others=adamw()."
             )
-        state = {"momentum_buffer": {name: torch.zeros_like(p) for name, p in matrices.items()}}
+        buffers = {name: torch.zeros_like(p) for name, p in matrices.items()}
         rest_state = others.init(rest) if rest and others is not None else {}
-        return {**state, "others": rest_state} if rest_state else state
+        states = {"momentum_buffer": buffers, "others": rest_state}
+        return {key: state for key, state in states.items() if state}
 
     def kernel(run, grads, params, opt_state, lr, step, donate):
         buffers = lerp(run, opt_state["momentum_buffer"], grads, 1 - momentum, reuse=donate)
@@ -107,9 +108,9 @@ def muon(
         donate: bool = False,
         weight: Number = 1,
     ) -> tuple[dict[str, Tensor], OptState]:
-        matrices = {name: params[name] for name in opt_state["momentum_buffer"]}
+        matrices = {name: params[name] for name in opt_state.get("momentum_buffer", {})}
         new_matrices, new_state = apply_kernel(
-            *(kernel, ["momentum_buffer"], grads, opt_state, matrices, weight_decay),
+            *(kernel, ["momentum_buffer"] if matrices else [], grads, opt_state, matrices, weight_decay),
             lr=lr,
             step=step,
             donate=donate,
@@ -130,7 +131,7 @@ def muon(
     def eval_params(opt_state: OptState, params: Params) -> Params:
         assert others is not None
         assert others.eval_params is not None
-        rest = {name: p for name, p in params.items() if name not in opt_state["momentum_buffer"]}
+        rest = {name: p for name, p in params.items() if name not in opt_state.get("momentum_buffer", {})}
         return {**params, **others.eval_params(opt_state.get("others", {}), rest)}
 
     if others is None:

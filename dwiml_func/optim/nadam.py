@@ -71,4 +71,5 @@ def nadam(
         "exp_avg_sq": torch.zeros_like,
         "mu_product": lambda param: scalar(param, 1.0, torch.float32),  # as in torch, whatever the parameter's dtype
     }
-    return make_optimizer(kernel, kinds, weight_decay, uses_step=True)
+    optimizer = make_optimizer(kernel, kinds, weight_decay, uses_step=True)
+    return optimizer._replace(is_elementwise=False)  # mu_product has not the parameter's shape

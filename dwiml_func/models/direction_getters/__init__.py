@@ -6,7 +6,7 @@ subclass of `DirectionGetter` in that table.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dwiml_func.models.direction_getters.base import DirectionGetter
 from dwiml_func.models.direction_getters.fisher_von_mises import FisherVonMises
@@ -24,6 +24,7 @@ __all__ = [
     "CosinePlusL2Regression",
     "CosineRegression",
     "DirectionGetter",
+    "DirectionGetterKey",
     "FisherVonMises",
     "FisherVonMisesMixture",
     "Gaussian",
@@ -48,7 +49,12 @@ DIRECTION_GETTERS: dict[str, type[DirectionGetter]] = {
         FisherVonMisesMixture,
     )
 }
-"""The getters by their keys on the command line."""
+"""The getters by their keys on the command line. To add one, add its class here."""
+
+if TYPE_CHECKING:
+    DirectionGetterKey = str
+else:
+    DirectionGetterKey = Literal[tuple(DIRECTION_GETTERS)]
 
 
 def make_direction_getter(
