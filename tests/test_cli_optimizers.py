@@ -21,8 +21,8 @@ from dwiml_func import optim
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.metrics import read_means
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.state import TrainState, init_state
-from dwiml_func.core.step import NonFiniteError
 from dwiml_func.experiment.config import BatchConfig, CheckpointConfig, ModelConfig, TrainingConfig, config_from_json
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
 from dwiml_func.experiment.folder import create_ensemble, read_config

@@ -18,6 +18,7 @@ from dwiml_func.experiment.config import (
     TrainingConfig,
     config_from_json,
 )
+from dwiml_func.experiment.optimizers import OPTIMIZERS
 
 COUNTS = st.integers(1, 2**31 - 1)
 FRACTIONS = st.floats(0, 1, exclude_max=True)
@@ -53,7 +54,11 @@ CONFIGS = st.builds(
         max_epochs=COUNTS,
         patience=st.none() | COUNTS,
         patience_delta=FLOATS,
-        optimizer=st.sampled_from(["Adam", "AdamW", "RAdam", "SGD"]),
+        optimizer=st.sampled_from(list(OPTIMIZERS)),
+        rule=st.sampled_from([(), ("*bias*: weight_decay=0",), ("rnn*: frozen", "*: lr=0.5")]),
+        accumulate=COUNTS,
+        ema=st.none() | st.floats(0, 1, exclude_max=True),
+        skip_not_finite=st.none() | COUNTS,
         learning_rate=st.tuples(st.tuples(RATES, st.integers(1, 9)).map(lambda term: f"{term[0]}*{term[1]}"), RATES),
         weight_decay=FLOATS,
         clip_grad=st.none() | st.floats(0, exclude_min=True, allow_infinity=False),
@@ -97,6 +102,11 @@ def test_the_defaults_are_those_of_dwi_ml():
         "patience": None,
         "patience_delta": 1e-6,
         "optimizer": "Adam",
+        "momentum": None,
+        "rule": (),
+        "accumulate": 1,
+        "ema": None,
+        "skip_not_finite": None,
         "learning_rate": ("0.001",),
         "weight_decay": 0.01,
         "clip_grad": None,

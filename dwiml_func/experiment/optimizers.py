@@ -27,9 +27,8 @@ from dwiml_func.optim import (
     sgd,
     skip_not_finite,
 )
-from dwiml_func.optim._foreach import Number
 from dwiml_func.optim._names import check_patterns, first_matches
-from dwiml_func.types import Optimizer
+from dwiml_func.types import Number, Optimizer
 
 if TYPE_CHECKING:
     from dwiml_func.experiment.training_config import TrainingConfig
