@@ -272,7 +272,7 @@ def test_learning_rates_may_come_in_one_text_or_several():
             float("nan"),
             "patience_delta: expected a finite number at least 0, received nan",
         ),
-        (("training", "optimizer"), "Foo", "training.optimizer: input should be 'Adam', 'AdamW', 'RAdam' or 'SGD'"),
+        (("training", "optimizer"), "Foo", "training.optimizer: input should be 'Adam', 'AdamW', 'RAdam', 'SGD', "),
         (("training", "learning_rate"), ["x"], "Learning rate 'x': cannot read 'x'"),
         (
             ("training", "learning_rate"),

@@ -24,7 +24,6 @@ __all__ = [
     "CosinePlusL2Regression",
     "CosineRegression",
     "DirectionGetter",
-    "DirectionGetterKey",
     "FisherVonMises",
     "FisherVonMisesMixture",
     "Gaussian",
