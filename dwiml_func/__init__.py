@@ -15,6 +15,7 @@ from dwiml_func.core.loop import Interrupted, run_epoch, train_and_validate
 from dwiml_func.core.loss import LossFn, LossOut, module_loss
 from dwiml_func.core.metrics import Metrics, Sum, read_means
 from dwiml_func.core.non_finite import NonFiniteError
+from dwiml_func.core.rates import with_weight_decay
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.state import TrainState, init_state
@@ -138,6 +139,7 @@ __all__ = [
     "value_and_grad",
     "warm_up",
     "warmup_stable_decay",
+    "with_weight_decay",
 ]
 
 _MODULES = {  # loaded at the first use of a name: a loop that saves nothing does not wait for them

@@ -32,7 +32,7 @@ from dwiml_func.core.non_finite import (
 from dwiml_func.core.rng import Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, advance, check_not_donated
 from dwiml_func.core.step import clip_and_measure, train_step
-from dwiml_func.optim.chain import update_with
+from dwiml_func.optim.chain import make_optimizer, update_with
 from dwiml_func.types import Metrics, Optimizer, OptState, Sum
 
 __all__ = ["JitStep", "jit_step"]
@@ -41,7 +41,7 @@ __all__ = ["JitStep", "jit_step"]
 def jit_step(
     *,
     loss_fn: LossFn,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Callable[..., Optimizer],
     clip_grad: float | None = None,
     donate: bool = False,
     non_finite: NonFinite | None = None,
@@ -107,22 +107,25 @@ class JitStep:
         """Why steps run without a graph; None where they run compiled."""
         return self.graph.eager_reason
 
-    def __call__(self, state: TrainState, batch: Any, *, lr: float | Tensor) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self, state: TrainState, batch: Any, *, lr: float | Tensor, weight_decay: float | Tensor | None = None
+    ) -> tuple[TrainState, Metrics]:
         """Take one optimizer step, see `train_step`."""
         check_not_donated(state)
-        if self.eager_reason is not None or is_differentiated(state.params, lr):
-            return self.eager(state, batch, lr=lr)
+        decay = () if weight_decay is None else (weight_decay,)
+        if self.eager_reason is not None or any(is_differentiated(state.params, number) for number in (lr, *decay)):
+            return self.eager(state, batch, lr=lr, weight_decay=weight_decay)
         key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
         check_loss_fn(self.eager.keywords["loss_fn"], state.params, state.buffers, batch, key=key)
         device = next(iter(state.params.values())).device
         blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
-        numbers = _vector(lr, state.step, blocked, device)
+        numbers = _vector(device, lr, state.step, blocked, *decay)
         with torch_rng(key) if self._is_stochastic else nullcontext():
             results = self.graph(
                 batch, params=state.params, buffers=state.buffers, opt_state=state.opt_state, numbers=numbers
             )
         if results is None:
-            return self.eager(state, batch, lr=lr)
+            return self.eager(state, batch, lr=lr, weight_decay=weight_decay)
         return self._finish(state, batch, *results)
 
     def _finish(
@@ -137,14 +140,14 @@ class JitStep:
         metrics = {name: Sum(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names, start=2)}
         if policy == "defer":
             metrics[NON_FINITE] = Sum(is_first_bad * state.step, is_first_bad)
-        if self._donate and self.eager.keywords["optimizer"].is_elementwise:  # the graph wrote into these tensors
+        if self._donate and _is_elementwise(self.eager.keywords["optimizer"]):  # the graph wrote into these tensors
             params, opt_state = state.params, _merged(state.opt_state, opt_state)
         return advance(state, params, buffers, opt_state, metrics, donate=self._donate), metrics
 
 
 def _make_graph(
     loss_fn: LossFn,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Callable[..., Optimizer],
     clip_grad: float | None,
     donate: bool,
     non_finite: NonFinite | None,
@@ -156,7 +159,8 @@ def _make_graph(
         opt_state: dict[str, Any],
         numbers: Tensor,
     ) -> tuple[Any, ...]:
-        lr, step, blocked = numbers.unbind()
+        lr, step, blocked, *decay = numbers.unbind()
+        own = make_optimizer(optimizer, *(decay or [None]))
         out, grads = value_and_grad(loss_fn, params, buffers, batch, key=NO_KEY)
         grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
         skips = non_finite in (None, "skip") and can_skip(opt_state)
@@ -164,9 +168,9 @@ def _make_graph(
             is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
             in_float64 = {name: Sum(*(as_float64(part, out.loss) for part in own)) for name, own in metrics.items()}
             grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, in_float64)
-        weight = as_float64(out.weight, out.loss) if optimizer.uses_weight else 1
+        weight = as_float64(out.weight, out.loss) if own.uses_weight else 1
         new_params, new_opt_state = update_with(
-            *(optimizer, grads, opt_state, params), lr=lr, step=step, donate=False, weight=weight
+            *(own, grads, opt_state, params), lr=lr, step=step, donate=False, weight=weight
         )
 
         # Tensors that are not finite are never committed. The caller checks `values` afterwards.
@@ -179,7 +183,7 @@ def _make_graph(
         sums = [number for sum_ in metrics.values() for number in sum_]
         scalars = (out.loss, norm, is_bad & (blocked == 0), torch.zeros_like(norm), *sums)
         values = torch.stack([as_float64(value, out.loss) for value in scalars])
-        if donate and optimizer.is_elementwise:  # a chain that wrote in place went wrong with inductor, see its test
+        if donate and own.is_elementwise:  # a chain that wrote in place went wrong with inductor, see its test
             _write(params, new_params)
             return None, new_buffers, _write(opt_state, new_opt_state), tuple(metrics), values
         return new_params, new_buffers, new_opt_state, tuple(metrics), values
@@ -209,9 +213,12 @@ def _merged(old: OptState, rest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _vector(lr: float | Tensor, step: int, blocked: float | Tensor, device: torch.device) -> Tensor:
-    if isinstance(lr, Tensor) or isinstance(blocked, Tensor):
-        numbers = (lr, step, blocked)
+def _is_elementwise(optimizer: Optimizer | Callable[..., Optimizer]) -> bool:
+    return (optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)).is_elementwise
+
+
+def _vector(device: torch.device, *numbers: float | Tensor) -> Tensor:
+    if any(isinstance(number, Tensor) for number in numbers):
         return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
-    numbers = torch.from_numpy(np.array((lr, step, blocked), dtype=np.float64))  # three times faster than torch.tensor
-    return numbers if device.type == "cpu" else numbers.to(device)
+    vector = torch.from_numpy(np.array(numbers, dtype=np.float64))  # three times faster than torch.tensor
+    return vector if device.type == "cpu" else vector.to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.optim.schedules import value_at
 from dwiml_func.types import Metrics, OnPlateau, PerStep, Plateau, Schedule
 
-__all__ = ["Step", "counts_steps", "epoch_rates", "next_plateau", "with_rate"]
+__all__ = ["Step", "counts_steps", "epoch_rates", "next_plateau", "with_rate", "with_weight_decay"]
 
 
 class Step(Protocol):
@@ -29,6 +29,41 @@ def with_rate(step: Step, learning_rate: float | Schedule, state: TrainState) ->
     if counts_steps(learning_rate) or isinstance(learning_rate, OnPlateau):
         return lambda state, batch: step(state, batch, lr=rate(state))
     return partial(step, lr=rate(state))
+
+
+def with_weight_decay(step: Callable[..., Any], weight_decay: float | Schedule) -> Callable[..., Any]:
+    """Make the weight decay of a step follow a schedule, by epoch or by step.
+
+    Args:
+        step: `step(state, batch, lr=..., weight_decay=...)`: `train_step`, `jit_step(...)` or `ensemble_step` with the
+            other arguments bound, the optimizer being a factory that takes `weight_decay`, such as `adamw` or
+            `lambda weight_decay: ema(adamw(weight_decay=weight_decay))`.
+        weight_decay: a number, a function of the number of epochs done, or `per_step(f)`.
+
+    Returns:
+        A step for `train_and_validate`: `step(state, batch, lr=...)`.
+
+    Raises:
+        ValueError: the schedule is one of `reduce_on_plateau`, which only learning rates follow.
+
+    Example:
+        >>> import torch
+        >>> from dwiml_func import adamw, cosine, init_state, module_loss, train_step
+        >>> model = torch.nn.Linear(2, 1)
+        >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
+        >>> step = with_weight_decay(partial(train_step, loss_fn=loss_fn, optimizer=adamw), cosine(0.1, length=10))
+        >>> state, _ = step(init_state(model, adamw(), seed=0), torch.ones(4, 2), lr=0.1)
+        >>> state.step
+        1
+    """
+    if isinstance(weight_decay, OnPlateau):
+        raise ValueError("Expected a weight decay by epoch or by step. Received: one of reduce_on_plateau.")
+
+    def decayed(state: Any, batch: Any, *, lr: Any) -> Any:
+        value = value_at(weight_decay, epoch=state.epoch, step=state.step, plateau=Plateau())
+        return step(state, batch, lr=lr, weight_decay=value)
+
+    return decayed
 
 
 def counts_steps(learning_rate: float | Schedule) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dwiml_func.core.non_finite import (
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.state import TrainState, advance, check_not_donated
 from dwiml_func.core.weights import with_eval_params
-from dwiml_func.optim.chain import update_with
+from dwiml_func.optim.chain import make_optimizer, update_with
 from dwiml_func.types import Grads, Metrics, Optimizer, Sum
 
 __all__ = ["clip_and_measure", "eval_step", "loss_metrics", "train_step"]
@@ -37,8 +38,9 @@ def train_step(
     batch: Any,
     *,
     loss_fn: LossFn,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Callable[..., Optimizer],
     lr: float | Tensor,
+    weight_decay: float | Tensor | None = None,
     clip_grad: float | None = None,
     donate: bool = False,
     backend: AutodiffBackend | None = None,
@@ -51,8 +53,9 @@ def train_step(
         state: the run before the step. It is not changed, unless it is donated.
         batch: what the loss takes. If it has an attribute `ids`, a NonFiniteError names them.
         loss_fn: the loss, see `dwiml_func.core.loss`.
-        optimizer: an init/update pair, see `dwiml_func.optim`.
+        optimizer: an init/update pair, see `dwiml_func.optim`; with `weight_decay` a factory of one, such as `adamw`.
         lr: learning rate, a number or a () tensor.
+        weight_decay: that of this step, given to the factory; `with_weight_decay` makes it follow a schedule.
         clip_grad: largest global gradient norm; None does not clip.
         donate: reuse the memory of `state`, which must not be used afterwards (doing so raises an error).
         backend: `"autograd"` or `"func"`, see `dwiml_func.core.gradients`; None chooses.
@@ -86,6 +89,7 @@ def train_step(
         (1, ['grad_norm', 'loss', 'unclipped_grad_norm'])
     """
     check_not_donated(state)
+    optimizer = make_optimizer(optimizer, weight_decay)
     key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
     out, grads = gradient_fn(loss_fn, state.params, state.buffers, batch, key=key, backend=backend)
     grads, norm, metrics = clip_and_measure(out, grads, clip_grad)

@@ -38,7 +38,7 @@ def ensemble_step(
     loss_fn: LossFn,
     optimizer: Optimizer | Callable[..., Optimizer],
     lr: float | Tensor,
-    weight_decay: Tensor | None = None,
+    weight_decay: float | Tensor | None = None,
     clip_grad: float | None = None,
 ) -> tuple[EnsembleState, Metrics]:
     """Take one optimizer step with each active member, on the same batch.
@@ -55,7 +55,7 @@ def ensemble_step(
         optimizer: an init/update pair; with `weight_decay` a factory of one, such as `dwiml_func.adam`. One that is not
             elementwise, such as a chain, is mapped over members by `torch.func.vmap`.
         lr: learning rate, or (K,) one for each member.
-        weight_decay: (K,) one for each member, given to `optimizer`.
+        weight_decay: a number, or (K,) one for each member, given to `optimizer`.
         clip_grad: largest global norm of a member's gradient; None does not clip.
 
     Returns:
@@ -213,7 +213,7 @@ def _updated(
     grads: Grads,
     optimizer: Optimizer | Callable[..., Optimizer],
     lr: float | Tensor,
-    weight_decay: Tensor | None,
+    weight_decay: float | Tensor | None,
     weight: float | Tensor,
 ) -> tuple[Params, OptState]:
     """The optimizer's update of all members at once."""
@@ -240,7 +240,7 @@ def _updated_by_vmap(
         values = {name: dense.get(name) for name in params}, opt_state, params
         return update_with(made, *values, step=ensemble.step, donate=False, **options)
 
-    def decayed(decay: Tensor | None) -> dict[str, Tensor]:
+    def decayed(decay: float | Tensor | None) -> dict[str, float | Tensor]:
         return {} if decay is None else {"weight_decay": decay}
 
     trees = given(grads), dict(ensemble.opt_state), dict(ensemble.params)
@@ -252,7 +252,7 @@ def _updated_by_broadcast(
     grads: Params,
     optimizer: Optimizer | Callable[..., Optimizer],
     lr: float | Tensor,
-    weight_decay: Tensor | None,
+    weight_decay: float | Tensor | None,
 ) -> tuple[Params, OptState]:
     params: dict[str, Tensor] = {}
     opt_state: dict[str, dict[str, Tensor]] = {kind: {} for kind in ensemble.opt_state}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from dwiml_func._checks import truncated_repr
 from dwiml_func._trees import choose
 from dwiml_func.types import Grads, Number, Optimizer, OptState, Params, Transform
 
-__all__ = ["chain", "update_with"]
+__all__ = ["chain", "make_optimizer", "update_with"]
 
 
 def chain(*links: Transform | Optimizer) -> Optimizer:
@@ -101,6 +102,20 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         return optimizer.eval_params(opt_state.get("optimizer", {}), params)
 
     return Optimizer(init, update, eval_params if optimizer.eval_params else None, uses_weight=True)
+
+
+def make_optimizer(optimizer: Optimizer | Callable[..., Optimizer], weight_decay: Number | None) -> Optimizer:
+    """The optimizer of a step: as it is given, or with the weight decay of the step, from its factory."""
+    if weight_decay is None:
+        if not isinstance(optimizer, Optimizer):
+            received = truncated_repr(optimizer)
+            raise TypeError(
+                f"Expected an optimizer, such as adamw(), or its factory and weight_decay. Received: {received}"
+            )
+        return optimizer
+    if isinstance(optimizer, Optimizer):
+        raise ValueError("weight_decay requires an optimizer factory, such as dwiml_func.adam.")
+    return optimizer(weight_decay=weight_decay)
 
 
 def update_with(

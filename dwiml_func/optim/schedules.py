@@ -236,5 +236,5 @@ def check_rate(lr: Any) -> float:
     """Return a learning rate as a float, also of numpy or a () tensor; ValueError if it is negative or not finite."""
     rate = float(lr)
     if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"Expected a learning rate that is finite and at least 0. Received: {lr}")
+        raise ValueError(f"Expected a learning rate or a weight decay that is finite and at least 0. Received: {lr}")
     return rate
