@@ -116,6 +116,7 @@ def test_the_defaults_are_those_of_dwi_ml():
         "num_threads": 1,
         "compile": False,
         "precision": "float32",
+        "skip_window_lag": False,
         "num_shards": 1,
     }
     batches = dataclasses.asdict(config.batches)

@@ -24,7 +24,7 @@ from dwiml_func.models.baselines import angular_error
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
-NAMES = ["subset", "loss", "num_points", "num_streamlines", "angular_error", "compared"]
+NAMES = ["subset", "loss", "num_points", "num_streamlines", "angular_error", "compared", "window_lag"]
 
 
 def test_json_is_one_object_with_the_means_over_all_points(cli, stopped_early):

@@ -31,7 +31,8 @@ HELD_ELSEWHERE = {
         "patience",
         "patience_delta",
         "learning_rate",
-    ),  # test_run, test_loop, test_schedule
+        "skip_window_lag",
+    ),  # test_run, test_loop, test_schedule, test_window_lag_runs
 }
 WITHOUT_EFFECT = {"lazy": True, "cache_size": "1MB"}
 

@@ -169,6 +169,11 @@ def test_a_pipe_gets_the_epochs_lines_only(capfd, state):
     assert err == ""
 
 
+def test_the_line_of_an_epoch_tells_the_window_lag(capsys):
+    Progress(max_epochs=4)(replace(THREE, valid={**THREE.valid, "tracking_window_lag": 3.456}))
+    assert "angular error 12.3 deg  window lag 3.46 mm  31.5 s" in capsys.readouterr().out
+
+
 def test_the_line_of_an_epoch_tells_only_what_there_is(capsys):
     progress = Progress(max_epochs=4)
     progress(replace(THREE, is_best=False))

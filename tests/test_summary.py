@@ -78,17 +78,33 @@ def report(**changes: Any) -> EpochReport:
     return EpochReport(**values | changes)
 
 
-def test_the_summary_says_better_worse_or_unknown():
-    def evaluation(**changes: Any) -> Evaluation:
-        values = {
-            "model": 10.0,
-            "keep_straight": 4.0,
-            "principal_direction": 15.5,
-            "num_points": 7,
-            "num_streamlines": 2,
-        }
-        return Evaluation(**values | changes)
+def evaluation(**changes: Any) -> Evaluation:
+    values = {
+        "model": 10.0,
+        "keep_straight": 4.0,
+        "principal_direction": 15.5,
+        "num_points": 7,
+        "num_streamlines": 2,
+    }
+    return Evaluation(**values | changes)
 
+
+def test_the_summary_says_when_the_window_lag_would_have_chosen_another_epoch():
+    from dwiml_func.core.early_stopping import Best
+
+    def with_lag(epoch: int, lag: float) -> EpochReport:
+        return report(epoch=epoch, best=Best(0.5, 2), valid={"loss": 0.5, "tracking_window_lag": lag})
+
+    other = format_summary([with_lag(1, 3.0), with_lag(2, 4.5)], evaluation(), subset="validation")
+    assert "Window lag of epoch 2: 4.50 mm" in other
+    assert "The least window lag is that of epoch 1: 3.00 mm, 1.50 mm less" in other
+    same = format_summary([with_lag(1, 3.0), with_lag(2, 2.0)], evaluation(), subset="validation")
+    assert "Window lag of epoch 2: 2.00 mm" in same
+    assert "least window lag" not in same
+    assert "indow lag" not in format_summary([report(), report(epoch=2)], evaluation(), subset="training")
+
+
+def test_the_summary_says_better_worse_or_unknown():
     text = format_summary([report(), report(epoch=2)], evaluation(), subset="training")
     assert "Finished after 2 epochs, 3.5 minutes." in text
     assert "Best epoch 1: training loss 0.2500\n" in text

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
+from dwiml_func.experiment.window_lag import WINDOW_LAG
 
 __all__ = ["NO_PRINCIPAL_DIRECTION", "format_summary"]
 
@@ -27,6 +28,7 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
         f"{reason.capitalize()} after {pluralize(last.epoch, 'epoch')}, {_duration(minutes)}.",
         f"Best epoch {best.epoch}: training loss {best.train['loss']:.4f}"
         + (f", validation loss {best.valid['loss']:.4f}" if best.valid else ""),
+        *_window_lags(history, best),
         f"Mean angular error of the best model on the {subset} subjects,",
         f"at the {evaluation.num_points} points of {evaluation.num_streamlines} streamlines that have a previous "
         "direction:",
@@ -43,6 +45,20 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
             verdict = f"the model is {abs(gain):.2f} deg {'better' if gain > 0 else 'worse'}"
             lines.append(f"  {name}  {value:6.2f} deg  ({verdict})")
     return "\n".join(lines) + _WHY_STRAIGHT_IS_GOOD * (evaluation.keep_straight < evaluation.model)
+
+
+def _window_lags(history: Sequence[EpochReport], best: EpochReport) -> list[str]:
+    """The window lag of the best epoch, and of the epoch that has the least, where that is another one."""
+    lags = {report.epoch: lag for report in history if (lag := report.valid.get(WINDOW_LAG)) is not None}
+    if best.epoch not in lags:
+        return []
+    how = "up to 60 mm of a streamline are read, 20 mm predicted"
+    lines = [f"Window lag of epoch {best.epoch}: {lags[best.epoch]:.2f} mm ({how})"]
+    least = min(lags, key=lambda epoch: (lags[epoch], epoch))
+    if least != best.epoch:
+        difference = lags[best.epoch] - lags[least]
+        lines.append(f"The least window lag is that of epoch {least}: {lags[least]:.2f} mm, {difference:.2f} mm less")
+    return lines
 
 
 def _duration(minutes: float) -> str:

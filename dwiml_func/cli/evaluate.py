@@ -85,4 +85,6 @@ def _text(result: ModelEvaluation, subset: str, num_subjects: int) -> str:
         "  principal direction  " + (NO_PRINCIPAL_DIRECTION if principal is None else f"{principal:6.2f} deg"),
         f"  keep going straight  {compared.keep_straight:6.2f} deg",
     ]
+    if result.window_lag is not None:
+        lines.append(f"Window lag (up to 60 mm of a streamline are read, 20 mm predicted): {result.window_lag:.2f} mm")
     return "\n".join(lines)

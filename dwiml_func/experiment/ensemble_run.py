@@ -49,7 +49,7 @@ def prepare_ensemble(configs: Sequence[RunConfig]) -> list[RunParts]:
         # Under vmap the recurrent layers are a loop over time steps: a graph for each length, minutes to compile.
         raise ValueError("An ensemble cannot be compiled: each length would need its own graph. Leave --compile out.")
     data = open_data(configs[0])
-    return [make_parts(config, data) for config in configs]
+    return [make_parts(config, data, is_member=True) for config in configs]
 
 
 def run_ensemble(

@@ -27,6 +27,7 @@ from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment.batches import check_usable, loader_spec
 from dwiml_func.experiment.model_store import LoadedModel, load_model
 from dwiml_func.experiment.setup import RunParts
+from dwiml_func.experiment.window_lag import measure_window_lag, run_windows, space_of_subject
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
@@ -114,6 +115,8 @@ class ModelEvaluation:
     loss: mean over `num_points`, those that have a next direction and, with EOS, the last ones.
     angular_error: mean angle in degrees to the true direction, over all points that have a next direction.
     compared: the same and the baselines, at the points where the baselines have a direction too.
+    window_lag: mean distance in mm from the real streamline, where the model reads up to 60 mm of it and goes on alone
+        for 20 mm; None where no streamline is long enough.
     """
 
     loss: float
@@ -121,6 +124,7 @@ class ModelEvaluation:
     num_streamlines: int
     angular_error: float
     compared: Evaluation
+    window_lag: float | None = None
 
 
 def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size: int = 100) -> ModelEvaluation:
@@ -153,13 +157,16 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
         return predicted
 
     compared = evaluate_directions(predict, batches, dataset.input_attributes, num_features=dataset.num_features)
-    means = read_means(sums)
+    means, windows = read_means(sums), run_windows(model.config, dataset)
     return ModelEvaluation(
         loss=means["loss"],
         num_points=int(sums["loss"].weight),
         num_streamlines=compared.num_streamlines,
         angular_error=means["angular_error"],
         compared=compared,
+        window_lag=None
+        if windows is None
+        else measure_window_lag(module, windows, space_of=space_of_subject(model.config, dataset, module)),
     )
 
 

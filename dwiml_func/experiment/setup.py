@@ -30,6 +30,7 @@ from dwiml_func.experiment.batches import RunData, first_batch, make_batches, op
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.model_store import check_memory
 from dwiml_func.experiment.optimizers import apply_rules, make_optimizer
+from dwiml_func.experiment.window_lag import with_window_lag
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.types import Metrics, Optimizer
@@ -88,8 +89,13 @@ def prepare(config: RunConfig, process_group: ProcessGroup = SINGLE_PROCESS) -> 
     return make_parts(config, open_data(config), process_group)
 
 
-def make_parts(config: RunConfig, data: RunData, process_group: ProcessGroup = SINGLE_PROCESS) -> RunParts:
-    """Make the parts of a run on data that are open; runs on the same data can share them."""
+def make_parts(
+    config: RunConfig, data: RunData, process_group: ProcessGroup = SINGLE_PROCESS, *, is_member: bool = False
+) -> RunParts:
+    """Make the parts of a run on data that are open; runs on the same data can share them.
+
+    The validation of a member of an ensemble has no window lag.
+    """
     device = _device(config.training)
     model = make_model(config, data.training.num_features).to(device)
     optimizer = make_optimizer(config.training)
@@ -98,6 +104,10 @@ def make_parts(config: RunConfig, data: RunData, process_group: ProcessGroup = S
     step, evaluate = make_steps(
         config.training, loss_fn, optimizer, process_group, first_batch=partial(first_batch, config, data, device)
     )
+    if valid is not None and not is_member and not config.training.skip_window_lag:
+        valid, evaluate = with_window_lag(
+            valid, evaluate, config=config, dataset=data.validation, model=model, optimizer=optimizer
+        )
     return RunParts(
         config=config,
         data=data,

@@ -67,6 +67,9 @@ class TrainingConfig:
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the model's matrix products and convolutions in training and validation; bf16 is autocast to
     bfloat16. Parameters, gradients, optimizer state, losses and the final model stay in float32."""
+    skip_window_lag: bool = False
+    """Do not measure the window lag at validations: the mean distance in mm between model and real streamline, where
+    the model reads up to 60 mm of it and goes on alone for 20 mm. It does not change the training."""
     num_shards: int = 1
     """Number of shards of each batch. Under torchrun, the processes share them; any number of processes that divides
     this number gives bitwise identical results."""

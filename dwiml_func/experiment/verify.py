@@ -23,6 +23,7 @@ from dwiml_func.experiment.compare import differences, leaf_problems, report_dif
 from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.setup import RunParts, prepare
+from dwiml_func.experiment.window_lag import WINDOW_LAG, without_window_lag
 from dwiml_func.files.fingerprint import fingerprint
 
 __all__ = ["Verification", "verify_epoch"]
@@ -76,6 +77,8 @@ def verify_epoch(
         raise ValueError(f"Epoch {epoch} of {directory} is not recorded. Expected one of 1 to {max(reports)}.")
     _check_epochs_of_origin(config, epoch)
     replayed_config = replace(config, hdf5_file=str(Path(hdf5_file).absolute())) if hdf5_file is not None else config
+    if WINDOW_LAG not in reports[epoch].valid:  # of an earlier version, or an ensemble's member
+        replayed_config = without_window_lag(replayed_config)
 
     problems = list(latest.corrupt.values())
     after, corrupt = _checkpoint_after(directory, epoch)

@@ -78,6 +78,8 @@ class Progress:
             parts.append(f"validation loss {report.valid['loss']:.4f}")
         if "angular_error" in report.valid:
             parts.append(f"angular error {report.valid['angular_error']:.1f} deg")
+        if "tracking_window_lag" in report.valid:
+            parts.append(f"window lag {report.valid['tracking_window_lag']:.2f} mm")
         seconds = 60 * (report.train_minutes + report.valid_minutes)
         parts.append(f"{seconds:.1f} s")
         if self._epochs is not None:
