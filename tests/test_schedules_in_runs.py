@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from dwiml_func.checkpoint import list_checkpoints
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.cli.main import main
 from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.panels import DRAWINGS, Panel, PlottedRun
 from dwiml_func.optim.schedules import cosine
 from dwiml_func.types import Plateau
 
@@ -45,6 +48,22 @@ def test_the_rates_of_the_words_are_those_of_the_epochs(folder):
     assert [row["learning_rate_max"] for row in rows] == [report.learning_rate_max for report in history]
     parameters = json.loads((folder / "by_step" / "parameters_latest.json").read_text())
     assert parameters["Trainer params"]["learning_rate"] == "warmup 3 cosine 0.01 20 steps"
+
+
+def test_the_figure_shows_the_rates_of_the_last_step_and_the_range(folder):
+    history = read(folder / "by_step").history
+    _, axes = plt.subplots()
+    panel = Panel(axes, is_alone=True)
+    (draw,) = (draw for draw in DRAWINGS if draw.__name__ == "_rates")
+    draw(panel, PlottedRun(label="run", history=history), 0)
+    panel.finish(num_epochs=4)
+    drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
+    assert drawn == {
+        "last step": [report.learning_rate for report in history],
+        "highest": [report.learning_rate_max for report in history],
+        "lowest": [report.learning_rate_min for report in history],
+    }
+    plt.close()
 
 
 def test_a_plateau_halves_the_rate_when_the_validation_does_not_improve(folder):

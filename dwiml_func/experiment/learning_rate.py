@@ -119,7 +119,7 @@ def _numbers(name: str, words: list[str], given: str) -> list[float]:
     form = _NUMBERS[name]
     names = form.replace("[", "").replace("]", "").split()
     if not len(names) - form.count("[") <= len(words) <= len(names):
-        raise ValueError(f"{given}: expected {name} {form}. Received: {len(words)} numbers after {name}")
+        raise ValueError(f"{given}: expected {name} {form}. Received after {name}: {' '.join(words) or 'nothing'}.")
     numbers = []
     for own, word in zip(names, words, strict=False):
         least, is_rate = _LEAST.get(own), own in ("RATE", "PEAK")
