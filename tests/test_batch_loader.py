@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import random
 import warnings
@@ -318,6 +319,7 @@ def test_noise_larger_than_half_a_step_warns(dataset, resampling):
 # --- voxels of several sizes ---
 
 SIZES = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0], [1.0, 2.0, 4.0]])
+TO_MM = torch.tensor([[1.0], [2.0], [1.0]])  # points are in voxels, but in mm where voxels are no cubes
 
 
 @pytest.fixture(scope="module")
@@ -340,17 +342,40 @@ def test_steps_are_in_mm_of_each_subjects_own_voxels_along_each_axis(mixed, orde
     batch = load(mixed, LoaderSpec(resampling=Resampling(step_size=2.0)), np.array(order))
     expected = [12 * SIZES[number // 3, number % 3].item() / 2 + 1 for number in order]
     assert batch.offsets.diff().tolist() == expected
-    steps = directions(batch.points, batch.offsets) * SIZES[batch.subject].repeat_interleave(
+    steps = directions(batch.points, batch.offsets) * TO_MM[batch.subject].repeat_interleave(
         batch.offsets.diff() - 1, dim=0
     )
     torch.testing.assert_close(steps.norm(dim=1), torch.full((len(steps),), 2.0))
 
 
-@pytest.mark.parametrize(("size", "large"), [(0.12, False), (0.13, True)])
+@pytest.mark.parametrize(("size", "large"), [(0.24, False), (0.26, True)])
 def test_noise_is_compared_with_the_smallest_step_in_voxels(mixed, size, large):
-    # A step of 2 mm is half a voxel along the longest side, 4 mm: noise of 0.125 voxels reaches half of it.
+    # A step of 2 mm is one voxel of the largest cubes, 2 mm: noise of 0.25 voxels reaches half of it.
     spec = LoaderSpec(resampling=Resampling(step_size=2.0), augmentation=Augmentation(noise_gaussian_size_forward=size))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         epoch_batches(mixed, SPEC, spec, key=KEY, epoch=0, augment_key=AUGMENT_KEY)
-    assert ["half a step of 0.5 voxels" in " ".join(str(w.message).split()) for w in caught] == [True] * large
+    assert ["half a step of 1 voxels" in " ".join(str(w.message).split()) for w in caught] == [True] * large
+
+
+@pytest.mark.parametrize(("size", "large"), [(0.49, False), (0.51, True)])
+def test_noise_is_in_mm_where_voxels_are_no_cubes(mixed, size, large):
+    flat = dataclasses.replace(mixed, voxel_sizes=SIZES[[2, 2, 2]])
+    noise = Augmentation(noise_gaussian_size_forward=size, noise_gaussian_size_loss=size / 2)
+    spec = LoaderSpec(resampling=Resampling(step_size=2.0), augmentation=noise)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        epoch_batches(flat, SPEC, spec, key=KEY, epoch=0, augment_key=AUGMENT_KEY)
+    assert ["half a step of 2 mm" in " ".join(str(w.message).split()) for w in caught] == [True] * large
+    batch = load_batch(BatchRequest(np.arange(9), AUGMENT_KEY, 0, 0), dataset=flat, spec=spec)
+    for noisy, expected in ((batch.noisy_points, size), (batch.noisy_targets, size / 2)):
+        assert noisy is not None
+        moved = (noisy - batch.points).double()
+        assert (moved.std(dim=0) / expected - 0.96).abs().max() < 0.15  # a normal clipped at 2 has a std of 0.96
+        assert moved.abs().max() <= 2 * expected + 1e-5
+
+
+def test_points_of_cubes_of_any_size_stay_in_voxels(mixed):
+    cubes = dataclasses.replace(mixed, voxel_sizes=SIZES[[0, 1, 1]])
+    batch = load_batch(BatchRequest(np.arange(9), None, 0, 0), dataset=cubes, spec=LoaderSpec())
+    assert torch.equal(batch.points, mixed.streamlines.points)

@@ -7,20 +7,25 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
 
+from dwiml_func.core.rng import Key
+from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
+from dwiml_func.data.spherical_harmonics import half_sphere_directions, multi_tensor_signal, sh_matrix
 from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment.config import ModelConfig, RunConfig
 from dwiml_func.experiment.evaluation import evaluate_model
 from dwiml_func.experiment.model_store import LoadedModel, find_model, load_model
 from dwiml_func.models.baselines import angular_error
+from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -106,6 +111,64 @@ def test_more_batches_than_an_epoch_may_have_are_all_evaluated(cli, tmp_path):
         assert found[size]["num_streamlines"] == found[size]["compared"]["num_streamlines"] == 1003
         assert found[size]["compared"]["num_points"] == 1003
     assert found[1]["loss"] == pytest.approx(found[5000]["loss"], rel=1e-5)
+
+
+GETTERS = list(DIRECTION_GETTERS)
+
+
+@pytest.fixture
+def turns(tmp_path: Path) -> Path:
+    """Voxels of 1 x 1 x 4 mm, with streamlines of steps of 2 mm, straight and then at 60 degrees; SH of order 2."""
+    path, sizes = tmp_path / "turns.hdf5", np.array([1.0, 1, 4])
+    steps = np.array([[2.0, 0, 0], [2 * np.cos(np.pi / 3), 0, 2 * np.sin(np.pi / 3)]])
+    line = np.array([5.0, 5, 5]) + np.vstack([np.zeros(3), np.cumsum(steps, 0)])
+    basis = sh_matrix(half_sphere_directions(100), 2)
+    fibre = multi_tensor_signal(
+        steps[1][None, None] / 2, np.ones((1, 1)), half_sphere_directions(100), b_value=1000, parallel=1.7e-3,
+        perpendicular=3e-4,
+    )  # fmt: skip
+    volume = np.broadcast_to((np.linalg.pinv(basis) @ fibre[0]), (12, 12, 6, 6))
+    with new_dataset(path, training=["p1"], validation=["p2"], groups_config={}, date="x") as file:
+        for subject in ("p1", "p2"):
+            group = file.create_group(subject)
+            write_volume(group, "input", volume, np.diag([*sizes, 1]), attributes={"sh_order": 2})
+            points = np.concatenate([line / sizes + 0.5] * 4)
+            lines = {"affine": np.diag([*sizes, 1]), "dimensions": (12, 12, 6)}
+            write_streamlines(group, "streamlines", points, np.arange(5) * 3, **lines)
+    return path
+
+
+def test_angles_are_those_of_space_where_voxels_are_no_cubes(cli, turns, tmp_path):
+    outcome = cli("train", tmp_path, "run", turns, "--max-epochs", 1, "--rnn-layer-sizes", 4)
+    assert outcome.code == 0
+    assert "Voxels are no cubes: directions, steps and noise are in mm along the voxel axes" in outcome.out
+    compared = json.loads(cli("evaluate", tmp_path / "run", turns, "--json").out)["compared"]
+    assert compared["keep_straight"] == pytest.approx(60, abs=1e-3)
+    assert compared["principal_direction"] == pytest.approx(0, abs=1)  # the fibre of the signal is the second step
+    summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert summary["keep_straight"] == pytest.approx(60, abs=1e-3)
+
+
+@pytest.mark.parametrize("key", GETTERS)
+def test_losses_of_voxels_that_are_no_cubes_are_those_of_the_same_streamlines_in_cubes(turns, tmp_path, key):
+    """The same points in mm on a grid of cubes of 1 mm: losses, angles and outputs are equal, of all getters."""
+    cubes = tmp_path / "cubes.hdf5"
+    file_type: Any = h5py.File
+    with file_type(turns) as old, new_dataset(cubes, training=["p1"], groups_config={}, date="x") as file:
+        points = old["p1/streamlines/data"][()] * [1, 1, 4]
+        group = file.create_group("p1")
+        write_volume(group, "input", np.broadcast_to(old["p1/input/data"][0, 0, 0], (12, 12, 24, 6)), np.eye(4))
+        lines = {"affine": np.eye(4), "dimensions": (12, 12, 24)}
+        write_streamlines(group, "streamlines", points, np.arange(5) * 3, **lines)
+    torch.manual_seed(0)
+    model = Learn2Track(6, rnn_layer_sizes=(4,), nb_previous_dirs=1, dg_key=key).eval()
+    found = []
+    for path in (turns, cubes):
+        request = BatchRequest(np.arange(4), Key(3), 0, 0)
+        spec = LoaderSpec(augmentation=Augmentation(noise_gaussian_size_forward=0.1, noise_gaussian_size_loss=0.2))
+        loss, _, aux = compute_batch_loss(model, load_batch(request, dataset=open_dataset(path), spec=spec))
+        found.append([loss.item(), aux["angular_error"].item()])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
 
 
 def test_the_training_subset_is_both_its_subjects(cli, stopped_early):

@@ -81,13 +81,13 @@ def alone(model: Learn2Track, given: np.ndarray, space: TrackingSpace, num: int,
     sizes, points = torch.tensor(space.voxel_sizes), torch.tensor(given)
     state, dirs, outputs = None, torch.zeros(1, 3), torch.zeros(1, 3)
     for before, point in zip([points[0], *points[:-1]], points, strict=True):
-        dirs = (point - before)[None]
+        dirs = (point - before)[None] * sizes  # mm, as the voxels are no cubes
         outputs, state = model.run_step(space.read(point[None]), dirs, state)
     found = [points[-1]]
     for _ in range(num):
-        mm = model.direction_getter.directions(outputs)[0] * sizes
-        dirs = (mm / mm.norm() * step / sizes)[None]
-        found.append(found[-1] + dirs[0])
+        mm = model.direction_getter.directions(outputs)[0]
+        dirs = (mm / mm.norm() * step)[None]
+        found.append(found[-1] + dirs[0] / sizes)
         outputs, state = model.run_step(space.read(found[-1][None]), dirs, state)
     return torch.stack(found).numpy()
 

@@ -15,6 +15,7 @@ from dwiml_func.cli._summary import format_summary
 from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
+from dwiml_func.data.neighborhood import direction_units
 from dwiml_func.experiment.evaluation import evaluate_best_model, write_evaluation
 from dwiml_func.experiment.plots import save_run_figure
 from dwiml_func.experiment.run import run_experiment
@@ -48,11 +49,15 @@ def train_with_progress(
 def describe_run(directory: Path, parts: RunParts) -> str:
     """One line: the experiment, its data and the size of its model."""
     training, validation = parts.data.training.index, parts.data.validation.index
+    is_cubic = all(
+        bool((direction_units(data.voxel_sizes) == 1).all()) for data in (parts.data.training, parts.data.validation)
+    )
     num_parameters = sum(tensor.numel() for tensor in parts.model.parameters() if tensor.requires_grad)
     return (
         f"{directory}: {training.num_total} streamlines of {pluralize(len(training.subjects), 'training subject')}, "
         f"{validation.num_total} of {pluralize(len(validation.subjects), 'validation subject')}, "
         f"{parts.nb_features} features, {num_parameters} parameters"
+        + ("" if is_cubic else ". Voxels are no cubes: directions, steps and noise are in mm along the voxel axes")
     )
 
 

@@ -37,8 +37,9 @@ class Augmentation:
     """What is done to training streamlines; by default nothing.
 
     Args:
-        noise_gaussian_size_forward: standard deviation, in voxels, of the noise on the points from which the model
-            computes previous directions. The input volume is read at the points without noise.
+        noise_gaussian_size_forward: standard deviation, in voxels (in mm where voxels are not cubes), of the noise on
+            the points from which the model computes previous directions. The input volume is read at the points without
+            noise.
         noise_gaussian_size_loss: the same for the points that the targets are computed from.
         split_ratio: share of a batch's streamlines that are split in two, 0 to 1.
         reverse_ratio: share of a batch's streamlines (after splitting) that are reversed, 0 to 1.
@@ -69,11 +70,12 @@ class Augmentation:
         """Whether anything is done: everything here takes random numbers."""
         return self != Augmentation()
 
-    def too_large_for(self, step: float) -> str | None:
+    def too_large_for(self, step: float, unit: str = "voxels") -> str | None:
         """Name the noise that could flip a direction: it reaches 2 standard deviations, at both ends of a step.
 
         Args:
-            step: distance between two points in voxels.
+            step: distance between two points in voxels, or in mm where voxels are not cubes.
+            unit: that of the step, "voxels" or "mm".
 
         Returns:
             One line where a noise reaches beyond half a step; else None.
@@ -88,7 +90,7 @@ class Augmentation:
             return None
         return (
             f"{' and '.join(large)}: noise may flip directions. It reaches {_CLIP:g} standard deviations, "
-            f"more than half a step of {step:.3g} voxels"
+            f"more than half a step of {step:.3g} {unit}"
         )
 
 
@@ -140,7 +142,7 @@ def reverse_streamlines(lines: Streamlines, ratio: float, rng: np.random.Generat
 
 
 def add_noise(points: Tensor, size: float, rng: np.random.Generator) -> Tensor:
-    """Move points by normal noise that is clipped at two standard deviations; `size` is in voxels, before clipping."""
+    """Move points by normal noise clipped at two standard deviations; `size` is in their units, before clipping."""
     noise = rng.standard_normal(tuple(points.shape), dtype=np.float32)
     return points + torch.from_numpy(np.clip(noise, -_CLIP, _CLIP) * np.float32(size))
 

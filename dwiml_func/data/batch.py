@@ -17,7 +17,8 @@ class StreamlineBatch:
     """What a model sees at one step: S streamlines and the input volume along them.
 
     Args:
-        points: (P, 3) float32, voxel space, corner origin (voxel i covers [i, i + 1)).
+        points: (P, 3) float32, voxel space, corner origin (voxel i covers [i, i + 1)); of a subject whose voxels are no
+            cubes, in mm along the voxel axes.
         offsets: (S + 1,) int64, of `points`.
         subject: (S,) int64, each streamline's row in `dataset.index.subjects`.
         ids: (S,) int64, each streamline's number in the whole dataset.

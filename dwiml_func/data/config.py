@@ -90,7 +90,8 @@ class BatchConfig:
     compress: float | None = None
     """Remove points that lie within this distance of a straight line, in mm. None: points as stored in the file."""
     noise_gaussian_size_forward: float = 0.0
-    """Standard deviation, in voxels, of noise on the points that training gives the model as previous directions."""
+    """Standard deviation, in voxels (in mm where voxels are not cubes), of noise on the points that training gives the
+    model as previous directions."""
     noise_gaussian_size_loss: float = 0.0
     """The same for the points that training takes as targets."""
     split_ratio: float = 0.0

@@ -25,7 +25,7 @@ from dwiml_func.data.augmentation import (
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.interpolation import Interpolation
-from dwiml_func.data.neighborhood import Neighborhood, interpolate_neighborhood
+from dwiml_func.data.neighborhood import Neighborhood, direction_units, interpolate_neighborhood
 from dwiml_func.data.resampling import Resampling, resample_streamlines
 from dwiml_func.data.sampler import EpochPlan, SamplerSpec, sample_epoch
 from dwiml_func.data.streamlines import Streamlines, input_rows
@@ -84,8 +84,9 @@ class LoaderSpec:
 def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: LoaderSpec) -> StreamlineBatch:
     """Gather the streamlines of a request and interpolate their subjects' volumes along them.
 
-    In this order: resampling, splitting, reversing, interpolation of the inputs, noise. Pure: the same arguments give
-    the same bytes, in any process, on any number of threads, from memory or lazily.
+    In this order: resampling, splitting, reversing, interpolation of the inputs, noise. Where a subject's voxels are no
+    cubes, the batch's points are in mm along the voxel axes, so angles, lengths and noise are those of space. Pure: the
+    same arguments give the same bytes, in any process, on any number of threads, from memory or lazily.
 
     Args:
         request: which streamlines, and with augmentation the key.
@@ -133,13 +134,17 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
         ids, subject = ids[origin], subject[origin]
     if augmentation.reverse_ratio > 0:
         lines = reverse_streamlines(lines, augmentation.reverse_ratio, rng(Kind.REVERSE))
+    inputs = _inputs(lines, subject, dataset, spec)
+    units = direction_units(dataset.voxel_sizes)
+    if (units != 1).any():
+        lines = Streamlines(lines.points * units[subject].repeat_interleave(lines.lengths, dim=0), lines.offsets)
     forward, loss = augmentation.noise_gaussian_size_forward, augmentation.noise_gaussian_size_loss
     return StreamlineBatch(
         points=lines.points,
         offsets=lines.offsets,
         subject=subject,
         ids=ids,
-        inputs=_inputs(lines, subject, dataset, spec),
+        inputs=inputs,
         noisy_points=add_noise(lines.points, forward, rng(Kind.NOISE_FORWARD)) if forward > 0 else None,
         noisy_targets=add_noise(lines.points, loss, rng(Kind.NOISE_LOSS)) if loss > 0 else None,
     )
@@ -259,6 +264,9 @@ def _warn_of_large_noise(dataset: StreamlineDataset, spec: LoaderSpec) -> None:
             return
         nb_points = asked.nb_points or dataset.streamlines.lengths.double().mean().item()
         step = float(dataset.index.lengths_mm.mean()) / (nb_points - 1)
-    message = spec.augmentation.too_large_for(step / dataset.voxel_sizes.max().item())
+    units = direction_units(dataset.voxel_sizes)
+    largest = (dataset.voxel_sizes / units).max().item()  # mm; 1 where noise is in mm
+    unit = "mm" if (units != 1).any(dim=1).all() else "voxels"
+    message = spec.augmentation.too_large_for(step / largest, unit)
     if message is not None:
         warnings.warn(message, stacklevel=3)

@@ -17,9 +17,12 @@ __all__ = [
     "Neighborhood",
     "NeighborhoodType",
     "check_cubic_voxels",
+    "direction_units",
     "interpolate_neighborhood",
     "neighborhood_vectors",
 ]
+
+_CUBIC = 1.001  # how much longer one side of a cube may be than another
 
 NeighborhoodType = Literal["axes", "grid"]
 """A kind of neighbourhood, by name."""
@@ -105,13 +108,22 @@ def interpolate_neighborhood(
     return interpolate(volume, around, mode=mode).reshape(len(points), num_features)
 
 
+def direction_units(voxel_sizes: Tensor) -> Tensor:
+    """What turns steps in voxels into the units of directions, (..., 3): 1 where voxels are cubes, else mm.
+
+    Angles and lengths are those of space in both. Cubes keep their voxels, as in dwi_ml.
+    """
+    is_cubic = voxel_sizes.amax(dim=-1, keepdim=True) <= _CUBIC * voxel_sizes.amin(dim=-1, keepdim=True)
+    return torch.where(is_cubic, torch.ones_like(voxel_sizes), voxel_sizes)
+
+
 def check_cubic_voxels(voxel_sizes: Tensor, subjects: Sequence[str]) -> None:
     """Check that voxels are cubes within a thousandth: a neighbourhood's steps are counted in voxels.
 
     Source: dwi_ml, `neighborhood.py`, which asks for this and does not check it.
     """
     for subject, sizes in zip(subjects, voxel_sizes.tolist(), strict=True):
-        if max(sizes) > 1.001 * min(sizes):
+        if max(sizes) > _CUBIC * min(sizes):
             text = " x ".join(f"{size:.4g}" for size in sizes)
             raise ValueError(
                 f"A neighbourhood counts its steps in voxels, so it needs cubic voxels. Received: {text} mm "

@@ -70,7 +70,7 @@ def evaluate_directions(
 ) -> Evaluation:
     """Compare predicted directions with the streamlines' own, and with the baselines; NaN if no point counts.
 
-    `predict` maps a batch to directions (N, 3) in voxel space at its N points with a next direction. The first
+    `predict` maps a batch to directions (N, 3) along the voxel axes at its N points with a next direction. The first
     `num_features` input columns (None: all) are the volume at the point itself, the others that at its neighbours.
     """
     totals = {"model": 0.0, "keep_straight": 0.0, "principal_direction": 0.0}

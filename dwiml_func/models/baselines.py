@@ -38,7 +38,7 @@ def angular_error(predictions: Tensor, targets: Tensor) -> Tensor:
 
 
 def keep_straight(batch: StreamlineBatch) -> tuple[Tensor, Tensor]:
-    """Predict the previous direction again: predictions (N, 3) in voxel space, and which points have one, (N,) bool.
+    """Predict the previous direction again: (N, 3) along the voxel axes, and which points have one, (N,) bool.
 
     The N points are those with a next direction. Predictions have the previous step's length, and are zero elsewhere.
     """
@@ -55,13 +55,14 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
 
     The tensor is the log-linear least squares fit (Basser, Mattiello and Le Bihan, 1994) to the interpolated signal,
     read from its SH at 100 directions. The b-value only scales the tensor and is not needed. The SH are assumed to lie
-    along the voxel axes, and the voxels to be cubes.
+    along the voxel axes.
 
     `batch.inputs` are the SH coefficients of the signal divided by the unweighted signal, standardised.
     `input_attributes` are `sh_order` and optionally `sh_basis` (default "descoteaux07") and `sh_legacy` (False), the
     same for all subjects, and `standardization_mean` (0) and `standardization_std` (1), or a row of each per subject.
 
-    Returns unit vectors (N, 3) in voxel space and which points have one, as `keep_straight`; None without `sh_order`.
+    Returns unit vectors (N, 3) along the voxel axes and which points have one, as `keep_straight`, or None without
+    `sh_order`.
     Raises ValueError if the number of features is not that of the SH order, or the SH are unknown.
     """
     num = batch.inputs.shape[1]

@@ -40,8 +40,8 @@ class Learn2Track(TractographyModel):
             over a grid neighbourhood).
         input_embedded_size: for nn_embedding: its features.
         nb_cnn_filters, kernel_size: for cnn_embedding: channels and kernel of each layer.
-        nb_previous_dirs: number of previous directions (voxel space, zeros before the streamline's start) that follow
-            the embedded inputs.
+        nb_previous_dirs: number of previous directions (along the voxel axes, zeros before the streamline's start) that
+            follow the embedded inputs.
         prev_dirs_embedding_key: "no_embedding" or "nn_embedding".
         prev_dirs_embedded_size: for nn_embedding: features of all previous directions together.
         normalize_prev_dirs: bring previous directions to unit length; those without length stay zero.
@@ -133,7 +133,7 @@ class Learn2Track(TractographyModel):
 
         Returns:
             (N, K), in the order of `batch.inputs`: the direction getter's outputs (for cosine regression directions in
-            voxel space).
+            along the voxel axes).
 
         Raises:
             ValueError: the batch has another number of features than the model, inputs at other points, or none.
@@ -164,8 +164,8 @@ class Learn2Track(TractographyModel):
 
         Args:
             inputs: (S, input_size) float, the input volume at (and around) the streamlines' newest points.
-            dirs: (S, 3 * nb_previous_dirs) float, voxel space, the previous directions, the latest first, zeros where
-                there is none.
+            dirs: (S, 3 * nb_previous_dirs) float, along the voxel axes, the previous directions, the latest first,
+                zeros where there is none.
             state: the recurrent state returned by the previous step; None at the streamlines' first points. To drop
                 streamlines, index the rows of all of its tensors.
 

@@ -44,7 +44,7 @@ class TractographyModel(torch.nn.Module, ABC):
             batch: S streamlines, P points, as in `forward`.
 
         Returns:
-            (P - S, 3), voxel space, of any length: the directions that deterministic tracking takes.
+            (P - S, 3), along the voxel axes, of any length: the directions that deterministic tracking takes.
 
         Raises:
             ValueError: as in `forward`.

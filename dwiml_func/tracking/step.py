@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.rng import Stream, fold_in
+from dwiml_func.data.neighborhood import direction_units
 from dwiml_func.tracking.random_numbers import uniforms
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
@@ -56,8 +57,10 @@ def track_step(
     with torch.no_grad():
         inputs, dirs = space.read(state.position), state.dirs[:, : 3 * model.nb_previous_dirs]
         run_step = getattr(model, "run_step_in_place", model.run_step) if donate else model.run_step
-        outputs, model_state = run_step(inputs, dirs, state.model_state)
+        units = direction_units(torch.tensor(space.voxel_sizes, device=dirs.device))
+        outputs, model_state = run_step(inputs, dirs * units.repeat(model.nb_previous_dirs), state.model_state)
         direction, ends = _chosen(outputs, state, model, spec)
+        direction = direction / units
         step, is_valid = _step(direction, state.dirs[:, :3], space, spec)
         target = state.position + step
 
@@ -95,7 +98,7 @@ def track_step(
 
 
 def _chosen(outputs: Tensor, state: TrackState, model: StepModel, spec: TrackingSpec) -> tuple[Tensor, Tensor]:
-    """Directions (R, 3), voxel space, of any length, and whether the model ends the lines, (R,) bool."""
+    """Directions (R, 3), in the model's units, of any length, and whether the model ends the lines, (R,) bool."""
     getter = model.direction_getter
     if spec.algo == "prob":
         key = fold_in(state.key, Stream.TRACK, _DIRECTION)

@@ -24,6 +24,7 @@ _COMMON_ARGUMENTS = ("input_size", "dropout", "add_eos", "eos_weight")
 class DirectionGetter(torch.nn.Module, ABC):
     """Turns features at points into outputs, and defines what the outputs mean: their loss, and their direction.
 
+    Directions are along the voxel axes, in the units of the batch's points: voxels, or mm where voxels are not cubes.
     Only `forward` uses parameters; losses, directions and samples are functions of the outputs alone, so they also work
     on outputs of `torch.func.functional_call`.
 
@@ -89,8 +90,8 @@ class DirectionGetter(torch.nn.Module, ABC):
 
         Args:
             outputs: (N, K) float, from `forward`.
-            targets: (N, 3) float, voxel space, the direction to the next point, not normalised; zeros at the last point
-                of a streamline, which has a row only with `add_eos`.
+            targets: (N, 3) float, along the voxel axes, the direction to the next point, not normalised; zeros at the
+                last point of a streamline, which has a row only with `add_eos`.
             is_last: (N,) bool, the last points; required with `add_eos`, else None.
 
         Returns:
@@ -149,7 +150,7 @@ class DirectionGetter(torch.nn.Module, ABC):
             outputs: (N, K), from `forward`.
 
         Returns:
-            (N, 3), voxel space, of any length.
+            (N, 3), along the voxel axes, of any length.
         """
 
     def sample(self, outputs: Tensor, key: Key) -> Tensor:
@@ -160,7 +161,7 @@ class DirectionGetter(torch.nn.Module, ABC):
             key: of the random numbers: the same key gives the same directions (on one kind of device).
 
         Returns:
-            (N, 3), voxel space, without gradient.
+            (N, 3), along the voxel axes, without gradient.
 
         Raises:
             ValueError: the getter has no distribution to sample from.
@@ -184,7 +185,7 @@ class DirectionGetter(torch.nn.Module, ABC):
             uniforms: (N, 4) float64, each 0 < u < 1; a getter may leave the last ones unused.
 
         Returns:
-            (N, 3), voxel space, without gradient, as from `sample`.
+            (N, 3), along the voxel axes, without gradient, as from `sample`.
 
         Raises:
             ValueError: the getter has no distribution to sample from.

@@ -52,7 +52,7 @@ class FisherVonMises(DirectionGetter):
         self.layers_kappa = TwoLayerNetwork(input_size, 1, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute (N, 4): mean x, y, z, a unit vector in voxel space; kappa, 0 to 20.
+        """Compute (N, 4): mean x, y, z, a unit vector along the voxel axes; kappa, 0 to 20.
 
         With `add_eos` (N, 5), the last the logit of EOS.
         """
@@ -61,7 +61,7 @@ class FisherVonMises(DirectionGetter):
         return torch.cat([unit_vectors(means[..., :3]), kappas, means[..., 3:]], dim=-1)
 
     def directions(self, outputs: Tensor) -> Tensor:
-        """The means (N, 3), unit vectors in voxel space."""
+        """The means (N, 3), unit vectors along the voxel axes."""
         return outputs[..., :3]
 
     def _sample_from(self, outputs: Tensor, uniforms: Tensor) -> Tensor:

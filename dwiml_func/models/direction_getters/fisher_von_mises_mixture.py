@@ -59,7 +59,7 @@ class FisherVonMisesMixture(DirectionGetter):
         self.layers_kappa = TwoLayerNetwork(input_size, n_cluster, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute (N, 5 C): C logits of weights; C means x, y, z, unit vectors in voxel space; C kappas, 0 to 20.
+        """Compute (N, 5 C): C logits of weights; C means x, y, z, unit vectors along the voxel axes; C kappas, 0 to 20.
 
         With `add_eos` (N, 5 C + 1), the last the logit of EOS.
         """
@@ -69,7 +69,7 @@ class FisherVonMisesMixture(DirectionGetter):
         return torch.cat([self.layers_mixture(features), means, kappas, eos], dim=-1)
 
     def directions(self, outputs: Tensor) -> Tensor:
-        """The mean (N, 3), a unit vector in voxel space, of the distribution with the largest weight."""
+        """The mean (N, 3), a unit vector along the voxel axes, of the distribution with the largest weight."""
         logits, means, _ = self._parts(outputs)
         return component(means, logits.argmax(dim=-1))
 

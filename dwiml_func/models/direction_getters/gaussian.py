@@ -62,12 +62,12 @@ class Gaussian(DirectionGetter):
         self.layers_sigmas = TwoLayerNetwork(input_size, 3, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute (N, 6): mean x, y, z, voxel space; log sigma x, y, z. With `add_eos` (N, 7), EOS last."""
+        """Compute (N, 6): mean x, y, z, along the voxel axes; log sigma x, y, z. With `add_eos` (N, 7), EOS last."""
         means = self.layers_mean(features)
         return torch.cat([means[..., :3], self.layers_sigmas(features), means[..., 3:]], dim=-1)
 
     def directions(self, outputs: Tensor) -> Tensor:
-        """The means (N, 3), voxel space, of any length."""
+        """The means (N, 3), along the voxel axes, of any length."""
         return outputs[..., :3]
 
     def _sample_from(self, outputs: Tensor, uniforms: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class GaussianMixture(DirectionGetter):
         self.layers_sigmas = TwoLayerNetwork(input_size, 3 * nb_gaussians, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute (N, 7 G): G logits of weights; G means x, y, z, voxel space; G times log sigma x, y, z.
+        """Compute (N, 7 G): G logits of weights; G means x, y, z, along the voxel axes; G times log sigma x, y, z.
 
         With `add_eos` (N, 7 G + 1), the last the logit of EOS.
         """
@@ -68,7 +68,7 @@ class GaussianMixture(DirectionGetter):
         return torch.cat([self.layers_mixture(features), means, self.layers_sigmas(features), eos], dim=-1)
 
     def directions(self, outputs: Tensor) -> Tensor:
-        """The mean (N, 3), voxel space, of the Gaussian with the largest weight."""
+        """The mean (N, 3), along the voxel axes, of the Gaussian with the largest weight."""
         logits, means, _ = self._parts(outputs)
         return component(means, logits.argmax(dim=-1))
 

@@ -54,7 +54,7 @@ class Regression(DirectionGetter):
         self.layers = TwoLayerNetwork(input_size, self.output_size, dropout)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute directions (N, 3), voxel space, from features; with `add_eos` (N, 4)."""
+        """Compute directions (N, 3), along the voxel axes, from features; with `add_eos` (N, 4)."""
         return with_length(self.layers(features), self.normalize_outputs)
 
     def directions(self, outputs: Tensor) -> Tensor:

@@ -190,7 +190,8 @@ class Transformer(TractographyModel):
 
         Args:
             inputs: (S, input_size) float, the input volume at (and around) the streamlines' newest points.
-            dirs: (S, 3) float, voxel space, the previous direction, any at a streamline's first point; (S, 0) for tts.
+            dirs: (S, 3) float, along the voxel axes, the previous direction, any at a streamline's first point; (S, 0)
+                for tts.
             state: the state returned by the previous step; None at the streamlines' first points. In a row whose number
                 of points read is 0 a new streamline begins.
 
