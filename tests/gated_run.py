@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
+from preloaded import Fork, start_program
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results
 
 OPTIONS = (*STOCHASTIC, "--max-epochs", "2")
 """Of runs of 2 epochs of 4 training and 2 validation batches each."""
 
 GATED = """
-import signal, sys, threading
+import os, signal, sys, threading
 from dwiml_func.checkpoint import background
 from dwiml_func.cli.main import main
 from dwiml_func.experiment import setup
 
-place, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+gate, place, number, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:]
 count = 0
+os.setsid()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 
 def gated(function):
@@ -31,7 +34,7 @@ def gated(function):
         count += 1
         if count == number:
             print("gate", flush=True)
-            sys.stdin.readline()
+            open(gate).readline()
         return function(*args, **kwargs)
     return call
 
@@ -69,41 +72,70 @@ else:
     setup.make_steps = gated_steps
 sys.exit(main(arguments))
 """
-"""The program. It prints `gate` and waits for a line, in the middle of a call or as soon as its workers were started;
-or it hangs in its first save; or it sends itself the signal of Ctrl-C while it opens the data."""
+"""The program. It prints `gate` and waits for a line from a pipe, in the middle of a call or as soon as its workers
+were started; or it hangs in its first save; or it sends itself the signal of Ctrl-C while it opens the data."""
 
 
-def read_to(pipe: IO[str] | None, text: str) -> str:
-    """Read lines up to one that has the text; returns it."""
-    assert pipe is not None
-    for line in pipe:
-        if text in line:
-            return line
-    raise AssertionError(f"the process ended without {text!r}")
+REPLACED = "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])"
+
+
+class Gated:
+    """A training process that has reached its gate. It leads a process group of its own."""
+
+    def __init__(self, process: Fork, gate: Path) -> None:
+        self._process, self._gate = process, gate
+        self._num_read = 0  # characters of standard error
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the whole group, as Ctrl-C on a terminal and many schedulers' SIGTERM do."""
+        os.killpg(self._process.pid, number)
+
+    def read_out(self, text: str) -> None:
+        """Wait for a line of standard output that has the text."""
+        self._end_of_line(text, lambda: self._process.out)
+
+    def read_err(self, text: str) -> None:
+        """Wait for a line of standard error that has the text; `end` returns what follows it."""
+        self._num_read += self._end_of_line(text, lambda: self._process.err[self._num_read :])
+
+    def end(self, *, through_gate: bool = False) -> tuple[int, str, str]:
+        """Let it through the gate, or not, and wait for its end.
+
+        Returns its exit code, what it printed, and what is left to read of its standard error.
+        """
+        if through_gate:
+            self._gate.write_text("\n")
+        code = self._process.wait(120)
+        return code, self._process.out, self._process.err[self._num_read :]
+
+    def _end_of_line(self, text: str, read: Callable[[], str]) -> int:
+        while True:
+            ended = self._process.poll() is not None
+            printed = read()
+            if text in printed and (end := printed.find("\n", printed.index(text))) >= 0:
+                return end + 1
+            assert not ended, f"the process ended without {text!r}: {self._process.err}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.01)
 
 
 @contextmanager
-def gated(
-    folder: Path, place: str, number: int, *options: str, prefix: Sequence[str] = ()
-) -> Iterator[subprocess.Popen[str]]:
-    """A training process, in its own process group, that has reached its gate."""
-    command = [*prefix, sys.executable, "-c", GATED, place, str(number)]
-    with subprocess.Popen(
-        [*command, "train", str(folder), "run", str(DATA), *OPTIONS, *options],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        watchdog = threading.Timer(120, process.kill)  # a failure, instead of a test without an end
-        watchdog.start()
+def gated(folder: Path, place: str, number: int, *options: str, prefix: Sequence[str] = ()) -> Iterator[Gated]:
+    """A training process that has reached its gate. With `prefix`, a command, it is a new one which that starts."""
+    with tempfile.TemporaryDirectory() as own:
+        gate = Path(own) / "gate"
+        os.mkfifo(gate)
+        arguments = (gate, place, number, "train", folder, "run", DATA, *OPTIONS, *options)
+        if prefix:
+            process = start_program(REPLACED, *prefix, sys.executable, "-c", GATED, *arguments)
+        else:
+            process = start_program(GATED, *arguments)
         try:
-            read_to(process.stdout, "gate")
-            yield process
+            run = Gated(process, gate)
+            run.read_out("gate")
+            yield run
         finally:
             process.kill()
-            watchdog.cancel()
 
 
 def train_whole(folder: Path) -> Path:

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["Fork", "run_command", "run_program", "run_ranks", "start_command"]
+__all__ = ["Fork", "finished", "run_command", "run_program", "run_ranks", "start_command", "start_program"]
 
 COMMAND = "import sys; from dwiml_func.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -46,6 +46,7 @@ for line in sys.stdin:
         os.dup2(file, stream)
         os.close(file)
     os.environ.update(order["environment"])
+    os.chdir(order["folder"])
     sys.argv[1:] = order["arguments"]
     break
 else:
@@ -114,12 +115,15 @@ class _Server:
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
-    def start(self, program: str, arguments: tuple[object, ...], environment: Mapping[str, str]) -> Fork:
+    def start(
+        self, program: str, arguments: tuple[object, ...], environment: Mapping[str, str], folder: Path | None
+    ) -> Fork:
         self._count += 1
         out, err = (Path(self._folder.name) / f"{self._count}.{stream}" for stream in ("out", "err"))
         out.touch()
         err.touch()
         order = {"program": program, "arguments": list(map(str, arguments)), "environment": dict(environment)}
+        order["folder"] = str(folder or Path.cwd())
         return Fork(self, self.ask({**order, "out": str(out), "err": str(err)}), out, err)
 
     def _end(self) -> None:
@@ -130,28 +134,47 @@ class _Server:
 _server = functools.cache(_Server)
 
 
-def start_command(*arguments: object, environment: Mapping[str, str] | None = None) -> Fork:
+def start_program(
+    program: str, *arguments: object, environment: Mapping[str, str] | None = None, folder: Path | None = None
+) -> Fork:
+    """Start a program of Python, in a folder if one is given."""
+    return _server().start(program, arguments, environment or {}, folder)
+
+
+def start_command(*arguments: object, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> Fork:
     """Start a `dwiml-func` command."""
-    return _server().start(COMMAND, arguments, environment or {})
+    return start_program(COMMAND, *arguments, environment=environment, folder=folder)
 
 
-def run_command(*arguments: object, environment: Mapping[str, str] | None = None) -> str:
+def run_command(*arguments: object, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> str:
     """Run a `dwiml-func` command to its end, which must be good; returns what it printed."""
-    return run_program(COMMAND, *arguments, environment=environment)
+    return run_program(COMMAND, *arguments, environment=environment, folder=folder)
 
 
-def run_program(program: str, *arguments: object, environment: Mapping[str, str] | None = None) -> str:
+def run_program(
+    program: str, *arguments: object, environment: Mapping[str, str] | None = None, folder: Path | None = None
+) -> str:
     """Run a program to its end, which must be good; returns what it printed."""
-    return _ended([_server().start(program, arguments, environment or {})])[0]
+    return _ended([start_program(program, *arguments, environment=environment, folder=folder)])[0]
 
 
-def run_ranks(num_processes: int, *arguments: object) -> list[str]:
+def finished(process: Fork) -> Fork:
+    """Wait for the end of a process, good or bad."""
+    try:
+        process.wait(timeout=300)
+    finally:
+        process.kill()
+    return process
+
+
+def run_ranks(num_processes: int, *arguments: object, environment: Mapping[str, str] | None = None) -> list[str]:
     """Run a command in several processes that train together, told of each other as `torchrun` tells them; returns what
     each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    place |= environment or {}
     ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
     return _ended([start_command(*arguments, environment=rank) for rank in ranks])
 

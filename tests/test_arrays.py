@@ -185,9 +185,9 @@ def test_damage_of_any_file_is_noticed_or_harmless(saved, corrupt, capfd):
     assert len(files_of(corrupt)) > 5
     for file in files_of(corrupt):
         content = file.read_bytes()
-        places = sorted({0, len(content) // 3, len(content) // 2, len(content) - 1} if content else ())
-        variants = [content[:k] + bytes([content[k] ^ mask]) + content[k + 1 :] for k in places for mask in (1, 0x20)]
-        for variant in [*variants, content[: len(content) // 2], content[:-1], b"", None]:
+        places = sorted({0, len(content) // 2, len(content) - 1} if content else ())
+        variants = [content[:k] + bytes([content[k] ^ 1]) + content[k + 1 :] for k in places]
+        for variant in [*variants, content[:-1], b"", None]:
             if variant is None:
                 file.unlink()
             else:

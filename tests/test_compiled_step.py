@@ -68,8 +68,9 @@ def same_states(first, second) -> bool:
     return all(torch.equal(*pair) for pair in zip(*leaves, strict=True))
 
 
-@pytest.mark.parametrize("clip_grad", [None, 0.1])
-@pytest.mark.parametrize("optimizer", [sgd(momentum=0.9), adam(weight_decay=0.1), adamw(), radam()])
+@pytest.mark.parametrize(
+    ("optimizer", "clip_grad"), [(sgd(momentum=0.9), 0.1), (adam(weight_decay=0.1), None), (adamw(), 0.1), (radam(), 1)]
+)
 def test_compiled_steps_are_those_of_train_step(optimizer, clip_grad):
     start, compiled, eager = make_steps(make_model(0.5), optimizer=optimizer, clip_grad=clip_grad)
     start = start.replace(epoch=3, batch=2)  # the steps done do not tell the address of the random numbers

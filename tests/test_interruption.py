@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import threading
 from pathlib import Path
 
 import pytest
-from gated_run import OPTIONS, check_same_end, gated, read_to, train_whole
+from gated_run import OPTIONS, check_same_end, gated, train_whole
 from reproduction_cases import DATA, differences, files, results
 
 from dwiml_func.checkpoint.index import list_checkpoints
@@ -35,12 +34,11 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_signal_saves_the_current_batch_and_the_printed_command_gives_identical_results(
     cli, uninterrupted, tmp_path, number, place, call, processes, checkpoint
 ):
-    """The signal goes to the whole group, as Ctrl-C on a terminal and many schedulers' SIGTERM do."""
     with gated(tmp_path, place, call, "--processes", processes) as process:
-        os.killpg(process.pid, number)
-        read_to(process.stderr, "Finishing the current batch, then saving")
-        out, err = process.communicate("go on\n")
-    assert process.returncode == 128 + number
+        process.signal(number)
+        process.read_err("Finishing the current batch, then saving")
+        code, out, err = process.end(through_gate=True)
+    assert code == 128 + number
     (line,) = err.splitlines()
     assert f"stopped by {number.name} and saved as checkpoint {checkpoint}. To resume: dwiml-func resume " in line
     assert "Finished" not in out
@@ -53,11 +51,11 @@ def test_a_signal_saves_the_current_batch_and_the_printed_command_gives_identica
 
 def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stands(cli, uninterrupted, tmp_path):
     with gated(tmp_path, "step", 6, "--checkpoint-every", "1batches") as process:
-        os.killpg(process.pid, signal.SIGINT)
-        read_to(process.stderr, "Finishing the current batch, then saving")
-        os.killpg(process.pid, signal.SIGINT)  # while the batch is trained: nobody lets it through the gate
-        err = process.communicate()[1]
-    assert process.returncode == 130
+        process.signal(signal.SIGINT)
+        process.read_err("Finishing the current batch, then saving")
+        process.signal(signal.SIGINT)  # while the batch is trained: nobody lets it through the gate
+        code, _, err = process.end()
+    assert code == 130
     assert err == "dwiml-func: stopped immediately. The last checkpoint is kept.\n"
     assert list_checkpoints(tmp_path / "run")[-1] in ("1", "1-1")  # the save of the latter may have begun
     assert cli("resume", tmp_path, "run", "--checkpoint-every", "1epoch").code == 0
@@ -66,18 +64,18 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_stands(cli, unint
 
 def test_a_second_ctrl_c_does_not_wait_for_a_save(tmp_path):
     with gated(tmp_path, "save", 1) as process:  # a disk that never answers
-        process.send_signal(signal.SIGINT)
-        read_to(process.stderr, "Finishing the current batch, then saving")
-        process.send_signal(signal.SIGINT)
-        process.communicate()
-    assert process.returncode == 130
+        process.signal(signal.SIGINT)
+        process.read_err("Finishing the current batch, then saving")
+        process.signal(signal.SIGINT)
+        code, _, _ = process.end()
+    assert code == 130
     assert list_checkpoints(tmp_path / "run") == []
 
 
 def test_ctrl_c_before_the_training_is_one_line(tmp_path):
     with gated(tmp_path, "interrupt", 1) as process:
-        err = process.communicate()[1]
-    assert process.returncode == 130
+        code, _, err = process.end()
+    assert code == 130
     assert err == "dwiml-func train: interrupted. The last checkpoint is kept.\n"
     assert list(tmp_path.iterdir()) == []
 
@@ -124,9 +122,9 @@ def test_the_exit_codes_are_those_a_shell_expects(tmp_path):
 
 def test_the_same_command_again_resumes_a_run_and_sums_up_one_that_has_ended(cli, uninterrupted, tmp_path):
     with gated(tmp_path, "step", 6) as process:
-        process.send_signal(signal.SIGTERM)
-        read_to(process.stderr, "Finishing the current batch, then saving")
-        process.communicate("go on\n")
+        process.signal(signal.SIGTERM)
+        process.read_err("Finishing the current batch, then saving")
+        process.end(through_gate=True)
     command = ("train", tmp_path, "run", DATA, *OPTIONS)
     again = cli(*command)
     assert again.code == 0

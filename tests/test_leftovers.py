@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import subprocess
-import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 from experiment_cases import PHANTOM, contents
-from preloaded import start_command
+from preloaded import start_command, start_program
 
 OPTIONS = (
     "--rnn-layer-sizes",
@@ -31,22 +33,38 @@ from dwiml_func.files.atomic import atomic_directory
 with atomic_directory(Path(sys.argv[1])) as folder:
     (folder / "a").write_text("complete")
     print(folder.name, flush=True)
-    sys.stdin.readline()
+    open(sys.argv[2]).readline()
 """
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A process in the middle of an atomic write, and the name of its temporary."""
-    command = [sys.executable, "-c", WRITES, path]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip(), process
+def writing(path: Path) -> Iterator[tuple[str, Callable[[], int]]]:
+    """The temporary of a process in the middle of an atomic write, and a function that lets it end well.
+
+    It is killed otherwise.
+    """
+    with tempfile.TemporaryDirectory() as own:
+        gate = Path(own) / "gate"
+        os.mkfifo(gate)
+        process = start_program(WRITES, path, gate)
+
+        def end() -> int:
+            gate.write_text("\n")
+            return process.wait(60)
+
+        while not process.out.endswith("\n"):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                raise AssertionError(f"the process ended with {process.wait(0.01)}: {process.err}")
+        try:
+            yield process.out.strip(), end
+        finally:
+            process.kill()
+            process.wait(60)
 
 
 def killed_while_writing(path: Path) -> str:
-    with writing(path) as (name, process):
-        process.kill()
+    with writing(path) as (name, _):
+        pass
     return name
 
 
@@ -80,11 +98,10 @@ def test_a_new_experiment_removes_what_a_killed_start_of_it_left_and_nothing_of_
     killed_while_writing(tmp_path / "another")
     before = contents(tmp_path)
     leftover = killed_while_writing(tmp_path / "a")
-    with writing(tmp_path / "figures") as (name, process):
+    with writing(tmp_path / "figures") as (name, end):
         make(cli, tmp_path, "a")
         assert (tmp_path / name / "a").exists()
-        process.communicate("go on\n")
-    assert process.returncode == 0
+        assert end() == 0
     after = contents(tmp_path)
     assert not (tmp_path / leftover).exists()
     assert {path: after[path] for path in before} == before
@@ -115,9 +132,9 @@ def test_a_resume_removes_what_a_crash_left_anywhere_in_the_experiment(cli, tmp_
         (place / leftover).mkdir(parents=True, exist_ok=True)
         (place / ".tmp-notes").mkdir(exist_ok=True)
     (run / ".dwiml-old-moved").mkdir()  # not a name that our functions give
-    with writing(members[0] / "figure") as (temporary, other):
+    with writing(members[0] / "figure") as (temporary, end):
         assert cli("resume", tmp_path, "a", "--new-max-epochs", "2").code == 0
         assert (members[0] / temporary).exists()
-        other.communicate("go on\n")
+        assert end() == 0
     assert [str(path) for path in run.rglob(".dwiml-*")] == [str(run / ".dwiml-old-moved")]
     assert all((place / ".tmp-notes").is_dir() for place in places)

@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from experiment_cases import latest_digest
+from preloaded import finished, run_command, run_program, start_command
 
 ROOT = Path(__file__).parents[1]
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -33,10 +35,15 @@ def _run(*command: str, folder: Path) -> str:
     return done.stdout
 
 
+def _run_script(script: str, folder: Path) -> str:
+    """Run a script in a process of its own, where warnings are errors."""
+    start = "import torch, warnings\ntorch.set_num_threads(1)\nwarnings.simplefilter('error')\n"
+    return run_program(start + script, folder=folder)
+
+
 def test_the_script_of_an_ensemble_runs(tmp_path: Path) -> None:
     (script,) = _blocks("python", "Many models at once")
-    (tmp_path / "script.py").write_text(script)
-    last = _run(sys.executable, "script.py", folder=tmp_path).splitlines()[-1]
+    last = _run_script(script, tmp_path).splitlines()[-1]
     assert re.fullmatch(r"10 \{0: \d[^ ]*, 1: \d[^ ]*, 2: \d[^ ]*\}", last)
 
 
@@ -47,22 +54,16 @@ def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
     experiments.mkdir()
     shutil.copy(PHANTOM, experiments / "example_data.hdf5")
     (tmp_path / "script.py").write_text(script)
-    (tmp_path / "pieces.py").write_text(pieces)
 
     printed = _run(sys.executable, "script.py", folder=tmp_path)
-    again = _run(sys.executable, "script.py", folder=tmp_path)
-    command = [sys.executable, "-m", "dwiml_func", "train", "experiments", "command"]
-    _run(*command, "experiments/example_data.hdf5", *["--max-epochs", "3", "--nb-previous-dirs", "1"], folder=tmp_path)
+    again = _run_script(script, tmp_path)
+    command = ("train", "experiments", "command", "experiments/example_data.hdf5")
+    run_command(*command, "--max-epochs", 3, "--nb-previous-dirs", 1, folder=tmp_path)
 
-    assert re.fullmatch(
-        r"\d+ batches; \d+ streamlines in the first; \(5, 6\)\n", _run(sys.executable, "pieces.py", folder=tmp_path)
-    )
+    assert re.fullmatch(r"\d+ batches; \d+ streamlines in the first; \(5, 6\)\n", _run_script(pieces, tmp_path))
     assert [line.split()[0] for line in printed.splitlines()] == ["1", "2", "3"]
     assert again == ""  # the run is restored, and has no epoch left
-    digests = [
-        _run(sys.executable, "-m", "dwiml_func", "digest", f"experiments/{name}", folder=tmp_path)
-        for name in ("my_loop", "command")
-    ]
+    digests = [latest_digest(experiments / name) for name in ("my_loop", "command")]
     assert digests[0] == digests[1]
 
 
@@ -73,8 +74,7 @@ def test_a_model_of_ones_own_is_short_and_learns(tmp_path: Path) -> None:
     assert len([line for line in own[0].splitlines() if line.strip()]) <= 20  # the module and its loss
     (tmp_path / "experiments").mkdir()
     shutil.copy(PHANTOM, tmp_path / "experiments" / "example_data.hdf5")
-    (tmp_path / "script.py").write_text(script)
-    epochs = [line.split() for line in _run(sys.executable, "script.py", folder=tmp_path).splitlines()]
+    epochs = [line.split() for line in _run_script(script, tmp_path).splitlines()]
     assert [epoch for epoch, _, _ in epochs] == ["1", "2", "3", "4", "5"]
     assert float(epochs[-1][1]) < 0.9 * float(epochs[0][1])  # of the training
     assert float(epochs[-1][2]) < float(epochs[0][2])  # of the validation
@@ -97,8 +97,7 @@ def test_every_command_has_its_line_in_the_guide() -> None:
 
 def test_the_example_of_gradients_through_training_gives_gradients(tmp_path: Path) -> None:
     [script] = _blocks("python", "Gradients through training")
-    (tmp_path / "script.py").write_text(script)
-    printed = _run(sys.executable, "-W", "error", "script.py", folder=tmp_path).split()
+    printed = _run_script(script, tmp_path).split()
     assert len(printed) == 2
     assert all(abs(float(number)) > 0 for number in printed)
 
@@ -108,10 +107,15 @@ def test_the_commands_that_reproduce_and_verify_run_as_they_stand(tmp_path: Path
     experiments = tmp_path / "experiments"
     experiments.mkdir()
     shutil.copy(PHANTOM, experiments / "example_data.hdf5")
-    program = shlex.join([sys.executable, "-m", "dwiml_func"])
-    _run(*shlex.split(program), "train", "experiments", "first_run", "--max-epochs", "2", folder=tmp_path)
-    script = "set -eu\n" + block.replace("dwiml-func", program).replace("--max-epochs 32", "--max-epochs 3")
-    printed = _run("bash", "-c", script, folder=tmp_path)
+    run_command("train", "experiments", "first_run", "--max-epochs", 2, folder=tmp_path)
+    printed = ""
+    for line in block.replace("--max-epochs 32", "--max-epochs 3").splitlines():
+        command, _, fails = line.partition(" || ")  # `|| true`: diff found a difference
+        program, *arguments = shlex.split(command)
+        assert (program, fails) in (("dwiml-func", ""), ("dwiml-func", "true"))
+        done = finished(start_command(*arguments, folder=tmp_path))
+        assert done.returncode == (1 if fails else 0), done.err
+        printed += done.out
     assert "epoch 2, replayed from checkpoint 1, is bitwise identical to the recorded epoch" in printed
     assert "training.learning_rate" in printed  # what differs
     assert re.search(r"^slower +finished +3/3 ", printed, flags=re.MULTILINE)
@@ -124,10 +128,9 @@ def test_the_commands_that_go_on_and_that_start_several_processes_run_as_they_st
     experiments = tmp_path / "experiments"
     experiments.mkdir()
     shutil.copy(PHANTOM, experiments / "example_data.hdf5")
-    program = [sys.executable, "-m", "dwiml_func"]
-    _run(*program, "train", "experiments", "first_run", "--max-epochs", "1", folder=tmp_path)
+    run_command("train", "experiments", "first_run", "--max-epochs", 1, folder=tmp_path)
     arguments = shlex.split(go_on.replace("50", "2"))[1:]
-    assert "Finished after 2 epochs" in _run(*program, *arguments, folder=tmp_path)
+    assert "Finished after 2 epochs" in run_command(*arguments, folder=tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", *shlex.split(several)[1:], "--max-epochs", "1"]
     assert "Finished after 1 epoch" in _run(*launcher, folder=tmp_path)
 
@@ -165,8 +168,7 @@ def test_every_training_option_of_dwi_ml_is_ours_or_in_the_table(cli) -> None:
 
 def test_a_torch_dataloader_is_a_source_and_the_weights_go_back(tmp_path: Path) -> None:
     (script,) = _blocks("python", "Bring your own data source")
-    (tmp_path / "script.py").write_text(script)
-    losses = [float(line.split()[1]) for line in _run(sys.executable, "script.py", folder=tmp_path).splitlines()]
+    losses = [float(line.split()[1]) for line in _run_script(script, tmp_path).splitlines()]
     assert len(losses) == 5
     assert losses[-1] < 0.1 * losses[0]
 
@@ -212,5 +214,4 @@ def test_the_recipes_run_one_after_the_other(tmp_path: Path) -> None:
     assert len(blocks) == 14
     checks = "assert state.epoch >= 2 and 0 < report.train['loss'] < 0.75\n"
     script = "\n".join(block + (checks if "run(" in block.splitlines()[-1] else "") for block in blocks)
-    (tmp_path / "script.py").write_text(script + "assert torch.equal(model[0].weight, state.params['0.weight'])\n")
-    _run(sys.executable, "-W", "error", "script.py", folder=tmp_path)
+    _run_script(script + "assert torch.equal(model[0].weight, state.params['0.weight'])\n", tmp_path)

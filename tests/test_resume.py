@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from experiment_cases import latest_digest
+from preloaded import Fork, finished, start_command
 from reproduction_cases import logs
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
@@ -37,7 +38,13 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
 
 
 def train_command(folder: Path, name: str, max_epochs: int, *options: str) -> list[str]:
-    return [*PROGRAM, "train", str(folder), name, str(PHANTOM), *OPTIONS, "--max-epochs", str(max_epochs), *options]
+    return ["train", str(folder), name, str(PHANTOM), *OPTIONS, "--max-epochs", str(max_epochs), *options]
+
+
+def run_preloaded(*arguments: object) -> Fork:
+    process = finished(start_command(*arguments))
+    assert process.returncode == 0, process.err
+    return process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Whole:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Four epochs in one process."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run(*train_command(folder, "run", 4))
+    done = run(*PROGRAM, *train_command(folder, "run", 4))
     return Whole(folder / "run", done.stdout, done.stderr)
 
 
@@ -82,11 +89,10 @@ def check_same_end(directory: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(whole, tmp_path, stop):
-    first = run(*train_command(tmp_path, "run", stop))
-    assert f"Finished after {stop} epoch" in first.stdout
+    first = run_preloaded(*train_command(tmp_path, "run", stop))
+    assert f"Finished after {stop} epoch" in first.out
     assert latest_digest(tmp_path / "run") != latest_digest(whole.directory)
-    resume = (*SCRIPT,) if stop == 2 else (*PROGRAM, "resume")
-    second = run(*resume, tmp_path, "run", "--new_max_epochs" if stop == 2 else "--new-max-epochs", 4)
+    second = run_preloaded("resume", tmp_path, "run", "--new-max-epochs", 4)
 
     check_same_end(tmp_path / "run", whole.directory)
     assert (tmp_path / "run" / "config.json").read_bytes() == (whole.directory / "config.json").read_bytes()
@@ -95,10 +101,10 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(whole, tmp_p
     assert histories[1][stop - 1].pop("stop") is None
     assert without_durations(histories[0]) == without_durations(histories[1])
 
-    lines = epoch_lines(first.stdout) + epoch_lines(second.stdout)
+    lines = epoch_lines(first.out) + epoch_lines(second.out)
     assert [line.replace(f"/{stop} ", "/4 ") for line in lines] == epoch_lines(whole.out)
-    assert first.stderr == second.stderr == ""
-    summaries = [text.split("\n\n")[1].splitlines()[1:] for text in (second.stdout, whole.out)]
+    assert first.err == second.err == ""
+    summaries = [text.split("\n\n")[1].splitlines()[1:] for text in (second.out, whole.out)]
     assert summaries[0] == summaries[1]
 
 
@@ -108,19 +114,19 @@ def epoch_lines(out: str) -> list[str]:
 
 
 def test_a_run_that_was_killed_in_its_first_epoch_starts_again(whole, tmp_path):
-    command = train_command(tmp_path, "run", 4)
+    command = [*PROGRAM, *train_command(tmp_path, "run", 4)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "96 streamlines of 2 training subjects" in process.stdout.readline()
         process.kill()
     assert process.returncode == -9
     assert list_checkpoints(tmp_path / "run") == []
-    run(*PROGRAM, "resume", tmp_path, "run")
+    run(*SCRIPT, tmp_path, "run", "--new_max_epochs", 4)  # dwi_ml's name of the command and of its option
     check_same_end(tmp_path / "run", whole.directory)
 
 
 def test_loading_processes_and_a_terminal_change_nothing_but_the_bar(cli, tmp_path):
-    command = train_command(tmp_path, "run", 1, "--processes", "2")
+    command = [*PROGRAM, *train_command(tmp_path, "run", 1, "--processes", "2")]
     terminal, stderr = os.openpty()
     termios.tcsetwinsize(stderr, (24, 120))  # tqdm shows nothing in 0 columns
     shown = b""
@@ -135,7 +141,7 @@ def test_loading_processes_and_a_terminal_change_nothing_but_the_bar(cli, tmp_pa
     os.close(terminal)
     assert process.wait(timeout=60) == 0, shown.decode()
 
-    here = cli(*train_command(tmp_path, "here", 1)[len(PROGRAM) :])  # without them, in this process
+    here = cli(*train_command(tmp_path, "here", 1))  # without them, in this process
     check_same_end(tmp_path / "run", tmp_path / "here")
     assert epoch_lines((tmp_path / "out").read_text()) == epoch_lines(here.out)
     assert here.err == ""
@@ -165,8 +171,8 @@ def test_a_pipe_gets_the_epochs_lines_and_the_summary_only(whole):
 
 
 def test_the_digest_is_the_same_in_another_process(whole):
-    done = run(*PROGRAM, "digest", whole.directory)
-    assert done.stderr == ""
-    assert done.stdout == latest_digest(whole.directory) + "\n"
+    done = run_preloaded("digest", whole.directory)
+    assert done.err == ""
+    assert done.out == latest_digest(whole.directory) + "\n"
     manifest = json.loads((whole.directory / "checkpoint" / "4" / "manifest.json").read_text())
-    assert manifest["digest"] == done.stdout.strip()
+    assert manifest["digest"] == done.out.strip()

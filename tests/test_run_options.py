@@ -94,6 +94,19 @@ def test_a_dry_run_prints_the_config_and_writes_nothing(cli, experiments: Path) 
     assert sorted(experiments.rglob("*")) == before
 
 
+def test_a_dry_run_of_a_sweep_prints_the_config_of_every_member(cli, folder: Path) -> None:
+    outcome = cli("train", folder, "new", PHANTOM, "--sweep", "rng=3,5", "weight-decay=0,0.1", "--dry-run")
+    configs = [config_from_json(json.dumps(config)) for config in json.loads(outcome.out)]
+    assert [(config.training.rng, config.training.weight_decay) for config in configs] == [
+        (3, 0),
+        (3, 0.1),
+        (5, 0),
+        (5, 0.1),
+    ]
+    assert "  2: learning rate 0.001, weight decay 0, rng 5\n" in outcome.err
+    assert list(folder.iterdir()) == []
+
+
 def test_a_new_run_has_no_origin(cli, folder: Path) -> None:
     path = folder.parent / "config.json"
     shutil.copy(PHANTOM, folder / "example_data.hdf5")

@@ -7,8 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from preloaded import run_program
 
 import dwiml_func
 from dwiml_func.checkpoint.manifest import manifest_checksum
@@ -130,10 +129,8 @@ print(len(seen) > 0)
 
 
 def test_the_commands_unpickle_nothing_while_they_run(tmp_path):
-    arguments = [sys.executable, "-c", WATCHED, tmp_path, DATA / "phantom.hdf5", DATA / "cos"]
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-2:] == ["[0, 0, 0, 0, 0, 0, 0, 0] set()", "True"]
+    out = run_program(WATCHED, tmp_path, DATA / "phantom.hdf5", DATA / "cos")
+    assert out.splitlines()[-2:] == ["[0, 0, 0, 0, 0, 0, 0, 0] set()", "True"]
 
 
 class Bomb:

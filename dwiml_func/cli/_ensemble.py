@@ -19,7 +19,7 @@ from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.lock import experiment_lock
 
-__all__ = ["resume_members", "train_members"]
+__all__ = ["describe_members", "resume_members", "train_members"]
 
 
 def train_members(experiments_path: str, experiment_name: str, configs: Sequence[RunConfig]) -> None:
@@ -39,6 +39,15 @@ def resume_members(directory: Path, **options: Any) -> None:
         _train(directory, members, ensemble, histories)
 
 
+def describe_members(directory: Path, configs: Sequence[RunConfig]) -> str:
+    """The ensemble, and a line for each member with what it does not share."""
+    lines = [f"{directory}: an ensemble of {len(configs)} members, each in its own folder"]
+    for number, training in enumerate(config.training for config in configs):
+        rate = " ".join(training.learning_rate)
+        lines.append(f"  {number}: learning rate {rate}, weight decay {training.weight_decay:g}, rng {training.rng}")
+    return "\n".join(lines)
+
+
 @contextmanager
 def _locks(directory: Path, num_members: int) -> Iterator[None]:
     with ExitStack() as stack:
@@ -53,11 +62,7 @@ def _train(
     ensemble: EnsembleState | None,
     histories: Sequence[tuple[EpochReport, ...]],
 ) -> None:
-    print_progress(f"{directory}: an ensemble of {len(members)} members, each in its own folder")
-    for number, parts in enumerate(members):
-        training = parts.config.training
-        rate = " ".join(training.learning_rate)
-        print_progress(f"  {number}: learning rate {rate}, weight decay {training.weight_decay:g}, rng {training.rng}")
+    print_progress(describe_members(directory, [parts.config for parts in members]))
     failed: dict[int, str] = {}
     own = list(histories)
     max_epochs = members[0].config.training.max_epochs

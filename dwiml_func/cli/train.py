@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,13 +16,14 @@ from typing import Annotated, Self
 import torch
 import tyro
 
-from dwiml_func.cli._ensemble import train_members
+from dwiml_func.cli._ensemble import describe_members, train_members
 from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import RunOptions, example_options, kept_example_options, read_config_part
 from dwiml_func.cli._training import describe_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in, rank_zero_first
 from dwiml_func.distributed.sharding import ProcessGroup
+from dwiml_func.experiment.config import ModelConfig
 from dwiml_func.experiment.folder import check_new_experiment, create_experiment, experiment_directory
 from dwiml_func.experiment.init_from import create_initialized, initialize_from
 from dwiml_func.experiment.resume import check_same_run, resume_experiment
@@ -61,11 +64,16 @@ class Options(CommandOptions, RunOptions):
     """Train one model per value at once: NAME=VALUE,VALUE,... of learning-rate, weight-decay or rng. Several names: all
     combinations."""
     dry_run: bool = False
-    """Print the complete config as JSON, and a description of the data on standard error. Train and write nothing."""
+    """Print the complete config as JSON (of an ensemble, the list of its members' configs), and a description of the
+    data on standard error. Train and write nothing."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str], program: str) -> Self:
-        """The command line overrides --config, which overrides the options that suit the data."""
+        """The command line overrides --config, which overrides the options that suit the data.
+
+        One reading is enough, unless options stand before the positional arguments: then only it tells whether a file
+        was given.
+        """
         early, _ = tyro.cli(_Early, args=list(arguments), prog=program, return_unknown_args=True, add_help=False)
 
         def read(base: RunOptions, *, is_silent: bool = False) -> Self:
@@ -78,18 +86,20 @@ class Options(CommandOptions, RunOptions):
             )
             return parse(cls, arguments, program, default=default, is_silent=is_silent)
 
-        with contextlib.suppress(ValueError, OSError, SystemExit):  # an error shows again below
-            options = read(example_options(), is_silent=True)
-            if options.hdf5_file is None:
-                return read(example_options(options.model.dg_key), is_silent=True)
+        if len(list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))) < 3:
+            with contextlib.suppress(ValueError, OSError, SystemExit):  # an error shows again below
+                options = read(example_options(early.dg_key), is_silent=True)
+                if options.hdf5_file is None:
+                    return options
         return read(RunOptions())
 
 
 @dataclass(frozen=True)
 class _Early:
-    """The option that must be known before the others are read."""
+    """The options that must be known before the others are read."""
 
     config: str | None = None
+    dg_key: str = ModelConfig.dg_key
 
 
 def run(options: Options) -> int:
@@ -108,7 +118,11 @@ def run(options: Options) -> int:
     if options.dry_run:
         is_there = options.hdf5_file is not None or example.exists()
         data = describe_run(directory, prepare(config)) if is_there else f"{example} would be made."
-        print(config.to_json(), end="")
+        if len(members) > 1:
+            print(json.dumps([member.to_dict() for member in members], indent=2))
+            print(describe_members(directory, members), file=sys.stderr)
+        else:
+            print(config.to_json(), end="")
         print(data, file=sys.stderr)
         return 0
     if options.hdf5_file is None:
