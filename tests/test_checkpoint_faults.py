@@ -203,13 +203,14 @@ if sys.argv[4] == "unreserved":
     arrays._reserve = lambda directory, num_bytes: None
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 limit = int(sys.argv[3])
-if limit:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
 checkpointer = AsyncCheckpointer(sys.argv[1])
 checkpointer.save(run_at(3))
 try:
     checkpointer.save(run_at(4))
 except OSError as error:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)  # standard output is a file too
     print(error)
 """
 """Saves twice in the background where no file may be longer than a limit; prints the error of the first."""
@@ -366,8 +367,10 @@ def test_a_run_on_a_full_disk_stops_with_an_error_and_goes_on_to_the_same_digest
     def resume(directory: Path, limit: int | None) -> Fork:
         code = "import resource, signal, sys; from dwiml_func.cli.main import main\n"
         if limit is not None:
-            code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+            code += (
+                "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); _, most = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+            )
+            code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, most))\n"
         code += "sys.exit(main(sys.argv[1:]))"
         options = ("--new-patience", "9", "--new-max-epochs", "5")
         return finished(start_program(code, "resume", directory, "run", *options))
