@@ -28,15 +28,23 @@ from dwiml_func.checkpoint.digest import (
     state_numbers,
 )
 from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
-from dwiml_func.checkpoint.index import checkpoint_name, checkpoint_path, list_checkpoints, names_after, position_name
+from dwiml_func.checkpoint.index import (
+    checkpoint_folder,
+    checkpoint_name,
+    checkpoint_path,
+    list_checkpoints,
+    names_after,
+    position_name,
+)
 from dwiml_func.checkpoint.manifest import read_manifest
+from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.core.non_finite import check_finite
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
-from dwiml_func.files.atomic import atomic_remove, make_directory
+from dwiml_func.files.atomic import make_directory
 from dwiml_func.files.json import to_json_data
 
-__all__ = ["Checkpoint", "newest", "read", "remove_old", "restore", "restore_or", "save", "write"]
+__all__ = ["Checkpoint", "newest", "read", "restore", "restore_or", "save", "write"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,26 +291,13 @@ def write(
     leaf_digests: Mapping[str, str] | None = None,
 ) -> Path:
     """Write one checkpoint, as `save` does, with the history as it is; no other checkpoint is read or removed."""
-    folder = Path(directory) / "checkpoint"
+    folder = checkpoint_folder(directory)
     make_directory(folder)
     given = {"config": config or {}, "data": data or {}, **({"environment": environment} if environment else {})}
     facts = {"history": history_to_json(history), **{name: to_json_data(value, name) for name, value in given.items()}}
     path = folder / checkpoint_name(state)
     save_leaves(path, state_leaves(state), facts, numbers=state_numbers(state), leaf_digests=leaf_digests)
     return path
-
-
-def remove_old(directory: str | Path, state: TrainState, keep: int | None, keep_always: Collection[str] = ()) -> None:
-    """Remove checkpoints as `save` does after it has written `state`."""
-    if keep is None:
-        return
-    names = list_checkpoints(directory)
-    ends = [name for name in names if "-" not in name]
-    within = [name for name in names if name.startswith(f"{state.epoch}-")] if state.batch else []
-    kept = {checkpoint_name(state), *ends[-max(keep, 1) :], str(state.best.epoch), *within[-2:], *keep_always}
-    for name in names:
-        if name not in kept:
-            atomic_remove(Path(directory) / "checkpoint" / name)
 
 
 def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
@@ -332,7 +327,7 @@ def _check_later_are_of_this_run(
     if valid := [name for name in later if _is_valid(directory, name)]:
         raise CheckpointError(
             f"Expected a folder without later epochs of another run, to save checkpoint {checkpoint_name(state)}. "
-            f"Received: {Path(directory) / 'checkpoint'}, which holds {at_most_three(valid, ', ')}. "
+            f"Received: {checkpoint_folder(directory)}, which holds {at_most_three(valid, ', ')}. "
             f"Save to another folder, or delete these checkpoints."
         )
 

@@ -8,7 +8,24 @@ from pathlib import Path
 
 from dwiml_func.core.state import TrainState
 
-__all__ = ["checkpoint_name", "checkpoint_path", "list_checkpoints", "names_after", "position_name"]
+__all__ = [
+    "CHECKPOINTS",
+    "checkpoint_folder",
+    "checkpoint_name",
+    "checkpoint_path",
+    "list_checkpoints",
+    "names_after",
+    "position_name",
+]
+
+
+CHECKPOINTS = "checkpoint"
+"""The folder of an experiment that holds its checkpoints."""
+
+
+def checkpoint_folder(directory: str | Path) -> Path:
+    """The folder of an experiment's checkpoints; it need not exist."""
+    return Path(directory) / CHECKPOINTS
 
 
 def list_checkpoints(directory: str | Path) -> list[str]:
@@ -24,7 +41,7 @@ def list_checkpoints(directory: str | Path) -> list[str]:
         >>> list_checkpoints("/no/such/run")
         []
     """
-    folder = Path(directory) / "checkpoint"
+    folder = checkpoint_folder(directory)
     names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
     positions = {name: position for name in names if (position := _position(name)) is not None}
     return sorted(positions, key=positions.__getitem__)
@@ -48,7 +65,7 @@ def names_after(names: Iterable[str], state: TrainState) -> list[str]:
 def checkpoint_path(directory: str | Path, name: str | None) -> Path:
     """The directory of an existing checkpoint; None takes the latest. Raises FileNotFoundError where there is none."""
     names = list_checkpoints(directory)
-    folder = Path(directory) / "checkpoint"
+    folder = checkpoint_folder(directory)
     if not names:
         raise FileNotFoundError(f"No checkpoint in {folder}. Has an epoch been finished there?")
     name = names[-1] if name is None else name

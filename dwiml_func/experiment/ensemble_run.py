@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from dwiml_func.checkpoint.arrays import CorruptError
-from dwiml_func.checkpoint.checkpoint import Checkpoint, remove_old, restore, write
+from dwiml_func.checkpoint.checkpoint import Checkpoint, restore, write
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import fill_digests
 from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
+from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble

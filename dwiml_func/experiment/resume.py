@@ -12,6 +12,7 @@ from typing import Any
 from dwiml_func._checks import at_most_three
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
 from dwiml_func.checkpoint.digest import state_leaves
+from dwiml_func.checkpoint.index import CHECKPOINTS, checkpoint_folder
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.report import EpochReport
@@ -65,7 +66,7 @@ def resume_experiment(
             _warn_of_other_environment(checkpoint, state)
         state, history, corrupt = checkpoint.state, checkpoint.history, checkpoint.corrupt
         for name in corrupt:
-            path = directory / "checkpoint" / name
+            path = checkpoint_folder(directory) / name
             _log.warning("Checkpoint %s is corrupt. Resuming from checkpoint %s.", path, checkpoint.name)
     if process_group.rank == 0:
         repair_experiment(directory, parts, state, history)  # also after the last epoch: the crash may have come then
@@ -73,7 +74,7 @@ def resume_experiment(
         check_has_epochs_left(state, changed.training, option_prefix="--new-")
     if process_group.rank == 0:
         for name in corrupt:
-            _set_aside(directory / "checkpoint" / name)
+            _set_aside(checkpoint_folder(directory) / name)
         if changed != config:
             atomic_write(directory / "config.json", changed.to_json())
     return parts, state, history
@@ -119,7 +120,7 @@ def with_new_options(
 
 def repair_experiment(directory: Path, parts: RunParts, state: TrainState, history: Sequence[EpochReport]) -> None:
     """Remove what a crash left behind, and bring best model and logs up to date with the checkpoint."""
-    for folder in ("", "checkpoint", "logs", "logs/comet", "logs/tensorboard", "plots"):
+    for folder in ("", CHECKPOINTS, "logs", "logs/comet", "logs/tensorboard", "plots"):
         remove_leftovers(directory / folder)
     if history:
         repair_best_model(directory, state, parts.config, nb_features=parts.nb_features)

@@ -16,6 +16,7 @@ from dwiml_func.core.autocast import check_bf16
 from dwiml_func.core.epoch import EvalStep
 from dwiml_func.core.loop import Batches
 from dwiml_func.core.loss import LossFn, module_loss
+from dwiml_func.core.rates import Step
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
@@ -33,7 +34,7 @@ from dwiml_func.experiment.optimizers import apply_rules, make_optimizer
 from dwiml_func.experiment.window_lag import with_window_lag
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import compute_batch_loss
-from dwiml_func.types import Metrics, Optimizer
+from dwiml_func.types import Optimizer
 
 __all__ = [
     "RunParts",
@@ -44,9 +45,6 @@ __all__ = [
 ]
 
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16}
-
-RunStep = Callable[..., tuple[TrainState, Metrics]]
-"""`step(state, batch, lr=lr)`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +62,7 @@ class RunParts:
     train: Batches
     valid: Batches | None
     evaluation: Batches
-    step: RunStep
+    step: Step
     eval_step: EvalStep
     process_group: ProcessGroup = SINGLE_PROCESS
 
@@ -140,7 +138,7 @@ def make_steps(
     process_group: ProcessGroup = SINGLE_PROCESS,
     *,
     first_batch: Callable[[], Any],
-) -> tuple[RunStep, EvalStep]:
+) -> tuple[Step, EvalStep]:
     """Make the training and the validation step. The training step reuses the memory of the states it is given.
 
     With `compile` the step is compiled for `first_batch()`, a batch or a shard. With shards, the gradient of a shard is

@@ -1,0 +1,34 @@
+"""Which checkpoints stay when a newer one has been saved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from dwiml_func.checkpoint.index import checkpoint_folder, checkpoint_name, list_checkpoints
+from dwiml_func.core.state import TrainState
+from dwiml_func.files.atomic import atomic_remove
+
+__all__ = ["names_to_keep", "remove_old"]
+
+
+def names_to_keep(names: Sequence[str], state: TrainState, keep: int, keep_always: Collection[str] = ()) -> set[str]:
+    """Of the names of checkpoints, oldest first, those that stay once `state` has been saved.
+
+    They are: its own; the latest `keep` at an epoch's end; the best epoch's; the latest two within the current epoch;
+    and `keep_always`.
+    """
+    ends = [name for name in names if "-" not in name]
+    within = [name for name in names if name.startswith(f"{state.epoch}-")] if state.batch else []
+    return {checkpoint_name(state), *ends[-max(keep, 1) :], str(state.best.epoch), *within[-2:], *keep_always}
+
+
+def remove_old(directory: str | Path, state: TrainState, keep: int | None, keep_always: Collection[str] = ()) -> None:
+    """Remove the checkpoints that need not stay once `state` has been saved; None keeps all."""
+    if keep is None:
+        return
+    names = list_checkpoints(directory)
+    kept = names_to_keep(names, state, keep, keep_always)
+    for name in names:
+        if name not in kept:
+            atomic_remove(checkpoint_folder(directory) / name)
