@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parent
 SLOW = ("direction_getters", "scaling")  # trainings, and a process for every point
 MORE = {  # what `--all` asks for beside
     "data_path": ("--lazy-gb", "4"),
-    "scaling": ("--picture", str(FOLDER / "scaling.png")),
+    "scaling": ("--figure", str(FOLDER / "scaling.png")),
 }
 PACKAGES = (
     *("torch", "numpy", "orbax-checkpoint", "h5py", "dipy", "comet_ml"),

@@ -20,7 +20,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["Fork", "finished", "run_command", "run_program", "run_ranks", "start_command", "start_program"]
+__all__ = [
+    "Fork",
+    "finished",
+    "run_command",
+    "run_program",
+    "run_ranks",
+    "start_command",
+    "start_program",
+    "start_ranks",
+]
 
 COMMAND = "import sys; from dwiml_func.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -167,16 +176,20 @@ def finished(process: Fork) -> Fork:
     return process
 
 
-def run_ranks(num_processes: int, *arguments: object, environment: Mapping[str, str] | None = None) -> list[str]:
-    """Run a command in several processes that train together, told of each other as `torchrun` tells them; returns what
-    each printed."""
+def start_ranks(num_processes: int, *arguments: object, environment: Mapping[str, str] | None = None) -> list[Fork]:
+    """Start a command in several processes that train together, told of each other as `torchrun` tells them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
-    place |= environment or {}
-    ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
-    return _ended([start_command(*arguments, environment=rank) for rank in ranks])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    shared |= environment or {}
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
+    return [start_command(*arguments, environment=rank) for rank in ranks]
+
+
+def run_ranks(num_processes: int, *arguments: object, environment: Mapping[str, str] | None = None) -> list[str]:
+    """Run a command in several processes that train together, to a good end; returns what each printed."""
+    return _ended(start_ranks(num_processes, *arguments, environment=environment))
 
 
 def _ended(processes: Sequence[Fork]) -> list[str]:

@@ -82,7 +82,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def corrupt(saved: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """A copy to corrupt."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
@@ -167,7 +167,7 @@ def files_of(path: Path) -> list[Path]:
 
 
 def is_noticed(path: Path, leaves: dict[str, Tensor]) -> bool:
-    """Whether damage is noticed; else the leaves must be as they were saved."""
+    """Whether corruption is noticed; else the leaves must be as they were saved."""
     try:
         found = load_leaves(path)
     except CorruptError as error:
@@ -180,7 +180,7 @@ def is_noticed(path: Path, leaves: dict[str, Tensor]) -> bool:
     return True
 
 
-def test_damage_of_any_file_is_noticed_or_harmless(saved, corrupt, capfd):
+def test_corruption_of_any_file_is_noticed_or_harmless(saved, corrupt, capfd):
     leaves, noticed = load_leaves(saved), set()
     assert len(files_of(corrupt)) > 5
     for file in files_of(corrupt):
@@ -268,7 +268,7 @@ def test_a_changed_fact_is_noticed(corrupt):
     assert read_manifest(corrupt)["epoch"] == 3
 
 
-def test_a_directory_without_its_manifest_is_damaged_and_a_missing_one_is_missing(tmp_path):
+def test_a_directory_without_its_manifest_is_corrupt_and_a_missing_one_is_missing(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "nothing", tmp_path / "file"):
         with pytest.raises(FileNotFoundError, match=r"No model\.json in "):

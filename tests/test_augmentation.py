@@ -95,9 +95,9 @@ def test_noise_does_not_change_its_argument():
 
 def test_each_epoch_batch_and_kind_has_a_stream_of_its_own():
     places = [(epoch, batch, kind) for epoch in range(5) for batch in range(5) for kind in Kind]
-    draws = [rng_of(KEY, *place).random() for place in places]
-    assert len(set(draws)) == len(draws)
-    assert draws == [rng_of(KEY, *place).random() for place in places]
+    samples = [rng_of(KEY, *place).random() for place in places]
+    assert len(set(samples)) == len(samples)
+    assert samples == [rng_of(KEY, *place).random() for place in places]
 
 
 def test_noise_that_may_turn_a_step_around_is_described():

@@ -126,7 +126,7 @@ def test_an_error_surfaces_at_the_next_save_once(tmp_path, monkeypatch):
         checkpointer.save(state_at(1))
         with pytest.raises(OSError, match="no space for 1"):
             checkpointer.save(state_at(2))
-        checkpointer.save(state_at(3))  # the caller may go on
+        checkpointer.save(state_at(3))  # the caller may continue
     assert list_checkpoints(tmp_path) == ["3"]
 
 

@@ -1,4 +1,4 @@
-"""Claims about faults: damage is named and passed over; a full or closed disk costs no checkpoint that was there."""
+"""Claims about faults: corruption is named and passed over; a full or closed disk costs no earlier checkpoint."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def corrupt(two_epochs: Path, tmp_path: Path) -> Path:
-    """A copy to damage: the directory of the newest checkpoint."""
+    """A copy to corrupt: the directory of the newest checkpoint."""
     return Path(shutil.copytree(two_epochs, tmp_path / "run")) / "checkpoint" / "2"
 
 
@@ -73,7 +73,7 @@ def check_passed_over(checkpoint: Path) -> None:
 
 
 def check_passed_over_or_harmless(checkpoint: Path) -> None:
-    """As `check_passed_over`, or nothing that is needed was damaged."""
+    """As `check_passed_over`, or nothing that is needed was changed."""
     try:
         state = restore(checkpoint.parent.parent, run_at(0)).state
     except CorruptError:
@@ -122,7 +122,7 @@ def test_a_missing_folder_of_leaves_and_an_empty_checkpoint_are_passed_over(corr
     check_passed_over(corrupt)
 
 
-def test_when_all_are_damaged_each_is_named(corrupt):
+def test_when_all_are_corrupt_each_is_named(corrupt):
     for name in ("1", "2"):
         (corrupt.parent / name / "manifest.json").write_text("{}")
     with pytest.raises(CorruptError, match=r"checkpoint/2 is corrupt.*checkpoint/1 is corrupt"):
@@ -130,7 +130,7 @@ def test_when_all_are_damaged_each_is_named(corrupt):
 
 
 def test_a_checkpoint_under_another_name_is_noticed(corrupt):
-    """A copy under a later name would be what every resume goes on from, whatever was trained since."""
+    """A copy under a later name would be what every resume continues from, whatever was trained since."""
     directory = corrupt.parent.parent
     shutil.copytree(corrupt, corrupt.with_name("9"))
     with pytest.raises(CorruptError, match="checkpoint/9 is corrupt: what it holds was saved as 2"):
@@ -141,7 +141,7 @@ def test_a_checkpoint_under_another_name_is_noticed(corrupt):
     assert newest(directory) is not None
 
 
-def test_a_checkpoint_that_a_training_run_removes_while_it_is_read_is_not_damaged(corrupt, monkeypatch):
+def test_a_checkpoint_that_a_training_run_removes_while_it_is_read_is_not_corrupt(corrupt, monkeypatch):
     """As `fork` reads what another process trains: what was the newest goes, and a newer one is there by then."""
     directory, load = corrupt.parent.parent, checkpoint_io.load_leaves
 
@@ -171,7 +171,7 @@ def test_files_swapped_between_two_checkpoints_are_noticed(corrupt):
         restore(corrupt.parent.parent, run_at(0))
 
 
-def test_a_best_model_with_any_file_damaged_does_not_load_or_is_as_it_was(experiments):
+def test_a_best_model_with_any_file_corrupt_does_not_load_or_is_as_it_was(experiments):
     model = experiments / "run" / "best_model"
     before, noticed = load_model(model).module.state_dict(), 0
     for file in files_of(model):
@@ -343,7 +343,7 @@ def test_in_a_folder_that_cannot_be_written_to_what_writes_is_refused_in_one_lin
     assert {path: path.read_bytes() for path in experiments.rglob("*") if path.is_file()} == before
 
 
-def test_when_the_folder_of_checkpoints_is_closed_the_run_stops_with_an_error_and_goes_on_to_the_same_bits(
+def test_when_the_folder_of_checkpoints_is_closed_the_run_stops_with_an_error_and_resumes_bitwise(
     cli, tmp_path, tmp_path_factory
 ):
     checkpoint = tmp_path / "run" / "checkpoint"
@@ -361,8 +361,8 @@ def test_when_the_folder_of_checkpoints_is_closed_the_run_stops_with_an_error_an
 
 
 @pytest.mark.soak
-def test_a_run_on_a_full_disk_stops_with_an_error_and_goes_on_to_the_same_digest_later(experiments):
-    """The run of the fixture had stopped early, so that it can go on."""
+def test_a_run_on_a_full_disk_stops_with_an_error_and_resumes_to_the_same_digest(experiments):
+    """The run of the fixture had stopped early, so that it can be resumed."""
 
     def resume(directory: Path, limit: int | None) -> Fork:
         code = "import resource, signal, sys; from dwiml_func.cli.main import main\n"

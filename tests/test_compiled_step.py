@@ -102,7 +102,7 @@ def test_code_made_by_inductor_draws_what_an_eager_step_draws_and_leaves_the_gen
     assert same_states(again, actual)
 
 
-def test_a_new_graph_goes_on_to_the_same_bits():
+def test_a_new_graph_continues_bitwise():
     start, first, _ = make_steps(make_model(0.5), backend="inductor")
     whole, _ = run(first, start, 5)
     state, _ = run(first, start, 2)
@@ -164,7 +164,7 @@ def test_a_batch_of_a_known_shape_with_other_strides_or_another_dtype_gets_its_o
     torch.testing.assert_close(state.params, expected.params)
 
 
-def test_a_graph_that_needs_no_gradient_is_made_anew_for_another_dtype():
+def test_a_graph_that_needs_no_gradient_is_made_again_for_another_dtype():
     double = CompiledFunction(lambda batch: 2 * batch, dynamic=False, max_compilations=2, backend="eager")
     results = [double(torch.ones(2, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.float32)]
     assert [result.dtype for result in results] == [torch.float32, torch.float64, torch.float32]

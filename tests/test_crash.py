@@ -33,7 +33,7 @@ def _unfinished(directory: Path) -> set[Path]:
     }  # also of members
 
 
-def _kill(process: Fork, directory: Path, draws: random.Random) -> bool:
+def _kill(process: Fork, directory: Path, rng: random.Random) -> bool:
     """Kill a process at a random moment: a third at any time from its start on, the others during a save.
 
     Returns whether it was saving.
@@ -44,14 +44,14 @@ def _kill(process: Fork, directory: Path, draws: random.Random) -> bool:
         return not _unfinished(directory) <= left
 
     saving = False
-    if draws.random() < 1 / 3:
-        _wait(process, draws.uniform(0, 2))
+    if rng.random() < 1 / 3:
+        _wait(process, rng.uniform(0, 2))
     else:
-        for _ in range(draws.randint(0, 5)):  # saves that come to their end
+        for _ in range(rng.randint(0, 5)):  # saves that come to their end
             _wait_while(lambda: not is_saving(), process)
             _wait_while(is_saving, process)
         _wait_while(lambda: not is_saving(), process)
-        _wait(process, draws.uniform(0, 0.05))
+        _wait(process, rng.uniform(0, 0.05))
         saving = is_saving()
     assert process.poll() in (None, 0), process.err
     process.kill()
@@ -73,14 +73,14 @@ def _wait(process: Fork, seconds: float) -> None:
 def test_killed_at_random_moments(
     uninterrupted: Path, tmp_path: Path, seed: int, num_kills: int, processes: int
 ) -> None:
-    draws, directory = random.Random(seed), tmp_path / "run"
+    rng, directory = random.Random(seed), tmp_path / "run"
     num_saving, seen = 0, set()
     for _ in range(num_kills):
         if (directory / "config.json").exists():
             process = start_command("resume", tmp_path, "run")
         else:
             process = start_command("train", tmp_path, "run", DATA, *OPTIONS, "--processes", processes)
-        num_saving += _kill(process, directory, draws)
+        num_saving += _kill(process, directory, rng)
         seen.update(list_checkpoints(directory)[-1:])
     assert num_saving >= num_kills // 5, "the kills missed the saves: the test is not worth its name"
     assert len(seen) >= num_kills // 4, "the run did not move on between the kills"
@@ -95,7 +95,7 @@ def test_an_ensemble_killed_at_random_moments(tmp_path: Path) -> None:
     options = (*STOCHASTIC, "--max-epochs", 12, "--num-models", 2, "--keep", 1)
     (tmp_path / "uninterrupted").mkdir()
     run_command("train", tmp_path / "uninterrupted", "run", DATA, *options)
-    draws, directory = random.Random(5), tmp_path / "killed" / "run"
+    rng, directory = random.Random(5), tmp_path / "killed" / "run"
     directory.parent.mkdir()
     num_saving = 0
     for _ in range(8):
@@ -103,7 +103,7 @@ def test_an_ensemble_killed_at_random_moments(tmp_path: Path) -> None:
             process = start_command("resume", directory.parent, "run")
         else:
             process = start_command("train", directory.parent, "run", DATA, *options, "--checkpoint-every", "1batches")
-        num_saving += _kill(process, directory, draws)
+        num_saving += _kill(process, directory, rng)
     assert num_saving >= 2, "the kills missed the saves: the test is not worth its name"
     run_command("resume", directory.parent, "run", "--checkpoint-every", "1epoch")
     for number in ("0", "1"):

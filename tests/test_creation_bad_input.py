@@ -164,11 +164,11 @@ def test_a_config_that_is_no_config_is_refused(folder, refused, text, message):
 
 
 def test_nan_and_infinity_in_a_volume_are_counted(folder, refused):
-    def damage(data: np.ndarray) -> None:
+    def corrupt(data: np.ndarray) -> None:
         data[0, 0, 0] = np.nan
         data[1, 1, 1, 0] = -np.inf
 
-    edit_volume(folder / "subjects" / "s2" / "dwi.nii.gz", damage)
+    edit_volume(folder / "subjects" / "s2" / "dwi.nii.gz", corrupt)
     assert re.search(place("input", "dwi.nii.gz") + "5 of 4320 values are NaN or infinite", refused())
 
 
@@ -299,9 +299,9 @@ def test_a_file_whose_checksum_does_not_hold_is_named(folder, refused, name):
     ends = [len(good) - 7] if name != "a.trx" else []
     last = len(good) - 8 if name != "a.trx" else first + 200
     for place_of_bit in [*rng.integers(first, last, 3), *ends]:
-        damaged = bytearray(good)
-        damaged[place_of_bit] ^= 1 << rng.integers(8)
-        path.write_bytes(damaged)
+        corrupted = bytearray(good)
+        corrupted[place_of_bit] ^= 1 << rng.integers(8)
+        path.write_bytes(corrupted)
         assert re.search(rf"file [^ ]*/{re.escape(name)}: cannot be read", refused())
 
 

@@ -1,4 +1,4 @@
-"""Claims about ensembles: members equal separate runs, with the same draws; who stops stays as it is, to the byte."""
+"""Claims about ensembles: members equal separate runs, with the same random numbers; who stops stays as it is."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -36,8 +36,8 @@ def mlp(seed: int) -> nn.Module:
 def batches(key: Key, epoch: int, start_batch: int) -> Iterable[tuple[Tensor, Tensor]]:
     """Four batches of 6, 7, 8 and 9 rows, whoever asks."""
     for number in range(start_batch, 4):
-        draws = numpy_rng(fold_in(Key(99), epoch, number)).normal(size=(6 + number, 6))
-        yield torch.from_numpy(draws[:, :4]), torch.from_numpy(draws[:, 4:])
+        samples = numpy_rng(fold_in(Key(99), epoch, number)).normal(size=(6 + number, 6))
+        yield torch.from_numpy(samples[:, :4]), torch.from_numpy(samples[:, 4:])
 
 
 def squared_error(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int, dict[str, Any]]:
@@ -299,7 +299,7 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize("steps", [4, 6, 11])
-def test_an_ensemble_taken_apart_and_put_together_goes_on_to_the_same_bits(steps):
+def test_an_ensemble_taken_apart_and_put_together_continues_bitwise(steps):
     options: dict[str, Any] = {"optimizer": adam(), "lr": [0.03, 1e-12, 0.02], "patience": 1, "max_epochs": 5}
     whole, _ = together(stack_states(starts()), **options)
     run = Stopped(steps)

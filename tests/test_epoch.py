@@ -163,14 +163,14 @@ def test_an_evaluation_is_weighted_over_unequal_batches(state, batches):
 
 
 def test_an_evaluation_tells_its_batches_apart(state):
-    def draws(params, buffers, batch, *, key, train):
+    def random_loss(params, buffers, batch, *, key, train):
         with torch_rng(key):
             return LossOut(torch.rand(()), 1, buffers, {})
 
     seen = []
 
     def step(state: TrainState, batch: object):
-        metrics = eval_step(state, batch, loss_fn=draws)
+        metrics = eval_step(state, batch, loss_fn=random_loss)
         seen.append((state.batch, metrics["loss"].total))
         return metrics
 

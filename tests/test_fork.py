@@ -215,10 +215,10 @@ def test_the_best_epoch_is_reset_where_its_model_is_gone(cli, stopped_early, tmp
     assert history(kept)[-1].best.epoch == load_model(kept / "best_model").facts["epoch"] == 2
     assert "2" not in list_checkpoints(kept)
     shutil.rmtree(source / "checkpoint" / "2")
-    outcome = cli("fork", source, "anew", "--max-epochs", "4")
+    outcome = cli("fork", source, "again", "--max-epochs", "4")
     assert outcome.code == 0
     assert "the model of epoch 2 is missing" in outcome.out
-    assert load_model(experiments / "anew" / "best_model").facts["epoch"] == 4
+    assert load_model(experiments / "again" / "best_model").facts["epoch"] == 4
 
 
 def test_other_data_are_taken_when_asked_for_and_noticed_when_not(cli, source):

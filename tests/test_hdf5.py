@@ -195,7 +195,7 @@ def test_a_truncated_file(tmp_path, size):
     assert "truncated or corrupt" in one_line_error(path)
 
 
-def test_damage_that_shows_only_when_data_are_read(tmp_path):
+def test_corruption_that_shows_only_when_data_are_read(tmp_path):
     path = tmp_path / "corrupt.hdf5"
     with h5py.File(PHANTOM) as source, h5py.File(path, "w") as target:
         contents: Any = source

@@ -1,4 +1,4 @@
-"""Claims about a run's history on record: it comes back as it was, and digests are those of states that were saved."""
+"""Claims about a run's recorded history: it comes back as it was, and digests are those of states that were saved."""
 
 from __future__ import annotations
 

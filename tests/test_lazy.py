@@ -180,7 +180,7 @@ assert dataset.streamlines.select([0]).points.numpy().tobytes() == expected[: -6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_process_opens_the_file_anew():
+def test_a_forked_process_opens_the_file_itself():
     # In a process of its own: where an earlier test has loaded JAX, every fork warns.
     run_program(FORKING, PHANTOM, Path(__file__).parent)
 
@@ -193,7 +193,7 @@ def test_a_file_that_was_replaced_is_refused(edited, fresh_store):
         dataset.streamlines.select([0])
 
 
-def test_damage_that_shows_only_when_data_are_read_is_one_line(tmp_path):
+def test_corruption_that_shows_only_when_data_are_read_is_one_line(tmp_path):
     path = tmp_path / "corrupt.hdf5"
     with h5py.File(PHANTOM) as source, h5py.File(path, "w") as target:
         contents: Any = source

@@ -214,7 +214,7 @@ def test_what_no_parser_takes_is_refused(tmp_path, content):
     assert "manifest.json is not JSON" in refused(tmp_path)
 
 
-def test_another_format_is_no_damage_but_a_corrupt_format_is(tmp_path):
+def test_another_format_is_no_corruption_but_a_corrupt_format_is(tmp_path):
     for other in (1, 3):
         (tmp_path / "manifest.json").write_text(json.dumps(signed(make() | {"format": other})))
         with pytest.raises(CheckpointError, match=rf"has format {other}\. Expected format 2\. Read it with") as raised:

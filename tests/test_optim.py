@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.optim`: torch.optim's arithmetic to the bit, out of place unless donated, differentiable."""
+"""Claims about `dwiml_func.optim`: torch.optim's arithmetic bitwise, out of place unless donated, differentiable."""
 
 from functools import partial
 from itertools import product

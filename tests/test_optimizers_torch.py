@@ -134,7 +134,7 @@ def test_a_parameter_without_a_gradient_is_left_alone(ours, theirs, donate):
     ids=["sgd", "adam", "adamw", "radam"],
 )
 def test_complex_parameters_are_those_of_torch(ours, theirs, donate):
-    # Among torch's own implementations, complex arithmetic differs in the last bits.
+    # Among torch's own implementations, complex arithmetic differs by rounding.
     dtype, foreach = torch.complex64, theirs.func is not torch.optim.RAdam
     expected = run_torch(lambda p: [theirs(p.values(), foreach=foreach)], dtype=dtype)
     assert_same_bits(run_updates(ours, dtype=dtype, donate=donate)[0], expected)

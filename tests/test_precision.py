@@ -329,7 +329,7 @@ def test_validation_is_in_the_precision_of_the_run_and_a_finished_model_is_judge
     assert low in validation.values()
     assert full not in validation.values()
     evaluated = evaluate_model(model, open_dataset(PHANTOM, "validation")).loss
-    assert abs(evaluated - full) < abs(low - full) / 3  # batches of another size, so not the same bits
+    assert abs(evaluated - full) < abs(low - full) / 3  # batches of another size, so not bitwise identical
 
 
 def test_an_ensemble_and_shards_train_in_it(cli, trained, tmp_path):

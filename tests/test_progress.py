@@ -82,7 +82,7 @@ def test_a_terminal_shows_a_bar_with_the_loss_and_then_clears_it(state):
             progress._batches.refresh()
             text = shown()
             assert "Epoch 3/4 training" in text
-            assert f"{batch}/8" in text  # a resumed epoch goes on where it was
+            assert f"{batch}/8" in text  # a resumed epoch continues where it was
             assert "loss 0.7500" in text
         assert shown().endswith(" \r")
 

@@ -1,4 +1,4 @@
-"""Claims about runs in real processes: the same bits wherever a run was stopped, killed and resumed."""
+"""Claims about runs in real processes: bitwise identical wherever a run was stopped, killed and resumed."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def check_same_end(directory: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bits(whole, tmp_path, stop):
+def test_a_run_that_was_stopped_and_resumed_ends_bitwise_as_a_whole_one(whole, tmp_path, stop):
     first = run_preloaded(*train_command(tmp_path, "run", stop))
     assert f"Finished after {stop} epoch" in first.out
     assert latest_digest(tmp_path / "run") != latest_digest(whole.directory)

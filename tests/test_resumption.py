@@ -134,11 +134,11 @@ def put_an_older_one(copy: Path) -> None:
     shutil.copytree(other / "best_model", copy / "best_model")
 
 
-def damage(copy: Path) -> None:
+def corrupt(copy: Path) -> None:
     (copy / "best_model" / "model.json").write_text("{")
 
 
-@pytest.mark.parametrize("spoil", [remove, put_an_older_one, damage])
+@pytest.mark.parametrize("spoil", [remove, put_an_older_one, corrupt])
 def test_a_best_model_that_is_not_the_best_epochs_is_repaired(copy, spoil: Callable[[Path], None]):
     before = load_model(copy / "best_model").module.state_dict()
     spoil(copy)

@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.core.rng`: a key's path is hashed, draws are pinned, global generators are left alone."""
+"""Claims about `dwiml_func.core.rng`: a key's path is hashed, numbers are pinned, global generators are left alone."""
 
 import random
 
@@ -25,8 +25,8 @@ def first_torch(key: Key) -> bytes:
 
 @pytest.mark.parametrize("first", [first_numpy, first_torch])
 def test_no_two_of_200_seeds_times_50_epochs_have_equal_streams(first):
-    draws = {first(fold_in(Key(seed), Stream.TRAIN_PLAN, epoch)) for seed in range(200) for epoch in range(50)}
-    assert len(draws) == 200 * 50
+    samples = {first(fold_in(Key(seed), Stream.TRAIN_PLAN, epoch)) for seed in range(200) for epoch in range(50)}
+    assert len(samples) == 200 * 50
 
 
 @pytest.mark.parametrize("first", [first_numpy, first_torch])

@@ -175,7 +175,7 @@ def test_a_pickle_in_the_place_of_a_matrix_does_not_go_off(tmp_path, bomb):
 
 
 def resign(manifest: Path, **changes: Any) -> None:
-    """Write a manifest anew, as one who means harm would: every digest in it fits."""
+    """Rewrite a manifest, as one who means harm would: every digest in it fits."""
     content = json.loads(manifest.read_bytes()) | changes
     del content["checksum"]
     manifest.write_text(json.dumps(content | {"checksum": manifest_checksum(content)}))

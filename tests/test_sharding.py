@@ -107,7 +107,7 @@ MODEL = _model()  # once: threads share the global generator that initial values
 
 
 def _train(process_group: ProcessGroup, batches: Sequence[Shards]) -> str:
-    # Without a seed for draws: threads share torch's global generator.
+    # Without a seed for random numbers: threads share torch's global generator.
     loss_fn, optimizer = module_loss(MODEL, _loss, stochastic=False), adam(weight_decay=0.01)
     state = init_state(MODEL, optimizer, seed=3)
     step = partial(
@@ -126,7 +126,7 @@ def _train(process_group: ProcessGroup, batches: Sequence[Shards]) -> str:
 @pytest.mark.parametrize(
     ("num_shards", "num_processes"), [(2, 2), (4, 2), (4, 4), (6, 2), (6, 3), (12, 4), (12, 6), (5, 5), (8, 2)]
 )
-def test_any_number_of_processes_trains_to_the_same_bits(num_shards: int, num_processes: int) -> None:
+def test_any_number_of_processes_trains_bitwise_identically(num_shards: int, num_processes: int) -> None:
     sizes = [5 + number % 3 for number in range(num_shards)]
     batches = [_cut(_rows(sum(sizes) + 7 * index)[: sum(sizes)], sizes) for index in range(4)]
     alone = _train(SINGLE_PROCESS, batches)

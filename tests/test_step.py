@@ -354,7 +354,7 @@ def test_what_is_not_finite_is_refused_by_epoch_batch_step_and_ids(kind, donate)
     with pytest.raises(NonFiniteError, match=rf"The {what} is {value} in epoch 3, batch 6 \(step 18\), ids 4, 8\."):
         step(state, BAD)
     assert state_digest(state) == before
-    assert step(state, GOOD)[0].step == 18  # the state can go on, also one that would have been donated
+    assert step(state, GOOD)[0].step == 18  # the state can be trained further, also one that would have been donated
 
 
 @pytest.mark.parametrize("donate", [False, True])

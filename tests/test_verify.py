@@ -44,7 +44,7 @@ def record(run: Path, name: str) -> dict[str, Any]:
 
 
 def save_again(run: Path, name: str, leaves: dict[str, torch.Tensor] | None = None, **facts: Any) -> None:
-    """Write a checkpoint anew with digests that fit, as one who hides a fault would."""
+    """Rewrite a checkpoint with digests that fit, as one who hides a fault would."""
     path = run / "checkpoint" / name
     manifest = read_manifest(path)
     kept = {key: manifest[key] for key in ("history", "config", "data", "environment")}

@@ -1,4 +1,4 @@
-"""Saving checkpoints in a thread of its own, while training goes on."""
+"""Saving checkpoints in a thread of its own, while training continues."""
 
 from __future__ import annotations
 

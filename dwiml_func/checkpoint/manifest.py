@@ -2,7 +2,7 @@
 
 A manifest holds a table of the tensors with a SHA-256 of each, the digest of the whole state, further facts, and a
 SHA-256 of itself. A reader takes it only if it is of this format, has the bytes that were written, and fits the schema;
-nothing in it is ever executed. Digests find damage, not malice: who can write the folder can write another checkpoint.
+nothing in it is ever executed. Digests find corruption, not malice: who can write here can write another checkpoint.
 """
 
 from __future__ import annotations

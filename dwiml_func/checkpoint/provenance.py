@@ -1,4 +1,4 @@
-"""What computes: the versions and the processor that decide a run's last bits."""
+"""What computes: the versions and the processor on which bitwise identical results depend."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def run(options: Options) -> int:
 
 
 def _resume(directory: Path, process_group: ProcessGroup) -> int:
-    """Go on with the run that the same command has begun; a run that has ended is evaluated and summarized."""
+    """Resume the run that the same command has begun; one that has ended is evaluated and summarized."""
     print_progress(f"{directory} exists, with this config: resuming it.")
     resume = partial(resume_experiment, directory, process_group=process_group, may_have_ended=True)
     with experiment_lock(directory) if process_group.rank == 0 else contextlib.nullcontext():

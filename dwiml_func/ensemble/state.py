@@ -162,7 +162,7 @@ def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None 
 
 
 def member(ensemble: EnsembleState, number: int) -> TrainState:
-    """Take a member out of an ensemble, as a state that an ordinary run can go on with. It waits for the device.
+    """Take a member out of an ensemble, as a state that an ordinary run can continue from. It waits for the device.
 
     Args:
         ensemble: the ensemble; it is not changed, and shares no memory with the result.

@@ -163,13 +163,13 @@ def train_and_save(
     except Exception as error:
         if stop.signal is None:
             raise
-        besides = None if isinstance(error, Interrupted) else error
+        failure = None if isinstance(error, Interrupted) else error
         if unsaved is not None:
             try:
                 save_now(unsaved)
-            except NonFiniteError as refused:  # the checkpoint before is the last one to resume from
-                besides = refused
-        raise TrainingStopped(stop.signal, directory, newest, error=besides) from besides
+            except NonFiniteError as not_finite:  # the checkpoint before is the last one to resume from
+                failure = not_finite
+        raise TrainingStopped(stop.signal, directory, newest, error=failure) from failure
 
 
 def _both(

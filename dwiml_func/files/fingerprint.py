@@ -50,7 +50,7 @@ def same_file(recorded: Mapping[str, Any], path: str | os.PathLike[str], *, thor
     Args:
         recorded: what `fingerprint` gave; without `sha256` nothing equals it.
         path: the file.
-        thorough: read the file even where size and time of the last change are those on record.
+        thorough: read the file even where size and time of the last change are as recorded.
 
     Returns:
         True when it has.
@@ -110,7 +110,7 @@ class FingerprintInBackground:
             known = _size_and_time(os.stat(self._path)).items() <= self._recorded.items()
             self._result = self._recorded if known and "sha256" in self._recorded else fingerprint(self._path)
         except (OSError, ValueError) as error:
-            logging.getLogger(__name__).warning("The record of this run will not say what its data were: %s", error)
+            logging.getLogger(__name__).warning("The fingerprint of the data cannot be recorded: %s", error)
 
 
 def _size_and_time(status: os.stat_result) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Window lag: a model reads a piece of a real streamline and goes on alone; how far it comes from the real one."""
+"""Window lag: a model reads a piece of a real streamline and continues it; how far it comes from the real one."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def window_lags(model: StepModel, windows: LagWindows, space_of: Callable[[int],
 def continue_lines(
     given: Streamlines, *, model: StepModel, space: TrackingSpace, spec: TrackingSpec, distance: float
 ) -> Streamlines:
-    """Let a model read lines, and go on from their last points for a distance in the direction in which they run.
+    """Let a model read lines, and continue from their last points for a distance in the direction in which they run.
 
     Args:
         given: L lines of one point or more, voxel space, corner origin, sampled as for the model.

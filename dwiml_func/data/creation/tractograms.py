@@ -128,7 +128,7 @@ def _read_nibabel(source: Source) -> Tractogram:
     if declared not in ((0, found) if is_trk else (found,)):  # 0 in TRK: the number is not stored
         raise ValueError(f"the header promises {declared} streamlines, the file holds {found}")
     if is_trk and _trk_size(header, file) != source.path.stat().st_size:
-        raise ValueError(f"the header promises {declared or found} streamlines, the file goes on after them")
+        raise ValueError(f"the header promises {declared or found} streamlines, the file continues after them")
     grid = grid_of(file.header["voxel_to_rasmm"], file.header["dimensions"]) if is_trk else None
     return _flat(file.streamlines, file.tractogram.data_per_streamline, grid)
 

@@ -150,7 +150,7 @@ def _read(source: Source, image: Any, dtype: Any) -> NDArray[Any]:
             data = np.asanyarray(data, dtype=dtype)
             file.seek(int(whole.offset) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize)
             if file.read(1):
-                raise ValueError("the file goes on after the values that its header promises")
+                raise ValueError("the file continues after the values that its header promises")
             return data
     except Exception as error:
         raise ValueError(f"{source}: cannot be read as NIfTI ({_reason(error)})") from error

@@ -187,7 +187,7 @@ def _simulate(fibres: _Fibres, mask: np.ndarray, rng: np.random.Generator) -> np
     signal[fibres.voxels] = fibre_signal + isotropic * (1 - fibres.fractions.sum(axis=1, keepdims=True))
     signal = signal[tissue.reshape(-1)]
     unweighted = _rician(np.ones((len(signal), _NUM_B0)), rng).mean(axis=1, keepdims=True)
-    # Rounded: LAPACK's last bits may differ between numbers of threads.
+    # Rounded: LAPACK's results differ by rounding between numbers of threads.
     fit = np.linalg.pinv(sh_matrix(directions, _SH_ORDER)).round(12)
     coefficients = np.zeros((*mask.shape, len(fit)))
     coefficients[tissue] = np.einsum("vg,fg->vf", _rician(signal, rng) / unweighted, fit)
