@@ -16,6 +16,13 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """With `-n`, each worker takes neighbouring tests, so that few fixtures of modules are made twice."""
+    if config.getoption("numprocesses", None) and config.getoption("dist", None) == "no":
+        config.option.dist = "worksteal"
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What a command gave."""

@@ -42,15 +42,12 @@ def train(folder: Path, *options: object, epochs: int = EPOCHS) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--processes", "1"),
-        ("--processes", "2"),
         ("--processes", "4"),
         ("--lazy",),
         ("--lazy", "--processes", "2"),
         ("--checkpoint-every", "1batches"),
         ("--checkpoint-every", "3batches", "--keep", "all"),
         ("--checkpoint-every", "0.001minutes"),
-        ("--checkpoint-every", "2epochs"),
     ],
     ids=" ".join,
 )

@@ -95,13 +95,13 @@ def run_experiment(
             nonlocal history
             history = (*history, *reports)
 
-            def then(state: TrainState) -> None:
+            def write_model_and_logs(state: TrainState) -> None:
                 if reports and reports[-1].is_best:  # a best epoch is saved at once, so this is its state
                     save_best_model(directory, state, config, nb_features=parts.nb_features)
                 if reports:
                     write(*reports)
 
-            checkpointer.save(state, history, then=then)
+            checkpointer.save(state, history, then=write_model_and_logs)
 
         try:
             yield from train_and_save(
