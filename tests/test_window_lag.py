@@ -161,6 +161,16 @@ def test_streamlines_without_even_steps_or_too_short_have_no_windows() -> None:
     assert resampled.step_size == pytest.approx(2.0, rel=0.02)
 
 
+def test_a_model_that_can_read_few_points_only_gets_no_more() -> None:
+    lines = [circle(30), circle(35)]
+    windows = choose_windows(dataset_of(lines), key=Key(0), share=1.0, max_points=45)
+    assert windows is not None
+    assert (
+        windows.read.lengths.max() == 45 - 21 + 1
+    )  # the cut is read too, the last of 21 points is not; chords are short
+    assert choose_windows(dataset_of(lines), key=Key(0), max_points=20) is None
+
+
 def test_lazy_datasets_give_the_same_windows() -> None:
     phantom = Path(__file__).parent / "data" / "phantom.hdf5"
     datasets = [open_dataset(phantom, "validation", lazy=lazy) for lazy in (False, True)]

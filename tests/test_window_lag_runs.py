@@ -115,6 +115,14 @@ def test_lazy_data_and_shards_have_it_ensembles_have_not(cli, folder: Path, tmp_
     assert NAME not in cli("verify", tmp_path / "two" / "0").out
 
 
+@pytest.mark.parametrize("model", ["tts", "ttst", "tto"])
+def test_transformers_have_it_also_where_they_read_few_points(cli, folder: Path, tmp_path: Path, model: str) -> None:
+    options = ["--model", model, "--max-epochs", "1", "--input-embedded-size", "4", "--max-len", "35", "--nheads", "1"]
+    options += ["--n-layers-e", "1", *(["--target-embedded-size", "4"] if model == "ttst" else [])]
+    assert cli("train", tmp_path, "run", folder / "data.hdf5", *options).err == ""
+    assert 0 < lines_of(tmp_path / "run")[0][f"valid_{NAME}"] < 40
+
+
 def test_short_streamlines_and_runs_without_validation_have_none(cli, folder: Path, tmp_path: Path) -> None:
     make_data(tmp_path / "short.hdf5", num_mm=40.0)
     assert cli("train", tmp_path, "short", tmp_path / "short.hdf5", *OPTIONS, "--max-epochs", "1").code == 0

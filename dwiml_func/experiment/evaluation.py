@@ -157,7 +157,7 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
         return predicted
 
     compared = evaluate_directions(predict, batches, dataset.input_attributes, num_features=dataset.num_features)
-    means, windows = read_means(sums), run_windows(model.config, dataset)
+    means, windows = read_means(sums), run_windows(model.config, dataset, module)
     return ModelEvaluation(
         loss=means["loss"],
         num_points=int(sums["loss"].weight),

@@ -54,7 +54,7 @@ def with_window_lag(
     if not hasattr(model, "run_step"):
         return valid, evaluate
     tracker = copy.deepcopy(model).eval()
-    windows = functools.cache(lambda: run_windows(config, dataset))
+    windows = functools.cache(lambda: run_windows(config, dataset, model))
 
     def batches(key: Key, epoch: int, start_batch: int) -> Any:
         own: Any = valid(key, epoch, start_batch)
@@ -70,10 +70,11 @@ def with_window_lag(
     return batches, step
 
 
-def run_windows(config: RunConfig, dataset: StreamlineDataset) -> LagWindows | None:
+def run_windows(config: RunConfig, dataset: StreamlineDataset, model: Any) -> LagWindows | None:
     """The windows on which a run is judged: the same for all runs on the same data that are sampled alike."""
     key = fold_in(Key(0), Stream.TRACK, _WINDOWS)
-    return choose_windows(dataset, key=key, resampling=config.batches.resampling)
+    max_points = getattr(model, "max_len", None)  # of a transformer
+    return choose_windows(dataset, key=key, resampling=config.batches.resampling, max_points=max_points)
 
 
 def measure_window_lag(model: Any, windows: LagWindows, *, space_of: Callable[[int], TrackingSpace]) -> float:

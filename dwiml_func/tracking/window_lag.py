@@ -58,7 +58,12 @@ class LagWindows:
 
 
 def choose_windows(
-    dataset: StreamlineDataset, *, key: Key, resampling: Resampling | None = None, share: float = 0.25
+    dataset: StreamlineDataset,
+    *,
+    key: Key,
+    resampling: Resampling | None = None,
+    share: float = 0.25,
+    max_points: int | None = None,
 ) -> LagWindows | None:
     """Choose windows of a dataset's streamlines: cuts at every 30 mm, both ways round, 60 mm at most before each.
 
@@ -67,6 +72,8 @@ def choose_windows(
         key: of the choice.
         resampling: how the streamlines are sampled before, as for the model; None: as they are.
         share: of the windows that are chosen, at random, 128 at most, of at most 512 streamlines.
+
+        max_points: points that the model can read, those of the 20 mm included; None for any number.
 
     Returns:
         The windows; None where the streamlines have no even steps, or none is long enough.
@@ -95,6 +102,11 @@ def choose_windows(
     step = _even_step(lines, sizes)
     if step is None:
         return None
+    num_read = round(READ_MM / step)  # points before the cut
+    if max_points is not None:
+        num_read = min(num_read, max_points - math.ceil(AHEAD_MM / step - 1e-6))
+    if num_read < 1:
+        return None
     lines = _both_ways(lines)
     sizes, subject = sizes.repeat(2, 1), np.tile(subject, 2)
     line, cut = _cuts(lines, sizes)
@@ -105,7 +117,7 @@ def choose_windows(
     line, cut = line[chosen], cut[chosen]
     starts, ends = lines.offsets.numpy()[line], lines.offsets.numpy()[line + 1]
     sizes = sizes[torch.from_numpy(line)]
-    read = _pieces(lines.points, np.maximum(starts, cut - round(READ_MM / step)), cut + 1)
+    read = _pieces(lines.points, np.maximum(starts, cut - num_read), cut + 1)
     ahead = _pieces(lines.points, cut, ends)
     return LagWindows(
         read=read,
