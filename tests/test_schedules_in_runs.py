@@ -107,6 +107,16 @@ def test_a_fork_with_another_schedule_starts_without_reductions(folder, cli, tmp
     assert cli("verify", tmp_path / "constant").code == 0
 
 
+def test_a_fork_within_an_epoch_with_another_optimizer_counts_its_steps_anew(folder, cli, tmp_path):
+    shutil.copytree(folder / "by_step", tmp_path / "by_step")
+    options = ("--from", "1-2", "--optimizer", "SGD", "--max-epochs", "2")
+    done = cli("fork", tmp_path / "by_step", "sgd", *options)
+    assert done.code == 0, done.err
+    state, report = read(tmp_path / "sgd").state, read(tmp_path / "sgd").history[-1]
+    schedule = warm_up(cosine(0.01, length=20), length=3)
+    assert (report.learning_rate_min, report.learning_rate) == (schedule(0), schedule(state.step - 1))
+
+
 def test_members_of_a_sweep_have_their_own_schedules(cli, tmp_path):
     sweep = f"learning-rate={' '.join(BY_STEP)},plateau 0.01 0.5 0"
     done = cli("train", tmp_path, "sweep", PHANTOM, *OPTIONS, "--sweep", sweep)

@@ -77,7 +77,7 @@ def epoch_rates(learning_rate: float | Schedule, *, first_step: int, step: int, 
 
     `position` is the epoch and the plateau, as for `value_at`.
     """
-    steps = range(first_step if counts_steps(learning_rate) else step - 1, step)
+    steps = range(max(first_step, 0) if counts_steps(learning_rate) else step - 1, step)
     return [value_at(learning_rate, step=number, **position) for number in steps]
 
 
