@@ -360,12 +360,12 @@ def _load_state(path: Path, manifest: Mapping[str, Any], like: TrainState | None
         return state
     device = next(iter(like.params.values())).device
 
-    def place(part: Any, old: Any) -> Any:
+    def filled(part: Any, old: Any) -> Any:
         """In the order and on the devices of `like`."""
         if isinstance(part, Tensor):
             return part.to(old.device if isinstance(old, Tensor) else device)
         names = [name for name in dict.fromkeys((*old, *part)) if name in part or isinstance(old[name], Mapping)]
-        return {name: place(part.get(name, {}), old.get(name, {})) for name in names}
+        return {name: filled(part.get(name, {}), old.get(name, {})) for name in names}
 
     groups = ("params", "buffers", "opt_state")
-    return state.replace(**{group: place(getattr(state, group), getattr(like, group)) for group in groups})
+    return state.replace(**{group: filled(getattr(state, group), getattr(like, group)) for group in groups})

@@ -91,7 +91,7 @@ def bit_difference(a: Tensor, b: Tensor) -> BitDifference | None:
     places = np.flatnonzero(bits[0] != bits[1])
     if not len(places):
         return None
-    place = int(places[0])
+    first = int(places[0])
     pairs = [tensor.detach().cpu().reshape(-1)[torch.from_numpy(places)] for tensor in (a, b)]
     with np.errstate(invalid="ignore"):
         distances = np.abs(pairs[0].double().numpy() - pairs[1].double().numpy())
@@ -99,9 +99,9 @@ def bit_difference(a: Tensor, b: Tensor) -> BitDifference | None:
         num_values=a.numel(),
         num_different=len(places),
         largest=float(distances.max()),
-        first=tuple(int(i) for i in np.unravel_index(place, a.shape)) if a.ndim else (),
+        first=tuple(int(i) for i in np.unravel_index(first, a.shape)) if a.ndim else (),
         values=(_text(pairs[0][0]), _text(pairs[1][0])),
-        ulps=abs(_rank(bits[0][place], a) - _rank(bits[1][place], b)),
+        ulps=abs(_rank(bits[0][first], a) - _rank(bits[1][first], b)),
     )
 
 

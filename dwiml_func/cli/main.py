@@ -147,9 +147,9 @@ def _report(error: BaseException, sender: str, *, is_training: bool) -> int:
 
 
 def _resume_hint(stopped: TrainingStopped) -> str:
-    place = shlex.join([str(stopped.directory.parent), stopped.directory.name])
+    run = shlex.join([str(stopped.directory.parent), stopped.directory.name])
     saved = "before the first batch" if stopped.name is None else f"and saved as checkpoint {stopped.name}"
-    return f"{one_line(stopped)} {saved}. To resume: dwiml-func resume {place}"
+    return f"{one_line(stopped)} {saved}. To resume: dwiml-func resume {run}"
 
 
 def _fail(message: str, code: int) -> int:

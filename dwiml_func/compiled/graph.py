@@ -133,5 +133,5 @@ def _shortened(error: Exception) -> str:
     """The first line of torch's explanation, and the last place in the user's code."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     places = [line for line in lines if line.startswith('File "')]
-    place = f" ({places[-1]})" if places else ""
-    return f"{lines[0] if lines else type(error).__name__}{place}"
+    location = f" ({places[-1]})" if places else ""
+    return f"{lines[0] if lines else type(error).__name__}{location}"

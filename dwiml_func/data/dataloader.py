@@ -88,8 +88,8 @@ class _Keyed(Dataset[Any]):
     def __init__(self, dataset: Dataset[Any], key: Key, is_batched: bool) -> None:
         self._dataset, self._key, self._is_batched = dataset, key, is_batched
 
-    def __getitem__(self, place: tuple[int, Any]) -> Any:
-        number, index = place
+    def __getitem__(self, position: tuple[int, Any]) -> Any:
+        number, index = position
         with _seeded(fold_in(self._key, number)):
             if not self._is_batched:
                 return self._dataset[index]

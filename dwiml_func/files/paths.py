@@ -10,9 +10,9 @@ __all__ = ["missing_text"]
 
 def missing_text(path: Path) -> str:
     """Why a path is not there: "does not exist: PATH", or the link of it, or of a folder above it, that is broken."""
-    for place in (path, *path.parents):
-        if place.is_symlink() and not place.exists():
-            return f"does not exist: {path}. {place} is a broken link, to {os.readlink(place)}"
-        if place.exists():
+    for folder in (path, *path.parents):
+        if folder.is_symlink() and not folder.exists():
+            return f"does not exist: {path}. {folder} is a broken link, to {os.readlink(folder)}"
+        if folder.exists():
             break
     return f"does not exist: {path}"

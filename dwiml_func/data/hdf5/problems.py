@@ -149,9 +149,9 @@ def _unwritten(dataset: Any) -> str | None:
         return f"is virtual, and its source {missing[0]} does not exist" if missing else None
     if dataset.external is not None:
         for name, offset, size in dataset.external:
-            place = folder / name
-            if size < 1 << 62 and (not place.is_file() or place.stat().st_size < offset + size):
-                return f"lies in {place}, which does not hold its {size} bytes"
+            file = folder / name
+            if size < 1 << 62 and (not file.is_file() or file.stat().st_size < offset + size):
+                return f"lies in {file}, which does not hold its {size} bytes"
         return None
     if dataset.chunks is not None:
         expected = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
