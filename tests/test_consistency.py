@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -239,21 +238,6 @@ def test_a_link_to_nothing_is_called_a_broken_link(cli, tmp_path):
     cli("info", tmp_path / "link.hdf5").check_refusal("does not exist", "link.hdf5 is a broken link, to gone.hdf5")
     (tmp_path / "folder").symlink_to(tmp_path / "nowhere")
     cli("info", tmp_path / "folder" / "data.hdf5").check_refusal("folder is a broken link, to", "nowhere")
-
-
-@pytest.mark.parametrize("more", [[], ["--num-models", 2]])
-def test_a_start_that_fails_leaves_the_name_free(cli, data, tmp_path, more):
-    """A value that is not finite shows only when a lazy dataset reads it, in the first batch."""
-    good = shutil.copy(data, tmp_path / "good.hdf5")
-    with File(data, "a") as file:
-        file["a/input/data"][0, 0, 0, 0] = np.nan
-    command = ["train", tmp_path, "run", data, "--max-epochs", 1, "--rnn-layer-sizes", 4, "--lazy", *more]
-    outcome = cli(*command)
-    assert outcome.code == 2
-    assert "1 of 1296 values are NaN" in outcome.err
-    assert not (tmp_path / "run").exists()
-    command[3] = good
-    assert cli(*command, "--learning-rate", 0.01).code == 0
 
 
 @pytest.mark.parametrize("removed", ["a", "c"])

@@ -18,13 +18,22 @@ NUM_ROWS = 64
 GETTERS = {"det": ("cosine-regression", "sphere-classification"), "prob": ("gaussian", "fisher-von-mises-mixture")}
 
 
-def lines_of(model: StepModel, algo: Any, numbers: list[int], **options: Any) -> dict[int, bytes]:
+def lines_of(
+    model: StepModel, algo: Any, numbers: list[int], *, num_blocks: int = 1, **options: Any
+) -> dict[int, bytes]:
     space = TrackingSpace(volume=VOLUME, voxel_sizes=(2.0, 2.0, 2.0))
     spec = TrackingSpec(**{"step_size": 1, "min_length": 0, "max_length": 15, "theta": 120, "algo": algo, **options})
     wanted = torch.tensor(numbers)
     found = {}
     for tracked in track(
-        SEEDS[wanted], model=model, space=space, spec=spec, key=Key(3), numbers=wanted, num_rows=NUM_ROWS
+        SEEDS[wanted],
+        model=model,
+        space=space,
+        spec=spec,
+        key=Key(3),
+        numbers=wanted,
+        num_rows=NUM_ROWS,
+        num_blocks=num_blocks,
     ):
         lines = [line.numpy().tobytes() for line in tracked.streamlines.to_list()]
         found |= dict(zip(tracked.seeds.tolist(), lines, strict=True))
@@ -45,6 +54,7 @@ def test_a_line_has_the_same_bytes_alone_among_ten_and_among_a_thousand(rnn_key,
         among_ten = lines_of(model, algo, list(range(7, 1000, 100)))
         assert among_ten == {number: whole[number] for number in among_ten}
         assert len(among_ten) >= 8
+        assert lines_of(model, algo, list(range(300)), num_blocks=3) == {n: whole[n] for n in whole if n < 300}
         for number in (0, 63, 131, 500, 999):
             assert lines_of(model, algo, [number]) == {n: line for n, line in whole.items() if n == number}
 
@@ -87,11 +97,11 @@ def test_memory_holds_a_bounded_number_of_lines():
     queue, num_rows = SeedQueue(torch.arange(10_000), 16), 16
     taken = set()
     for _ in range(1000):
-        _, indices = queue.take()
+        _, indices = queue.take(0, 16)
         taken |= set(indices.tolist())
         is_live = torch.zeros(num_rows, dtype=torch.bool)
         is_live[0] = True  # seed 0 never ends
-        queue.release(queue.ended(is_live))
+        queue.release(0, is_live)
     assert max(taken) == 8 * num_rows - 1
 
     space = positions(200, 9, 9)

@@ -14,7 +14,7 @@ from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
-from dwiml_func.experiment.folder import create_ensemble, freed_if_refused, read_ended
+from dwiml_func.experiment.folder import create_ensemble, read_ended
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.lock import experiment_lock
@@ -27,7 +27,7 @@ def train_members(experiments_path: str, experiment_name: str, configs: Sequence
     members = prepare_ensemble(configs)
     with experiment_lock(experiments_path, wait=True):
         directory = create_ensemble(experiments_path, experiment_name, configs)
-    with freed_if_refused(directory), _locks(directory, len(configs)):
+    with _locks(directory, len(configs)):
         _train(directory, members, None, [()] * len(configs))
 
 

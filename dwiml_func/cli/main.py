@@ -30,6 +30,7 @@ COMMANDS = {
     "info": "Print what an HDF5 dataset contains and what is wrong with it.",
     "evaluate": "Print a model's loss and angular error on a subset of a dataset, beside two baselines.",
     "score": "Score a tractogram beside the real streamlines of a dataset's subject.",
+    "track": "Track streamlines with a model, from a dataset or from NIfTI files.",
     "runs": "Print a table of experiments with their progress and best loss.",
     "plot": "Plot losses, angular errors, gradient norms and speed of experiments.",
     "import-dwi-ml": "Make a model directory from a model that dwi_ml trained.",

@@ -24,12 +24,7 @@ from dwiml_func.cli._training import describe_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in, rank_zero_first
 from dwiml_func.distributed.sharding import ProcessGroup
 from dwiml_func.experiment.config import ModelConfig
-from dwiml_func.experiment.folder import (
-    check_new_experiment,
-    create_experiment,
-    experiment_directory,
-    freed_if_refused,
-)
+from dwiml_func.experiment.folder import check_new_experiment, create_experiment, experiment_directory
 from dwiml_func.experiment.init_from import create_initialized, initialize_from
 from dwiml_func.experiment.resume import check_same_run, resume_experiment
 from dwiml_func.experiment.setup import prepare
@@ -152,7 +147,7 @@ def run(options: Options) -> int:
                 create_experiment(options.experiments_path, options.experiment_name, config)
             else:
                 create_initialized(options.experiments_path, options.experiment_name, parts, state)
-        with freed_if_refused(directory), experiment_lock(directory):
+        with experiment_lock(directory):
             train_with_progress(directory, parts, state, ())
     return 0
 

@@ -9,25 +9,26 @@ from dwiml_func.checkpoint.arrays import CheckpointError, load_leaves, read_mani
 from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.weights import with_eval_params
-from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import MANIFEST, save_model
 from dwiml_func.experiment.optimizers import make_optimizer
+from dwiml_func.experiment.setup import RunParts
+from dwiml_func.experiment.training_facts import TRAINED_ON, training_facts
 
 __all__ = ["repair_best_model", "save_best_model", "save_evaluated"]
 
 
-def save_best_model(directory: Path, state: TrainState, config: RunConfig, *, nb_features: int) -> None:
+def save_best_model(directory: Path, state: TrainState, parts: RunParts) -> None:
     """Write the model of the state after a best epoch, with the parameters that were evaluated."""
-    evaluated = with_eval_params(state, make_optimizer(config.training))
-    save_evaluated(directory, evaluated, config, nb_features=nb_features)
+    save_evaluated(directory, with_eval_params(state, make_optimizer(parts.config.training)), parts)
 
 
-def save_evaluated(directory: Path, state: TrainState, config: RunConfig, *, nb_features: int) -> None:
+def save_evaluated(directory: Path, state: TrainState, parts: RunParts) -> None:
     """Write the best model of a state that has the parameters that were evaluated in place of its own."""
-    save_model(directory / "best_model", state, config, nb_features=nb_features, facts={"loss": state.best.value})
+    facts = {"loss": state.best.value, TRAINED_ON: training_facts(parts.data.training)}
+    save_model(directory / "best_model", state, parts.config, nb_features=parts.nb_features, facts=facts)
 
 
-def repair_best_model(directory: Path, state: TrainState, config: RunConfig, *, nb_features: int) -> None:
+def repair_best_model(directory: Path, state: TrainState, parts: RunParts) -> None:
     """Write the model of the state's best epoch from its checkpoint, where the folder has another one or is corrupt."""
     best, path = state.best.epoch, directory / "best_model"
     if best is None or _epoch_written(path) == best:
@@ -42,7 +43,7 @@ def repair_best_model(directory: Path, state: TrainState, config: RunConfig, *, 
             error,
         )
         return
-    save_best_model(directory, best_state, config, nb_features=nb_features)
+    save_best_model(directory, best_state, parts)
 
 
 def _epoch_written(path: Path) -> int | None:

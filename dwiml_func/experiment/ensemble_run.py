@@ -98,7 +98,7 @@ def run_ensemble(
         # Only now, when all have this checkpoint, is anything removed, or written that may be ahead of an older one.
         for number, (folder, parts, state) in enumerate(zip(folders, members, states, strict=True)):
             if new[number] and new[number][-1].is_best:  # a best epoch is saved at once, so this is its state
-                save_best_model(folder, state, parts.config, nb_features=parts.nb_features)
+                save_best_model(folder, state, parts)
             if new[number]:
                 writers[number](*new[number])
             keep = parts.config.checkpoints.keep

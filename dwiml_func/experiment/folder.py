@@ -7,12 +7,9 @@ stopped. So each member can be evaluated, compared and resumed like any other ex
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
 from dwiml_func.files.json import read_config_file
@@ -23,7 +20,6 @@ __all__ = [
     "create_ensemble",
     "create_experiment",
     "experiment_directory",
-    "freed_if_refused",
     "is_ensemble",
     "member_folders",
     "read_config",
@@ -62,17 +58,6 @@ def create_ensemble(experiments_path: str | Path, experiment_name: str, configs:
             (temporary / str(number)).mkdir()
             (temporary / str(number) / "config.json").write_text(config.to_json())
     return directory
-
-
-@contextmanager
-def freed_if_refused(directory: Path) -> Iterator[None]:
-    """Remove a new experiment or ensemble whose start fails: nothing is lost before the first checkpoint."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError):
-        if not any(list_checkpoints(folder) for folder in (directory, *member_folders(directory))):
-            shutil.rmtree(directory, ignore_errors=True)
-        raise
 
 
 def check_new_experiment(experiments_path: str | Path, experiment_name: str) -> Path:

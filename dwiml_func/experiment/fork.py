@@ -117,7 +117,7 @@ def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) 
         source, config = fork.checkpoint, parts.config.to_dict()
         write(directory, fork.state, source.history, config=config, data=fork.data, environment=source.environment)
         if fork.best_state is not None:
-            save_evaluated(directory, fork.best_state, parts.config, nb_features=parts.nb_features)
+            save_evaluated(directory, fork.best_state, parts)
 
     return create_experiment(experiments_path, experiment_name, parts.config, fill=fill)
 

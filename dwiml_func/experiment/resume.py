@@ -123,7 +123,7 @@ def repair_experiment(directory: Path, parts: RunParts, state: TrainState, histo
     for folder in ("", CHECKPOINTS, "logs", "logs/comet", "logs/tensorboard", "plots"):
         remove_leftovers(directory / folder)
     if history:
-        repair_best_model(directory, state, parts.config, nb_features=parts.nb_features)
+        repair_best_model(directory, state, parts)
         fan_out(npy(directory), jsonl(directory))(*history)  # they are written without waiting for the disk
 
 

@@ -97,7 +97,7 @@ def run_experiment(
 
             def write_model_and_logs(state: TrainState) -> None:
                 if reports and reports[-1].is_best:  # a best epoch is saved at once, so this is its state
-                    save_best_model(directory, state, config, nb_features=parts.nb_features)
+                    save_best_model(directory, state, parts)
                 if reports:
                     write(*reports)
 

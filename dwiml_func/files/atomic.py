@@ -15,8 +15,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["atomic_directory", "atomic_remove", "atomic_write", "make_directory", "remove_leftovers"]
+__all__ = ["atomic_directory", "atomic_file", "atomic_remove", "atomic_write", "make_directory", "remove_leftovers"]
 
 _TEMPORARY = ".dwiml-tmp-"  # not complete, or to be removed
 _REPLACED = ".dwiml-old-"  # to be replaced, where the system cannot swap two names in one step
@@ -54,12 +55,21 @@ def atomic_write(path: str | Path, content: bytes | str, *, flush: bool = True) 
 
     Without `flush` the function does not wait for the disk: for what can be made again after a loss of power.
     """
+    with atomic_file(path, flush=flush) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: str | Path, *, flush: bool = True) -> Iterator[BinaryIO]:
+    """Yield a new file to write; move it to `path` in one step when the block ends without an error.
+
+    What stands at `path` is replaced then. Without `flush` the function does not wait for the disk.
+    """
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
     temporary = _beside(path, _TEMPORARY)
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
+        with temporary.open("x+b") as file:
+            yield file
             if flush:
                 file.flush()
                 os.fsync(file.fileno())

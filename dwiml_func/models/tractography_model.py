@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ class TractographyModel(torch.nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: StreamlineBatch) -> Tensor:
         """Predict at every row of the batch's inputs, from the streamline up to that point: (N, K)."""
+
+    @abstractmethod
+    def run_step(self, inputs: Tensor, dirs: Tensor, state: Any = None, /) -> tuple[Tensor, Any]:
+        """Predict at the next point of S streamlines, for tracking: the outputs (S, K), and the new state.
+
+        `inputs` (S, input_size) are those at the newest points, `dirs` (S, 3 * nb_previous_dirs) the previous
+        directions, the latest first; `state` None starts new streamlines.
+        """
 
     def directions(self, batch: StreamlineBatch) -> Tensor:
         """Predict the direction at every point that has a next one.

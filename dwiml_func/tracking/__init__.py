@@ -10,6 +10,7 @@ from dwiml_func.tracking.connectivity import (
 )
 from dwiml_func.tracking.lag import final_distances, lags, remainder
 from dwiml_func.tracking.overlap import Overlap, overlap_within, voxel_overlap
+from dwiml_func.tracking.processes import track_in_processes
 from dwiml_func.tracking.scores import (
     BundleScores,
     LineScores,
@@ -59,6 +60,7 @@ __all__ = [
     "score_tractogram",
     "seeds_in_mask",
     "track",
+    "track_in_processes",
     "track_step",
     "voxel_overlap",
     "window_lags",

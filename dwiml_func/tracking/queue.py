@@ -23,32 +23,29 @@ class SeedQueue:
         self._next, self._ends = torch.cat([ends.new_zeros(1), ends[:-1]]), ends
         self._index = torch.full((num_rows,), -1)  # of the seed in each row
         self._is_done = torch.zeros(len(numbers), dtype=torch.bool)
-        self._num_done = 0  # all seeds before this index are done
-        self.num_yielded = 0
+        self.num_done = 0  # all seeds before this index are done
 
     @property
     def is_empty(self) -> bool:
         """Whether all lines are finished."""
-        return self._num_done == len(self._is_done)
+        return self.num_done == len(self._is_done)
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """Idle rows (L,), and the indices (L,) of the seeds that go there now."""
-        rows = ((self._index < 0) & (self._next < self._ends)).nonzero()[:, 0]
+    def take(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Idle rows (L,) of first to end - 1, and the indices (L,) of the seeds that go there now."""
+        is_waited_for = (self._index[first:end] < 0) & (self._next[first:end] < self._ends[first:end])
+        rows = is_waited_for.nonzero()[:, 0] + first
         indices = self._order[self._next[rows]]
-        is_near = indices < self._num_done + _WINDOW * len(self._index)
+        is_near = indices < self.num_done + _WINDOW * len(self._index)
         rows, indices = rows[is_near], indices[is_near]
         self._index[rows] = indices
         self._next[rows] += 1
         return rows, indices
 
-    def ended(self, is_live: Tensor) -> Tensor:
-        """The rows (L,) whose lines ended."""
-        return ((self._index >= 0) & ~is_live).nonzero()[:, 0]
-
-    def release(self, rows: Tensor) -> tuple[int, int]:
-        """Make rows idle; returns how many seeds were yielded, and up to which index all lines are finished."""
+    def release(self, first: int, is_live: Tensor) -> Tensor:
+        """Make the rows from `first` on idle whose lines ended, `is_live` (R,) false; returns them (L,)."""
+        rows = ((self._index[first : first + len(is_live)] >= 0) & ~is_live).nonzero()[:, 0] + first
         self._is_done[self._index[rows]] = True
         self._index[rows] = -1
-        near = self._is_done[self._num_done : self._num_done + (_WINDOW + 1) * len(self._index)]
-        self._num_done += len(near) if bool(near.all()) else int(near.int().argmin())
-        return self.num_yielded, self._num_done
+        near = self._is_done[self.num_done : self.num_done + _WINDOW * len(self._index)]
+        self.num_done += len(near) if bool(near.all()) else int(near.int().argmin())
+        return rows

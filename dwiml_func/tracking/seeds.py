@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,7 +13,7 @@ from dwiml_func._checks import check_number
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng
 from dwiml_func.tracking.random_numbers import uniforms
 
-__all__ = ["seeds_in_mask"]
+__all__ = ["load_seeds", "seeds_in_mask"]
 
 _ORDER, _PLACE = 0, 1  # of the stream's random numbers
 
@@ -57,3 +61,17 @@ def seeds_in_mask(mask: Tensor, *, npv: int | None = None, nt: int | None = None
     lower = voxels.cpu()[order[number % len(voxels)]]
     # Rounding must not carry a seed into the next voxel.
     return torch.minimum((lower + place).float(), torch.nextafter((lower + 1).float(), lower.float()))
+
+
+def load_seeds(path: str | os.PathLike[str]) -> Tensor:
+    """Read seeds of one's own: (S, 3) numbers in numpy's format, voxel space, corner origin; as float32."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"The file of seeds does not exist: {path}.")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: expected an array in numpy's format .npy. It cannot be read ({error}).") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != 3:
+        shape = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
+        raise ValueError(f"{path}: expected numbers of shape (S, 3). Received: {shape}.")
+    return torch.from_numpy(array.astype(np.float32))

@@ -77,6 +77,7 @@ def track_step(
         if spec.track_forward_only:
             turns = torch.zeros_like(turns)
 
+        is_live = state.is_live & ~(ended & ~turns)
         points = state.points if donate else state.points.clone()
         rows = torch.arange(len(points), device=points.device)
         points[rows, torch.where(moves, state.num_points, points.shape[1] - 1)] = target
@@ -90,9 +91,9 @@ def track_step(
             cursor=cursor,
             position=position,
             dirs=walked.masked_fill(turns[:, None], 0.0),
-            model_state=without_memory(model_state, turns),
+            model_state=without_memory(model_state, turns | ~is_live),  # or the memory of idle rows would grow
             line=state.line,
-            is_live=state.is_live & ~(ended & ~turns),
+            is_live=is_live,
             key=state.key,
         )
 

@@ -16,7 +16,7 @@ from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, init_track_state, with_lines
 from dwiml_func.tracking.step import track_step
 
-__all__ = ["NUM_ROWS", "Tracked", "track"]
+__all__ = ["NUM_ROWS", "Tracked", "check_tracking", "track"]
 
 NUM_ROWS = {"cpu": 512, "cuda": 4096}
 """Lines that are followed at once, by type of device."""
@@ -29,14 +29,16 @@ class Tracked(NamedTuple):
 
     seeds: (L,) int64, the numbers of their seeds, ascending.
     streamlines: L lines, voxel space, corner origin, on the CPU; tracked both ways, the second half comes last.
+    num_done: how many of all seeds, from the first on, are done, with those whose lines were too short.
 
     Example:
-        >>> Tracked(torch.tensor([4]), Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]])).seeds.tolist()
+        >>> Tracked(torch.tensor([4]), Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]]), 5).seeds.tolist()
         [4]
     """
 
     seeds: Tensor
     streamlines: Streamlines
+    num_done: int
 
 
 def track(
@@ -48,6 +50,7 @@ def track(
     key: Key,
     numbers: Tensor | None = None,
     num_rows: int | None = None,
+    num_blocks: int = 1,
 ) -> Iterator[Tracked]:
     """Track from seeds, and yield lines as they finish, in the order of their seeds.
 
@@ -62,7 +65,8 @@ def track(
         spec: the options.
         key: the run's key; it decides the samples of `algo="prob"`.
         numbers: (N,) int64, ascending, the numbers of the seeds; None: 0 to N - 1.
-        num_rows: lines that are followed at once; None: see `NUM_ROWS`. Other numbers may round differently.
+        num_rows: lines that the model reads at once; None: see `NUM_ROWS`. Other numbers may round differently.
+        num_blocks: how many times as many lines are followed in turn. It does not change the lines.
 
     Yields:
         Lines of at least `min_length`, at every number of rows or so. Some may be empty sets.
@@ -80,28 +84,35 @@ def track(
     """
     device = space.volume.device
     num_rows = NUM_ROWS.get(device.type, NUM_ROWS["cpu"]) if num_rows is None else num_rows
-    _check(seeds, model, space, spec)
+    check_tracking(seeds, model, space, spec)
     numbers = torch.arange(len(seeds)) if numbers is None else numbers
-    state = init_track_state(model, space, spec, key=key, num_rows=num_rows)
-    queue = SeedQueue(numbers, num_rows)
-    finished: list[Tracked] = []
+    blocks = [init_track_state(model, space, spec, key=key, num_rows=num_rows) for _ in range(num_blocks)]
+    queue = SeedQueue(numbers, num_rows * num_blocks)  # rows of the second block come after those of the first
+    finished: list[_Lines] = []
+    num_yielded = 0
     while not queue.is_empty:
-        rows, indices = queue.take()
-        if len(rows) > 0:
-            lines, starts = numbers[indices].to(device), seeds[indices].to(device)
-            state = with_lines(state, rows.to(device), lines, starts, donate=True)
-        for _ in range(_STEPS):
-            state = track_step(state, model=model, space=space, spec=spec, donate=True)
-        rows = queue.ended(state.is_live.cpu())
-        finished.append(_lines(state, rows.to(device), spec))
-        num_before, num_done = queue.release(rows)
-        if num_done - num_before >= num_rows or queue.is_empty:
-            ready, finished = _in_order(finished, int(numbers[num_done - 1]))
-            queue.num_yielded = num_done
-            yield ready
+        for number, state in enumerate(blocks):
+            first = number * num_rows
+            rows, indices = queue.take(first, first + num_rows)
+            if len(rows) > 0:
+                lines, starts = numbers[indices].to(device), seeds[indices].to(device)
+                state = with_lines(state, rows.to(device) - first, lines, starts, donate=True)
+            for _ in range(_STEPS):
+                state = track_step(state, model=model, space=space, spec=spec, donate=True)
+            rows = queue.release(first, state.is_live.cpu())
+            finished.append(_lines(state, rows.to(device) - first, spec))
+            blocks[number] = state
+        if queue.num_done - num_yielded >= num_rows or queue.is_empty:
+            num_yielded = queue.num_done
+            (seeds_ready, lines), finished = _in_order(finished, int(numbers[num_yielded - 1]))
+            yield Tracked(seeds_ready, lines, num_yielded)
 
 
-def _check(seeds: Tensor, model: StepModel, space: TrackingSpace, spec: TrackingSpec) -> None:
+_Lines = tuple[Tensor, Streamlines]  # the numbers of seeds, and their lines
+
+
+def check_tracking(seeds: Tensor, model: StepModel, space: TrackingSpace, spec: TrackingSpec) -> None:
+    """Raise ValueError for a model that cannot track so, and for seeds outside the volume."""
     if getattr(model, "training", False):
         raise ValueError("Expected a model in evaluation mode. Received: one in training mode. Call model.eval().")
     getter = model.direction_getter
@@ -114,6 +125,12 @@ def _check(seeds: Tensor, model: StepModel, space: TrackingSpace, spec: Tracking
             f"eos_stop: requires a model that learned where streamlines end (add_eos). Received: {spec.eos_stop} "
             "without it. Leave it out."
         )
+    max_len = getattr(model, "max_len", None)
+    if max_len is not None and max_len < spec.max_steps:
+        raise ValueError(
+            f"max_length: the model reads lines of at most {max_len} points (max_len), {max_len * spec.step_size:g} mm "
+            f"at this step. Received: {spec.max_length:g} mm. Track shorter lines, or with a larger step."
+        )
     if seeds.ndim != 2 or seeds.shape[1] != 3:
         raise ValueError(f"Expected seeds of shape (N, 3). Received: {tuple(seeds.shape)}.")
     outside = ~space.contains(seeds.to(space.volume.device))
@@ -125,7 +142,7 @@ def _check(seeds: Tensor, model: StepModel, space: TrackingSpace, spec: Tracking
         )
 
 
-def _lines(state: TrackState, rows: Tensor, spec: TrackingSpec) -> Tracked:
+def _lines(state: TrackState, rows: Tensor, spec: TrackingSpec) -> _Lines:
     """The finished lines of some rows that are long enough: the first half turned round, then the second."""
     rows = rows[state.num_points[rows] > spec.min_steps]
     lengths, turn = state.num_points[rows], state.turn[rows]
@@ -135,15 +152,15 @@ def _lines(state: TrackState, rows: Tensor, spec: TrackingSpec) -> Tracked:
     place = torch.arange(num_points, device=rows.device) - offsets[line]
     column = torch.where(place < turn[line], turn[line] - 1 - place, place)
     points = state.points[rows[line], column]
-    return Tracked(state.line[rows].cpu(), Streamlines(points.cpu(), offsets.cpu()))
+    return state.line[rows].cpu(), Streamlines(points.cpu(), offsets.cpu())
 
 
-def _in_order(finished: list[Tracked], last: int) -> tuple[Tracked, list[Tracked]]:
+def _in_order(finished: list[_Lines], last: int) -> tuple[_Lines, list[_Lines]]:
     """Lines up to a number, in their order, and the others."""
-    seeds = torch.cat([tracked.seeds for tracked in finished])
-    points = torch.cat([tracked.streamlines.points for tracked in finished])
-    lines = Streamlines(points, offsets_of(torch.cat([tracked.streamlines.lengths for tracked in finished])))
+    seeds = torch.cat([numbers for numbers, _ in finished])
+    points = torch.cat([lines.points for _, lines in finished])
+    lines = Streamlines(points, offsets_of(torch.cat([lines.lengths for _, lines in finished])))
     order = seeds.argsort()
     is_ready = seeds[order] <= last
     ready, waiting = order[is_ready], order[~is_ready]
-    return Tracked(seeds[ready], lines.select(ready)), [Tracked(seeds[waiting], lines.select(waiting))]
+    return (seeds[ready], lines.select(ready)), [(seeds[waiting], lines.select(waiting))]

@@ -1,0 +1,202 @@
+"""Tractograms of any length on disk: TRK, TCK or TRX, written as lines come and complete under their name or not there.
+
+The bytes depend on the lines alone, not on the groups in which they came, nor on the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwiml_func.data.grid import Grid
+from dwiml_func.files.atomic import atomic_file, remove_leftovers
+
+__all__ = ["FORMATS", "TractogramFile", "new_tractogram"]
+
+Points = NDArray[np.float32]
+Offsets = NDArray[np.int64]
+
+
+class TractogramFile(Protocol):
+    """A tractogram that is being written."""
+
+    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None) -> None:
+        """Append lines: points (P, 3), voxel space, corner origin, offsets (S + 1,); with seeds (S, 3), likewise."""
+        ...
+
+
+@contextmanager
+def new_tractogram(
+    path: str | os.PathLike[str],
+    grid: Grid,
+    *,
+    facts: Mapping[str, str] | None = None,
+    with_seeds: bool = False,
+    overwrite: bool = False,
+) -> Iterator[TractogramFile]:
+    """Write a tractogram inside a `with` block; it appears under its name once the block ends without an error.
+
+    `facts` are texts for the header; TRK has no room for them. `with_seeds` stores seeds as data per streamline
+    "seeds", voxel space with the origin at the first voxel's centre, as scilpy does; TCK has no room for them.
+    """
+    path = Path(path)
+    kind = check_name(path, with_seeds=with_seeds)
+    if path.is_dir():
+        raise IsADirectoryError(f"Expected a file name for the tractogram. Received a folder: {path}.")
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"The file exists: {path}. Choose another name, or overwrite it with --overwrite.")
+    remove_leftovers(path.parent, path.name)
+    with atomic_file(path) as file:
+        tractogram = FORMATS[kind](file, grid, dict(facts or {}), with_seeds)
+        try:
+            yield tractogram
+            tractogram.finish()
+        finally:
+            tractogram.close()
+
+
+def check_name(path: Path, *, with_seeds: bool) -> str:
+    """The kind of file that a name asks for; ValueError where there is none, or none that can hold seeds."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"Expected a tractogram {', '.join(FORMATS)}. Received: {str(path)!r}.")
+    if with_seeds and path.suffix.lower() == ".tck":
+        raise ValueError("A TCK file has no room for seeds. Write a TRK or TRX file, or leave --save-seeds out.")
+    return path.suffix.lower()
+
+
+class _Trk:
+    """Records of a number of points, the points in mm from the grid's corner, and the properties."""
+
+    def __init__(self, file: BinaryIO, grid: Grid, facts: dict[str, str], with_seeds: bool) -> None:
+        from nibabel.affines import voxel_sizes
+        from nibabel.orientations import aff2axcodes
+        from nibabel.streamlines.trk import TrkFile, encode_value_in_name, header_2_dtype
+
+        self._file, self._count = file, 0
+        self._sizes = voxel_sizes(grid.affine)
+        header: Any = np.zeros((), header_2_dtype.newbyteorder("<"))
+        empty: Any = TrkFile.create_empty_header(endianness="<")
+        for name, value in empty.items():
+            header[name] = value
+        header["dimensions"], header["voxel_sizes"], header["voxel_to_rasmm"] = grid.shape, self._sizes, grid.affine
+        header["voxel_order"] = "".join(aff2axcodes(grid.affine))
+        if with_seeds:
+            header["nb_properties_per_streamline"] = 3
+            header["property_name"][0] = encode_value_in_name(3, "seeds")
+        self._header = header
+        file.write(header.tobytes())
+
+    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None) -> None:
+        lengths, num_properties = np.diff(offsets), 0 if seeds is None else 3
+        starts = 3 * offsets[:-1] + np.arange(len(lengths)) * (1 + num_properties)
+        words = np.empty(3 * len(points) + len(lengths) * (1 + num_properties), "<f4")
+        is_point = np.ones(len(words), bool)
+        words[starts] = lengths.astype("<i4").view("<f4")
+        is_point[starts] = False
+        if seeds is not None:
+            places = (starts + 1 + 3 * lengths)[:, None] + np.arange(3)
+            words[places] = seeds - 0.5
+            is_point[places] = False
+        words[is_point] = (points * self._sizes).astype("<f4").reshape(-1)
+        self._file.write(words.tobytes())
+        self._count += len(lengths)
+
+    def finish(self) -> None:
+        self._header["nb_streamlines"] = self._count
+        self._file.seek(0)
+        self._file.write(self._header.tobytes())
+
+    def close(self) -> None:
+        pass
+
+
+class _Tck:
+    """Points in RAS mm; a NaN after each line, an infinity after the last."""
+
+    def __init__(self, file: BinaryIO, grid: Grid, facts: dict[str, str], with_seeds: bool) -> None:
+        self._file, self._grid, self._facts, self._count = file, grid, facts, 0
+        self._write_header()
+
+    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None) -> None:
+        lengths = np.diff(offsets)
+        rows = np.full((len(points) + len(lengths), 3), np.nan, "<f4")
+        line = np.repeat(np.arange(len(lengths)), lengths)
+        rows[np.arange(len(points)) + line] = _to_world(points, self._grid)
+        self._file.write(rows.tobytes())
+        self._count += len(lengths)
+
+    def finish(self) -> None:
+        self._file.write(np.full(3, np.inf, "<f4").tobytes())
+        self._file.seek(0)
+        self._write_header()
+
+    def _write_header(self) -> None:
+        lines = ["mrtrix tracks", f"count: {self._count:010}", "datatype: Float32LE"]
+        lines += [f"{name}: {' '.join(text.split())}" for name, text in self._facts.items()]
+        start = "\n".join(lines).encode()
+        length = len(start) + len(b"\nfile: . \nEND\n")
+        length += len(str(length + len(str(length))))
+        self._file.write(start + f"\nfile: . {length}\nEND\n".encode())
+
+    def close(self) -> None:
+        pass
+
+
+class _Trx:
+    """A ZIP archive of plain arrays, in RAS mm; lines wait in temporary files until all are there."""
+
+    def __init__(self, file: BinaryIO, grid: Grid, facts: dict[str, str], with_seeds: bool) -> None:
+        self._file, self._grid, self._facts = file, grid, facts
+        self._count, self._num_points = 0, 0
+        names = ["positions.3.float32", "offsets.uint64", *["dps/seeds.3.float32"] * with_seeds]
+        folder = Path(file.name).parent
+        self._parts = {name: tempfile.TemporaryFile(dir=folder) for name in names}  # noqa: SIM115 (see close)
+
+    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None) -> None:
+        self._parts["positions.3.float32"].write(_to_world(points, self._grid).tobytes())
+        self._parts["offsets.uint64"].write((offsets[:-1] + self._num_points).astype("<u8").tobytes())
+        if seeds is not None:
+            self._parts["dps/seeds.3.float32"].write((seeds - 0.5).astype("<f4").tobytes())
+        self._count += len(offsets) - 1
+        self._num_points += len(points)
+
+    def finish(self) -> None:
+        self._parts["offsets.uint64"].write(np.array([self._num_points], "<u8").tobytes())
+        header = {
+            "DIMENSIONS": list(self._grid.shape),
+            "VOXEL_TO_RASMM": self._grid.affine.tolist(),
+            "NB_VERTICES": self._num_points,
+            "NB_STREAMLINES": self._count,
+            **self._facts,
+        }
+        with zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr(zipfile.ZipInfo("header.json"), json.dumps(header))  # ZipInfo's date is that of 1980
+            for name, part in self._parts.items():
+                part.seek(0)
+                with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as entry:
+                    shutil.copyfileobj(part, entry)
+
+    def close(self) -> None:
+        for part in self._parts.values():
+            part.close()
+
+
+FORMATS = {".trk": _Trk, ".tck": _Tck, ".trx": _Trx}
+"""The kinds of tractograms, by the ending of their names."""
+
+
+def _to_world(points: Points, grid: Grid) -> Points:
+    """Voxel space with corner origin to RAS mm, (P, 3)."""
+    matrix, shift = grid.affine[:3, :3], grid.affine[:3, 3]
+    # Not @: matrix products round differently for other numbers of rows.
+    return (np.einsum("pj,ij->pi", points.astype(np.float64) - 0.5, matrix) + shift).astype("<f4")

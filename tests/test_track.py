@@ -1,0 +1,245 @@
+"""`dwiml-func track`, on an experiment with the phantom."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.affines import apply_affine
+
+LOADERS: Any = nib.streamlines
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+
+
+@pytest.fixture(scope="module")
+def model(stopped_early: Path) -> Path:
+    return stopped_early / "run"
+
+
+@pytest.fixture(scope="module")
+def data(stopped_early: Path) -> Path:
+    return stopped_early.parent / "data.hdf5"
+
+
+@pytest.fixture
+def track(cli, model, data, tmp_path):
+    """Track in subj2 and read the file; options replace those of the same name."""
+
+    def run(*arguments: object, name: str = "a.trk", nt: int | None = 30, mask: bool = True):
+        options: list[object] = ["--subject", "subj2", "--min-length", 2, "--max-length", 20, "--theta", 180]
+        options += ["--nt", nt] if nt is not None else []
+        options += ["--tracking-mask-group", "wm_mask"] if mask else []
+        result = cli("track", model, data, tmp_path / name, *options, *arguments)
+        assert result.code == 0, result.err
+        return LOADERS.load(tmp_path / name)
+
+    return run
+
+
+def lines(file) -> list[bytes]:
+    return [np.asarray(line).tobytes() for line in file.streamlines]
+
+
+def steps(file) -> np.ndarray:
+    return np.concatenate([np.linalg.norm(np.diff(line, axis=0), axis=1) for line in file.streamlines])
+
+
+def test_it_writes_lines_and_says_how_many(cli, model, data, tmp_path):
+    options = ("--subject", "subj2", "--tracking-mask-group", "wm_mask", "--nt", 40, "--min-length", 1, "--theta", 180)
+    result = cli("track", model, data, tmp_path / "new" / "a.trk", *options)
+    assert result.code == 0
+    file = LOADERS.load(tmp_path / "new" / "a.trk")
+    assert len(file.streamlines) > 10
+    assert f"{len(file.streamlines)} streamlines of 40 seeds, mean length " in result.out
+    assert not result.err
+    np.testing.assert_allclose(steps(file), 0.5, rtol=1e-4)  # the step of the data that it was trained on
+
+
+def test_the_file_is_the_same_each_time_and_by_two_processes(cli, model, data, tmp_path):
+    options = ("--subject", "subj2", "--tracking-mask-group", "wm_mask", "--nt", 1300, "--max-length", 3)
+    options += ("--min-length", 1, "--track-forward-only", "--theta", 180)
+    for kind in ("trk", "tck", "trx"):
+        for name, more in (("one", ()), ("two", ("--processes", 2)), ("many", ("--simultaneous-tracking", 1000))):
+            if kind == "trk" or name != "two":
+                assert cli("track", model, data, tmp_path / f"{name}.{kind}", *options, *more).code == 0
+        first = (tmp_path / f"one.{kind}").read_bytes()
+        assert (tmp_path / f"many.{kind}").read_bytes() == first
+        assert kind != "trk" or (tmp_path / "two.trk").read_bytes() == first
+
+
+def test_lines_come_in_the_order_of_their_seeds_and_pass_through_them(track):
+    file = track("--save-seeds")
+    seeds = file.tractogram.data_per_streamline["seeds"]
+    skipped = track("--save-seeds", "--skip", 20, name="b.trk").tractogram.data_per_streamline["seeds"]
+    np.testing.assert_array_equal(skipped, seeds[-len(skipped) :])
+    assert 0 < len(skipped) <= 10
+    world = apply_affine(file.affine, seeds)
+    for seed, line in zip(world, file.streamlines, strict=True):
+        assert np.abs(line - seed).sum(axis=1).min() < 1e-3
+
+
+def test_the_header_of_a_tck_has_the_model_and_the_command(track, model, data):
+    header = track(name="a.tck").header
+    assert header["model"] == "Learn2Track cosine-regression, epoch 2"
+    assert header["command"].startswith(f"dwiml-func track {model} {data} --subject subj2")
+    assert "--nt 30" in header["command"]
+
+
+def test_options_act(track, tmp_path):
+    usual = track()
+    assert lines(track(name="again.trk")) == lines(usual)
+    assert lines(track("--rng-seed", 2, name="rng.trk")) != lines(usual)
+    np.testing.assert_allclose(steps(track("--step-size", 0.3, name="step.trk")), 0.3, rtol=1e-4)
+    half = track("--track-forward-only", name="half.trk")
+    assert sum(map(len, half.streamlines)) < sum(map(len, usual.streamlines))
+    for option in (("--data-interp", "nearest"), ("--discard-last-point",), ("--max-length", 4), ("--theta", 5)):
+        assert lines(track(*option, name=f"{option[0]}.trk")) != lines(usual), option
+    short = track("--max-length", 4, name="short.trk")
+    assert max(map(len, short.streamlines)) == 9
+    assert min(map(len, track("--min-length", 5, name="long.trk").streamlines)) >= 11
+    few = track("--compress", name="few.trk")
+    assert sum(map(len, few.streamlines)) < 0.7 * sum(map(len, usual.streamlines))
+    np.testing.assert_allclose([line[-1] for line in few.streamlines], [line[-1] for line in usual.streamlines])
+    assert len(track("--seeding-mask-group", "wm_mask", mask=False, name="free.trk").streamlines) > 0
+    other_mask = track("--mask-interp", "trilinear", name="mask.trk")
+    assert lines(other_mask) != lines(usual)
+
+
+def test_seeds_of_your_own_and_by_voxel(track, data, tmp_path):
+    with h5py.File(data) as file:
+        mask: Any = file["subj2/wm_mask/data"]
+        voxels = np.argwhere(mask[..., 0] > 0)
+    np.save(tmp_path / "seeds.npy", voxels[:7] + 0.25)
+    own = track("--in-custom-seeds", tmp_path / "seeds.npy", "--save-seeds", "--min-length", 0, nt=None)
+    seeds = own.tractogram.data_per_streamline["seeds"]
+    assert len(seeds) > 3
+    assert {tuple(seed) for seed in seeds} <= {tuple(seed) for seed in (voxels[:7] - 0.25).astype(np.float32)}
+    two = track("--npv", 2, "--save-seeds", "--min-length", 0, "--max-length", 1, nt=None, name="npv.trk")
+    seeds = two.tractogram.data_per_streamline["seeds"]
+    assert len(voxels) < len(seeds) <= 2 * len(voxels)
+
+
+def test_nifti_files_give_the_lines_of_the_dataset(cli, track, model, data, tmp_path):
+    with h5py.File(data) as file:
+        for group in ("input", "wm_mask"):
+            values: Any = file[f"subj2/{group}/data"]
+            affine: Any = file[f"subj2/{group}"].attrs["affine"]
+            nib.save(nib.Nifti1Image(np.squeeze(values[()]), affine), tmp_path / f"{group}.nii.gz")
+    files = ("--input", tmp_path / "input.nii.gz", "--tracking-mask", tmp_path / "wm_mask.nii.gz")
+    options = ("--min-length", 2, "--max-length", 20, "--theta", 180, "--nt", 30)
+    result = cli("track", model, tmp_path / "b.trk", *files, *options, "--standardization", "none")
+    assert result.code == 0, result.err
+    assert lines(LOADERS.load(tmp_path / "b.trk")) == lines(track())
+
+
+def test_nothing_long_enough_makes_an_empty_file_and_a_warning(cli, model, data, tmp_path):
+    options = ("--subject", "subj2", "--tracking-mask-group", "wm_mask", "--nt", 5, "--min-length", 290)
+    result = cli("track", model, data, tmp_path / "a.trk", *options)
+    assert result.code == 0
+    assert "No line of at least 290 mm" in result.err
+    assert len(LOADERS.load(tmp_path / "a.trk").streamlines) == 0
+
+
+def test_a_model_records_what_it_was_trained_on(model):
+    facts = json.loads((model / "best_model" / "model.json").read_text())
+    assert facts["trained_on"] == {
+        "sh_order": 2,
+        "voxel_sizes": [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]],
+        "step_size": 0.5,
+    }
+
+
+def test_a_volume_of_another_kind_is_refused_by_name(cli, model, data, tmp_path):
+    options = ("--subject", "subj2", "--tracking-mask-group", "wm_mask", "--nt", 5)
+    for change, named in (
+        (lambda g: g.attrs.__setitem__("sh_order", 4), ("the SH order 2", "Received: 4")),
+        (lambda g: g.attrs.__setitem__("affine", np.diag([1.5, 1.5, 1.5, 1])), ("voxels of 1 x 1 x 1 mm", "1.5 x 1.5")),
+        (_one_feature_less, ("a volume with 6 features", "Received: 5")),
+    ):
+        other = shutil.copy(data, tmp_path / "other.hdf5")
+        with h5py.File(other, "r+") as file:
+            for group in ("input", "wm_mask"):
+                if group == "input" or "affine" in str(named[0]) or "voxels" in named[0]:
+                    change(file[f"subj2/{group}"])
+        cli("track", model, other, tmp_path / "a.trk", *options).check_refusal("subj2", *named)
+        assert not (tmp_path / "a.trk").exists()
+
+
+def _one_feature_less(group: Any) -> None:
+    values = group["data"][..., :5]
+    del group["data"]
+    group["data"] = values
+
+
+def test_what_cannot_be_done_is_refused_in_one_line(cli, model, data, tmp_path):
+    out = tmp_path / "a.trk"
+    usual = (model, data, out, "--subject", "subj2", "--tracking-mask-group", "wm_mask")
+    np.save(tmp_path / "bad.npy", np.zeros((4, 2)))
+    np.save(tmp_path / "far.npy", np.full((4, 3), 99.0))
+    (tmp_path / "text.npy").write_text("no array")
+    for arguments, named in (
+        ((model, data, out), ("subject",)),
+        ((model, out), ("Expected HDF5_FILE and OUT",)),
+        ((model, data, out, "--subject", "nobody"), ("'nobody'", "subj2")),
+        ((model, data, out, "--subject", "subj2"), ("--seeding-mask-group",)),
+        ((model, data, out, "--subject", "subj2", "--tracking-mask-group", "gm"), ("'gm'", "wm_mask")),
+        ((model, data, out, "--subject", "subj2", "--tracking-mask-group", "input"), ("one value a voxel",)),
+        ((*usual, "--algo", "prob"), ("cosine-regression", "det")),
+        ((*usual, "--eos-stop", "0.5"), ("eos_stop", "add_eos")),
+        ((*usual, "--eos-stop", "often"), ("eos_stop", "'often'")),
+        ((*usual, "--nt", 5, "--npv", 1), ("npv", "nt")),
+        ((*usual, "--nt", 5, "--skip", 5), ("skip",)),
+        ((*usual, "--step-size", 0), ("step_size",)),
+        ((*usual, "--in-custom-seeds", tmp_path / "none.npy"), ("none.npy",)),
+        ((*usual, "--in-custom-seeds", tmp_path / "bad.npy"), ("(4, 2)",)),
+        ((*usual, "--in-custom-seeds", tmp_path / "far.npy"), ("4 of 4 outside",)),
+        ((*usual, "--in-custom-seeds", tmp_path / "text.npy"), ("text.npy",)),
+        ((*usual, "--processes", 0), ("processes",)),
+        ((*usual, "--tracking-mask", "m.nii.gz"), ("tracking_mask", "--input")),
+        ((model, out, "--input", "no.nii.gz", "--subject", "a"), ("subject",)),
+        ((model, out, "--input", "no.nii.gz"), ("no.nii.gz",)),
+        ((model, data, tmp_path / "a.vtk", *usual[3:]), (".trk, .tck, .trx",)),
+        ((model, data, tmp_path / "a.tck", *usual[3:], "--save-seeds"), ("TCK",)),
+    ):
+        cli("track", *arguments).check_refusal(*named)
+    assert not out.exists()
+    out.write_text("mine")
+    cli("track", *usual).check_refusal("exists", "--overwrite")
+    assert out.read_text() == "mine"
+    assert cli("track", *usual, "--nt", 5, "-f").code == 0
+    assert LOADERS.load(out)
+
+
+def test_a_run_that_is_killed_leaves_the_file_that_stood_there(model, data, tmp_path):
+    out = tmp_path / "a.trk"
+    out.write_bytes(b"before")
+    command = [sys.executable, "-m", "dwiml_func", "track", str(model), str(data), str(out), "-f", "--theta", "180"]
+    command += ["--subject", "subj2", "--tracking-mask-group", "wm_mask", "--npv", "1000", "--min-length", "0"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        while process.poll() is None and not any(path.stat().st_size > 5000 for path in tmp_path.glob(".dwiml-tmp-*")):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    finally:
+        process.kill()
+    assert out.read_bytes() == b"before"
+    assert len(list(tmp_path.iterdir())) == 2  # and what the next run removes
+
+
+def test_the_next_run_removes_what_a_killed_one_left(track, tmp_path):
+    leftover = tmp_path / ".dwiml-tmp-a.trk.999999-01234567"
+    leftover.write_bytes(b"part")
+    track()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.trk"]
