@@ -117,6 +117,10 @@ def test_the_defaults_are_those_of_dwi_ml():
         "compile": False,
         "precision": "float32",
         "skip_window_lag": False,
+        "add_a_tracking_validation_phase": False,
+        "tracking_phase_frequency": 1,
+        "tracking_phase_nb_segments_init": 1,
+        "tracking_mask": None,
         "num_shards": 1,
     }
     batches = dataclasses.asdict(config.batches)

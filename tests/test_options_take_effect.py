@@ -32,7 +32,11 @@ HELD_ELSEWHERE = {
         "patience_delta",
         "learning_rate",
         "skip_window_lag",
-    ),  # test_run, test_loop, test_schedule, test_window_lag_runs
+        "add_a_tracking_validation_phase",
+        "tracking_phase_frequency",
+        "tracking_phase_nb_segments_init",
+        "tracking_mask",
+    ),  # test_run, test_loop, test_schedule, test_window_lag_runs, test_tracking_phase
 }
 WITHOUT_EFFECT = {"lazy": True, "cache_size": "1MB"}
 

@@ -31,6 +31,7 @@ from dwiml_func.experiment.batches import RunData, first_batch, make_batches, op
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.model_store import check_memory
 from dwiml_func.experiment.optimizers import apply_rules, make_optimizer
+from dwiml_func.experiment.tracking_phase import with_tracking_phase
 from dwiml_func.experiment.window_lag import with_window_lag
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import compute_batch_loss
@@ -104,6 +105,10 @@ def make_parts(
     )
     if valid is not None and not is_member and not config.training.skip_window_lag:
         valid, evaluate = with_window_lag(
+            valid, evaluate, config=config, dataset=data.validation, model=model, optimizer=optimizer
+        )
+    if valid is not None and not is_member and config.training.add_a_tracking_validation_phase:
+        valid, evaluate = with_tracking_phase(
             valid, evaluate, config=config, dataset=data.validation, model=model, optimizer=optimizer
         )
     return RunParts(

@@ -70,6 +70,15 @@ class TrainingConfig:
     skip_window_lag: bool = False
     """Do not measure the window lag at validations: the mean distance in mm between model and real streamline, where
     the model reads up to 60 mm of it and goes on alone for 20 mm. It does not change the training."""
+    add_a_tracking_validation_phase: bool = False
+    """At validations, also let the model continue the first segments of validation streamlines, and compare where they
+    end: distance in mm; connections, where the dataset has connectivity matrices. It does not change the training."""
+    tracking_phase_frequency: int = 1
+    """Number of epochs from one tracking phase to the next."""
+    tracking_phase_nb_segments_init: int = 1
+    """Number of segments of each streamline that the model reads before it continues alone, in the tracking phase."""
+    tracking_mask: str | None = None
+    """Name of the volume group that is the mask of the tracking phase, which requires it. None: no phase."""
     num_shards: int = 1
     """Number of shards of each batch. Under torchrun, the processes share them; any number of processes that divides
     this number gives bitwise identical results."""
@@ -89,6 +98,10 @@ class TrainingConfig:
             object.__setattr__(self, "rule", ())
         check_number("num_threads", self.num_threads, at_least=1, below=1 << 12)
         check_number("num_shards", self.num_shards, at_least=1)
+        check_number("tracking_phase_frequency", self.tracking_phase_frequency, at_least=1)
+        check_number("tracking_phase_nb_segments_init", self.tracking_phase_nb_segments_init, at_least=1)
+        if self.add_a_tracking_validation_phase and self.tracking_mask is None:
+            raise ValueError("add_a_tracking_validation_phase: requires tracking_mask, the name of a volume group.")
         check_number("rng", self.rng, at_least=0, below=1 << 64)
         if self.data_rng is not None:
             check_number("data_rng", self.data_rng, at_least=0, below=1 << 64)

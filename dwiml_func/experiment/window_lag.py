@@ -25,6 +25,7 @@ from dwiml_func.types import Metrics, Optimizer
 
 __all__ = [
     "WINDOW_LAG",
+    "Followed",
     "measure_window_lag",
     "run_windows",
     "space_of_subject",
@@ -58,7 +59,7 @@ def with_window_lag(
 
     def batches(key: Key, epoch: int, start_batch: int) -> Any:
         own: Any = valid(key, epoch, start_batch)
-        return own if windows() is None else _Then(own, windows())
+        return own if windows() is None else Followed(own, windows())
 
     def step(state: TrainState, batch: Any) -> Metrics:
         if not isinstance(batch, LagWindows):
@@ -105,7 +106,7 @@ def without_window_lag(config: RunConfig) -> RunConfig:
     return replace(config, training=replace(config.training, skip_window_lag=True))
 
 
-class _Then:
+class Followed:
     """Batches and one more; they can be counted."""
 
     def __init__(self, batches: SizedBatches[Any], last: Any) -> None:

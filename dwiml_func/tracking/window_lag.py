@@ -28,6 +28,7 @@ EVERY_MM = 30.0
 READ_MM = 60.0
 AHEAD_MM = 20.0
 _MOST_LINES = 512  # of a dataset, from which windows are taken
+_LOOK_EVERY = 16  # steps: on a GPU each look at what still grows waits for the device
 _MOST_WINDOWS = 128  # the mean lag of so many is known to about a third of a mm
 
 
@@ -189,7 +190,9 @@ def continue_lines(
     num_steps = longest - 1 + num_ahead
     spec = replace(spec, min_length=0.0, max_length=(longest + num_steps) * spec.step_size)
     state = _given_lines(init_track_state(model, space, spec, key=Key(0), num_rows=len(given)), given)
-    for _ in range(num_steps):
+    for number in range(num_steps):
+        if number % _LOOK_EVERY == 0 and not state.is_live.any():
+            break
         state = track_step(state, model=model, space=space, spec=spec, donate=True)
     lengths = given.lengths.to(state.points.device)
     num_added = (state.num_points - lengths).clamp(max=num_ahead)

@@ -21,6 +21,8 @@ _NAMES = {
     ("train", "grad_norm"): "grad_norm_monitor",
     ("train", "unclipped_grad_norm"): "unclipped_grad_norm_monitor",
     ("valid", "loss"): "valid_local_loss_monitor",
+    ("valid", "tracking_mean_final_distance"): "tracking_mean_final_distance_monitor",
+    ("valid", "tracking_connectivity_score"): "tracking_connectivity_score_monitor",
 }
 
 

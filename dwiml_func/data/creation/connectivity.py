@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from dwiml_func.data.grid import Grid
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["Connectivity", "load_connectivity", "write_connectivity"]
+__all__ = ["Connectivity", "load_connectivity", "read_connectivity", "write_connectivity"]
 
 
 class Connectivity(NamedTuple):
@@ -57,3 +57,17 @@ def write_connectivity(group: h5py.Group, connectivity: Connectivity) -> None:
         group.attrs["connectivity_nb_blocs"] = connectivity.blocs
     if connectivity.labels is not None:
         group.create_dataset("connectivity_label_volume", data=connectivity.labels)
+
+
+def read_connectivity(group: h5py.Group) -> Connectivity | None:
+    """The connectivity of a streamline group whose matrix fits, see `hdf5.consistency`; None where it has none."""
+    if "connectivity_matrix" not in group:
+        return None
+    data: Any = group
+    matrix = np.asarray(data["connectivity_matrix"][()]) > 0
+    if "connectivity_label_volume" in group:
+        return Connectivity(matrix, labels=np.asarray(data["connectivity_label_volume"][()]).astype(np.int64))
+    if "connectivity_nb_blocs" not in group.attrs:
+        return None
+    x, y, z = np.broadcast_to(np.asarray(group.attrs["connectivity_nb_blocs"]).ravel(), 3).tolist()
+    return Connectivity(matrix, blocs=(x, y, z))
