@@ -11,9 +11,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
+from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.spherical_harmonics import half_sphere_directions, sh_matrix
+from dwiml_func.models.baselines import principal_direction
 
 File: Any = h5py.File
 SHAPE = (6, 6, 6)
@@ -163,6 +168,24 @@ def test_text_of_fixed_length_is_text(cli, data, tmp_path, kind):
     assert cli("train", tmp_path, "run", data, "--dry-run").code == 0
 
 
+def test_attributes_that_are_arrays_of_one_are_that_one(cli, data, tmp_path):
+    """MATLAB writes them so; a step size that is not seen would have the streamlines resampled again."""
+    with File(data, "a") as file:
+        for subject in "abc":
+            for group in ("input", "streamlines"):
+                attributes = file[f"{subject}/{group}"].attrs
+                for name in ("type", "space", "origin", "nb_features", "sh_order"):
+                    if name in attributes:
+                        value = np.atleast_1d(np.asarray(attributes[name]))
+                        attributes[name] = value.astype("S") if value.dtype.kind in "UO" else value
+        file.attrs["step_size"] = np.array([3.0])
+    outcome = cli("info", data)
+    assert "resampled to a step of" in outcome.out
+    assert "Expected" not in outcome.out
+    assert open_dataset(data).resampling == Resampling(step_size=3.0)
+    assert cli("train", tmp_path, "run", data, "--dry-run").code == 0
+
+
 @pytest.mark.parametrize("number", [4000, 4001, 4200, 30_000])
 def test_many_subjects_fit_in_a_dataset(tmp_path, number):
     names = [f"sub-{n:05d}" for n in range(number)]
@@ -261,3 +284,32 @@ def test_batches_in_mm_are_refused_before_anything_is_written(cli, data, tmp_pat
         outcome.check_refusal("batches in length_mm need the lengths of the")
     assert not (tmp_path / "run").exists()
     assert cli(*command, "--dry-run").code == 0
+
+
+@pytest.mark.parametrize("width", [1, 6])
+def test_the_principal_direction_undoes_each_subjects_own_standardisation(tmp_path, width):
+    """`create-hdf5` standardises each subject by values of its own: the direction is that of the signal before."""
+    paths = {"raw": tmp_path / "raw.hdf5", "standardised": tmp_path / "standardised.hdf5"}
+    signal = sh_matrix(half_sphere_directions(60), 2)
+    for kind, path in paths.items():
+        rng = np.random.default_rng(0)
+        with new_dataset(path, training=["a", "b"], groups_config={}, date="x") as file:
+            for number, subject in enumerate("ab"):
+                group = file.create_group(subject)
+                raw = rng.uniform(0.2, 0.9, (*SHAPE, 60)) @ np.linalg.pinv(signal).T
+                mean, std = rng.uniform(0, 1, width) * (1 + 3 * number), rng.uniform(0.1, 1, width) * (1 + number)
+                attributes = {"sh_order": 2, "standardization_mean": mean, "standardization_std": std}
+                if kind == "raw":
+                    write_volume(group, "input", raw, np.eye(4), attributes={"sh_order": 2})
+                else:
+                    write_volume(group, "input", (raw - mean) / std, np.eye(4), attributes=attributes)
+                lines = {"affine": np.eye(4), "dimensions": SHAPE}
+                write_streamlines(group, "streamlines", rng.uniform(1, 5, (30, 3)), np.arange(7) * 5, **lines)
+    found = {}
+    for kind, path in paths.items():
+        dataset = open_dataset(path)
+        batch = load_batch(BatchRequest(np.array([7, 0, 11, 3, 2, 9]), None, 0, 0), dataset=dataset, spec=LoaderSpec())
+        principal = principal_direction(batch, dataset.input_attributes)
+        assert principal is not None
+        found[kind] = principal[0]
+    torch.testing.assert_close(found["raw"], found["standardised"], atol=1e-3, rtol=0)

@@ -228,6 +228,7 @@ def test_a_truncated_file_is_named(folder, refused, name, keep):
 
 
 NIFTIS = ["dwi.nii.gz", "mask.nii.gz", "labels.nii.gz", "dwi.nii"]
+MATRIX = "m.npy"
 TRACTOGRAMS = ["a.trk", "a.tck", "a.trx"]
 
 
@@ -248,7 +249,7 @@ def files_of_all_kinds(folder: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", [*NIFTIS, *TRACTOGRAMS])
+@pytest.mark.parametrize("name", [*NIFTIS, *TRACTOGRAMS, MATRIX])
 def test_a_file_that_goes_on_after_what_its_header_promises_is_named(folder, refused, name):
     files_of_all_kinds(folder)
     path = folder / "subjects" / "s2" / name
@@ -311,6 +312,14 @@ def test_complex_numbers_are_refused(folder, refused, name, kind):
     files_of_all_kinds(folder)
     save_volume(folder / "subjects" / "s2" / name, np.full((*SHAPE, 4)[: 3 + (name == "dwi.nii.gz")], 1 + 1j, kind))
     assert re.search(rf"file [^ ]*/{re.escape(name)}: a volume of complex numbers", refused())
+
+
+def test_nan_in_a_mask_is_refused(folder, refused):
+    mask = np.ones(SHAPE, np.float32)
+    mask[0, 0, 0] = np.nan
+    set_config(folder, wm_mask=None)
+    save_volume(folder / "subjects" / "s2" / "mask.nii.gz", mask)
+    assert re.search(place("input", "mask.nii.gz") + "1 of 1080 values are NaN or infinite", refused())
 
 
 def test_colours_are_refused(folder, refused):

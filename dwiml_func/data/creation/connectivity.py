@@ -33,7 +33,10 @@ def load_connectivity(group: StreamlineGroup, found: GroupFiles, expected: Grid 
     if source is None or (group.connectivity_labels is not None and found.labels is None):
         return None
     try:
-        values = np.load(source.path, allow_pickle=False)
+        with source.path.open("rb") as file:
+            values = np.load(file, allow_pickle=False)
+            if file.read(1):
+                raise ValueError("the file goes on after the values that its header promises")
     except Exception as error:  # numpy raises of many kinds about corrupt files
         reason = " ".join(str(error).split())
         raise ValueError(f"{source}: cannot be read as a matrix in .npy ({reason})") from error

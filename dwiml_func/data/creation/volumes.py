@@ -186,5 +186,7 @@ def _union(masks: Sequence[Source], grid: Grid) -> NDArray[np.bool_] | None:
         if len(image.shape) == 4 and image.shape[3] != 1:
             raise ValueError(f"{source}: a mask of shape {image.shape}. Expected (X, Y, Z)")
         _check_grid(source, _grid(source, image), grid, "as the group's first file has")
-        union |= _read(source, image, None).reshape(grid.shape) > 0
+        data = _read(source, image, None)
+        _check_finite(source, data)
+        union |= data.reshape(grid.shape) > 0
     return union if masks else None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dwiml_func._checks import truncated_repr
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.grid import Grid, grid_difference, grid_of
-from dwiml_func.data.hdf5.problems import Checked, Problem, attribute_of, dataset_of, location, present, to_python
+from dwiml_func.data.hdf5.problems import Checked, Problem, attribute_of, dataset_of, location, present, scalar
 from dwiml_func.data.resampling import Resampling
 
 if TYPE_CHECKING:
@@ -64,10 +64,10 @@ def group_of(subject: h5py.Group, name: str, kind: str) -> Checked[h5py.Group]:
     import h5py
 
     group = subject.get(name)
-    if isinstance(group, h5py.Group) and to_python(group.attrs.get("type")) == kind:
+    if isinstance(group, h5py.Group) and scalar(group.attrs.get("type")) == kind:
         return group
     # A name that is corrupt, or links to nothing, has None behind it.
-    kinds = {key: to_python(item.attrs.get("type", "no type")) for key, item in subject.items() if item is not None}
+    kinds = {key: scalar(item.attrs.get("type", "no type")) for key, item in subject.items() if item is not None}
     received = f"has type {kinds[name]!r}" if name in kinds else "does not exist"
     others = present(f"{key} ({type_})" for key, type_ in kinds.items())
     yield Problem(
@@ -80,7 +80,7 @@ def read_resampling(file: h5py.File) -> Resampling:
     """How the streamlines were sampled when the file was made; dwi_ml writes "Not defined by user" for no option."""
     found = {}
     for name in ("step_size", "nb_points", "compress"):
-        value = to_python(file.attrs.get(name))
+        value = scalar(file.attrs.get(name))
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             found[name] = value
     return Resampling(**found) if len(found) == 1 else Resampling()
@@ -115,6 +115,7 @@ def streamline_grid(group: h5py.Group) -> Checked[Grid]:
     """The grid of streamlines, which are in voxel space with corner origin."""
     for name, (expected, accepted) in _SPACES.items():
         received = yield from attribute_of(group, name)
+        received = None if received is None else scalar(received)
         if received is not None and str(received).lower() not in accepted:
             yield Problem(location(group), f"attribute {name!r} is {received}. Expected {expected}")
     dimensions = yield from attribute_of(group, "dimensions")

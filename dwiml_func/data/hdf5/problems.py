@@ -31,6 +31,7 @@ __all__ = [
     "open_hdf5",
     "present",
     "raise_first",
+    "scalar",
     "to_python",
 ]
 
@@ -116,6 +117,14 @@ def to_python(value: object) -> object:
     if isinstance(value, np.ndarray) and value.dtype.kind in "SO":
         return [to_python(element) for element in value.tolist()]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def scalar(value: object) -> object:
+    """An attribute of one value as plain Python, also where it was written as an array of one (MATLAB does)."""
+    value = to_python(value)
+    if isinstance(value, np.ndarray) and value.size == 1:
+        return value.item()
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 def dataset_of(group: h5py.Group, name: str, kinds: str) -> Checked[h5py.Dataset]:

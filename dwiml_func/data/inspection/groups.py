@@ -25,7 +25,7 @@ from dwiml_func.data.hdf5.layout import (
     volume_shape,
     voxel_sizes_of,
 )
-from dwiml_func.data.hdf5.problems import Checked, Problem, location
+from dwiml_func.data.hdf5.problems import Checked, Problem, location, scalar
 from dwiml_func.data.resampling import lengths_mm
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def inspect_volume(group: h5py.Group) -> Checked[VolumeSummary]:
     if shape is None:
         return VolumeSummary(None, None)
     yield from read_volume(group)
-    named = group.attrs.get("nb_features", shape[3])
+    named = scalar(group.attrs.get("nb_features", shape[3]))
     if named != shape[3]:
         yield Problem(location(group), f"attribute nb_features is {named}, but the data has {shape[3]} features")
     attributes = (yield from volume_attributes(group, shape[3])) or {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, get_args
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.consistency import Volume, disjoint_subsets, same_volumes, subjects_of
 from dwiml_func.data.hdf5.layout import Subset, same_grid, subject_group
-from dwiml_func.data.hdf5.problems import Checked, Problem, collect, corrupt_file, open_hdf5, to_python
+from dwiml_func.data.hdf5.problems import Checked, Problem, collect, corrupt_file, open_hdf5, scalar, to_python
 from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary, inspect_streamlines, inspect_volume
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = ["Inspection", "Summaries", "inspect_dataset"]
 
 # What h5py raises about corrupt parts, whichever they are; memory runs out when it is a size that is corrupt.
 _H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, MemoryError)
+_ONE_VALUE = ("step_size", "nb_points", "compress")
 _STEP_TOLERANCE = 0.2  # of the step that the file names; dwi_ml's own steps are up to this much longer
 
 Summaries = Mapping[str, VolumeSummary | StreamlineSummary]
@@ -48,7 +49,10 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
     problems: list[Problem] = []
     with open_hdf5(path) as file:
         try:
-            attributes = {name: str(to_python(value)) for name, value in file.attrs.items()}
+            attributes = {
+                name: str(scalar(value) if name in _ONE_VALUE else to_python(value))
+                for name, value in file.attrs.items()
+            }
             in_file = [str(name) for name in file]
             subsets = collect(_inspect_subsets(file, in_file), problems) or {}
             listed = [name for names in subsets.values() for name in names]
@@ -105,7 +109,7 @@ def _inspect_subject(file: h5py.File, name: str) -> Checked[Summaries]:
 def _inspect_group(group: object, where: str) -> Checked[VolumeSummary | StreamlineSummary]:
     import h5py
 
-    kind = to_python(group.attrs.get("type")) if isinstance(group, h5py.Group) else None
+    kind = scalar(group.attrs.get("type")) if isinstance(group, h5py.Group) else None
     if isinstance(group, h5py.Group) and kind == "volume":
         return (yield from inspect_volume(group))
     if isinstance(group, h5py.Group) and kind == "streamlines":
