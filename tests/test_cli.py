@@ -24,6 +24,7 @@ from dwiml_func.experiment.config import (
     config_from_json,
 )
 from dwiml_func.experiment.folder import read_config
+from dwiml_func.models.transformers.config import TransformerOptions
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 TINY = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "1")
@@ -130,6 +131,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         "cache-size": "1GB",
         "comet-workspace": "lab",
         "comet-project": "tracking",
+        "log-every": "1",
     }
     monkeypatch.delenv("COMET_API_KEY", raising=False)
     flat = [part for name, value in options.items() for part in (f"--{name}", value)]
@@ -181,7 +183,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
             num_shards=2,
             precision="bf16",
         ),
-        logging=LoggingConfig(comet_workspace="lab", comet_project="tracking", tensorboard=True),
+        logging=LoggingConfig(comet_workspace="lab", comet_project="tracking", tensorboard=True, log_every=1),
     )
     parts = (config.data, config.batches, config.model, config.training, config.logging)
     fields = {field.name for part in parts for field in dataclasses.fields(part)}
@@ -191,6 +193,9 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         *("prev_dirs_embedding_key", "prev_dirs_embedded_size", "normalize_prev_dirs", "use_layer_normalization"),
         *("dg_sphere", "add_entropy_to_gauss", "dg_nb_gaussians", "dg_nb_clusters", "add_eos", "eos_weight"),
         *("normalize_targets", "normalize_outputs", "step_rule"),
+        *("model", *(field.name for field in dataclasses.fields(TransformerOptions))),
+        *("skip_window_lag", "add_a_tracking_validation_phase", "tracking_mask"),
+        *("tracking_phase_frequency", "tracking_phase_nb_segments_init"),
     }
     assert {name.replace("-", "_") for name in options} | {
         "lazy",
