@@ -32,8 +32,9 @@ def documented_names(tree: ast.Module) -> set[str]:
     }
     for node, following in pairwise(tree.body):
         is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and is_text:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        values = node.body if isinstance(node, ast.If) else [node]
+        for value in values if is_text else ():
+            targets = value.targets if isinstance(value, ast.Assign) else [getattr(value, "target", None)]
             names.update(target.id for target in targets if isinstance(target, ast.Name))
     return names
 

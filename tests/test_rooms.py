@@ -6,6 +6,7 @@ from pathlib import Path
 import dwiml_func
 
 ROOT = Path(dwiml_func.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
 ROOMS = (  # from the ground up
     *(
         "types",
@@ -35,9 +36,33 @@ def rooms_imported(path: Path) -> set[str]:
 
 def test_each_room_imports_only_rooms_below_it() -> None:
     wrong = []
-    for path in sorted(ROOT.rglob("*.py")):
+    for path in FILES:
         room = path.relative_to(ROOT).parts[0].removesuffix(".py")
         if room not in ("__init__", "__main__"):  # the front doors
             allowed = {room, *ROOMS[: ROOMS.index(room)]} - BLIND.get(room, set())
             wrong += [f"{path.relative_to(ROOT)} imports {other}" for other in rooms_imported(path) - allowed]
+    assert wrong == []
+
+
+def public_names(path: Path) -> set[str] | None:
+    """What `__all__` of a module lists; None for a package without one."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return {name.value for name in ast.walk(node.value) if isinstance(name, ast.Constant)}
+    return None
+
+
+def test_modules_import_only_public_names_of_others_and_no_private_modules_of_other_rooms() -> None:
+    modules = {".".join(p.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
+    public, wrong = {name: public_names(path) for name, path in modules.items()}, []
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            source = node.module if isinstance(node, ast.ImportFrom) else None
+            if source not in modules or source == "dwiml_func":
+                continue
+            room, _, module = source.removeprefix("dwiml_func.").partition(".")
+            if module.startswith("_") and not name.startswith(f"dwiml_func.{room}."):
+                wrong.append(f"{name} imports {source}")
+            names = {alias.name for alias in node.names if f"{source}.{alias.name}" not in modules}
+            wrong += [f"{name} imports {source}.{each}" for each in names - (public[source] or names)]
     assert wrong == []

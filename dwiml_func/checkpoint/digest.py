@@ -27,9 +27,11 @@ from dwiml_func.types import Plateau, Sum
 __all__ = [
     "BitDifference",
     "bit_difference",
+    "combine_digests",
     "is_starting_count",
     "leaf_differences",
     "leaf_digest",
+    "numbers_to_fields",
     "state_digest",
     "state_from_leaves",
     "state_leaves",

@@ -15,7 +15,15 @@ from dwiml_func.core.rng import Key
 from dwiml_func.optim.transformations import clip_grad_norm, global_norm
 from dwiml_func.types import Buffers, Grads, Params
 
-__all__ = ["AutodiffBackend", "ValueAndGrad", "clip_by_global_norm", "global_norm", "value_and_grad"]
+__all__ = [
+    "AutodiffBackend",
+    "ValueAndGrad",
+    "check_clip_norm",
+    "clip_by_global_norm",
+    "global_norm",
+    "is_differentiated",
+    "value_and_grad",
+]
 
 AutodiffBackend = Literal["autograd", "func"]
 """`"autograd"`: torch.autograd.grad on detached leaves; its result cannot be differentiated. `"func"`:

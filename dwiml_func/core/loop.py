@@ -25,6 +25,7 @@ __all__ = [
     "Batches",
     "Interrupted",
     "Track",
+    "check_options",
     "run_epoch",
     "train_and_validate",
 ]

@@ -14,7 +14,12 @@ from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.stateless import ABSENT, IN_PLACE, StatelessModule
 from dwiml_func.types import Buffers, Params
 
-__all__ = ["LossFn", "LossOut", "module_loss"]
+__all__ = [
+    "LossFn",
+    "LossOut",
+    "is_same_loss",
+    "module_loss",
+]
 
 
 class LossOut(NamedTuple):

@@ -19,7 +19,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Key", "Stream", "fold_in", "numpy_rng", "torch_rng"]
+__all__ = [
+    "Key",
+    "Stream",
+    "default_generators",
+    "fold_in",
+    "key_hash",
+    "numpy_rng",
+    "torch_rng",
+]
 
 _GLOBAL_GENERATORS = threading.RLock()  # one thread at a time draws from them
 os.register_at_fork(after_in_child=_GLOBAL_GENERATORS._at_fork_reinit)  # type: ignore[attr-defined]

@@ -19,7 +19,14 @@ from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.rng import Key, fold_in
 from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Plateau, Sum
 
-__all__ = ["TrainState", "init_state"]
+__all__ = [
+    "TrainState",
+    "advance",
+    "check_not_donated",
+    "describe_best",
+    "describe_tensors",
+    "init_state",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

@@ -15,11 +15,19 @@ from dwiml_func._checks import listed
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.autocast import autocast_forward
 
-__all__ = ["StatelessModule"]
+__all__ = [
+    "ABSENT",
+    "IN_PLACE",
+    "StatelessModule",
+]
 
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_flat_weights", "_flat_weight_refs", "forward"}
 _CONTAINERS = (list, dict, set)
-ABSENT, IN_PLACE = object(), object()  # an attribute that is not there; one changed in place
+ABSENT = object()
+"""An attribute that is not there."""
+
+IN_PLACE = object()
+"""An attribute that was changed in place."""
 
 
 class StatelessModule:

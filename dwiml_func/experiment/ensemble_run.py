@@ -21,6 +21,7 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, member_sums, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
+from dwiml_func.experiment.batches import open_data
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config, read_ended, write_ended
@@ -28,7 +29,7 @@ from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.optimizers import make_optimizer
 from dwiml_func.experiment.resume import check_same_data, repair_experiment, with_new_options
 from dwiml_func.experiment.run import set_num_threads, train_and_save
-from dwiml_func.experiment.setup import RunParts, make_parts, open_data
+from dwiml_func.experiment.setup import RunParts, make_parts
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.files.fingerprint import fingerprint

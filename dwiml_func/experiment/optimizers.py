@@ -27,13 +27,19 @@ from dwiml_func.optim import (
     sgd,
     skip_not_finite,
 )
-from dwiml_func.optim._names import check_patterns, first_matches
+from dwiml_func.optim.names import check_patterns, first_matches
 from dwiml_func.types import Number, Optimizer
 
 if TYPE_CHECKING:
     from dwiml_func.experiment.training_config import TrainingConfig
 
-__all__ = ["OPTIMIZERS", "apply_rules", "make_optimizer", "parse_rules"]
+__all__ = [
+    "OPTIMIZERS",
+    "OptimizerName",
+    "apply_rules",
+    "make_optimizer",
+    "parse_rules",
+]
 
 
 def muon_and_adamw(
@@ -75,6 +81,7 @@ if TYPE_CHECKING:
     OptimizerName = str
 else:
     OptimizerName = Literal[tuple(OPTIMIZERS)]
+"""The names of optimizers on the command line."""
 
 
 def make_optimizer(training: TrainingConfig, *, weight_decay: Number | None = None) -> Optimizer:

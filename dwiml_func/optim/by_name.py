@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func.optim._kernel import check_options
-from dwiml_func.optim._names import check_patterns, first_matches
 from dwiml_func.optim.chain import update_with
+from dwiml_func.optim.names import check_patterns, first_matches
 from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["by_name"]

@@ -24,6 +24,7 @@ __all__ = [
     "CosinePlusL2Regression",
     "CosineRegression",
     "DirectionGetter",
+    "DirectionGetterKey",
     "FisherVonMises",
     "FisherVonMisesMixture",
     "Gaussian",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     DirectionGetterKey = str
 else:
     DirectionGetterKey = Literal[tuple(DIRECTION_GETTERS)]
+"""The keys of direction getters on the command line."""
 
 
 def make_direction_getter(
