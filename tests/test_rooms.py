@@ -48,7 +48,7 @@ def public_names(path: Path) -> set[str] | None:
     """What `__all__` of a module lists; None for a package without one."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return {name.value for name in ast.walk(node.value) if isinstance(name, ast.Constant)}
+            return {str(name.value) for name in ast.walk(node.value) if isinstance(name, ast.Constant)}
     return None
 
 
@@ -57,9 +57,9 @@ def test_modules_import_only_public_names_of_others_and_no_private_modules_of_ot
     public, wrong = {name: public_names(path) for name, path in modules.items()}, []
     for name, path in modules.items():
         for node in ast.walk(ast.parse(path.read_text())):
-            source = node.module if isinstance(node, ast.ImportFrom) else None
-            if source not in modules or source == "dwiml_func":
+            if not isinstance(node, ast.ImportFrom) or node.module not in modules or node.module == "dwiml_func":
                 continue
+            source = node.module
             room, _, module = source.removeprefix("dwiml_func.").partition(".")
             if module.startswith("_") and not name.startswith(f"dwiml_func.{room}."):
                 wrong.append(f"{name} imports {source}")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dwiml_func.data.grid import Grid
 from dwiml_func.files.atomic import atomic_file, remove_leftovers
 
-__all__ = ["FORMATS", "TractogramFile", "new_tractogram"]
+__all__ = ["FORMATS", "TractogramFile", "check_name", "new_tractogram"]
 
 Points = NDArray[np.float32]
 Offsets = NDArray[np.int64]
