@@ -294,3 +294,31 @@ def test_a_donated_state_gives_its_memory_and_cannot_be_used_again():
 def test_a_limit_below_one_is_refused():
     with pytest.raises(ValueError, match=r"Expected max_compilations of at least 1\. Received: 0"):
         make_steps(max_compilations=0)
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.weight = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * (x.double() * self.weight).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("optimizer", [adam(), sgd(momentum=0.9)], ids=["adam", "sgd"])
+def test_a_donated_number_in_double_precision_is_trained_too(optimizer):
+    start, compiled, eager = make_steps(Scaled(), optimizer=optimizer, donate=True)
+    actual, _ = run(compiled, start, 4)
+    expected, _ = run(eager, init_state(Scaled(), optimizer, seed=3), 4)
+    assert compiled.eager_reason is None
+    for name, tensor in expected.params.items():
+        torch.testing.assert_close(actual.params[name], tensor, rtol=1e-12, atol=0)
+
+
+def test_twelve_optimizers_in_one_process_compile_a_graph_each():
+    """torch.compile makes at most 8 graphs of one function, and the updates of all are one function."""
+    compiled = [make_steps(optimizer=adam(beta1=0.5 + number / 100), backend="eager")[1] for number in range(12)]
+    for step in compiled:
+        run(step, init_state(make_model(), adam(), seed=3), 2)
+        assert (step.num_compilations, step.eager_reason) == (1, None)

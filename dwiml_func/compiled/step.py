@@ -141,7 +141,7 @@ class JitStep:
         if policy == "defer":
             metrics[NON_FINITE] = Sum(is_first_bad * state.step, is_first_bad)
         if self._donate and _is_elementwise(self.eager.keywords["optimizer"]):  # the graph wrote into these tensors
-            params, opt_state = state.params, _merged(state.opt_state, opt_state)
+            params, opt_state = _merged(state.params, params), _merged(state.opt_state, opt_state)
         return advance(state, params, buffers, opt_state, metrics, donate=self._donate), metrics
 
 
@@ -183,21 +183,25 @@ def _make_graph(
         sums = [number for sum_ in metrics.values() for number in sum_]
         scalars = (out.loss, norm, is_bad & (blocked == 0), torch.zeros_like(norm), *sums)
         values = torch.stack([as_float64(value, out.loss) for value in scalars])
-        if donate and own.is_elementwise:  # a chain that wrote in place went wrong with inductor, see its test
-            _write(params, new_params)
-            return None, new_buffers, _write(opt_state, new_opt_state), tuple(metrics), values
+        if donate and own.is_elementwise:  # others have counts, for which torch would compile twice, see `_write`
+            written, written_state = _write(params, new_params), _write(opt_state, new_opt_state)
+            return written, new_buffers, written_state, tuple(metrics), values
         return new_params, new_buffers, new_opt_state, tuple(metrics), values
 
     return graph
 
 
 def _write(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a tree into an old one, and return it with None for what was copied: the old one may lack some leaves."""
+    """Copy a tree into an old one, and return it with None for what was copied: the old one may lack some leaves.
+
+    () tensors are not copied. torch.compile traces a function twice where it writes in place and has () float64 or
+    int64 tensors on the CPU as arguments, and the second trace of torch 2.13 lacks the copies into those.
+    """
     rest: dict[str, Any] = {}
     for name, leaf in new.items():
         if not isinstance(leaf, Tensor):
             rest[name] = _write(old.get(name, {}), leaf)
-        elif name in old:
+        elif name in old and leaf.dim() > 0:
             old[name].copy_(leaf)
             rest[name] = None
         else:
