@@ -67,6 +67,23 @@ def test_shares_of_voxels_are_scilpys() -> None:
     assert received.f1 == pytest.approx(dice, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("bundle", "expected"),
+    [
+        ("AF_L", (0.6460446247464503, 0.3591549295774648, 0.6434343434343435)),
+        ("CC_ForcepsMajor", (0.5296928327645051, 0.40030911901081917, 0.5625226531351939)),
+        ("CST_R", (0.6008298755186722, 0.40016570008285, 0.6003316749585407)),
+    ],
+)
+def test_the_overlap_of_real_halves_is_that_of_scilpys_voxels(bundle: str, expected: tuple[float, ...]) -> None:
+    """Figures of scilpy 2.3.0 (`compute_tract_counts_map`), on the example data: even streamlines beside odd ones."""
+    from dwiml_func.data.example.bundles import load_bundles
+
+    lines = load_bundles("sub_4")[bundle]  # the example's voxels of 2 mm have their faces at even mm
+    received = voxel_overlap(Streamlines.from_list(lines[::2]), Streamlines.from_list(lines[1::2]), (2.0, 2.0, 2.0))
+    np.testing.assert_allclose(received, expected, atol=1e-6)
+
+
 def test_overlap_within_a_distance_is_that_of_all_pairs() -> None:
     def dense(lines: list[np.ndarray]) -> np.ndarray:
         found = []

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused(cli, folder: Path, tmp_path: Path) -> None
         "Expected a subject among anna", "'bob'"
     )
     cli("score", folder / "tracked.trk", folder / "data.hdf5", "--subject", "anna").check_refusal("lines (streamlines)")
-    score(cli, folder, "none.trk").check_refusal("none.trk")
+    score(cli, folder, "none.trk").check_refusal("The tractogram does not exist", "none.trk")
     score(cli, folder, "data.hdf5").check_refusal("expected a tractogram")
     score(cli, folder, "tracked.trk", "data.hdf5", "--nb-seeds", 3).check_refusal("nb_seeds", "received 3")
     save_lines(tmp_path / "small.trk", [some_tracked()[0] + MIDDLE], affine=AFFINE, shape=(9, 9, 9))

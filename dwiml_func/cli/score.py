@@ -83,6 +83,8 @@ def run(options: Options) -> int:
     if options.nb_seeds is not None:
         check_number("nb_seeds", options.nb_seeds, at_least=1)
     real = read_subject_streamlines(options.hdf5_file, options.subject, options.streamline_group)
+    if not Path(options.tractogram).is_file():
+        raise FileNotFoundError(f"The tractogram does not exist: {options.tractogram}")
     source = Source(options.subject, options.streamline_group, Path(options.tractogram))
     tracked = load_streamlines(
         [source], expected=real.grid, remove_invalid=options.remove_invalid, note=lambda line: print_progress(line)
