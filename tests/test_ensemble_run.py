@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
-from dwiml_func.experiment.folder import create_ensemble, read_config, read_ended
+from dwiml_func.experiment.folder import create_ensemble, read_config, read_ended, write_ended
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
@@ -232,8 +233,110 @@ def test_what_cannot_be_an_ensemble_is_refused_before_anything_is_written(tmp_pa
     assert not list(tmp_path.glob("bad"))
 
 
-def test_a_corrupt_file_is_named(trained, tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"num_members": "x"},
+        {"num_members": 1_000_000_000, "ended": {}},
+        {"num_members": 1, "ended": {}},
+        {"num_members": True, "ended": {}},
+        {"num_members": 2, "ended": {"5": "1"}},
+        {"num_members": 2, "ended": {"0": "../../0"}},
+        {"num_members": 2, "ended": {"0": 1}},
+        {"num_members": 2, "ended": [], "more": 1},
+        {"num_members": 2, "ended": {}, "checksum": "0" * 64},
+        [],
+    ],
+)
+def test_a_corrupt_file_is_named(trained, tmp_path, cli, content):
     seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
-    (seeds / "ensemble.json").write_text(json.dumps({"num_members": "x"}))
-    with pytest.raises(ValueError, match=r"ensemble.json is corrupt"):
-        resume_ensemble(seeds)
+    (seeds / "ensemble.json").write_text(json.dumps(content))
+    cli("resume", tmp_path, "seeds").check_refusal("ensemble.json is corrupt")
+
+
+def test_every_flipped_bit_of_the_list_of_members_is_refused_or_changes_nothing(trained, tmp_path):
+    seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
+    write_ended(seeds, 2, {1: "2"})
+    original, draws = (seeds / "ensemble.json").read_bytes(), random.Random(23)
+    for place in range(len(original)):
+        flipped = bytearray(original)
+        flipped[place] ^= 1 << draws.randrange(8)
+        (seeds / "ensemble.json").write_bytes(flipped)
+        try:
+            assert read_ended(seeds) == (2, {1: "2"}), bytes(flipped)
+        except ValueError as error:
+            assert "ensemble.json" in str(error)  # noqa: PT017
+
+
+def test_a_list_without_a_checksum_of_an_earlier_version_is_read(trained, tmp_path):
+    seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
+    (seeds / "ensemble.json").write_text(json.dumps({"num_members": 2, "ended": {"1": "2-3"}}))
+    assert read_ended(seeds) == (2, {1: "2-3"})
+
+
+@pytest.fixture(scope="module")
+def three_epochs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    keep_all = CheckpointConfig(keep="all")
+    configs = [replace(config, checkpoints=keep_all) for config in small(max_epochs=3)]
+    directory = create(tmp_path_factory.mktemp("three_epochs"), configs)
+    list(run_ensemble(directory, prepare_ensemble(configs)))
+    return directory
+
+
+@pytest.fixture
+def whole(three_epochs: Path, tmp_path: Path) -> Path:
+    """An ensemble of three members that has ended after three epochs, with all checkpoints."""
+    return Path(shutil.copytree(three_epochs, tmp_path / "run"))
+
+
+def spoil_checkpoint(folder: Path, name: str) -> None:
+    """Flip a bit in the middle of the largest file of its tensors."""
+    leaves = (path for path in (folder / "checkpoint" / name / "leaves").rglob("*") if path.is_file())
+    file = max(leaves, key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("spoilt", [("1", "3"), ("0", "3"), ("1", "manifest")])
+def test_corrupt_checkpoints_of_members_are_named_set_aside_and_written_again(whole, cli, spoilt):
+    digests = [latest_digest(whole / str(number)) for number in range(3)]
+    member, what = spoilt
+    if what == "manifest":
+        (whole / member / "checkpoint" / "3" / "manifest.json").write_text("{}")
+    else:
+        spoil_checkpoint(whole / member, what)
+    done = cli("resume", whole.parent, whole.name)
+    assert done.code == 0, done.err
+    assert f"Checkpoint {whole / member / 'checkpoint' / '3'} is corrupt. Resuming from checkpoint 2." in done.err
+    assert (whole / member / "checkpoint" / "3.corrupt").is_dir()
+    assert [latest_digest(whole / str(number)) for number in range(3)] == digests
+    assert list_checkpoints(whole / member) == ["1", "2", "3"]
+
+
+def test_a_corrupt_checkpoint_that_was_saved_ahead_of_the_others_is_written_again(whole, cli):
+    digest = latest_digest(whole / "0")
+    spoil_checkpoint(whole / "0", "3")
+    for number in "12":
+        shutil.rmtree(whole / number / "checkpoint" / "3")
+    done = cli("resume", whole.parent, whole.name)
+    assert (done.code, "checkpoint/3 is corrupt" in done.err) == (0, True)
+    assert latest_digest(whole / "0") == digest
+
+
+def test_what_a_kill_after_the_last_checkpoint_left_behind_is_brought_up_to_date(whole, cli):
+    """Best models, logs and the list of members that have stopped are written after the checkpoints."""
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    write_ended(whole, 3, {})
+    for number in "012":
+        (whole / number / "logs" / "metrics.jsonl").unlink()
+        shutil.rmtree(whole / number / "best_model")
+    cli("resume", whole.parent, whole.name)
+    assert read_ended(whole) == (3, json.loads(before[whole / "ensemble.json"])["ended"])
+    for number in "012":
+        name = whole / number / "logs" / "metrics.jsonl"
+        assert name.read_bytes() == before[name]
+        assert (
+            load_model(whole / number / "best_model").facts["epoch"]
+            == json.loads(before[whole / number / "best_model" / "model.json"])["epoch"]
+        )

@@ -279,7 +279,7 @@ def test_a_model_reads_the_points_around_as_it_was_trained_to(cli, tmp_path):
         (["MODEL", "DATA", "--input-group-name", "signal"], ["'signal'", "DATA"]),
         (["MODEL", "DATA", "--input-group-name", "wm_mask"], ["expected input volumes with 6 features", "received 1"]),
         (["MODEL", "FOLDER/nothing.hdf5"], ["does not exist", "nothing.hdf5"]),
-        (["MODEL"], ["HDF5_FILE"]),
+        (["MODEL/best_model"], ["config.json"]),
         (["FOLDER/nothing", "DATA"], ["FOLDER/nothing", "is not a folder"]),
         (["FOLDER", "DATA"], ["neither a model directory (no model.json) nor an experiment (no config.json)"]),
         (["DATA", "DATA"], ["is not a folder"]),

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from dwiml_func.files.lock import LockedError, experiment_lock, is_locked
+from dwiml_func.files.lock import (
+    FolderLostError,
+    LockedError,
+    experiment_lock,
+    is_kept,
+    is_locked,
+    kept_folders,
+    same_folder,
+)
 
 HOLD = """
 import sys
@@ -190,3 +199,63 @@ def test_another_error_of_the_lock_is_an_error_and_leaves_no_open_file(tmp_path,
     with pytest.raises(FileNotFoundError), experiment_lock(tmp_path / "nothing"):
         pass
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("/nothing"), os.mkfifo, Path.mkdir])
+def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path, make):
+    make(tmp_path / ".lock")
+    with pytest.raises(ValueError, match="Expected a plain file"), experiment_lock(tmp_path):
+        pass
+    assert not is_locked(tmp_path)
+    assert os.path.lexists(tmp_path / ".lock")
+
+
+def test_the_lock_of_another_process_in_the_same_place_stays(tmp_path):
+    with experiment_lock(tmp_path):
+        (tmp_path / ".lock").rename(tmp_path / "moved")
+        (tmp_path / ".lock").write_text("process 1 on anvil")
+    assert (tmp_path / ".lock").read_text() == "process 1 on anvil"
+
+
+def move(folder: Path) -> None:
+    folder.rename(folder.with_name("moved"))
+
+
+def replace_folder(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / ".lock").touch()
+
+
+def take_over(folder: Path) -> None:
+    (folder / ".lock").unlink()
+    (folder / ".lock").touch()
+
+
+@pytest.mark.parametrize("lose", [move, shutil.rmtree, replace_folder, take_over])
+def test_a_folder_that_is_no_longer_the_same_is_noticed(tmp_path, lose):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with experiment_lock(folder), same_folder(folder) as check:
+        check()
+        lose(folder)
+        with pytest.raises(FolderLostError, match="moved, removed or taken over"):
+            check()
+
+
+def test_a_link_to_where_a_folder_was_moved_leads_to_the_same_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with experiment_lock(folder), same_folder(folder) as check:
+        move(folder)
+        folder.symlink_to(tmp_path / "moved")
+        check()
+
+
+def test_folders_are_kept_for_readers_and_only_while_they_read(tmp_path):
+    with kept_folders([tmp_path, tmp_path / "nothing"]):
+        assert is_kept(tmp_path)
+        with kept_folders([tmp_path]):
+            assert is_kept(tmp_path)
+    assert not is_kept(tmp_path)
+    assert not is_kept(tmp_path / "nothing")

@@ -164,6 +164,7 @@ def test_logs_that_a_crash_left_behind_are_repaired(copy):
 @pytest.mark.parametrize("spoil", [lambda file: b"", lambda file: file[: len(file) // 2], None])
 def test_logs_of_a_run_that_has_ended_are_made_again_by_the_resume_that_is_refused(cli, copy, spoil):
     """Logs do not wait for the disk: after a power cut they may be empty, cut short or not there at all."""
+    assert cli("evaluate", copy, "--write").code == 0  # a whole run, as the command leaves it
     before = contents(copy)
     logs = [name for name in before if name.startswith("logs/")]
     assert {"logs/metrics.jsonl", "logs/train_loss_monitor_per_epoch.npy"} <= set(logs)
@@ -221,10 +222,10 @@ def test_another_version_or_machine_is_warned_of_once_and_the_run_resumes(copy, 
     def elsewhere(devices: Iterable[str]) -> dict[str, Any]:
         return {**now, "torch": "9.9.9", "cpu": "Another", "num_threads": 64, "python": "4.0"}
 
-    monkeypatch.setattr("dwiml_func.experiment.resume.environment", elsewhere)
+    monkeypatch.setattr("dwiml_func.experiment.record.environment", elsewhere)
     _, state, _ = resume_experiment(copy)
     assert state.epoch == 4
-    (record,) = caplog.records
+    _, record = caplog.records  # the first is about the patience, of which no checkpoint knows yet
     assert record.getMessage() == (
         "From here on, results may not be bitwise identical: checkpoint 4 comes from other versions or another machine "
         f"(cpu: {now['cpu']!r}, now 'Another'; torch: {now['torch']!r}, now '9.9.9')."

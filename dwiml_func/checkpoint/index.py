@@ -13,6 +13,7 @@ __all__ = [
     "checkpoint_folder",
     "checkpoint_name",
     "checkpoint_path",
+    "is_checkpoint_name",
     "list_checkpoints",
     "names_after",
     "position_name",
@@ -55,6 +56,11 @@ def checkpoint_name(state: TrainState) -> str:
 def position_name(epoch: int, batch: int) -> str:
     """The name of the checkpoint at which so many epochs and, within an epoch, batches are done."""
     return f"{epoch}-{batch}" if batch else str(epoch)
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether `position_name` gives such names."""
+    return _position(name) is not None
 
 
 def names_after(names: Iterable[str], state: TrainState) -> list[str]:

@@ -1,15 +1,17 @@
-"""Which checkpoints stay when a newer one has been saved."""
+"""Which checkpoints stay when a newer one has been saved, and while another process reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from dwiml_func.checkpoint.index import checkpoint_folder, checkpoint_name, list_checkpoints
 from dwiml_func.core.state import TrainState
 from dwiml_func.files.atomic import atomic_remove
+from dwiml_func.files.lock import is_kept, kept_folders
 
-__all__ = ["names_to_keep", "remove_old"]
+__all__ = ["kept_checkpoints", "names_to_keep", "remove_old"]
 
 
 def names_to_keep(names: Sequence[str], state: TrainState, keep: int, keep_always: Collection[str] = ()) -> set[str]:
@@ -29,6 +31,17 @@ def remove_old(directory: str | Path, state: TrainState, keep: int | None, keep_
         return
     names = list_checkpoints(directory)
     kept = names_to_keep(names, state, keep, keep_always)
-    for name in names:
-        if name not in kept:
-            atomic_remove(checkpoint_folder(directory) / name)
+    for path in [checkpoint_folder(directory) / name for name in names if name not in kept]:
+        if not is_kept(path):  # a later save removes it
+            atomic_remove(path)
+
+
+@contextmanager
+def kept_checkpoints(directory: str | Path) -> Iterator[list[str]]:
+    """Yield the names of the checkpoints, which a run in another process does not remove while the block runs."""
+    while True:
+        names = list_checkpoints(directory)
+        with kept_folders(checkpoint_folder(directory) / name for name in names):
+            if set(names) <= set(list_checkpoints(directory)):
+                yield names
+                return

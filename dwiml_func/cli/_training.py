@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,14 +17,14 @@ from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import direction_units
-from dwiml_func.experiment.evaluation import evaluate_best_model, write_evaluation
-from dwiml_func.experiment.plots import save_run_figure
+from dwiml_func.experiment.finish import finish_run
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import stop_on_signals
+from dwiml_func.files.lock import same_folder
 from dwiml_func.writers.progress import Progress
 
-__all__ = ["describe_run", "train_with_progress"]
+__all__ = ["describe_run", "print_end", "train_with_progress"]
 
 _log = logging.getLogger(__name__)
 
@@ -36,14 +37,22 @@ def train_with_progress(
     shown = {} if progress is None else {"on_batch": progress.on_batch, "track": progress.track}
     print_progress(describe_run(directory, parts))
     _log.debug("%s", ", ".join(f"{name} {value}" for name, value in environment().items() if name != "num_threads"))
-    with stop_on_signals(parts.process_group, at_second=_stop_at_once) as stop, progress or contextlib.nullcontext():
-        for report in run_experiment(directory, parts, state=state, history=history, stop=stop, **shown):
-            history = (*history, report)
-            _print_compilation(parts)
-            if progress is not None:
-                progress(report)
-    if parts.process_group.rank == 0:
-        _finish(directory, parts, history)
+    num_before, is_first = len(history), parts.process_group.rank == 0
+    with same_folder(directory) if is_first else contextlib.nullcontext() as check:
+        with (
+            stop_on_signals(parts.process_group, at_second=_stop_at_once) as stop,
+            progress or contextlib.nullcontext(),
+        ):
+            for report in run_experiment(directory, parts, state=state, history=history, stop=stop, **shown):
+                history = (*history, report)
+                _print_compilation(parts)
+                if progress is not None:
+                    progress(report)
+        if check is not None:
+            check()
+            if len(history) == num_before:
+                print_progress("Nothing is left to train.")
+            print_end(directory, parts, history)
 
 
 def describe_run(directory: Path, parts: RunParts) -> str:
@@ -61,20 +70,14 @@ def describe_run(directory: Path, parts: RunParts) -> str:
     )
 
 
-def _finish(directory: Path, parts: RunParts, history: tuple[EpochReport, ...]) -> None:
+def print_end(directory: Path, parts: RunParts, history: Sequence[EpochReport]) -> None:
     """Evaluate the best model; write the result and the figure into the experiment and print the summary."""
-    best = history[-1].best.epoch
-    if best is None:
+    if history[-1].best.epoch is None:
         print("No epoch had a finite loss, so there is no best model.")
         return
-    evaluation, subset = evaluate_best_model(directory, parts), parts.data.evaluation.subset
-    try:
-        write_evaluation(directory, evaluation, epoch=best, subset=subset)
-    except OSError as error:
-        _log.warning("The evaluation was not written: %s", error)
-    save_run_figure(directory)
+    evaluation = finish_run(directory, parts, history)
     print_progress("")
-    print(format_summary(history, evaluation, subset=subset))
+    print(format_summary(history, evaluation, subset=parts.data.evaluation.subset))
 
 
 def _print_compilation(parts: RunParts) -> None:

@@ -10,6 +10,7 @@ import tyro
 
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.digest import state_digest
+from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.folder import is_ensemble, member_folders
 
@@ -33,5 +34,7 @@ def run(options: Options) -> int:
     directory = Path(options.experiment_dir)
     folders = member_folders(directory) if is_ensemble(directory) else [directory]
     for folder in folders:
-        print(state_digest(read(folder).state))
+        with kept_checkpoints(folder):  # of a run that is being trained
+            digest = state_digest(read(folder).state)
+        print(digest)
     return 0

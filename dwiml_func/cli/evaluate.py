@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -13,10 +14,15 @@ from dwiml_func._checks import check_number
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION
+from dwiml_func.cli._training import print_end
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.evaluation import ModelEvaluation, evaluate_model
+from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
 from dwiml_func.experiment.model_store import find_model, load_model
+from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.run import data_in_background
 from dwiml_func.files.json import null_if_not_finite
+from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["Options", "run"]
 
@@ -31,8 +37,11 @@ class Options(CommandOptions):
 
     model_dir: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL_OR_EXPERIMENT_DIR")]
     """A model directory, or an experiment, for its best model."""
-    hdf5_file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="HDF5_FILE")]
-    """The dataset."""
+    hdf5_file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[HDF5_FILE]")] = None
+    """The dataset. None: that of the experiment."""
+    write: bool = False
+    """Write evaluation.json and plots/training.png of an experiment, or of the members of an ensemble, as the end of a
+    training does, and print its summary. The other options do not count."""
     subset: Literal["training", "validation", "testing"] = "validation"
     """The subset of its subjects."""
     json: bool = False
@@ -56,9 +65,11 @@ def run(options: Options) -> int:
     check_number("batch_size", options.batch_size, at_least=1)
     check_number("num_threads", options.num_threads, at_least=1)
     torch.set_num_threads(options.num_threads)
+    if options.write:
+        return _write(Path(options.model_dir), options.hdf5_file)
     model = load_model(find_model(options.model_dir))
     dataset = open_dataset(
-        options.hdf5_file,
+        options.hdf5_file or read_config(Path(options.model_dir)).hdf5_file,
         options.subset,
         input_group_name=options.input_group_name or model.config.data.input_group_name,
         streamline_group_name=options.streamline_group_name or model.config.data.streamline_group_name,
@@ -70,6 +81,18 @@ def run(options: Options) -> int:
         print(json.dumps({"subset": options.subset, **null_if_not_finite(asdict(result))}))
     else:
         print(_text(result, options.subset, len(dataset.index.subjects)))
+    return 0
+
+
+def _write(directory: Path, hdf5_file: str | None) -> int:
+    for folder in member_folders(directory) if is_ensemble(directory) else [directory]:
+        read_config(folder)  # before the lock makes a file there
+        with experiment_lock(folder):
+            parts, _, history = resume_experiment(folder, may_have_ended=True, hdf5_file=hdf5_file)
+            if not history:
+                raise ValueError(f"{folder} has no finished epoch yet. Expected at least one.")
+            data_in_background(folder, parts.data, parts.config.hdf5_file)()
+            print_end(folder, parts, history)
     return 0
 
 

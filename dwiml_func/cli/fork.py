@@ -42,6 +42,9 @@ class Options(CommandOptions, RunOptions):
     """Number of epochs after which to fork, or the name of any checkpoint, such as 3-50. None: the latest."""
     hdf5_file: str | None = None
     """Another dataset. None: that of the source."""
+    accept: tuple[str, ...] = ()
+    """Names of options, such as dropout, whose values were changed in the source's config.json since its latest
+    checkpoint, and with which to go on."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str], program: str) -> Self:
@@ -64,7 +67,9 @@ def run(options: Options) -> int:
         check_new_experiment(experiments_path, options.new_name)
     config = options.to_config(options.hdf5_file or recorded.hdf5_file)
     with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
-        fork = prepare_fork(source, config, name=options.from_checkpoint, process_group=process_group)
+        fork = prepare_fork(
+            source, config, name=options.from_checkpoint, accept=options.accept, process_group=process_group
+        )
         start = (directory, fork.parts, fork.state, fork.checkpoint.history)
         if process_group.rank > 0:  # the first process writes
             train_with_progress(*start)

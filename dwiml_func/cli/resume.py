@@ -13,13 +13,14 @@ from dwiml_func.cli._ensemble import resume_members
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.cli._training import train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_zero_first
+from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.folder import experiment_directory, is_ensemble, read_config
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["Options", "run"]
 
-_CHANGES = ("new_max_epochs", "new_patience", "hdf5_file", "processes", "checkpoint_every", "keep")
+_CHANGES = ("new_max_epochs", "new_patience", "hdf5_file", "processes", "checkpoint_every", "keep", "accept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ class Options(CommandOptions):
     """New interval between checkpoints. It does not change the results. None: unchanged."""
     keep: int | Literal["all"] | None = None
     """New number of latest checkpoints at an epoch's end to keep, or all. None: unchanged."""
+    accept: tuple[str, ...] = ()
+    """Names of options, such as dropout, whose values were changed in config.json since the latest checkpoint, and with
+    which to go on."""
 
 
 def run(options: Options) -> int:
@@ -57,7 +61,9 @@ def run(options: Options) -> int:
         return 0
     use_gpu = read_config(directory).training.use_gpu  # before the lock makes a file there
     with join_process_group("cuda" if use_gpu else "cpu") as process_group:
-        resume = partial(resume_experiment, directory, **changes, process_group=process_group)
+        may_have_ended = not is_whole(directory)  # a kill may have come before the evaluation or the figure
+        changes |= {"process_group": process_group, "may_have_ended": may_have_ended}
+        resume = partial(resume_experiment, directory, **changes)
         with experiment_lock(directory) if process_group.rank == 0 else nullcontext():
             train_with_progress(directory, *rank_zero_first(process_group, resume))
     return 0

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.verify import Verification, verify_epoch
@@ -38,9 +39,10 @@ class Options(CommandOptions):
 def run(options: Options) -> int:
     """Train the epoch again and compare. Returns 1 when something differs."""
     progress = Progress(max_epochs=read_config(Path(options.experiment_dir)).training.max_epochs)
-    verification = verify_epoch(
-        options.experiment_dir, epoch=options.epoch, hdf5_file=options.hdf5_file, track=progress.track
-    )
+    with kept_checkpoints(options.experiment_dir):  # of a run that is being trained
+        verification = verify_epoch(
+            options.experiment_dir, epoch=options.epoch, hdf5_file=options.hdf5_file, track=progress.track
+        )
     print(format_verification(verification, options.experiment_dir))
     return 1 if verification.problems else 0
 

@@ -127,6 +127,7 @@ class StreamlineDataset:
             (num_subjects, 1 or F).
         resampling: how the streamlines were sampled when the file was made.
         bundles: the bundle of each streamline; None where not every subject of the file has them.
+        linked: other files from which values come: targets of external links, sources of virtual datasets.
 
     Example:
         >>> import torch
@@ -152,6 +153,7 @@ class StreamlineDataset:
     input_attributes: dict[str, object]
     resampling: Resampling = field(default_factory=Resampling)
     bundles: Bundles | None = None
+    linked: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
         size = f"{len(self.index.subjects)} subjects, {self.index.num_total} streamlines, {self.num_features} features"

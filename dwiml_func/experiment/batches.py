@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.files.fingerprint import size_and_time
 from dwiml_func.models.config import check_getter_for_compressed
 
 __all__ = ["RunData", "check_usable", "first_batch", "loader_spec", "make_batches", "open_data"]
@@ -27,10 +29,16 @@ __all__ = ["RunData", "check_usable", "first_batch", "loader_spec", "make_batche
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """The subjects of a run; those of the validation may be none."""
+    """The subjects of a run; those of the validation may be none. `read` has size and time of the file then."""
 
     training: StreamlineDataset
     validation: StreamlineDataset
+    read: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def linked(self) -> tuple[Path, ...]:
+        """The other files from which the dataset takes values."""
+        return tuple(sorted({*self.training.linked, *self.validation.linked}))
 
     @property
     def evaluation(self) -> StreamlineDataset:
@@ -41,6 +49,8 @@ class RunData:
 def open_data(config: RunConfig) -> RunData:
     """Open the training and the validation subjects; ValueError where the model cannot use them."""
     options = config.data
+    path = Path(config.hdf5_file)
+    read = size_and_time(path.stat()) if path.is_file() else {}
     subsets = {
         subset: open_dataset(
             config.hdf5_file,
@@ -54,7 +64,7 @@ def open_data(config: RunConfig) -> RunData:
     }
     for dataset in subsets.values():
         check_usable(dataset, config)
-    return RunData(**subsets)
+    return RunData(**subsets, read=read)
 
 
 def make_batches(config: RunConfig, data: RunData, device: torch.device) -> tuple[Batches, Batches | None, Batches]:

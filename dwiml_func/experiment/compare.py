@@ -15,11 +15,13 @@ from dwiml_func.checkpoint.digest import bit_difference, leaf_differences
 from dwiml_func.checkpoint.history import history_to_json
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.folder import read_config
+from dwiml_func.files.fingerprint import content
 
 __all__ = [
     "Comparison",
     "compare_experiments",
     "differences",
+    "differing",
     "distinguishing",
     "leaf_problems",
     "report_differences",
@@ -68,7 +70,7 @@ def compare_experiments(a: str | Path, b: str | Path) -> Comparison:
     return Comparison(
         config=tuple(differences(config_a, config_b)),
         environment=_differences_of_both([checkpoint.environment for checkpoint in known]),
-        data=_differences_of_both([_content(checkpoint.data) for checkpoint in known if checkpoint.data]),
+        data=_differences_of_both([content(checkpoint.data) for checkpoint in known if checkpoint.data]),
         num_epochs=(len(histories[0]), len(histories[1])),
         num_digests=len(with_digest),
         first_state=next((pair[0].epoch for pair in with_digest if pair[0].digest != pair[1].digest), None),
@@ -80,14 +82,18 @@ def compare_experiments(a: str | Path, b: str | Path) -> Comparison:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], labels: tuple[str, str] = ("in A", "in B")) -> list[str]:
     """Compare nested JSON data, bit for bit: a text for each difference. An absent value is equal to None."""
+    return [f"{name}: {in_a} {labels[0]}, {in_b} {labels[1]}" for name, (in_a, in_b) in differing(a, b).items()]
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any], *, only_common: bool = False) -> dict[str, tuple[str, str]]:
+    """The values that differ, as text, by their names with dots between the parts; `only_common` passes over others."""
     flat_a, flat_b = _flatten(a), _flatten(b)
-    lines = []
+    found = {}
     for name in {**flat_a, **flat_b}:
         texts = _to_text(flat_a.get(name)), _to_text(flat_b.get(name))  # NaN is not equal to itself, but its text is
-        if texts[0] != texts[1]:
-            shown = name if name.isprintable() else ascii(name)
-            lines.append(f"{shown}: {texts[0]} {labels[0]}, {texts[1]} {labels[1]}")
-    return lines
+        if texts[0] != texts[1] and not (only_common and (name not in flat_a or name not in flat_b)):
+            found[name if name.isprintable() else ascii(name)] = texts
+    return found
 
 
 def distinguishing(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -145,11 +151,6 @@ def _to_option(value: Any) -> str:
 
 def _differences_of_both(both: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
     return tuple(differences(both[0], both[1])) if len(both) == 2 else None
-
-
-def _content(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A fingerprint without the time of the last change, which copies do not share."""
-    return {name: data.get(name) for name in ("sha256", "size")}
 
 
 def _notes(checkpoints: Sequence[Checkpoint | None], *, num_without: int) -> list[str]:

@@ -5,6 +5,7 @@ The field docstrings are the help texts of the command line. Names and defaults 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import asdict, dataclass, field
@@ -173,8 +174,15 @@ def config_from_json(text: str | bytes, *, source: str = "config.json") -> RunCo
     import pydantic
 
     try:
-        config = pydantic.TypeAdapter(RunConfig).validate_json(text)
+        config = _reader().validate_json(text)
     except pydantic.ValidationError as error:
         raise ValueError(f"{source}: {error_text(error)}.") from None
     parse_json(text, source=source)  # pydantic takes the last of two values under one key
     return config
+
+
+@functools.cache
+def _reader() -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(RunConfig)

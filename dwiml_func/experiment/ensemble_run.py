@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import Any
 import torch
 
 from dwiml_func.checkpoint.arrays import CorruptError
-from dwiml_func.checkpoint.checkpoint import Checkpoint, restore, write
+from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, read, restore, write
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import fill_digests
-from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
+from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints, names_after, position_name
 from dwiml_func.checkpoint.retention import remove_old
+from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
@@ -27,17 +30,20 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config, read_ended, write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.optimizers import make_optimizer
-from dwiml_func.experiment.resume import check_same_data, repair_experiment, with_new_options
-from dwiml_func.experiment.run import set_num_threads, train_and_save
+from dwiml_func.experiment.record import check_same_config, check_same_data
+from dwiml_func.experiment.resume import repair_experiment, set_aside, with_new_options
+from dwiml_func.experiment.run import data_in_background, set_num_threads, train_and_save
 from dwiml_func.experiment.setup import RunParts, make_parts
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
-from dwiml_func.files.fingerprint import fingerprint
+from dwiml_func.files.lock import same_folder
 from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import step_scalars
 from dwiml_func.writers.writer import StepWriter
 
 __all__ = ["prepare_ensemble", "resume_ensemble", "run_ensemble"]
+
+_log = logging.getLogger(__name__)
 
 Histories = Sequence[tuple[EpochReport, ...]]
 """The reports of each member's epochs so far."""
@@ -82,20 +88,22 @@ def run_ensemble(
         if history:
             log(*history)
     all_reports = [list(history) for history in histories or [()] * len(members)]
-    data = fingerprint(members[0].config.hdf5_file)
+    data = data_in_background(folders[0], members[0].data, members[0].config.hdf5_file)
 
     def save_members(ensemble: EnsembleState, reports: tuple[EnsembleReport, ...]) -> None:
+        for check in checks:
+            check()  # before anything is written
         states, active = [member(ensemble, number) for number in range(len(members))], ensemble.active.tolist()
         new = [[report.members[n] for report in reports if n in report.members] for n in range(len(members))]
         for number, (folder, state) in enumerate(zip(folders, states, strict=True)):
             all_reports[number] += new[number]
             # It may have been saved before a kill, ahead of others. The epoch's report has been made again since then.
-            is_new = checkpoint_name(state) not in list_checkpoints(folder)
+            is_new = not _holds(folder, state, may_differ=active[number])
             if state.batch == 0 and (is_new or active[number]):
                 all_reports[number] = list(fill_digests(all_reports[number], (), state.epoch, state_digest(state)))
             if is_new:  # not by `save`, which refuses a state that is behind one of the folder's
                 config = members[number].config.to_dict()
-                write(folder, state, all_reports[number], config=config, data=data, environment=None)
+                write(folder, state, all_reports[number], config=config, data=data(), environment=None)
         # Only now, when all have this checkpoint, is anything removed, or written that may be ahead of an older one.
         for number, (folder, parts, state) in enumerate(zip(folders, members, states, strict=True)):
             if new[number] and new[number][-1].is_best:  # a best epoch is saved at once, so this is its state
@@ -104,21 +112,23 @@ def run_ensemble(
                 writers[number](*new[number])
             keep = parts.config.checkpoints.keep
             remove_old(folder, state, None if keep == "all" else keep)
-        ended = {n: checkpoint_name(state) for n, state in enumerate(states) if not active[n]}
-        write_ended(directory, len(members), ended)
+        write_ended(directory, len(members), _ended(states, active))
 
-    yield from train_and_save(
-        partial(train_and_validate_ensemble, **_loop_arguments(members, ensemble.active.device)),
-        ensemble,
-        save=save_members,
-        must_save=lambda report: (
-            bool(report.failed) or any(own.is_best or own.stop is not None for own in report.members.values())
-        ),
-        interval=members[0].config.checkpoints.save_interval,
-        on_batch=None if log_every is None else partial(_log_step, members, writers, log_every),
-        stop=stop or StopRequest(),
-        directory=directory,
-    )
+    with ExitStack() as stack:
+        checks = [stack.enter_context(same_folder(folder)) for folder in (directory, *folders)]
+        yield from train_and_save(
+            partial(train_and_validate_ensemble, **_loop_arguments(members, ensemble.active.device)),
+            ensemble,
+            save=save_members,
+            must_save=lambda report: (
+                bool(report.failed) or any(own.is_best or own.stop is not None for own in report.members.values())
+            ),
+            interval=members[0].config.checkpoints.save_interval,
+            on_batch=None if log_every is None else partial(_log_step, members, writers, log_every),
+            stop=stop or StopRequest(),
+            directory=directory,
+        )
+        data()  # also where nothing was saved
 
 
 def _log_step(
@@ -160,59 +170,105 @@ def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[s
 
 
 def resume_ensemble(
-    directory: Path, **new_options: Any
+    directory: Path, *, accept: Collection[str] = (), **new_options: Any
 ) -> tuple[list[RunParts], EnsembleState, list[tuple[EpochReport, ...]]]:
-    """Restore an ensemble from the newest checkpoint that all members that had not stopped have.
+    """Restore an ensemble from the newest valid checkpoint that all members that had not stopped have.
 
-    `new_options` are those of `with_new_options`, for all members; one that has stopped early stays as it is. Returns
+    `new_options` are those of `with_new_options`, for all members; one that has stopped early stays as it is. Corrupt
+    checkpoints are named and renamed, and what a crash left behind is repaired, as `resume_experiment` does. Returns
     the parts, the ensemble and the histories for `run_ensemble`. ValueError where something on disk does not fit, or no
     member has an epoch left to do.
     """
     num_members, ended = read_ended(directory)
     folders = [directory / str(number) for number in range(num_members)]
     old_configs = [read_config(folder) for folder in folders]
+    for folder, config in zip(folders, old_configs, strict=True):
+        check_same_config(folder, config, newest(folder), accept=accept)
     members = prepare_ensemble([with_new_options(config, **new_options) for config in old_configs])
     first_states = [parts.first_state() for parts in members]
-    checkpoints = _newest_of_all(folders, first_states, ended)
+    checkpoints, corrupt = _newest_of_all(folders, first_states, ended)
     if checkpoints is None:
-        ensemble, histories = stack_states(first_states), [()] * num_members
+        states, histories, active = first_states, [()] * num_members, [True] * num_members
     else:
         check_same_data(checkpoints[0], members[0].config)
-        active = [ended.get(number) != checkpoint.name for number, checkpoint in enumerate(checkpoints)]
-        ensemble = stack_states([checkpoint.state for checkpoint in checkpoints], active=active)
+        states = [checkpoint.state for checkpoint in checkpoints]
         histories = [checkpoint.history for checkpoint in checkpoints]
-        if not any(active) or ensemble.epoch >= members[0].config.training.max_epochs:
-            raise ValueError(
-                f"No member of {directory} has an epoch left to do after epoch {ensemble.epoch}. Give --new-max-epochs "
-                f"if one has not stopped early, or resume one by itself: dwiml-func resume {directory} 0"
-            )
+        active = [
+            ended.get(number) != checkpoint.name and not _has_stopped(checkpoint.state, config)
+            for number, (checkpoint, config) in enumerate(zip(checkpoints, old_configs, strict=True))
+        ]
+    ensemble = stack_states(states, active=active)
+    for path in corrupt:
+        _log.warning(
+            "Checkpoint %s is corrupt. Resuming from checkpoint %s.",
+            path,
+            position_name(ensemble.epoch, ensemble.batch),
+        )
+        set_aside(path)
     remove_leftovers(directory)
-    states = first_states if checkpoints is None else [checkpoint.state for checkpoint in checkpoints]
-    for folder, config, parts, state, history in zip(folders, old_configs, members, states, histories, strict=True):
-        repair_experiment(folder, parts, state, history)
+    for folder, parts, state, history in zip(folders, members, states, histories, strict=True):
+        repair_experiment(folder, parts, state, history)  # also after the last epoch: the crash may have come then
+    write_ended(directory, num_members, _ended(states, active))
+    if not any(active) or ensemble.epoch >= members[0].config.training.max_epochs:
+        raise ValueError(
+            f"No member of {directory} has an epoch left to do after epoch {ensemble.epoch}. Give --new-max-epochs "
+            f"if one has not stopped early, or resume one by itself: dwiml-func resume {directory} 0"
+        )
+    for folder, config, parts in zip(folders, old_configs, members, strict=True):
         if parts.config != config:
             atomic_write(folder / "config.json", parts.config.to_json())
     return members, ensemble, histories
 
 
 def _newest_of_all(
-    folders: Sequence[Path], like: Sequence[TrainState], ended: dict[int, str]
-) -> list[Checkpoint] | None:
-    """The newest checkpoint that all running members have, and the last ones of the others; None if there are none."""
+    folders: Sequence[Path], like: Sequence[TrainState], ended: Mapping[int, str]
+) -> tuple[list[Checkpoint] | None, list[Path]]:
+    """The newest valid checkpoint that all running members have, and the last ones of the others; None if there are
+    none. Besides, the corrupt ones among the last of the others and, of the running, from there on."""
     names = [list_checkpoints(folder) for folder in folders]
-    running = [number for number in range(len(folders)) if number not in ended]
-    common = [name for name in names[running[0]] if all(name in names[n] for n in running)] if running else [""]
-    for name in reversed(common):
+    problems: dict[Path, str] = {}
+
+    def valid(number: int, name: str) -> Checkpoint | None:
         try:
-            return [
-                restore(folder, state, name=ended.get(number, name))
-                for number, (folder, state) in enumerate(zip(folders, like, strict=True))
-            ]
-        except CorruptError:
-            continue
-    if max(map(len, names)) > 1 or all(names):  # otherwise the very first save was cut off
+            return restore(folders[number], like[number], name=name)
+        except CorruptError as error:
+            problems[folders[number] / "checkpoint" / name] = str(error)
+            return None
+
+    last = {number: valid(number, name) for number, name in ended.items() if name in names[number]}
+    running = [number for number in range(len(folders)) if last.get(number) is None]
+    shared = set.intersection(*(set(names[number]) for number in running)) if running else {""}
+    for name in [name for name in reversed(names[running[0]]) if name in shared] if running else [""]:
+        found = last | {number: valid(number, name) for number in running}
+        checkpoints = [checkpoint for _, checkpoint in sorted(found.items()) if checkpoint is not None]
+        if len(checkpoints) == len(folders):
+            for number in running:
+                for later in names_after(names[number], checkpoints[number].state):
+                    if folders[number] / "checkpoint" / later not in problems:
+                        valid(number, later)  # it may have been saved ahead of the others
+            return checkpoints, list(problems)
+    if problems or max(map(len, names)) > 1 or all(names):  # otherwise the very first save was cut off
         raise CorruptError(
             f"The members in {folders[0].parent} have no valid checkpoint of the same epoch and batch. "
-            f"Resume each by itself: dwiml-func resume {folders[0].parent} 0"
+            f"Resume each by itself: dwiml-func resume {folders[0].parent} 0. {' '.join(problems.values())}".strip()
         )
-    return None
+    return None, []
+
+
+def _has_stopped(state: TrainState, config: RunConfig) -> bool:
+    """Whether patience had ended a member; a kill may have come before that was written."""
+    return state.batch == 0 and should_stop(state.best, config.training.patience)
+
+
+def _ended(states: Sequence[TrainState], active: Sequence[bool]) -> dict[int, str]:
+    return {number: checkpoint_name(state) for number, state in enumerate(states) if not active[number]}
+
+
+def _holds(folder: Path, state: TrainState, *, may_differ: bool) -> bool:
+    """Whether a folder has the checkpoint of a state; where it `may_differ`, digests are compared too."""
+    if checkpoint_name(state) not in list_checkpoints(folder):
+        return False
+    try:
+        return not may_differ or read(folder, checkpoint_name(state)).digest == state_digest(state)
+    except CorruptError:
+        return False

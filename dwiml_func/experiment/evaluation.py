@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.metrics import add_metrics, read_means, weighted_sum
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
@@ -39,6 +40,7 @@ __all__ = [
     "evaluate_best_model",
     "evaluate_directions",
     "evaluate_model",
+    "is_evaluated",
     "read_evaluation",
     "write_evaluation",
 ]
@@ -170,10 +172,22 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
     )
 
 
-def write_evaluation(directory: str | Path, evaluation: Evaluation, *, epoch: int, subset: str) -> None:
-    """Write the evaluation of a run's best model, of a best epoch, on the "validation" or "training" subset."""
-    values = {"epoch": epoch, "subset": subset, **null_if_not_finite(asdict(evaluation))}
+def write_evaluation(
+    directory: str | Path, evaluation: Evaluation, *, epoch: int, subset: str, num_epochs: int | None = None
+) -> None:
+    """Write the evaluation of a run's best model, of a best epoch of `num_epochs`, on the "validation" or "training"
+    subset."""
+    values = {"epoch": epoch, "num_epochs": num_epochs, "subset": subset, **null_if_not_finite(asdict(evaluation))}
     atomic_write(Path(directory) / _NAME, json.dumps(values, indent=2) + "\n")
+
+
+def is_evaluated(directory: str | Path, history: Sequence[EpochReport]) -> bool:
+    """Whether the folder has the evaluation of the best model after these epochs."""
+    if read_evaluation(directory) is None:
+        return False
+    values = json.loads((Path(directory) / _NAME).read_bytes())
+    num_epochs = values.get("num_epochs", history[-1].epoch)  # earlier versions did not write it
+    return (values.get("epoch"), num_epochs) == (history[-1].best.epoch, history[-1].epoch)
 
 
 def read_evaluation(directory: str | Path) -> Evaluation | None:

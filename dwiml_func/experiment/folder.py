@@ -6,13 +6,16 @@ stopped. So each member can be evaluated, compared and resumed like any other ex
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dwiml_func._checks import truncated_repr
+from dwiml_func.checkpoint.index import is_checkpoint_name
 from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
-from dwiml_func.files.json import read_config_file
+from dwiml_func.files.json import parse_json, read_config_file
 
 __all__ = [
     "ENSEMBLE_FILE",
@@ -112,15 +115,37 @@ def member_folders(directory: Path) -> list[Path]:
 
 
 def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
-    """Read an ensemble's number of members and, by number, the last checkpoints of those that have stopped."""
-    try:
-        content = json.loads((directory / ENSEMBLE_FILE).read_bytes())
-        return int(content["num_members"]), {int(number): str(name) for number, name in content["ended"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{directory / ENSEMBLE_FILE} is corrupt: {error}.") from None
+    """Read an ensemble's number of members and, by number, the last checkpoints of those that have stopped.
+
+    ValueError where the file does not hold what was written, or its numbers cannot be those of the folder.
+    """
+    path = directory / ENSEMBLE_FILE
+    content = parse_json(read_config_file(path, source=str(path)), source=f"{path} is corrupt: it")
+    checksum = content.pop("checksum", None) if isinstance(content, dict) else None
+    if checksum not in (None, _checksum(content)):
+        raise ValueError(f"{path} is corrupt: it does not hold what was written.")
+    num_members, ended = (content.get("num_members"), content.get("ended")) if isinstance(content, dict) else (0, 0)
+    numbers = {str(number) for number in range(len(member_folders(directory)))}
+    if (
+        not isinstance(ended, dict)
+        or content.keys() != {"num_members", "ended"}
+        or type(num_members) is not int
+        or not 1 <= num_members == len(numbers)
+        or not ended.keys() <= numbers
+        or not all(isinstance(name, str) and is_checkpoint_name(name) for name in ended.values())
+    ):
+        raise ValueError(
+            f"{path} is corrupt. Expected num_members {len(numbers)}, the number of folders with a config.json, and "
+            f"the last checkpoints of members that have ended. Received: {truncated_repr(content)}"
+        )
+    return num_members, {int(number): name for number, name in ended.items()}
 
 
 def write_ended(directory: Path, num_members: int, ended: dict[int, str]) -> None:
     """Write what `read_ended` reads; the checkpoints must be on the disk before."""
     content = {"num_members": num_members, "ended": {str(number): name for number, name in ended.items()}}
-    atomic_write(directory / ENSEMBLE_FILE, json.dumps(content) + "\n")
+    atomic_write(directory / ENSEMBLE_FILE, json.dumps({**content, "checksum": _checksum(content)}) + "\n")
+
+
+def _checksum(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dwiml_func.experiment.best_model import save_evaluated
 from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.optimizers import make_optimizer
+from dwiml_func.experiment.record import check_same_config
 from dwiml_func.experiment.resume import check_has_epochs_left
 from dwiml_func.experiment.setup import RunParts, make_model, make_parts, prepare
 from dwiml_func.files.fingerprint import fingerprint, same_file
@@ -56,7 +57,12 @@ class Fork:
 
 
 def prepare_fork(
-    source: Path, config: RunConfig, *, name: str | None = None, process_group: ProcessGroup = SINGLE_PROCESS
+    source: Path,
+    config: RunConfig,
+    *,
+    name: str | None = None,
+    accept: Collection[str] = (),
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> Fork:
     """Prepare to fork an experiment from its checkpoint `name`, by default the newest valid one. Nothing is written.
 
@@ -69,13 +75,14 @@ def prepare_fork(
     fork would end at once, or the dataset has changed under the same path.
     """
     recorded = read_config(source)
+    check_same_config(source, recorded, newest(source), accept=accept)
     changed = _changed_options(recorded, config)
     parts = prepare(config, process_group)
     first = parts.first_state()
     like = _first_state(parts, recorded.training)
     checkpoint = _restore(source, like, name, changed)
     has_same_data = _has_same_data(checkpoint, recorded, config)
-    data = checkpoint.data if has_same_data else fingerprint(config.hdf5_file)
+    data = checkpoint.data if has_same_data else fingerprint(config.hdf5_file, parts.data.linked)
     if not has_same_data:
         changed = changed | {"hdf5_file"}
     if checkpoint.state.batch:

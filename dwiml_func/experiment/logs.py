@@ -18,18 +18,35 @@ from dwiml_func.writers.npy import npy
 from dwiml_func.writers.tensorboard import tensorboard
 from dwiml_func.writers.writer import StepWriter, Writer, fan_out
 
-__all__ = ["experiment_comet", "experiment_writer", "write_parameters"]
+__all__ = ["experiment_comet", "experiment_writer", "read_parameters", "run_parameters", "write_parameters"]
+
+
+_PARAMETERS = "parameters_latest.json"
 
 
 def write_parameters(directory: str | Path, config: RunConfig, *, nb_features: int, now: datetime) -> None:
     """Write a run's options to dwi_ml's file, under dwi_ml's headings, for its scripts to read."""
+    content = {"Date": str(now), **run_parameters(config, nb_features=nb_features)}
+    atomic_write(Path(directory) / _PARAMETERS, json.dumps(content, indent=4) + "\n")
+
+
+def read_parameters(directory: str | Path) -> dict[str, Any]:
+    """What `run_parameters` gave for the run's last start; nothing where the file is missing or corrupt."""
+    try:
+        content = json.loads((Path(directory) / _PARAMETERS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: value for name, value in content.items() if name != "Date"} if isinstance(content, dict) else {}
+
+
+def run_parameters(config: RunConfig, *, nb_features: int | None) -> dict[str, Any]:
+    """A run's options under dwi_ml's headings."""
     training, batches = asdict(config.training), asdict(config.batches)
     patience, patience_delta = training.pop("patience"), training.pop("patience_delta")
     training["learning_rate"] = _rates(config.training)
     options = ("batch_size_units", "nb_streamlines_per_chunk", "nb_subjects_per_batch", "cycles")
     sampler = {name: batches[name] for name in ("batch_size_training", "batch_size_validation", *options)}
-    content = {
-        "Date": str(now),
+    return {
         "hdf5 file": config.hdf5_file,
         "Trainer params": training | {name: value for name, value in batches.items() if name not in sampler},
         "Sampler params": sampler | {"rng": config.training.rng},
@@ -38,7 +55,6 @@ def write_parameters(directory: str | Path, config: RunConfig, *, nb_features: i
         "Patience": patience,
         "Patience_delta": patience_delta,
     }
-    atomic_write(Path(directory) / "parameters_latest.json", json.dumps(content, indent=4) + "\n")
 
 
 def experiment_writer(directory: str | Path, config: RunConfig) -> StepWriter:

@@ -23,7 +23,7 @@ from dwiml_func.files.atomic import atomic_write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["check_format", "draw_experiments", "plot_runs", "save_figure", "save_run_figure"]
+__all__ = ["check_format", "draw_experiments", "plot_runs", "run_figure_path", "save_figure", "save_run_figure"]
 
 _FORMATS = ("png", "svg", "pdf")
 _MAX_OPTIONS = 4  # that a label names
@@ -112,11 +112,16 @@ def _label(directory: Path, config: RunConfig, options: Mapping[str, str]) -> st
     return f"{name}: {', '.join(named)}" if named else name
 
 
+def run_figure_path(directory: Path) -> Path:
+    """Where an experiment has its figure."""
+    return directory / "plots" / "training.png"
+
+
 def save_run_figure(directory: Path) -> None:
     """Draw an experiment into its `plots/training.png`; an error is only a warning."""
     try:
-        figure = draw_experiments([directory])
-        (directory / "plots").mkdir(exist_ok=True)
-        save_figure(figure, directory / "plots" / "training.png")
+        figure, path = draw_experiments([directory]), run_figure_path(directory)
+        path.parent.mkdir(exist_ok=True)
+        save_figure(figure, path)
     except Exception as error:
         _log.warning("The figure of %s was not drawn: %s", directory, error)

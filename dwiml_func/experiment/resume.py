@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dwiml_func._checks import at_most_three
-from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
-from dwiml_func.checkpoint.digest import state_leaves
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.index import CHECKPOINTS, checkpoint_folder
-from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
@@ -22,48 +20,52 @@ from dwiml_func.experiment.best_model import repair_best_model
 from dwiml_func.experiment.compare import differences
 from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import check_new_experiment, is_ensemble, read_config
+from dwiml_func.experiment.record import check_same_config, check_same_data, warn_of_other_environment
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
-from dwiml_func.files.fingerprint import same_file
 from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy
 from dwiml_func.writers.writer import fan_out
 
 __all__ = [
     "check_has_epochs_left",
-    "check_same_data",
     "check_same_run",
     "repair_experiment",
     "resume_experiment",
+    "set_aside",
     "with_new_options",
 ]
-
-_DECIDE_BITS = {"dwiml_func", "torch", "numpy", "machine", "cpu", "cpu_capability", "devices"}
 
 _log = logging.getLogger(__name__)
 
 
 def resume_experiment(
-    directory: Path, *, process_group: ProcessGroup = SINGLE_PROCESS, may_have_ended: bool = False, **new_options: Any
+    directory: Path,
+    *,
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    may_have_ended: bool = False,
+    accept: Collection[str] = (),
+    **new_options: Any,
 ) -> tuple[RunParts, TrainState, tuple[EpochReport, ...]]:
     """Restore an experiment from its newest valid checkpoint, or from its first state where it has none.
 
-    `new_options` are those of `with_new_options`. Removes what a crash left behind, repairs best model and logs, and
-    renames corrupt checkpoints to `checkpoint/<name>.corrupt`. Of several processes only the first writes; the others
-    call this after it. Hold the experiment's lock.
+    `new_options` are those of `with_new_options`, `accept` has names of options for `check_same_config`. Removes what a
+    crash left behind, repairs best model and logs, and renames corrupt checkpoints to `checkpoint/<name>.corrupt`. Of
+    several processes only the first writes; the others call this after it. Hold the experiment's lock.
 
     Returns the parts, the state and the history for `run_experiment`. ValueError where the run has ended and would end
     again at once (unless `may_have_ended`), or where the dataset or a checkpoint does not fit.
     """
     config = read_config(directory)
     changed = with_new_options(config, **new_options)
+    check_same_config(directory, config, newest(directory), accept=accept)
     parts = prepare(changed, process_group)
     state, history, corrupt = parts.first_state(), (), {}
     checkpoint = newest(directory, like=state)
     if checkpoint is not None:
         check_same_data(checkpoint, changed)
         if process_group.rank == 0:
-            _warn_of_other_environment(checkpoint, state)
+            warn_of_other_environment(checkpoint, state)
         state, history, corrupt = checkpoint.state, checkpoint.history, checkpoint.corrupt
         for name in corrupt:
             path = checkpoint_folder(directory) / name
@@ -74,7 +76,7 @@ def resume_experiment(
         check_has_epochs_left(state, changed.training, option_prefix="--new-")
     if process_group.rank == 0:
         for name in corrupt:
-            _set_aside(checkpoint_folder(directory) / name)
+            set_aside(checkpoint_folder(directory) / name)
         if changed != config:
             atomic_write(directory / "config.json", changed.to_json())
     return parts, state, history
@@ -142,33 +144,11 @@ def check_has_epochs_left(state: TrainState, training: TrainingConfig, *, option
         )
 
 
-def check_same_data(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Raise ValueError when the config's dataset is not the one that the checkpoint recorded."""
-    if checkpoint.data and not same_file(checkpoint.data, config.hdf5_file):
-        raise ValueError(
-            f"Expected the dataset that this run was trained on. Received: {config.hdf5_file}, whose bytes differ. "
-            f"To train on other data, use dwiml-func fork."
-        )
-
-
 def _changed(part: Any, **values: Any) -> Any:
     return replace(part, **{name: value for name, value in values.items() if value is not None})
 
 
-def _warn_of_other_environment(checkpoint: Checkpoint, like: TrainState) -> None:
-    now = environment({str(leaf.device) for leaf in state_leaves(like).values()})
-    recorded = {name: value for name, value in checkpoint.environment.items() if name in _DECIDE_BITS}
-    changes = environment_differences(recorded, {name: now[name] for name in recorded})
-    if changes:
-        _log.warning(
-            "From here on, results may not be bitwise identical: checkpoint %s comes from other versions or another "
-            "machine (%s).",
-            checkpoint.name,
-            "; ".join(changes),
-        )
-
-
-def _set_aside(path: Path) -> None:
+def set_aside(path: Path) -> None:
     """Rename a corrupt checkpoint; an earlier one of that name is removed."""
     aside = path.with_name(f"{path.name}.corrupt")
     shutil.rmtree(aside, ignore_errors=True)

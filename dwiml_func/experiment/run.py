@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -17,24 +18,28 @@ from typing import Any, TypeVar
 import torch
 
 from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import checkpoint_name
+from dwiml_func.checkpoint.manifest import CheckpointError
 from dwiml_func.core.loop import Interrupted, Track, train_and_validate
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.process_group import ProcessLostError
+from dwiml_func.experiment.batches import RunData
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import SaveInterval
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.files.fingerprint import FingerprintInBackground
+from dwiml_func.files.lock import same_folder
 from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import log_steps
 from dwiml_func.writers.writer import Writer, fan_out
 
-__all__ = ["run_experiment", "set_num_threads", "train_and_save"]
+__all__ = ["data_in_background", "run_experiment", "set_num_threads", "train_and_save"]
 
 Report = TypeVar("Report")
 
@@ -89,13 +94,23 @@ def run_experiment(
         keep_unvalidated=False,  # the state after the last batch is saved, and its validation repeated
         track=track,
     )
-    with _make_checkpointer(directory, parts) as checkpointer:
+    is_first = parts.process_group.rank == 0  # of several processes, which writes
+    data = data_in_background(directory, parts.data, config.hdf5_file) if is_first else dict
+    with ExitStack() as stack:
+        check = stack.enter_context(same_folder(directory)) if is_first else dict
+
+        def checked_data() -> Mapping[str, Any]:
+            check()  # before anything is written
+            return data()
+
+        checkpointer = stack.enter_context(_make_checkpointer(directory, parts, checked_data))
 
         def save(state: TrainState, reports: tuple[EpochReport, ...]) -> None:
             nonlocal history
             history = (*history, *reports)
 
             def write_model_and_logs(state: TrainState) -> None:
+                check()
                 if reports and reports[-1].is_best:  # a best epoch is saved at once, so this is its state
                     save_best_model(directory, state, parts)
                 if reports:
@@ -114,6 +129,7 @@ def run_experiment(
                 stop=stop,
                 directory=directory,
             )
+            checked_data()  # also where nothing was left to train
         except TrainingStopped:
             checkpointer.wait()  # the message says that the state is saved
             raise
@@ -183,6 +199,16 @@ def _both(
         second(state, metrics)
 
 
+def data_in_background(directory: Path, data: RunData, hdf5_file: str) -> Callable[[], Mapping[str, Any]]:
+    """Begin to hash the data. The result raises ValueError where the newest checkpoint recorded another hash."""
+    try:
+        checkpoint = newest(directory)
+    except CheckpointError:
+        checkpoint = None
+    recorded = None if checkpoint is None else checkpoint.data
+    return FingerprintInBackground(hdf5_file, data.linked, recorded=recorded, read=data.read).result
+
+
 def set_num_threads(wanted: int) -> None:
     """Set torch's number of threads, and warn where torch does not take it."""
     torch.set_num_threads(wanted)
@@ -192,7 +218,9 @@ def set_num_threads(wanted: int) -> None:
         )
 
 
-def _make_checkpointer(directory: Path, parts: RunParts) -> AsyncCheckpointer | NoCheckpointer:
+def _make_checkpointer(
+    directory: Path, parts: RunParts, data: Callable[[], Mapping[str, Any]]
+) -> AsyncCheckpointer | NoCheckpointer:
     """Of several processes that train together, only the first saves."""
     if parts.process_group.rank > 0:
         return NoCheckpointer()
@@ -200,7 +228,7 @@ def _make_checkpointer(directory: Path, parts: RunParts) -> AsyncCheckpointer | 
     return AsyncCheckpointer(
         directory,
         config=config.to_dict(),
-        data=FingerprintInBackground(config.hdf5_file).result,
+        data=data,
         keep=None if config.checkpoints.keep == "all" else config.checkpoints.keep,
         keep_always=() if config.origin is None else (config.origin.checkpoint,),  # a fork cannot make it again
     )

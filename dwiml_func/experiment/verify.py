@@ -24,7 +24,7 @@ from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.window_lag import WINDOW_LAG, without_window_lag
-from dwiml_func.files.fingerprint import fingerprint
+from dwiml_func.files.fingerprint import content, fingerprint, linked_paths
 
 __all__ = ["Verification", "verify_epoch"]
 
@@ -232,8 +232,8 @@ def _data_problems(latest: Checkpoint, hdf5_file: str) -> list[str]:
         return []
     if not Path(hdf5_file).is_file():
         raise FileNotFoundError(f"No dataset {hdf5_file}. If it was moved, give its path (--hdf5-file).")
-    found = fingerprint(hdf5_file)
-    recorded = {name: latest.data[name] for name in ("size", "sha256") if name in latest.data}
+    found = content(fingerprint(hdf5_file, linked_paths(latest.data, hdf5_file)))
+    recorded = content(latest.data)
     lines = differences(recorded, {name: found[name] for name in recorded}, ("recorded", "now"))
     return [f"data file {hdf5_file}: {text}" for text in lines]
 

@@ -1,4 +1,4 @@
-"""Which data a run was trained on: SHA-256 and size of its file."""
+"""Which data a run was trained on: SHA-256 and size of its file, and of the files from which that one takes values."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import hashlib
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FingerprintInBackground", "fingerprint", "same_file"]
+__all__ = ["FingerprintInBackground", "content", "fingerprint", "linked_paths", "same_file", "size_and_time"]
 
 
-def fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def fingerprint(path: str | os.PathLike[str], linked: Iterable[str | os.PathLike[str]] = ()) -> dict[str, Any]:
     """Fingerprint a file. This reads all of it.
 
     Args:
         path: the file.
+        linked: other files that belong to it, as external links of HDF5 do.
 
     Returns:
-        JSON data: `sha256`, `size` in bytes, and `mtime_ns`, when it was last changed, in nanoseconds since 1970.
+        JSON data: `sha256`, `size` in bytes, and `mtime_ns`, when it was last changed, in nanoseconds since 1970; with
+        `linked` files, the same of each by its path from the folder of the first.
 
     Raises:
         OSError: it cannot be read.
@@ -39,13 +41,16 @@ def fingerprint(path: str | os.PathLike[str]) -> dict[str, Any]:
         before = os.fstat(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         after = os.fstat(file.fileno())
-    if _size_and_time(before) != _size_and_time(after):
+    if size_and_time(before) != size_and_time(after):
         raise ValueError(f"{path} was changed while it was read. Expected a file that nobody writes to.")
-    return {"sha256": digest, **_size_and_time(after)}
+    found: dict[str, Any] = {"sha256": digest, **size_and_time(after)}
+    if others := {os.path.relpath(other, Path(path).parent): fingerprint(other) for other in linked}:
+        found["linked"] = others
+    return found
 
 
 def same_file(recorded: Mapping[str, Any], path: str | os.PathLike[str], *, thorough: bool = False) -> bool:
-    """Whether a file has the bytes that were recorded.
+    """Whether a file has the bytes that were recorded, and the files linked to it theirs.
 
     Args:
         recorded: what `fingerprint` gave; without `sha256` nothing equals it.
@@ -69,12 +74,25 @@ def same_file(recorded: Mapping[str, Any], path: str | os.PathLike[str], *, thor
         ...     same_file(recorded, file, thorough=True)
         False
     """
-    now = _size_and_time(os.stat(path))
+    now = size_and_time(os.stat(path))
     if "sha256" not in recorded or recorded.get("size", now["size"]) != now["size"]:
         return False
-    if not thorough and recorded.get("mtime_ns") == now["mtime_ns"]:
-        return True
-    return fingerprint(path)["sha256"] == recorded["sha256"]
+    if (thorough or recorded.get("mtime_ns") != now["mtime_ns"]) and fingerprint(path)["sha256"] != recorded["sha256"]:
+        return False
+    pairs = zip((recorded.get("linked") or {}).values(), linked_paths(recorded, path), strict=True)
+    return all(os.path.isfile(other) and same_file(known, other, thorough=thorough) for known, other in pairs)
+
+
+def linked_paths(recorded: Mapping[str, Any], path: str | os.PathLike[str]) -> list[Path]:
+    """Where the linked files of a record are when the file itself is at `path`."""
+    return [Path(os.path.normpath(Path(path).parent / name)) for name in recorded.get("linked") or {}]
+
+
+def content(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint without the times of the last change, which copies do not share."""
+    own = {name: recorded[name] for name in ("sha256", "size") if name in recorded}
+    linked = {name: content(other) for name, other in (recorded.get("linked") or {}).items()}
+    return own | ({"linked": linked} if linked else {})
 
 
 class FingerprintInBackground:
@@ -82,17 +100,27 @@ class FingerprintInBackground:
 
     Args:
         path: the file.
-        recorded: an earlier fingerprint; where the file has its size and time of the last change, it is not read again.
+        linked: other files that belong to it.
+        recorded: an earlier fingerprint, which this one must equal.
+        read: the file's `size_and_time` when its values were read.
 
     Example:
         >>> FingerprintInBackground("data.hdf5").result()["sha256"]  # doctest: +SKIP
         '0f3a...'
     """
 
-    def __init__(self, path: str | os.PathLike[str], recorded: Mapping[str, Any] | None = None) -> None:
-        self._path = Path(path)
-        self._recorded = dict(recorded or {})
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        linked: Iterable[str | os.PathLike[str]] = (),
+        *,
+        recorded: Mapping[str, Any] | None = None,
+        read: Mapping[str, int] | None = None,
+    ) -> None:
+        self._path, self._linked = Path(path), tuple(linked)
+        self._recorded, self._read = dict(recorded or {}), dict(read or {})
         self._result: dict[str, Any] = {}
+        self._error: OSError | ValueError | None = None
         self._thread = threading.Thread(target=self._work, name="fingerprint", daemon=True)
         self._thread.start()
 
@@ -100,18 +128,37 @@ class FingerprintInBackground:
         """Wait for the fingerprint.
 
         Returns:
-            What `fingerprint` gives, or nothing where that failed: it must not stop a training. A warning says why.
+            What `fingerprint` gives, or nothing where that failed and nothing was recorded before. A warning says why.
+
+        Raises:
+            ValueError: the file does not have the bytes that were recorded, or it cannot be known whether it has.
         """
         self._thread.join()
+        if self._error is not None:
+            raise ValueError(f"The data of this run cannot be compared with its record: {self._error}")
+        known = content(self._recorded)
+        if known and known != {name: value for name, value in content(self._result).items() if name in known}:
+            raise ValueError(
+                f"Expected the dataset that this run was trained on. Received: {self._path}, whose bytes differ "
+                f"(SHA-256 {self._result.get('sha256')}, recorded {known.get('sha256')}). Nothing more was saved. "
+                "Put the file back and resume, or train on other data with dwiml-func fork."
+            )
         return dict(self._result)
 
     def _work(self) -> None:
         try:
-            known = _size_and_time(os.stat(self._path)).items() <= self._recorded.items()
-            self._result = self._recorded if known and "sha256" in self._recorded else fingerprint(self._path)
+            self._result = fingerprint(self._path, self._linked)
+            if not self._read.items() <= self._result.items():
+                raise ValueError(f"{self._path} was changed after it was read. Expected a file that nobody writes to.")
         except (OSError, ValueError) as error:
-            logging.getLogger(__name__).warning("The fingerprint of the data cannot be recorded: %s", error)
+            self._result = {}
+            if self._recorded:
+                self._error = error
+            else:
+                log = logging.getLogger(__name__)
+                log.warning("The fingerprint of the data cannot be recorded: %s", error)
 
 
-def _size_and_time(status: os.stat_result) -> dict[str, int]:
+def size_and_time(status: os.stat_result) -> dict[str, int]:
+    """The part of a fingerprint that is known without reading the file."""
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns}

@@ -1,4 +1,7 @@
-"""One process at a time in an experiment's directory: a kernel lock on a file `.lock`, which ends with its process."""
+"""One process at a time in an experiment's directory: a kernel lock on a file `.lock`, which ends with its process.
+
+Besides: whether a path still leads to the same directory, and shared locks with which a reader keeps directories.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,28 @@ import fcntl
 import logging
 import os
 import platform
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["LockedError", "experiment_lock", "is_locked"]
+__all__ = ["FolderLostError", "LockedError", "experiment_lock", "is_kept", "is_locked", "kept_folders", "same_folder"]
 
 _NAME = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}  # what file systems without flock answer
 _SECONDS = 0.5  # `is_locked` in another process holds the lock for a moment
 _POLL_SECONDS = 0.02
+_LOOK = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW  # no link is followed, no pipe waited for
 
 
 class LockedError(ValueError):
     """Another process works in the directory."""
+
+
+class FolderLostError(ValueError):
+    """The directory was moved, removed, or taken over by another process."""
 
 
 @contextmanager
@@ -34,6 +43,8 @@ def experiment_lock(directory: str | Path, *, wait: bool = False) -> Iterator[No
     path = Path(directory) / _NAME
     if not path.parent.is_dir():  # filelock would make it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"Expected a plain file, or none. Received: {path}, which is a link, a pipe or a folder.")
     with ExitStack() as stack:
         try:
             stack.enter_context(FileLock(path, timeout=-1 if wait else _SECONDS, poll_interval=_POLL_SECONDS))
@@ -50,14 +61,14 @@ def experiment_lock(directory: str | Path, *, wait: bool = False) -> Iterator[No
             )
         if is_locked(directory):  # else the file, if any, is a marker of filelock's own, which it removes itself
             path.write_text(f"process {os.getpid()} on {platform.node()}")
-            stack.callback(path.unlink, missing_ok=True)  # while it is locked; filelock notices that it has gone
+            stack.callback(_remove_own, path, path.lstat())  # while it is locked; filelock notices that it has gone
         yield
 
 
 def is_locked(directory: str | Path) -> bool:
     """Whether a process holds the lock of a directory, which need not exist. Nothing is written."""
     try:
-        descriptor = os.open(Path(directory) / _NAME, os.O_RDONLY)
+        descriptor = os.open(Path(directory) / _NAME, _LOOK)
     except OSError:
         return False
     try:
@@ -69,6 +80,73 @@ def is_locked(directory: str | Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+@contextmanager
+def same_folder(directory: str | Path) -> Iterator[Callable[[], None]]:
+    """Yield a check that raises FolderLostError once the path, or its lock, is no longer that of now.
+
+    Both stay open meanwhile, so no other directory or file gets their number.
+    """
+    with ExitStack() as stack:
+        known: dict[Path, int] = {}
+        for path in (Path(directory), Path(directory) / _NAME):
+            if os.path.lexists(path):
+                known[path] = os.open(path, _LOOK if path.name == _NAME else os.O_RDONLY)
+                stack.callback(os.close, known[path])
+
+        def check() -> None:
+            for path, descriptor in known.items():
+                try:
+                    is_same = os.path.samestat(path.stat(), os.fstat(descriptor))
+                except OSError:
+                    is_same = False
+                if not is_same:
+                    raise FolderLostError(
+                        f"{directory} was moved, removed or taken over by another process. "
+                        "Nothing more was written there. Resume the run where it is now."
+                    )
+
+        yield check
+
+
+@contextmanager
+def kept_folders(paths: Iterable[Path]) -> Iterator[None]:
+    """Ask others not to remove these directories while the block reads them, where the file system has locks."""
+    with ExitStack() as stack:
+        for path in paths:
+            try:
+                descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            except OSError:
+                continue
+            stack.callback(os.close, descriptor)
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+
+
+def is_kept(path: Path) -> bool:
+    """Whether a reader asked to keep a directory."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _remove_own(path: Path, own: os.stat_result) -> None:
+    """Remove the lock's file, unless the directory was taken over meanwhile."""
+    with suppress(FileNotFoundError):
+        if os.path.samestat(path.lstat(), own):
+            path.unlink()
 
 
 def _holder(path: Path) -> str:

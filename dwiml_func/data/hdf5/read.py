@@ -154,8 +154,10 @@ def open_dataset(
             points = [raise_first(read_points(part.streamlines, part.table), path) for part in parts]
             all_points = torch.from_numpy(np.concatenate([np.empty((0, 3), dtype=np.float32), *points]))
             streamlines = Streamlines(all_points, offsets_of(lengths))
+        linked = {name for part in parts for name in linked_files(part.volume, part.streamlines)} - {file.filename}
         return StreamlineDataset(
             path=path,
+            linked=tuple(sorted(Path(name).absolute() for name in linked)),
             subset=subset,
             index=index,
             volumes=volumes,
@@ -165,6 +167,20 @@ def open_dataset(
             resampling=read_resampling(file),
             bundles=_all_bundles(parts),
         )
+
+
+def linked_files(*groups: h5py.Group) -> set[str]:
+    """The files that hold the values of groups: their own, and the sources of virtual and of external datasets."""
+    datasets: list[Any] = [group[name] for group in groups for name in ("data", "offsets", "lengths") if name in group]
+    found = {entry.file.filename for entry in (*groups, *datasets)}
+    for dataset in datasets:
+        folder = Path(dataset.file.filename).parent
+        sources = [source.file_name for source in dataset.virtual_sources()] if dataset.is_virtual else []
+        sources += [name for name, _, _ in dataset.external or ()]
+        for name in sources:
+            beside = folder / name  # else the path is taken from the working directory
+            found |= set() if name == "." else {str(beside if beside.exists() else Path(name))}
+    return found
 
 
 class _Subject(NamedTuple):

@@ -1,0 +1,40 @@
+"""The end of a run: the evaluation of its best model and its figure, made by the training or at any time after it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.core.report import EpochReport
+from dwiml_func.experiment.evaluation import Evaluation, evaluate_best_model, is_evaluated, write_evaluation
+from dwiml_func.experiment.plots import run_figure_path, save_run_figure
+from dwiml_func.experiment.setup import RunParts
+
+__all__ = ["finish_run", "is_whole"]
+
+
+def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport]) -> Evaluation:
+    """Evaluate the best model of these epochs, and write the result and the figure into the experiment.
+
+    The old figure goes first, so that `is_whole` finds out where a kill came in between. What cannot be written is only
+    a warning.
+    """
+    evaluation, last = evaluate_best_model(directory, parts), history[-1]
+    subset = parts.data.evaluation.subset
+    try:
+        run_figure_path(directory).unlink(missing_ok=True)
+        write_evaluation(directory, evaluation, epoch=last.best.epoch or 0, subset=subset, num_epochs=last.epoch)
+    except OSError as error:
+        logging.getLogger(__name__).warning("The evaluation was not written: %s", error)
+    save_run_figure(directory)
+    return evaluation
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether an experiment has the evaluation and the figure of the epochs that its newest checkpoint records."""
+    checkpoint = newest(directory)
+    history = checkpoint.history if checkpoint else ()
+    has_best = bool(history) and history[-1].best.epoch is not None
+    return not has_best or (run_figure_path(directory).is_file() and is_evaluated(directory, history))

@@ -1,0 +1,97 @@
+"""What a resume compares with the record of a run: its options, its data and what computes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from dwiml_func._checks import at_most_three
+from dwiml_func.checkpoint.checkpoint import Checkpoint
+from dwiml_func.checkpoint.digest import state_leaves
+from dwiml_func.checkpoint.provenance import environment, environment_differences
+from dwiml_func.core.state import TrainState
+from dwiml_func.experiment.compare import differing
+from dwiml_func.experiment.config import RunConfig, config_from_json
+from dwiml_func.experiment.logs import read_parameters, run_parameters
+from dwiml_func.files.fingerprint import same_file
+
+__all__ = ["check_same_config", "check_same_data", "warn_of_other_environment"]
+
+_MAY_CHANGE = ("max_epochs", "patience", "Patience", "processes", "lazy", "cache_size")
+_DECIDE_BITS = {"dwiml_func", "torch", "numpy", "machine", "cpu", "cpu_capability", "devices"}
+
+_log = logging.getLogger(__name__)
+
+
+def check_same_config(
+    directory: Path, config: RunConfig, recorded: Checkpoint | None, *, accept: Collection[str] = ()
+) -> None:
+    """Raise ValueError where `config.json` has other options than the newest checkpoint recorded.
+
+    Before the first checkpoint, the options in `parameters_latest.json` count. Options of which a resume may give new
+    values only bring a warning, and so do those that `accept` names, such as model.dropout or dropout.
+    """
+    if recorded is not None:
+        source, found = f"checkpoint {recorded.name}", differing(_complete(recorded.config), config.to_dict())
+    else:
+        source, parameters = "parameters_latest.json", read_parameters(directory)
+        now = run_parameters(config, nb_features=parameters.get("Model params", {}).get("nb_features"))
+        found = differing(parameters, now, only_common=True)
+    texts = {
+        name: f"{name} {new}, recorded {old}"
+        for name, (old, new) in found.items()
+        if name not in ("hdf5_file", "hdf5 file")  # the data are compared, wherever they are
+    }
+    if refused := [name for name in texts if not _may_change(name) and not {name, _option(name)} & set(accept)]:
+        raise ValueError(
+            f"Expected the options that {source} recorded. Received in {directory / 'config.json'}: "
+            f"{at_most_three([texts[name] for name in refused])}. "
+            f"Put them back, or accept them: --accept {' '.join(map(_option, refused))}"
+        )
+    if texts:
+        _log.warning("%s is not what %s recorded: %s.", directory / "config.json", source, "; ".join(texts.values()))
+
+
+def check_same_data(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Raise ValueError when the config's dataset is plainly not the one that the checkpoint recorded.
+
+    A file of the same size and time is believed here: its hash is compared while the run trains.
+    """
+    if checkpoint.data and not same_file(checkpoint.data, config.hdf5_file):
+        raise ValueError(
+            f"Expected the dataset that this run was trained on. Received: {config.hdf5_file}, whose bytes differ. "
+            f"To train on other data, use dwiml-func fork."
+        )
+
+
+def warn_of_other_environment(checkpoint: Checkpoint, like: TrainState) -> None:
+    """Warn where other versions or another machine than those of the checkpoint would go on."""
+    now = environment({str(leaf.device) for leaf in state_leaves(like).values()})
+    recorded = {name: value for name, value in checkpoint.environment.items() if name in _DECIDE_BITS}
+    changes = environment_differences(recorded, {name: now[name] for name in recorded})
+    if changes:
+        _log.warning(
+            "From here on, results may not be bitwise identical: checkpoint %s comes from other versions or another "
+            "machine (%s).",
+            checkpoint.name,
+            "; ".join(changes),
+        )
+
+
+def _may_change(name: str) -> bool:
+    return _option(name) in _MAY_CHANGE or name.startswith(("checkpoints.", "logging."))
+
+
+def _option(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _complete(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recorded config with the options that its version did not have yet."""
+    try:
+        return config_from_json(json.dumps(recorded), source="the record").to_dict()
+    except ValueError:
+        return recorded
