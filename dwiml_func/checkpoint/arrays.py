@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import math
 import os
 import re
 import sys
@@ -35,6 +36,7 @@ __all__ = ["CheckpointError", "CorruptError", "load_leaves", "read_manifest", "s
 
 _MAX_ERROR = 300  # orbax and tensorstore write long ones
 _SETTLE_SECONDS = 0.1
+_MOST_COMPRESSED = 64  # times; present versions do not compress
 
 
 def save_leaves(
@@ -137,6 +139,10 @@ def _read_arrays(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[str, np
         for row in table
     }
     leaves = (path / "leaves").absolute()
+    declared = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
+    stored = sum(file.stat().st_size for file in leaves.rglob("*") if file.is_file())
+    if declared > _MOST_COMPRESSED * stored + (1 << 20):  # arrays of which nothing is stored are filled with zeros
+        raise CorruptError(f"{path} is corrupt: its leaves have {stored} bytes for tensors of {declared} bytes.")
     try:
         with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.metadata(leaves).item_metadata.tree

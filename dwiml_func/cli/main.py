@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import io
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import tyro
 
 from dwiml_func._checks import one_line
 from dwiml_func.cli._messages import Verbosity, messages, set_verbosity
+from dwiml_func.cli._output import drop_unwritable_output, enduring_output, open_standard_streams
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError, rank_in
 from dwiml_func.experiment.signals import TrainingStopped
@@ -59,7 +60,17 @@ Exit codes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; `arguments` are those of the command line by default. Returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    open_standard_streams()
+    code = _run(list(sys.argv[1:] if arguments is None else arguments))
+    error = drop_unwritable_output()
+    if error is None or code != 0:
+        return code
+    if isinstance(error, BrokenPipeError):
+        return _CLOSED_PIPE
+    return _fail(f"dwiml-func: standard output cannot be written to: {error.strerror}", 2)
+
+
+def _run(arguments: list[str]) -> int:
     if sys.platform not in _PLATFORMS:
         return _fail(f"dwiml-func: Expected {' or '.join(_PLATFORMS.values())}. Received: {sys.platform}.", 2)
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -83,9 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = module.Options.parse(arguments, program)
             is_training = command in _TRAINING_COMMANDS
             set_verbosity(Verbosity.QUIET if rank_in() > 0 else options.verbosity)
-            code = module.run(options)
-            sys.stdout.flush()  # while a closed pipe can still be reported
-            return code
+            with enduring_output() if is_training else contextlib.nullcontext():
+                return module.run(options)
         except SystemExit as ended:  # tyro has printed the help or what is wrong
             return int(ended.code or 0)
         except (Exception, KeyboardInterrupt) as error:
@@ -101,10 +111,7 @@ def _print_help(arguments: Sequence[str]) -> int:
     app = tyro.extras.SubcommandApp()
     for name, line in COMMANDS.items():
         app.command(name=name, help=line)(lambda: None)
-    try:
-        app.cli(prog="dwiml-func", description=_HELP, args=arguments or ["--help"])
-    finally:
-        sys.stdout.flush()
+    app.cli(prog="dwiml-func", description=_HELP, args=arguments or ["--help"])
     return 0
 
 
@@ -132,9 +139,7 @@ def _report(error: BaseException, sender: str, *, is_training: bool) -> int:
         case NonFiniteError() | ProcessLostError():
             return _fail(f"{sender}: {error}", 1)
         case BrokenPipeError():
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-            if is_training:
-                print(f"{sender}: standard output was closed.{kept}", file=sys.stderr)
+            drop_unwritable_output()
             return _CLOSED_PIPE
         case ValueError() | OSError():
             logging.getLogger(__name__).debug("", exc_info=error)
@@ -154,5 +159,6 @@ def _resume_hint(stopped: TrainingStopped) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr)
     return code

@@ -10,7 +10,7 @@ import tyro
 
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.experiment.folder import ENSEMBLE_FILE, is_ensemble, member_folders
+from dwiml_func.experiment.folder import ENSEMBLE_FILE, check_no_links, is_ensemble, member_folders
 from dwiml_func.experiment.plots import check_format, draw_experiments, save_figure
 
 __all__ = ["Options", "run"]
@@ -46,6 +46,7 @@ def run(options: Options) -> int:
     check_format(out)
     figure = draw_experiments(directories)
     if options.out is None and len(given) == 1:
+        check_no_links(given[0])
         out = given[0] / "plots" / "training.png"
     with folders_above(out):
         save_figure(figure, out)

@@ -25,6 +25,7 @@ from dwiml_func.dwi_ml.transformers import MODEL_TYPES, joined_state, split_stat
 from dwiml_func.dwi_ml.upgrade import upgraded_parameters, upgraded_state
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import LoadedModel, filled_model
+from dwiml_func.files.archive import check_archive
 from dwiml_func.files.atomic import atomic_directory
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import Learn2Track
@@ -155,6 +156,7 @@ def _kind(path: Path) -> str:
 
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
+    check_archive(path)
     _check_checksums(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch warns before it raises

@@ -27,7 +27,7 @@ from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
 from dwiml_func.experiment.batches import open_data
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.folder import read_config, read_ended, write_ended
+from dwiml_func.experiment.folder import check_no_links, read_config, read_ended, write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.optimizers import make_optimizer
 from dwiml_func.experiment.record import check_same_config, check_same_data
@@ -181,6 +181,8 @@ def resume_ensemble(
     """
     num_members, ended = read_ended(directory)
     folders = [directory / str(number) for number in range(num_members)]
+    for folder in (directory, *folders):
+        check_no_links(folder)
     old_configs = [read_config(folder) for folder in folders]
     for folder, config in zip(folders, old_configs, strict=True):
         check_same_config(folder, config, newest(folder), accept=accept)

@@ -20,6 +20,7 @@ from dwiml_func.files.json import parse_json, read_config_file
 __all__ = [
     "ENSEMBLE_FILE",
     "check_new_experiment",
+    "check_no_links",
     "create_ensemble",
     "create_experiment",
     "experiment_directory",
@@ -101,6 +102,17 @@ def read_config(directory: Path) -> RunConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} is not an experiment: it has no config.json.")
     return config_from_json(read_config_file(path, source=str(path)), source=str(path))
+
+
+def check_no_links(directory: Path) -> None:
+    """Raise ValueError for a link inside an experiment's folder: what is written there would be written elsewhere."""
+    for folder in (directory, *(directory / name for name in ("checkpoint", "logs", "plots", "best_model"))):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.is_symlink():
+                raise ValueError(
+                    f"Expected no links in an experiment's folder. Received: {path}, which leads to {path.readlink()}. "
+                    "Put what it leads to in its place."
+                )
 
 
 def is_ensemble(directory: Path) -> bool:

@@ -16,6 +16,7 @@ from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import read_manifest
+from dwiml_func.files.archive import check_archive
 
 __all__ = ["PretrainedReport", "load_pretrained", "read_tensors"]
 
@@ -125,6 +126,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:

@@ -19,7 +19,7 @@ from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import repair_best_model
 from dwiml_func.experiment.compare import differences
 from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
-from dwiml_func.experiment.folder import check_new_experiment, is_ensemble, read_config
+from dwiml_func.experiment.folder import check_new_experiment, check_no_links, is_ensemble, read_config
 from dwiml_func.experiment.record import check_same_config, check_same_data, warn_of_other_environment
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
@@ -56,6 +56,7 @@ def resume_experiment(
     Returns the parts, the state and the history for `run_experiment`. ValueError where the run has ended and would end
     again at once (unless `may_have_ended`), or where the dataset or a checkpoint does not fit.
     """
+    check_no_links(directory)
     config = read_config(directory)
     changed = with_new_options(config, **new_options)
     check_same_config(directory, config, newest(directory), accept=accept)

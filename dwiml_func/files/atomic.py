@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import os
 import re
 import shutil
@@ -17,10 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["atomic_directory", "atomic_file", "atomic_remove", "atomic_write", "make_directory", "remove_leftovers"]
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "atomic_remove",
+    "atomic_write",
+    "make_directory",
+    "remove_leftovers",
+    "temporary_beside",
+]
 
 _TEMPORARY = ".dwiml-tmp-"  # not complete, or to be removed
 _REPLACED = ".dwiml-old-"  # to be replaced, where the system cannot swap two names in one step
+_MAX_STEM = 255 - 40  # bytes; besides, there are the mark, the process and a random number
 _LEFTOVER = re.compile(rf"({re.escape(_TEMPORARY)}|{re.escape(_REPLACED)})(.+)\.([0-9]+)-[0-9a-f]{{8}}", re.DOTALL)
 
 
@@ -109,17 +119,27 @@ def remove_leftovers(directory: str | Path, name: str | None = None) -> None:
     directory = Path(directory)
     for entry in list(directory.iterdir()) if directory.is_dir() else []:
         match = _LEFTOVER.fullmatch(entry.name)
-        if match is None or name not in (None, match[2]) or _is_running(int(match[3])):
+        if match is None or (name is not None and _stem(name) != match[2]) or _is_running(int(match[3])):
             continue
-        target = entry.with_name(match[2])
+        target = entry.with_name(match[2] if name is None else name)
         if match[1] == _REPLACED and not os.path.lexists(target):
             entry.rename(target)
         else:
             _remove(entry)
 
 
+def temporary_beside(path: str | Path) -> Path:
+    """A new name for a temporary of this process, which `remove_leftovers` knows once the process has ended."""
+    return _beside(Path(path), _TEMPORARY)
+
+
 def _beside(path: Path, mark: str) -> Path:
-    return path.with_name(f"{mark}{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    return path.with_name(f"{mark}{_stem(path.name)}.{os.getpid()}-{os.urandom(4).hex()}")
+
+
+def _stem(name: str) -> str:
+    """A name, or a hash of one with which a temporary's name would be longer than file systems take."""
+    return name if len(os.fsencode(name)) <= _MAX_STEM else f"~{hashlib.sha256(os.fsencode(name)).hexdigest()}"
 
 
 def _is_running(process: int) -> bool:

@@ -9,9 +9,11 @@ were sent stay, and no archive is written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
+import re
 import shutil
 import sys
 import threading
@@ -45,7 +47,7 @@ def main() -> int:
     os.dup2(2, 1)  # what comet_ml prints is no answer
 
     def answer(**message: str) -> None:
-        print(json.dumps(message), file=answers, flush=True)
+        print(json.dumps({name: _masked(text) for name, text in message.items()}), file=answers, flush=True)
 
     try:
         os.environ.update(_SETTINGS)
@@ -55,6 +57,16 @@ def main() -> int:
         answer(error=_one_line(error))
         return 1
     return 0
+
+
+def _masked(text: str) -> str:
+    """A text of a server without the secrets that it may echo: the API key, and passwords in addresses."""
+    with contextlib.suppress(Exception):  # without comet_ml there is no key either
+        from comet_ml.config import get_api_key, get_config
+
+        if key := get_api_key(None, get_config()):
+            text = text.replace(key, "***")
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
 def _messages() -> Iterator[dict[str, Any]]:

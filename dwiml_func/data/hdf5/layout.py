@@ -147,6 +147,9 @@ class Table(NamedTuple):
     lengths: NDArray[np.int64]
 
 
+_MOST_OVERLAP = 16
+
+
 def read_table(group: h5py.Group) -> Checked[Table]:
     """The table of a subject's streamlines; the points are not read."""
     data = yield from dataset_of(group, "data", "fiu")
@@ -169,6 +172,10 @@ def read_table(group: h5py.Group) -> Checked[Table]:
     short = yield from streamlines_that(group, lengths < 2, "have fewer than two points")
     outside = (starts < 0) | (starts > len(data) - lengths)
     outside = yield from streamlines_that(group, outside, f"lie outside the {len(data)} points stored")
+    if int(lengths.sum()) > _MOST_OVERLAP * len(data):
+        sentence = f"{int(lengths.sum())} points of overlapping streamlines are made of the {len(data)} points stored"
+        yield Problem(location(group), f"{sentence}. Expected at most {_MOST_OVERLAP} times as many")
+        return None
     return None if short or outside else Table(starts, lengths)
 
 

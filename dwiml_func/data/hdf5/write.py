@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from nibabel.orientations import aff2axcodes
 
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.hdf5.consistency import disjoint_subsets
+from dwiml_func.files.atomic import remove_leftovers, temporary_beside
 
 __all__ = ["WatchedFile", "new_dataset", "write_streamlines", "write_volume"]
 
@@ -63,7 +63,8 @@ def new_dataset(
         _check_name("subject", name)
     for problem in disjoint_subsets({"training": training, "validation": validation, "testing": testing}):
         raise ValueError(f"{problem}. Expected each subject in one subset")
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    remove_leftovers(path.parent, path.name)  # as large as the dataset
+    partial = temporary_beside(path)
     try:
         with closing(WatchedFile(partial, has_large_attributes=len(subjects) > _MOST_IN_HEADER)) as file:
             file.attrs["data_and_time"] = date
