@@ -1,0 +1,149 @@
+"""Kills at random moments, on demand: `python tests/kills.py --seconds 480`. Not part of the suite, which has few.
+
+Single runs, ensembles, forks and runs of two processes are killed with SIGKILL again and again, resumed to their end,
+and compared with a run that nobody killed: digest, history, logs, best model, evaluation, and every file of the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from preloaded import Fork, start_command
+from reproduction_cases import DATA, STOCHASTIC, differences, files, results
+
+OPTIONS = (*STOCHASTIC, "--max-epochs", 4)
+OFTEN = ("--checkpoint-every", "1batches")
+KILLS = 6
+"""Of one run, before it is resumed to its end."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a run of a kind begins, how many processes train it, and the folders of its members."""
+
+    begin: Callable[[Path], tuple[object, ...]]
+    num_processes: int = 1
+    members: tuple[str, ...] = ("",)
+
+
+KINDS = {
+    "single": Kind(lambda folder: ("train", folder, "run", DATA, *OPTIONS, *OFTEN)),
+    "ensemble": Kind(
+        lambda folder: ("train", folder, "run", DATA, *OPTIONS, *OFTEN, "--num-models", 2), members=("0", "1")
+    ),
+    "fork": Kind(lambda folder: ("fork", folder / "source", "run", "--max-epochs", 4, *OFTEN)),
+    "two processes": Kind(
+        lambda folder: ("train", folder, "run", DATA, *OPTIONS, *OFTEN, "--num-shards", 2), num_processes=2
+    ),
+}
+
+
+def start(kind: Kind, arguments: tuple[object, ...]) -> list[Fork]:
+    """Start the processes of a command."""
+    if kind.num_processes == 1:
+        return [start_command(*arguments)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(kind.num_processes)}
+    ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(kind.num_processes)]
+    return [start_command(*arguments, environment=rank) for rank in ranks]
+
+
+def next_command(kind: Kind, folder: Path) -> tuple[object, ...]:
+    """What a user gives after a kill: resume, or the same again where nothing had begun."""
+    has_begun = any((folder / "run" / name).is_file() for name in ("config.json", "ensemble.json"))
+    return ("resume", folder, "run") if has_begun else kind.begin(folder)
+
+
+def run_to_end(kind: Kind, folder: Path) -> None:
+    """Give commands until one ends well, or finds nothing left to do."""
+    told = ""
+    for _ in range(3):
+        processes = start(kind, next_command(kind, folder))
+        codes = [process.wait(300) for process in processes]
+        told = " ".join(process.err for process in processes)
+        if codes == [0] * len(processes) or "epoch left" in told or "No epoch is left" in told:
+            return
+    raise AssertionError(told)
+
+
+def kill_at_random(kind: Kind, folder: Path, draws: random.Random, seconds: float) -> bool:
+    """Kill the processes of a command, one of them first; returns whether they still ran."""
+    processes = start(kind, next_command(kind, folder))
+    draws.shuffle(processes)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        processes[0].wait(draws.uniform(0, seconds))
+    has_run = processes[0].poll() is None
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait(60)
+    return has_run
+
+
+def check(kind: Kind, folder: Path, whole: Path) -> list[str]:
+    """What differs from the run that nobody killed."""
+    found = []
+    for member in kind.members:
+        one, other = folder / "run" / member, whole / "run" / member
+        found += differences(results(one), results(other))
+        if files(one) != files(other):
+            found.append(f"files: {sorted(set(files(one)) ^ set(files(other)))}")
+        for name in ("evaluation.json", "../ensemble.json"):
+            if (other / name).is_file() and (one / name).read_bytes() != (other / name).read_bytes():
+                found.append(name)
+    left = {path.name for path in folder.iterdir()} - {"run", "source"}
+    return [*found, *sorted(left)]
+
+
+def main() -> int:
+    """Kill until the time is over; returns the number of runs that did not come to the same end."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    options = parser.parse_args()
+    draws, until = random.Random(options.seed), time.monotonic() + options.seconds
+    counts = {name: [0, 0, 0] for name in options.kinds}  # kills, runs, runs with another end
+    with tempfile.TemporaryDirectory() as temporary:
+        wholes, durations = {}, {}
+        for name in options.kinds:
+            kind, folder = KINDS[name], Path(temporary, name, "whole")
+            folder.mkdir(parents=True)
+            if name == "fork":
+                assert start_command("train", folder, "source", DATA, *STOCHASTIC, "--max-epochs", 2).wait(300) == 0
+            began = time.monotonic()
+            run_to_end(kind, folder)
+            wholes[name], durations[name] = folder, time.monotonic() - began
+        number = 0
+        while time.monotonic() < until:
+            name, number = options.kinds[number % len(options.kinds)], number + 1
+            kind, folder = KINDS[name], Path(temporary, name, str(number))
+            folder.mkdir()
+            if name == "fork":
+                (folder / "source").symlink_to(wholes[name] / "source")
+            for _ in range(KILLS):
+                counts[name][0] += kill_at_random(kind, folder, draws, durations[name])
+            run_to_end(kind, folder)
+            problems = check(kind, folder, wholes[name])
+            counts[name][1] += 1
+            counts[name][2] += bool(problems)
+            print(f"{name}: {counts[name][0]} kills in {counts[name][1]} runs {problems or ''}", flush=True)
+    for name, (num_kills, num_runs, num_other) in counts.items():
+        print(f"{name}: {num_kills} kills in {num_runs} runs, {num_runs - num_other} of them with the same end")
+    return sum(num_other for _, _, num_other in counts.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
