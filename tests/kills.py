@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import random
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from preloaded import Fork, start_command
+from preloaded import Fork, start_command, start_ranks
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results
 
 OPTIONS = (*STOCHASTIC, "--max-epochs", 4)
@@ -52,12 +51,7 @@ def start(kind: Kind, arguments: tuple[object, ...]) -> list[Fork]:
     """Start the processes of a command."""
     if kind.num_processes == 1:
         return [start_command(*arguments)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(kind.num_processes)}
-    ranks = [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(kind.num_processes)]
-    return [start_command(*arguments, environment=rank) for rank in ranks]
+    return start_ranks(kind.num_processes, *arguments)
 
 
 def next_command(kind: Kind, folder: Path) -> tuple[object, ...]:
