@@ -17,7 +17,8 @@ from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
-from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
+from dwiml_func.experiment.ensemble_resume import resume_ensemble
+from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
 from dwiml_func.experiment.folder import create_ensemble, read_config, read_ended, write_ended
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.setup import prepare

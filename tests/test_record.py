@@ -21,7 +21,7 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, read
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
-from dwiml_func.experiment.logs import write_parameters
+from dwiml_func.experiment.logs import run_parameters, write_parameters
 from dwiml_func.experiment.record import check_same_config
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
@@ -40,11 +40,12 @@ def copy(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
-def deciding(config: RunConfig) -> dict[str, object]:
+def deciding(config: RunConfig) -> dict[str, Any]:
     """The options that decide results, apart from when the run ends."""
     values = {name: config.to_dict()[name] for name in RESULTS}
     for name in ("max_epochs", "patience"):
         values["training"].pop(name)
+    values["training"]["learning_rate"] = run_parameters(config, nb_features=1)["Trainer params"]["learning_rate"]
     for part, name in (("data", "lazy"), ("data", "cache_size"), ("batches", "processes")):
         values[part].pop(name)
     return values

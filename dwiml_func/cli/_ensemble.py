@@ -13,7 +13,8 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.ensemble_run import prepare_ensemble, resume_ensemble, run_ensemble
+from dwiml_func.experiment.ensemble_resume import resume_ensemble
+from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
 from dwiml_func.experiment.folder import create_ensemble, read_ended
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import stop_on_signals
