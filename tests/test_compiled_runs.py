@@ -23,11 +23,19 @@ OPTIONS = (
 )
 
 
+@pytest.fixture(scope="module")
+def folder_of_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the compiler keeps its code, by its text; and its precompiled headers, which take long to make."""
+    return tmp_path_factory.mktemp("code")
+
+
 @pytest.mark.soak
-def test_a_compiled_run_in_two_processes_makes_the_same_code_twice_and_ends_bitwise_as_one(tmp_path: Path) -> None:
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}  # of compiled code, by its text
+def test_a_compiled_run_in_two_processes_makes_the_same_code_twice_and_ends_bitwise_as_one(
+    tmp_path: Path, folder_of_code: Path
+) -> None:
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder_of_code)}
     out = run_command("train", tmp_path, "whole", PHANTOM, *OPTIONS, environment=cache)
-    code = set((tmp_path / "cache").rglob("*.cpp"))
+    code = set(folder_of_code.rglob("*.cpp"))
     assert code
     assert re.search(r"^Compiled in \d+\.\d s: a step takes [\d.]+ ms instead of [\d.]+ ms, ", out, re.MULTILINE)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
@@ -36,13 +44,15 @@ def test_a_compiled_run_in_two_processes_makes_the_same_code_twice_and_ends_bitw
     assert latest_digest(tmp_path / "parts") != latest_digest(tmp_path / "whole")
     out = run_command("resume", tmp_path, "parts", environment=cache)
     assert "Compiled in " in out
-    assert set((tmp_path / "cache").rglob("*.cpp")) == code
+    assert set(folder_of_code.rglob("*.cpp")) == code
     assert latest_digest(tmp_path / "parts") == latest_digest(tmp_path / "whole")
 
 
 @pytest.mark.soak
-def test_a_compiled_run_on_shards_in_bf16_that_two_processes_resume_ends_bitwise_as_one(tmp_path: Path) -> None:
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+def test_a_compiled_run_on_shards_in_bf16_that_two_processes_resume_ends_bitwise_as_one(
+    tmp_path: Path, folder_of_code: Path
+) -> None:
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder_of_code)}
     options = ("--num-shards", 2, "--max-epochs", 2, "--precision", "bf16")
     out = run_command("train", tmp_path, "whole", PHANTOM, *OPTIONS, *options, environment=cache)
     assert out.count("Compiled in ") == 1

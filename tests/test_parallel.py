@@ -22,7 +22,7 @@ from dwiml_func.distributed.process_group import join_process_group, rank_zero_f
 pytestmark = pytest.mark.soak
 
 SHARDS = ("--num-shards", 4)
-EPOCHS = 3
+EPOCHS = 2
 
 
 def _torchrun(num_processes: int, *arguments: object) -> list[str]:
