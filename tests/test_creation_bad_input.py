@@ -395,6 +395,7 @@ def test_a_group_of_empty_bundles_alone_is_refused_still(folder, refused):
     for path in (folder / "subjects" / "s2" / "bundles").iterdir():
         save_lines(path, [])
     assert "no valid streamline is left" in refused("--allow-empty")
+    assert "no valid streamline is left" in refused("--remove-invalid")
 
 
 @pytest.mark.parametrize("turn", [np.diag([-1.0, 1, 1]), np.eye(3)[[1, 0, 2]]])

@@ -76,7 +76,7 @@ class Options(CommandOptions):
     remove_invalid: bool = False
     """Remove streamlines that leave the volume, have NaN points or have no length; otherwise they are an error."""
     allow_empty: bool = False
-    """Pass over tractograms without streamlines, with a warning; otherwise they are an error."""
+    """Pass over tractograms without streamlines, with a warning. Without it or --remove-invalid they are an error."""
     enforce_files_presence: Annotated[
         tyro.conf.FlagConversionOff[bool], _optional(bool, _read_bool, "[True|False]", alone=True)
     ] = True

@@ -47,15 +47,15 @@ def load_streamlines(
 
     A streamline is invalid when it leaves the grid, has a point that is NaN or infinite, or has no length: there is no
     direction to learn. Invalid ones are removed, with a line to `note`, or refused; so are files without streamlines,
-    which `allow_empty` passes over. Without an `expected` grid, the first file's grid counts. Resampling is in mm. Each
-    file is a bundle.
+    which `allow_empty` and `remove_invalid` pass over. Without an `expected` grid, the first file's grid counts.
+    Resampling is in mm. Each file is a bundle.
     """
     parts: list[Tractogram] = []
     filled: list[Source] = []
     for source in files:
         tractogram = _read(source)
         if len(tractogram.offsets) == 1:
-            if not allow_empty:
+            if not (allow_empty or remove_invalid):
                 raise ValueError(
                     f"{source}: an empty tractogram. Expected streamlines. Pass it over with --allow-empty"
                 )
