@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
+from dwiml_func.experiment.training_facts import volume_facts
+
 LOADERS: Any = nib.streamlines
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 
@@ -158,6 +160,18 @@ def test_a_model_records_what_it_was_trained_on(model):
         "voxel_sizes": [[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]],
         "step_size": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("mean", "kind"),
+    [
+        *((0.5, "all"), (np.array([0.5]), "all"), (np.ones((3, 1)), "all")),
+        *((np.ones(6), "independent"), (np.ones((3, 6)), "independent"), (None, None)),
+    ],
+)
+def test_the_standardization_is_told_from_its_means_also_of_several_subjects(mean, kind):
+    attributes = {"sh_order": 2} | ({} if mean is None else {"standardization_mean": mean})
+    assert volume_facts(attributes).get("standardization") == kind
 
 
 def test_a_volume_of_another_kind_is_refused_by_name(cli, model, data, tmp_path):

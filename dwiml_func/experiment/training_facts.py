@@ -43,7 +43,8 @@ def volume_facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
     facts = {name: attributes[name] for name in _TEXTS if isinstance(attributes.get(name), str | int | bool)}
     mean = attributes.get("standardization_mean")
     if mean is not None:
-        facts["standardization"] = "all" if np.size(np.asarray(mean)) == 1 else "independent"
+        width = np.atleast_1d(np.asarray(mean)).shape[-1]  # there may be a row for each subject
+        facts["standardization"] = "all" if width == 1 else "independent"
     return facts
 
 
