@@ -92,7 +92,7 @@ def test_a_run_with_it_is_verified_and_one_recorded_without_it_too(cli, folder: 
     (old / "config.json").write_text(json.dumps(config))
     outcome = cli("verify", old)
     assert "is bitwise identical" in outcome.out
-    assert cli("resume", tmp_path, "old", "--new-max-epochs", "3").code == 0
+    assert cli("resume", tmp_path, "old", "--new-max-epochs", "3", "--accept", "skip_window_lag").code == 0
     assert [f"valid_{NAME}" in line for line in lines_of(old)] == [False, False, True]
 
 
