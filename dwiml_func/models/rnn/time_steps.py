@@ -64,6 +64,8 @@ class TimeSteps:
 
     def last_rows(self, rows: Tensor) -> Tensor:
         """Each sequence's last row, (S, H)."""
+        if len(self._sizes) == 1:  # tracking: a step at a time, where the indices would take longer than the copy
+            return rows.clone()
         return rows.index_select(0, self._last_indices(rows.device))
 
     def with_last(self, grad_outputs: Tensor, grad_last: Tensor) -> Tensor:
