@@ -44,7 +44,7 @@ class Counted:
 def main() -> int:
     """Print points per second, and the share of the time that the bare matrix products take. Exit code 1 if slow."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=6000, help="seeds in the white matter (default: 6000)")
+    parser.add_argument("--seeds", type=int, default=10_000, help="seeds in the white matter (default: 10000)")
     parser.add_argument("--rounds", type=int, default=3, help="trackings of each kind (default: 3)")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ __all__ = ["NUM_ROWS", "Tracked", "check_tracking", "track"]
 NUM_ROWS = {"cpu": 512, "cuda": 4096}
 """Lines that are followed at once, by type of device."""
 
-_STEPS = 8  # between two looks at which lines ended: on a GPU each look waits for the device
+_STEPS = 4  # between two looks at which lines ended: on a GPU each look waits for the device
 
 
 class Tracked(NamedTuple):
