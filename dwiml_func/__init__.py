@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from dwiml_func.core.early_stopping import Best, should_stop, update_best
 from dwiml_func.core.epoch import end_epoch, epoch_fn, eval_epoch_fn, train_steps
 from dwiml_func.core.gradients import clip_by_global_norm, value_and_grad
-from dwiml_func.core.loop import Interrupted, run_epoch, train_and_validate
+from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossFn, LossOut, module_loss
 from dwiml_func.core.metrics import Metrics, Sum, read_means
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.rates import with_weight_decay
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
+from dwiml_func.core.run_epoch import Interrupted, run_epoch
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.core.weights import load_into
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from dwiml_func.data.dataloader import from_loader
     from dwiml_func.ensemble import ensemble_step, member, stack_states, train_and_validate_ensemble
     from dwiml_func.experiment.pretrained import load_pretrained
+    from dwiml_func.experiment.replay import verify
 
 __version__ = "0.1.0"
 
@@ -137,6 +139,7 @@ __all__ = [
     "train_steps",
     "update_best",
     "value_and_grad",
+    "verify",
     "warm_up",
     "warmup_stable_decay",
     "with_weight_decay",
@@ -148,6 +151,7 @@ _MODULES = {  # loaded at the first use of a name: a loop that saves nothing doe
     "from_loader": "data.dataloader",
     "jit_step": "compiled",
     "load_pretrained": "experiment.pretrained",
+    "verify": "experiment.replay",
 }
 
 

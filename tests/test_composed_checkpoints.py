@@ -9,9 +9,10 @@ from torch import nn
 from dwiml_func.checkpoint import CheckpointError, read, restore, save
 from dwiml_func.checkpoint.background import copy_to_host
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
-from dwiml_func.core.loop import Interrupted, train_and_validate
+from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import module_loss
 from dwiml_func.core.rng import Key, fold_in, numpy_rng, torch_rng
+from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.optim import (

@@ -202,7 +202,7 @@ def test_the_best_epoch_is_reset_with_another_loss(cli, source):
     assert "are reset: another model.dg_key changes the monitored loss." in outcome.out
     other = source.parent / "other"
     assert history(other)[1].best == history(source)[1].best
-    assert history(other)[2].best == Best(history(other)[2].monitored_loss, 3, 0)
+    assert history(other)[2].best == Best(history(other)[2].monitored, 3, 0)
     assert load_model(other / "best_model").facts["epoch"] == history(other)[-1].best.epoch
     assert cli("verify", other, "--epoch", "3").code == 0
 

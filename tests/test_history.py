@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dwiml_func import EpochReport
+from dwiml_func import EpochReport, init_state, save, sgd
+from dwiml_func.checkpoint.checkpoint import read, write
 from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
 from dwiml_func.core.early_stopping import Best
 
@@ -91,3 +93,32 @@ def test_an_epoch_that_came_out_otherwise_does_not_get_the_digest_of_the_earlier
 
 def test_the_state_that_is_saved_counts_more_than_what_was_recorded():
     assert digests(fill_digests((report(1, "old"),), (report(1, "older"),), 1, "new")) == ["new"]
+
+
+def test_a_save_does_not_make_the_same_reports_text_again(tmp_path, monkeypatch):
+    """What a save does for the epochs before it is counted in reports, not in seconds."""
+    from dwiml_func.checkpoint import history as module
+
+    state, made = init_state(torch.nn.Linear(1, 1), sgd(), seed=0), []
+    to_json = module.history_to_json
+    monkeypatch.setattr(module, "history_to_json", lambda reports: made.extend(reports) or to_json(reports))
+    history = tuple(report(epoch) for epoch in range(1, 21))
+    save(tmp_path, state.replace(epoch=20), history)
+    for epoch in (21, 22, 23):
+        made.clear()
+        history = (*history, report(epoch))  # a script's own, without the digests
+        save(tmp_path, state.replace(epoch=epoch), history)
+        assert [each.epoch for each in made] == [epoch]
+    saved = read(tmp_path).history
+    assert [each.digest is not None for each in saved] == [False] * 19 + [True] * 4
+    assert repr(tuple(replace(each, digest=None) for each in saved)) == repr(history)  # NaN is not equal to itself
+
+
+def test_a_checkpoint_that_another_process_wrote_is_read_by_the_next_save(tmp_path):
+    state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
+    save(tmp_path, state.replace(epoch=1), [report(1)])
+    digest = "f" * 64
+    both = [replace(report(1), digest=digest), report(2)]
+    write(tmp_path, state.replace(epoch=2), both, config={}, data={}, environment=None)
+    save(tmp_path, state.replace(epoch=3), [report(1), report(2), report(3)])
+    assert read(tmp_path).history[0].digest == digest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import threading
@@ -12,6 +13,7 @@ from gated_run import OPTIONS, check_same_end, gated, train_whole
 from reproduction_cases import DATA, differences, files, results
 
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals
 
 
@@ -138,9 +140,42 @@ def test_the_same_command_again_resumes_a_run_and_sums_up_one_that_has_ended(cli
     assert "Epoch 2/2" not in ended.out
     assert files(tmp_path / "run") == before
     assert differences(results(tmp_path / "run"), results(uninterrupted)) == []
+    changed = cli(*command, "--keep", "all", "--checkpoint-every", "2epochs", "--lazy", "--processes", "1")
+    assert changed.code == 0
+    config = read_config(tmp_path / "run")
+    assert (config.checkpoints.keep, config.data.lazy, config.batches.processes) == ("all", True, 1)
+    assert differences(results(tmp_path / "run"), results(uninterrupted)) == []
+    assert cli(*command).code == 0
+    before = files(tmp_path / "run")
     other = cli(*command, "--dropout", "0.4", "--rng", "5")
     other.check_refusal("'run' exists in", "with another config", "model.dropout", "dwiml-func resume")
     assert files(tmp_path / "run") == before
+
+
+def test_the_same_command_again_resumes_an_ensemble_and_sums_up_one_that_has_ended(cli, tmp_path):
+    command = ("train", tmp_path, "both", DATA, *OPTIONS, "--num-models", "2")
+    first = cli(*command)
+    assert first.code == 0
+    ended = cli(*command, "--keep", "all")
+    assert (ended.code, ended.err) == (0, "")
+    assert "exists, with these configs: resuming it" in ended.out
+    assert ended.out.splitlines()[-2:] == first.out.splitlines()[-2:]
+    assert [read_config(tmp_path / "both" / number).checkpoints.keep for number in "01"] == ["all", "all"]
+    cli(*command, "--dropout", "0.4").check_refusal("'both' exists in", "with another config", "model.dropout")
+    cli(*command[:-1], "3").check_refusal("'both' exists in", "with 2 members. Received: 3")
+    cli(*command[:-2]).check_refusal("'both' exists in")
+
+
+def test_a_signal_without_standard_error_stops_and_saves():
+    with stop_on_signals() as stop:
+        kept = os.dup(2)
+        os.close(2)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        assert stop.signal is signal.SIGTERM
 
 
 def test_a_hang_up_that_is_ignored_stays_ignored():

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.loop import Interrupted, train_and_validate
+from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
+from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.optim.optimizers import adam, sgd
@@ -285,7 +286,7 @@ def test_a_report_tells_epoch_learning_rate_best_and_stop():
     assert [report.learning_rate for report in reports] == [0.1, 0.01, 0.01, 0.001]
     assert [report.train["loss"] for report in reports] == [9.0] * 4
     assert [report.valid for report in reports] == [{"loss": value} for value in valid]
-    assert [report.monitored_loss for report in reports] == valid
+    assert [report.monitored for report in reports] == valid
     assert [report.best for report in reports] == [Best(3.0, 1), Best(1.0, 2), Best(1.0, 2, 1), Best(0.5, 4)]
     assert [report.is_best for report in reports] == [True, True, False, True]
     assert [report.stop for report in reports] == [None, None, None, "max_epochs"]
@@ -333,7 +334,7 @@ def test_without_validation_the_training_loss_decides():
         report for _, report in loop(scripted_state(), **scripted([3.0, 1.0, 2.0]) | {"valid": None, "eval_step": None})
     ]
     assert [report.valid for report in reports] == [{}] * 3
-    assert [report.monitored_loss for report in reports] == [3.0, 1.0, 2.0]
+    assert [report.monitored for report in reports] == [3.0, 1.0, 2.0]
     assert reports[-1].best == Best(1.0, 2, 1)
 
 
@@ -470,4 +471,4 @@ def test_a_report_is_plain_data():
     for field in fields(EpochReport):
         value = getattr(report, field.name)
         numbers = value.values() if isinstance(value, dict) else [value]
-        assert all(isinstance(number, int | float | str | bool | None | Best) for number in numbers), field.name
+        assert all(isinstance(number, int | float | str | bool | None | tuple) for number in numbers), field.name

@@ -30,13 +30,16 @@ HELD_ELSEWHERE = {
         "max_epochs",
         "patience",
         "patience_delta",
+        "monitor",
+        "monitor_mode",
+        "validate_every",
         "learning_rate",
         "skip_window_lag",
         "add_a_tracking_validation_phase",
         "tracking_phase_frequency",
         "tracking_phase_nb_segments_init",
         "tracking_mask",
-    ),  # test_run, test_loop, test_schedule, test_window_lag_runs, test_tracking_phase
+    ),  # test_run, test_loop, test_schedule, test_window_lag_runs, test_tracking_phase, test_monitor
 }
 WITHOUT_EFFECT = {"lazy": True, "cache_size": "1MB"}
 

@@ -8,7 +8,7 @@ import re
 import sys
 import termios
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -212,3 +212,33 @@ def test_a_log_line_does_not_tear_the_bars(state):
                 for bar in ("Epochs:", "Epoch 3/4 training")
             ]
             assert rows == [1, 2]
+
+
+@pytest.mark.parametrize("kind", ["closed", "none", "gone", "descriptor"])
+def test_a_bar_whose_terminal_is_gone_ends_no_training(monkeypatch, state, kind):
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (24, 100))
+    stderr = os.fdopen(slave, "w")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with Progress(max_epochs=4) as progress:
+        seen = []
+        for batch in progress.track([1, 2, 3], "training", epoch=2, start_batch=0):
+            if batch == 2:
+                if kind == "closed":
+                    stderr.close()
+                elif kind == "none":
+                    monkeypatch.setattr(sys, "stderr", None)
+                elif kind == "descriptor":
+                    os.close(slave)
+                else:
+                    os.close(master)
+            seen.append(batch)
+            progress.on_batch(state, BATCH)
+            progress._batches.refresh()
+        assert list(progress.track([4], "validation", epoch=2, start_batch=0)) == [4]
+    assert seen == [1, 2, 3]
+    with suppress(OSError):
+        stderr.close()
+    for descriptor in (master, slave):
+        with suppress(OSError):
+            os.close(descriptor)

@@ -15,6 +15,8 @@ import pytest
 from experiment_cases import latest_digest
 from preloaded import finished, run_command, run_program, start_command
 
+from dwiml_func.experiment.runs import list_runs
+
 ROOT = Path(__file__).parents[1]
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 
@@ -65,6 +67,9 @@ def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
     assert again == ""  # the run is restored, and has no epoch left
     digests = [latest_digest(experiments / name) for name in ("my_loop", "command")]
     assert digests[0] == digests[1]
+    assert [(run.name, run.state) for run in list_runs(experiments)] == [
+        (name, "finished") for name in ("command", "my_loop")
+    ]
 
 
 def test_a_model_of_ones_own_is_short_and_learns(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,7 @@ from experiment_cases import (
 )
 
 from dwiml_func import NonFiniteError, TrainState
-from dwiml_func.checkpoint.checkpoint import restore
+from dwiml_func.checkpoint.checkpoint import read, restore
 from dwiml_func.checkpoint.digest import leaf_digest, state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.early_stopping import Best
@@ -38,10 +39,11 @@ from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment.config import CheckpointConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
-from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.resume import check_same_data, resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
+from dwiml_func.files.fingerprint import fingerprint
 from dwiml_func.writers.npy import epoch_arrays
 
 
@@ -241,3 +243,32 @@ def test_once_a_deferred_check_failed_nothing_is_saved_and_the_last_good_checkpo
     assert state_digest(state) == digests[-1]
     with pytest.raises(NonFiniteError, match="ids"):
         list(run_experiment(directory, parts, state=state, history=history))
+
+
+def test_hashing_the_dataset_blocks_no_save_and_is_done_once(tmp_path, monkeypatch):
+    """The first save has only the file's size and time, the last one waits for the hash, a resume has no need of it."""
+    released = threading.Event()
+
+    def fingerprint_slowly(path):
+        released.wait()
+        return fingerprint(path)
+
+    monkeypatch.setattr("dwiml_func.files.fingerprint.fingerprint", fingerprint_slowly)
+    monkeypatch.setattr("dwiml_func.experiment.run.HASH_PATIENCE", 0.0)
+    config = replace(CONFIG, training=replace(CONFIG.training, max_epochs=3))
+    directory = create_experiment(tmp_path, "run", config)
+    for report in run_experiment(directory, prepare(config)):
+        if report.epoch == 2:  # its save has waited for the one before
+            assert read(directory, "1").data.keys() == {"size", "mtime_ns"}
+            check_same_data(read(directory, "1"), config)  # a run that was killed now could be resumed
+            released.set()
+    whole = fingerprint(PHANTOM)
+    assert read(directory).data == whole
+
+    def fail(path):
+        raise AssertionError("hashed again")
+
+    monkeypatch.setattr("dwiml_func.files.fingerprint.fingerprint", fail)
+    parts, state, history = resume_experiment(directory, new_max_epochs=4)
+    list(run_experiment(directory, parts, state=state, history=history))
+    assert (read(directory).name, read(directory).data) == ("4", whole)

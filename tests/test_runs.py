@@ -49,6 +49,8 @@ def test_a_run_is_listed_as_recorded(cli, experiments: Path) -> None:
         "max_epochs": 9,
         "best_epoch": 2,
         "best_loss": best.valid["loss"],
+        "monitor": "loss",
+        "best_value": best.valid["loss"],
         "angular_error_deg": best.valid["angular_error"],
         "problems": [],
     }

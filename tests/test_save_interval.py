@@ -8,23 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.experiment.config import SaveInterval, parse_save_interval
+from dwiml_func.core.interval import Interval, parse_interval
 
 
 @pytest.mark.parametrize(
     ("text", "save_interval"),
     [
-        ("1epoch", SaveInterval(1, "epoch")),
-        ("3 epochs", SaveInterval(3, "epoch")),
-        ("50batches", SaveInterval(50, "batch")),
-        ("1 batch", SaveInterval(1, "batch")),
-        ("2.0batches", SaveInterval(2, "batch")),
-        ("10minutes", SaveInterval(10, "minute")),
-        ("0.5 minute", SaveInterval(0.5, "minute")),
+        ("1epoch", Interval(1, "epoch")),
+        ("3 epochs", Interval(3, "epoch")),
+        ("50batches", Interval(50, "batch")),
+        ("1 batch", Interval(1, "batch")),
+        ("2.0batches", Interval(2, "batch")),
+        ("10minutes", Interval(10, "minute")),
+        ("0.5 minute", Interval(0.5, "minute")),
     ],
 )
 def test_number_and_unit_are_read(text, save_interval):
-    assert parse_save_interval(text) == save_interval
+    assert parse_interval(text, name="checkpoint_every") == save_interval
 
 
 @pytest.mark.parametrize(
@@ -38,14 +38,14 @@ def test_number_and_unit_are_read(text, save_interval):
 )
 def test_any_other_text_is_refused_and_shown(text):
     with pytest.raises(ValueError, match="checkpoint_every: expected a number and a unit, such as 50batches") as raised:
-        parse_save_interval(text)
+        parse_interval(text, name="checkpoint_every")
     assert repr(text)[:50] in str(raised.value)
     assert len(str(raised.value)) < 200
 
 
 @given(every=st.integers(1, 60), num_batches=st.integers(1, 200), start=st.integers(0, 200))
 def test_every_so_many_batches_counts_from_the_epochs_start_wherever_a_run_was_resumed(every, num_batches, start):
-    save_interval = SaveInterval(every, "batch")
+    save_interval = Interval(every, "batch")
     due = [
         batch for batch in range(start + 1, num_batches + 1) if save_interval.due_within_epoch(batch=batch, seconds=1e9)
     ]
@@ -54,11 +54,11 @@ def test_every_so_many_batches_counts_from_the_epochs_start_wherever_a_run_was_r
 
 @given(minutes=st.floats(1e-3, 1e3), seconds=st.floats(0, 1e5), batch=st.integers(1, 100))
 def test_minutes_count_from_the_last_save(minutes, seconds, batch):
-    due = SaveInterval(minutes, "minute").due_within_epoch(batch=batch, seconds=seconds)
+    due = Interval(minutes, "minute").due_within_epoch(batch=batch, seconds=seconds)
     assert due == (seconds >= 60 * minutes)
 
 
 def test_the_end_of_an_epoch_is_due_but_where_the_unit_is_epochs():
-    assert all(SaveInterval(7, unit).due_after_epoch(epoch) for unit in ("batch", "minute") for epoch in range(1, 20))
-    assert [epoch for epoch in range(1, 13) if SaveInterval(5, "epoch").due_after_epoch(epoch)] == [5, 10]
-    assert not any(SaveInterval(1, "epoch").due_within_epoch(batch=b, seconds=math.inf) for b in range(1, 9))
+    assert all(Interval(7, unit).due_after_epoch(epoch) for unit in ("batch", "minute") for epoch in range(1, 20))
+    assert [epoch for epoch in range(1, 13) if Interval(5, "epoch").due_after_epoch(epoch)] == [5, 10]
+    assert not any(Interval(1, "epoch").due_within_epoch(batch=b, seconds=math.inf) for b in range(1, 9))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -139,6 +141,125 @@ def test_activation_checkpointing_computes_again_with_the_states_tensors() -> No
             state, _ = train_step(state, BATCH, loss_fn=loss_fn, optimizer=adam(), lr=0.1)
         digests.append(state_digest(state))
     assert digests[0] == digests[1]
+
+
+class Reentrant(nn.Module):
+    """Blocks of the reentrant kind, after a parameter of the model or after an input alone."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.block, self.last = first, nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        before = self.first(x).clone()
+        if not before.requires_grad:
+            before.requires_grad_(self.training)
+        return self.last(checkpoint(lambda x: self.block(x).tanh(), before, use_reentrant=True))
+
+
+@pytest.mark.parametrize("first", [nn.Identity(), nn.Linear(4, 4)], ids=["after the input", "after a parameter"])
+def test_reentrant_activation_checkpoints_train_as_in_torch(first: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = Reentrant(first)
+    own, _ = step(model)
+    loss(model, BATCH)[0].backward()
+    torch.optim.SGD(model.parameters(), lr=0.1, foreach=False).step()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(own.params[name], parameter), name
+        assert parameter.grad is not None
+
+
+def test_lazy_modules_are_refused_until_they_have_shapes() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.Linear(8, 1))
+    with pytest.raises(ValueError, match=r"0\.bias.* of a lazy module. Call the module once on a batch"):
+        init_state(model, sgd(), seed=0)
+    model(BATCH)
+    assert step(model)[0].step == 1
+
+
+AUX = {
+    "a list": [1.0],
+    "a text": "accuracy",
+    "None": None,
+    "three numbers": {"a": (1.0, 2.0, 3.0)},
+    "a text as value": {"a": "0.5"},
+    "a number as name": {1: 0.5},
+    "nested": {"a": {"b": 1.0}},
+    "complex": {"a": 1j},
+    "a complex tensor": {"a": torch.tensor(1j)},
+    "a list of two": {"a": [1.0, 2.0]},
+    "None as value": {"a": None},
+    "an array": {"a": np.zeros(2)},
+}
+
+
+@pytest.mark.parametrize("aux", AUX.values(), ids=AUX.keys())
+def test_other_auxiliary_metrics_are_refused_in_a_sentence(aux: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected .*auxiliary metric.* Received: "):
+        step(mlp(), lambda model, x: (*loss(model, x), aux))
+
+
+@pytest.mark.parametrize("value", [2, 2.0, True, np.float32(2), torch.tensor(2), (2.0, 3), (torch.tensor(2.0), 3)])
+def test_auxiliary_metrics_are_numbers_of_any_kind(value: Any) -> None:
+    _, metrics = step(mlp(), lambda model, x: (*loss(model, x), {"a": value}))
+    mean = value[0] if isinstance(value, tuple) else value
+    assert metrics["a"].total / metrics["a"].weight == float(mean)
+
+
+def _count(model: Any) -> None:
+    model.kept["inner"]["count"] += 1
+
+
+def _grow(model: Any) -> None:
+    model.kept.append(1)
+
+
+def _add(model: Any) -> None:
+    model.kept[0] += 1
+
+
+STATEFUL: dict[str, tuple[Callable[[Any], None], Any, Callable[[Any], float]]] = {
+    "a nested dict": (_count, lambda: {"inner": {"count": 0}}, lambda model: float(model.kept["inner"]["count"])),
+    "a deque": (_grow, lambda: deque(), lambda model: float(len(model.kept))),
+    "an array": (_add, lambda: np.zeros(1), lambda model: float(model.kept[0])),
+    "a tensor in a list": (
+        lambda model: model.kept[0].add_(1),
+        lambda: [torch.zeros(1)],
+        lambda model: model.kept[0].item(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "make", "read"), STATEFUL.values(), ids=STATEFUL.keys())
+def test_what_is_changed_in_place_and_feeds_the_next_batch_is_refused(change, make, read) -> None:
+    model = With(change)
+    model.kept = make()
+    with pytest.raises(ValueError, match=r"keep nothing between calls|keeps something between batches"):
+        step(model, lambda model, x: ((model(x) - read(model)).square().mean(), len(x)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8)), nn.Linear(8, 1)),
+        lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 1)),
+        lambda: nn.DataParallel(nn.Linear(4, 1)),
+        lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 1)),
+    ],
+    ids=["spectral_norm", "orthogonal", "DataParallel", "BatchNorm without momentum"],
+)
+def test_modules_that_compute_or_keep_more_than_parameters_train_as_in_torch(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    loss_fn, state = module_loss(model, loss), init_state(model, sgd(), seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    for _ in range(3):
+        state, _ = train_step(state, BATCH, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+        optimizer.zero_grad()
+        loss(model, BATCH)[0].backward()
+        optimizer.step()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        assert torch.equal({**state.params, **state.buffers}[name], tensor), name
 
 
 def test_submodules_in_evaluation_mode_stay_in_it() -> None:

@@ -27,7 +27,7 @@ from dwiml_func.checkpoint.digest import (
     state_leaves,
     state_numbers,
 )
-from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
+from dwiml_func.checkpoint.history import fill_digests, history_from_json, serialize_history
 from dwiml_func.checkpoint.index import (
     checkpoint_folder,
     checkpoint_name,
@@ -36,6 +36,7 @@ from dwiml_func.checkpoint.index import (
     names_after,
     position_name,
 )
+from dwiml_func.checkpoint.last_saved import last_saved, remember_saved
 from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.core.non_finite import check_finite
@@ -276,6 +277,7 @@ def save(
     _check_later_are_of_this_run(directory, state, known, earlier)
     facts = {"config": config, "data": data, "environment": environment}
     path = write(directory, state, history, leaf_digests=leaf_digests, **facts)
+    remember_saved(path, history)
     remove_old(directory, state, keep, keep_always)
     return path
 
@@ -294,13 +296,18 @@ def write(
     folder = checkpoint_folder(directory)
     make_directory(folder)
     given = {"config": config or {}, "data": data or {}, **({"environment": environment} if environment else {})}
-    facts = {"history": history_to_json(history), **{name: to_json_data(value, name) for name, value in given.items()}}
+    facts = {
+        "history": serialize_history(history),
+        **{name: to_json_data(value, name) for name, value in given.items()},
+    }
     path = folder / checkpoint_name(state)
     save_leaves(path, state_leaves(state), facts, numbers=state_numbers(state), leaf_digests=leaf_digests)
     return path
 
 
 def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
+    if (history := last_saved(directory)) is not None:
+        return history
     try:
         found = newest(directory)
     except CheckpointError:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.report import Validation
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.files.json import to_json_data
@@ -179,10 +180,14 @@ def state_numbers(state: TrainState) -> dict[str, Any]:
         {'seed': 7, 'path': []}
     """
     sums = {name: [float(total), float(weight)] for name, (total, weight) in state.sums.items()}
-    numbers = {"key": {"seed": state.key.seed, "path": state.key.path}, "step": state.step, "epoch": state.epoch}
-    plateau = {} if state.plateau == Plateau() else {"plateau": state.plateau._asdict()}  # as before there was one
-    own = {**numbers, "batch": state.batch, "sums": sums, "best": state.best._asdict(), **plateau}
-    return to_json_data(own, "state")
+    key = {"seed": state.key.seed, "path": state.key.path}
+    numbers: dict[str, Any] = {"key": key, "step": state.step, "epoch": state.epoch}
+    numbers |= {"batch": state.batch, "sums": sums, "best": state.best.to_fields()}
+    if state.plateau != Plateau():  # as before there was one
+        numbers["plateau"] = state.plateau._asdict()
+    if state.validations:
+        numbers["validations"] = state.validations
+    return to_json_data(numbers, "state")
 
 
 def numbers_to_fields(numbers: dict[str, Any]) -> dict[str, Any]:
@@ -195,6 +200,7 @@ def numbers_to_fields(numbers: dict[str, Any]) -> dict[str, Any]:
         "sums": {name: Sum(*pair) for name, pair in numbers["sums"].items()},
         "best": Best(**numbers["best"]),
         "plateau": Plateau(**numbers.get("plateau") or {}),
+        "validations": tuple(Validation(*pair) for pair in numbers.get("validations", ())),
     }
 
 

@@ -5,13 +5,42 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from dwiml_func.checkpoint.manifest import Serialized, report_text
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.report import EpochReport
+from dwiml_func.core.report import EpochReport, Validation
 from dwiml_func.files.json import to_json_data
 
-__all__ = ["fill_digests", "history_from_json", "history_to_json"]
+__all__ = ["fill_digests", "history_from_json", "history_to_json", "one_an_epoch", "serialize_history"]
+
+T = TypeVar("T")
+
+_MAX_REMEMBERED = 1 << 16  # reports; then all are forgotten
+
+
+class _Memo(Generic[T]):
+    """What was made of reports, which are never changed, by their identity."""
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[EpochReport, T]] = {}
+
+    def get(self, report: EpochReport) -> T | None:
+        found = self._made.get(id(report))
+        return found[1] if found is not None and found[0] is report else None
+
+    def put(self, report: EpochReport, made: T) -> T:
+        if len(self._made) >= _MAX_REMEMBERED:
+            self._made.clear()
+        self._made[id(report)] = report, made
+        return made
+
+
+_texts: _Memo[Serialized] = _Memo()
+_filled: _Memo[EpochReport] = _Memo()
+
+_ADDED = {"batch": 0, "monitor": "loss", "validations": ()}
+"""Fields that came later, with the values at which they are not written: old histories keep their bytes."""
 
 
 def history_to_json(history: Sequence[EpochReport]) -> list[dict[str, Any]]:
@@ -27,7 +56,11 @@ def history_to_json(history: Sequence[EpochReport]) -> list[dict[str, Any]]:
         >>> history_to_json([])
         []
     """
-    rows = [asdict(report) | {"best": report.best._asdict()} for report in history]
+    rows = [asdict(report) | {"best": report.best.to_fields()} for report in history]
+    for row in rows:
+        for name, default in _ADDED.items():
+            if row[name] == default:
+                del row[name]
     return to_json_data(rows, "history")
 
 
@@ -44,7 +77,16 @@ def history_from_json(data: Sequence[Mapping[str, Any]]) -> tuple[EpochReport, .
         >>> history_from_json([])
         ()
     """
-    return tuple(EpochReport(**{**report, "best": Best(**report["best"])}) for report in data)
+    return tuple(
+        EpochReport(
+            **{
+                **report,
+                "best": Best(**report["best"]),
+                "validations": tuple(Validation(*pair) for pair in report.get("validations", ())),
+            }
+        )
+        for report in data
+    )
 
 
 def fill_digests(
@@ -66,13 +108,27 @@ def fill_digests(
         ()
     """
     filled = []
-    for index, report in enumerate(history):
+    for index, report in enumerate(one_an_epoch(history)):
         if report.epoch == epoch and digest is not None:
-            report = replace(report, digest=digest)
-        elif report.digest is None and index < len(earlier) and _text(report) == _text(earlier[index]):
-            report = replace(report, digest=earlier[index].digest)
+            if report.digest != digest:
+                report = _filled.put(report, replace(report, digest=digest))
+        elif report.digest is None and index < len(earlier):
+            recorded = earlier[index]
+            if recorded is report or recorded is _filled.get(report) or _text(report) == _text(recorded):
+                report = _filled.put(report, recorded)
         filled.append(report)
     return tuple(filled)
+
+
+def serialize_history(history: Sequence[EpochReport]) -> Serialized:
+    """A history as JSON text. Each report is made text once, so that a save does not take longer with every epoch."""
+    texts = [_texts.get(report) or _texts.put(report, report_text(history_to_json([report])[0])) for report in history]
+    return Serialized(*(f"[{', '.join([each[part] for each in texts])}]" for part in (0, 1)))
+
+
+def one_an_epoch(history: Sequence[EpochReport]) -> tuple[EpochReport, ...]:
+    """A history with the last report of each epoch: that of a whole epoch replaces those from within it."""
+    return tuple({report.epoch: report for report in history}.values())
 
 
 def _text(report: EpochReport) -> str:

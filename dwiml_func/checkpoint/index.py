@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.state import TrainState
 
 __all__ = [
     "CHECKPOINTS",
+    "best_name",
     "checkpoint_folder",
     "checkpoint_name",
     "checkpoint_path",
@@ -51,6 +53,13 @@ def list_checkpoints(directory: str | Path) -> list[str]:
 def checkpoint_name(state: TrainState) -> str:
     """The name of a state's checkpoint."""
     return position_name(state.epoch, state.batch)
+
+
+def best_name(best: Best) -> str | None:
+    """The name of the best state's checkpoint; None while there is none."""
+    if best.epoch is None:
+        return None
+    return position_name(best.epoch - 1, best.batch) if best.batch else str(best.epoch)
 
 
 def position_name(epoch: int, batch: int) -> str:

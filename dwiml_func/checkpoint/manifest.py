@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,16 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key
 from dwiml_func.types import Plateau
 
-__all__ = ["FORMAT", "CheckpointError", "CorruptError", "manifest_checksum", "manifest_text", "read_manifest"]
+__all__ = [
+    "FORMAT",
+    "CheckpointError",
+    "CorruptError",
+    "Serialized",
+    "manifest_checksum",
+    "manifest_text",
+    "read_manifest",
+    "report_text",
+]
 
 FORMAT = 2
 """Version of the layout. Format 1 had a digest of each file too."""
@@ -86,25 +95,51 @@ def read_manifest(path: Path, manifest_name: str = "manifest.json", *, needs: Se
     return manifest
 
 
+class Serialized(NamedTuple):
+    """A part of a manifest that was made JSON text and checked before: as it is written, and with sorted keys."""
+
+    text: str
+    canonical: str
+
+
 def manifest_text(manifest: Mapping[str, Any]) -> str:
     """A manifest as it is written, with its checksum; ValueError or TypeError if `read_manifest` would not take it."""
-    manifest = json.loads(json.dumps(manifest))  # as it will be read, for the checksum
-    rows = {**manifest, "checksum": manifest_checksum(manifest)}.items()
-    # A line for each key, since an indent makes Python's encoder ten times slower, with the interpreter locked
-    text = "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in rows) + "\n}"
-    content = text.encode()
+    done = {key: value for key, value in manifest.items() if isinstance(value, Serialized)}
+    others = json.loads(json.dumps({key: value for key, value in manifest.items() if key not in done}))  # as read
+    texts = {key: done[key].text if key in done else json.dumps(others[key]) for key in manifest}
+    texts["checksum"] = json.dumps(manifest_checksum({**others, **done}))
+    text = _layout(texts)
     try:
-        if len(content) > _MAX_BYTES:
-            raise ValueError(f"expected at most {_MAX_BYTES} bytes, received {len(content)}")
-        _check(manifest, content, ())
+        if (size := len(text.encode())) > _MAX_BYTES:
+            raise ValueError(f"expected at most {_MAX_BYTES} bytes, received {size}")
+        _check(others, _layout({key: value for key, value in texts.items() if key not in done}).encode(), ())
     except ValueError as error:
         raise ValueError(f"Cannot be recorded: {error_text(error)}.") from None
     return text
 
 
+def report_text(row: Mapping[str, Any]) -> Serialized:
+    """A report of a history, checked; ValueError if `read_manifest` would not take it."""
+    text = json.dumps(row)
+    try:
+        _report_schema().validate_json(text)
+    except ValueError as error:
+        raise ValueError(f"Cannot be recorded: history: {error_text(error)}.") from None
+    return Serialized(text, json.dumps(row, sort_keys=True))
+
+
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest without its checksum, whatever its layout."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    parts = (
+        f"{json.dumps(key)}: {part.canonical if isinstance(part, Serialized) else json.dumps(part, sort_keys=True)}"
+        for key, part in sorted(manifest.items())
+    )
+    return hashlib.sha256(f"{{{', '.join(parts)}}}".encode()).hexdigest()
+
+
+def _layout(texts: Mapping[str, str]) -> str:
+    """A line for each key, since an indent makes Python's encoder ten times slower, with the interpreter locked."""
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {text}" for key, text in texts.items()) + "\n}"
 
 
 def _read_bytes(path: Path, name: str) -> bytes:
@@ -137,6 +172,13 @@ def _check(manifest: Mapping[str, Any], content: bytes, needs: Sequence[str]) ->
 
 
 @functools.cache
+def _report_schema() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(EpochReport)
+
+
+@functools.cache
 def _schema() -> Any:
     """What the readers rely on; a manifest may hold further facts. pydantic is imported when first needed."""
     from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, create_model
@@ -151,7 +193,9 @@ def _schema() -> Any:
     leaf = model("Leaf", extra="forbid", name=str, shape=list[count], dtype=dtype, sha256=sha256, dim_order=order)
     counts = dict.fromkeys(("step", "epoch", "batch"), count)
     sums = dict[str, tuple[float, float]]
-    numbers = model("Numbers", extra="forbid", key=Key, **counts, sums=sums, best=Best, plateau=(Plateau | None, None))
+    within = (list[tuple[count, dict[str, float], float]], [])
+    later: dict[str, Any] = {"plateau": (Plateau | None, None), "validations": within}
+    numbers = model("Numbers", extra="forbid", key=Key, **counts, sums=sums, best=Best, **later)
     data = dict[str, Any]
     optional = {"numbers": numbers, "history": list[EpochReport], "config": data, "data": data}
     return TypeAdapter(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dwiml_func.checkpoint.index import checkpoint_folder, checkpoint_name, list_checkpoints
+from dwiml_func.checkpoint.index import best_name, checkpoint_folder, checkpoint_name, list_checkpoints
 from dwiml_func.core.state import TrainState
 from dwiml_func.files.atomic import atomic_remove
 from dwiml_func.files.lock import is_kept, kept_folders
@@ -22,7 +22,8 @@ def names_to_keep(names: Sequence[str], state: TrainState, keep: int, keep_alway
     """
     ends = [name for name in names if "-" not in name]
     within = [name for name in names if name.startswith(f"{state.epoch}-")] if state.batch else []
-    return {checkpoint_name(state), *ends[-max(keep, 1) :], str(state.best.epoch), *within[-2:], *keep_always}
+    best = best_name(state.best)
+    return {checkpoint_name(state), *ends[-max(keep, 1) :], *([best] if best else []), *within[-2:], *keep_always}
 
 
 def remove_old(directory: str | Path, state: TrainState, keep: int | None, keep_always: Collection[str] = ()) -> None:

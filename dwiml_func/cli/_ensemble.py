@@ -84,6 +84,8 @@ def _print(report: EnsembleReport, max_epochs: int) -> None:
     for number, own in report.members.items():
         best = "  best" if own.is_best else ""
         valid = f"  validation loss {own.valid['loss']:.4f}" if own.valid else ""
+        if own.monitor != "loss" and own.monitor in (means := own.valid or own.train):
+            valid += f"  {own.monitor} {means[own.monitor]:.4f}"
         stop = "  stopped early" if own.stop == "patience" else ""
         print_progress(
             f"Epoch {report.epoch}/{max_epochs}  {number}: training loss {own.train['loss']:.4f}{valid}{best}{stop}"
@@ -97,6 +99,6 @@ def _summarize(directory: Path, histories: Sequence[Sequence[EpochReport]], fail
     for number, history in enumerate(histories):
         found = "no best epoch"
         if history and history[-1].best.epoch is not None:
-            found = f"best epoch {history[-1].best.epoch}, loss {history[-1].best.value:.4f}"
+            found = f"best epoch {history[-1].best.epoch}, {history[-1].monitor} {history[-1].best.value:.4f}"
         ended = ", ended with an error" if number in failed else ""
         print_progress(f"  {directory / str(number)}: {pluralize(len(history), 'epoch')}, {found}{ended}")

@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 
 __all__ = ["Verbosity", "is_quiet", "messages", "pluralize", "print_progress", "set_verbosity"]
@@ -82,4 +82,5 @@ class _Handler(logging.Handler):
                 text += "\n" + self.formatter.formatException(record.exc_info)
         else:
             text = f"{record.levelname.lower()}: {text}"
-        tqdm.write(f"{self._program}: {text}", file=sys.stderr)
+        with suppress(OSError, ValueError):  # standard error was closed, or its terminal is gone
+            tqdm.write(f"{self._program}: {text}", file=sys.stderr)

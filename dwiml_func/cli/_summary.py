@@ -24,10 +24,13 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
     last, best = history[-1], history[(history[-1].best.epoch or 1) - 1]
     minutes = sum(report.train_minutes + report.valid_minutes for report in history)
     reason = {"patience": "stopped early", "max_epochs": "finished", None: "stopped"}[last.stop]
+    after = f"batch {last.batch} of epoch {last.epoch}" if last.batch else pluralize(last.epoch, "epoch")
+    within, means = f", batch {best.best.batch}" if best.best.batch else "", best.best_means
     lines = [
-        f"{reason.capitalize()} after {pluralize(last.epoch, 'epoch')}, {_duration(minutes)}.",
-        f"Best epoch {best.epoch}: training loss {best.train['loss']:.4f}"
-        + (f", validation loss {best.valid['loss']:.4f}" if best.valid else ""),
+        f"{reason.capitalize()} after {after}, {_duration(minutes)}.",
+        f"Best epoch {best.epoch}{within}: training loss {best.train['loss']:.4f}"
+        + (f", validation loss {means['loss']:.4f}" if best.valid and "loss" in means else "")
+        + ("" if best.monitor == "loss" else f", monitored {best.monitor} {last.best.value:.4f}"),
         *_window_lags(history, best),
         f"Mean angular error of the best model on the {subset} subjects,",
         f"at the {evaluation.num_points} points of {evaluation.num_streamlines} streamlines that have a previous "

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dwiml_func.checkpoint.history import one_an_epoch
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
 from dwiml_func.cli._summary import format_summary
@@ -44,7 +45,7 @@ def train_with_progress(
             progress or contextlib.nullcontext(),
         ):
             for report in run_experiment(directory, parts, state=state, history=history, stop=stop, **shown):
-                history = (*history, report)
+                history = one_an_epoch((*history, report))
                 _print_compilation(parts)
                 if progress is not None:
                     progress(report)
@@ -73,7 +74,7 @@ def describe_run(directory: Path, parts: RunParts) -> str:
 def print_end(directory: Path, parts: RunParts, history: Sequence[EpochReport]) -> None:
     """Evaluate the best model; write the result and the figure into the experiment and print the summary."""
     if history[-1].best.epoch is None:
-        print("No epoch had a finite loss, so there is no best model.")
+        print(f"No epoch had a finite {parts.config.training.monitor}, so there is no best model.")
         return
     evaluation = finish_run(directory, parts, history)
     print_progress("")
@@ -89,5 +90,6 @@ def _print_compilation(parts: RunParts) -> None:
 
 def _stop_at_once(number: signal.Signals) -> NoReturn:
     """End the process. An exception would run clean-ups, which may wait for a disk."""
-    os.write(2, b"dwiml-func: stopped immediately. The last checkpoint is kept.\n")
+    with contextlib.suppress(OSError):  # standard error was closed
+        os.write(2, b"dwiml-func: stopped immediately. The last checkpoint is kept.\n")
     os._exit(128 + number)

@@ -16,16 +16,17 @@ from dwiml_func.files.json import null_if_not_finite
 
 __all__ = ["Options", "format_runs", "run"]
 
-_WIDTH = 100
-_HEADINGS = ("name", "state", "epochs", "best loss", "of epoch", "angle deg", "duration", "last change")
+_WIDTH, _LEAST = 100, 12  # columns of the table, and of a name where a metric's name takes the space
+_HEADINGS = ("name", "state", "epochs", "best loss", "of epoch", "angle deg", "duration", "last change", "chosen by")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
-    """Print a table of the experiments in a folder, including members of ensembles: the epochs done, the best loss and
-    its epoch, the mean angular error of the validation in that epoch, in degrees, and the duration of the epochs. The
+    """Print a table of the experiments in a folder, including members of ensembles: the epochs done, the loss of the
+    best epoch, the mean angular error of the validation in that epoch, in degrees, and the duration of the epochs. The
     angular error is over all points; the summary of a training leaves out points without a previous direction.
-    "running" means that a process is training it now.
+    "running" means that a process is training it now. Runs of
+    scripts, saved with dwiml_func.save, are listed too: "unfinished" until their last epoch.
 
     Example: dwiml-func runs experiments
     """
@@ -50,8 +51,10 @@ def run(options: Options) -> int:
 def format_runs(runs: Sequence[RunOverview]) -> str:
     """A table of at most 100 columns, with long names cut; below it, what is corrupt."""
     rows = [_HEADINGS, *(_row(run) for run in runs)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
-    widths[0] = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1))
+    if all(run.monitor == "loss" for run in runs):
+        rows = [row[:-1] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths[0] = min(widths[0], max(_WIDTH - sum(widths[1:]) - 2 * (len(widths) - 1), _LEAST))
     lines = []
     for row in rows:
         name = row[0] if len(row[0]) <= widths[0] else f"{row[0][: widths[0] - 3]}..."
@@ -75,6 +78,7 @@ def _row(run: RunOverview) -> tuple[str, ...]:
         "-" if run.angular_error_deg is None else f"{run.angular_error_deg:.2f}",
         _duration(run.minutes),
         f"{run.last_change:%Y-%m-%d %H:%M}",
+        run.monitor if run.best_value is None else f"{run.monitor} {run.best_value:.4f}",
     )
 
 

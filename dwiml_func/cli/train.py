@@ -16,17 +16,17 @@ from typing import Annotated, Self
 import torch
 import tyro
 
-from dwiml_func.cli._ensemble import describe_members, train_members
+from dwiml_func.cli._ensemble import describe_members, resume_members, train_members
 from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import RunOptions, example_options, kept_example_options, read_config_part
 from dwiml_func.cli._training import describe_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in, rank_zero_first
 from dwiml_func.distributed.sharding import ProcessGroup
-from dwiml_func.experiment.config import ModelConfig
-from dwiml_func.experiment.folder import check_new_experiment, create_experiment, experiment_directory
+from dwiml_func.experiment.config import ModelConfig, RunConfig
+from dwiml_func.experiment.folder import create_experiment, experiment_directory
 from dwiml_func.experiment.init_from import create_initialized, initialize_from
-from dwiml_func.experiment.resume import check_same_run, resume_experiment
+from dwiml_func.experiment.resume import check_same_ensemble, check_same_run, resume_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.sweep import member_configs
 from dwiml_func.files.lock import experiment_lock
@@ -48,7 +48,8 @@ class Options(CommandOptions, RunOptions):
     experiments_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENTS_PATH")]
     """Folder of all experiments; it must exist."""
     experiment_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_NAME")]
-    """Name of the experiment. If it exists with the same config, it is resumed."""
+    """Name of the experiment. If it exists with the same config, it is resumed. Options of checkpoints, logs and
+    loading, which cannot change results, may differ."""
     hdf5_file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[HDF5_FILE]")] = None
     """The dataset. None: that of --config, or else the built-in example data with suitable options; they are made once,
     in EXPERIMENTS_PATH."""
@@ -109,12 +110,12 @@ def run(options: Options) -> int:
     config = options.to_config(options.hdf5_file or example)
     members = member_configs(config, num_models=options.num_models, sweep=options.sweep)
     is_again = rank_in() == 0 and directory.exists()  # the same command again, as a scheduler gives it
-    if is_again and len(members) > 1:
-        check_new_experiment(options.experiments_path, options.experiment_name)
-    if is_again:
-        check_same_run(directory, config, init_from=options.init_from)
     if options.init_from is not None and len(members) > 1:
         raise ValueError("--init-from: expected one model to train. Leave out --num-models and --sweep.")
+    if is_again and len(members) > 1:
+        check_same_ensemble(directory, members)
+    elif is_again:
+        check_same_run(directory, config, init_from=options.init_from)
     if options.dry_run:
         is_there = options.hdf5_file is not None or example.exists()
         data = describe_run(directory, prepare(config)) if is_there else f"{example} would be made."
@@ -129,12 +130,16 @@ def run(options: Options) -> int:
         kept = shlex.join(kept_example_options(options))
         print_progress(f"Example data, with {kept}" if kept else "Example data")
         _make_example_data(example)
+    if is_again and len(members) > 1:
+        print_progress(f"{directory} exists, with these configs: resuming it.")
+        resume_members(directory, may_have_ended=True, given=members)
+        return 0
     if len(members) > 1:
         train_members(options.experiments_path, options.experiment_name, members)
         return 0
     with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
         if any(process_group.gather(torch.tensor([int(is_again)]))):
-            return _resume(directory, process_group)
+            return _resume(directory, config, process_group)
         parts, state = prepare(config, process_group), None
         if options.init_from is not None:
             parts, state, report = initialize_from(parts, options.init_from)
@@ -152,10 +157,10 @@ def run(options: Options) -> int:
     return 0
 
 
-def _resume(directory: Path, process_group: ProcessGroup) -> int:
+def _resume(directory: Path, config: RunConfig, process_group: ProcessGroup) -> int:
     """Resume the run that the same command has begun; one that has ended is evaluated and summarized."""
     print_progress(f"{directory} exists, with this config: resuming it.")
-    resume = partial(resume_experiment, directory, process_group=process_group, may_have_ended=True)
+    resume = partial(resume_experiment, directory, given=config, process_group=process_group, may_have_ended=True)
     with experiment_lock(directory) if process_group.rank == 0 else contextlib.nullcontext():
         train_with_progress(directory, *rank_zero_first(process_group, resume))
     return 0

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.folder import read_config
@@ -38,7 +39,13 @@ class Options(CommandOptions):
 
 def run(options: Options) -> int:
     """Train the epoch again and compare. Returns 1 when something differs."""
-    progress = Progress(max_epochs=read_config(Path(options.experiment_dir)).training.max_epochs)
+    directory = Path(options.experiment_dir)
+    if list_checkpoints(directory) and not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{options.experiment_dir} was saved by a script, whose functions are not recorded. "
+            "Verify it in Python with them: dwiml_func.verify(directory, train=..., step=..., learning_rate=...)."
+        )
+    progress = Progress(max_epochs=read_config(directory).training.max_epochs)
     with kept_checkpoints(options.experiment_dir):  # of a run that is being trained
         verification = verify_epoch(
             options.experiment_dir, epoch=options.epoch, hdf5_file=options.hdf5_file, track=progress.track

@@ -15,8 +15,10 @@ __all__ = [
     "OnBatch",
     "TrainStep",
     "check_has_batch",
+    "checked_result",
     "end_epoch",
     "epoch_fn",
+    "epoch_sums",
     "eval_epoch_fn",
     "train_steps",
 ]
@@ -59,7 +61,7 @@ def train_steps(state: TrainState, batches: Iterable[Any], *, step: TrainStep) -
         2 4.0
     """
     for batch in batches:
-        state, metrics = _checked(state, step(state, batch))
+        state, metrics = checked_result(state, step(state, batch))
         yield state, metrics
 
 
@@ -85,9 +87,8 @@ def end_epoch(state: TrainState) -> tuple[TrainState, Metrics]:
     """
     check_has_batch(state)
     check_not_skipped_too_often(state)
-    check_finite(state)
-    sums = {name: metric for name, metric in state.sums.items() if name != NON_FINITE}
-    return state.replace(epoch=state.epoch + 1, batch=0, sums={}), sums
+    sums = epoch_sums(state)
+    return state.replace(epoch=state.epoch + 1, batch=0, sums={}, validations=()), sums
 
 
 def epoch_fn(
@@ -121,7 +122,7 @@ def epoch_fn(
         (1, 3, 12.0)
     """
     for batch in batches:
-        state, metrics = _checked(state, step(state, batch))
+        state, metrics = checked_result(state, step(state, batch))
         if on_batch is not None:
             on_batch(state, metrics)
     return end_epoch(state)
@@ -166,7 +167,7 @@ def check_has_batch(state: Any) -> None:
         raise ValueError(f"Epoch {state.epoch + 1} has no batch. Expected at least one. Is the dataset empty?")
 
 
-def _checked(old: TrainState, result: Any) -> tuple[TrainState, Metrics]:
+def checked_result(old: TrainState, result: Any) -> tuple[TrainState, Metrics]:
     """What a step returned, if it keeps to the contract."""
     is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], TrainState)
     if not is_pair or not isinstance(result[1], Mapping):
@@ -184,3 +185,9 @@ def _checked(old: TrainState, result: Any) -> tuple[TrainState, Metrics]:
     if isinstance(is_bad := result[1].get(SKIPPED, Sum(0.0, 0.0)).total, float) and is_bad:
         check_not_skipped_too_often(new)  # elsewhere than on the CPU, at the end of the epoch
     return result
+
+
+def epoch_sums(state: TrainState) -> Metrics:
+    """The sums of the current epoch, for a report; NonFiniteError as `check_finite`."""
+    check_finite(state)
+    return {name: metric for name, metric in state.sums.items() if name != NON_FINITE}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.loss import LossFn, LossOut
-from dwiml_func.core.loss_check import check_loss_fn
+from dwiml_func.core.loss_check import check_loss_fn, uses_reentrant_checkpoints
 from dwiml_func.core.rng import Key
 from dwiml_func.optim.transformations import clip_grad_norm, global_norm
 from dwiml_func.types import Buffers, Grads, Params
@@ -91,7 +91,11 @@ def _value_and_grad(
             out = loss_fn(leaves, buffers, batch, key=key, train=True)
         _check_loss(out.loss)
         tensors = list(leaves.values())
-        grads = torch.autograd.grad(out.loss, tensors, allow_unused=True)
+        if uses_reentrant_checkpoints(loss_fn):
+            out.loss.backward()
+            grads = [tensor.grad for tensor in tensors]
+        else:
+            grads = torch.autograd.grad(out.loss, tensors, allow_unused=True)
         if sparse := [n for n, grad in zip(leaves, grads, strict=True) if grad is not None and grad.is_sparse]:
             raise ValueError(f"Expected dense gradients. Received: a sparse one of {sparse[0]}. Use sparse=False.")
         aux = {

@@ -120,7 +120,7 @@ def module_loss(
             raise ValueError(f"Expected a loss that is a () tensor. Received: {truncated_repr(out[0])}")
         if view.changed or not train:
             attributes.check(view, {**params, **buffers}, compute_batch_loss, batch, out[0], key)
-        aux = out[2] if len(out) == 3 else {}
+        aux = _checked_aux(out[2]) if len(out) == 3 else {}
         new_buffers = {name: tensors[name].detach() for name in buffers}
         return LossOut(out[0], out[1], new_buffers, {name: _detached(mean, out[0]) for name, mean in aux.items()})
 
@@ -178,6 +178,27 @@ def is_same_loss(old: Tensor, new: Tensor) -> bool:
     if old.device.type != "cpu":
         return torch.allclose(old, new, rtol=1e-3, equal_nan=True)
     return torch.equal(old, new) or bool(old.isnan() and new.isnan())
+
+
+def _checked_aux(aux: Any) -> Mapping[str, _Number | tuple[_Number, _Number]]:
+    """Auxiliary metrics, if they are a mapping of names to numbers or pairs of numbers."""
+    if not isinstance(aux, Mapping):
+        raise ValueError(f"Expected a dict of auxiliary metrics by name. Received: {type(aux).__name__}")
+    for name, mean in aux.items():
+        parts = mean if isinstance(mean, tuple) else (mean,)
+        if not isinstance(name, str) or len(parts) > 2 or not all(map(_is_number, parts)):
+            raise ValueError(
+                f"Expected auxiliary metrics that are means by name, or pairs (mean, weight), of real numbers or () "
+                f"tensors. Received: {truncated_repr(name)}: {truncated_repr(mean)}"
+            )
+    return aux
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return not value.is_complex()  # its shape is checked with that of the loss
+    is_scalar = hasattr(value, "__float__") and getattr(value, "shape", ()) == ()
+    return isinstance(value, int | float) or (is_scalar and not isinstance(value, complex))
 
 
 def _detached(mean: _Number | tuple[_Number, _Number], loss: Tensor) -> Tensor | tuple[Tensor, Tensor]:

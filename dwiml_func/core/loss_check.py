@@ -21,12 +21,14 @@ from dwiml_func.core.loss import LossFn, LossOut, is_same_loss
 from dwiml_func.core.rng import Key
 from dwiml_func.types import Buffers, Params
 
-__all__ = ["check_loss_fn", "check_loss_out"]
+__all__ = ["check_loss_fn", "check_loss_out", "uses_reentrant_checkpoints"]
 
 _CHECKED: dict[bool, weakref.WeakValueDictionary[int, Any]] = {
     train: weakref.WeakValueDictionary() for train in (True, False)
 }
 """The loss functions that were tried, by their ids: they need not be hashable."""
+
+_REENTRANT: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def check_loss_fn(
@@ -49,7 +51,11 @@ def check_loss_fn(
         out = loss_fn(*copies, first, key=key, train=train)
         check_loss_out(out, buffers)
         if train:
-            _check_leaves(out.loss, copies[0])
+            is_reentrant = any("CheckpointFunctionBackward" in type(node).__name__ for node in _nodes(out.loss))
+            if is_reentrant:
+                with contextlib.suppress(TypeError):
+                    _REENTRANT[id(loss_fn)] = loss_fn
+            _check_leaves(out.loss, copies[0], is_reentrant=is_reentrant)
         for before, after in ((params, copies[0]), (buffers, copies[1])):
             written = [name for name in before if not _is_equal(before[name], after[name])]
             if written:
@@ -93,9 +99,19 @@ def _check_scalar(expected: str, value: Any) -> None:
         raise ValueError(f"Expected {expected}. Received: {truncated_repr(value)}")
 
 
-def _check_leaves(loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
+def uses_reentrant_checkpoints(loss_fn: LossFn) -> bool:
+    """Whether a loss function that was tried has blocks of `torch.utils.checkpoint` with `use_reentrant=True`.
+
+    They put gradients into `.grad` while they are computed again, and `torch.autograd.grad` passes them over.
+    """
+    return bool(_REENTRANT) and _REENTRANT.get(id(loss_fn)) is loss_fn
+
+
+def _check_leaves(loss: Tensor, leaves: Mapping[str, Tensor], *, is_reentrant: bool) -> None:
     if not loss.requires_grad:
         raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
+    if is_reentrant:  # what such a block uses is known only when it is computed again
+        return
     reached = {id(tensor): tensor for tensor in _reached_leaves(loss)}
     own = {id(tensor) for tensor in leaves.values()}
     if not reached.keys() & own:
@@ -117,12 +133,18 @@ def _reached_leaves(loss: Tensor) -> Iterator[Tensor]:
     """The leaf tensors that a gradient of the loss would reach."""
     if loss.grad_fn is None:
         yield loss
-        return
-    waiting, seen = [loss.grad_fn], {loss.grad_fn}
-    while waiting:
-        node = waiting.pop()
+    for node in _nodes(loss):
         if (leaf := getattr(node, "variable", None)) is not None:
             yield leaf
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """The nodes of the loss's graph."""
+    waiting: list[Any] = [] if loss.grad_fn is None else [loss.grad_fn]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
         following = [each for each, _ in node.next_functions if each is not None and each not in seen]
         seen.update(following)
         waiting.extend(following)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from dwiml_func.core.epoch import TrainStep
+from dwiml_func.core.report import Validation
 from dwiml_func.core.state import TrainState
 from dwiml_func.optim.schedules import value_at
 from dwiml_func.types import Metrics, OnPlateau, PerStep, Plateau, Schedule
@@ -72,11 +73,22 @@ def counts_steps(learning_rate: float | Schedule) -> bool:
     return isinstance(schedule, PerStep)
 
 
-def epoch_rates(learning_rate: float | Schedule, *, first_step: int, step: int, **position: Any) -> list[float]:
+def epoch_rates(
+    learning_rate: float | Schedule,
+    *,
+    first_step: int,
+    step: int,
+    validations: Sequence[Validation] = (),
+    **position: Any,
+) -> list[float]:
     """The rates of an epoch's steps, from `first_step` to the one before `step`; only one if all are the same.
 
-    `position` is the epoch and the plateau, as for `value_at`.
+    `position` is the epoch and the plateau, as for `value_at`. A validation within the epoch may have changed the
+    plateau: of the steps before it, only the rate of the last is known.
     """
+    if validations and isinstance(learning_rate, OnPlateau):
+        since = epoch_rates(learning_rate, first_step=first_step + validations[-1].batch, step=step, **position)
+        return [*(validation.learning_rate for validation in validations), *since]
     steps = range(max(first_step, 0) if counts_steps(learning_rate) else step - 1, step)
     return [value_at(learning_rate, step=number, **position) for number in steps]
 

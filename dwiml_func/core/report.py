@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dwiml_func.core.early_stopping import Best, Mode, should_stop, update_best
 from dwiml_func.core.metrics import read_means
 from dwiml_func.types import Metrics
 
-__all__ = ["EpochReport", "judge_epoch"]
+__all__ = ["EpochReport", "Validation", "check_monitor", "judge_epoch"]
+
+
+class Validation(NamedTuple):
+    """A validation within an epoch.
+
+    Args:
+        batch: number of batches done in the epoch.
+        means: means over the validation batches.
+        learning_rate: of the step before it.
+
+    Example:
+        >>> Validation(500, {"loss": 0.25}, 0.001).batch
+        500
+    """
+
+    batch: int
+    means: Mapping[str, float]
+    learning_rate: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochReport:
-    """The metrics, the durations and the best epoch after one epoch.
+    """The metrics, the durations and the best epoch after one epoch, or after a validation within it.
 
     Args:
-        epoch: number of epochs done, this one included; 1 is the first.
+        epoch: the epoch's number, which is the number of epochs done, this one included; 1 is the first.
         learning_rate: of this epoch; of its last step, where it changes from step to step.
         train: means over the training batches, e.g. `loss` (weighted by points), `grad_norm` (by batches).
         valid: means over the validation batches; empty without validation.
@@ -34,12 +52,16 @@ class EpochReport:
             where no checkpoint was made at the epoch's end.
         learning_rate_min, learning_rate_max: the lowest and highest of the epoch's steps; None where all are the same.
         timed_points: number of points trained in `train_minutes`, where the epoch was resumed; None means all.
+        batch: 0 in the report of a whole epoch. After a validation within the epoch, the number of its batches done:
+            `train` has the means over them, and the report of the whole epoch follows.
+        monitor: name of the metric that decides the best epoch.
+        validations: those within the epoch, where there are any.
 
     Example:
         >>> report = EpochReport(
         ...     epoch=1, learning_rate=0.1, train={"loss": 0.5}, valid={}, num_batches=3, num_points=30,
         ...     best=Best(0.5, 1), is_best=True, stop=None, train_minutes=0.1, valid_minutes=0.0)
-        >>> report.monitored_loss
+        >>> report.monitored
         0.5
     """
 
@@ -58,6 +80,9 @@ class EpochReport:
     timed_points: float | None = None
     learning_rate_min: float | None = None
     learning_rate_max: float | None = None
+    batch: int = 0
+    monitor: str = "loss"
+    validations: tuple[Validation, ...] = ()
 
     @property
     def points_per_second(self) -> float:
@@ -66,9 +91,17 @@ class EpochReport:
         return points / (60 * self.train_minutes) if self.train_minutes > 0 else math.nan
 
     @property
-    def monitored_loss(self) -> float:
-        """The loss that decides the best epoch: of the validation, or of the training without validation."""
-        return self.valid["loss"] if self.valid else self.train["loss"]
+    def monitored(self) -> float:
+        """The metric that decides the best epoch: of the validation, or of the training without validation."""
+        return (self.valid or self.train)[self.monitor]
+
+    @property
+    def best_means(self) -> Mapping[str, float]:
+        """The means of the validation in which this epoch has its best value; empty where that is in another epoch."""
+        if self.best.epoch != self.epoch:
+            return {}
+        within = {validation.batch: validation.means for validation in self.validations}
+        return within.get(self.best.batch, self.valid or self.train)
 
 
 def judge_epoch(
@@ -86,19 +119,23 @@ def judge_epoch(
     has_validation: bool = True,
     monitor: str = "loss",
     mode: Mode = "min",
+    batch: int = 0,
+    validations: tuple[Validation, ...] = (),
 ) -> EpochReport:
     """Report an epoch from its sums: the means, whether it is the best epoch, whether the run ends.
 
     `rates` are the learning rates of the steps, or the one of all. `earlier_sums` is the part of `train_sums` from
-    before the clock started. An epoch without validation is not judged where the run has validations.
+    before the clock started. An epoch without validation is not judged where the run has validations. With `batch`, a
+    validation within the epoch is reported.
     """
     train_means, valid_means = read_means(train_sums), read_means(valid_sums)
     num_points = float(train_sums["loss"].weight)
     means = valid_means if has_validation else train_means
     if means:
-        if monitor not in means:
-            raise ValueError(f"Expected a metric to monitor among {', '.join(sorted(means))}. Received: {monitor!r}")
-        best = update_best(best, means[monitor], epoch, patience_delta=patience_delta, mode=mode)
+        check_monitor(monitor, means)
+        best = update_best(best, means[monitor], epoch, patience_delta=patience_delta, mode=mode, batch=batch)
+        if batch:
+            validations = (*validations, Validation(batch, valid_means, rates[-1]))
     return EpochReport(
         epoch=epoch,
         learning_rate=rates[-1],
@@ -107,15 +144,24 @@ def judge_epoch(
         num_batches=int(train_sums["grad_norm"].weight) if "grad_norm" in train_sums else 0,
         num_points=num_points,
         best=best,
-        is_best=best.epoch == epoch,
+        is_best=(best.epoch, best.batch) == (epoch, batch),
         stop="patience"
         if should_stop(best, patience)
         else "max_epochs"
-        if max_epochs is not None and epoch >= max_epochs
+        if max_epochs is not None and epoch >= max_epochs and not batch
         else None,
         train_minutes=minutes[0],
         valid_minutes=minutes[1],
         timed_points=num_points - float(earlier_sums["loss"].weight) if earlier_sums else None,
         learning_rate_min=min(rates) if len(set(rates)) > 1 else None,
         learning_rate_max=max(rates) if len(set(rates)) > 1 else None,
+        batch=batch,
+        monitor=monitor,
+        validations=validations,
     )
+
+
+def check_monitor(monitor: str, names: Collection[str]) -> None:
+    """Raise ValueError where there is no metric of the name to monitor."""
+    if monitor not in names:
+        raise ValueError(f"Expected a metric to monitor among {', '.join(sorted(names))}. Received: {monitor!r}")

@@ -11,11 +11,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import register_pytree_node, tree_map  # the same in torch 2.11 and 2.13
 
-from dwiml_func._checks import at_most_three, truncated_repr
+from dwiml_func._checks import at_most_three, listed, truncated_repr
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import add_metrics
+from dwiml_func.core.report import Validation
 from dwiml_func.core.rng import Key, fold_in
 from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Plateau, Sum
 
@@ -47,6 +49,7 @@ class TrainState:
         sums: metric sums of the current epoch; empty between epochs.
         best: the best epoch so far.
         plateau: what `reduce_on_plateau` depends on.
+        validations: those within the current epoch; empty between epochs.
 
     Example:
         >>> from dwiml_func.optim import sgd
@@ -64,6 +67,7 @@ class TrainState:
     sums: Metrics = field(default_factory=dict)
     best: Best = field(default_factory=Best)
     plateau: Plateau = field(default_factory=Plateau)
+    validations: tuple[Validation, ...] = ()
 
     def replace(self, **changes: object) -> TrainState:
         """Return a copy with new values for the named fields.
@@ -98,7 +102,9 @@ class TrainState:
 def _flatten(state: TrainState) -> tuple[list[Any], Any]:
     sums = {name: [part for part in pair if isinstance(part, Tensor)] for name, pair in state.sums.items()}
     numbers = {name: [None if isinstance(part, Tensor) else part for part in pair] for name, pair in state.sums.items()}
-    others = {name: getattr(state, name) for name in ("key", "step", "epoch", "batch", "best", "plateau")}
+    others = {
+        name: getattr(state, name) for name in ("key", "step", "epoch", "batch", "best", "plateau", "validations")
+    }
     return [dict(state.params), dict(state.buffers), dict(state.opt_state), sums], (others, numbers)
 
 
@@ -143,6 +149,11 @@ def init_state(
     """
     key = fold_in(seed if isinstance(seed, Key) else Key(seed))  # checked, as Python integers for JSON
     named, buffers = dict(module.named_parameters()), dict(module.named_buffers())
+    if lazy := [name for name, tensor in (named | buffers).items() if is_lazy(tensor)]:
+        raise ValueError(
+            f"Expected a module whose tensors have shapes. Received: {listed(lazy)} of a lazy module. Call the module "
+            f"once on a batch before."
+        )
     given = _check_given(params or {}, {**named, **buffers})
 
     def start(name: str, tensor: Tensor) -> Tensor:
@@ -189,6 +200,7 @@ def advance(
         sums=add_metrics(state.sums, metrics),
         best=state.best,
         plateau=state.plateau,
+        validations=state.validations,
     )
     if donate:
         mark_donated(state)
@@ -245,4 +257,6 @@ def describe_tensors(tensors: Iterable[Tensor]) -> str:
 
 def describe_best(best: Best) -> str:
     """The best epoch, for a repr: "0.5 in epoch 3"."""
-    return "none" if best.epoch is None else f"{best.value:.6g} in epoch {best.epoch}"
+    if best.epoch is None:
+        return "none"
+    return f"{best.value:.6g} in epoch {best.epoch}" + (f", batch {best.batch}" if best.batch else "")

@@ -11,13 +11,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dwiml_func.core.early_stopping import should_stop
+from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import check_has_batch
-from dwiml_func.core.loop import Batches, Interrupted, check_options
+from dwiml_func.core.interval import validation_interval
+from dwiml_func.core.loop_options import check_options
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import location
 from dwiml_func.core.rates import counts_steps, epoch_rates, next_plateau
 from dwiml_func.core.report import EpochReport, judge_epoch
+from dwiml_func.core.run_epoch import Batches, Interrupted
 from dwiml_func.ensemble.state import EnsembleState, member_sums
 from dwiml_func.optim.schedules import value_at
 from dwiml_func.types import Metrics, Plateau, Schedule, Sum
@@ -64,6 +66,9 @@ def train_and_validate_ensemble(
     max_epochs: int,
     patience: int | None = None,
     patience_delta: float = 1e-6,
+    monitor: str = "loss",
+    mode: Mode = "min",
+    validate_every: int | str = 1,
     on_batch: OnBatch | None = None,
     interrupt: Callable[[], bool] | None = None,
     clock: Callable[[], float] = time.perf_counter,
@@ -79,7 +84,8 @@ def train_and_validate_ensemble(
         step: `step(ensemble, batch, lr=...)`, e.g. `partial(ensemble_step, loss_fn=..., optimizer=...)`.
         valid, eval_step: as for `train_and_validate`, with `ensemble_eval_step`.
         learning_rate: a number or a schedule, as for `train_and_validate`; or a list with one for each member.
-        max_epochs, patience, patience_delta, clock: as for `train_and_validate`, of each member.
+        max_epochs, patience, patience_delta, monitor, mode, clock: as for `train_and_validate`, of each member.
+        validate_every: validate after every so many epochs, also as "3epochs".
         on_batch: called with the ensemble and the sums after each training batch.
         interrupt: called after each training and each validation batch; True ends the loop with `Interrupted`.
 
@@ -107,9 +113,13 @@ def train_and_validate_ensemble(
         1 True
         2 True
     """
-    if (valid is None) != (eval_step is None):
-        raise ValueError("Expected valid and eval_step together. Received only one of them.")
-    check_options(max_epochs=max_epochs, patience=patience, patience_delta=patience_delta)
+    check_options(
+        valid=valid, eval_step=eval_step, mode=mode, validate_every=validate_every, max_epochs=max_epochs,
+        patience=patience, patience_delta=patience_delta,
+    )  # fmt: skip
+    every = validation_interval(validate_every)
+    if every.unit == "batch":
+        raise ValueError(f"An ensemble is validated at the ends of epochs. Received: validate_every={validate_every!r}")
     each: list[float | Schedule] = (
         list(learning_rate) if isinstance(learning_rate, Sequence) else [learning_rate] * len(ensemble)
     )
@@ -146,7 +156,7 @@ def train_and_validate_ensemble(
             failed = {n: _failure(ensemble, n) for n, ran in enumerate(running) if ran and not still[n]}
             ensemble, sums = _close_epoch(ensemble)
             train_end, train_sums, valid_sums = clock(), member_sums(sums, len(ensemble)), [{}] * len(ensemble)
-            if valid is not None and eval_step is not None:
+            if valid is not None and eval_step is not None and every.due_after_epoch(ensemble.epoch):
                 valid_sums = member_sums(_evaluate(ensemble, valid, eval_step, after_eval_batch), len(ensemble))
             reports = {
                 number: judge_epoch(
@@ -167,6 +177,8 @@ def train_and_validate_ensemble(
                     minutes=((train_end - start) / 60, (clock() - train_end) / 60),
                     earlier_sums=earlier_sums[number],
                     has_validation=valid is not None,
+                    monitor=monitor,
+                    mode=mode,
                 )
                 for number, is_active in enumerate(still)
                 if is_active

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dwiml_func.core.loop import Batches
 from dwiml_func.core.rng import Key, Stream, fold_in
+from dwiml_func.core.run_epoch import Batches
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset

@@ -14,7 +14,6 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
 from dwiml_func.checkpoint.digest import bit_difference, leaf_differences
 from dwiml_func.checkpoint.history import history_to_json
 from dwiml_func.core.report import EpochReport
-from dwiml_func.experiment.folder import read_config
 from dwiml_func.files.fingerprint import content
 
 __all__ = [
@@ -59,9 +58,12 @@ class Comparison:
 
 
 def compare_experiments(a: str | Path, b: str | Path) -> Comparison:
-    """Compare config, environment, data and history of two experiments; durations and the reason of the end apart."""
-    config_a, config_b = (read_config(Path(directory)).to_dict() for directory in (a, b))
+    """Compare config, environment, data and history of two runs; durations and the reason of the end apart."""
+    from dwiml_func.experiment.folder import recorded_config  # `verify` in a script has no need of configs
+
     checkpoints = [newest(directory) for directory in (a, b)]
+    pairs = zip((a, b), checkpoints, strict=True)
+    config_a, config_b = (recorded_config(Path(directory), checkpoint) for directory, checkpoint in pairs)
     histories = [checkpoint.history if checkpoint else () for checkpoint in checkpoints]
     common = list(zip(*histories, strict=False))
     with_digest = [pair for pair in common if pair[0].digest is not None and pair[1].digest is not None]

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
-from dwiml_func._checks import STRICT, check_number, error_text, truncated_repr
+from dwiml_func._checks import STRICT, check_number, error_text
+from dwiml_func.core.interval import Interval, parse_interval
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.files.json import parse_json
@@ -25,48 +25,9 @@ __all__ = [
     "ModelConfig",
     "Origin",
     "RunConfig",
-    "SaveInterval",
     "TrainingConfig",
     "config_from_json",
-    "parse_save_interval",
 ]
-
-_FORM = re.compile(
-    r"(?P<number>[0-9]+(?:\.[0-9]+)?) ?(?:(?P<batch>batch(?:es)?)|(?P<minute>minutes?)|(?P<epoch>epochs?))", re.ASCII
-)
-
-
-@dataclass(frozen=True, slots=True)
-class SaveInterval:
-    """How often to save: every `number` batches or minutes and at each epoch's end, or every `number` epochs."""
-
-    number: float
-    unit: Literal["batch", "minute", "epoch"]
-
-    def due_within_epoch(self, *, batch: int, seconds: float) -> bool:
-        """Whether to save after so many batches of the epoch, `seconds` after the last save."""
-        if self.unit == "batch":
-            return batch % self.number == 0
-        return self.unit == "minute" and seconds >= 60 * self.number
-
-    def due_after_epoch(self, epoch: int) -> bool:
-        """Whether to save after so many epochs."""
-        return self.unit != "epoch" or epoch % self.number == 0
-
-
-def parse_save_interval(text: str) -> SaveInterval:
-    """Read a number and a unit: "50batches", "10minutes", "0.5 minutes", "1epoch"; ValueError for any other text."""
-    match = _FORM.fullmatch(text)
-    number = float(match["number"]) if match else 0.0
-    if match and number > 0:
-        if match["minute"]:
-            return SaveInterval(number, "minute")
-        if number.is_integer():
-            return SaveInterval(int(number), "batch" if match["batch"] else "epoch")
-    raise ValueError(
-        f"checkpoint_every: expected a number and a unit, such as 50batches, 10minutes or 1epoch, "
-        f"received {truncated_repr(text)}."
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +49,9 @@ class CheckpointConfig:
         _ = self.save_interval
 
     @property
-    def save_interval(self) -> SaveInterval:
+    def save_interval(self) -> Interval:
         """How often to save."""
-        return parse_save_interval(self.checkpoint_every)
+        return parse_interval(self.checkpoint_every, name="checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.ensemble_run import ended_members, prepare_ensemble
 from dwiml_func.experiment.folder import check_no_links, read_config, read_ended, write_ended
 from dwiml_func.experiment.record import check_same_config, check_same_data
-from dwiml_func.experiment.resume import repair_experiment, set_aside, with_new_options
+from dwiml_func.experiment.resume import repair_experiment, set_aside, with_new_options, with_same_results
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 
@@ -28,14 +28,20 @@ _log = logging.getLogger(__name__)
 
 
 def resume_ensemble(
-    directory: Path, *, accept: Collection[str] = (), **new_options: Any
+    directory: Path,
+    *,
+    accept: Collection[str] = (),
+    may_have_ended: bool = False,
+    given: Sequence[RunConfig] | None = None,
+    **new_options: Any,
 ) -> tuple[list[RunParts], EnsembleState, list[tuple[EpochReport, ...]]]:
     """Restore an ensemble from the newest valid checkpoint that all members that had not stopped have.
 
-    `new_options` are those of `with_new_options`, for all members; one that has stopped early stays as it is. Corrupt
+    `new_options` are those of `with_new_options`, for all members; one that has stopped early stays as it is. `given`
+    has a config for each, as for `with_same_results`. Corrupt
     checkpoints are named and renamed, and what a crash left behind is repaired, as `resume_experiment` does. Returns
-    the parts, the ensemble and the histories for `run_ensemble`. ValueError where something on disk does not fit, or no
-    member has an epoch left to do.
+    the parts, the ensemble and the histories for `run_ensemble`. ValueError where something on disk does not fit, or,
+    unless `may_have_ended`, no member has an epoch left to do.
     """
     num_members, ended = read_ended(directory)
     folders = [directory / str(number) for number in range(num_members)]
@@ -44,7 +50,8 @@ def resume_ensemble(
     old_configs = [read_config(folder) for folder in folders]
     for folder, config in zip(folders, old_configs, strict=True):
         check_same_config(folder, config, newest(folder), accept=accept)
-    members = prepare_ensemble([with_new_options(config, **new_options) for config in old_configs])
+    pairs = zip(old_configs, given or [None] * num_members, strict=True)
+    members = prepare_ensemble([with_new_options(with_same_results(*pair), **new_options) for pair in pairs])
     first_states = [parts.first_state() for parts in members]
     checkpoints, corrupt = _newest_of_all(folders, first_states, ended)
     if checkpoints is None:
@@ -69,7 +76,8 @@ def resume_ensemble(
     for folder, parts, state, history in zip(folders, members, states, histories, strict=True):
         repair_experiment(folder, parts, state, history)  # also after the last epoch: the crash may have come then
     write_ended(directory, num_members, ended_members(states, active))
-    if not any(active) or ensemble.epoch >= members[0].config.training.max_epochs:
+    has_ended = not any(active) or ensemble.epoch >= members[0].config.training.max_epochs
+    if has_ended and not may_have_ended:
         raise ValueError(
             f"No member of {directory} has an epoch left to do after epoch {ensemble.epoch}. Give --new-max-epochs "
             f"if one has not stopped early, or resume one by itself: dwiml-func resume {directory} 0"

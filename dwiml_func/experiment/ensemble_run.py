@@ -17,6 +17,7 @@ from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import fill_digests
 from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
+from dwiml_func.core.interval import validation_interval
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
@@ -28,8 +29,8 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.optimizers import make_optimizer
-from dwiml_func.experiment.run import data_in_background, set_num_threads, train_and_save
-from dwiml_func.experiment.setup import RunParts, make_parts
+from dwiml_func.experiment.run import HASH_PATIENCE, data_in_background, set_num_threads, train_and_save
+from dwiml_func.experiment.setup import RunParts, check_monitored, make_parts
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.files.lock import same_folder
 from dwiml_func.types import Metrics
@@ -49,8 +50,12 @@ def prepare_ensemble(configs: Sequence[RunConfig]) -> list[RunParts]:
     if configs[0].training.compile:
         # Under vmap the recurrent layers are a loop over time steps: a graph for each length, minutes to compile.
         raise ValueError("An ensemble cannot be compiled: each length would need its own graph. Leave --compile out.")
+    if validation_interval(configs[0].training.validate_every).unit == "batch":
+        raise ValueError("An ensemble is validated at the ends of epochs. Expected --validate-every in epochs.")
     data = open_data(configs[0])
-    return [make_parts(config, data, is_member=True) for config in configs]
+    members = [make_parts(config, data, is_member=True) for config in configs]
+    check_monitored(members[0], is_member=True)
+    return members
 
 
 def run_ensemble(
@@ -81,11 +86,13 @@ def run_ensemble(
         if history:
             log(*history)
     all_reports = [list(history) for history in histories or [()] * len(members)]
-    data = data_in_background(folders[0], members[0].data, members[0].config.hdf5_file)
+    in_background = data_in_background(folders[0], members[0].data, members[0].config.hdf5_file)
 
     def save_members(ensemble: EnsembleState, reports: tuple[EnsembleReport, ...]) -> None:
         for check in checks:
             check()  # before anything is written
+        has_ended = any(own.stop is not None for report in reports for own in report.members.values())
+        data = partial(in_background, patience=None if has_ended else HASH_PATIENCE)
         states, active = [member(ensemble, number) for number in range(len(members))], ensemble.active.tolist()
         new = [[report.members[n] for report in reports if n in report.members] for n in range(len(members))]
         for number, (folder, state) in enumerate(zip(folders, states, strict=True)):
@@ -121,7 +128,7 @@ def run_ensemble(
             stop=stop or StopRequest(),
             directory=directory,
         )
-        data()  # also where nothing was saved
+        in_background()  # also where nothing was saved
 
 
 def _log_step(
@@ -158,7 +165,7 @@ def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[s
         "learning_rate": [training.schedule for training in options],
         "max_epochs": options[0].max_epochs,
         "patience": options[0].patience,
-        "patience_delta": options[0].patience_delta,
+        **options[0].judging,
     }
 
 

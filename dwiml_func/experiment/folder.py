@@ -10,9 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from dwiml_func._checks import truncated_repr
-from dwiml_func.checkpoint.index import is_checkpoint_name
+from dwiml_func.checkpoint.checkpoint import Checkpoint
+from dwiml_func.checkpoint.index import is_checkpoint_name, list_checkpoints
 from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
 from dwiml_func.files.json import parse_json, read_config_file
@@ -25,9 +27,11 @@ __all__ = [
     "create_experiment",
     "experiment_directory",
     "is_ensemble",
+    "is_run",
     "member_folders",
     "read_config",
     "read_ended",
+    "recorded_config",
     "write_ended",
 ]
 
@@ -113,6 +117,18 @@ def check_no_links(directory: Path) -> None:
                     f"Expected no links in an experiment's folder. Received: {path}, which leads to {path.readlink()}. "
                     "Put what it leads to in its place."
                 )
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is that of an experiment, or of a run that a script has saved, which has no config.json."""
+    return (directory / "config.json").is_file() or bool(list_checkpoints(directory))
+
+
+def recorded_config(directory: Path, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """The config of an experiment, or what a script has recorded in `checkpoint`, the newest of its run; JSON data."""
+    if checkpoint is None or (directory / "config.json").is_file() or is_ensemble(directory):
+        return read_config(directory).to_dict()
+    return dict(checkpoint.config)
 
 
 def is_ensemble(directory: Path) -> bool:

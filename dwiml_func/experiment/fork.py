@@ -10,6 +10,7 @@ from typing import Any
 
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, restore, write
 from dwiml_func.checkpoint.digest import state_digest
+from dwiml_func.checkpoint.index import best_name, checkpoint_name
 from dwiml_func.checkpoint.manifest import CheckpointError, CorruptError
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.state import TrainState, init_state
@@ -37,6 +38,7 @@ _TRAINING_ONLY = {
 """Options that leave the validation loss of a given model as it is."""
 _OPTIMIZER = ("optimizer", "momentum", "rule", "accumulate", "ema", "skip_not_finite")
 """Options that decide what the optimizer state is."""
+_MONITORED = {"training.monitor", "training.monitor_mode"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,11 +191,13 @@ def _best(
     if state.best.epoch is None:
         return None, None
     same = _SAME_RESULTS | (_TRAINING_ONLY if is_validated else set())
-    if meaning := sorted(option for option in changed - same if not option.startswith("training.")):
-        return None, f"another {', '.join(meaning)} changes the monitored loss"
-    if (state.best.epoch, 0) == (state.epoch, state.batch):
+    changed_data = {option for option in changed - same if not option.startswith("training.")}
+    if meaning := sorted(changed_data | (changed & _MONITORED)):
+        return None, f"another {', '.join(meaning)} changes the monitored {'loss' if changed_data else 'metric'}"
+    name = best_name(state.best)
+    if name == checkpoint_name(state):
         return state, None
     try:
-        return restore(source, like, name=str(state.best.epoch)).state, None
+        return restore(source, like, name=name).state, None
     except (FileNotFoundError, CheckpointError) as error:
         return None, f"the model of epoch {state.best.epoch} is missing ({str(error).rstrip('.')})"

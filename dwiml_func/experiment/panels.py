@@ -15,7 +15,7 @@ from dwiml_func.experiment.evaluation import Evaluation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "DRAWINGS", "Panel", "PlottedRun", "angular_errors", "draw_baselines"]
+__all__ = ["COLOURS", "DRAWINGS", "Panel", "PlottedRun", "angular_errors", "draw_baselines", "is_monitored_apart"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color/), without its
@@ -107,16 +107,42 @@ class Panel:
 def _losses(panel: Panel, run: PlottedRun, number: int) -> None:
     panel.name("Loss", "loss (mean over points)")
     _train_and_valid(panel, run, number, "loss")
+    _ring(panel, run, number, "loss")
+
+
+def is_monitored_apart(run: PlottedRun) -> bool:
+    """Whether a run monitors a metric that has no panel of its own."""
+    return run.history[-1].monitor not in ("loss", "angular_error")
+
+
+def _monitored(panel: Panel, run: PlottedRun, number: int) -> None:
+    if is_monitored_apart(run):
+        metric = run.history[-1].monitor
+        panel.name("Monitored metric", metric)
+        _train_and_valid(panel, run, number, metric)
+        _ring(panel, run, number, metric)
+
+
+def _ring(panel: Panel, run: PlottedRun, number: int, metric: str) -> None:
+    """A ring at the best epoch, where the metric chose it."""
     best = run.history[-1].best
-    if best.epoch is not None:
-        ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 2, "linestyle": "none"}
-        panel.draw(best.epoch, best.value, number, "best epoch", note=f" ({best.epoch})", colour=_BLACK, **ring)
+    if best.epoch is None or run.history[-1].monitor != metric:
+        return
+    ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 2, "linestyle": "none"}
+    x = best.epoch if not best.batch else _within(run.history[best.epoch - 1], best.batch)
+    panel.draw(x, best.value, number, "best epoch", note=f" ({best.epoch})", colour=_BLACK, **ring)
+
+
+def _within(report: EpochReport, batch: int) -> float:
+    """A place within an epoch on the axis of epochs; of an epoch that has not ended, the last batch is its end."""
+    return report.epoch - 1 + batch / max(report.num_batches, batch, 1)
 
 
 def angular_errors(panel: Panel, run: PlottedRun, number: int) -> None:
     """Angular errors of the epochs, and of the best model at the points where the baselines give a direction too."""
     panel.name("Angular error", "mean angle (degrees)")
     _train_and_valid(panel, run, number, "angular_error")
+    _ring(panel, run, number, "angular_error")
     best, value = run.history[-1].best.epoch, run.evaluation.model if run.evaluation else math.nan
     if best is not None and math.isfinite(value):
         diamond = {"marker": "D", "markersize": 7, "linestyle": "none"}
@@ -166,11 +192,20 @@ def _speeds(panel: Panel, run: PlottedRun, number: int) -> None:
 def _train_and_valid(panel: Panel, run: PlottedRun, number: int, metric: str) -> None:
     panel.curve(run, _means(run, "train", metric), number, "training", colour=_BLUE, **_TRAINING)
     panel.curve(run, _means(run, "valid", metric), number, "validation", colour=_ORANGE, **_VALIDATION)
+    inner = [
+        (_within(report, each.batch), each.means.get(metric, math.nan))
+        for report in run.history
+        for each in report.validations
+    ]
+    if inner:
+        style = {"marker": ".", "markersize": 4, "linestyle": "none"}
+        x, y = zip(*inner, strict=True)
+        panel.draw(x, y, number, "validation within epochs", colour=_ORANGE, **style)
 
 
 def _means(run: PlottedRun, part: str, metric: str) -> list[float]:
     return [getattr(report, part).get(metric, math.nan) for report in run.history]
 
 
-DRAWINGS = (_losses, angular_errors, _norms, _rates, _speeds)
-"""What the panels show, in their order."""
+DRAWINGS = (_losses, angular_errors, _monitored, _norms, _rates, _speeds)
+"""What the panels show, in their order; the third only where a run monitors a metric without a panel of its own."""

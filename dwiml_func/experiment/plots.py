@@ -8,16 +8,22 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.experiment.compare import distinguishing
-from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.evaluation import read_evaluation
-from dwiml_func.experiment.folder import read_config
-from dwiml_func.experiment.panels import COLOURS, DRAWINGS, Panel, PlottedRun, angular_errors, draw_baselines
+from dwiml_func.experiment.folder import recorded_config
+from dwiml_func.experiment.panels import (
+    COLOURS,
+    DRAWINGS,
+    Panel,
+    PlottedRun,
+    angular_errors,
+    draw_baselines,
+    is_monitored_apart,
+)
 from dwiml_func.files.atomic import atomic_write
 
 if TYPE_CHECKING:
@@ -39,7 +45,10 @@ def plot_runs(runs: Sequence[PlottedRun]) -> Figure:
         raise ValueError("Expected a run with a finished epoch. Received none.")
     legend = 0.3 + 0.25 * len(runs) if len(runs) > 1 else 0.0  # its height in inches
     figure = Figure(figsize=(12, 7.5 + legend))
-    for panel, draw in zip(_panels(figure, legend, len(runs) == 1), DRAWINGS, strict=True):
+    drawings = list(DRAWINGS)
+    if not any(map(is_monitored_apart, runs)):
+        del drawings[2]
+    for panel, draw in zip(_panels(figure, legend, len(runs) == 1, len(drawings) - 3), drawings, strict=True):
         for number, run in enumerate(runs):
             draw(panel, run, number)
         if draw is angular_errors:
@@ -70,11 +79,13 @@ def check_format(path: str | Path) -> str:
     return kind
 
 
-def _panels(figure: Figure, legend: float, is_alone: bool) -> list[Panel]:
-    """Two panels above three, at fixed positions: fitting them to their texts takes longer than the drawing."""
+def _panels(figure: Figure, legend: float, is_alone: bool, num_above: int) -> list[Panel]:
+    """Two panels, or three, above three, at fixed positions: fitting them to their texts is slower."""
     height = figure.get_figheight()
     middle, space = (3.75 + legend) / height, 0.4 / height
-    above = figure.add_gridspec(1, 2, left=0.065, right=0.985, top=1 - 0.7 / height, bottom=middle + space, wspace=0.15)
+    above = figure.add_gridspec(
+        1, num_above, left=0.065, right=0.985, top=1 - 0.7 / height, bottom=middle + space, wspace=0.15
+    )
     below = figure.add_gridspec(
         1, 3, left=0.065, right=0.985, top=middle - space, bottom=0.55 / height + legend / height, wspace=0.28
     )
@@ -84,11 +95,11 @@ def _panels(figure: Figure, legend: float, is_alone: bool) -> list[Panel]:
 def draw_experiments(directories: Sequence[str | Path]) -> Figure:
     """Draw experiments over each other; each label has the name and the options that not all of them share."""
     paths = [Path(directory) for directory in directories]
-    configs = [read_config(path) for path in paths]
-    options = distinguishing([replace(config, origin=None).to_dict() for config in configs])
+    checkpoints = [newest(path) for path in paths]
+    configs = [recorded_config(path, checkpoint) for path, checkpoint in zip(paths, checkpoints, strict=True)]
+    options = distinguishing([{**config, "origin": None} for config in configs])
     runs = []
-    for path, config, own in zip(paths, configs, options, strict=True):
-        checkpoint = newest(path)
+    for path, checkpoint, config, own in zip(paths, checkpoints, configs, options, strict=True):
         if checkpoint is None or not checkpoint.history:
             raise ValueError(f"{str(path)!r} has no finished epoch yet. Expected at least one.")
         for sentence in checkpoint.corrupt.values():
@@ -99,15 +110,15 @@ def draw_experiments(directories: Sequence[str | Path]) -> Figure:
     return plot_runs(runs)
 
 
-def _label(directory: Path, config: RunConfig, options: Mapping[str, str]) -> str:
+def _label(directory: Path, config: Mapping[str, Any], options: Mapping[str, str]) -> str:
     named = [f"{name.rpartition('.')[2]} {value}" for name, value in options.items() if name != "hdf5_file"]
     if "hdf5_file" in options:
         named.append(Path(options["hdf5_file"]).name)
     if len(named) > _MAX_OPTIONS:
         named[_MAX_OPTIONS:] = [f"and {len(named) - _MAX_OPTIONS} more"]
-    if config.origin is not None:
-        source, at = Path(config.origin.experiment).name, config.origin.checkpoint
-        named.insert(0, f"initialized from {source}" if config.origin.weights_only else f"forked from {source} at {at}")
+    if (directory / "config.json").is_file() and (origin := config["origin"]) is not None:
+        source, at = Path(origin["experiment"]).name, origin["checkpoint"]
+        named.insert(0, f"initialized from {source}" if origin["weights_only"] else f"forked from {source} at {at}")
     name = directory.resolve().name
     return f"{name}: {', '.join(named)}" if named else name
 

@@ -19,7 +19,7 @@ from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import repair_best_model
 from dwiml_func.experiment.compare import differences
 from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
-from dwiml_func.experiment.folder import check_new_experiment, check_no_links, is_ensemble, read_config
+from dwiml_func.experiment.folder import check_new_experiment, check_no_links, is_ensemble, read_config, read_ended
 from dwiml_func.experiment.record import check_same_config, check_same_data, warn_of_other_environment
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
@@ -29,11 +29,13 @@ from dwiml_func.writers.writer import fan_out
 
 __all__ = [
     "check_has_epochs_left",
+    "check_same_ensemble",
     "check_same_run",
     "repair_experiment",
     "resume_experiment",
     "set_aside",
     "with_new_options",
+    "with_same_results",
 ]
 
 _log = logging.getLogger(__name__)
@@ -45,20 +47,22 @@ def resume_experiment(
     process_group: ProcessGroup = SINGLE_PROCESS,
     may_have_ended: bool = False,
     accept: Collection[str] = (),
+    given: RunConfig | None = None,
     **new_options: Any,
 ) -> tuple[RunParts, TrainState, tuple[EpochReport, ...]]:
     """Restore an experiment from its newest valid checkpoint, or from its first state where it has none.
 
-    `new_options` are those of `with_new_options`, `accept` has names of options for `check_same_config`. Removes what a
-    crash left behind, repairs best model and logs, and renames corrupt checkpoints to `checkpoint/<name>.corrupt`. Of
-    several processes only the first writes; the others call this after it. Hold the experiment's lock.
+    `new_options` are those of `with_new_options`, `accept` has names of options for `check_same_config`; `given` is as
+    for `with_same_results`. Removes what a crash left behind, repairs best model and logs, and renames corrupt
+    checkpoints to `checkpoint/<name>.corrupt`. Of several processes only the first writes; the others call this after
+    it. Hold the experiment's lock.
 
     Returns the parts, the state and the history for `run_experiment`. ValueError where the run has ended and would end
     again at once (unless `may_have_ended`), or where the dataset or a checkpoint does not fit.
     """
     check_no_links(directory)
     config = read_config(directory)
-    changed = with_new_options(config, **new_options)
+    changed = with_new_options(with_same_results(config, given), **new_options)
     check_same_config(directory, config, newest(directory), accept=accept)
     parts = prepare(changed, process_group)
     state, history, corrupt = parts.first_state(), (), {}
@@ -84,16 +88,51 @@ def resume_experiment(
 
 
 def check_same_run(directory: Path, config: RunConfig, *, init_from: str | None = None) -> None:
-    """Raise ValueError where a directory holds something else than a run of this config, and of these weights."""
+    """Raise ValueError where a directory holds something else than a run of this config, and of these weights.
+
+    Options that cannot change results may differ.
+    """
     if is_ensemble(directory) or not (directory / "config.json").is_file():
         check_new_experiment(directory.parent, directory.name)
-    recorded = read_config(directory)
+    _check_same(directory, directory, config, init_from=init_from)
+
+
+def check_same_ensemble(directory: Path, configs: Sequence[RunConfig]) -> None:
+    """Raise ValueError where a directory holds something else than an ensemble of these configs."""
+    if not is_ensemble(directory):
+        check_new_experiment(directory.parent, directory.name)
+    num_members, _ = read_ended(directory)
+    if num_members != len(configs):
+        raise ValueError(
+            f"Ensemble {directory.name!r} exists in {str(directory.parent)!r} with {num_members} members. Received: "
+            f"{len(configs)}. Choose another name, or resume it as it is: "
+            f"dwiml-func resume {directory.parent} {directory.name}"
+        )
+    for number, config in enumerate(configs):
+        _check_same(directory, directory / str(number), config)
+
+
+def with_same_results(config: RunConfig, given: RunConfig | None) -> RunConfig:
+    """A config with those options of `given` that cannot change results; None changes nothing."""
+    if given is None:
+        return config
+    return replace(
+        config,
+        data=replace(config.data, lazy=given.data.lazy, cache_size=given.data.cache_size),
+        batches=replace(config.batches, processes=given.batches.processes),
+        checkpoints=given.checkpoints,
+        logging=given.logging,
+    )
+
+
+def _check_same(directory: Path, member: Path, config: RunConfig, *, init_from: str | None = None) -> None:
+    recorded = read_config(member)
     if init_from is not None:
         origin, path = recorded.origin, str(Path(init_from).absolute())
         if origin is None or not origin.weights_only or origin.experiment != path:
             origin = Origin(experiment=path, checkpoint="0", digest="", start_digest="", weights_only=True)
         config = replace(config, origin=origin)
-    if changes := differences(recorded.to_dict(), config.to_dict(), ("there", "here")):
+    if changes := differences(with_same_results(recorded, config).to_dict(), config.to_dict(), ("there", "here")):
         raise ValueError(
             f"Experiment {directory.name!r} exists in {str(directory.parent)!r} with another config "
             f"({at_most_three(changes)}). Choose another name, or resume it as it is: "

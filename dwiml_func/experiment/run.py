@@ -20,16 +20,18 @@ import torch
 from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.digest import state_digest
+from dwiml_func.checkpoint.history import one_an_epoch
 from dwiml_func.checkpoint.index import checkpoint_name
 from dwiml_func.checkpoint.manifest import CheckpointError
-from dwiml_func.core.loop import Interrupted, Track, train_and_validate
+from dwiml_func.core.interval import Interval
+from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
+from dwiml_func.core.run_epoch import Interrupted, Track
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.process_group import ProcessLostError
 from dwiml_func.experiment.batches import RunData
 from dwiml_func.experiment.best_model import save_best_model
-from dwiml_func.experiment.config import SaveInterval
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
@@ -39,7 +41,10 @@ from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import log_steps
 from dwiml_func.writers.writer import Writer, fan_out
 
-__all__ = ["data_in_background", "run_experiment", "set_num_threads", "train_and_save"]
+__all__ = ["HASH_PATIENCE", "data_in_background", "run_experiment", "set_num_threads", "train_and_save"]
+
+HASH_PATIENCE = 1.0
+"""Seconds that a save waits for the dataset's SHA-256. The run's last save waits until it is there."""
 
 Report = TypeVar("Report")
 
@@ -55,7 +60,7 @@ def run_experiment(
     write: Writer | None = None,
     stop: StopRequest | None = None,
 ) -> Iterator[EpochReport]:
-    """Train from `state`, by default the first state, and yield each epoch's report.
+    """Train from `state`, by default the first state, and yield the reports of `train_and_validate`.
 
     Checkpoints are saved as the config says. The best model and the logs are written with each checkpoint at an epoch's
     end. All are written in the background in this order, so after a crash the checkpoint is never behind the others and
@@ -90,31 +95,33 @@ def run_experiment(
         learning_rate=training.schedule,
         max_epochs=training.max_epochs,
         patience=training.patience,
-        patience_delta=training.patience_delta,
+        **training.judging,
         keep_unvalidated=False,  # the state after the last batch is saved, and its validation repeated
         track=track,
     )
     is_first = parts.process_group.rank == 0  # of several processes, which writes
-    data = data_in_background(directory, parts.data, config.hdf5_file) if is_first else dict
+    data = data_in_background(directory, parts.data, config.hdf5_file) if is_first else _no_data
+    is_last = False
     with ExitStack() as stack:
         check = stack.enter_context(same_folder(directory)) if is_first else dict
 
         def checked_data() -> Mapping[str, Any]:
             check()  # before anything is written
-            return data()
+            return data(patience=None if is_last else HASH_PATIENCE)
 
         checkpointer = stack.enter_context(_make_checkpointer(directory, parts, checked_data))
 
         def save(state: TrainState, reports: tuple[EpochReport, ...]) -> None:
-            nonlocal history
-            history = (*history, *reports)
+            nonlocal history, is_last
+            is_last = bool(reports) and reports[-1].stop is not None
+            history = one_an_epoch((*history, *reports))
 
             def write_model_and_logs(state: TrainState) -> None:
                 check()
                 if reports and reports[-1].is_best:  # a best epoch is saved at once, so this is its state
                     save_best_model(directory, state, parts)
                 if reports:
-                    write(*reports)
+                    write(*reports)  # of a validation within an epoch too: what ends a run is logged
 
             checkpointer.save(state, history, then=write_model_and_logs)
 
@@ -123,7 +130,7 @@ def run_experiment(
                 loop,
                 state,
                 save=save,
-                must_save=lambda report: report.is_best or report.stop is not None,
+                must_save=lambda report: report.is_best or report.stop is not None or report.batch > 0,
                 interval=config.checkpoints.save_interval,
                 on_batch=on_batch,
                 stop=stop,
@@ -141,7 +148,7 @@ def train_and_save(
     *,
     save: Callable[[Any, tuple[Report, ...]], None],
     must_save: Callable[[Report], bool],
-    interval: SaveInterval,
+    interval: Interval,
     on_batch: Callable[[Any, Metrics], object] | None = None,
     stop: StopRequest,
     directory: Path,
@@ -150,7 +157,8 @@ def train_and_save(
 
     `loop(state, on_batch=..., interrupt=...)` is `train_and_validate` or `train_and_validate_ensemble`. `save(state,
     reports)` gets the reports since the last save. After a stop request the last state is saved, also when another
-    error ends the loop, and `TrainingStopped` is raised.
+    error ends the loop, and `TrainingStopped` is raised. Any other error but that of a step that was not finite, such
+    as one in the validation, costs no batch that was trained either.
     """
     newest = checkpoint_name(state) if state.epoch or state.batch else None
     unsaved, reports, saved_at = None, (), time.monotonic()
@@ -178,6 +186,8 @@ def train_and_save(
         raise  # the signal may be torchrun's, which stops the others when one process has ended
     except Exception as error:
         if stop.signal is None:
+            if unsaved is not None and not isinstance(error, NonFiniteError):
+                _save_despite(error, partial(save_now, unsaved))
             raise
         failure = None if isinstance(error, Interrupted) else error
         if unsaved is not None:
@@ -199,7 +209,7 @@ def _both(
         second(state, metrics)
 
 
-def data_in_background(directory: Path, data: RunData, hdf5_file: str) -> Callable[[], Mapping[str, Any]]:
+def data_in_background(directory: Path, data: RunData, hdf5_file: str) -> Callable[..., Mapping[str, Any]]:
     """Begin to hash the data. The result raises ValueError where the newest checkpoint recorded another hash."""
     try:
         checkpoint = newest(directory)
@@ -207,6 +217,19 @@ def data_in_background(directory: Path, data: RunData, hdf5_file: str) -> Callab
         checkpoint = None
     recorded = None if checkpoint is None else checkpoint.data
     return FingerprintInBackground(hdf5_file, data.linked, recorded=recorded, read=data.read).result
+
+
+def _no_data(*, patience: float | None) -> Mapping[str, Any]:
+    """Of a process that does not save."""
+    return {}
+
+
+def _save_despite(error: Exception, save: Callable[[], None]) -> None:
+    """Save the last state after an error; where that fails, the error says so."""
+    try:
+        save()
+    except Exception as failure:  # a step that failed may have reused the state's memory
+        error.add_note(f"The state before the error could not be saved: {failure}")
 
 
 def set_num_threads(wanted: int) -> None:

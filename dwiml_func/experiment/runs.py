@@ -10,18 +10,21 @@ from typing import Literal
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.config import TrainingConfig
-from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
+from dwiml_func.experiment.folder import is_ensemble, is_run, member_folders, read_config
 from dwiml_func.files.lock import is_locked
 
 __all__ = ["RunOverview", "list_runs"]
 
-RunState = Literal["running", "finished", "stopped early", "interrupted", "corrupt"]
+RunState = Literal["running", "finished", "stopped early", "interrupted", "unfinished", "corrupt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOverview:
     """The progress of a run. `state` is "running" while a process holds its lock, "corrupt" where it cannot be read.
 
+    A script's run is "unfinished" until it ends: it holds no lock, so it may be running or not.
+
+    `best_value` is that of the metric `monitor`, which decides the best epoch; `best_loss` is the loss there.
     `minutes` is the duration of all epochs. `last_change` is the local time of the last change in its folder.
     `problems` has a sentence for each corrupt part.
     """
@@ -32,6 +35,8 @@ class RunOverview:
     max_epochs: int | None = None
     best_epoch: int | None = None
     best_loss: float | None = None
+    monitor: str = "loss"
+    best_value: float | None = None
     angular_error_deg: float | None = None
     minutes: float = 0.0
     last_change: datetime
@@ -39,7 +44,7 @@ class RunOverview:
 
 
 def list_runs(experiments_path: str | Path) -> list[RunOverview]:
-    """An overview of each experiment in a folder and each member of an ensemble, by name. No tensor is read."""
+    """An overview of each experiment, script's run and ensemble member in a folder, by name. No tensor is read."""
     folder = Path(experiments_path)
     if not folder.is_dir():
         raise FileNotFoundError(f"Experiments path {str(experiments_path)!r} is not a folder.")
@@ -47,7 +52,7 @@ def list_runs(experiments_path: str | Path) -> list[RunOverview]:
     for path in sorted(folder.iterdir(), key=lambda path: (int(path.name) if path.name.isdecimal() else -1, path.name)):
         if is_ensemble(path):
             runs += ((f"{path.name}/{member.name}", member) for member in member_folders(path))
-        elif (path / "config.json").is_file():
+        elif is_run(path):
             runs.append((path.name, path))
     return [_overview(path, name) for name, path in runs]
 
@@ -55,7 +60,7 @@ def list_runs(experiments_path: str | Path) -> list[RunOverview]:
 def _overview(directory: Path, name: str) -> RunOverview:
     is_running = is_locked(directory)
     try:
-        training = read_config(directory).training
+        training = read_config(directory).training if (directory / "config.json").is_file() else None
         checkpoint = newest(directory)
     except (ValueError, OSError) as error:
         problem = " ".join(str(error).split())
@@ -67,24 +72,32 @@ def _overview(directory: Path, name: str) -> RunOverview:
         )
     history = checkpoint.history if checkpoint else ()
     best = history[-1].best if history else None
-    at_best = history[best.epoch - 1] if best and best.epoch else None
+    at_best = history[best.epoch - 1].best_means if best and best.epoch else {}
     return RunOverview(
         name=name,
         state="running" if is_running else _state(training, history),
-        epochs=len(history),
-        max_epochs=training.max_epochs,
+        epochs=sum(not report.batch for report in history),
+        max_epochs=training.max_epochs if training else None,
         best_epoch=best.epoch if best else None,
-        best_loss=best.value if best and best.epoch else None,
-        angular_error_deg=at_best.valid.get("angular_error") if at_best else None,
+        best_loss=at_best.get("loss"),
+        monitor=training.monitor if training else history[-1].monitor if history else "loss",
+        best_value=best.value if best and best.epoch else None,
+        angular_error_deg=at_best.get("angular_error"),
         minutes=sum(report.train_minutes + report.valid_minutes for report in history),
         last_change=_last_change(directory),
         problems=tuple(checkpoint.corrupt.values()) if checkpoint else (),
     )
 
 
-def _state(training: TrainingConfig, history: tuple[EpochReport, ...]) -> RunState:
-    """From config and history: the last report may be older than a change of the maximum of epochs or the patience."""
-    if len(history) >= training.max_epochs:
+def _state(training: TrainingConfig | None, history: tuple[EpochReport, ...]) -> RunState:
+    """From config and history: the last report may be older than a change of the maximum of epochs or the patience.
+
+    Of a script's run only the last report is known; the script may be running.
+    """
+    if training is None:
+        stop = history[-1].stop if history else None
+        return "unfinished" if stop is None else "finished" if stop == "max_epochs" else "stopped early"
+    if history and history[-1].epoch >= training.max_epochs and not history[-1].batch:
         return "finished"
     if history and training.patience is not None and history[-1].best.num_bad_epochs >= training.patience:
         return "stopped early"

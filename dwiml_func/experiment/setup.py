@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from dwiml_func.compiled.step import jit_step
 from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.autocast import check_bf16
 from dwiml_func.core.epoch import EvalStep
-from dwiml_func.core.loop import Batches
 from dwiml_func.core.loss import LossFn, module_loss
+from dwiml_func.core.metrics import read_means
 from dwiml_func.core.rates import Step
+from dwiml_func.core.report import check_monitor
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
+from dwiml_func.core.run_epoch import Batches
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.distributed.sharding import (
@@ -39,6 +42,7 @@ from dwiml_func.types import Optimizer
 
 __all__ = [
     "RunParts",
+    "check_monitored",
     "make_model",
     "make_parts",
     "make_steps",
@@ -85,7 +89,25 @@ def prepare(config: RunConfig, process_group: ProcessGroup = SINGLE_PROCESS) -> 
     """
     check_shards(config.training.num_shards, process_group)
     _device(config.training)
-    return make_parts(config, open_data(config), process_group)
+    parts = make_parts(config, open_data(config), process_group)
+    check_monitored(parts)
+    return parts
+
+
+def check_monitored(parts: RunParts, *, is_member: bool = False) -> None:
+    """Raise ValueError where the run has no metric of the name that it monitors; `loss` is always there."""
+    monitor = parts.config.training.monitor
+    if monitor == "loss":
+        return
+    state = parts.first_state()
+    names = {"loss"}
+    for batch in islice(parts.evaluation(state.key, 0, 0), 1):
+        names |= set(read_means(eval_step(state, batch, loss_fn=parts.loss_fn)))
+    if parts.valid is None:
+        names |= {"grad_norm", "unclipped_grad_norm"}
+    elif monitor.startswith("tracking_") and not is_member:
+        return  # known at the first validation that tracks
+    check_monitor(monitor, names)
 
 
 def make_parts(

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -94,7 +94,8 @@ def stop_on_signals(
                 signal.signal(each, handle_second if each in _AT_ONCE else signal.SIG_IGN)
         request.signal = signal.Signals(number)
         # Not print: the signal may have interrupted a write to standard error.
-        os.write(2, b"\nFinishing the current batch, then saving. Press Ctrl-C again to quit immediately.\n")
+        with suppress(OSError):  # it was closed, or its terminal is gone
+            os.write(2, b"\nFinishing the current batch, then saving. Press Ctrl-C again to quit immediately.\n")
 
     for number in previous:
         signal.signal(number, handle)

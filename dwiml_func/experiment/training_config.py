@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from dwiml_func._checks import STRICT, check_number
+from dwiml_func.core.interval import validation_interval
 from dwiml_func.experiment.learning_rate import parse_learning_rate
 from dwiml_func.experiment.optimizers import OptimizerName, make_optimizer
 from dwiml_func.types import Schedule
@@ -24,9 +25,15 @@ class TrainingConfig:
     max_epochs: int = 100
     """Number of epochs after which training ends."""
     patience: int | None = None
-    """Number of epochs in a row without improvement after which training ends. None: early stopping is off."""
+    """Number of validations in a row without improvement after which training ends. None: early stopping is off."""
     patience_delta: float = 1e-6
-    """Least decrease of the monitored loss that counts as an improvement."""
+    """Least improvement of the monitored metric that counts."""
+    monitor: str = "loss"
+    """Metric that decides the best epoch: loss, angular_error, or any other of the validation."""
+    monitor_mode: Literal["min", "max"] = "min"
+    """Whether a lower or a higher value of the monitored metric is better."""
+    validate_every: str = "1epoch"
+    """Interval between validations: "3epochs", or "500batches" (also at each epoch's end)."""
     optimizer: OptimizerName = "Adam"
     """Optimizer, as in torch.optim. Muon updates matrices, and AdamW the rest. ScheduleFree optimizers evaluate with an
     average, and take a constant learning rate."""
@@ -88,6 +95,7 @@ class TrainingConfig:
         if self.patience is not None:
             check_number("patience", self.patience, at_least=1)
         check_number("patience_delta", self.patience_delta, at_least=0)
+        validation_interval(self.validate_every)
         check_number("weight_decay", self.weight_decay, at_least=0)
         if self.clip_grad is not None:
             check_number("clip_grad", self.clip_grad, above=0)
@@ -112,6 +120,16 @@ class TrainingConfig:
     def step_clip_grad(self) -> float | None:
         """Maximum norm of the gradient of each batch; None where `clip_grad` limits the mean of several batches."""
         return self.clip_grad if self.accumulate == 1 else None
+
+    @property
+    def judging(self) -> dict[str, Any]:
+        """The options of `train_and_validate` that decide the best epoch; patience apart."""
+        return {
+            "patience_delta": self.patience_delta,
+            "monitor": self.monitor,
+            "mode": self.monitor_mode,
+            "validate_every": self.validate_every,
+        }
 
     @property
     def schedule(self) -> Schedule:

@@ -53,7 +53,8 @@ def same_file(recorded: Mapping[str, Any], path: str | os.PathLike[str], *, thor
     """Whether a file has the bytes that were recorded, and the files linked to it theirs.
 
     Args:
-        recorded: what `fingerprint` gave; without `sha256` nothing equals it.
+        recorded: what `fingerprint` gave. Without `sha256`, which a run has that ended before its file was read, only
+            the size counts.
         path: the file.
         thorough: read the file even where size and time of the last change are as recorded.
 
@@ -75,8 +76,10 @@ def same_file(recorded: Mapping[str, Any], path: str | os.PathLike[str], *, thor
         False
     """
     now = size_and_time(os.stat(path))
-    if "sha256" not in recorded or recorded.get("size", now["size"]) != now["size"]:
+    if recorded.get("size", now["size"]) != now["size"]:
         return False
+    if "sha256" not in recorded:
+        return "size" in recorded
     if (thorough or recorded.get("mtime_ns") != now["mtime_ns"]) and fingerprint(path)["sha256"] != recorded["sha256"]:
         return False
     pairs = zip((recorded.get("linked") or {}).values(), linked_paths(recorded, path), strict=True)
@@ -124,16 +127,22 @@ class FingerprintInBackground:
         self._thread = threading.Thread(target=self._work, name="fingerprint", daemon=True)
         self._thread.start()
 
-    def result(self) -> dict[str, Any]:
+    def result(self, *, patience: float | None = None) -> dict[str, Any]:
         """Wait for the fingerprint.
 
+        Args:
+            patience: seconds to wait at most; None waits until the file is read.
+
         Returns:
-            What `fingerprint` gives, or nothing where that failed and nothing was recorded before. A warning says why.
+            What `fingerprint` gives; after `patience` what was recorded before, or only size and time of the last
+            change. Nothing where it failed and nothing was recorded before. A warning says why.
 
         Raises:
             ValueError: the file does not have the bytes that were recorded, or it cannot be known whether it has.
         """
-        self._thread.join()
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            return dict(self._recorded or self._read)
         if self._error is not None:
             raise ValueError(f"The data of this run cannot be compared with its record: {self._error}")
         known = content(self._recorded)

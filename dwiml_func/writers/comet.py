@@ -19,6 +19,7 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.types import Number
 from dwiml_func.writers.npy import monitor_name
 from dwiml_func.writers.steps import read_scalars
+from dwiml_func.writers.writer import whole_epochs
 
 __all__ = ["Comet", "comet_key", "comet_metrics"]
 
@@ -80,7 +81,7 @@ class Comet:
 
         Raises ValueError if the first of all reports is not that of epoch 1.
         """
-        if reports:
+        if reports := whole_epochs(reports):
             with self._lock:
                 self._send_reports(*reports)
 
@@ -162,7 +163,7 @@ def comet_metrics(report: EpochReport) -> list[tuple[str | None, str, float, int
         rows += [("validate", monitor_name("valid", name), value) for name, value in report.valid.items()]
         rows += [("validate", "validation_time_monitor", report.valid_minutes)]
     if report.best.epoch is not None:
-        rows += [(None, "best_epoch", report.best.epoch), (None, "best_loss", report.best.value)]
+        rows += [(None, "best_epoch", report.best.epoch), (None, f"best_{report.monitor}", report.best.value)]
     return [(context, name, value, report.epoch) for context, name, value in rows]
 
 

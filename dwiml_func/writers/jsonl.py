@@ -50,7 +50,7 @@ def epoch_row(report: EpochReport) -> dict[str, float | int | bool | None]:
         "num_batches": report.num_batches,
         "num_points": report.num_points,
         "best_epoch": report.best.epoch,
-        "best_loss": report.best.value,
+        f"best_{report.monitor}": report.best.value,
         "is_best": report.is_best,
         "train_minutes": report.train_minutes,
         "valid_minutes": report.valid_minutes,

@@ -79,5 +79,5 @@ def _write(directory: Path, history: Sequence[EpochReport]) -> None:
         atomic_write(logs / f"{quote(name, safe=' ')}.npy", content.getvalue(), flush=False)
     if history and history[-1].best.epoch is not None:
         best = history[history[-1].best.epoch - 1]
-        losses = {"train_loss": best.train["loss"], "valid_loss": best.valid.get("loss")}
+        losses = {"train_loss": best.train["loss"], "valid_loss": best.best_means.get("loss") if best.valid else None}
         atomic_write(directory / "best_epoch_losses.json", json.dumps(losses, indent=4) + "\n", flush=False)

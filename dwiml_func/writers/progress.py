@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -73,18 +74,22 @@ class Progress:
         if not reports:
             return
         report = reports[-1]
-        parts = [f"Epoch {report.epoch}/{self._max_epochs}", f"training loss {report.train['loss']:.4f}"]
+        within = f", batch {report.batch}" if report.batch else ""
+        parts = [f"Epoch {report.epoch}/{self._max_epochs}{within}", f"training loss {report.train['loss']:.4f}"]
         if report.valid:
             parts.append(f"validation loss {report.valid['loss']:.4f}")
         if "angular_error" in report.valid:
             parts.append(f"angular error {report.valid['angular_error']:.1f} deg")
         if "tracking_window_lag" in report.valid:
             parts.append(f"window lag {report.valid['tracking_window_lag']:.2f} mm")
+        means = report.valid or report.train
+        if report.monitor not in ("loss", "angular_error", "tracking_window_lag") and report.monitor in means:
+            parts.append(f"{report.monitor} {means[report.monitor]:.4f}")
         seconds = 60 * (report.train_minutes + report.valid_minutes)
         parts.append(f"{seconds:.1f} s")
         if self._epochs is not None:
-            self._epochs.set_postfix_str(f"best loss {report.best.value:.4f}", refresh=False)
-            self._epochs.update(report.epoch - self._epochs.n)
+            self._epochs.set_postfix_str(f"best {report.monitor} {report.best.value:.4f}", refresh=False)
+            self._epochs.update(report.epoch - bool(report.batch) - self._epochs.n)
         tqdm.write("  ".join(parts) + ("  best" if report.is_best else ""), file=sys.stdout)
         sys.stdout.flush()  # a file or a pipe would hold back the lines of many epochs, which may take hours
 
@@ -101,12 +106,19 @@ class Progress:
             self._epochs = _bar("Epochs", self._max_epochs, epoch, "epoch", position=0)
         description = f"Epoch {epoch + 1}/{self._max_epochs} {label}"
         total = len(batches) + start_batch if isinstance(batches, Sized) else None
-        self._read_at, self._points = self._clock(), None
-        self._batches = _bar(description, total, start_batch, "batch", position=int(self._epochs is not None))
-        with self._batches as bar:
-            for batch in batches:
-                yield batch
-                bar.update()
+        self._read_at, self._points, around = self._clock(), None, self._batches
+        is_within = around is not None and not around.disable
+        position = int(self._epochs is not None) + int(is_within)
+        self._batches = _bar(description, total, start_batch, "batch", position=position)
+        try:
+            with self._batches as bar:
+                for batch in batches:
+                    yield batch
+                    bar.update()
+        finally:
+            self._batches = around
+            if around is not None:
+                self._read_at, self._points = self._clock(), None
 
     def on_batch(self, state: TrainState, metrics: Metrics) -> None:
         """Show the loss of the epoch so far and the speed beside the bar of batches, which `track` shows.
@@ -127,10 +139,39 @@ class Progress:
         self._read_at, self._points = now, points
 
 
+class _Terminal:
+    """Standard error for a bar: one that was closed, or a terminal that is gone, costs the bar and not the training."""
+
+    def __eq__(self, other: object) -> bool:
+        return other is sys.stderr  # so that tqdm.write clears the bar above a line
+
+    __hash__ = None  # type: ignore[assignment]
+    encoding = property(lambda self: getattr(sys.stderr, "encoding", None))
+
+    def isatty(self) -> bool:
+        return bool(self._try("isatty"))
+
+    def write(self, text: str) -> None:
+        self._try("write", text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def fileno(self) -> int:
+        number = self._try("fileno")
+        return -1 if number is None else number
+
+    def _try(self, method: str, *arguments: Any) -> Any:
+        with suppress(OSError, ValueError, AttributeError):  # ValueError of a closed file, AttributeError of None
+            return getattr(sys.stderr, method)(*arguments)
+        return None
+
+
 def _bar(description: str, total: int | None, initial: int, unit: str, *, position: int) -> Any:
     """A bar that is shown only on a terminal, and leaves nothing behind."""
     return tqdm(
         desc=description,
+        file=_Terminal(),
         total=total,
         initial=initial,
         unit=unit,

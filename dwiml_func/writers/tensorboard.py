@@ -51,7 +51,7 @@ def scalars(report: EpochReport) -> dict[str, float]:
         **{f"{name}/valid": value for name, value in report.valid.items()},
         "minutes/train": report.train_minutes,
         "minutes/valid": report.valid_minutes,
-        "best_loss": report.best.value,
+        f"best_{report.monitor}": report.best.value,
     }
 
 

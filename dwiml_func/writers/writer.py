@@ -11,18 +11,19 @@ from dwiml_func._checks import one_line
 from dwiml_func.core.report import EpochReport
 from dwiml_func.types import Number
 
-__all__ = ["StepWriter", "WithScalars", "Writer", "fan_out", "from_history"]
+__all__ = ["StepWriter", "WithScalars", "Writer", "fan_out", "from_history", "whole_epochs"]
 
 
 class Writer(Protocol):
     """Takes reports of epochs in order: `write(report)` after an epoch, and `write(*history)` first in a resumed run.
 
-    A report of an epoch that was reported before replaces that report and all after it.
+    A report of an epoch that was reported before replaces that report and all after it. Reports of validations within
+    an epoch may be among them; the writers here leave them to the report of the whole epoch.
 
     Example:
         >>> def write(*reports: EpochReport) -> None:
         ...     for report in reports:
-        ...         print(report.epoch, report.monitored_loss)
+        ...         print(report.epoch, report.monitor, report.monitored)
     """
 
     def __call__(self, *reports: EpochReport) -> None: ...
@@ -109,6 +110,7 @@ def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
     history: list[EpochReport] = []
 
     def write(*reports: EpochReport) -> None:
+        reports = whole_epochs(reports)
         for report in reports:
             if report.epoch > len(history) + 1:
                 raise ValueError(
@@ -120,6 +122,11 @@ def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
             rewrite(tuple(history))
 
     return write
+
+
+def whole_epochs(reports: Sequence[EpochReport]) -> tuple[EpochReport, ...]:
+    """The reports without those of validations within an epoch, unless the run has ended there."""
+    return tuple(report for report in reports if not report.batch or report.stop is not None)
 
 
 def _nothing(*_: object) -> None:
