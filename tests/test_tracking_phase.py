@@ -113,4 +113,14 @@ def test_a_phase_without_its_mask_is_refused(cli, folder: Path, tmp_path: Path) 
     cli(*arguments, *PHASE[:1]).check_refusal("requires tracking_mask")
     cli(*arguments, *PHASE[:2], "no_such").check_refusal("no_such", "input (volume)")
     cli(*arguments, *PHASE, "--tracking-phase-frequency", 0).check_refusal("tracking_phase_frequency")
+    monitor = ["--monitor", "tracking_mean_final_distance"]
+    cli(*arguments, *monitor).check_refusal("requires add_a_tracking_validation_phase")
+    cli(*arguments, *monitor, *PHASE, "--tracking-phase-frequency", 2).check_refusal("a tracking_phase_frequency of 1")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_phases_metric_can_choose_the_best_epoch(cli, folder: Path, tmp_path: Path) -> None:
+    options = [*OPTIONS, "--max-epochs", "3", *PHASE, "--monitor", "tracking_mean_final_distance"]
+    assert cli("train", tmp_path, "run", folder / "data.hdf5", *options).code == 0
+    logged = lines_of(tmp_path / "run")
+    assert logged[-1]["best_epoch"] == 1 + int(np.argmin([line[DISTANCE] for line in logged]))

@@ -132,3 +132,17 @@ def test_short_streamlines_and_runs_without_validation_have_none(cli, folder: Pa
         file.attrs["validation_subjs"] = []
     assert cli("train", tmp_path, "no", tmp_path / "training.hdf5", *OPTIONS, "--max-epochs", "1").code == 0
     assert not any(name.startswith("valid_") and "minutes" not in name for name in lines_of(tmp_path / "no")[0])
+
+
+def test_it_can_choose_the_best_epoch_and_is_drawn(cli, folder: Path, tmp_path: Path) -> None:
+    from dwiml_func.experiment.plots import draw_experiments
+
+    options = [*OPTIONS, "--max-epochs", "3", "--monitor", NAME]
+    assert cli("train", tmp_path, "run", folder / "data.hdf5", *options).code == 0
+    lags = [line[f"valid_{NAME}"] for line in lines_of(tmp_path / "run")]
+    assert lines_of(tmp_path / "run")[-1]["best_epoch"] == 1 + int(np.argmin(lags))
+    drawn = []
+    for experiment in (folder / "with", folder / "without", tmp_path / "run"):
+        titles = [axes.get_title(loc="left") for axes in draw_experiments([experiment]).axes]
+        drawn.append("Window lag" in titles)
+    assert drawn == [True, False, True]

@@ -11,11 +11,12 @@ import numpy as np
 
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
+from dwiml_func.experiment.window_lag import WINDOW_LAG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "DRAWINGS", "Panel", "PlottedRun", "angular_errors", "draw_baselines", "is_monitored_apart"]
+__all__ = ["COLOURS", "DRAWINGS", "Panel", "PlottedRun", "angular_errors", "draw_baselines", "metric_apart"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color/), without its
@@ -110,17 +111,21 @@ def _losses(panel: Panel, run: PlottedRun, number: int) -> None:
     _ring(panel, run, number, "loss")
 
 
-def is_monitored_apart(run: PlottedRun) -> bool:
-    """Whether a run monitors a metric that has no panel of its own."""
-    return run.history[-1].monitor not in ("loss", "angular_error")
+def metric_apart(run: PlottedRun) -> str | None:
+    """The metric of the third panel: the monitored one, where it has no other panel, else the window lag, if known."""
+    if run.history[-1].monitor not in ("loss", "angular_error"):
+        return run.history[-1].monitor
+    return WINDOW_LAG if any(WINDOW_LAG in report.valid for report in run.history) else None
 
 
-def _monitored(panel: Panel, run: PlottedRun, number: int) -> None:
-    if is_monitored_apart(run):
-        metric = run.history[-1].monitor
-        panel.name("Monitored metric", metric)
-        _train_and_valid(panel, run, number, metric)
-        _ring(panel, run, number, metric)
+def _apart(panel: Panel, run: PlottedRun, number: int) -> None:
+    metric = metric_apart(run)
+    if metric is None:
+        return
+    is_lag = metric == WINDOW_LAG
+    panel.name(*(("Window lag", "mean distance after 20 mm alone (mm)") if is_lag else ("Monitored metric", metric)))
+    _train_and_valid(panel, run, number, metric)
+    _ring(panel, run, number, metric)
 
 
 def _ring(panel: Panel, run: PlottedRun, number: int, metric: str) -> None:
@@ -207,5 +212,5 @@ def _means(run: PlottedRun, part: str, metric: str) -> list[float]:
     return [getattr(report, part).get(metric, math.nan) for report in run.history]
 
 
-DRAWINGS = (_losses, angular_errors, _monitored, _norms, _rates, _speeds)
-"""What the panels show, in their order; the third only where a run monitors a metric without a panel of its own."""
+DRAWINGS = (_losses, angular_errors, _apart, _norms, _rates, _speeds)
+"""What the panels show, in their order; the third only where a run has a metric for it, see `metric_apart`."""

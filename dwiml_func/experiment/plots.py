@@ -22,7 +22,7 @@ from dwiml_func.experiment.panels import (
     PlottedRun,
     angular_errors,
     draw_baselines,
-    is_monitored_apart,
+    metric_apart,
 )
 from dwiml_func.files.atomic import atomic_write
 
@@ -46,7 +46,7 @@ def plot_runs(runs: Sequence[PlottedRun]) -> Figure:
     legend = 0.3 + 0.25 * len(runs) if len(runs) > 1 else 0.0  # its height in inches
     figure = Figure(figsize=(12, 7.5 + legend))
     drawings = list(DRAWINGS)
-    if not any(map(is_monitored_apart, runs)):
+    if not any(map(metric_apart, runs)):
         del drawings[2]
     for panel, draw in zip(_panels(figure, legend, len(runs) == 1, len(drawings) - 3), drawings, strict=True):
         for number, run in enumerate(runs):

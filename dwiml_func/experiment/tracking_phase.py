@@ -28,6 +28,7 @@ from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.training_config import PHASE_METRICS
 from dwiml_func.experiment.window_lag import Followed, space_of_subject
 from dwiml_func.tracking.connectivity import (
     connection_counts,
@@ -134,10 +135,10 @@ def _measure(model: Any, phase: TrackingPhase, config: RunConfig, dataset: Strea
             regions = _regions(known, ends, space.volume.shape)
             scores.append((len(real), connectivity_scores(connection_counts(regions, len(known.matrix)), known.matrix)))
     all_distances = np.concatenate(distances)
-    metrics = {"tracking_mean_final_distance": weighted_sum(float(all_distances.mean()), len(all_distances))}
+    metrics = {PHASE_METRICS[0]: weighted_sum(float(all_distances.mean()), len(all_distances))}
     if scores:
         weights = [num for num, _ in scores]
-        for place, name in enumerate(("tracking_connectivity_score", "tracking_missing_connections")):
+        for place, name in enumerate(PHASE_METRICS[1:]):
             mean = float(np.average([score[place] for _, score in scores], weights=weights))
             metrics[name] = weighted_sum(mean, sum(weights))
     return metrics

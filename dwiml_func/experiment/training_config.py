@@ -13,7 +13,10 @@ from dwiml_func.experiment.learning_rate import parse_learning_rate
 from dwiml_func.experiment.optimizers import OptimizerName, make_optimizer
 from dwiml_func.types import Schedule
 
-__all__ = ["TrainingConfig"]
+__all__ = ["PHASE_METRICS", "TrainingConfig"]
+
+PHASE_METRICS = ("tracking_mean_final_distance", "tracking_connectivity_score", "tracking_missing_connections")
+"""The metrics of the tracking phase."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +113,13 @@ class TrainingConfig:
         check_number("tracking_phase_nb_segments_init", self.tracking_phase_nb_segments_init, at_least=1)
         if self.add_a_tracking_validation_phase and self.tracking_mask is None:
             raise ValueError("add_a_tracking_validation_phase: requires tracking_mask, the name of a volume group.")
+        if self.monitor in PHASE_METRICS and not (
+            self.add_a_tracking_validation_phase and self.tracking_phase_frequency == 1
+        ):
+            raise ValueError(
+                f"monitor: {self.monitor} requires add_a_tracking_validation_phase, with "
+                "a tracking_phase_frequency of 1. To validate less often, use validate_every."
+            )
         check_number("rng", self.rng, at_least=0, below=1 << 64)
         if self.data_rng is not None:
             check_number("data_rng", self.data_rng, at_least=0, below=1 << 64)
