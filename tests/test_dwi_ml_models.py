@@ -278,3 +278,9 @@ def test_code_in_a_model_state_is_not_run(cli, tmp_path):
     torch.save({"a": Harmful()}, tmp_path / "cos" / "model_state.pkl")
     cli("import-dwi-ml", tmp_path / "cos", tmp_path / "model").check_refusal("cannot be read as named tensors")
     assert not (tmp_path / "harm").exists()
+
+
+def test_an_exported_model_has_the_step_of_the_dataset_that_it_was_trained_on(cli, stopped_early, tmp_path):
+    assert cli("export-dwi-ml", stopped_early / "run", tmp_path / "exported").code == 0
+    (path,) = (tmp_path / "exported").rglob("parameters.json")
+    assert json.loads(path.read_text())["step_size"] == 0.5

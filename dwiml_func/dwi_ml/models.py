@@ -25,6 +25,7 @@ from dwiml_func.dwi_ml.transformers import MODEL_TYPES, joined_state, split_stat
 from dwiml_func.dwi_ml.upgrade import upgraded_parameters, upgraded_state
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import LoadedModel, filled_model
+from dwiml_func.experiment.training_facts import TRAINED_ON
 from dwiml_func.files.archive import check_archive
 from dwiml_func.files.atomic import atomic_directory
 from dwiml_func.models.config import build_model
@@ -122,6 +123,9 @@ def write_dwi_ml_model(path: str | Path, model: LoadedModel, *, experiment_name:
     if parameters is None:
         nb_features = model.module.nb_features
         parameters = parameters_of(model.config, nb_features=nb_features, experiment_name=experiment_name)
+        if not any(parameters.get(name) for name in ("step_size", "nb_points", "compress_lines")):
+            # The streamlines were not resampled: dwi_ml's tracker then needs the step that the dataset has.
+            parameters["step_size"] = model.facts.get(TRAINED_ON, {}).get("step_size")
     kind, state = model.config.model.model, model.module.state_dict()
     if kind != "learn2track":
         state = split_state(state, max_len=parameters["max_len"])
