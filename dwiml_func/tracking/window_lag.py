@@ -22,7 +22,7 @@ from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, init_track_state
 from dwiml_func.tracking.step import track_step
 
-__all__ = ["LagWindows", "choose_windows", "continue_lines", "window_lags"]
+__all__ = ["LagWindows", "choose_windows", "continue_lines", "even_step", "window_lags"]
 
 EVERY_MM = 30.0
 READ_MM = 60.0
@@ -100,7 +100,7 @@ def choose_windows(
     subject = dataset.index.subject_of(ids)
     sizes = dataset.voxel_sizes[torch.from_numpy(subject)]
     lines = resample_streamlines(dataset.streamlines.select(ids), sizes, resampling or Resampling())
-    step = _even_step(lines, sizes)
+    step = even_step(lines, sizes)
     if step is None:
         return None
     num_read = round(READ_MM / step)  # points before the cut
@@ -225,7 +225,7 @@ def _given_lines(state: TrackState, given: Streamlines) -> TrackState:
     )
 
 
-def _even_step(lines: Streamlines, voxel_sizes: Tensor) -> float | None:
+def even_step(lines: Streamlines, voxel_sizes: Tensor) -> float | None:
     """The step in mm of streamlines that are cut evenly; None where steps differ by more than a fifth."""
     sizes = voxel_sizes.repeat_interleave(lines.lengths, dim=0)
     steps = torch.linalg.vector_norm((lines.points * sizes).double().diff(dim=0), dim=1)

@@ -1,0 +1,174 @@
+"""Three ways to ask how well a model tracks, and the scores of each.
+
+*continue*: the first 6 mm of each held-out streamline are given. *free*: seeds anywhere in a mask, followed both ways.
+*core*: seeds within half a voxel of points of the held-out streamlines, followed both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dwiml_func.core.rng import Key, Stream, fold_in
+from dwiml_func.data.bundles import Bundles
+from dwiml_func.data.streamlines import Streamlines, offsets_of
+from dwiml_func.tracking.lag import lags
+from dwiml_func.tracking.random_numbers import uniforms
+from dwiml_func.tracking.scores import ReferenceBundle, score_lines
+from dwiml_func.tracking.seeds import seeds_in_mask
+from dwiml_func.tracking.space import TrackingSpace
+from dwiml_func.tracking.spec import TrackingSpec
+from dwiml_func.tracking.state import StepModel
+from dwiml_func.tracking.track import track
+from dwiml_func.tracking.window_lag import continue_lines
+
+__all__ = ["LAG_MM", "Protocol", "ProtocolScores", "score_protocols"]
+
+Protocol = Literal["continue", "free", "core"]
+"""What a model is given; see the module."""
+
+LAG_MM = (10.0, 20.0, 40.0, 80.0)
+"""Ways from the start at which the lag is measured."""
+
+GIVEN_MM = 6.0
+NUM_FREE, NUM_CORE = 1000, 500
+_CORE = 0xC0E  # of the tracking stream's random numbers
+
+
+class ProtocolScores(NamedTuple):
+    """Shares of the streamlines that are not shorter than `min_length`.
+
+    num_started: seeds, or held-out streamlines.
+    num_streamlines: how many of them gave such a streamline.
+    valid: join both ends of a bundle and run along it, see `score_lines`; of *continue* those of their own bundle.
+    both_ends: join both ends.
+    lag_mm: only of *continue*: mean distance in mm from the real streamline after 10, 20, 40 and 80 mm.
+
+    Example:
+        >>> ProtocolScores._fields
+        ('num_started', 'num_streamlines', 'valid', 'both_ends', 'lag_mm')
+    """
+
+    num_started: int
+    num_streamlines: int
+    valid: float
+    both_ends: float
+    lag_mm: tuple[float, ...] | None
+
+
+def score_protocols(
+    model: StepModel,
+    real: Streamlines,
+    bundles: Bundles,
+    references: Sequence[ReferenceBundle],
+    *,
+    space: TrackingSpace,
+    spec: TrackingSpec,
+    seeding_mask: Tensor | None,
+    key: Key,
+) -> dict[Protocol, ProtocolScores]:
+    """Track by the three protocols, and score what comes.
+
+    Args:
+        model: the model, in evaluation mode.
+        real: the held-out streamlines of one subject, voxel space, corner origin, sampled as for the model.
+        bundles: of which bundle each is.
+        references: their bundles, in mm; see `reference_bundles`.
+        space: the subject's volume.
+        spec: the options; `track_forward_only` does not count, nor `min_length` for *continue*.
+        seeding_mask: (X, Y, Z), for *free*; None leaves it out.
+        key: of the seeds.
+
+    Returns:
+        The scores by protocol.
+
+    Example:
+        >>> score_protocols(model, real, bundles, references, **where)["free"].valid  # doctest: +SKIP
+        0.31
+    """
+    sizes = torch.tensor(space.voxel_sizes)
+    scores: dict[Protocol, ProtocolScores] = {}
+    names = [reference.name for reference in references]
+    expected = np.array([names.index(bundles.names[number]) for number in bundles.ids])
+    given, ahead = _split(real, sizes, GIVEN_MM)
+    added = continue_lines(given, model=model, space=space, spec=spec, distance=spec.max_length)
+    lag = lags(_in_mm(added, sizes), _in_mm(ahead, sizes), LAG_MM)
+    with np.errstate(invalid="ignore"):
+        mean_lag = np.nansum(lag, axis=0) / np.isfinite(lag).sum(axis=0)
+    whole = _in_mm(_joined(given, added), sizes)
+    scores["continue"] = _scores(whole, len(real), references, expected)._replace(lag_mm=tuple(mean_lag.tolist()))
+    both_ways = replace(spec, track_forward_only=False)
+    seeds: dict[Protocol, Tensor] = {}
+    if seeding_mask is not None:
+        seeds["free"] = seeds_in_mask(seeding_mask, nt=NUM_FREE, key=key)
+    seeds["core"] = _seeds_near(real.points, space, key)
+    for protocol, where in seeds.items():
+        found = list(track(where, model=model, space=space, spec=both_ways, key=key))
+        lines = Streamlines(
+            torch.cat([tracked.streamlines.points for tracked in found]),
+            offsets_of(torch.cat([tracked.streamlines.lengths for tracked in found])),
+        )
+        scores[protocol] = _scores(_in_mm(lines, sizes), len(where), references, None)
+    return scores
+
+
+def _scores(
+    lines: Streamlines, num_started: int, references: Sequence[ReferenceBundle], expected: NDArray[np.int64] | None
+) -> ProtocolScores:
+    found = score_lines(lines, references, expected=expected)
+    num = len(lines)
+    valid, both_ends = (int(kind.sum()) / num if num else 0.0 for kind in (found.valid, found.both_ends))
+    return ProtocolScores(num_started, num, valid, both_ends, None)
+
+
+def _seeds_near(points: Tensor, space: TrackingSpace, key: Key) -> Tensor:
+    """Seeds (500, 3) within half a voxel, along each axis, of points (P, 3), and within the volume."""
+    number = torch.arange(NUM_CORE)
+    random = uniforms(fold_in(key, Stream.TRACK, _CORE), number, torch.zeros_like(number))
+    chosen = points[(random[:, 3] * len(points)).long().clamp(max=len(points) - 1)]
+    most = torch.tensor(space.volume.shape[:3]) - 1e-3
+    return torch.minimum((chosen + random[:, :3] - 0.5).clamp(min=0), most).float()
+
+
+def _split(lines: Streamlines, sizes: Tensor, distance: float) -> tuple[Streamlines, Streamlines]:
+    """The points of each line up to a way in mm from its start, at least two where it has them; and the rest, from the
+    last of those on."""
+    steps = torch.linalg.vector_norm((lines.points * sizes).double().diff(dim=0, prepend=lines.points[:1]), dim=1)
+    steps[lines.offsets[:-1]] = 0
+    travelled = steps.cumsum(0)
+    line = torch.arange(len(lines)).repeat_interleave(lines.lengths)
+    place = torch.arange(len(lines.points)) - lines.offsets[line]
+    way = travelled - travelled[lines.offsets[:-1]][line]
+    is_given = (way <= distance + 1e-3) | (place < 2)
+    num_given = torch.zeros(len(lines), dtype=torch.int64).index_add(0, line, is_given.long())
+    is_ahead = place >= (num_given - 1)[line]
+    return (
+        Streamlines(lines.points[is_given], offsets_of(num_given)),
+        Streamlines(lines.points[is_ahead], offsets_of(lines.lengths - num_given + 1)),
+    )
+
+
+def _joined(given: Streamlines, added: Streamlines) -> Streamlines:
+    """Lines and what was added from their last points on."""
+    lengths = given.lengths + added.lengths - 1
+    offsets = offsets_of(lengths)
+    line = torch.arange(len(given)).repeat_interleave(lengths)
+    place = torch.arange(int(offsets[-1])) - offsets[line]
+    is_added = place >= given.lengths[line]
+    rows = torch.where(
+        is_added,
+        added.offsets[line] + place - given.lengths[line] + 1,
+        given.offsets[line] + place,
+    )
+    both = torch.cat([given.points, added.points])
+    return Streamlines(both[rows + len(given.points) * is_added], offsets)
+
+
+def _in_mm(lines: Streamlines, sizes: Tensor) -> Streamlines:
+    return Streamlines(lines.points * sizes, lines.offsets)
