@@ -100,11 +100,11 @@ def test_each_epoch_batch_and_kind_has_a_stream_of_its_own():
     assert samples == [rng_of(KEY, *place).random() for place in places]
 
 
-def test_noise_that_may_turn_a_step_around_is_described():
-    too_large = Augmentation(noise_gaussian_size_forward=0.3, noise_gaussian_size_loss=0.2).too_large_for(1.0)
+def test_noise_of_targets_that_may_turn_a_step_around_is_described():
+    too_large = Augmentation(noise_gaussian_size_forward=0.2, noise_gaussian_size_loss=0.3).too_large_for(1.0)
     assert too_large is not None
-    assert too_large.startswith("noise_gaussian_size_forward 0.3: ")
-    assert Augmentation(noise_gaussian_size_forward=0.25).too_large_for(1.0) is None
+    assert too_large.startswith("noise_gaussian_size_loss 0.3: ")
+    assert Augmentation(noise_gaussian_size_forward=1.0, noise_gaussian_size_loss=0.25).too_large_for(1.0) is None
 
 
 @pytest.mark.parametrize("name", ["noise_gaussian_size_forward", "noise_gaussian_size_loss"])

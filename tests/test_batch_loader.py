@@ -351,7 +351,7 @@ def test_steps_are_in_mm_of_each_subjects_own_voxels_along_each_axis(mixed, orde
 @pytest.mark.parametrize(("size", "large"), [(0.24, False), (0.26, True)])
 def test_noise_is_compared_with_the_smallest_step_in_voxels(mixed, size, large):
     # A step of 2 mm is one voxel of the largest cubes, 2 mm: noise of 0.25 voxels reaches half of it.
-    spec = LoaderSpec(resampling=Resampling(step_size=2.0), augmentation=Augmentation(noise_gaussian_size_forward=size))
+    spec = LoaderSpec(resampling=Resampling(step_size=2.0), augmentation=Augmentation(noise_gaussian_size_loss=size))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         epoch_batches(mixed, SPEC, spec, key=KEY, epoch=0, augment_key=AUGMENT_KEY)
@@ -361,14 +361,14 @@ def test_noise_is_compared_with_the_smallest_step_in_voxels(mixed, size, large):
 @pytest.mark.parametrize(("size", "large"), [(0.49, False), (0.51, True)])
 def test_noise_is_in_mm_where_voxels_are_no_cubes(mixed, size, large):
     flat = dataclasses.replace(mixed, voxel_sizes=SIZES[[2, 2, 2]])
-    noise = Augmentation(noise_gaussian_size_forward=size, noise_gaussian_size_loss=size / 2)
+    noise = Augmentation(noise_gaussian_size_forward=size / 2, noise_gaussian_size_loss=size)
     spec = LoaderSpec(resampling=Resampling(step_size=2.0), augmentation=noise)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         epoch_batches(flat, SPEC, spec, key=KEY, epoch=0, augment_key=AUGMENT_KEY)
     assert ["half a step of 2 mm" in " ".join(str(w.message).split()) for w in caught] == [True] * large
     batch = load_batch(BatchRequest(np.arange(9), AUGMENT_KEY, 0, 0), dataset=flat, spec=spec)
-    for noisy, expected in ((batch.noisy_points, size), (batch.noisy_targets, size / 2)):
+    for noisy, expected in ((batch.noisy_points, size / 2), (batch.noisy_targets, size)):
         assert noisy is not None
         moved = (noisy - batch.points).double()
         assert (moved.std(dim=0) / expected - 0.96).abs().max() < 0.15  # a normal clipped at 2 has a std of 0.96

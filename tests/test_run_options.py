@@ -51,18 +51,22 @@ def test_the_example_options_apply_before_the_others_are_checked(cli, folder: Pa
     cli("train", folder, "new", PHANTOM, "--normalize-prev-dirs").check_refusal("nb_previous_dirs")
 
 
+RATE = "0.002*24 0.001*14 0.0005*10 0.0002*8 0.0001"
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ([], "--max-epochs 30 --learning-rate '0.002*20 0.0005' --weight-decay 0"),
-        (["--learning-rate", "0.1", "--weight-decay=0.5"], "--max-epochs 30"),
+        ([], f"--max-epochs 60 --ema 0.998 --learning-rate '{RATE}' --weight-decay 0 --clip-grad 1"),
+        (["--learning-rate", "0.1", "--weight-decay=0.5"], "--max-epochs 60 --ema 0.998 --clip-grad 1"),
     ],
 )
 def test_only_example_options_that_are_not_overridden_are_printed(given: list[str], kept: str) -> None:
     options = parse(RunOptions, given, "", default=example_options())
     assert (
         shlex.join(kept_example_options(options))
-        == f"{kept} --clip-grad 1 --nb-previous-dirs 1 --batch-size-training 10"
+        == f"{kept} --nb-previous-dirs 1 --batch-size-training 10 --step-size 2 --noise-gaussian-size-forward 1 "
+        "--reverse-ratio 0.5"
     )
     assert kept_example_options(RunOptions()) == []
 

@@ -89,7 +89,7 @@ class Options(CommandOptions, RunOptions):
 
         if len(list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))) < 3:
             with contextlib.suppress(ValueError, OSError, SystemExit):  # an error shows again below
-                options = read(example_options(early.dg_key), is_silent=True)
+                options = read(example_options(early.dg_key, early.model), is_silent=True)
                 if options.hdf5_file is None:
                     return options
         return read(RunOptions())
@@ -101,6 +101,7 @@ class _Early:
 
     config: str | None = None
     dg_key: str = ModelConfig.dg_key
+    model: str = ModelConfig.model
 
 
 def run(options: Options) -> int:

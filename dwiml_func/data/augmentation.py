@@ -71,25 +71,25 @@ class Augmentation:
         return self != Augmentation()
 
     def too_large_for(self, step: float, unit: str = "voxels") -> str | None:
-        """Name the noise that could flip a direction: it reaches 2 standard deviations, at both ends of a step.
+        """Name the noise of the targets that could flip a direction: it reaches 2 standard deviations, at both ends of
+        a step. Noise of the points that the model sees is another matter: a voxel of it teaches to track.
 
         Args:
             step: distance between two points in voxels, or in mm where voxels are not cubes.
             unit: that of the step, "voxels" or "mm".
 
         Returns:
-            One line where a noise reaches beyond half a step; else None.
+            One line where the noise reaches beyond half a step; else None.
 
         Example:
             >>> Augmentation(noise_gaussian_size_loss=0.1).too_large_for(1.0) is None
             True
         """
-        sizes = {"forward": self.noise_gaussian_size_forward, "loss": self.noise_gaussian_size_loss}
-        large = [f"noise_gaussian_size_{kind} {size:g}" for kind, size in sizes.items() if _CLIP * size > step / 2]
-        if not large:
+        size = self.noise_gaussian_size_loss
+        if _CLIP * size <= step / 2:
             return None
         return (
-            f"{' and '.join(large)}: noise may flip directions. It reaches {_CLIP:g} standard deviations, "
+            f"noise_gaussian_size_loss {size:g}: noise may flip directions. It reaches {_CLIP:g} standard deviations, "
             f"more than half a step of {step:.3g} {unit}"
         )
 
