@@ -19,6 +19,7 @@ from dwiml_func.experiment.config import (
     TrainingConfig,
     config_from_json,
 )
+from dwiml_func.experiment.window_lag import WINDOW_LAG
 from dwiml_func.files.json import parse_json, read_config_file
 
 __all__ = ["RunOptions", "example_options", "kept_example_options", "read_config_part"]
@@ -80,7 +81,7 @@ def example_options(dg_key: str = "cosine-regression", model: str = "learn2track
     """The options for the built-in example data, where the user gives no others: a recipe that tracks.
 
     Steps of a voxel, a voxel of noise on the points that the model sees, streamlines of both orientations, a low rate
-    at the end and averaged weights: without any of them, lines drift off (see benchmarks/README.md). The defaults of
+    at the end and averaged weights. The window lag chooses the best epoch, as the loss ranks models backwards. The defaults of
     the options are dwi_ml's, for far larger datasets. Sphere classification needs larger steps of the optimizer, as the
     data contain few examples of each of its 724 classes.
     """
@@ -94,7 +95,9 @@ def example_options(dg_key: str = "cosine-regression", model: str = "learn2track
         )
     rate = "0.002*24 0.001*14 0.0005*10 0.0002*8 0.0001"
     return RunOptions(
-        training=TrainingConfig(max_epochs=60, learning_rate=(rate,), weight_decay=0.0, clip_grad=1.0, ema=0.998),
+        training=TrainingConfig(
+            max_epochs=60, learning_rate=(rate,), weight_decay=0.0, clip_grad=1.0, ema=0.998, monitor=WINDOW_LAG
+        ),
         model=_example_model(model),
         batches=BatchConfig(batch_size_training=10, step_size=2.0, noise_gaussian_size_forward=1.0, reverse_ratio=0.5),
     )

@@ -19,8 +19,13 @@ Keep going straight repeats the direction of the previous step. Its error is the
 for short steps; a tracker that did this would never turn."""
 
 
-def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, subset: str) -> str:
-    """The summary as lines of text; `evaluation` is the best model's, on the subset "validation" or "training"."""
+def format_summary(
+    history: Sequence[EpochReport], evaluation: Evaluation, *, subset: str, tracking: str | None = None
+) -> str:
+    """The summary as lines of text; `evaluation` is the best model's, on the subset "validation" or "training".
+
+    `tracking` says how it tracks, which is what it is for: so that comes before the angular errors.
+    """
     last, best = history[-1], history[(history[-1].best.epoch or 1) - 1]
     minutes = sum(report.train_minutes + report.valid_minutes for report in history)
     reason = {"patience": "stopped early", "max_epochs": "finished", None: "stopped"}[last.stop]
@@ -32,6 +37,7 @@ def format_summary(history: Sequence[EpochReport], evaluation: Evaluation, *, su
         + (f", validation loss {means['loss']:.4f}" if best.valid and "loss" in means else "")
         + ("" if best.monitor == "loss" else f", monitored {best.monitor} {last.best.value:.4f}"),
         *_window_lags(history, best),
+        *([] if tracking is None else [tracking]),
         f"Mean angular error of the best model on the {subset} subjects,",
         f"at the {evaluation.num_points} points of {evaluation.num_streamlines} streamlines that have a previous "
         "direction:",

@@ -14,6 +14,7 @@ from dwiml_func.checkpoint.history import one_an_epoch
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
 from dwiml_func.cli._summary import format_summary
+from dwiml_func.cli._tracking_summary import format_tracking
 from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
@@ -76,9 +77,10 @@ def print_end(directory: Path, parts: RunParts, history: Sequence[EpochReport]) 
     if history[-1].best.epoch is None:
         print(f"No epoch had a finite {parts.config.training.monitor}, so there is no best model.")
         return
-    evaluation = finish_run(directory, parts, history)
+    evaluation, tracking = finish_run(directory, parts, history)
     print_progress("")
-    print(format_summary(history, evaluation, subset=parts.data.evaluation.subset))
+    how = None if tracking is None else format_tracking(tracking)
+    print(format_summary(history, evaluation, subset=parts.data.evaluation.subset, tracking=how))
 
 
 def _print_compilation(parts: RunParts) -> None:

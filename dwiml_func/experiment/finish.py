@@ -5,31 +5,49 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation, evaluate_best_model, is_evaluated, write_evaluation
+from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.plots import run_figure_path, save_run_figure
 from dwiml_func.experiment.setup import RunParts
+from dwiml_func.experiment.tracking_evaluation import (
+    TrackingEvaluation,
+    evaluate_tracking,
+    write_tracking_evaluation,
+)
 
-__all__ = ["finish_run", "is_whole"]
+__all__ = ["Finished", "finish_run", "is_whole"]
 
 
-def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport]) -> Evaluation:
-    """Evaluate the best model of these epochs, and write the result and the figure into the experiment.
+class Finished(NamedTuple):
+    """How good the best model is; `tracking` is None where the data do not say of which bundle streamlines are."""
+
+    evaluation: Evaluation
+    tracking: TrackingEvaluation | None
+
+
+def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport]) -> Finished:
+    """Evaluate the best model of these epochs, and write the results and the figure into the experiment.
 
     The old figure goes first, so that `is_whole` finds out where a kill came in between. What cannot be written is only
     a warning.
     """
     evaluation, last = evaluate_best_model(directory, parts), history[-1]
-    subset = parts.data.evaluation.subset
+    subset, best = parts.data.evaluation.subset, last.best.epoch or 0
+    module = load_model(directory / "best_model").module
+    tracking = evaluate_tracking(module, parts.data.evaluation, parts.config)
     try:
         run_figure_path(directory).unlink(missing_ok=True)
-        write_evaluation(directory, evaluation, epoch=last.best.epoch or 0, subset=subset, num_epochs=last.epoch)
+        if tracking is not None:
+            write_tracking_evaluation(directory, tracking, epoch=best)
+        write_evaluation(directory, evaluation, epoch=best, subset=subset, num_epochs=last.epoch)
     except OSError as error:
         logging.getLogger(__name__).warning("The evaluation was not written: %s", error)
     save_run_figure(directory)
-    return evaluation
+    return Finished(evaluation, tracking)
 
 
 def is_whole(directory: Path) -> bool:

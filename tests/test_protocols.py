@@ -1,0 +1,115 @@
+"""Claims about the three protocols of tracking, on a bundle of straight lines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dwiml_func.cli._tracking_summary import format_tracking
+from dwiml_func.core.rng import Key
+from dwiml_func.data.bundles import Bundles
+from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.experiment.tracking_evaluation import TrackingEvaluation
+from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
+from dwiml_func.tracking.protocols import ProtocolScores, score_protocols
+from dwiml_func.tracking.scores import reference_bundles
+from dwiml_func.tracking.space import TrackingMask, TrackingSpace
+from dwiml_func.tracking.spec import TrackingSpec
+
+SIZES = (2.0, 2.0, 2.0)
+LINES = [[[x / 2, 4 + 0.2 * y, 4.0] for x in range(4, 77)] for y in range(6)]  # 36 voxels, 72 mm, of steps of 1 mm
+BUNDLES = Bundles(("straight",), np.zeros(6, dtype=np.int64))
+SPEC = TrackingSpec(step_size=1.0)
+
+
+class AlongX(KeepStraight):
+    """Knows the bundle's direction at a seed too."""
+
+    def run_step(self, inputs: Any, dirs: Any, state: Any = None, /) -> tuple[Any, Any]:
+        ahead = torch.tensor([1.0, 0.0, 0.0]).expand(len(dirs), 3)
+        return torch.where((dirs[:, :1] < 0), -ahead, ahead), ()
+
+
+def scores(model: Any, *, mask: torch.Tensor | None = None, spec: TrackingSpec = SPEC) -> dict[Any, ProtocolScores]:
+    real = Streamlines.from_list(LINES)
+    inside = torch.zeros(40, 10, 10)
+    inside[2:38, 3:6, 3:6] = 1
+    space = TrackingSpace(
+        volume=torch.zeros(40, 10, 10, 28),
+        voxel_sizes=SIZES,
+        mask=TrackingMask(values=inside if mask is None else mask),
+    )
+    in_mm = Streamlines(real.points * 2, real.offsets)
+    references = reference_bundles(in_mm, BUNDLES)
+    return score_protocols(model, real, BUNDLES, references, space=space, spec=spec, seeding_mask=inside, key=Key(1))
+
+
+def test_who_knows_the_way_is_valid_and_does_not_lag() -> None:
+    found = scores(AlongX())
+    assert list(found) == ["continue", "free", "core"]
+    assert (found["continue"].num_started, found["free"].num_started, found["core"].num_started) == (6, 1000, 500)
+    assert found["continue"].valid == found["core"].both_ends == 1.0
+    assert found["free"].num_streamlines == 1000
+    lag = found["continue"].lag_mm
+    assert lag is not None
+    assert max(lag[:3]) < 1e-3
+    assert np.isnan(lag[3])  # no line has 80 mm after its first 6
+    assert found["core"].valid > found["free"].valid  # from a corner of the mask a line runs beside the bundle
+    assert found["free"].both_ends > 0.9
+
+
+def test_keeping_straight_needs_a_start() -> None:
+    found = scores(KeepStraight())
+    assert found["continue"].valid == 1.0
+    assert (found["free"].num_streamlines, found["free"].valid, found["core"].valid) == (0, 0.0, 0.0)
+
+
+def test_stopping_early_wins_nothing() -> None:
+    """Within half of the mask nothing joins the ends, and the lag grows with the way that was not gone."""
+    half = torch.zeros(40, 10, 10)
+    half[2:20] = 1
+    found = scores(AlongX(), mask=half)
+    lag = found["continue"].lag_mm
+    assert found["continue"].valid == 0.0
+    assert lag is not None
+    assert lag[0] < 1e-3
+    assert lag[2] == pytest.approx(10.0, abs=1.1)  # 30 mm to the edge and the point behind it, of 40
+
+
+def test_short_lines_are_no_streamlines() -> None:
+    few = scores(AlongX(), spec=replace(SPEC, min_length=200.0, max_length=300.0))
+    assert (few["free"].num_streamlines, few["free"].valid) == (0, 0.0)
+
+
+def test_the_principal_direction_is_that_of_the_baseline_on_the_side_of_the_line() -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(20, 28, generator=generator) * 0.02
+    inputs[:, 0] = 1.5  # the mean of the signal
+    tracker = PrincipalDirection({"sh_order": 6})
+    at_seed, _ = tracker.run_step(inputs, torch.zeros(20, 3))
+    torch.testing.assert_close(at_seed.norm(dim=1), torch.ones(20))
+    dirs = -at_seed + 0.1 * torch.randn(20, 3, generator=generator)
+    turned, _ = tracker.run_step(inputs, dirs)
+    torch.testing.assert_close(turned, -at_seed)
+
+
+def test_the_summary_says_all_shares_beside_the_ceiling() -> None:
+    model = {
+        "continue": ProtocolScores(6, 6, 0.5, 0.75, (1.0, 2.0, 3.0, 4.0)),
+        "core": ProtocolScores(9, 8, 0.25, 0.5, None),
+    }
+    text = format_tracking(
+        TrackingEvaluation(
+            subject="anna", subset="validation", step_size=2.0, has_mask=False, scores={"model": model},  # pyright: ignore[reportArgumentType]
+            ceiling_valid=0.84, ceiling_both_ends=0.88,
+        )
+    )  # fmt: skip
+    assert "validation subject anna, steps of 2 mm" in text
+    assert "0.50 (0.75)" in text
+    assert "0.84 (0.88)" in text
+    assert "after 10, 20, 40, 80 mm: 1.0, 2.0, 3.0, 4.0 mm" in text
+    assert "free" not in text
