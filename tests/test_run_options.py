@@ -57,8 +57,15 @@ RATE = "0.002*24 0.001*14 0.0005*10 0.0002*8 0.0001"
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
-        ([], f"--max-epochs 60 --ema 0.998 --learning-rate '{RATE}' --weight-decay 0 --clip-grad 1"),
-        (["--learning-rate", "0.1", "--weight-decay=0.5"], "--max-epochs 60 --ema 0.998 --clip-grad 1"),
+        (
+            [],
+            f"--max-epochs 60 --monitor tracking_window_lag --ema 0.998 --learning-rate '{RATE}' --weight-decay 0 "
+            "--clip-grad 1",
+        ),
+        (
+            ["--learning-rate", "0.1", "--weight-decay=0.5"],
+            "--max-epochs 60 --monitor tracking_window_lag --ema 0.998 --clip-grad 1",
+        ),
     ],
 )
 def test_only_example_options_that_are_not_overridden_are_printed(given: list[str], kept: str) -> None:

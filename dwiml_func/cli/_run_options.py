@@ -77,18 +77,20 @@ def read_config_part(path: str | Path, base: RunOptions) -> tuple[RunOptions, st
     return RunOptions.from_config(config), config.hdf5_file or None
 
 
-def example_options(dg_key: str = "cosine-regression", model: str = "learn2track") -> RunOptions:
+def example_options(
+    dg_key: str = "cosine-regression", model: str = "learn2track", monitor: str = WINDOW_LAG
+) -> RunOptions:
     """The options for the built-in example data, where the user gives no others: a recipe that tracks.
 
     Steps of a voxel, a voxel of noise on the points that the model sees, streamlines of both orientations, a low rate
-    at the end and averaged weights. The window lag chooses the best epoch, as the loss ranks models backwards. The defaults of
-    the options are dwi_ml's, for far larger datasets. Sphere classification needs larger steps of the optimizer, as the
-    data contain few examples of each of its 724 classes.
+    at the end and averaged weights. The window lag chooses the best epoch, as the loss ranks models backwards. The
+    defaults of the options are dwi_ml's, for far larger datasets. Sphere classification needs larger steps of the
+    optimizer, as the data contain few examples of each of its 724 classes.
     """
     if dg_key == "sphere-classification":
         return RunOptions(
             training=TrainingConfig(
-                max_epochs=30, learning_rate=("0.005*20 0.001",), weight_decay=0.0, clip_grad=1.0, ema=0.99
+                max_epochs=30, learning_rate=("0.005*20 0.001",), weight_decay=0.0, clip_grad=1.0, monitor=monitor
             ),
             model=_example_model(model, use_skip_connection=True),
             batches=BatchConfig(batch_size_training=10, step_size=2.0, reverse_ratio=0.5),
@@ -96,7 +98,7 @@ def example_options(dg_key: str = "cosine-regression", model: str = "learn2track
     rate = "0.002*24 0.001*14 0.0005*10 0.0002*8 0.0001"
     return RunOptions(
         training=TrainingConfig(
-            max_epochs=60, learning_rate=(rate,), weight_decay=0.0, clip_grad=1.0, ema=0.998, monitor=WINDOW_LAG
+            max_epochs=60, learning_rate=(rate,), weight_decay=0.0, clip_grad=1.0, ema=0.998, monitor=monitor
         ),
         model=_example_model(model),
         batches=BatchConfig(batch_size_training=10, step_size=2.0, noise_gaussian_size_forward=1.0, reverse_ratio=0.5),
@@ -119,5 +121,12 @@ def kept_example_options(options: RunOptions) -> list[str]:
             value = getattr(values, each.name)
             if value == getattr(example[part], each.name) != getattr(defaults[part], each.name):
                 kept.append(f"--{each.name.replace('_', '-')}")
-                kept += [] if value is True else [" ".join(value) if isinstance(value, tuple) else f"{value:g}"]
+                kept += [] if value is True else [_text(value)]
     return kept
+
+
+def _text(value: Any) -> str:
+    """A value as on a command line."""
+    if isinstance(value, tuple):
+        return " ".join(value)
+    return value if isinstance(value, str) else f"{value:g}"

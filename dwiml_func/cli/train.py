@@ -29,6 +29,8 @@ from dwiml_func.experiment.init_from import create_initialized, initialize_from
 from dwiml_func.experiment.resume import check_same_ensemble, check_same_run, resume_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.sweep import member_configs
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.experiment.window_lag import WINDOW_LAG
 from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["Options", "run"]
@@ -89,7 +91,7 @@ class Options(CommandOptions, RunOptions):
 
         if len(list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))) < 3:
             with contextlib.suppress(ValueError, OSError, SystemExit):  # an error shows again below
-                options = read(example_options(early.dg_key, early.model), is_silent=True)
+                options = read(example_options(early.dg_key, early.model, early.monitor), is_silent=True)
                 if options.hdf5_file is None:
                     return options
         return read(RunOptions())
@@ -102,6 +104,15 @@ class _Early:
     config: str | None = None
     dg_key: str = ModelConfig.dg_key
     model: str = ModelConfig.model
+    num_models: int = 1
+    sweep: tuple[str, ...] = ()
+    skip_window_lag: bool = False
+
+    @property
+    def monitor(self) -> str:
+        """What chooses the best epoch on the example data; ensembles have no window lag."""
+        has_none = self.num_models > 1 or self.sweep or self.skip_window_lag
+        return TrainingConfig.monitor if has_none else WINDOW_LAG
 
 
 def run(options: Options) -> int:
