@@ -73,7 +73,7 @@ def test_one_run_has_five_axes_with_titles_units_and_data() -> None:
     assert lines(loss)["best epoch (4)"] == [1 / 8]
     assert loss.get_yscale() == "log"
     assert list(lines(angle)) == [
-        *("training", "validation", "best model at the baselines' points (9.00°)"),
+        *("training", "validation", "best model (9.00°)"),
         *("keep going straight (4.00°)", "principal direction (11.50°)"),
     ]
     assert lines(angle)["keep going straight (4.00°)"].tolist() == [4.0, 4.0]

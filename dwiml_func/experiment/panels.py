@@ -123,7 +123,7 @@ def _apart(panel: Panel, run: PlottedRun, number: int) -> None:
     if metric is None:
         return
     is_lag = metric == WINDOW_LAG
-    panel.name(*(("Window lag", "mean distance after 20 mm alone (mm)") if is_lag else ("Monitored metric", metric)))
+    panel.name(*(("Window lag", "distance after 20 mm alone (mm)") if is_lag else ("Monitored metric", metric)))
     _train_and_valid(panel, run, number, metric)
     _ring(panel, run, number, metric)
 
@@ -151,7 +151,7 @@ def angular_errors(panel: Panel, run: PlottedRun, number: int) -> None:
     best, value = run.history[-1].best.epoch, run.evaluation.model if run.evaluation else math.nan
     if best is not None and math.isfinite(value):
         diamond = {"marker": "D", "markersize": 7, "linestyle": "none"}
-        text = "best model at the baselines' points"
+        text = "best model"
         panel.draw(best, value, number, text, note=f" ({value:.2f}°)", colour=_BLACK, **diamond)
 
 

@@ -1,5 +1,6 @@
 """Tracking: from a trained model and seeds to streamlines, and from streamlines to scores, as pure functions."""
 
+from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
 from dwiml_func.tracking.connectivity import (
     ConnectivityScores,
     connection_counts,
@@ -11,6 +12,7 @@ from dwiml_func.tracking.connectivity import (
 from dwiml_func.tracking.lag import final_distances, lags, remainder
 from dwiml_func.tracking.overlap import Overlap, overlap_within, voxel_overlap
 from dwiml_func.tracking.processes import track_in_processes
+from dwiml_func.tracking.protocols import ProtocolScores, score_protocols
 from dwiml_func.tracking.scores import (
     BundleScores,
     LineScores,
@@ -32,9 +34,12 @@ from dwiml_func.tracking.window_lag import LagWindows, choose_windows, continue_
 __all__ = [
     "BundleScores",
     "ConnectivityScores",
+    "KeepStraight",
     "LagWindows",
     "LineScores",
     "Overlap",
+    "PrincipalDirection",
+    "ProtocolScores",
     "ReferenceBundle",
     "TrackState",
     "Tracked",
@@ -57,6 +62,7 @@ __all__ = [
     "regions_of_labels",
     "remainder",
     "score_lines",
+    "score_protocols",
     "score_tractogram",
     "seeds_in_mask",
     "track",
