@@ -216,6 +216,7 @@ def replay_start(
 def start_problems(
     state: TrainState, start: str | None, reports: Mapping[int, EpochReport], origin: Origin | None = None
 ) -> list[str]:
+    """How the start of the replay differs from what was recorded."""
     if origin is not None and start == origin.checkpoint:
         recorded = origin.start_digest
     else:
