@@ -259,7 +259,8 @@ def test_a_learning_rate_that_cannot_be_read_is_refused(rates):
 
 def test_learning_rates_may_come_in_one_text_or_several():
     for rates in (("0.001*3 0.0001",), ("0.001*3", "0.0001")):
-        assert [TrainingConfig(learning_rate=rates).schedule(epoch) for epoch in range(5)] == [0.001] * 3 + [0.0001] * 2
+        schedule: Any = TrainingConfig(learning_rate=rates).schedule
+        assert [schedule(epoch) for epoch in range(5)] == [0.001] * 3 + [0.0001] * 2
 
 
 @pytest.mark.parametrize(

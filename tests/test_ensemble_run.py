@@ -7,6 +7,7 @@ import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,7 +89,8 @@ def test_learning_rates_and_decays_are_swept(tmp_path, cli):
     assert cli("train", tmp_path, "alone", PHANTOM, *OPTIONS, *numbers).code == 0
     (tmp_path / "sweep" / "3").rename(tmp_path / "moved")
     alone, moved = read_config(tmp_path / "alone"), read_config(tmp_path / "moved")
-    alone_rates, moved_rates = ([own.training.schedule(epoch) for epoch in range(3)] for own in (alone, moved))
+    schedules: list[Any] = [own.training.schedule for own in (alone, moved)]
+    alone_rates, moved_rates = ([schedule(epoch) for epoch in range(3)] for schedule in schedules)
     assert alone_rates == moved_rates == [0.002, 0.001, 0.001]
     same = replace(moved, training=replace(moved.training, learning_rate=alone.training.learning_rate))
     (tmp_path / "moved" / "config.json").write_text(same.to_json())

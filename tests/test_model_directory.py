@@ -22,6 +22,7 @@ from dwiml_func.experiment.config import ModelConfig, RunConfig
 from dwiml_func.experiment.model_store import load_model, save_model
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import Learn2Track
+from dwiml_func.models.transformers.transformer import Transformer
 
 CONFIG = ModelConfig(rnn_key="gru", rnn_layer_sizes=(8, 4), nb_previous_dirs=2, dropout=0.25, dg_dropout=0.125)
 
@@ -34,7 +35,7 @@ def batch() -> StreamlineBatch:
 
 
 @pytest.fixture(scope="module")
-def model() -> Learn2Track:
+def model() -> Learn2Track | Transformer:
     torch.manual_seed(3)
     return build_model(CONFIG, nb_features=6)
 

@@ -142,7 +142,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def first_steps(data: Path, options: dict[str, Any]) -> tuple[Any, ...]:
     """The start of a run: the plan of its batches, losses of two training and one validation batch, the parameters."""
-    small = {"batch_size_training": 8, "batch_size_validation": 8}
+    small: dict[str, Any] = {"batch_size_training": 8, "batch_size_validation": 8}
     if "model" not in options:
         small["rnn_layer_sizes"] = (8,)
     options = small | options

@@ -236,7 +236,7 @@ def test_once_a_deferred_check_failed_nothing_is_saved_and_the_last_good_checkpo
         elif stopped:
             stop.signal = signal.SIGTERM
 
-    deferring = replace(parts, step=partial(parts.step, non_finite="defer"))
+    deferring = replace(parts, step=partial(parts.step, non_finite="defer"))  # pyright: ignore[reportCallIssue]
     with pytest.raises(TrainingStopped if stopped else NonFiniteError, match=r"not finite in epoch 2, batch \d"):
         list(run_experiment(directory, deferring, on_batch=on_batch, stop=stop))
     parts, state, history = resume_experiment(directory)

@@ -60,7 +60,8 @@ def test_an_epoch_is_verified_with_the_scripts_own_functions(tmp_path: Path) -> 
     found = verify(directory, **OPTIONS)
     assert (found.epoch, found.start, found.problems, found.is_replayed) == (3, "2", (), True)
     assert found.digest is not None
-    other = verify(directory, **OPTIONS | {"learning_rate": 0.051})
+    others: Any = OPTIONS | {"learning_rate": 0.051}
+    other = verify(directory, **others)
     assert any("digest of the state" in problem for problem in other.problems)
     assert any("first leaf that differs" in problem for problem in other.problems)
     assert any(problem.startswith("learning_rate: 0.05 recorded, 0.051 replayed") for problem in other.problems)

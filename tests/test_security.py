@@ -288,7 +288,7 @@ def literal(key: bytes, value: bytes) -> Callable[[bytes], bytes]:
         (put("training", "learning_rate", to=["1*1000000"] * 100 + ["1"]), "Learning rate"),
         (put("training", "learning_rate", to=["x" * 100_000]), "Learning rate"),
         (put("model", "rnn_layer_sizes", to=[8] * 100_000), "rnn_layer_sizes"),
-        (put("model", "rnn_layer_sizes", to=[2**31 - 1] * 2), "memory"),
+        (put("model", "rnn_layer_sizes", to=[2**31 - 1] * 2), "rnn_layer_sizes"),
         (put("data", "cache_size", to="9" * 400 + "GB"), "cache_size"),
         (put("checkpoints", "checkpoint_every", to="9" * 100_000 + "batches"), "checkpoint_every"),
         (put("training", to=[1]), "training: input should be an object, received [1]"),

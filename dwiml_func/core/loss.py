@@ -195,10 +195,11 @@ def _checked_aux(aux: Any) -> Mapping[str, _Number | tuple[_Number, _Number]]:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, int | float):
+        return True
     if isinstance(value, Tensor):
         return not value.is_complex()  # its shape is checked with that of the loss
-    is_scalar = hasattr(value, "__float__") and getattr(value, "shape", ()) == ()
-    return isinstance(value, int | float) or (is_scalar and not isinstance(value, complex))
+    return hasattr(value, "__float__") and getattr(value, "shape", ()) == () and not isinstance(value, complex)
 
 
 def _detached(mean: _Number | tuple[_Number, _Number], loss: Tensor) -> Tensor | tuple[Tensor, Tensor]:

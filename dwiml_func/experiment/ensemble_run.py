@@ -26,10 +26,11 @@ from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
 from dwiml_func.experiment.batches import open_data
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.data_hash import HASH_PATIENCE, data_in_background
 from dwiml_func.experiment.folder import write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.optimizers import make_optimizer
-from dwiml_func.experiment.run import HASH_PATIENCE, data_in_background, set_num_threads, train_and_save
+from dwiml_func.experiment.run import set_num_threads, train_and_save
 from dwiml_func.experiment.setup import RunParts, check_monitored, make_parts
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.files.lock import same_folder

@@ -18,11 +18,9 @@ from typing import Any, TypeVar
 import torch
 
 from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer
-from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import one_an_epoch
 from dwiml_func.checkpoint.index import checkpoint_name
-from dwiml_func.checkpoint.manifest import CheckpointError
 from dwiml_func.core.interval import Interval
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.non_finite import NonFiniteError
@@ -30,21 +28,18 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Interrupted, Track
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.process_group import ProcessLostError
-from dwiml_func.experiment.batches import RunData
 from dwiml_func.experiment.best_model import save_best_model
+from dwiml_func.experiment.data_hash import HASH_PATIENCE, data_in_background
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
-from dwiml_func.files.fingerprint import FingerprintInBackground
 from dwiml_func.files.lock import same_folder
 from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import log_steps
 from dwiml_func.writers.writer import Writer, fan_out
 
-__all__ = ["HASH_PATIENCE", "data_in_background", "run_experiment", "set_num_threads", "train_and_save"]
+__all__ = ["run_experiment", "set_num_threads", "train_and_save"]
 
-HASH_PATIENCE = 1.0
-"""Seconds that a save waits for the dataset's SHA-256. The run's last save waits until it is there."""
 
 Report = TypeVar("Report")
 
@@ -207,16 +202,6 @@ def _both(
     first(state, metrics)
     if second is not None:
         second(state, metrics)
-
-
-def data_in_background(directory: Path, data: RunData, hdf5_file: str) -> Callable[..., Mapping[str, Any]]:
-    """Begin to hash the data. The result raises ValueError where the newest checkpoint recorded another hash."""
-    try:
-        checkpoint = newest(directory)
-    except CheckpointError:
-        checkpoint = None
-    recorded = None if checkpoint is None else checkpoint.data
-    return FingerprintInBackground(hdf5_file, data.linked, recorded=recorded, read=data.read).result
 
 
 def _no_data(*, patience: float | None) -> Mapping[str, Any]:
