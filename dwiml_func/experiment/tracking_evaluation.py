@@ -31,7 +31,7 @@ from dwiml_func.tracking.window_lag import even_step
 __all__ = ["MASK_GROUP", "TrackingEvaluation", "evaluate_tracking", "write_tracking_evaluation"]
 
 MASK_GROUP = "wm_mask"
-"""The volume group that, where a subject has it, holds the mask of seeds and lines."""
+"""The volume group that, where a subject has it, holds the mask of seeds and lines, unless --tracking-mask names one."""
 
 _NAME = "tracking.json"
 
@@ -75,7 +75,7 @@ def evaluate_tracking(
         return None
     in_mm = Streamlines(real.points * dataset.voxel_sizes[0], real.offsets)
     references = reference_bundles(in_mm, bundles)
-    mask = _mask(dataset, dataset.index.subjects[0])
+    mask = _mask(dataset, dataset.index.subjects[0], config.training.tracking_mask or MASK_GROUP)
     space = TrackingSpace(
         volume=dataset.volumes[0],
         voxel_sizes=(x, y, z),
@@ -115,12 +115,12 @@ def write_tracking_evaluation(directory: str | Path, evaluation: TrackingEvaluat
     atomic_write(Path(directory) / _NAME, json.dumps(null_if_not_finite(values), indent=2) + "\n")
 
 
-def _mask(dataset: StreamlineDataset, subject: str) -> Tensor | None:
+def _mask(dataset: StreamlineDataset, subject: str, name: str) -> Tensor | None:
     with open_hdf5(dataset.path) as file:
         parent = raise_first(subject_group(file, subject), dataset.path)
-        if MASK_GROUP not in parent:
+        if name not in parent:
             return None
-        group = raise_first(group_of(parent, MASK_GROUP, "volume"), dataset.path)
+        group = raise_first(group_of(parent, name, "volume"), dataset.path)
         values = raise_first(read_volume(group), dataset.path)
     mask = torch.from_numpy(values[..., 0])
     return mask if mask.shape == dataset.volumes[0].shape[:3] and bool((mask > 0).any()) else None

@@ -1,0 +1,101 @@
+"""A training batch of a transformer on flat rows, beside torch's own layers with masks on padded input."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+
+import torch
+from timing import interleaved, medians_of
+from torch import Tensor, nn
+from verdicts import conclude
+
+from dwiml_func.data import StreamlineBatch
+from dwiml_func.data.streamlines import input_offsets, offsets_of
+from dwiml_func.models import Transformer, compute_batch_loss
+from dwiml_func.models.transformers.tokens import sinusoidal_encoding
+
+NUM_STREAMLINES, FEATURES, SIZE, HEADS = 100, 45, 128, 8
+OURS, MASKED, LIMIT = "flat rows", "nn.TransformerEncoder", 1.5
+
+
+def main() -> int:
+    """Print the times and whether the limit holds. Exit code 1 when it does not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default: 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="batches of each variant (default: 5)")
+    parser.add_argument("--layers", type=int, default=6, help="layers of the encoder (default: 6)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    batch = make_batch()
+    ratios = []
+    for rate in (0.0, 0.1):
+        model = Transformer(
+            FEATURES, model="tts", input_embedded_size=SIZE, nheads=HEADS, n_layers_e=options.layers, dropout_rate=rate
+        )
+        masked = Masked(model, options.layers, rate)
+        if rate == 0.0:
+            torch.testing.assert_close(masked(batch), model(batch), atol=1e-4, rtol=1e-3)
+        runs = {OURS: partial(train, model, batch), MASKED: partial(train, masked, batch)}
+        medians = medians_of(interleaved(runs, options.rounds, warm_up=1))
+        print(f"dropout {rate:g}: " + ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in medians.items()))
+        ratios.append(medians[MASKED] / medians[OURS])
+    what = (
+        f"{NUM_STREAMLINES} streamlines, {batch.num_points} points, {options.layers} layers, {options.threads} threads"
+    )
+    print(what)
+    return conclude(
+        [
+            (ratio >= LIMIT, f"{ratio:.2f} times faster with dropout {rate:g}, at least {LIMIT:g} required")
+            for ratio, rate in zip(ratios, (0.0, 0.1), strict=True)
+        ]
+    )
+
+
+def make_batch() -> StreamlineBatch:
+    """Streamlines of 40 to 200 points."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(40, 201, (NUM_STREAMLINES,), generator=generator)
+    offsets = offsets_of(lengths)
+    num_rows = int(input_offsets(offsets)[-1])
+    return StreamlineBatch(
+        points=torch.randn(int(offsets[-1]), 3, generator=generator).cumsum(0),
+        offsets=offsets,
+        subject=torch.zeros(NUM_STREAMLINES, dtype=torch.int64),
+        ids=torch.arange(NUM_STREAMLINES),
+        inputs=torch.randn(num_rows, FEATURES, generator=generator),
+    )
+
+
+def train(model: nn.Module, batch: StreamlineBatch) -> None:
+    """Loss and gradients."""
+    model.zero_grad()
+    loss, *_ = compute_batch_loss(model, batch)  # pyright: ignore[reportArgumentType]
+    loss.backward()
+
+
+class Masked(nn.Module):
+    """The same model by torch's layers: padded input, causal and padding masks."""
+
+    def __init__(self, model: Transformer, num_layers: int, rate: float) -> None:
+        super().__init__()
+        self.embedding, self.direction_getter, self.rate = model.input_embedding_layer, model.direction_getter, rate
+        layer = nn.TransformerEncoderLayer(SIZE, HEADS, SIZE // 2, rate, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        self.encoder.load_state_dict(model.modified_torch_transformer.state_dict())
+
+    def forward(self, batch: StreamlineBatch) -> Tensor:
+        """The direction getter's outputs at the rows of the batch's inputs."""
+        lengths = batch.input_offsets.diff()
+        x = nn.utils.rnn.pad_sequence(list(batch.inputs.split(lengths.tolist())), batch_first=True)
+        steps = torch.arange(x.shape[1])
+        x = self.embedding(x) + sinusoidal_encoding(steps, SIZE)
+        x = nn.functional.dropout(x, self.rate, self.training)
+        padding = steps >= lengths[:, None]
+        y = self.encoder(x, mask=steps > steps[:, None], src_key_padding_mask=padding)
+        return self.direction_getter(y[~padding])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
