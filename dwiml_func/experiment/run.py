@@ -214,7 +214,8 @@ def _save_despite(error: Exception, save: Callable[[], None]) -> None:
     try:
         save()
     except Exception as failure:  # a step that failed may have reused the state's memory
-        error.add_note(f"The state before the error could not be saved: {failure}")
+        if type(failure) is not type(error):  # else it was a save that failed, and the disk fails again
+            error.add_note(f"The state before the error could not be saved: {failure}")
 
 
 def set_num_threads(wanted: int) -> None:

@@ -31,7 +31,7 @@ from dwiml_func.tracking.window_lag import even_step
 __all__ = ["MASK_GROUP", "TrackingEvaluation", "evaluate_tracking", "write_tracking_evaluation"]
 
 MASK_GROUP = "wm_mask"
-"""The volume group that, where a subject has it, holds the mask of seeds and lines, unless --tracking-mask names one."""
+"""The volume group that, where a subject has it, holds the mask of seeds and lines (or --tracking-mask)."""
 
 _NAME = "tracking.json"
 
