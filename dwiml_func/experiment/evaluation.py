@@ -117,8 +117,8 @@ class ModelEvaluation:
     loss: mean over `num_points`, those that have a next direction and, with EOS, the last ones.
     angular_error: mean angle in degrees to the true direction, over all points that have a next direction.
     compared: the same and the baselines, at the points where the baselines have a direction too.
-    window_lag: mean distance in mm from the real streamline, where the model reads up to 60 mm of it and goes on alone
-        for 20 mm; None where no streamline is long enough.
+    window_lag: mean distance in mm from the real streamline, where the model reads up to 60 mm of it and continues
+        alone for 20 mm; None where no streamline is long enough.
     """
 
     loss: float

@@ -1,4 +1,4 @@
-"""What a resume compares with the record of a run: its options, its data and what computes."""
+"""What a resume compares with what a run recorded: its options, its data and what computes."""
 
 from __future__ import annotations
 

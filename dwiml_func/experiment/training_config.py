@@ -79,7 +79,7 @@ class TrainingConfig:
     bfloat16. Parameters, gradients, optimizer state, losses and the final model stay in float32."""
     skip_window_lag: bool = False
     """Do not measure the window lag at validations: the mean distance in mm between model and real streamline, where
-    the model reads up to 60 mm of it and goes on alone for 20 mm. It does not change the training."""
+    the model reads up to 60 mm of it and continues alone for 20 mm. It does not change the training."""
     add_a_tracking_validation_phase: bool = False
     """At validations, also let the model continue the first segments of validation streamlines, and compare where they
     end: distance in mm; connections, where the dataset has connectivity matrices. It does not change the training."""

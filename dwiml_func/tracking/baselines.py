@@ -16,7 +16,7 @@ __all__ = ["KeepStraight", "PrincipalDirection"]
 
 
 class KeepStraight:
-    """Goes on as the line came; a line that has only a seed ends there.
+    """Continues as the line came; a line that has only a seed ends there.
 
     Example:
         >>> KeepStraight().run_step(torch.zeros(1, 28), torch.tensor([[0.0, 0, 1]]))[0].tolist()
