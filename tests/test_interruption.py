@@ -9,8 +9,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from gated_run import OPTIONS, check_same_end, gated, train_whole
 from reproduction_cases import DATA, differences, files, results
+from torch import Tensor
 
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.folder import read_config
@@ -186,3 +188,24 @@ def test_a_hang_up_that_is_ignored_stays_ignored():
         assert request.signal is None
     finally:
         signal.signal(signal.SIGHUP, previous)
+
+
+class _GroupWithASignalInside:
+    """A process of two that gets a signal while the processes tell each other whether they were asked to stop."""
+
+    rank, size = 0, 2
+
+    def __init__(self) -> None:
+        self.signals = [signal.SIGTERM]
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        while self.signals:
+            os.kill(os.getpid(), self.signals.pop())
+        return [tensor, torch.zeros_like(tensor)]
+
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost():
+    with stop_on_signals(_GroupWithASignalInside()) as stop:
+        assert not stop.agreed()  # no process has told of it yet
+        assert stop.agreed()
+    assert stop.signal == signal.SIGTERM

@@ -33,11 +33,13 @@ class StopRequest:
 
         All processes call it at the same points of the run and get the same answer.
         """
-        if self.process_group.size > 1:
-            asked = torch.tensor([0 if self.signal is None else int(self.signal)])
-            number = max(int(given) for given in self.process_group.gather(asked))
-            self.signal = signal.Signals(number) if number else None
-        return self.signal is not None
+        if self.process_group.size == 1:
+            return self.signal is not None
+        asked = torch.tensor([0 if self.signal is None else int(self.signal)])
+        number = max(int(given) for given in self.process_group.gather(asked))
+        if number:  # else a signal that came since `asked` is kept for the next call, which tells all
+            self.signal = signal.Signals(number)
+        return number > 0
 
 
 class TrainingStopped(Exception):
