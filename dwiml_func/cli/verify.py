@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from dwiml_func._checks import check_number
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import kept_checkpoints
+from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._parsing import CommandOptions
+from dwiml_func.experiment.audit import Audit, audit_experiment
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.verify import Verification, verify_epoch
 from dwiml_func.writers.progress import Progress
 
-__all__ = ["Options", "format_verification", "run"]
+__all__ = ["Options", "format_audit", "format_verification", "run"]
 
+_SHARES = (0.01, 0.05, 0.1, 0.5)
 _NO_DIGEST = "but no state was compared, because no checkpoint was saved after this epoch"
 
 
@@ -26,6 +31,8 @@ class Options(CommandOptions):
     bitwise identical to the recorded ones. If so, print one line; the exit code is 0. Otherwise print what
     differs; the exit code is 1. Nothing is written.
 
+    With --all or --sample, audit the whole experiment.
+
     Example: dwiml-func verify experiments/first_run --epoch 3
     """
 
@@ -33,6 +40,13 @@ class Options(CommandOptions):
     """The experiment's folder."""
     epoch: int | None = None
     """The epoch to verify, counted from 1. None: the last recorded one."""
+    all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Audit the whole experiment: check its record, and train every epoch again. An epoch is trained from the nearest
+    checkpoint before it; with `train --keep all`, each has one, and several processes share them."""
+    sample: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
+    """Audit the record, and K epochs that are chosen at random. None: no sample."""
+    jobs: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
+    """Number of processes of an audit. None: as many as there are CPUs for their threads."""
     hdf5_file: str | None = None
     """The dataset, if it was moved. None: the recorded path."""
 
@@ -45,6 +59,8 @@ def run(options: Options) -> int:
             f"{options.experiment_dir} was saved by a script, whose functions are not recorded. "
             "Verify it in Python with them: dwiml_func.verify(directory, train=..., step=..., learning_rate=...)."
         )
+    if options.all or options.sample is not None or options.jobs is not None:
+        return _audit(directory, options)
     progress = Progress(max_epochs=read_config(directory).training.max_epochs)
     with kept_checkpoints(options.experiment_dir):  # of a run that is being trained
         verification = verify_epoch(
@@ -52,6 +68,54 @@ def run(options: Options) -> int:
         )
     print(format_verification(verification, options.experiment_dir))
     return 1 if verification.problems else 0
+
+
+def _audit(directory: Path, options: Options) -> int:
+    if options.epoch is not None or (options.all and options.sample is not None):
+        raise ValueError("Expected one of --epoch, --all and --sample.")
+    if not options.all and options.sample is None:
+        raise ValueError("--jobs: expected an audit. Give --all or --sample.")
+    for name in ("sample", "jobs"):
+        if (value := getattr(options, name)) is not None:
+            check_number(name, value, at_least=1)
+    training = read_config(directory).training
+    progress = Progress(max_epochs=training.max_epochs)
+    num_free = 1 if training.use_gpu else max((os.cpu_count() or 1) // training.num_threads, 1)
+    with kept_checkpoints(directory):  # of a run that is being trained
+        audit = audit_experiment(
+            directory,
+            sample=options.sample,
+            num_processes=options.jobs or num_free,
+            hdf5_file=options.hdf5_file,
+            track=progress.track,
+        )
+    print(format_audit(audit, options.experiment_dir))
+    return 1 if audit.problems or not audit.replayed else 0
+
+
+def format_audit(audit: Audit, directory: str) -> str:
+    """What was audited, what differs, and what follows for epochs that were not trained again."""
+    num_recorded, num_replayed = len(audit.recorded), len(audit.replayed)
+    head = f"{directory}: {num_replayed} of {pluralize(num_recorded, 'epoch')} trained again"
+    lines = [f"{head}, {'some differ' if audit.problems else 'bitwise identical to the record'}."]
+    lines += [f"  {text}" for text in (*audit.problems, *(audit.context if audit.problems else ()))]
+    lines += [f"Not audited: {text}" for text in audit.left_out]
+    longest = max(audit.spans, key=lambda span: span.last - span.first)
+    if longest.last > longest.first:
+        lines.append(
+            f"Epochs {longest.first} to {longest.last} have no checkpoint between them, so one process trained them in "
+            "one go. With train --keep all, each epoch is trained from its own."
+        )
+    if not audit.problems and num_replayed < num_recorded:
+        shares = ", ".join(f"{(1 - share) ** audit.num_chosen:.2g} for {share:.0%}" for share in _SHARES)
+        lines.append(
+            f"If a share f of the epochs were forged, this sample would have missed all of them with a probability of "
+            f"at most (1 - f)^{audit.num_chosen}: {shares}."
+        )
+    if audit.context and not audit.problems:
+        lines.append(f"Different: {'; '.join(audit.context)}")
+    lines.append(f"Record {audit.record}")
+    return "\n".join(lines)
 
 
 def format_verification(verification: Verification, directory: str) -> str:

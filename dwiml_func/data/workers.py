@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["WorkerLoader"]
+__all__ = ["WorkerLoader", "process_context"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -30,7 +30,7 @@ class WorkerLoader(DataLoader[T_co]):
         super().__init__(
             dataset,
             num_workers=num_workers,
-            multiprocessing_context=_context(preload) if num_workers > 0 else None,
+            multiprocessing_context=process_context(preload) if num_workers > 0 else None,
             # iter() takes a seed for the workers from torch's global generator unless it is given one.
             generator=torch.Generator(),
             worker_init_fn=_ignore_signals,
@@ -54,8 +54,11 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _context(preload: str) -> multiprocessing.context.BaseContext:
-    """How workers start. Forking this process is unsafe once a library (JAX, under orbax) runs threads."""
+def process_context(preload: str) -> multiprocessing.context.BaseContext:
+    """How processes start, which import `preload` first.
+
+    Forking this process is unsafe once a library (JAX, under orbax) runs threads.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

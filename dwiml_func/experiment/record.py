@@ -18,7 +18,7 @@ from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.experiment.logs import read_parameters, run_parameters
 from dwiml_func.files.fingerprint import same_file
 
-__all__ = ["check_same_config", "check_same_data", "warn_of_other_environment"]
+__all__ = ["check_same_config", "check_same_data", "may_change", "warn_of_other_environment", "with_defaults"]
 
 _MAY_CHANGE = ("max_epochs", "patience", "Patience", "processes", "lazy", "cache_size")
 _DECIDE_BITS = {"dwiml_func", "torch", "numpy", "machine", "cpu", "cpu_capability", "devices"}
@@ -35,7 +35,7 @@ def check_same_config(
     values only bring a warning, and so do those that `accept` names, such as model.dropout or dropout.
     """
     if recorded is not None:
-        source, found = f"checkpoint {recorded.name}", differing(_complete(recorded.config), config.to_dict())
+        source, found = f"checkpoint {recorded.name}", differing(with_defaults(recorded.config), config.to_dict())
     else:
         source, parameters = "parameters_latest.json", read_parameters(directory)
         now = run_parameters(config, nb_features=parameters.get("Model params", {}).get("nb_features"))
@@ -45,7 +45,7 @@ def check_same_config(
         for name, (old, new) in found.items()
         if name not in ("hdf5_file", "hdf5 file")  # the data are compared, wherever they are
     }
-    if refused := [name for name in texts if not _may_change(name) and not {name, _option(name)} & set(accept)]:
+    if refused := [name for name in texts if not may_change(name) and not {name, _option(name)} & set(accept)]:
         raise ValueError(
             f"Expected the options that {source} recorded. Received in {directory / 'config.json'}: "
             f"{at_most_three([texts[name] for name in refused])}. "
@@ -81,7 +81,8 @@ def warn_of_other_environment(checkpoint: Checkpoint, like: TrainState) -> None:
         )
 
 
-def _may_change(name: str) -> bool:
+def may_change(name: str) -> bool:
+    """Whether a resume may give another value of an option."""
     return _option(name) in _MAY_CHANGE or name.startswith(("checkpoints.", "logging."))
 
 
@@ -89,7 +90,7 @@ def _option(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _complete(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_defaults(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
     """A recorded config with the options that its version did not have yet."""
     try:
         return config_from_json(json.dumps(recorded), source="the record").to_dict()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
 from dwiml_func.checkpoint.digest import state_leaves
@@ -17,8 +15,9 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Track
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.compare import differences, report_values
-from dwiml_func.experiment.config import RunConfig, config_from_json
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
+from dwiml_func.experiment.record import with_defaults
 from dwiml_func.experiment.replay import (
     NothingLeft,
     Verification,
@@ -33,7 +32,7 @@ from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.window_lag import WINDOW_LAG, without_window_lag
 from dwiml_func.files.fingerprint import content, fingerprint, linked_paths
 
-__all__ = ["Verification", "verify_epoch"]
+__all__ = ["Verification", "data_problems", "train_epochs", "verify_epoch"]
 
 _MEMBER = "member of an ensemble: its common step is not bitwise identical to the step of a single run"
 
@@ -69,8 +68,8 @@ def verify_epoch(
     problems = list(latest.corrupt.values())
     problems += [problem for problem in corrupt if problem not in problems]
     recorded_environment = (after or latest).environment
-    changed_config = differences(_with_defaults(latest.config), config.to_dict(), ("recorded", "in config.json"))
-    data_problems = _data_problems(latest, replayed_config.hdf5_file)
+    changed_config = differences(with_defaults(latest.config), config.to_dict(), ("recorded", "in config.json"))
+    other_data = data_problems(latest, replayed_config.hdf5_file)
     with recorded_threads(recorded_environment, default=config.training.num_threads):
         # Without a replay, the device is the recorded one.
         devices, start, is_replayed = set(recorded_environment.get("devices", ())), None, False
@@ -81,10 +80,10 @@ def verify_epoch(
             state, start, corrupt = replay_start(directory, first, epoch, config.origin)
             problems += corrupt
             problems += start_problems(state, start, reports, config.origin)
-            problems += replay_problems(_epochs(state, parts, track, epoch), reports, epoch, after)
+            problems += replay_problems(train_epochs(state, parts, track, epoch), reports, epoch, after)
             is_replayed = True
         except (ValueError, NonFiniteError) as error:
-            if isinstance(error, NothingLeft) or not (data_problems or changed_config or problems):
+            if isinstance(error, NothingLeft) or not (other_data or changed_config or problems):
                 raise
             problems.append(f"the replay failed: {error}")
         changes = environment_differences(recorded_environment, environment(devices))
@@ -94,7 +93,7 @@ def verify_epoch(
         start=start,
         digest=reports[epoch].digest,
         num_values=len(report_values(reports[epoch])),
-        problems=(*problems, *data_problems),
+        problems=(*problems, *other_data),
         context=(
             *(f"environment: {text}" for text in changes),
             *(f"config: {text}" for text in changed_config),
@@ -114,9 +113,10 @@ def _check_epochs_of_origin(config: RunConfig, epoch: int) -> None:
         )
 
 
-def _epochs(
+def train_epochs(
     state: TrainState, parts: RunParts, track: Track | None, epoch: int
 ) -> Iterator[tuple[TrainState, EpochReport]]:
+    """Train a run from a state to the end of an epoch."""
     training = parts.config.training
     return train_and_validate(
         state,
@@ -131,15 +131,8 @@ def _epochs(
     )
 
 
-def _with_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A recorded config with the defaults of options that came later."""
-    try:
-        return config_from_json(json.dumps(config)).to_dict()
-    except ValueError:
-        return config
-
-
-def _data_problems(latest: Checkpoint, hdf5_file: str) -> list[str]:
+def data_problems(latest: Checkpoint, hdf5_file: str) -> list[str]:
+    """How the bytes of a dataset differ from those that were recorded; FileNotFoundError where it is missing."""
     if not latest.data:
         return []
     if not Path(hdf5_file).is_file():

@@ -1,0 +1,76 @@
+"""Work that several processes share: each takes every n-th item and sends what it finds."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from dwiml_func.data.workers import process_context
+
+__all__ = ["in_processes"]
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
+
+
+def in_processes(
+    work: Callable[..., Iterator[tuple[Item, Found]]],
+    arguments: tuple[Any, ...],
+    items: Sequence[Item],
+    num_processes: int,
+) -> Iterator[tuple[Item, Found]]:
+    """Yield what `work(*arguments, items)` yields in processes that each have a share of the items, in any order.
+
+    RuntimeError where a process failed or was killed. No process outlives the iteration.
+    """
+    context: Any = process_context(work.__module__)
+    processes, pipes = [], []
+    try:
+        for number in range(num_processes):
+            receiver, sender = context.Pipe(duplex=False)
+            share = items[number::num_processes]
+            process = context.Process(target=_send, args=(sender, work, arguments, share), daemon=True)
+            process.start()
+            sender.close()  # this process's copy: when the other one ends, the pipe has an end
+            processes.append(process)
+            pipes.append(receiver)
+        left = list(pipes)
+        while left:
+            for pipe in wait(left):
+                assert isinstance(pipe, Connection)
+                received = _receive(pipe)
+                if received is None:
+                    left.remove(pipe)
+                else:
+                    yield received
+    finally:
+        for process, pipe in zip(processes, pipes, strict=False):
+            pipe.close()
+            process.terminate()
+            process.join()
+
+
+def _receive(pipe: Connection) -> Any:
+    try:
+        received = pipe.recv()
+    except EOFError:
+        raise RuntimeError("A process was killed. Is the memory full? Use fewer processes.") from None
+    if isinstance(received, str):
+        raise RuntimeError(f"A process failed:\n{received}")
+    return received
+
+
+def _send(pipe: Connection, work: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], items: Any) -> None:
+    """Of one process: send each result, None at the end, and the text of an error."""
+    with suppress(BrokenPipeError, KeyboardInterrupt):  # the reader ended, and reports it
+        try:
+            for found in work(*arguments, items):
+                pipe.send(found)
+            pipe.send(None)
+        except (BrokenPipeError, KeyboardInterrupt):
+            raise
+        except Exception:
+            pipe.send(traceback.format_exc())

@@ -1,0 +1,125 @@
+"""Claims about audits: an honest record passes, each kind of forgery is found, and what was left out is named."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from forgeries import FORGERIES, forged, train
+
+from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.experiment.audit import audit_experiment, record_digest, sample_epochs
+from dwiml_func.experiment.audit_processes import in_processes
+from dwiml_func.experiment.folder import read_config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("audit"))
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def test_every_epoch_is_trained_again_in_two_processes_and_nothing_is_written(cli, run):
+    before = contents(run)
+    outcome = cli("verify", run, "--all", "-j", "2")
+    assert (outcome.code, outcome.err) == (0, "")
+    first, last = outcome.out.splitlines()
+    assert first == f"{run}: 4 of 4 epochs trained again, bitwise identical to the record."
+    assert re.fullmatch("Record [0-9a-f]{64}", last)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_a_forged_record_with_digests_made_anew_is_found(run, tmp_path, kind):
+    copied, what = forged(run, tmp_path, kind, random.Random(3))
+    audit = audit_experiment(copied)
+    assert audit.problems, what
+    latest, honest = newest(copied), newest(run)
+    assert latest
+    assert honest
+    assert not latest.corrupt
+    assert audit.record == record_digest(latest) != record_digest(honest)
+
+
+def test_several_processes_find_what_one_finds(run, tmp_path):
+    copied, _ = forged(run, tmp_path, "weights", random.Random(3))
+    one, two = (audit_experiment(copied, num_processes=number) for number in (1, 2))
+    assert set(one.problems) == set(two.problems) != set()
+
+
+def test_a_sample_bounds_the_share_of_forged_epochs(cli, run):
+    outcome = cli("verify", run, "--sample", "3", "-j", "1")
+    assert outcome.code == 0
+    assert "3 of 4 epochs trained again, bitwise identical to the record." in outcome.out
+    assert "at most (1 - f)^3: 0.97 for 1%, 0.86 for 5%, 0.73 for 10%, 0.12 for 50%." in outcome.out
+    drawn = {tuple(sample_epochs(range(1, 41), 3)) for _ in range(20)}
+    assert len(drawn) > 10
+
+
+def test_a_forged_epoch_is_missed_by_samples_at_the_rate_that_is_printed():
+    num_epochs, num_forged, sample, rounds = 40, 4, 6, 4000
+    misses = sum(min(sample_epochs(range(1, num_epochs + 1), sample)) > num_forged for _ in range(rounds))
+    assert misses / rounds < (1 - num_forged / num_epochs) ** sample + 0.03  # four standard deviations
+
+
+def test_epochs_without_checkpoints_between_them_are_trained_in_one_go(cli, run, tmp_path):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    for name in ("1", "2"):
+        shutil.rmtree(copied / "checkpoint" / name)
+    outcome = cli("verify", copied, "--all")
+    assert outcome.code == 0
+    assert "4 of 4 epochs trained again, bitwise identical to the record." in outcome.out
+    assert "Epochs 1 to 3 have no checkpoint between them, so one process trained them in one go." in outcome.out
+
+
+def test_a_best_model_of_other_weights_is_found(run, tmp_path):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    (tmp_path / "other").mkdir()
+    other, _ = forged(run, tmp_path / "other", "tail", random.Random(3))
+    shutil.rmtree(copied / "best_model")
+    shutil.copytree(other / "best_model", copied / "best_model")
+    (problem,) = audit_experiment(copied).problems
+    assert re.fullmatch(r"best model: .+ and \d+ more are not those of checkpoint 4", problem)
+
+
+def test_a_corrupt_checkpoint_is_found_and_the_epochs_around_it_are_trained(run, tmp_path):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    manifest = copied / "checkpoint" / "2" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": ', '"step": 1'))
+    audit = audit_experiment(copied)
+    assert audit.problems == (f"{manifest.parent} is corrupt: manifest.json does not hold what was written.",)
+    assert audit.replayed == (1, 2, 3, 4)
+
+
+def test_a_fork_is_audited_from_where_it_was_forked(cli, run, tmp_path):
+    source = Path(shutil.copytree(run, tmp_path / "source"))
+    assert cli("fork", source, "forked", "--from", "2", "--learning-rate", "0.01", "--quiet").code == 0
+    outcome = cli("verify", tmp_path / "forked", "--all", "-j", "1")
+    assert outcome.code == 0
+    assert "2 of 2 epochs trained again" in outcome.out
+    assert f"Not audited: epochs 1 to 2: trained before the fork. Audit {source}." in outcome.out
+    shutil.rmtree(tmp_path / "forked" / "checkpoint" / "2")
+    outcome = cli("verify", tmp_path / "forked", "--all", "-j", "1")
+    assert outcome.code == 0
+    assert "1 of 2 epochs trained again" in outcome.out
+    assert "Not audited: epoch 3: " in outcome.out
+
+
+def test_options_that_do_not_fit_are_refused(cli, run):
+    cli("verify", run, "--all", "--epoch", "2").check_refusal("one of --epoch, --all and --sample")
+    cli("verify", run, "--jobs", "2").check_refusal("Give --all or --sample")
+    cli("verify", run, "--sample", "0").check_refusal("sample: expected a finite number at least 1")
+
+
+def test_a_process_that_fails_ends_the_audit_with_its_error(run, tmp_path):
+    missing = str(tmp_path / "none.hdf5")
+    with pytest.raises(FileNotFoundError, match=r"none\.hdf5"):
+        audit_experiment(run, num_processes=2, hdf5_file=missing)
+    with pytest.raises(RuntimeError, match=r"A process failed:\nTraceback"):
+        list(in_processes(read_config, (), ["/no/such/run"], 1))  # pyright: ignore[reportArgumentType]
