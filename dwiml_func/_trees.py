@@ -24,6 +24,8 @@ def choose(condition: bool | Tensor, yes: Any, no: Any) -> Any:
     if isinstance(yes, Mapping) or isinstance(no, Mapping):
         yes, no = yes or {}, no or {}
         return {name: choose(condition, yes.get(name), no.get(name)) for name in {**no, **yes}}
+    if yes is no:
+        return no
     yes, no = (torch.zeros_like(other) if own is None else own for own, other in ((yes, no), (no, yes)))
     if condition.dim() > 0:
         condition = condition.reshape(-1, *(1,) * (no.dim() - 1))

@@ -392,3 +392,33 @@ def test_a_member_shares_no_memory_with_the_ensemble():
     step = partial(train_step, loss_fn=LOSS, optimizer=adam(), lr=0.1, donate=True)
     step(taken, next(iter(batches(Key(0), 0, 0))))
     assert digests(ensemble) == before
+
+
+def frozen_encoder(seed: int) -> nn.Module:
+    """Members of any seed have one pretrained encoder, and a head and a batch norm of their own."""
+    model = mlp(seed)
+    weight = model.get_parameter("0.weight").requires_grad_(False)
+    weight.copy_(mlp(0).get_parameter("0.weight").detach())
+    return model
+
+
+def test_a_frozen_parameter_is_stored_once_for_all_members():
+    loss_fn, make = module_loss(frozen_encoder(0), squared_error), partial(init_state, optimizer=sgd(momentum=0.9))
+    states = [make(frozen_encoder(seed), seed=seed) for seed in SEEDS]
+    ensemble = stack_states(states)
+    step = partial(ensemble_step, loss_fn=loss_fn, optimizer=sgd(momentum=0.9))
+    for number, batch in enumerate(batches(Key(0), 0, 0)):
+        if number == 2:  # one member has stopped
+            ensemble = ensemble.replace(active=torch.tensor([True, False, True]))
+        ensemble, _ = step(ensemble, batch, lr=torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64))
+        frozen = ensemble.buffers["0.weight"]
+        assert frozen.shape == (3, 8, 4)
+        assert frozen.untyped_storage().nbytes() == 8 * 4 * 8
+    again = stack_states([member(ensemble, number) for number in range(3)], active=[True, False, True])
+    assert again.buffers["0.weight"].untyped_storage().nbytes() == 8 * 4 * 8
+    for state, lr in ((states[0], 0.1), (states[2], 0.3)):
+        for batch in batches(Key(0), 0, 0):
+            state, _ = train_step(state, batch, loss_fn=loss_fn, optimizer=sgd(momentum=0.9), lr=lr)
+        own = member(ensemble, SEEDS.index(state.key.seed))
+        torch.testing.assert_close(own.params, state.params, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(own.buffers, state.buffers, rtol=1e-9, atol=1e-12)

@@ -30,7 +30,8 @@ class EnsembleState:
 
     Args:
         params: trainable tensors by name, each (K, ...).
-        buffers: other tensors of the model by name, each (K, ...).
+        buffers: other tensors of the model by name, each (K, ...). Those that all members share, such as frozen
+            parameters, are stored once: members are views of the same memory until one of them changes.
         opt_state: optimizer state, each (K, ...).
         keys: each member's root key.
         active: (K,) bool, the members that still train.
@@ -148,7 +149,8 @@ def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None 
     ((step, epoch, batch),) = positions
     device = next(iter(states[0].params.values())).device
     return EnsembleState(
-        **tree_map(lambda *leaves: torch.stack(leaves), *map(_tensors, states)),
+        **{part: tree_map(_stack, *(_tensors(state)[part] for state in states)) for part in ("params", "opt_state")},
+        buffers=tree_map(_stack_once, *(dict(state.buffers) for state in states)),
         keys=tuple(state.key for state in states),
         active=torch.tensor(active, device=device),
         done=torch.tensor(done, device=device),
@@ -212,6 +214,18 @@ def member_sums(sums: Metrics, num_members: int) -> list[dict[str, Sum]]:
     """
     read = {name: [torch.as_tensor(part).tolist() for part in pair] for name, pair in sums.items()}
     return [{name: Sum(*(part[n] for part in pair)) for name, pair in read.items()} for n in range(num_members)]
+
+
+def _stack(*leaves: Tensor) -> Tensor:
+    return torch.stack(leaves)
+
+
+def _stack_once(*leaves: Tensor) -> Tensor:
+    """Equal leaves, such as a frozen parameter of one pretrained encoder, as K views of one: no member has its own."""
+    first, *others = leaves
+    if any(own is not first and not torch.equal(own, first) for own in others):
+        return torch.stack(leaves)
+    return first.clone().expand(len(leaves), *first.shape)
 
 
 def _tensors(state: TrainState | EnsembleState) -> dict[str, Any]:

@@ -175,7 +175,10 @@ def _evaluate(
         raise _explained(error) from error
     weights = {number: torch.full_like(losses, number, dtype=torch.float64) for number in set(numbers.values())}
     sums = {name: Sum(*pair, *([weights[numbers[name]]] if name in numbers else [])) for name, pair in tensors.items()}
-    return losses, sums, buffers
+    unchanged = {
+        name: old for name, old in ensemble.buffers.items() if name in buffers and buffers[name].is_set_to(old)
+    }
+    return losses, sums, {**buffers, **unchanged}
 
 
 def _explained(error: Exception) -> Exception:
