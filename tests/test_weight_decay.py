@@ -33,6 +33,7 @@ from dwiml_func import (
 )
 from dwiml_func.checkpoint import state_digest
 from dwiml_func.optim import clip_by_global_norm
+from dwiml_func.writers import jsonl, log_steps, read_scalars
 
 MODEL = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
 BATCHES = [torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
@@ -107,17 +108,28 @@ def test_a_compiled_step_takes_all_its_values_in_one_graph(factory: Any) -> None
 @pytest.mark.parametrize("factory", [adamw, composed])
 def test_the_members_of_an_ensemble_share_it(factory: Any) -> None:
     start = init_state(MODEL, factory(weight_decay=0.0), seed=0)
-    *_, (ensemble, _) = train_and_validate_ensemble(
+    *_, (ensemble, report) = train_and_validate_ensemble(
         stack_states([start, start]),
         train=lambda key, epoch, first: BATCHES[first:],
         step=with_weight_decay(partial(ensemble_step, loss_fn=LOSS, optimizer=factory), BY_STEP),
         learning_rate=[0.1, 0.05],
         max_epochs=3,
     )
+    used = [BY_STEP.rate(number) for number in range(10, 15)]
+    assert report.members[1].train["weight_decay"] == pytest.approx(sum(used) / 5, rel=1e-12)
     single = with_weight_decay(partial(train_step, loss_fn=LOSS, optimizer=factory), BY_STEP)
     *_, (state, _) = loop(single, factory(weight_decay=0.0))
     for name, param in state.params.items():
         torch.testing.assert_close(member(ensemble, 0).params[name], param, rtol=1e-4, atol=1e-6)
+
+
+def test_reports_and_logs_of_steps_show_the_weight_decays_that_were_used(tmp_path: Any) -> None:
+    bound = with_weight_decay(partial(train_step, loss_fn=LOSS, optimizer=adamw), BY_STEP)
+    reports = [report for _, report in loop(bound, adamw(), on_batch=log_steps(jsonl(tmp_path), every=1))]
+    used = [BY_STEP.rate(number) for number in range(15)]
+    assert [row["weight_decay"] for row in read_scalars(tmp_path)] == pytest.approx(used, rel=1e-12)
+    means = [sum(used[5 * epoch : 5 * epoch + 5]) / 5 for epoch in range(3)]
+    assert [report.train["weight_decay"] for report in reports] == pytest.approx(means, rel=1e-12)
 
 
 def test_a_gradient_goes_through_the_decay_of_a_step() -> None:

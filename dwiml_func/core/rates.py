@@ -7,10 +7,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from dwiml_func.core.epoch import TrainStep
+from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.report import Validation
 from dwiml_func.core.state import TrainState
 from dwiml_func.optim.schedules import value_at
-from dwiml_func.types import Metrics, OnPlateau, PerStep, Plateau, Schedule
+from dwiml_func.types import Metrics, OnPlateau, PerStep, Plateau, Schedule, Sum
 
 __all__ = ["Step", "counts_steps", "epoch_rates", "next_plateau", "with_rate", "with_weight_decay"]
 
@@ -42,7 +43,8 @@ def with_weight_decay(step: Callable[..., Any], weight_decay: float | Schedule) 
         weight_decay: a number, a function of the number of epochs done, or `per_step(f)`.
 
     Returns:
-        A step for `train_and_validate`: `step(state, batch, lr=...)`.
+        A step for `train_and_validate`: `step(state, batch, lr=...)`. Its sums hold the `weight_decay` that it used, so
+        reports, logs and pictures show it, as the mean over an epoch's steps.
 
     Raises:
         ValueError: the schedule is one of `reduce_on_plateau`, which only learning rates follow.
@@ -62,7 +64,10 @@ def with_weight_decay(step: Callable[..., Any], weight_decay: float | Schedule) 
 
     def decayed(state: Any, batch: Any, *, lr: Any) -> Any:
         value = value_at(weight_decay, epoch=state.epoch, step=state.step, plateau=Plateau())
-        return step(state, batch, lr=lr, weight_decay=value)
+        new_state, metrics = step(state, batch, lr=lr, weight_decay=value)
+        steps = metrics["grad_norm"].weight  # 1, and (K,) for an ensemble, zero for members that took no step
+        own = {"weight_decay": Sum(value * steps, steps)}
+        return new_state.replace(sums=add_metrics(new_state.sums, own)), {**metrics, **own}
 
     return decayed
 
