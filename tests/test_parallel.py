@@ -27,7 +27,7 @@ EPOCHS = 2
 
 def _torchrun(num_processes: int, *arguments: object) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
-    return [sys.executable, *launcher, "dwiml_func", *map(str, arguments)]
+    return [sys.executable, *launcher, "dwiml_func", "--", *map(str, arguments)]
 
 
 def _run(num_processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -77,7 +77,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_end_with_the_bits_and_files_of_one(alone: Path, tmp_path: Path) -> None:
-    done = _run(2, "train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS)
+    options = (*STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS, "--monitor", "loss")  # torchrun has options of such names
+    done = _run(2, "train", tmp_path, "run", DATA, *options)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Epoch 1/") == 1  # the first process prints, and no other
     assert _same(tmp_path / "run", alone) == []
