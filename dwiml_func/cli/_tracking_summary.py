@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from dwiml_func.experiment.tracking_evaluation import TrackingEvaluation
 from dwiml_func.tracking.protocols import LAG_MM, ProtocolScores
 
@@ -33,9 +35,11 @@ def format_tracking(evaluation: TrackingEvaluation) -> str:
         real = f"{evaluation.ceiling_valid:.2f} ({evaluation.ceiling_both_ends:.2f})"
         lines.append(_row("real streamlines", [real]) + "  half of them beside the other half")
     lines += [f"  {protocol}: {_GIVEN[protocol]}" for protocol in protocols]
-    lag = evaluation.scores["model"]["continue"].lag_mm
-    if lag is not None:
-        ways, values = (", ".join(f"{value:{form}}" for value in row) for row, form in ((LAG_MM, "g"), (lag, ".1f")))
+    lag = evaluation.scores["model"]["continue"].lag_mm or ()
+    known = [(way, value) for way, value in zip(LAG_MM, lag, strict=False) if math.isfinite(value)]
+    if known:
+        ways = ", ".join(f"{way:g}" for way, _ in known)
+        values = ", ".join(f"{value:.1f}" for _, value in known)
         lines.append(f"Mean distance from the real streamline after {ways} mm: {values} mm")
     return "\n".join(lines)
 

@@ -40,7 +40,7 @@ class Options(CommandOptions):
     hdf5_file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[HDF5_FILE]")] = None
     """The dataset. None: that of the experiment."""
     write: bool = False
-    """Write evaluation.json and plots/training.png of an experiment, or of the members of an ensemble, as the end of a
+    """Write the evaluations and the figures of an experiment, or of the members of an ensemble, as the end of a
     training does, and print its summary. The other options do not count."""
     subset: Literal["training", "validation", "testing"] = "validation"
     """The subset of its subjects."""

@@ -11,7 +11,8 @@ import tyro
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.folder import ENSEMBLE_FILE, check_no_links, is_ensemble, member_folders
-from dwiml_func.experiment.plots import check_format, draw_experiments, save_figure
+from dwiml_func.experiment.plots import check_format, draw_experiments, run_figure_path, save_figure
+from dwiml_func.experiment.tracking_figures import draw_drifts, drift_figure_path
 
 __all__ = ["Options", "run"]
 
@@ -32,7 +33,10 @@ class Options(CommandOptions):
     """Folders of experiments; that of an ensemble means all of its members."""
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The figure's file, ending in .png, .svg or .pdf; missing folders are made. None: plots/training.png of the
-    experiment, or, for several, runs.png in the current folder."""
+    experiment, or, for several, runs.png in the current folder; with --drift drift.png in both."""
+    drift: bool = False
+    """Plot how far the best models drift from real streamlines when they track, beside the baselines, from the
+    tracking.json of experiments whose data have bundles."""
 
 
 def run(options: Options) -> int:
@@ -42,12 +46,17 @@ def run(options: Options) -> int:
     given = [Path(directory) for directory in options.experiment_dirs]
     given = [path for path in given if path.name != ENSEMBLE_FILE]  # it is among the members in ENSEMBLE/*
     directories = [folder for path in given for folder in (member_folders(path) if is_ensemble(path) else [path])]
-    out = Path("runs.png" if options.out is None else options.out)
+    draw, path_in, name = (
+        (draw_drifts, drift_figure_path, "drift.png")
+        if options.drift
+        else (draw_experiments, run_figure_path, "runs.png")
+    )
+    out = Path(name if options.out is None else options.out)
     check_format(out)
-    figure = draw_experiments(directories)
+    figure = draw(directories)
     if options.out is None and len(given) == 1:
         check_no_links(given[0])
-        out = given[0] / "plots" / "training.png"
+        out = path_in(given[0])
     with folders_above(out):
         save_figure(figure, out)
     print(out)

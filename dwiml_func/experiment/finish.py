@@ -1,4 +1,4 @@
-"""The end of a run: the evaluation of its best model and its figure, made by the training or at any time after it."""
+"""The end of a run: the evaluation of its best model and its figures, made by the training or at any time after it."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dwiml_func.experiment.tracking_evaluation import (
     evaluate_tracking,
     write_tracking_evaluation,
 )
+from dwiml_func.experiment.tracking_figures import save_tracking_figures, tracking_figures
 
 __all__ = ["Finished", "finish_run", "is_whole"]
 
@@ -30,9 +31,9 @@ class Finished(NamedTuple):
 
 
 def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport]) -> Finished:
-    """Evaluate the best model of these epochs, and write the results and the figure into the experiment.
+    """Evaluate the best model of these epochs, and write the results and the figures into the experiment.
 
-    The old figure goes first, so that `is_whole` finds out where a kill came in between. What cannot be written is only
+    The old figures go first, so that `is_whole` finds out where a kill came in between. What cannot be written is only
     a warning.
     """
     evaluation, last = evaluate_best_model(directory, parts), history[-1]
@@ -40,19 +41,23 @@ def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport])
     module = load_model(directory / "best_model").module
     tracking = evaluate_tracking(module, parts.data.evaluation, parts.config)
     try:
-        run_figure_path(directory).unlink(missing_ok=True)
+        for figure in (run_figure_path(directory), *tracking_figures(directory)):
+            figure.unlink(missing_ok=True)
         if tracking is not None:
             write_tracking_evaluation(directory, tracking, epoch=best)
         write_evaluation(directory, evaluation, epoch=best, subset=subset, num_epochs=last.epoch)
     except OSError as error:
         logging.getLogger(__name__).warning("The evaluation was not written: %s", error)
+    if tracking is not None:
+        save_tracking_figures(directory, tracking, epoch=best)
     save_run_figure(directory)
     return Finished(evaluation, tracking)
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether an experiment has the evaluation and the figure of the epochs that its newest checkpoint records."""
+    """Whether an experiment has the evaluation and the figures of the epochs that its newest checkpoint records."""
     checkpoint = newest(directory)
     history = checkpoint.history if checkpoint else ()
     has_best = bool(history) and history[-1].best.epoch is not None
-    return not has_best or (run_figure_path(directory).is_file() and is_evaluated(directory, history))
+    figures = (run_figure_path(directory), *tracking_figures(directory))
+    return not has_best or (all(figure.is_file() for figure in figures) and is_evaluated(directory, history))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dwiml_func.core.rng import Key
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.dataset import StreamlineDataset
-from dwiml_func.data.hdf5.layout import group_of, read_volume, subject_group
+from dwiml_func.data.grid import Grid
+from dwiml_func.data.hdf5.layout import group_of, read_volume, streamline_grid, subject_group
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.streamlines import Streamlines
@@ -22,29 +25,71 @@ from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
-from dwiml_func.tracking.protocols import Protocol, ProtocolScores, score_protocols
+from dwiml_func.tracking.nearest_direction import NearestDirection, position_space
+from dwiml_func.tracking.protocols import DRIFT_MM, Protocol, ProtocolScores, track_protocols
 from dwiml_func.tracking.scores import ceiling_scores, reference_bundles
 from dwiml_func.tracking.space import TrackingMask, TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.window_lag import even_step
 
-__all__ = ["MASK_GROUP", "TrackingEvaluation", "evaluate_tracking", "write_tracking_evaluation"]
+__all__ = [
+    "MASK_GROUP",
+    "ORACLE",
+    "Drift",
+    "ShownLines",
+    "TrackedLines",
+    "TrackingEvaluation",
+    "evaluate_tracking",
+    "has_tracking_evaluation",
+    "read_drift",
+    "write_tracking_evaluation",
+]
 
 MASK_GROUP = "wm_mask"
 """The volume group that, where a subject has it, holds the mask of seeds and lines (or --tracking-mask)."""
 
+ORACLE = "nearest real direction"
+"""Who tracks as `NearestDirection`."""
+
 _NAME = "tracking.json"
+_MOST_SHOWN = 300  # streamlines of a protocol that are kept for pictures
+
+
+class ShownLines(NamedTuple):
+    """Some of a set of streamlines, evenly spaced in their order: RAS mm, rows of bundles (S,), and which are valid
+    (S,)."""
+
+    lines: Streamlines
+    bundle: NDArray[np.int64]
+    valid: NDArray[np.bool_]
+
+
+class TrackedLines(NamedTuple):
+    """What a model tracked, beside the real streamlines, all of which are valid; `names` are those of the bundles."""
+
+    names: tuple[str, ...]
+    real: ShownLines
+    tracked: dict[Protocol, ShownLines]
+
+
+class Drift(NamedTuple):
+    """Mean distance from the real streamline by the way gone alone: mm gone, and mm by who tracked (None: unknown)."""
+
+    gone_mm: tuple[float, ...]
+    lag_mm: dict[str, tuple[float | None, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrackingEvaluation:
     """Scores of tracking on one subject.
 
-    scores: by who tracked ("model", "principal direction", "keep going straight"), then by protocol.
+    scores: by who tracked ("model", "principal direction", "keep going straight", `ORACLE`), then by protocol.
     ceiling_valid, ceiling_both_ends: what half of the real streamlines reaches beside the other half; None where there
         are too few.
     step_size: mm.
     has_mask: whether lines stay within a mask, in which free seeds lie.
+    drift: by who tracked, of *continue*.
+    lines: the model's, for a picture; they are not written.
     """
 
     subject: str
@@ -54,6 +99,8 @@ class TrackingEvaluation:
     scores: dict[str, dict[Protocol, ProtocolScores]]
     ceiling_valid: float | None
     ceiling_both_ends: float | None
+    drift: Drift | None = None
+    lines: TrackedLines | None = field(default=None, repr=False, compare=False)
 
 
 def evaluate_tracking(
@@ -75,7 +122,8 @@ def evaluate_tracking(
         return None
     in_mm = Streamlines(real.points * dataset.voxel_sizes[0], real.offsets)
     references = reference_bundles(in_mm, bundles)
-    mask = _mask(dataset, dataset.index.subjects[0], config.training.tracking_mask or MASK_GROUP)
+    subject = dataset.index.subjects[0]
+    mask, grid = _mask_and_grid(dataset, subject, config)
     space = TrackingSpace(
         volume=dataset.volumes[0],
         voxel_sizes=(x, y, z),
@@ -83,44 +131,102 @@ def evaluate_tracking(
         interpolation=config.data.interpolation,
         neighborhood=config.data.neighborhood,
     )
-    trackers: dict[str, Any] = {"model": model, "keep going straight": KeepStraight()}
-    if "sh_order" in dataset.input_attributes:
-        trackers["principal direction"] = PrincipalDirection(dataset.input_attributes)
-    spec = TrackingSpec(step_size=config.batches.step_size or round(step, 3))
-    scores = {
-        name: score_protocols(
-            tracker, real, bundles, references, space=space, spec=spec, seeding_mask=mask, key=Key(config.training.rng)
-        )
-        for name, tracker in trackers.items()
+    trackers: dict[str, tuple[Any, TrackingSpace]] = {
+        "model": (model, space),
+        "keep going straight": (KeepStraight(), space),
     }
+    if "sh_order" in dataset.input_attributes:
+        trackers["principal direction"] = (PrincipalDirection(dataset.input_attributes), space)
+    trackers[ORACLE] = (NearestDirection(real, (x, y, z)), position_space(space))
+    spec, key = TrackingSpec(step_size=config.batches.step_size or round(step, 3)), Key(config.training.rng)
+    scores: dict[str, dict[Protocol, ProtocolScores]] = {}
+    drift: dict[str, tuple[float | None, ...]] = {}
+    shown: dict[Protocol, ShownLines] = {}
+    for name, (tracker, where) in trackers.items():
+        tracked = track_protocols(
+            tracker, real, bundles, references, space=where, spec=spec, seeding_mask=mask, key=key
+        )
+        scores[name] = {protocol: lines.scores for protocol, lines in tracked.items()}
+        drift[name] = tracked["continue"].drift_mm or ()
+        if name == "model":
+            shown = {
+                protocol: _shown(found.lines, found.found.bundle, found.found.valid, grid, dataset.voxel_sizes[0])
+                for protocol, found in tracked.items()
+            }
     ceiling = ceiling_scores(in_mm, bundles, voxel_sizes=(x, y, z), key=Key(0))
+    names = tuple(reference.name for reference in references)
+    of_real = np.array([names.index(bundles.names[number]) for number in bundles.ids])
     return TrackingEvaluation(
-        subject=dataset.index.subjects[0],
+        subject=subject,
         subset=dataset.subset,
         step_size=spec.step_size,
         has_mask=mask is not None,
         scores=scores,
         ceiling_valid=None if ceiling is None else ceiling.all.valid,
         ceiling_both_ends=None if ceiling is None else ceiling.all.both_ends,
+        drift=Drift(DRIFT_MM, drift),
+        lines=TrackedLines(
+            names, _shown(in_mm, of_real, np.ones(len(real), dtype=bool), grid, dataset.voxel_sizes[0]), shown
+        ),
     )
 
 
 def write_tracking_evaluation(directory: str | Path, evaluation: TrackingEvaluation, *, epoch: int) -> None:
     """Write the scores of a run's best model, of a best epoch."""
-    scores = {
-        name: {protocol: found._asdict() for protocol, found in by_protocol.items()}
-        for name, by_protocol in evaluation.scores.items()
+    values: dict[str, Any] = {
+        "epoch": epoch,
+        "subject": evaluation.subject,
+        "subset": evaluation.subset,
+        "step_size": evaluation.step_size,
+        "has_mask": evaluation.has_mask,
+        "scores": {
+            name: {protocol: found._asdict() for protocol, found in by_protocol.items()}
+            for name, by_protocol in evaluation.scores.items()
+        },
+        "ceiling_valid": evaluation.ceiling_valid,
+        "ceiling_both_ends": evaluation.ceiling_both_ends,
+        "drift": None if evaluation.drift is None else evaluation.drift._asdict(),
     }
-    values: dict[str, Any] = {"epoch": epoch, **asdict(evaluation), "scores": scores}
     atomic_write(Path(directory) / _NAME, json.dumps(null_if_not_finite(values), indent=2) + "\n")
 
 
-def _mask(dataset: StreamlineDataset, subject: str, name: str) -> Tensor | None:
+def has_tracking_evaluation(directory: str | Path) -> bool:
+    """Whether the folder has the scores of a run's best model."""
+    return (Path(directory) / _NAME).is_file()
+
+
+def read_drift(directory: str | Path) -> Drift | None:
+    """The recorded drift; None if there is none or the file is corrupt."""
+    import pydantic
+
+    try:
+        drift = json.loads((Path(directory) / _NAME).read_bytes())["drift"]
+        return pydantic.TypeAdapter(Drift).validate_python(drift)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _shown(
+    lines: Streamlines, bundle: NDArray[np.int64], valid: NDArray[np.bool_], grid: Grid, voxel_sizes: Tensor
+) -> ShownLines:
+    """At most 300 of streamlines in mm from the corner of the grid."""
+    rows = np.linspace(0, len(lines) - 1, min(len(lines), _MOST_SHOWN)).round().astype(np.int64)
+    chosen = lines.select(rows)
+    affine = torch.from_numpy(grid.affine)
+    points = (chosen.points / voxel_sizes - 0.5).double() @ affine[:3, :3].T + affine[:3, 3]
+    return ShownLines(Streamlines(points.float(), chosen.offsets), bundle[rows], valid[rows])
+
+
+def _mask_and_grid(dataset: StreamlineDataset, subject: str, config: RunConfig) -> tuple[Tensor | None, Grid]:
+    """The mask of seeds and lines, where the subject has one, and the grid of its streamlines."""
+    name = config.training.tracking_mask or MASK_GROUP
     with open_hdf5(dataset.path) as file:
         parent = raise_first(subject_group(file, subject), dataset.path)
+        streamlines = raise_first(group_of(parent, config.data.streamline_group_name, "streamlines"), dataset.path)
+        grid = raise_first(streamline_grid(streamlines), dataset.path)
         if name not in parent:
-            return None
+            return None, grid
         group = raise_first(group_of(parent, name, "volume"), dataset.path)
         values = raise_first(read_volume(group), dataset.path)
     mask = torch.from_numpy(values[..., 0])
-    return mask if mask.shape == dataset.volumes[0].shape[:3] and bool((mask > 0).any()) else None
+    return mask if mask.shape == dataset.volumes[0].shape[:3] and bool((mask > 0).any()) else None, grid

@@ -62,7 +62,7 @@ def null_if_not_finite(data: Any) -> Any:
     """The same JSON data with None for NaN and infinity, which JSON does not have."""
     if isinstance(data, dict):
         return {name: null_if_not_finite(value) for name, value in data.items()}
-    if isinstance(data, list):
+    if isinstance(data, list | tuple):
         return [null_if_not_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
 

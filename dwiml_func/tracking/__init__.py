@@ -10,9 +10,10 @@ from dwiml_func.tracking.connectivity import (
     regions_of_labels,
 )
 from dwiml_func.tracking.lag import final_distances, lags, remainder
+from dwiml_func.tracking.nearest_direction import NearestDirection, position_space
 from dwiml_func.tracking.overlap import Overlap, overlap_within, voxel_overlap
 from dwiml_func.tracking.processes import track_in_processes
-from dwiml_func.tracking.protocols import ProtocolScores, score_protocols
+from dwiml_func.tracking.protocols import ProtocolLines, ProtocolScores, score_protocols, track_protocols
 from dwiml_func.tracking.scores import (
     BundleScores,
     LineScores,
@@ -37,8 +38,10 @@ __all__ = [
     "KeepStraight",
     "LagWindows",
     "LineScores",
+    "NearestDirection",
     "Overlap",
     "PrincipalDirection",
+    "ProtocolLines",
     "ProtocolScores",
     "ReferenceBundle",
     "TrackState",
@@ -57,6 +60,7 @@ __all__ = [
     "init_track_state",
     "lags",
     "overlap_within",
+    "position_space",
     "reference_bundles",
     "regions_of_blocs",
     "regions_of_labels",
@@ -67,6 +71,7 @@ __all__ = [
     "seeds_in_mask",
     "track",
     "track_in_processes",
+    "track_protocols",
     "track_step",
     "voxel_overlap",
     "window_lags",

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dwiml_func.core.rng import Key, Stream, fold_in
@@ -20,7 +19,7 @@ from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 from dwiml_func.tracking.lag import lags
 from dwiml_func.tracking.random_numbers import uniforms
-from dwiml_func.tracking.scores import ReferenceBundle, score_lines
+from dwiml_func.tracking.scores import LineScores, ReferenceBundle, score_lines
 from dwiml_func.tracking.seeds import seeds_in_mask
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
@@ -28,12 +27,15 @@ from dwiml_func.tracking.state import StepModel
 from dwiml_func.tracking.track import track
 from dwiml_func.tracking.window_lag import continue_lines
 
-__all__ = ["LAG_MM", "Protocol", "ProtocolScores", "score_protocols"]
+__all__ = ["DRIFT_MM", "LAG_MM", "Protocol", "ProtocolLines", "ProtocolScores", "score_protocols", "track_protocols"]
 
 Protocol = Literal["continue", "free", "core"]
 """What a model is given; see the module."""
 
 LAG_MM = (10.0, 20.0, 40.0, 80.0)
+"""Ways from the start at which the lag is printed."""
+
+DRIFT_MM = tuple(float(way) for way in range(0, 81, 2))
 """Ways from the start at which the lag is measured."""
 
 GIVEN_MM = 6.0
@@ -62,6 +64,34 @@ class ProtocolScores(NamedTuple):
     lag_mm: tuple[float, ...] | None
 
 
+class ProtocolLines(NamedTuple):
+    """What a model tracked by a protocol.
+
+    num_started: seeds, or held-out streamlines.
+    lines: S streamlines in mm from the corner of the grid, those not shorter than `min_length`.
+    found: what became of each of them; the rows of its bundles are those of the references.
+    drift_mm: only of *continue*: mean distance in mm from the real streamline after 0, 2, ..., 80 mm; NaN where no real
+        one is so long.
+
+    Example:
+        >>> ProtocolLines._fields
+        ('num_started', 'lines', 'found', 'drift_mm')
+    """
+
+    num_started: int
+    lines: Streamlines
+    found: LineScores
+    drift_mm: tuple[float, ...] | None
+
+    @property
+    def scores(self) -> ProtocolScores:
+        """The shares of what became of the lines."""
+        num = len(self.lines)
+        valid, both_ends = (int(kind.sum()) / num if num else 0.0 for kind in (self.found.valid, self.found.both_ends))
+        lag = None if self.drift_mm is None else tuple(self.drift_mm[DRIFT_MM.index(way)] for way in LAG_MM)
+        return ProtocolScores(self.num_started, num, valid, both_ends, lag)
+
+
 def score_protocols(
     model: StepModel,
     real: Streamlines,
@@ -76,6 +106,34 @@ def score_protocols(
     """Track by the three protocols, and score what comes.
 
     Args:
+        model, real, bundles, references, space, spec, seeding_mask, key: as of `track_protocols`.
+
+    Returns:
+        The scores by protocol.
+
+    Example:
+        >>> score_protocols(model, real, bundles, references, **where)["free"].valid  # doctest: +SKIP
+        0.31
+    """
+    where: Any = {"space": space, "spec": spec, "seeding_mask": seeding_mask, "key": key}
+    tracked = track_protocols(model, real, bundles, references, **where)
+    return {protocol: lines.scores for protocol, lines in tracked.items()}
+
+
+def track_protocols(
+    model: StepModel,
+    real: Streamlines,
+    bundles: Bundles,
+    references: Sequence[ReferenceBundle],
+    *,
+    space: TrackingSpace,
+    spec: TrackingSpec,
+    seeding_mask: Tensor | None,
+    key: Key,
+) -> dict[Protocol, ProtocolLines]:
+    """Track by the three protocols, and tell what became of each line.
+
+    Args:
         model: the model, in evaluation mode.
         real: the held-out streamlines of one subject, voxel space, corner origin, sampled as for the model.
         bundles: of which bundle each is.
@@ -86,45 +144,37 @@ def score_protocols(
         key: of the seeds.
 
     Returns:
-        The scores by protocol.
+        The lines by protocol; *free* and *core* in the order of their seeds, *continue* in that of `real`.
 
     Example:
-        >>> score_protocols(model, real, bundles, references, **where)["free"].valid  # doctest: +SKIP
-        0.31
+        >>> track_protocols(model, real, bundles, references, **where)["core"].num_started  # doctest: +SKIP
+        500
     """
     sizes = torch.tensor(space.voxel_sizes)
-    scores: dict[Protocol, ProtocolScores] = {}
     names = [reference.name for reference in references]
     expected = np.array([names.index(bundles.names[number]) for number in bundles.ids])
     given, ahead = _split(real, sizes, GIVEN_MM)
     added = continue_lines(given, model=model, space=space, spec=spec, distance=spec.max_length)
-    lag = lags(_in_mm(added, sizes), _in_mm(ahead, sizes), LAG_MM)
+    lag = lags(_in_mm(added, sizes), _in_mm(ahead, sizes), DRIFT_MM)
     with np.errstate(invalid="ignore"):
-        mean_lag = np.nansum(lag, axis=0) / np.isfinite(lag).sum(axis=0)
+        drift = np.nansum(lag, axis=0) / np.isfinite(lag).sum(axis=0)
     whole = _in_mm(_joined(given, added), sizes)
-    scores["continue"] = _scores(whole, len(real), references, expected)._replace(lag_mm=tuple(mean_lag.tolist()))
+    found = score_lines(whole, references, expected=expected)
+    tracked: dict[Protocol, ProtocolLines] = {"continue": ProtocolLines(len(real), whole, found, tuple(drift.tolist()))}
     both_ways = replace(spec, track_forward_only=False)
     seeds: dict[Protocol, Tensor] = {}
     if seeding_mask is not None:
         seeds["free"] = seeds_in_mask(seeding_mask, nt=NUM_FREE, key=key)
     seeds["core"] = _seeds_near(real.points, space, key)
     for protocol, where in seeds.items():
-        found = list(track(where, model=model, space=space, spec=both_ways, key=key))
+        parts = list(track(where, model=model, space=space, spec=both_ways, key=key))
         lines = Streamlines(
-            torch.cat([tracked.streamlines.points for tracked in found]),
-            offsets_of(torch.cat([tracked.streamlines.lengths for tracked in found])),
+            torch.cat([part.streamlines.points for part in parts]),
+            offsets_of(torch.cat([part.streamlines.lengths for part in parts])),
         )
-        scores[protocol] = _scores(_in_mm(lines, sizes), len(where), references, None)
-    return scores
-
-
-def _scores(
-    lines: Streamlines, num_started: int, references: Sequence[ReferenceBundle], expected: NDArray[np.int64] | None
-) -> ProtocolScores:
-    found = score_lines(lines, references, expected=expected)
-    num = len(lines)
-    valid, both_ends = (int(kind.sum()) / num if num else 0.0 for kind in (found.valid, found.both_ends))
-    return ProtocolScores(num_started, num, valid, both_ends, None)
+        lines = _in_mm(lines, sizes)
+        tracked[protocol] = ProtocolLines(len(where), lines, score_lines(lines, references), None)
+    return tracked
 
 
 def _seeds_near(points: Tensor, space: TrackingSpace, key: Key) -> Tensor:

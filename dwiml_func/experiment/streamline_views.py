@@ -1,0 +1,83 @@
+"""Streamlines in three orthogonal views, in RAS mm, as every figure of streamlines draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.experiment.panels import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["VIEWS", "LineGroup", "bundle_colours", "draw_views", "view_limits"]
+
+VIEWS = (("sagittal", 1, 2), ("coronal", 0, 2), ("axial", 0, 1))
+"""Names, and the axes of space that run to the right and up."""
+
+_AXES = ("x (mm), left to right", "y (mm), posterior to anterior", "z (mm), inferior to superior")
+_HUES, _OTHERS = COLOURS[:-1], "#999999"  # without black, which is for what is not valid
+
+
+class LineGroup(NamedTuple):
+    """Streamlines in RAS mm that are drawn alike; of a figure's groups the later ones lie above."""
+
+    lines: Streamlines
+    colour: str
+    alpha: float = 0.7
+    width: float = 0.7
+
+
+def bundle_colours(num_streamlines: Sequence[int]) -> list[str]:
+    """A colour for each bundle; where there are more bundles than colours, the smaller ones share grey."""
+    largest = np.argsort([-num for num in num_streamlines], kind="stable")
+    colours = [_OTHERS] * len(num_streamlines)
+    for row, colour in zip(sorted(largest[: len(_HUES)].tolist()), _HUES, strict=False):
+        colours[row] = colour
+    return colours
+
+
+def view_limits(sets: Iterable[Streamlines]) -> NDArray[np.float64]:
+    """(3, 2) mm: the least and the largest shown along x, y, z; the same range along each, so that panels are alike."""
+    points = [lines.points.numpy() for lines in sets if len(lines.points)]
+    lower = np.min([found.min(axis=0) for found in points], axis=0) if points else np.zeros(3)
+    upper = np.max([found.max(axis=0) for found in points], axis=0) if points else np.ones(3)
+    half = 0.53 * max(1.0, float((upper - lower).max()))
+    middle = (lower.astype(np.float64) + upper) / 2
+    return np.stack([middle - half, middle + half], axis=1)
+
+
+def draw_views(
+    axes: Sequence[Axes], groups: Sequence[LineGroup], limits: NDArray[np.float64], *, is_last: bool
+) -> None:
+    """Draw groups into a row of three panels; the figure's last row names the axes below."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.ticker import MaxNLocator
+
+    for number, (panel, (_, right, up)) in enumerate(zip(axes, VIEWS, strict=True)):
+        for order, group in enumerate(groups):
+            flat = group.lines.points.numpy()[:, [right, up]]
+            paths = np.split(flat, group.lines.offsets[1:-1].numpy()) if len(group.lines) else []
+            panel.add_collection(
+                LineCollection(
+                    paths, colors=group.colour, linewidths=group.width, alpha=group.alpha, zorder=2 + order / 1000
+                ),
+                autolim=False,
+            )
+        panel.set_xlim(*limits[right])
+        panel.set_ylim(*limits[up])
+        panel.set_aspect("equal")
+        panel.grid(color="#e5e5e5", linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=4, steps=(1, 2, 5, 10)))
+        panel.tick_params(labelsize=8, labelbottom=is_last, labelleft=number != 1)
+        if number != 1:
+            panel.set_ylabel(_AXES[up], fontsize=8)
+        if is_last:
+            panel.set_xlabel(_AXES[right], fontsize=8)

@@ -1,0 +1,192 @@
+"""Figures of how well a run's best model tracks: its streamlines beside real ones, and how it drifts from them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dwiml_func.experiment.panels import COLOURS
+from dwiml_func.experiment.plots import save_figure
+from dwiml_func.experiment.streamline_views import VIEWS, LineGroup, bundle_colours, draw_views, view_limits
+from dwiml_func.experiment.tracking_evaluation import (
+    ORACLE,
+    Drift,
+    ShownLines,
+    TrackedLines,
+    TrackingEvaluation,
+    has_tracking_evaluation,
+    read_drift,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "NOT_VALID",
+    "draw_drift",
+    "draw_drifts",
+    "draw_tracked",
+    "drift_figure_path",
+    "save_tracking_figures",
+    "tracking_figures",
+]
+
+NOT_VALID = COLOURS[-1]
+"""The black of streamlines that are not valid."""
+
+_GIVEN = {
+    "continue": "continue (the first 6 mm of each real one are given)",
+    "free": "free (seeds anywhere in the mask)",
+    "core": "core (seeds on real streamlines)",
+}
+_OTHERS = (("principal direction", "#666666", "-."), ("keep going straight", "#666666", ":"), (ORACLE, "#000000", "--"))
+_PANEL, _LEFT, _GAP = 2.9, 0.65, 0.5  # inches
+_log = logging.getLogger(__name__)
+
+
+def draw_tracked(evaluation: TrackingEvaluation, lines: TrackedLines, *, title: str) -> Figure:
+    """Real streamlines in the top row, below them those of each protocol, in colours of bundles; what is not valid is
+    black, above the others."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    rows: list[tuple[str, ShownLines]] = [(f"real streamlines{_some(lines.real, None)}", lines.real)]
+    for protocol, shown in lines.tracked.items():
+        scores = evaluation.scores["model"][protocol]
+        share = f"{100 * scores.valid:.0f} % of {scores.num_streamlines} valid{_some(shown, scores.num_streamlines)}"
+        rows.append((f"tracked, {_GIVEN[protocol]}: {share}", shown))
+    colours = bundle_colours(np.bincount(lines.real.bundle, minlength=len(lines.names)).tolist())
+    labels = _bundle_labels(lines.names, colours)
+    num_legend = -(-(len(labels) + 1) // 4)
+    top, bottom = 0.75, 0.65 + 0.22 * num_legend
+    width = _LEFT + 3 * _PANEL + _GAP + 0.35
+    height = top + bottom + len(rows) * _PANEL + (len(rows) - 1) * 0.4
+    figure = Figure(figsize=(width, height))
+    limits = view_limits([shown.lines for _, shown in rows])
+    for number, (text, shown) in enumerate(rows):
+        y = height - top - number * (_PANEL + 0.4) - _PANEL
+        panels = []
+        for column in range(len(VIEWS)):
+            x = _LEFT + column * (_PANEL + 0.1) + (_GAP if column == 2 else 0)
+            panels.append(figure.add_axes((x / width, y / height, _PANEL / width, _PANEL / height)))
+        draw_views(panels, _groups(shown, colours), limits, is_last=number == len(rows) - 1)
+        panels[0].set_title(text, loc="left", fontsize=10, fontweight="bold")
+        if len(shown.lines) == 0:
+            panels[1].text(0.5, 0.5, "none", transform=panels[1].transAxes, ha="center", va="center", color=NOT_VALID)
+    entries = {**labels, "not valid": NOT_VALID}
+    figure.legend(
+        [Line2D([], [], color=colour, linewidth=3) for colour in entries.values()],
+        list(entries),
+        loc="lower left",
+        bbox_to_anchor=(_LEFT / width, 0.02 / height),
+        bbox_transform=figure.transFigure,
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+    )
+    figure.suptitle(title, x=_LEFT / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=12)
+    return figure
+
+
+def _groups(shown: ShownLines, colours: Sequence[str]) -> list[LineGroup]:
+    of_bundle = [np.flatnonzero(shown.valid & (shown.bundle == row)) for row in range(len(colours))]
+    groups = [LineGroup(shown.lines.select(rows), colour) for rows, colour in zip(of_bundle, colours, strict=True)]
+    return [*groups, LineGroup(shown.lines.select(np.flatnonzero(~shown.valid)), NOT_VALID, width=0.4)]
+
+
+def _bundle_labels(names: Sequence[str], colours: Sequence[str]) -> dict[str, str]:
+    """Colours by label; bundles that share one have one label."""
+    by_colour: dict[str, list[str]] = {}
+    for name, colour in zip(names, colours, strict=True):
+        by_colour.setdefault(colour, []).append(name)
+    return {of[0] if len(of) == 1 else f"{len(of)} other bundles": colour for colour, of in by_colour.items()}
+
+
+def _some(shown: ShownLines, num: int | None) -> str:
+    return "" if num is None or num == len(shown.lines) else f", {len(shown.lines)} drawn"
+
+
+def draw_drift(drifts: Mapping[str, Drift]) -> Figure:
+    """The lag by the distance gone, of models by label, beside the baselines and the oracle of each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5))
+    axes = figure.add_subplot()
+    highest, drawn = [], set()
+    for number, (label, drift) in enumerate(drifts.items()):
+        curves = [(label, drift.lag_mm["model"], {"color": COLOURS[number % 6], "linewidth": 2.5, "zorder": 3})]
+        for name, colour, dashes in _OTHERS:
+            values = drift.lag_mm.get(name)
+            if values is not None and (name, values) not in drawn:
+                drawn.add((name, values))
+                curves.append((name, values, {"color": colour, "linewidth": 1.5, "linestyle": dashes}))
+        for name, values, style in curves:
+            y = np.array(values, dtype=np.float64)  # None becomes NaN
+            known = np.flatnonzero(np.isfinite(y))
+            if len(known) == 0:
+                continue
+            end = f"{y[known[-1]]:.1f} mm after {drift.gone_mm[known[-1]]:g} mm"
+            axes.plot(drift.gone_mm, y, label=f"{name} ({end})", **style)
+            if name != "keep going straight":
+                highest.append(y[known].max())
+    axes.set_title("Drift from the real streamline", loc="left", fontweight="bold")
+    axes.set_xlabel("distance gone alone (mm)")
+    axes.set_ylabel("mean distance from the real streamline (mm)")
+    axes.set_xlim(0, max(max(drift.gone_mm) for drift in drifts.values()))
+    axes.set_ylim(0, 1.25 * max(highest, default=0.0) or 1.0)  # what never turns leaves the figure
+    axes.grid(color="#e5e5e5", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    rows = -(-len(axes.get_legend_handles_labels()[0]) // 2)
+    figure.set_figheight(4.9 + 0.25 * rows)
+    figure.legend(loc="lower left", ncols=2, frameon=False, bbox_to_anchor=(0.08, 0.0))
+    figure.tight_layout(rect=(0, 0.25 * rows / figure.get_figheight(), 1, 1))
+    return figure
+
+
+def draw_drifts(directories: Sequence[str | Path]) -> Figure:
+    """The drift of experiments, as their `tracking.json` records it, over each other."""
+    drifts = {}
+    for directory in map(Path, directories):
+        drift = read_drift(directory)
+        if drift is None:
+            raise ValueError(
+                f"Expected an experiment whose tracking.json has the drift. Received: {directory}. Make it with "
+                f"dwiml-func evaluate {directory} --write, from data with bundles."
+            )
+        name = directory.resolve().name
+        drifts[name if name not in drifts else str(directory)] = drift
+    return draw_drift(drifts)
+
+
+def drift_figure_path(directory: Path) -> Path:
+    """Where an experiment has the figure of its drift."""
+    return directory / "plots" / "drift.png"
+
+
+def tracking_figures(directory: Path) -> tuple[Path, ...]:
+    """Where an experiment has its figures of tracking; none where it has no evaluation of tracking."""
+    return _paths(directory) if has_tracking_evaluation(directory) else ()
+
+
+def _paths(directory: Path) -> tuple[Path, Path]:
+    return directory / "plots" / "tracking.png", drift_figure_path(directory)
+
+
+def save_tracking_figures(directory: Path, evaluation: TrackingEvaluation, *, epoch: int) -> None:
+    """Draw `plots/tracking.png` and `plots/drift.png` of an experiment; an error is only a warning."""
+    tracked, drifted = _paths(directory)
+    where = f"{evaluation.subset} subject {evaluation.subject}, steps of {evaluation.step_size:g} mm"
+    try:
+        tracked.parent.mkdir(exist_ok=True)
+        if evaluation.lines is not None:
+            title = f"{directory.resolve().name}: best model (epoch {epoch}), {where}"
+            save_figure(draw_tracked(evaluation, evaluation.lines, title=title), tracked)
+        if evaluation.drift is not None:
+            save_figure(draw_drift({"model": evaluation.drift}), drifted)
+    except Exception as error:
+        _log.warning("The figures of tracking of %s were not drawn: %s", directory, error)

@@ -1,0 +1,227 @@
+"""Claims about the figures of tracking: which lines are drawn, in which colour and where, and the curves' values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from experiment_cases import PHANTOM
+from matplotlib.collections import LineCollection
+from matplotlib.colors import to_hex
+
+from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.experiment.finish import is_whole
+from dwiml_func.experiment.panels import COLOURS
+from dwiml_func.experiment.streamline_views import VIEWS, bundle_colours
+from dwiml_func.experiment.tracking_evaluation import (
+    ORACLE,
+    Drift,
+    ShownLines,
+    TrackedLines,
+    TrackingEvaluation,
+    read_drift,
+)
+from dwiml_func.experiment.tracking_figures import NOT_VALID, draw_drift, draw_tracked
+from dwiml_func.tracking.protocols import DRIFT_MM, LAG_MM, ProtocolScores
+
+BLUE, ORANGE = COLOURS[:2]
+
+
+def walks(num: int, seed: int) -> Streamlines:
+    rng = np.random.default_rng(seed)
+    return Streamlines.from_list([rng.normal(size=(rng.integers(2, 9), 3)).cumsum(axis=0) for _ in range(num)])
+
+
+def evaluation(tracked: dict[Any, ShownLines], names: tuple[str, ...] = ("CST", "AF")) -> TrackingEvaluation:
+    real = ShownLines(walks(5, 0), np.array([0, 0, 0, 1, 1]), np.ones(5, dtype=bool))
+    scores: Any = {
+        protocol: ProtocolScores(9, 8, float(shown.valid.mean()) if len(shown.valid) else 0.0, 1.0, None)
+        for protocol, shown in tracked.items()
+    }
+    return TrackingEvaluation(
+        subject="anna", subset="validation", step_size=1.0, has_mask=True, scores={"model": scores},
+        ceiling_valid=None, ceiling_both_ends=None, lines=TrackedLines(names, real, tracked),
+    )  # fmt: skip
+
+
+def drawn(panel: Any) -> dict[str, list[np.ndarray]]:
+    """The lines of a panel by colour."""
+    found: dict[str, list[np.ndarray]] = {}
+    for collection in panel.collections:
+        assert isinstance(collection, LineCollection)
+        colour = to_hex(np.asarray(collection.get_colors())[0]).upper()
+        found.setdefault(colour, []).extend(np.asarray(path.vertices) for path in collection.get_paths())
+    return found
+
+
+def test_real_streamlines_are_above_tracked_ones_in_the_colours_of_bundles_and_what_is_wrong_is_black() -> None:
+    free = ShownLines(walks(6, 1), np.array([0, 1, 1, 1, 0, 0]), np.array([True, True, False, True, False, False]))
+    found = evaluation({"free": free})
+    assert found.lines is not None
+    figure = draw_tracked(found, found.lines, title="a title")
+    real_row, free_row = figure.axes[:3], figure.axes[3:]
+    assert len(free_row) == 3
+    for panel, (_, right, up) in zip(real_row, VIEWS, strict=True):
+        lines = drawn(panel)
+        assert {colour: len(each) for colour, each in lines.items() if each} == {BLUE: 3, ORANGE: 2}
+        expected = [line[:, [right, up]].numpy() for line in found.lines.real.lines.to_list()]
+        for received, line in zip(lines[BLUE] + lines[ORANGE], expected, strict=True):
+            np.testing.assert_array_equal(received, line)
+    for panel, (_, right, up) in zip(free_row, VIEWS, strict=True):
+        lines = drawn(panel)
+        assert {colour: len(each) for colour, each in lines.items()} == {BLUE: 1, ORANGE: 2, NOT_VALID: 3}
+        for received, row in zip(lines[NOT_VALID], (2, 4, 5), strict=True):
+            np.testing.assert_array_equal(received, free.lines.to_list()[row][:, [right, up]].numpy())
+    for column, panel in enumerate(real_row):  # the same mm in both rows, as long to the right as up
+        assert panel.get_xlim() == free_row[column].get_xlim()
+        assert panel.get_ylim() == free_row[column].get_ylim()
+        assert np.ptp(panel.get_xlim()) == pytest.approx(np.ptp(panel.get_ylim()))
+        for points in (point for lines in drawn(free_row[column]).values() for point in lines):
+            assert points[:, 0].min() > panel.get_xlim()[0]
+            assert points[:, 1].max() < panel.get_ylim()[1]
+    titles = [panel.get_title(loc="left") for panel in figure.axes]
+    assert titles[0] == "real streamlines"
+    assert titles[3] == "tracked, free (seeds anywhere in the mask): 50 % of 8 valid, 6 drawn"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["CST", "AF", "not valid"]
+    assert [line.get_color() for line in legend.get_lines()] == [BLUE, ORANGE, NOT_VALID]
+    assert figure.get_suptitle() == "a title"
+
+
+def test_a_row_of_a_model_that_tracked_nothing_says_so() -> None:
+    none = ShownLines(Streamlines.from_list([]), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
+    found = evaluation({"core": none})
+    assert found.lines is not None
+    figure = draw_tracked(found, found.lines, title="")
+    assert [text.get_text() for panel in figure.axes[3:] for text in panel.texts] == ["none"]
+    assert sum(len(lines) for panel in figure.axes[3:] for lines in drawn(panel).values()) == 0
+
+
+def test_of_many_bundles_the_largest_have_their_own_colours() -> None:
+    assert bundle_colours([1, 2]) == [BLUE, ORANGE]
+    colours = bundle_colours([5, 1, 9, 9, 9, 1, 9, 9, 9])
+    assert Counter(colours) == {colours[0]: 3, **dict.fromkeys(COLOURS[:6], 1)}
+    assert [row for row, colour in enumerate(colours) if colour == colours[0]] == [0, 1, 5]
+    assert not {NOT_VALID, colours[0]} & set(COLOURS[:6])
+    names = tuple("abcdefghi")
+    shown = ShownLines(walks(9, 0), np.arange(9), np.ones(9, dtype=bool))
+    found = evaluation({}, names)
+    (legend,) = draw_tracked(found, TrackedLines(names, shown, {}), title="").legends
+    assert [text.get_text() for text in legend.get_texts()] == [*"abcdef", "3 other bundles", "not valid"]
+
+
+def test_the_drift_is_drawn_by_the_distance_gone_and_what_is_not_known_is_a_gap() -> None:
+    same = {ORACLE: (0.0, 0.5, 1.0), "keep going straight": (0.0, 40.0, 90.0)}
+    first = Drift((0.0, 2.0, 4.0), {"model": (0.0, 1.0, 2.0), **same})
+    second = Drift((0.0, 2.0, 4.0), {"model": (0.0, 1.5, None), **same})
+    figure = draw_drift({"a": first, "b": second})
+    (axes,) = figure.axes
+    curves = {line.get_label(): np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()}
+    assert list(curves) == [
+        *("a (2.0 mm after 4 mm)", "keep going straight (90.0 mm after 4 mm)"),
+        *("nearest real direction (1.0 mm after 4 mm)", "b (1.5 mm after 2 mm)"),
+    ]
+    np.testing.assert_array_equal(curves["a (2.0 mm after 4 mm)"], [0, 1, 2])
+    np.testing.assert_array_equal(curves["b (1.5 mm after 2 mm)"], [0, 1.5, np.nan])
+    assert axes.get_lines()[0].get_xdata().tolist() == [0, 2, 4]  # pyright: ignore
+    assert axes.get_ylim() == (0, 2.5)  # what never turns leaves the figure
+    assert len({line.get_color() for line in axes.get_lines()}) == 4
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on data with two bundles, of 30 and 18 streamlines a subject."""
+    from dwiml_func.cli.main import main
+
+    folder = tmp_path_factory.mktemp("with_bundles")
+    data = shutil.copy(PHANTOM, folder / "data.hdf5")
+    with h5py.File(data, "r+") as file:
+        for subject in ("subj0", "subj1", "subj2"):
+            group = file.require_group(f"{subject}/streamlines")
+            group["bundle_ids"] = np.repeat([0, 1], [30, 18])
+            group.attrs["bundle_names"] = ["CST", "AF"]
+    options = ("--rnn-layer-sizes", "4", "--nb-previous-dirs", "1", "--max-epochs", "1", "--batch-size-training", "96")
+    assert main(["train", str(folder), "run", str(data), *options]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+FIGURES = ("plots/tracking.png", "plots/drift.png")
+
+
+def test_a_finished_run_has_both_figures_and_the_drift_of_all_trackers(finished: Path) -> None:
+    for name in FIGURES:
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    text = (finished / "tracking.json").read_text()
+    assert "NaN" not in text
+    recorded = json.loads(text)
+    drift = read_drift(finished)
+    assert drift is not None
+    assert drift.gone_mm == DRIFT_MM
+    assert set(drift.lag_mm) == set(recorded["scores"]) == {"model", "keep going straight", ORACLE}
+    for name, curve in drift.lag_mm.items():
+        at = [curve[drift.gone_mm.index(way)] for way in LAG_MM]
+        assert at == recorded["scores"][name]["continue"]["lag_mm"]
+        assert curve[0] == pytest.approx(0.0, abs=1e-6)
+        assert None not in curve[:5]
+        assert curve[-1] is None  # no real streamline goes on for 80 mm
+    lag = {name: scores["continue"]["lag_mm"][1] for name, scores in recorded["scores"].items()}
+    assert lag[ORACLE] < 0.8 * min(lag["model"], lag["keep going straight"])  # it knows the way
+    assert "lines" not in recorded
+
+
+def test_a_figure_that_is_missing_is_made_by_a_resume(cli: Any, run: Path) -> None:
+    assert is_whole(run)
+    before = {name: (run / name).read_bytes() for name in ("tracking.json", *FIGURES)}
+    for name in FIGURES:
+        (run / name).unlink()
+        assert not is_whole(run)
+        (run / name).write_bytes(before[name])
+    (run / FIGURES[0]).unlink()
+    done = cli("resume", run.parent, "run")
+    assert (done.code, done.err) == (0, "")
+    assert {name: (run / name).read_bytes() for name in before} == before
+    cli("resume", run.parent, "run").check_refusal("No epoch is left to train")
+
+
+def test_what_an_earlier_version_left_gets_its_figures_from_evaluate(cli: Any, run: Path) -> None:
+    recorded = json.loads((run / "tracking.json").read_text())
+    complete = (run / "tracking.json").read_bytes()
+    del recorded["drift"]
+    (run / "tracking.json").write_text(json.dumps(recorded))
+    for name in FIGURES:
+        (run / name).unlink()
+    cli("plot", run, "--drift").check_refusal(str(run), "--write")
+    assert cli("evaluate", run, "--write").code == 0
+    assert (run / "tracking.json").read_bytes() == complete
+    assert all((run / name).is_file() for name in FIGURES)
+
+
+def test_plot_draws_the_drift_that_is_recorded(cli: Any, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    figure = (run / "plots" / "drift.png").read_bytes()
+    assert cli("plot", run, "--drift").out == f"{run / 'plots' / 'drift.png'}\n"
+    assert (run / "plots" / "drift.png").read_bytes() != figure  # it has the run's name
+    shutil.copytree(run, tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    assert cli("plot", run, tmp_path / "other", "--drift").out == "drift.png\n"
+    (run / "tracking.json").write_text('{"drift": {"gone_mm": [1], "lag_mm": "far"}}')
+    cli("plot", run, "--drift").check_refusal("tracking.json")
+
+
+def test_figures_that_cannot_be_drawn_are_a_warning(cli: Any, run: Path) -> None:
+    shutil.rmtree(run / "plots")
+    (run / "plots").write_text("in the way")
+    (run / "evaluation.json").unlink()
+    done = cli("evaluate", run, "--write")
+    assert done.code == 0
+    assert "The figures of tracking of" in done.err
