@@ -35,7 +35,7 @@ from dwiml_func.experiment.setup import prepare
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "4", "--reverse-ratio", "0.5")
-OPTIONS = (*OPTIONS, "--dropout", "0.2", "--keep", "all", "--clip-grad", "1")
+OPTIONS = (*OPTIONS, "--dg-dropout", "0.2", "--keep", "all", "--clip-grad", "0.1")
 
 Record = dict[int, dict[str, Any]]
 """Checkpoints by epoch: `leaves`, and what stands in the manifest."""
@@ -99,15 +99,15 @@ def forge_metric(record: Record, data: Path, draws: random.Random) -> str:
 
 
 def forge_config(record: Record, data: Path, draws: random.Random) -> str:
-    """One option, in all configs."""
+    """One option that changes this run, in all configs."""
     part, name, value = draws.choice(
         [
             ("training", "learning_rate", ["0.0010001"]),
             ("training", "weight_decay", 0.02),
-            ("training", "clip_grad", 0.5),
+            ("training", "clip_grad", 0.05),
             ("training", "rng", 4321),
             ("training", "optimizer", "RAdam"),
-            ("model", "dropout", 0.1),
+            ("model", "dg_dropout", 0.1),
             ("batches", "reverse_ratio", 0.25),
             ("batches", "batch_size_training", 30),
             ("batches", "noise_gaussian_size_forward", 0.01),

@@ -11,8 +11,9 @@ import pytest
 from forgeries import FORGERIES, forged, train
 
 from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.experiment.audit import audit_experiment, record_digest, sample_epochs
+from dwiml_func.experiment.audit import audit_experiment, sample_epochs
 from dwiml_func.experiment.audit_processes import in_processes
+from dwiml_func.experiment.consistency import record_digest
 from dwiml_func.experiment.folder import read_config
 
 

@@ -1,0 +1,134 @@
+"""Claims about `bisect`: it names the first epoch, batch and tensor in which runs differ, from checkpoints alone."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from experiment_cases import CONFIG, PHANTOM, trained
+
+from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.core.state import TrainState
+from dwiml_func.experiment.bisect import bisect_runs
+from dwiml_func.experiment.config import CheckpointConfig, RunConfig
+from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import RunParts, prepare
+
+RUN: RunConfig = replace(
+    CONFIG,
+    training=replace(CONFIG.training, max_epochs=3, skip_window_lag=True),
+    checkpoints=CheckpointConfig(keep="all"),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("bisect"), RUN, "a")
+
+
+def planted(parts: RunParts, epoch: int, batch: int, leaf: str) -> RunParts:
+    """A run whose step has one value of a parameter or of its moments one ulp larger, after one batch."""
+    group, _, name = leaf.partition("/")
+
+    def larger(tree: Any, path: list[str]) -> Any:
+        if not path:
+            flat = tree.clone().view(-1)
+            flat[0] = torch.nextafter(flat[0], torch.tensor(torch.inf))
+            return flat.view(tree.shape)
+        return {**tree, path[0]: larger(tree[path[0]], path[1:])}
+
+    def step(state: TrainState, given: Any, *, lr: float) -> Any:
+        is_there = (state.epoch + 1, state.batch + 1) == (epoch, batch)
+        new, metrics = parts.step(state, given, lr=lr)
+        if is_there:
+            new = new.replace(**{group: larger(getattr(new, group), name.split("/"))})
+        return new, metrics
+
+    return replace(parts, step=step)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_ulp_in_one_tensor_of_one_batch_is_named(run, tmp_path, seed):
+    parts, draws = prepare(RUN), random.Random(seed)
+    num_batches = sum(1 for _ in parts.train(parts.first_state().key, 0, 0))
+    epoch, batch = draws.randint(1, 3), draws.randint(1, num_batches)
+    leaf = draws.choice(sorted(load_leaves(run / "checkpoint" / "1")))
+    other = planted(parts, epoch, batch, leaf)
+    directory = create_experiment(tmp_path, "b", RUN)
+    list(run_experiment(directory, other))
+
+    found = bisect_runs(run, directory, parts=(parts, other))
+    assert found.different == (epoch, 0)
+    assert found.start == (None if epoch == 1 else str(epoch - 1))
+    assert found.found is not None
+    assert (found.found.epoch, found.found.batch, found.found.leaves) == (epoch, batch, (leaf,))
+    assert found.found.lines[0].startswith("operation ")
+
+    without = bisect_runs(run, directory)  # the record of B was made by a step that its config does not make
+    assert (without.found, without.unlike) == (None, ("B",))
+
+
+def test_one_ulp_in_the_data_is_named_with_the_batch_that_reads_it(cli, run, tmp_path):
+    data = Path(shutil.copy(PHANTOM, tmp_path / "data.hdf5"))
+    with h5py.File(data, "r+") as file:
+        points = file["subj0/streamlines/data"]
+        assert isinstance(points, h5py.Dataset)
+        points[700, 1] = np.nextafter(points[700, 1], np.float32(np.inf))
+    trained(tmp_path, replace(RUN, hdf5_file=str(data)), "b")
+    outcome = cli("bisect", run, tmp_path / "b")
+    assert outcome.code == 1
+    assert outcome.out.splitlines()[2] == "The records agree nowhere and differ after epoch 1."
+    assert "Trained again from the first states, the runs first differ in epoch 1, batch " in outcome.out
+    assert "\n  batch.points: 1 of " in outcome.out
+    assert " 1 ulp apart\n" in outcome.out
+
+
+def test_learning_rate_seed_and_clipping_are_named(cli, run, tmp_path):
+    training = RUN.training
+    for name, changes, expected in [
+        ("rate", {"learning_rate": ("0.001*2 0.002",)}, "epoch 3, batch 1:\n  learning rate: 0.001 in A, 0.002 in B"),
+        ("seed", {"rng": 7}, "the first state:\n  seed: 1234 in A, 7 in B"),
+        ("clip", {"clip_grad": 0.05}, "epoch 1, batch 1:\n  operation "),
+    ]:
+        trained(tmp_path, replace(RUN, training=replace(training, **changes)), name)
+        outcome = cli("bisect", run, tmp_path / name)
+        assert outcome.code == 1
+        assert f"the runs first differ in {expected}" in outcome.out
+
+
+def test_equal_runs_differ_nowhere(cli, run, tmp_path):
+    trained(tmp_path, RUN, "b")
+    outcome = cli("bisect", run, tmp_path / "b")
+    assert (outcome.code, outcome.out.splitlines()[2]) == (0, "The records agree after epoch 3 and differ nowhere.")
+
+
+def test_a_run_is_compared_with_its_own_record_and_the_piece_that_differs_is_named(cli, tmp_path):
+    config = replace(RUN, checkpoints=CheckpointConfig(keep="all", checkpoint_every="1batches"))
+    directory = trained(tmp_path, config, "b")
+    outcome = cli("bisect", directory)
+    assert outcome.out == f"{directory}: this machine computes what was recorded, in all 3 epochs\n"
+
+    path = directory / "checkpoint" / "1-1"
+    if not path.is_dir():
+        path = next(path for path in sorted((directory / "checkpoint").iterdir()) if "-" in path.name)
+    manifest, leaves = read_manifest(path), load_leaves(path)
+    name = "opt_state/exp_avg/rnn_model.rnn_0.bias_hh_l0"
+    leaves[name][3] = torch.nextafter(leaves[name][3], torch.tensor(torch.inf))
+    kept = {key: manifest[key] for key in ("history", "config", "data", "environment")}
+    save_leaves(path, leaves, kept, numbers=manifest["numbers"])
+    outcome = cli("bisect", directory)
+    assert outcome.code == 1
+    assert f"to {path.name}, this machine computes something else:\n  first leaf that differs: {name}" in outcome.out
+
+
+def test_a_run_without_an_epoch_is_refused(cli, run, tmp_path):
+    create_experiment(tmp_path, "new", read_config(run))
+    cli("bisect", run, tmp_path / "new").check_refusal("has no recorded epoch yet")
