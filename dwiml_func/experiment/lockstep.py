@@ -23,9 +23,7 @@ __all__ = [
     "Reached",
     "before_batch",
     "first_difference",
-    "operations",
     "tensor_differences",
-    "tensors_of",
 ]
 
 _UNFILLED = {"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided"}
