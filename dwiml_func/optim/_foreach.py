@@ -38,12 +38,15 @@ def arithmetic_for(tensors: Iterable[Tensor], *numbers: Number) -> Arithmetic:
     Fused and in place for plain tensors and numbers. Under a transform, or where a tensor has a graph or a number is a
     tensor: tensor by tensor, never in place, and differentiable with respect to the numbers too.
     """
-    is_plain = not (
-        is_transformed()
-        or any(isinstance(number, Tensor) for number in numbers)
-        or any(tensor.requires_grad for tensor in tensors)
-    )
-    return _fused if is_plain else _one_by_one
+    if is_transformed():
+        return _one_by_one
+    for number in numbers:
+        if isinstance(number, Tensor):
+            return _one_by_one
+    for tensor in tensors:  # a loop: a generator costs a small model's step more
+        if tensor.requires_grad:
+            return _one_by_one
+    return _fused
 
 
 def _fused(name: str, tensors: Tensors, *others: Any, reuse: bool = False, **factors: Any) -> Tensors:

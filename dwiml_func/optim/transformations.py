@@ -37,7 +37,7 @@ def clip_by_global_norm(max_norm: Number) -> Transform:
         tensor([-0.6000, -0.8000])
     """
     _check_above_zero("max_norm", max_norm)
-    return _stateless(lambda grads, params: clip_grad_norm(grads, max_norm)[0])
+    return _stateless(lambda grads, params: _clipped(grads, global_norm(grads), max_norm)[0])
 
 
 def clip_by_value(max_value: Number) -> Transform:
@@ -137,14 +137,19 @@ def clip_grad_norm(grads: Grads, max_norm: Number) -> tuple[dict[str, Any], Tens
     The arithmetic is that of `torch.nn.utils.clip_grad_norm_`: the factor is min(1, max_norm / (norm + 1e-6)).
     """
     _check_above_zero("max_norm", max_norm)
-    norm = global_norm(grads)
+    used, norm = given(grads), global_norm(grads)
+    clipped, factor = _clipped(used, norm, max_norm)
+    return {**grads, **clipped}, norm, norm * factor
+
+
+def _clipped(grads: Params, norm: Tensor, max_norm: Number) -> tuple[dict[str, Tensor], Tensor]:
     factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    used = given(grads)
-    tensors = list(used.values())
+    tensors = list(grads.values())
     scaled = arithmetic_for(tensors)("mul", tensors, factor) if tensors else []
     # Among gradients of several dtypes, the factor has the widest, and would give it to a () gradient.
-    new = {name: tensor.to(old.dtype) for (name, old), tensor in zip(used.items(), scaled, strict=True)}
-    return {**grads, **new}, norm, norm * factor
+    pairs = zip(tensors, scaled, strict=True)
+    same = [new if new.dtype == old.dtype else new.to(old.dtype) for old, new in pairs]
+    return dict(zip(grads, same, strict=True)), factor
 
 
 def _stateless(change: Callable[[Params, Params], Params]) -> Transform:
