@@ -156,6 +156,33 @@ def test_one_step_after_the_other_gives_what_the_whole_streamlines_give(rnn_key:
         torch.testing.assert_close(outputs, expected[:, step])
 
 
+@pytest.mark.parametrize("rnn_key", ["lstm", "gru"])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_skip_connection": True, "use_layer_normalization": True}], ids=["plain", "skips"]
+)
+def test_a_step_in_place_is_that_of_run_step(rnn_key: str, options: dict[str, Any]) -> None:
+    model = _model(nb_previous_dirs=1, rnn_key=rnn_key, **options).eval().double()
+    generator = torch.Generator().manual_seed(0)
+    state: Any = None
+    memory: Any = None
+    inputs, dirs = (torch.randn(6, 9, n, generator=generator).double() for n in (model.input_size, 3))
+    with torch.no_grad():
+        for step in range(6):
+            outputs, state = model.run_step(inputs[step], dirs[step], state)
+            in_place, memory = model.run_step_in_place(inputs[step], dirs[step], memory)
+            torch.testing.assert_close(in_place, outputs, rtol=1e-13, atol=1e-13)
+            if step in (1, 2):  # new streamlines in some rows; the memory that they are forgotten from stays as it was
+                is_new = torch.arange(9) % (step + 1) == 0
+                before = memory.state
+                kept, memory = memory, memory.forget(is_new)
+                state = [tuple(part.masked_fill(is_new[:, None], 0) for part in layer) for layer in state]
+                torch.testing.assert_close(kept.state, before, rtol=0, atol=0)
+                torch.testing.assert_close(memory.state, tuple(state), rtol=1e-13, atol=1e-13)
+        from_memory, _ = model.run_step(inputs[0], dirs[0], memory)
+        from_state, _ = model.run_step(inputs[0], dirs[0], state)
+        torch.testing.assert_close(from_memory, from_state, rtol=1e-13, atol=1e-13)
+
+
 def test_without_previous_directions_the_points_are_not_looked_at() -> None:
     model, batch = _model(nb_previous_dirs=0), _batch()
     assert torch.equal(model(batch), model(replace(batch, points=torch.zeros_like(batch.points))))

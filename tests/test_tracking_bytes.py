@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from tracking_cases import FieldModel, positions
 
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models import Learn2Track, Transformer
 from dwiml_func.tracking import TrackingSpace, TrackingSpec, track
-from dwiml_func.tracking.state import StepModel
+from dwiml_func.tracking.queue import SeedQueue
+from dwiml_func.tracking.rows import row_period
+from dwiml_func.tracking.state import StepModel, init_track_state
 
 SEEDS = 3 + 10 * torch.rand(1000, 3, generator=torch.Generator().manual_seed(1))
 VOLUME = torch.randn(16, 16, 16, 28, generator=torch.Generator().manual_seed(2))
@@ -73,6 +77,42 @@ def test_so_do_lines_of_transformers_with_keys_and_values_in_several_blocks(kind
     assert len(among_few) >= 4
 
 
+class UnevenModel(FieldModel):
+    """Rounds differently in the rows after the first `period`, and again after twice as many."""
+
+    def __init__(self, period: int) -> None:
+        super().__init__(lambda inputs: inputs)
+        self.period = period
+
+    def run_step(self, inputs: Tensor, dirs: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        place = torch.arange(len(inputs))[:, None] % self.period
+        return inputs[:, :3] * (1 + place * 2.0**-23), {"count": inputs[:, 0]}
+
+
+@pytest.mark.parametrize(("num_rows", "period", "expected"), [(96, 1, 16), (96, 48, 48), (96, 32, 32), (80, 32, 80)])
+def test_lines_change_places_only_with_rows_that_round_alike(num_rows, period, expected):
+    model, spec = UnevenModel(period), TrackingSpec(step_size=1)
+    space = TrackingSpace(volume=VOLUME, voxel_sizes=(2.0, 2.0, 2.0))
+    state = init_track_state(model, space, spec, key=Key(1), num_rows=num_rows)
+    assert row_period(state, model=model, space=space, spec=spec) == expected
+
+
+def test_seeds_wait_for_any_row_of_their_kind():
+    queue = SeedQueue(torch.arange(100), 16, 4)
+    rows, indices = queue.take(0, 16)
+    assert (rows % 4 == indices % 4).all()
+    assert sorted(indices.tolist()) == list(range(16))
+    is_live = torch.ones(16, dtype=torch.bool)
+    is_live[[1, 9, 6]] = False
+    assert sorted(queue.release(0, is_live).tolist()) == [1, 6, 9]
+    rows, indices = queue.take(0, 16)
+    assert dict(zip(rows.tolist(), indices.tolist(), strict=True)) == {1: 17, 9: 21, 6: 18}
+    while not queue.is_empty:
+        rows, indices = queue.take(0, 16)
+        assert (rows % 4 == indices % 4).all()
+        queue.release(0, torch.zeros(16, dtype=torch.bool))
+
+
 def test_other_keys_give_other_samples_and_the_same_key_the_same():
     with torch_rng(Key(1)):
         model = Learn2Track(28, rnn_layer_sizes=(8,), dg_key="gaussian").eval()
@@ -90,11 +130,7 @@ def test_other_keys_give_other_samples_and_the_same_key_the_same():
 
 def test_memory_holds_a_bounded_number_of_lines():
     # One line in a hundred is long; the others wait for the oldest one, and no more seeds are taken meanwhile.
-    from tracking_cases import FieldModel, positions
-
-    from dwiml_func.tracking.queue import SeedQueue
-
-    queue, num_rows = SeedQueue(torch.arange(10_000), 16), 16
+    queue, num_rows = SeedQueue(torch.arange(10_000), 16, 16), 16
     taken = set()
     for _ in range(1000):
         _, indices = queue.take(0, 16)

@@ -20,6 +20,7 @@ from dwiml_func.models.baselines import angular_error
 from dwiml_func.models.direction_getters import make_direction_getter
 from dwiml_func.models.embeddings import make_embedding, make_input_embedding
 from dwiml_func.models.rnn.packing import packed_layout
+from dwiml_func.models.rnn.single_step import StepMemory
 from dwiml_func.models.rnn.stacked import StackedRNN
 from dwiml_func.models.tractography_model import TractographyModel
 
@@ -158,7 +159,7 @@ class Learn2Track(TractographyModel):
         return layout.unpack(self.direction_getter(features))
 
     def run_step(
-        self, inputs: Tensor, dirs: Tensor, state: Sequence[tuple[Tensor, ...]] | None = None
+        self, inputs: Tensor, dirs: Tensor, state: Sequence[tuple[Tensor, ...]] | StepMemory | None = None
     ) -> tuple[Tensor, Sequence[tuple[Tensor, ...]]]:
         """Predict at the next point of S streamlines, for tracking.
 
@@ -179,11 +180,28 @@ class Learn2Track(TractographyModel):
             >>> outputs.shape
             torch.Size([2, 3])
         """
-        previous = None
-        if self.nb_previous_dirs > 0:
-            previous = self._normalized(dirs.reshape(-1, 3)).reshape(dirs.shape)
-        features, state = self.rnn_model.run(self._embedded(inputs, previous), [len(inputs)], state)
+        if isinstance(state, StepMemory):
+            state = state.state
+        features, state = self.rnn_model.run(self._step_input(inputs, dirs), [len(inputs)], state)
         return self.direction_getter(features), state
+
+    def run_step_in_place(
+        self, inputs: Tensor, dirs: Tensor, state: Sequence[tuple[Tensor, ...]] | StepMemory | None = None
+    ) -> tuple[Tensor, Sequence[tuple[Tensor, ...]] | StepMemory]:
+        """What `run_step` does, to rounding, without gradients, writing into the memory of the last step's state.
+
+        On the CPU the state holds the parameters too, as a step reads them fastest; later changes of them do not count.
+        """
+        if self.training or inputs.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return self.run_step(inputs, dirs, state)
+        with torch.no_grad():
+            memory = state if isinstance(state, StepMemory) else self.rnn_model.step_memory(len(inputs), state)
+            features, memory = self.rnn_model.run_step(self._step_input(inputs, dirs), memory)
+            return self.direction_getter(features), memory
+
+    def _step_input(self, inputs: Tensor, dirs: Tensor) -> Tensor:
+        previous = self._normalized(dirs.reshape(-1, 3)).reshape(dirs.shape) if self.nb_previous_dirs > 0 else None
+        return self._embedded(inputs, previous)
 
     def _embedded(self, inputs: Tensor, previous: Tensor | None) -> Tensor:
         x = self.input_embedding_layer(inputs)

@@ -11,15 +11,16 @@ _WINDOW = 8  # times the number of rows: how far seeds may be ahead of the oldes
 
 
 class SeedQueue:
-    """Seeds (N,) with ascending numbers; seed number k waits for row k modulo `num_rows`.
+    """Seeds (N,) with ascending numbers; seed number k waits for any of the rows that are k modulo `period`.
 
-    An index below is a seed's place among the N.
+    `period` divides `num_rows`. An index below is a seed's place among the N.
     """
 
-    def __init__(self, numbers: Tensor, num_rows: int) -> None:
-        row = numbers % num_rows
-        self._order = row.argsort(stable=True)  # indices by row, then by number
-        ends = torch.bincount(row, minlength=num_rows).cumsum(0)
+    def __init__(self, numbers: Tensor, num_rows: int, period: int) -> None:
+        kind = numbers % period
+        self._period = period
+        self._order = kind.argsort(stable=True)  # indices by kind, then by number
+        ends = torch.bincount(kind, minlength=period).cumsum(0)
         self._next, self._ends = torch.cat([ends.new_zeros(1), ends[:-1]]), ends
         self._index = torch.full((num_rows,), -1)  # of the seed in each row
         self._is_done = torch.zeros(len(numbers), dtype=torch.bool)
@@ -32,13 +33,16 @@ class SeedQueue:
 
     def take(self, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Idle rows (L,) of first to end - 1, and the indices (L,) of the seeds that go there now."""
-        is_waited_for = (self._index[first:end] < 0) & (self._next[first:end] < self._ends[first:end])
-        rows = is_waited_for.nonzero()[:, 0] + first
-        indices = self._order[self._next[rows]]
+        rows = (self._index[first:end] < 0).nonzero()[:, 0] + first
+        kind, order = (rows % self._period).sort(stable=True)
+        rows = rows[order]
+        place = self._next[kind] + torch.arange(len(rows)) - torch.searchsorted(kind, kind)  # one seed after the other
+        is_there = place < self._ends[kind]
+        rows, kind, indices = rows[is_there], kind[is_there], self._order[place[is_there]]
         is_near = indices < self.num_done + _WINDOW * len(self._index)
         rows, indices = rows[is_near], indices[is_near]
         self._index[rows] = indices
-        self._next[rows] += 1
+        self._next += torch.bincount(kind[is_near], minlength=self._period)
         return rows, indices
 
     def release(self, first: int, is_live: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class TrackingMask:
     """The voxels that lines may enter.
 
     Args:
-        values: (X, Y, Z) float or bool; a line stays where the mask is at least 0.5.
+        values: (X, Y, Z) float or bool, kept as float32; a line stays where the mask is at least 0.5.
         interpolation: "nearest" takes the value of the voxel around a point, "trilinear" that between voxel centres.
 
     Raises:
@@ -40,6 +40,7 @@ class TrackingMask:
     def __post_init__(self) -> None:
         if self.interpolation not in get_args(MaskInterpolation):
             raise ValueError(f"mask_interp: expected nearest or trilinear, received {self.interpolation!r}.")
+        object.__setattr__(self, "values", self.values.float())  # once, not at every step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -94,5 +95,4 @@ class TrackingSpace:
         """Whether the mask allows points (N, 3), (N,) bool."""
         if self.mask is None:
             return torch.ones(len(points), dtype=torch.bool, device=points.device)
-        values = self.mask.values.to(points.dtype)[..., None]
-        return interpolate(values, points, mode=self.mask.interpolation)[:, 0] >= 0.5
+        return interpolate(self.mask.values[..., None], points, mode=self.mask.interpolation)[:, 0] >= 0.5

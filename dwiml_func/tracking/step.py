@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -57,11 +58,9 @@ def track_step(
     with torch.no_grad():
         inputs, dirs = space.read(state.position), state.dirs[:, : 3 * model.nb_previous_dirs]
         run_step = getattr(model, "run_step_in_place", model.run_step) if donate else model.run_step
-        units = direction_units(torch.tensor(space.voxel_sizes, device=dirs.device))
-        outputs, model_state = run_step(inputs, dirs * units.repeat(model.nb_previous_dirs), state.model_state)
-        direction, ends = _chosen(outputs, state, model, spec)
-        direction = direction / units
-        step, is_valid = _step(direction, state.dirs[:, :3], space, spec)
+        outputs, model_state = run_step(inputs, _in_units(dirs, space), state.model_state)
+        direction, ends = chosen_directions(outputs, state, model, spec)
+        step, is_valid = next_steps(direction, state.dirs[:, :3], space, spec)
         target = state.position + step
 
         is_replay = state.is_replay
@@ -73,16 +72,17 @@ def track_step(
         num_points = state.num_points + moves
         is_full = num_points > spec.max_steps
         ended = is_asked & ~(moves & is_allowed & ~is_full)
-        turns = ended & (state.turn == 0) & (num_points > 1) & ~is_full
-        if spec.track_forward_only:
-            turns = torch.zeros_like(turns)
-
+        turns = torch.zeros_like(ended) if spec.track_forward_only else ended & (state.turn == 0) & (num_points > 1)
+        turns &= ~is_full
         is_live = state.is_live & ~(ended & ~turns)
+
         points = state.points if donate else state.points.clone()
-        rows = torch.arange(len(points), device=points.device)
-        points[rows, torch.where(moves, state.num_points, points.shape[1] - 1)] = target
+        num_rows, num_columns, _ = points.shape
+        first = torch.arange(0, num_rows * num_columns, num_columns, device=points.device)
+        flat = points.view(-1, 3)
+        flat.index_copy_(0, first + torch.where(moves, state.num_points, num_columns - 1), target)
         cursor = torch.where(is_replay, state.cursor - 1, torch.where(is_asked, num_points - 1, state.cursor))
-        position = points[rows, cursor]
+        position = flat.index_select(0, first + cursor)
         walked = torch.cat([position - state.position, state.dirs], dim=1)[:, : state.dirs.shape[1]]
         return TrackState(
             points=points,
@@ -98,7 +98,9 @@ def track_step(
         )
 
 
-def _chosen(outputs: Tensor, state: TrackState, model: StepModel, spec: TrackingSpec) -> tuple[Tensor, Tensor]:
+def chosen_directions(
+    outputs: Tensor, state: TrackState, model: StepModel, spec: TrackingSpec
+) -> tuple[Tensor, Tensor]:
     """Directions (R, 3), in the model's units, of any length, and whether the model ends the lines, (R,) bool."""
     getter = model.direction_getter
     if spec.algo == "prob":
@@ -114,15 +116,32 @@ def _chosen(outputs: Tensor, state: TrackState, model: StepModel, spec: Tracking
     return direction, getter.eos_probability(outputs) > (0.5 if spec.eos_stop is None else spec.eos_stop)
 
 
-def _step(direction: Tensor, previous: Tensor, space: TrackingSpace, spec: TrackingSpec) -> tuple[Tensor, Tensor]:
-    """Steps (R, 3), voxel space, as long in mm as asked for, and whether lines may take them, (R,) bool."""
-    sizes = torch.tensor(space.voxel_sizes, device=direction.device)
-    direction_mm, previous_mm = direction * sizes, previous * sizes
+def next_steps(direction: Tensor, previous: Tensor, space: TrackingSpace, spec: TrackingSpec) -> tuple[Tensor, Tensor]:
+    """Steps (R, 3), voxel space, as long in mm as asked for, and whether lines may take them, (R,) bool.
+
+    Directions (R, 3) are in the model's units, previous ones in voxels.
+    """
+    sizes, is_cubic = _sizes(space.voxel_sizes, direction.device)
+    direction_mm = direction * sizes if is_cubic else direction
     length = torch.linalg.vector_norm(direction_mm, dim=1)
-    step = direction * (spec.step_size / length)[:, None]
+    step = (direction if is_cubic else direction / sizes) * (spec.step_size / length)[:, None]
     is_valid = step.isfinite().all(dim=1)
     if spec.theta < _STRAIGHT_BACK:
         # Both sides times the lengths: a line without a previous direction has 0 >= 0.
+        previous_mm = previous * sizes
         scale = length * torch.linalg.vector_norm(previous_mm, dim=1)
         is_valid &= (direction_mm * previous_mm).sum(dim=1) >= math.cos(math.radians(spec.theta)) * scale
     return step, is_valid
+
+
+def _in_units(dirs: Tensor, space: TrackingSpace) -> Tensor:
+    """Previous directions (R, 3 n), voxel space, in the model's units."""
+    sizes, is_cubic = _sizes(space.voxel_sizes, dirs.device)
+    return dirs if is_cubic else dirs * sizes.repeat(dirs.shape[1] // 3)
+
+
+@lru_cache(maxsize=16)
+def _sizes(voxel_sizes: tuple[float, float, float], device: torch.device) -> tuple[Tensor, bool]:
+    """Voxel sizes as a tensor, which costs as much as a step's arithmetic, and whether directions are in voxels."""
+    sizes = torch.tensor(voxel_sizes, device=device)
+    return sizes, bool((direction_units(sizes) == 1).all())

@@ -11,6 +11,7 @@ from torch import Tensor
 from dwiml_func.core.rng import Key
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 from dwiml_func.tracking.queue import SeedQueue
+from dwiml_func.tracking.rows import row_period
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, init_track_state, with_lines
@@ -55,8 +56,9 @@ def track(
     """Track from seeds, and yield lines as they finish, in the order of their seeds.
 
     The bytes of a line depend on its seed and its number alone, not on the others. Matrix products round differently
-    in other shapes, and in other rows of one shape; so the model always runs `num_rows` rows, idle ones among them, and
-    line k in row k modulo `num_rows`. At most eight times as many lines are in memory.
+    in other shapes, and in some rows of one shape; so the model always runs `num_rows` rows, idle ones among them, and
+    line k in a row that rounds as row k modulo `num_rows` does (`row_period`). At most eight times as many lines are in
+    memory.
 
     Args:
         seeds: (N, 3) float32, voxel space, corner origin, within the volume.
@@ -87,7 +89,8 @@ def track(
     check_tracking(seeds, model, space, spec)
     numbers = torch.arange(len(seeds)) if numbers is None else numbers
     blocks = [init_track_state(model, space, spec, key=key, num_rows=num_rows) for _ in range(num_blocks)]
-    queue = SeedQueue(numbers, num_rows * num_blocks)  # rows of the second block come after those of the first
+    period = row_period(blocks[0], model=model, space=space, spec=spec)
+    queue = SeedQueue(numbers, num_rows * num_blocks, period)  # rows of the second block follow those of the first
     finished: list[_Lines] = []
     num_yielded = 0
     while not queue.is_empty:

@@ -19,7 +19,7 @@ from torch import Tensor
 from dwiml_func.models.rnn.scan import State, Weights, add_product, write_product
 from dwiml_func.models.rnn.time_steps import TimeSteps
 
-__all__ = ["KERNELS", "Gradients", "Kernel"]
+__all__ = ["KERNELS", "Gradients", "Kernel", "tanh_of_sigmoid"]
 
 # out = grad * y * (1 - y) and out = grad * (1 - y * y): one pass each, where a formula would take three.
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
@@ -71,9 +71,9 @@ def _lstm_forward(
             if len(step_gates) < len(hidden):
                 hidden, cell = hidden[: len(step_gates)], cell[: len(step_gates)]
             add_product(step_gates, hidden, for_hidden).sigmoid_()
-            _tanh_of_sigmoid(candidate, minus_one)
+            tanh_of_sigmoid(candidate, minus_one)
             torch.mul(forget_gate, cell, out=new_cell).addcmul_(in_gate, candidate)
-            _tanh_of_sigmoid(torch.add(new_cell, new_cell, out=tanh).sigmoid_(), minus_one)
+            tanh_of_sigmoid(torch.add(new_cell, new_cell, out=tanh).sigmoid_(), minus_one)
             torch.mul(tanh, out_gate, out=new_hidden)
             hidden, cell = new_hidden, new_cell
     return outputs, (time.last_rows(outputs), time.last_rows(cells)), (gates, cells_and_tanhs)
@@ -161,7 +161,7 @@ def _gru_forward(
             add_product(reset_update, hidden, for_gates).sigmoid_()
             add_product(share, hidden, for_candidate)
             candidate.addcmul_(reset, share)
-            _tanh_of_sigmoid(candidate.add_(candidate).sigmoid_(), minus_one)
+            tanh_of_sigmoid(candidate.add_(candidate).sigmoid_(), minus_one)
             torch.lerp(candidate, hidden, update, out=new_hidden)
             hidden = new_hidden
     return outputs, (time.last_rows(outputs),), (gates, shares)
@@ -226,7 +226,7 @@ def _gru_backward(
     return Gradients(grad_x, (grad_state,), grad_weights if wants_weights else None)
 
 
-def _tanh_of_sigmoid(doubled: Tensor, minus_one: Tensor) -> Tensor:
+def tanh_of_sigmoid(doubled: Tensor, minus_one: Tensor) -> Tensor:
     """In place, from the sigmoid of 2 z to the tanh of z, which is 2 sigmoid(2 z) - 1: a product with 2 rounds nothing.
 
     On CPU this takes a third of the time of torch's tanh. Its error is that of a number near 1, not of the value: 2e-7

@@ -17,6 +17,7 @@ from dwiml_func.models.rnn.autograd import kernel_scan
 from dwiml_func.models.rnn.cudnn import cudnn_scan
 from dwiml_func.models.rnn.custom_ops import compiled_scan
 from dwiml_func.models.rnn.scan import State, Weights, plain_scan
+from dwiml_func.models.rnn.single_step import StepMemory, layer_memory
 
 __all__ = ["RecurrentLayer", "StackedRNN"]
 
@@ -151,14 +152,36 @@ class StackedRNN(torch.nn.Module):
         Running a sequence in pieces, each from the state returned for the piece before, gives the same outputs as
         running it whole. When sequences end between two pieces, keep the rows of the state that continue.
         """
-        layers = [cast(RecurrentLayer, self.get_submodule(f"rnn_{number}")) for number in range(self.num_layers)]
+        layers = self._layers
         self._check_rows(x, batch_sizes, layers[0].weight_ih_l0.dtype)
         if state is not None:
             _check_state(layers, _num_sequences(batch_sizes), state)
-        inputs, outputs, last_states = x, [], []
-        for number, layer in enumerate(layers):
-            x, last_state = layer.run(x, batch_sizes, None if state is None else state[number])
+        last_states = []
+
+        def run_layer(number: int, x: Tensor) -> Tensor:
+            x, last_state = layers[number].run(x, batch_sizes, None if state is None else state[number])
             last_states.append(last_state)
+            return x
+
+        return self._through(x, run_layer), tuple(last_states)
+
+    def run_step(self, x: Tensor, memory: StepMemory) -> tuple[Tensor, StepMemory]:
+        """Read one row a sequence, x (S, input_size), in place: what `run` gives, without gradients, to rounding."""
+        memory = memory.begin()
+        return self._through(x, lambda number, x: memory.layers[number].run(x)), memory
+
+    def step_memory(self, num_sequences: int, state: Sequence[State] | None = None) -> StepMemory:
+        """The memory for `run_step`, of states as in `run` or of new sequences."""
+        states: Sequence[State | None] = [None] * self.num_layers if state is None else state
+        layers = zip(self._layers, states, strict=True)
+        return StepMemory(
+            tuple(layer_memory(layer.rnn_key, layer.weights, num_sequences, given) for layer, given in layers)
+        )
+
+    def _through(self, x: Tensor, run_layer: Callable[[int, Tensor], Tensor]) -> Tensor:
+        inputs, outputs = x, []
+        for number in range(self.num_layers):
+            x = run_layer(number, x)
             if self.use_layer_normalization:
                 x = self.get_submodule(f"layer_norm_{number}")(x)
             if number + 1 < self.num_layers:
@@ -166,9 +189,11 @@ class StackedRNN(torch.nn.Module):
             outputs.append(x)
             if self.use_skip_connection:
                 x = torch.cat([x, inputs], dim=1)
-        if self.use_skip_connection:
-            x = torch.cat([*outputs, inputs], dim=1)
-        return x, tuple(last_states)
+        return torch.cat([*outputs, inputs], dim=1) if self.use_skip_connection else x
+
+    @property
+    def _layers(self) -> list[RecurrentLayer]:
+        return [cast(RecurrentLayer, self.get_submodule(f"rnn_{number}")) for number in range(self.num_layers)]
 
     def _check_rows(self, x: Tensor, batch_sizes: BatchSizes, dtype: torch.dtype) -> None:
         if x.ndim != 2 or x.shape[1] != self.input_size:
