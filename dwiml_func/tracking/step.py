@@ -15,7 +15,7 @@ from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, without_memory
 
-__all__ = ["track_step"]
+__all__ = ["chosen_directions", "next_steps", "track_step"]
 
 _DIRECTION = 2  # of the stream's random numbers, beside those of the seeds
 _STRAIGHT_BACK = 180.0  # degrees: no angle is larger
