@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,23 @@ def test_lines_come_in_the_order_of_their_seeds_and_pass_through_them(track):
         assert np.abs(line - seed).sum(axis=1).min() < 1e-3
 
 
-def test_the_header_of_a_tck_has_the_model_and_the_command(track, model, data):
+def test_the_headers_of_tck_and_trx_have_the_model_and_the_command(cli, track, model, data, tmp_path):
     header = track(name="a.tck").header
     assert header["model"] == "Learn2Track cosine-regression, epoch 2"
     assert header["command"].startswith(f"dwiml-func track {model} {data} --subject subj2")
     assert "--nt 30" in header["command"]
+    facts = json.loads((model / "best_model" / "model.json").read_text())
+    assert json.loads(header["trained_on"]) == facts["trained_on"]
+    assert header["program"].startswith("dwiml-func ")
+    assert (
+        cli("track", model, data, tmp_path / "a.trx", "--subject", "subj2", "--tracking-mask-group", "wm_mask").code
+        == 0
+    )
+    with zipfile.ZipFile(tmp_path / "a.trx") as archive:
+        in_trx = json.loads(archive.read("header.json"))
+    assert {name: in_trx[name] for name in ("program", "model", "trained_on")} == {
+        name: header[name] for name in ("program", "model", "trained_on")
+    }
 
 
 def test_options_act(track, tmp_path):

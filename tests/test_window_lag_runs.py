@@ -127,6 +127,11 @@ def test_short_streamlines_and_runs_without_validation_have_none(cli, folder: Pa
     make_data(tmp_path / "short.hdf5", num_mm=40.0)
     assert cli("train", tmp_path, "short", tmp_path / "short.hdf5", *OPTIONS, "--max-epochs", "1").code == 0
     assert f"valid_{NAME}" not in lines_of(tmp_path / "short")[0]
+    refused = cli("train", tmp_path, "monitored", tmp_path / "short.hdf5", *OPTIONS, "--monitor", NAME)
+    assert refused.code == 2
+    assert f"monitor: {NAME} needs validation streamlines with even steps, of 50 mm or more." in refused.err
+    assert not (tmp_path / "monitored").exists()
+    assert not refused.out
     make_data(tmp_path / "training.hdf5")
     with h5py.File(tmp_path / "training.hdf5", "r+") as file:
         file.attrs["validation_subjs"] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dwiml_func._checks import check_number
 from dwiml_func.cli._messages import is_quiet
 from dwiml_func.data.tractogram_file import check_name
 from dwiml_func.experiment.model_store import LoadedModel
+from dwiml_func.experiment.training_facts import TRAINED_ON
 from dwiml_func.tracking.track import Tracked
 
 __all__ = ["check_options", "header_facts", "with_progress"]
@@ -62,7 +64,14 @@ def header_facts(options: Any, model: LoadedModel) -> dict[str, str]:
     sources = options.paths[:-1]
     epoch = model.facts.get("epoch")
     name = f"{model.facts['class']} {model.config.model.dg_key}" + (f", epoch {epoch}" if epoch is not None else "")
-    return {"model": name, "command": shlex.join(["dwiml-func", "track", options.model_dir, *sources, *given])}
+    from dwiml_func import __version__
+
+    return {
+        "program": f"dwiml-func {__version__}",
+        "model": name,
+        "trained_on": json.dumps(model.facts.get(TRAINED_ON, {})),
+        "command": shlex.join(["dwiml-func", "track", options.model_dir, *sources, *given]),
+    }
 
 
 def _words(value: object) -> list[str]:

@@ -35,9 +35,11 @@ from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.model_store import check_memory
 from dwiml_func.experiment.optimizers import apply_rules, make_optimizer
 from dwiml_func.experiment.tracking_phase import with_tracking_phase
-from dwiml_func.experiment.window_lag import with_window_lag
+from dwiml_func.experiment.training_config import PHASE_METRICS
+from dwiml_func.experiment.window_lag import WINDOW_LAG, run_windows, with_window_lag
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import compute_batch_loss
+from dwiml_func.tracking.window_lag import AHEAD_MM, EVERY_MM
 from dwiml_func.types import Optimizer
 
 __all__ = [
@@ -105,8 +107,15 @@ def check_monitored(parts: RunParts, *, is_member: bool = False) -> None:
         names |= set(read_means(eval_step(state, batch, loss_fn=parts.loss_fn)))
     if parts.valid is None:
         names |= {"grad_norm", "unclipped_grad_norm"}
-    elif monitor.startswith("tracking_") and not is_member:
-        return  # known at the first validation that tracks
+    elif monitor in PHASE_METRICS and not is_member:
+        return  # known at the first validation
+    elif monitor == WINDOW_LAG and not is_member and not parts.config.training.skip_window_lag:
+        if run_windows(parts.config, parts.data.validation, parts.model) is None:
+            raise ValueError(
+                f"monitor: {monitor} needs validation streamlines with even steps, of {EVERY_MM + AHEAD_MM:g} mm or "
+                "more. The dataset has none. Monitor the loss, or validate on longer streamlines."
+            )
+        names.add(WINDOW_LAG)
     check_monitor(monitor, names)
 
 

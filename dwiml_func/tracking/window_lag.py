@@ -22,7 +22,7 @@ from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, init_track_state
 from dwiml_func.tracking.step import track_step
 
-__all__ = ["LagWindows", "choose_windows", "continue_lines", "even_step", "window_lags"]
+__all__ = ["AHEAD_MM", "EVERY_MM", "LagWindows", "choose_windows", "continue_lines", "even_step", "window_lags"]
 
 EVERY_MM = 30.0
 READ_MM = 60.0
