@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.tractogram_file import new_tractogram
+from dwiml_func.data.tractogram_file import new_tractogram, write_trk
 
 AFFINE = np.array([[-2.0, 0.1, 0, 80], [0.1, 2.2, 0, -100], [0, 0, 3.0, -60], [0, 0, 0, 1]])  # LAS, anisotropic
 GRID = Grid(AFFINE, (40, 50, 30))
@@ -141,3 +141,14 @@ def test_names_and_files_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "folder.trk").mkdir()
     with pytest.raises(IsADirectoryError, match="Received a folder"), new_tractogram(tmp_path / "folder.trk", GRID):
         pass
+
+
+def test_data_per_point_are_read_as_they_were_written(tmp_path):
+    data = {"loss": POINTS[:, :1] * 2, "color": np.floor(POINTS * 8)}
+    write_trk(tmp_path / "a.trk", GRID, POINTS, OFFSETS, data)
+    read = LOADERS.load(tmp_path / "a.trk").tractogram
+    np.testing.assert_allclose(np.concatenate(list(read.streamlines)), WORLD, atol=2e-5)
+    assert set(read.data_per_point) == set(data)
+    for name, values in data.items():
+        assert [len(line) for line in read.data_per_point[name]] == LENGTHS.tolist()
+        np.testing.assert_array_equal(np.concatenate(list(read.data_per_point[name])), values)

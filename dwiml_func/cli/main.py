@@ -30,6 +30,7 @@ COMMANDS = {
     "create-hdf5": "Make an HDF5 dataset from NIfTI files and tractograms.",
     "info": "Print what an HDF5 dataset contains and what is wrong with it.",
     "evaluate": "Print a model's loss and angular error on a subset of a dataset, beside two baselines.",
+    "visualize-loss": "Write a model's loss along a subject's streamlines, as coloured tractograms and histograms.",
     "score": "Score a tractogram beside the real streamlines of a dataset's subject.",
     "track": "Track streamlines with a model, from a dataset or from NIfTI files.",
     "runs": "Print a table of experiments with their progress and best loss.",

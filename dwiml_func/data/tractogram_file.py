@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dwiml_func.data.grid import Grid
 from dwiml_func.files.atomic import atomic_file, remove_leftovers
 
-__all__ = ["FORMATS", "TractogramFile", "check_name", "new_tractogram"]
+__all__ = ["FORMATS", "TractogramFile", "check_name", "new_tractogram", "write_trk"]
 
 Points = NDArray[np.float32]
 Offsets = NDArray[np.int64]
@@ -65,6 +65,17 @@ def new_tractogram(
             tractogram.close()
 
 
+def write_trk(path: str | Path, grid: Grid, points: Points, offsets: Offsets, data: Mapping[str, Points]) -> None:
+    """Write lines, (P, 3) and (S + 1,), voxel space, corner origin, with data per point: arrays (P, C) by name.
+
+    Data that are called "color", of three columns from 0 to 255, are the colours that viewers show.
+    """
+    with atomic_file(path) as file:
+        trk = _Trk(file, grid, {}, False, {name: values.shape[1] for name, values in data.items()})
+        trk.write(points, offsets, data=np.concatenate(list(data.values()), axis=1))
+        trk.finish()
+
+
 def check_name(path: Path, *, with_seeds: bool) -> str:
     """The kind of file that a name asks for; ValueError where there is none, or none that can hold seeds."""
     if path.suffix.lower() not in FORMATS:
@@ -75,9 +86,16 @@ def check_name(path: Path, *, with_seeds: bool) -> str:
 
 
 class _Trk:
-    """Records of a number of points, the points in mm from the grid's corner, and the properties."""
+    """Records of a number of points, the points in mm from the grid's corner with their data, and the properties."""
 
-    def __init__(self, file: BinaryIO, grid: Grid, facts: dict[str, str], with_seeds: bool) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        grid: Grid,
+        facts: dict[str, str],
+        with_seeds: bool,
+        data_columns: Mapping[str, int] | None = None,
+    ) -> None:
         from nibabel.affines import voxel_sizes
         from nibabel.orientations import aff2axcodes
         from nibabel.streamlines.trk import TrkFile, encode_value_in_name, header_2_dtype
@@ -93,21 +111,27 @@ class _Trk:
         if with_seeds:
             header["nb_properties_per_streamline"] = 3
             header["property_name"][0] = encode_value_in_name(3, "seeds")
+        for number, (name, columns) in enumerate((data_columns or {}).items()):
+            header["nb_scalars_per_point"] += columns
+            header["scalar_name"][number] = encode_value_in_name(columns, name)
         self._header = header
         file.write(header.tobytes())
 
-    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None) -> None:
-        lengths, num_properties = np.diff(offsets), 0 if seeds is None else 3
-        starts = 3 * offsets[:-1] + np.arange(len(lengths)) * (1 + num_properties)
-        words = np.empty(3 * len(points) + len(lengths) * (1 + num_properties), "<f4")
+    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None, data: Points | None = None) -> None:
+        rows = (points * self._sizes).astype("<f4")
+        if data is not None:
+            rows = np.concatenate([rows, data.astype("<f4")], axis=1)
+        lengths, num_properties, width = np.diff(offsets), 0 if seeds is None else 3, rows.shape[1]
+        starts = width * offsets[:-1] + np.arange(len(lengths)) * (1 + num_properties)
+        words = np.empty(rows.size + len(lengths) * (1 + num_properties), "<f4")
         is_point = np.ones(len(words), bool)
         words[starts] = lengths.astype("<i4").view("<f4")
         is_point[starts] = False
         if seeds is not None:
-            places = (starts + 1 + 3 * lengths)[:, None] + np.arange(3)
+            places = (starts + 1 + width * lengths)[:, None] + np.arange(3)
             words[places] = seeds - 0.5
             is_point[places] = False
-        words[is_point] = (points * self._sizes).astype("<f4").reshape(-1)
+        words[is_point] = rows.reshape(-1)
         self._file.write(words.tobytes())
         self._count += len(lengths)
 
