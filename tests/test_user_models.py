@@ -245,9 +245,12 @@ def test_what_is_changed_in_place_and_feeds_the_next_batch_is_refused(change, ma
         lambda: nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 1)),
         lambda: nn.DataParallel(nn.Linear(4, 1)),
         lambda: nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 1)),
+        lambda: nn.Sequential(torch.jit.script(nn.Linear(4, 8)), nn.Linear(8, 1)),
+        lambda: torch.compile(nn.Linear(4, 1), backend="eager"),
     ],
-    ids=["spectral_norm", "orthogonal", "DataParallel", "BatchNorm without momentum"],
+    ids=["spectral_norm", "orthogonal", "DataParallel", "BatchNorm without momentum", "TorchScript", "torch.compile"],
 )
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_modules_that_compute_or_keep_more_than_parameters_train_as_in_torch(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     model = make()
