@@ -18,7 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from dwiml_func import (
     Key,
     LossOut,
+    accumulate,
     adam,
+    adamw,
+    chain,
     ensemble_step,
     eval_step,
     init_state,
@@ -505,3 +508,28 @@ def test_wrong_returns_of_a_loss_function_are_told(changes, named, is_training) 
 
     with pytest.raises(ValueError, match=named):
         either_step(state, loss_fn, is_training)
+
+
+class TwoHeads(nn.Module):
+    """The second is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.used(x)
+
+
+def test_accumulation_leaves_a_parameter_that_nothing_uses_alone_compiled_or_refuses_it() -> None:
+    model, optimizer = TwoHeads(), chain(accumulate(2), adamw(weight_decay=0.1))
+    loss_fn, state = module_loss(model, loss), init_state(model, optimizer, seed=0)
+    compiled = jit_step(loss_fn=loss_fn, optimizer=optimizer, backend="eager")
+    eager = state
+    for _ in range(4):
+        state, _ = compiled(state, BATCH, lr=0.1)
+        eager, _ = train_step(eager, BATCH, loss_fn=loss_fn, optimizer=optimizer, lr=0.1)
+    assert torch.equal(state.params["unused.weight"], model.unused.weight)
+    assert torch.equal(state.params["used.weight"], eager.params["used.weight"])
+    with pytest.raises(ValueError, match=r"does not use unused\.weight\. Freeze it"):
+        ensemble_step(stack_states([eager, eager]), BATCH, loss_fn=loss_fn, optimizer=optimizer, lr=0.1)

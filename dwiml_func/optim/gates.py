@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func._transforms import read_number
+from dwiml_func._transforms import is_transformed, read_number
 from dwiml_func._trees import choose, given
 from dwiml_func.optim._foreach import arithmetic_for
 from dwiml_func.optim._kernel import scalar
@@ -31,10 +31,11 @@ def accumulate(num_steps: int) -> Transform:
         A link of `chain`. `step` counts micro-batches, and the gate opens at the last one of every `num_steps`.
         Its state is the running mean of the gradients, and the number of points in it. A parameter that some of the
         micro-batches do not use has a gradient of zero there. One that none of them uses has a gradient of None, as
-        with `torch.optim`; but of zero under `torch.compile` and transforms of `torch.func`, which cannot read counts.
+        with `torch.optim`.
 
     Raises:
-        ValueError: `num_steps` is below 1.
+        ValueError: `num_steps` is below 1; at an update under `torch.compile` or a transform of `torch.func`, which
+            cannot read how many micro-batches used a parameter, one is not used. (`jit_step` then steps eagerly.)
 
     Example:
         >>> from dwiml_func.optim import chain, sgd
@@ -64,6 +65,12 @@ def accumulate(num_steps: int) -> Transform:
         total = before + weight
         old = [state["mean"][name] for name in params]
         used = given(grads)
+        if len(used) < len(params) and is_transformed():
+            unused = next(name for name in params if name not in used)
+            raise ValueError(
+                f"Expected a loss that uses all parameters, to accumulate gradients under a transform of torch. "
+                f"Received: one that does not use {unused}. Freeze it by requires_grad_(False)."
+            )
         new = [used[name] if name in used else torch.zeros_like(p) for name, p in params.items()]
         if isinstance(total, Tensor):
             before = state["weight"]
@@ -81,11 +88,11 @@ def accumulate(num_steps: int) -> Transform:
         emitted: dict[str, Tensor | None] = dict(mean)
         points = total if isinstance(total, Tensor) else torch.full_like(state["weight"], total)
         new_state: dict[str, Any] = {"mean": mean, "weight": choose(is_last, torch.zeros_like(points), points)}
-        unused: Mapping[str, Tensor] = state.get("unused", {})
+        missed: Mapping[str, Tensor] = state.get("unused", {})
         counts = {}
         for name in params:
-            if name in unused or name not in used:
-                count = unused.get(name, scalar(params[name], 0, torch.int64)) + int(name not in used)
+            if name in missed or name not in used:
+                count = missed.get(name, scalar(params[name], 0, torch.int64)) + int(name not in used)
                 counts[name] = choose(is_last, torch.zeros_like(count), count)
                 known = read_number(count)
                 if not isinstance(known, Tensor) and known == num_steps:
