@@ -105,7 +105,7 @@ class Gated:
         """
         if through_gate:
             self._gate.write_text("\n")
-        code = self._process.wait(120)
+        code = self._process.wait(300)
         return code, self._process.out, self._process.err[self._num_read :]
 
     def _end_of_line(self, text: str, read: Callable[[], str]) -> int:

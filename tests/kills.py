@@ -82,7 +82,7 @@ def kill_at_random(kind: Kind, folder: Path, draws: random.Random, seconds: floa
     for process in processes:
         process.kill()
     for process in processes:
-        process.wait(60)
+        process.wait(300)
     return has_run
 
 

@@ -39,7 +39,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     go = threading.Event()
 
     def save(*args: Any, **kwargs: Any) -> Path:
-        assert go.wait(60)
+        assert go.wait(300)
         return save_checkpoint(*args, **kwargs)
 
     monkeypatch.setattr(SAVE, save)

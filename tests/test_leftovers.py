@@ -50,7 +50,7 @@ def writing(path: Path) -> Iterator[tuple[str, Callable[[], int]]]:
 
         def end() -> int:
             gate.write_text("\n")
-            return process.wait(60)
+            return process.wait(300)
 
         while not process.out.endswith("\n"):
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -59,7 +59,7 @@ def writing(path: Path) -> Iterator[tuple[str, Callable[[], int]]]:
             yield process.out.strip(), end
         finally:
             process.kill()
-            process.wait(60)
+            process.wait(300)
 
 
 def killed_while_writing(path: Path) -> str:

@@ -10,8 +10,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,16 +128,25 @@ def test_a_file_that_was_removed_between_opening_and_locking_is_no_lock(tmp_path
         assert is_locked(tmp_path)
 
 
-def test_a_look_at_the_lock_keeps_nobody_out(tmp_path):
+def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
     """`dwiml-func runs` looks at the lock of a crashed run at the moment when it is resumed."""
     (tmp_path / ".lock").write_text("process 1 on anvil")
     looking = os.open(tmp_path / ".lock", os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    with ThreadPoolExecutor(1) as pool:
-        look_away = pool.submit(lambda: (time.sleep(0.1), os.close(looking)))
-        with experiment_lock(tmp_path):
-            assert look_away.done()
-            assert is_locked(tmp_path)
+    flock, refused = fcntl.flock, []
+
+    def look_away_when_refused(descriptor: int, operation: int) -> None:
+        try:
+            flock(descriptor, operation)
+        except BlockingIOError as error:
+            if not refused:
+                os.close(looking)
+            refused.append(error)
+            raise
+
+    monkeypatch.setattr("fcntl.flock", look_away_when_refused)
+    with experiment_lock(tmp_path):
+        assert is_locked(tmp_path)
 
 
 def test_a_look_leaves_nothing_behind_and_needs_no_right_to_write(tmp_path):

@@ -47,7 +47,7 @@ def test_a_run_whose_folder_is_lost_stops_with_an_error_and_writes_nothing_more(
             epochs = run_experiment(folder, prepare(LONG), write=lambda *reports: written.put(reports[-1].epoch))
             for report in epochs:
                 if not after:
-                    assert written.get(timeout=60) == report.epoch
+                    assert written.get(timeout=300) == report.epoch
                 if report.epoch == 2:
                     lose(folder)
                     after.update({"": b""} | contents(tmp_path))

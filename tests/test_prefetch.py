@@ -58,7 +58,7 @@ def test_the_next_batch_is_made_while_one_is_in_use():
 
     iterator = iter(Prefetched(Two(2)))
     assert next(iterator) == 0
-    assert started.wait(10)
+    assert started.wait(300)
     assert list(iterator) == [1]
 
 

@@ -139,7 +139,7 @@ def test_loading_processes_and_a_terminal_change_nothing_but_the_bar(cli, tmp_pa
             except OSError:  # how Linux says that nobody has the terminal open any more
                 break
     os.close(terminal)
-    assert process.wait(timeout=60) == 0, shown.decode()
+    assert process.wait(timeout=300) == 0, shown.decode()
 
     here = cli(*train_command(tmp_path, "here", 1))  # without them, in this process
     check_same_end(tmp_path / "run", tmp_path / "here")

@@ -44,7 +44,7 @@ class Threads:
     def __init__(self, size: int) -> None:
         self.size = size
         self.given: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=60)
+        self.barrier = threading.Barrier(size, timeout=300)
 
     def run(self, function: Callable[[ProcessGroup], Any]) -> list[Any]:
         with ThreadPoolExecutor(self.size) as pool:

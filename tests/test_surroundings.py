@@ -32,7 +32,7 @@ STREAMS = {"stdout": (1, "stdout"), "stderr": (2, "stderr")}
 def run(program: str, *arguments: object) -> tuple[int, str]:
     """Run a command after a program has spoilt its streams; returns its code, and what it still printed."""
     process = start_program(program + COMMAND, *arguments)
-    code = process.wait(120)
+    code = process.wait(300)
     return code, process.out + process.err
 
 

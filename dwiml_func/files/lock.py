@@ -43,8 +43,9 @@ def experiment_lock(directory: str | Path, *, wait: bool = False) -> Iterator[No
     path = Path(directory) / _NAME
     if not path.parent.is_dir():  # filelock would make it
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory))
-    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-        raise ValueError(f"Expected a plain file, or none. Received: {path}, which is a link, a pipe or a folder.")
+    with suppress(FileNotFoundError):  # a holder may remove it at any moment
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise ValueError(f"Expected a plain file, or none. Received: {path}, which is a link, a pipe or a folder.")
     with ExitStack() as stack:
         try:
             stack.enter_context(FileLock(path, timeout=-1 if wait else _SECONDS, poll_interval=_POLL_SECONDS))
@@ -67,19 +68,7 @@ def experiment_lock(directory: str | Path, *, wait: bool = False) -> Iterator[No
 
 def is_locked(directory: str | Path) -> bool:
     """Whether a process holds the lock of a directory, which need not exist. Nothing is written."""
-    try:
-        descriptor = os.open(Path(directory) / _NAME, _LOOK)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
+    return _refuses(Path(directory) / _NAME, _LOOK, fcntl.LOCK_SH)
 
 
 @contextmanager
@@ -127,12 +116,17 @@ def kept_folders(paths: Iterable[Path]) -> Iterator[None]:
 
 def is_kept(path: Path) -> bool:
     """Whether a reader asked to keep a directory."""
+    return _refuses(path, os.O_RDONLY | os.O_DIRECTORY, fcntl.LOCK_EX)
+
+
+def _refuses(path: Path, flags: int, operation: int) -> bool:
+    """Whether a path, which need not exist, is locked against an operation."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, flags)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
