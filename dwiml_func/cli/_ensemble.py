@@ -23,21 +23,23 @@ from dwiml_func.files.lock import experiment_lock
 __all__ = ["describe_members", "resume_members", "train_members"]
 
 
-def train_members(experiments_path: str, experiment_name: str, configs: Sequence[RunConfig]) -> None:
+def train_members(
+    experiments_path: str, experiment_name: str, configs: Sequence[RunConfig], deadline: float | None = None
+) -> None:
     """Make an ensemble and train it, with a line per member and epoch."""
     members = prepare_ensemble(configs)
     with experiment_lock(experiments_path, wait=True):
         directory = create_ensemble(experiments_path, experiment_name, configs)
     with _locks(directory, len(configs)):
-        _train(directory, members, None, [()] * len(configs))
+        _train(directory, members, None, [()] * len(configs), deadline)
 
 
-def resume_members(directory: Path, **options: Any) -> None:
+def resume_members(directory: Path, *, deadline: float | None = None, **options: Any) -> None:
     """Resume an ensemble; `options` are those of `resume_ensemble`."""
     num_members, _ = read_ended(directory)
     with _locks(directory, num_members):
         members, ensemble, histories = resume_ensemble(directory, **options)
-        _train(directory, members, ensemble, histories)
+        _train(directory, members, ensemble, histories, deadline)
 
 
 def describe_members(directory: Path, configs: Sequence[RunConfig]) -> str:
@@ -62,12 +64,13 @@ def _train(
     members: Sequence[RunParts],
     ensemble: EnsembleState | None,
     histories: Sequence[tuple[EpochReport, ...]],
+    deadline: float | None,
 ) -> None:
     print_progress(describe_members(directory, [parts.config for parts in members]))
     failed: dict[int, str] = {}
     own = list(histories)
     max_epochs = members[0].config.training.max_epochs
-    with stop_on_signals() as stop:
+    with stop_on_signals(deadline=deadline) as stop:
         for report in run_ensemble(directory, members, ensemble=ensemble, histories=histories, stop=stop):
             failed |= report.failed
             own = [

@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
+import tyro
+
+from dwiml_func._checks import truncated_repr
 from dwiml_func.checkpoint.history import one_an_epoch
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
@@ -26,15 +32,42 @@ from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.lock import same_folder
 from dwiml_func.writers.progress import Progress
 
-__all__ = ["describe_run", "print_end", "train_with_progress"]
+__all__ = ["TimeLimit", "describe_run", "print_end", "train_with_progress"]
 
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TimeLimit:
+    """The option of commands that train for a limited time."""
+
+    stop_after: Annotated[str | None, tyro.conf.arg(metavar="DURATION")] = None
+    """Time after which the run is saved and stops, such as 3h55m, 90m or 1d12h: exit code 142. None: no limit."""
+
+    def deadline(self) -> float | None:
+        """The end of the time that begins now, as `time.monotonic` counts."""
+        return None if self.stop_after is None else time.monotonic() + _seconds(self.stop_after)
+
+
+def _seconds(duration: str) -> float:
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration, re.ASCII)
+    if not duration or found is None:
+        raise ValueError(
+            f"--stop-after: expected days, hours, minutes and seconds, such as 3h55m or 90m. "
+            f"Received: {truncated_repr(duration)}."
+        )
+    return sum(int(number or 0) * unit for number, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
+
+
 def train_with_progress(
-    directory: Path, parts: RunParts, state: TrainState | None, history: tuple[EpochReport, ...]
+    directory: Path,
+    parts: RunParts,
+    state: TrainState | None,
+    history: tuple[EpochReport, ...],
+    *,
+    deadline: float | None = None,
 ) -> None:
-    """Train from `state`, after `history`, with bars and a line per epoch; evaluate, plot and summarize."""
+    """Train from `state`, after `history`, until `deadline`, with bars and a line per epoch; evaluate and summarize."""
     progress = None if is_quiet() else Progress(max_epochs=parts.config.training.max_epochs)
     shown = {} if progress is None else {"on_batch": progress.on_batch, "track": progress.track}
     print_progress(describe_run(directory, parts))
@@ -42,7 +75,7 @@ def train_with_progress(
     num_before, is_first = len(history), parts.process_group.rank == 0
     with same_folder(directory) if is_first else contextlib.nullcontext() as check:
         with (
-            stop_on_signals(parts.process_group, at_second=_stop_at_once) as stop,
+            stop_on_signals(parts.process_group, at_second=_stop_at_once, deadline=deadline) as stop,
             progress or contextlib.nullcontext(),
         ):
             for report in run_experiment(directory, parts, state=state, history=history, stop=stop, **shown):

@@ -12,7 +12,7 @@ import tyro
 from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import RunOptions
-from dwiml_func.cli._training import train_with_progress
+from dwiml_func.cli._training import TimeLimit, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in
 from dwiml_func.experiment.compare import differences
 from dwiml_func.experiment.folder import check_new_experiment, experiment_directory, read_config
@@ -24,7 +24,7 @@ __all__ = ["Options", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommandOptions, RunOptions):
+class Options(CommandOptions, TimeLimit, RunOptions):
     """Train a new experiment, beside SOURCE_DIR, that starts from one of its checkpoints. The default of every training
     option is the source's value: `dwiml-func fork SOURCE_DIR --help` lists them. The shapes of the model's tensors
     cannot change. Within an epoch, only options of the training other than the seed can change. With another optimizer,
@@ -59,6 +59,7 @@ class Options(CommandOptions, RunOptions):
 
 def run(options: Options) -> int:
     """Make the fork and train it."""
+    deadline = options.deadline()
     source = Path(options.source_dir)
     recorded = read_config(source)
     experiments_path = source.parent if source.name not in ("", "..") else source.resolve().parent
@@ -72,7 +73,7 @@ def run(options: Options) -> int:
         )
         start = (directory, fork.parts, fork.state, fork.checkpoint.history)
         if process_group.rank > 0:  # the first process writes
-            train_with_progress(*start)
+            train_with_progress(*start, deadline=deadline)
             return 0
         with experiment_lock(experiments_path, wait=True):
             create_fork(experiments_path, options.new_name, fork)
@@ -83,5 +84,5 @@ def run(options: Options) -> int:
                 "\n  ".join([f"{directory}: forked from {source}, checkpoint {fork.checkpoint.name}", *changes])
             )
             repair_experiment(*start)
-            train_with_progress(*start)
+            train_with_progress(*start, deadline=deadline)
     return 0

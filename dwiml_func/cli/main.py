@@ -57,7 +57,8 @@ Exit codes:
 - 1: training ended with an error, a comparison found a difference, or a dataset is invalid.
 - 2: the command could not start or continue; the message says why.
 - 130: Ctrl-C. A training is saved up to its last batch.
-- 143: SIGTERM. A training is saved up to its last batch."""
+- 143: SIGTERM. A training is saved up to its last batch.
+- 142: --stop-after. A training is saved up to its last batch."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ import tyro
 
 from dwiml_func.cli._ensemble import resume_members
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.cli._training import train_with_progress
+from dwiml_func.cli._training import TimeLimit, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_zero_first
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.folder import experiment_directory, is_ensemble, read_config
@@ -24,7 +24,7 @@ _CHANGES = ("new_max_epochs", "new_patience", "hdf5_file", "processes", "checkpo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommandOptions):
+class Options(CommandOptions, TimeLimit):
     """Resume an experiment, or an ensemble, from its latest checkpoint. The result is bitwise identical to that of an
     uninterrupted run.
 
@@ -54,10 +54,11 @@ class Options(CommandOptions):
 
 def run(options: Options) -> int:
     """Train on from the latest checkpoint."""
+    deadline = options.deadline()
     directory = experiment_directory(options.experiments_path, options.experiment_name)
     changes = {name: getattr(options, name) for name in _CHANGES}
     if is_ensemble(directory):
-        resume_members(directory, **changes)
+        resume_members(directory, deadline=deadline, **changes)
         return 0
     use_gpu = read_config(directory).training.use_gpu  # before the lock makes a file there
     with join_process_group("cuda" if use_gpu else "cpu") as process_group:
@@ -65,5 +66,5 @@ def run(options: Options) -> int:
         changes |= {"process_group": process_group, "may_have_ended": may_have_ended}
         resume = partial(resume_experiment, directory, **changes)
         with experiment_lock(directory) if process_group.rank == 0 else nullcontext():
-            train_with_progress(directory, *rank_zero_first(process_group, resume))
+            train_with_progress(directory, *rank_zero_first(process_group, resume), deadline=deadline)
     return 0

@@ -20,7 +20,7 @@ from dwiml_func.cli._ensemble import describe_members, resume_members, train_mem
 from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import RunOptions, example_options, kept_example_options, read_config_part
-from dwiml_func.cli._training import describe_run, train_with_progress
+from dwiml_func.cli._training import TimeLimit, describe_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in, rank_zero_first
 from dwiml_func.distributed.sharding import ProcessGroup
 from dwiml_func.experiment.config import ModelConfig, RunConfig
@@ -39,7 +39,7 @@ EXAMPLE_FILE = "example_data.hdf5"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(CommandOptions, RunOptions):
+class Options(CommandOptions, TimeLimit, RunOptions):
     """Train a model: Learn2Track or a transformer. Every epoch ends with a checkpoint in
     EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, for `dwiml-func resume`. The best epoch's model is in best_model, the
     logs in logs, a figure in plots.
@@ -117,6 +117,7 @@ class _Early:
 
 def run(options: Options) -> int:
     """Make the experiment and train it."""
+    deadline = options.deadline()
     directory = experiment_directory(options.experiments_path, options.experiment_name)
     example = Path(options.experiments_path, EXAMPLE_FILE)
     config = options.to_config(options.hdf5_file or example)
@@ -144,20 +145,20 @@ def run(options: Options) -> int:
         _make_example_data(example)
     if is_again and len(members) > 1:
         print_progress(f"{directory} exists, with these configs: resuming it.")
-        resume_members(directory, may_have_ended=True, given=members)
+        resume_members(directory, may_have_ended=True, given=members, deadline=deadline)
         return 0
     if len(members) > 1:
-        train_members(options.experiments_path, options.experiment_name, members)
+        train_members(options.experiments_path, options.experiment_name, members, deadline)
         return 0
     with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
         if any(process_group.gather(torch.tensor([int(is_again)]))):
-            return _resume(directory, config, process_group)
+            return _resume(directory, config, process_group, deadline)
         parts, state = prepare(config, process_group), None
         if options.init_from is not None:
             parts, state, report = initialize_from(parts, options.init_from)
             print_progress(f"{options.init_from}: {report}")
         if process_group.rank > 0:  # the first process writes
-            train_with_progress(directory, parts, state, ())
+            train_with_progress(directory, parts, state, (), deadline=deadline)
             return 0
         with experiment_lock(options.experiments_path, wait=True):
             if state is None:
@@ -165,16 +166,16 @@ def run(options: Options) -> int:
             else:
                 create_initialized(options.experiments_path, options.experiment_name, parts, state)
         with experiment_lock(directory):
-            train_with_progress(directory, parts, state, ())
+            train_with_progress(directory, parts, state, (), deadline=deadline)
     return 0
 
 
-def _resume(directory: Path, config: RunConfig, process_group: ProcessGroup) -> int:
+def _resume(directory: Path, config: RunConfig, process_group: ProcessGroup, deadline: float | None) -> int:
     """Resume the run that the same command has begun; one that has ended is evaluated and summarized."""
     print_progress(f"{directory} exists, with this config: resuming it.")
     resume = partial(resume_experiment, directory, given=config, process_group=process_group, may_have_ended=True)
     with experiment_lock(directory) if process_group.rank == 0 else contextlib.nullcontext():
-        train_with_progress(directory, *rank_zero_first(process_group, resume))
+        train_with_progress(directory, *rank_zero_first(process_group, resume), deadline=deadline)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,22 +18,29 @@ from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 
 __all__ = ["StopRequest", "TrainingStopped", "stop_on_signals"]
 
+_TIME_LIMIT = signal.SIGALRM
 _AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # a second one of these ends the program immediately
 _SIGNALS = (*_AT_ONCE, signal.SIGHUP, signal.SIGUSR1)  # a lost terminal, a scheduler's warning
 
 
 @dataclass(slots=True)
 class StopRequest:
-    """A request to stop a run: the signal that asked for it, None while there is none."""
+    """A request to stop a run: the signal that asked for it, None while there is none.
+
+    At `deadline`, a time of `time.monotonic`, the run is asked to stop as if by SIGALRM.
+    """
 
     signal: signal.Signals | None = None
     process_group: ProcessGroup = SINGLE_PROCESS
+    deadline: float | None = None
 
     def agreed(self) -> bool:
         """Whether this or another process of the group was asked to stop.
 
         All processes call it at the same points of the run and get the same answer.
         """
+        if self.signal is None and self.deadline is not None and time.monotonic() >= self.deadline:
+            self.signal = _TIME_LIMIT
         if self.process_group.size == 1:
             return self.signal is not None
         asked = torch.tensor([0 if self.signal is None else int(self.signal)])
@@ -52,7 +60,7 @@ class TrainingStopped(Exception):
         self, signal: signal.Signals, directory: Path, name: str | None, *, error: Exception | None = None
     ) -> None:
         besides = "" if error is None else f" and by an error ({type(error).__name__}: {error})"
-        super().__init__(f"stopped by {signal.name}{besides}")
+        super().__init__(f"stopped by {'--stop-after' if signal == _TIME_LIMIT else signal.name}{besides}")
         self.signal = signal
         self.directory = directory
         self.name = name
@@ -65,14 +73,18 @@ class TrainingStopped(Exception):
 
 @contextmanager
 def stop_on_signals(
-    process_group: ProcessGroup = SINGLE_PROCESS, *, at_second: Callable[[signal.Signals], object] | None = None
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    *,
+    at_second: Callable[[signal.Signals], object] | None = None,
+    deadline: float | None = None,
 ) -> Iterator[StopRequest]:
     """Turn the first SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1 within the block into a request, which is yielded.
 
     `at_second` is called at a later SIGINT or SIGTERM; without it, later signals act as usual. SIGHUP stays ignored
-    where it is, as under nohup. Outside the main thread, where Python cannot handle signals, the request stays empty.
+    where it is, as under nohup. Outside the main thread, where Python cannot handle signals, only `deadline` fills the
+    request.
     """
-    request = StopRequest(process_group=process_group)
+    request = StopRequest(process_group=process_group, deadline=deadline)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
