@@ -10,6 +10,8 @@ recorded losses are its `compute_loss(average_results=True)` of all streamlines 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -284,3 +286,31 @@ def test_an_exported_model_has_the_step_of_the_dataset_that_it_was_trained_on(cl
     assert cli("export-dwi-ml", stopped_early / "run", tmp_path / "exported").code == 0
     (path,) = (tmp_path / "exported").rglob("parameters.json")
     assert json.loads(path.read_text())["step_size"] == 0.5
+
+
+def test_a_model_for_dwi_ml_has_what_its_tracker_needs_as_in_the_guide(cli, tmp_path, monkeypatch):
+    (block,) = re.findall(
+        r"```sh\n(dwiml-func train.*?)```", (DATA.parents[1] / "docs" / "dwi_ml.md").read_text(), flags=re.DOTALL
+    )
+    commands = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith("dwiml-func")]
+    shutil.copy(DATA / "phantom.hdf5", tmp_path / "data.hdf5")
+    (tmp_path / "experiments").mkdir()
+    monkeypatch.chdir(tmp_path)
+    tiny = ["--max-epochs", "1", "--rnn-layer-sizes", "4", "--skip-window-lag"]
+    trained, exported = cli(*commands[0], *tiny), cli(*commands[1])
+    assert trained.code == exported.code == 0, trained.err + exported.err
+    says = "For dwi_ml's tracker, with --interpolation trilinear-corner --step-rule dwi_ml"
+    assert trained.out.index(says) < trained.out.index("epoch 1")
+    assert not exported.err  # no warning of a shift
+    parameters = json.loads((tmp_path / "exported" / "best_model" / "parameters.json").read_text())
+    assert parameters["step_size"] == 1
+    config = json.loads((tmp_path / "experiments" / "for_dwi_ml" / "config.json").read_text())
+    assert (config["data"]["interpolation"], config["batches"]["step_rule"]) == ("trilinear-corner", "dwi_ml")
+    refusals = {
+        ("--interpolation", "trilinear"): "for_dwi_ml: expected interpolation trilinear-corner",
+        ("--step-rule", "nearest"): "for_dwi_ml: expected step_rule dwi_ml",
+        ("--dg-key", "gaussian-mixture"): "dwi_ml has gaussian-mixture, but cannot run it",
+    }
+    for options, text in refusals.items():
+        cli("train", "experiments", "refused", "data.hdf5", "--for-dwi-ml", *options).check_refusal(text)
+        assert not Path("experiments", "refused").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func._checks import truncated_repr
+from dwiml_func.dwi_ml.parameters import parameters_of
 from dwiml_func.experiment.config import (
     BatchConfig,
     CheckpointConfig,
@@ -22,7 +23,14 @@ from dwiml_func.experiment.config import (
 from dwiml_func.experiment.window_lag import WINDOW_LAG
 from dwiml_func.files.json import parse_json, read_config_file
 
-__all__ = ["RunOptions", "example_options", "kept_example_options", "read_config_part"]
+__all__ = [
+    "RunOptions",
+    "check_for_dwi_ml",
+    "example_options",
+    "kept_example_options",
+    "options_for_dwi_ml",
+    "read_config_part",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +118,30 @@ def _example_model(model: str, *, use_skip_connection: bool = False) -> ModelCon
         return ModelConfig(nb_previous_dirs=1, use_skip_connection=use_skip_connection)
     sizes = {"input_embedded_size": 64, "target_embedded_size": 64 if model == "ttst" else None}
     return ModelConfig(model=model, n_layers_e=3, **sizes)  # pyright: ignore[reportArgumentType]
+
+
+def options_for_dwi_ml(options: RunOptions) -> RunOptions:
+    """The options of a model for dwi_ml's tracker: its interpolation, and its rule of steps."""
+    return replace(
+        options,
+        data=replace(options.data, interpolation="trilinear-corner"),
+        batches=replace(options.batches, step_rule="dwi_ml"),
+    )
+
+
+def check_for_dwi_ml(config: RunConfig) -> str:
+    """What a run for dwi_ml has, for the user; ValueError where dwi_ml's tracker could not use its model."""
+    if config.data.interpolation != "trilinear-corner":
+        raise ValueError(
+            "for_dwi_ml: expected interpolation trilinear-corner, the only one of dwi_ml's tracker. "
+            f"Received: {config.data.interpolation}. Leave --interpolation out."
+        )
+    if config.batches.step_rule != "dwi_ml":
+        raise ValueError(
+            f"for_dwi_ml: expected step_rule dwi_ml. Received: {config.batches.step_rule}. Leave --step-rule out."
+        )
+    parameters_of(config, nb_features=1, experiment_name="")
+    return "For dwi_ml's tracker, with --interpolation trilinear-corner --step-rule dwi_ml"
 
 
 def kept_example_options(options: RunOptions) -> list[str]:

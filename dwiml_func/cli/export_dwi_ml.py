@@ -19,7 +19,7 @@ __all__ = ["Options", "run"]
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
     """Write a model as dwi_ml's files, so that dwi_ml's scripts can load it and track with it. They expect it in a
-    folder called best_model. They interpolate as --interpolation trilinear-corner does, so train with that.
+    folder called best_model. They interpolate half a voxel off, so train with --for-dwi-ml.
 
     Example: dwiml-func export-dwi-ml experiments/first_run exported/best_model
     """

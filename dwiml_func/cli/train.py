@@ -19,7 +19,14 @@ import tyro
 from dwiml_func.cli._ensemble import describe_members, resume_members, train_members
 from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._parsing import CommandOptions, parse
-from dwiml_func.cli._run_options import RunOptions, example_options, kept_example_options, read_config_part
+from dwiml_func.cli._run_options import (
+    RunOptions,
+    check_for_dwi_ml,
+    example_options,
+    kept_example_options,
+    options_for_dwi_ml,
+    read_config_part,
+)
 from dwiml_func.cli._training import TimeLimit, describe_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in, rank_zero_first
 from dwiml_func.distributed.sharding import ProcessGroup
@@ -66,6 +73,9 @@ class Options(CommandOptions, TimeLimit, RunOptions):
     sweep: tuple[str, ...] = ()
     """Train one model per value at once: NAME=VALUE,VALUE,... of learning-rate, weight-decay or rng. Several names: all
     combinations."""
+    for_dwi_ml: bool = False
+    """Train a model for dwi_ml's tracker: with its interpolation (trilinear-corner) and its step rule. export-dwi-ml
+    writes it."""
     dry_run: bool = False
     """Print the complete config as JSON (of an ensemble, the list of its members' configs), and a description of the
     data on standard error. Train and write nothing."""
@@ -81,6 +91,7 @@ class Options(CommandOptions, TimeLimit, RunOptions):
 
         def read(base: RunOptions, *, is_silent: bool = False) -> Self:
             base, hdf5_file = (base, None) if early.config is None else read_config_part(early.config, base)
+            base = options_for_dwi_ml(base) if early.for_dwi_ml else base
             default = cls(
                 experiments_path=tyro.MISSING,
                 experiment_name=tyro.MISSING,
@@ -107,6 +118,7 @@ class _Early:
     num_models: int = 1
     sweep: tuple[str, ...] = ()
     skip_window_lag: bool = False
+    for_dwi_ml: bool = False
 
     @property
     def monitor(self) -> str:
@@ -121,6 +133,8 @@ def run(options: Options) -> int:
     directory = experiment_directory(options.experiments_path, options.experiment_name)
     example = Path(options.experiments_path, EXAMPLE_FILE)
     config = options.to_config(options.hdf5_file or example)
+    if options.for_dwi_ml:
+        print_progress(check_for_dwi_ml(config))
     members = member_configs(config, num_models=options.num_models, sweep=options.sweep)
     is_again = rank_in() == 0 and directory.exists()  # the same command again, as a scheduler gives it
     if options.init_from is not None and len(members) > 1:

@@ -143,7 +143,7 @@ def shift_warning(config: RunConfig) -> str | None:
     return (
         "dwi_ml's scripts will give this model inputs shifted by (0.5, 0.5, 0.5) voxel: dwi_ml interpolates volumes "
         f"half a voxel off, and this model was trained with the interpolation {config.data.interpolation!r}. "
-        "Train with --interpolation trilinear-corner for models to export."
+        "Train models to export with --for-dwi-ml (or --interpolation trilinear-corner)."
     )
 
 
