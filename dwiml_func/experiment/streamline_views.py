@@ -13,13 +13,15 @@ from dwiml_func.experiment.panels import COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-__all__ = ["VIEWS", "LineGroup", "bundle_colours", "draw_views", "view_limits"]
+__all__ = ["VIEWS", "LineGroup", "bundle_colours", "draw_views", "labels_of", "view_limits", "view_rows"]
 
 VIEWS = (("sagittal", 1, 2), ("coronal", 0, 2), ("axial", 0, 1))
 """Names, and the axes of space that run to the right and up."""
 
 _AXES = ("x (mm), left to right", "y (mm), posterior to anterior", "z (mm), inferior to superior")
+_PANEL, _LEFT, _RIGHT, _GAP, _BETWEEN = 2.9, 0.65, 0.25, 0.65, 0.4  # inches
 _HUES, _OTHERS = COLOURS[:-1], "#999999"  # without black, which is for what is not valid
 
 
@@ -39,6 +41,29 @@ def bundle_colours(num_streamlines: Sequence[int]) -> list[str]:
     for row, colour in zip(sorted(largest[: len(_HUES)].tolist()), _HUES, strict=False):
         colours[row] = colour
     return colours
+
+
+def labels_of(names: Sequence[str], colours: Sequence[str], *, kind: str) -> dict[str, str]:
+    """Colours by label, for a legend; what shares a colour has one label. `kind` is what they are, in the plural."""
+    by_colour: dict[str, list[str]] = {}
+    for name, colour in zip(names, colours, strict=True):
+        by_colour.setdefault(colour, []).append(name)
+    return {of[0] if len(of) == 1 else f"{len(of)} other {kind}": colour for colour, of in by_colour.items()}
+
+
+def view_rows(num_rows: int, *, above: float, below: float) -> tuple[Figure, list[list[Axes]]]:
+    """A figure with rows of three square panels, and inches of room above and below them."""
+    from matplotlib.figure import Figure
+
+    width = _LEFT + 3 * _PANEL + 0.1 + _GAP + _RIGHT
+    height = above + num_rows * _PANEL + (num_rows - 1) * _BETWEEN + below
+    figure = Figure(figsize=(width, height))
+    rows = []
+    for row in range(num_rows):
+        y = height - above - _PANEL - row * (_PANEL + _BETWEEN)
+        lefts = (_LEFT, _LEFT + _PANEL + 0.1, _LEFT + 2 * _PANEL + 0.1 + _GAP)
+        rows.append([figure.add_axes((x / width, y / height, _PANEL / width, _PANEL / height)) for x in lefts])
+    return figure, rows
 
 
 def view_limits(sets: Iterable[Streamlines]) -> NDArray[np.float64]:

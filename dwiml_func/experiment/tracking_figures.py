@@ -11,7 +11,14 @@ import numpy as np
 
 from dwiml_func.experiment.panels import COLOURS
 from dwiml_func.experiment.plots import save_figure
-from dwiml_func.experiment.streamline_views import VIEWS, LineGroup, bundle_colours, draw_views, view_limits
+from dwiml_func.experiment.streamline_views import (
+    LineGroup,
+    bundle_colours,
+    draw_views,
+    labels_of,
+    view_limits,
+    view_rows,
+)
 from dwiml_func.experiment.tracking_evaluation import (
     ORACLE,
     Drift,
@@ -44,14 +51,12 @@ _GIVEN = {
     "core": "core (seeds on real streamlines)",
 }
 _OTHERS = (("principal direction", "#666666", "-."), ("keep going straight", "#666666", ":"), (ORACLE, "#000000", "--"))
-_PANEL, _LEFT, _GAP = 2.9, 0.65, 0.5  # inches
 _log = logging.getLogger(__name__)
 
 
 def draw_tracked(evaluation: TrackingEvaluation, lines: TrackedLines, *, title: str) -> Figure:
     """Real streamlines in the top row, below them those of each protocol, in colours of bundles; what is not valid is
     black, above the others."""
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     rows: list[tuple[str, ShownLines]] = [(f"real streamlines{_some(lines.real, None)}", lines.real)]
@@ -60,35 +65,27 @@ def draw_tracked(evaluation: TrackingEvaluation, lines: TrackedLines, *, title: 
         share = f"{100 * scores.valid:.0f} % of {scores.num_streamlines} valid{_some(shown, scores.num_streamlines)}"
         rows.append((f"tracked, {_GIVEN[protocol]}: {share}", shown))
     colours = bundle_colours(np.bincount(lines.real.bundle, minlength=len(lines.names)).tolist())
-    labels = _bundle_labels(lines.names, colours)
-    num_legend = -(-(len(labels) + 1) // 4)
-    top, bottom = 0.75, 0.65 + 0.22 * num_legend
-    width = _LEFT + 3 * _PANEL + _GAP + 0.35
-    height = top + bottom + len(rows) * _PANEL + (len(rows) - 1) * 0.4
-    figure = Figure(figsize=(width, height))
+    labels = labels_of(lines.names, colours, kind="bundles")
+    figure, panels = view_rows(len(rows), above=0.75, below=0.65 + 0.22 * -(-(len(labels) + 1) // 4))
     limits = view_limits([shown.lines for _, shown in rows])
-    for number, (text, shown) in enumerate(rows):
-        y = height - top - number * (_PANEL + 0.4) - _PANEL
-        panels = []
-        for column in range(len(VIEWS)):
-            x = _LEFT + column * (_PANEL + 0.1) + (_GAP if column == 2 else 0)
-            panels.append(figure.add_axes((x / width, y / height, _PANEL / width, _PANEL / height)))
-        draw_views(panels, _groups(shown, colours), limits, is_last=number == len(rows) - 1)
-        panels[0].set_title(text, loc="left", fontsize=10, fontweight="bold")
+    for row, (text, shown) in zip(panels, rows, strict=True):
+        draw_views(row, _groups(shown, colours), limits, is_last=row is panels[-1])
+        row[0].set_title(text, loc="left", fontsize=10, fontweight="bold")
         if len(shown.lines) == 0:
-            panels[1].text(0.5, 0.5, "none", transform=panels[1].transAxes, ha="center", va="center", color=NOT_VALID)
+            row[1].text(0.5, 0.5, "none", transform=row[1].transAxes, ha="center", va="center")
+    left, bottom, top = 0.65 / figure.get_figwidth(), 0.02 / figure.get_figheight(), 1 - 0.12 / figure.get_figheight()
     entries = {**labels, "not valid": NOT_VALID}
     figure.legend(
         [Line2D([], [], color=colour, linewidth=3) for colour in entries.values()],
         list(entries),
         loc="lower left",
-        bbox_to_anchor=(_LEFT / width, 0.02 / height),
+        bbox_to_anchor=(left, bottom),
         bbox_transform=figure.transFigure,
         ncols=4,
         frameon=False,
         fontsize=9,
     )
-    figure.suptitle(title, x=_LEFT / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=12)
+    figure.suptitle(title, x=left, y=top, ha="left", va="top", fontsize=12)
     return figure
 
 
@@ -96,14 +93,6 @@ def _groups(shown: ShownLines, colours: Sequence[str]) -> list[LineGroup]:
     of_bundle = [np.flatnonzero(shown.valid & (shown.bundle == row)) for row in range(len(colours))]
     groups = [LineGroup(shown.lines.select(rows), colour) for rows, colour in zip(of_bundle, colours, strict=True)]
     return [*groups, LineGroup(shown.lines.select(np.flatnonzero(~shown.valid)), NOT_VALID, width=0.4)]
-
-
-def _bundle_labels(names: Sequence[str], colours: Sequence[str]) -> dict[str, str]:
-    """Colours by label; bundles that share one have one label."""
-    by_colour: dict[str, list[str]] = {}
-    for name, colour in zip(names, colours, strict=True):
-        by_colour.setdefault(colour, []).append(name)
-    return {of[0] if len(of) == 1 else f"{len(of)} other bundles": colour for colour, of in by_colour.items()}
 
 
 def _some(shown: ShownLines, num: int | None) -> str:
