@@ -33,6 +33,8 @@ COMMANDS = {
     "visualize-loss": "Write a model's loss along a subject's streamlines, as coloured tractograms and histograms.",
     "score": "Score a tractogram beside the real streamlines of a dataset's subject.",
     "track": "Track streamlines with a model, from a dataset or from NIfTI files.",
+    "connectivity": "Count which regions a tractogram's streamlines connect, and compare with real connections.",
+    "extract": "Write a volume, streamlines or a connectivity matrix of a dataset's subject as a file.",
     "runs": "Print a table of experiments with their progress and best loss.",
     "plot": "Plot losses, angular errors, gradient norms and speed of experiments.",
     "import-dwi-ml": "Make a model directory from a model that dwi_ml trained.",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.data.creation.config import Standardization
-from dwiml_func.data.creation.files import Source
+from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.data.grid import Grid, grid_difference
 from dwiml_func.data.hdf5.layout import group_of, read_grid, read_volume
@@ -90,14 +90,14 @@ def read_nifti_input(
     for file in (*files, seeding_mask, tracking_mask, *std_masks):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"The file does not exist: {file}.")
-    sources = [_File("", "", Path(file)) for file in files]
-    masks = [_File("", "", Path(file)) for file in std_masks] if kind != "none" else []
+    sources = [SingleFile("", "", Path(file)) for file in files]
+    masks = [SingleFile("", "", Path(file)) for file in std_masks] if kind != "none" else []
     volume = load_volume(sources, standardization=kind, masks=masks)
 
     def mask(file: str | None) -> Tensor | None:
         if file is None:
             return None
-        found = load_volume([_File("", "", Path(file))])
+        found = load_volume([SingleFile("", "", Path(file))])
         return _mask(found.data, file, grid_difference(found.grid, volume.grid))
 
     found = TrackingInput(
@@ -105,11 +105,6 @@ def read_nifti_input(
     )
     _check_fits(found, model, {})
     return found
-
-
-class _File(Source):
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 def _mask(values: np.ndarray, source: str, difference: str | None) -> Tensor:

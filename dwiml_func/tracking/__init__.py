@@ -6,6 +6,7 @@ from dwiml_func.tracking.connectivity import (
     connection_counts,
     connectivity_scores,
     end_points,
+    mean_square_differences,
     regions_of_blocs,
     regions_of_labels,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "final_distances",
     "init_track_state",
     "lags",
+    "mean_square_differences",
     "overlap_within",
     "position_space",
     "reference_bundles",

@@ -14,6 +14,7 @@ __all__ = [
     "connection_counts",
     "connectivity_scores",
     "end_points",
+    "mean_square_differences",
     "regions_of_blocs",
     "regions_of_labels",
 ]
@@ -118,6 +119,26 @@ def connectivity_scores(counts: NDArray[np.int64], real: NDArray) -> Connectivit
         num_false / num_streamlines if num_streamlines else float("nan"),
         num_missing / num_real if num_real else float("nan"),
     )
+
+
+def mean_square_differences(counts: NDArray, real: NDArray) -> tuple[float, float]:
+    """The mean square of the difference of two matrices, and of each one's shares of all its streamlines.
+
+    Args:
+        counts, real: (N, N), each with a number above 0.
+
+    Returns:
+        Both means, over all N * N entries.
+
+    Source: dwi_ml, `dwiml_compute_connectivity_score`, which calls them roots.
+
+    Example:
+        >>> mean_square_differences(np.array([[0, 3], [0, 1]]), np.array([[0, 1], [0, 1]]))
+        (1.0, 0.03125)
+    """
+    raw = counts.astype(np.float64) - real.astype(np.float64)
+    shares = counts / counts.sum() - real / real.sum()
+    return float((raw**2).mean()), float((shares**2).mean())
 
 
 def end_points(lines: Streamlines) -> NDArray[np.float64]:

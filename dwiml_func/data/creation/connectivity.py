@@ -69,8 +69,20 @@ def read_connectivity(group: h5py.Group) -> Connectivity | None:
     data: Any = group
     matrix = np.asarray(data["connectivity_matrix"][()]) > 0
     if "connectivity_label_volume" in group:
-        return Connectivity(matrix, labels=np.asarray(data["connectivity_label_volume"][()]).astype(np.int64))
+        labels = np.asarray(data["connectivity_label_volume"][()]).astype(np.int64)
+        return Connectivity(_with_all_labels(matrix, np.unique(labels)), labels=labels)
     if "connectivity_nb_blocs" not in group.attrs:
         return None
     x, y, z = np.broadcast_to(np.asarray(group.attrs["connectivity_nb_blocs"]).ravel(), 3).tolist()
     return Connectivity(matrix, blocs=(x, y, z))
+
+
+def _with_all_labels(matrix: NDArray[np.bool_], labels: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """A row for each of the ascending labels, of a matrix that fits them, see `matrix_fault`."""
+    if len(matrix) == len(labels):
+        return matrix
+    is_region = labels > 0
+    rows = np.arange(len(matrix)) if is_region.sum() == len(matrix) else labels[is_region] - 1
+    whole = np.zeros((len(labels), len(labels)), dtype=bool)
+    whole[np.ix_(is_region, is_region)] = matrix[np.ix_(rows, rows)]
+    return whole

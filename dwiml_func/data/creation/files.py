@@ -12,7 +12,7 @@ from typing import NamedTuple
 from dwiml_func.data.creation.config import GroupsConfig, VolumeGroup
 from dwiml_func.files.paths import missing_text
 
-__all__ = ["GroupFiles", "Source", "check_subjects", "find_files", "read_subjects"]
+__all__ = ["GroupFiles", "SingleFile", "Source", "check_subjects", "find_files", "read_subjects"]
 
 
 class Source(NamedTuple):
@@ -24,6 +24,13 @@ class Source(NamedTuple):
 
     def __str__(self) -> str:
         return f"subject {self.subject!r}, group {self.group!r}, file {self.path}"
+
+
+class SingleFile(Source):
+    """A file that belongs to no subject."""
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 class GroupFiles(NamedTuple):

@@ -13,7 +13,7 @@ from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.creation.files import Source
 from dwiml_func.data.grid import Grid, grid_difference, grid_of
 
-__all__ = ["Volume", "load_labels", "load_volume", "standardize"]
+__all__ = ["Volume", "load_grid", "load_labels", "load_volume", "standardize"]
 
 _FLOAT32_LABELS = 1 << 24  # above it float32 leaves whole numbers out
 
@@ -71,6 +71,11 @@ def load_volume(
     else:
         mean, std = standardize(data, mask, independent=standardization == "independent", source=files[0])
     return Volume(data.astype(np.float32, copy=False), grid, mean, std)
+
+
+def load_grid(source: Source) -> Grid:
+    """The grid of a NIfTI file."""
+    return _grid(source, _open(source))
 
 
 def load_labels(source: Source, expected: Grid | None) -> NDArray[np.int64]:

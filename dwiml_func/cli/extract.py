@@ -1,0 +1,89 @@
+"""`dwiml-func extract`."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from dwiml_func.cli._connectivity import write_nifti
+from dwiml_func.cli._output import folders_above
+from dwiml_func.cli._parsing import CommandOptions
+from dwiml_func.data.hdf5.layout import read_grid, read_volume, subject_group
+from dwiml_func.data.hdf5.problems import open_hdf5, present, raise_first, scalar
+from dwiml_func.data.hdf5.subject import read_subject_streamlines
+from dwiml_func.data.tractogram_file import FORMATS, new_tractogram
+from dwiml_func.files.atomic import atomic_write
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CommandOptions):
+    """Write a group of a dataset's subject as a file of its own: a volume as NIfTI, streamlines as TRK, TCK or TRX,
+    without data per streamline.
+
+    Example: dwiml-func extract data.hdf5 sub_5 streamlines sub_5.trk
+    """
+
+    hdf5_file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="HDF5_FILE")]
+    """The dataset."""
+    subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SUBJECT")]
+    """The subject."""
+    group: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GROUP")]
+    """The name of its group."""
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.nii.gz|.trk|.tck|.trx|.npy")]
+    """The file to write; missing folders are made."""
+    save_connectivity: bool = False
+    """Of a group of streamlines: write its connectivity matrix, as .npy."""
+    overwrite: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
+    """Replace an existing file."""
+
+
+def run(options: Options) -> int:
+    """Write the file."""
+    if os.path.lexists(options.out) and not options.overwrite:
+        raise FileExistsError(f"The file exists: {options.out}. Choose another name, or overwrite it with --overwrite.")
+    path, name = Path(options.hdf5_file), options.group
+    with open_hdf5(path) as file:
+        if options.subject not in file:
+            raise ValueError(f"{path}: Expected a subject among {present(file)}. Received: {options.subject!r}.")
+        subject: Any = raise_first(subject_group(file, options.subject), path)
+        group: Any = subject.get(name, {})
+        kind = scalar(group.attrs.get("type")) if name in subject else None
+        if kind not in ("volume", "streamlines"):
+            received = "no such group" if name not in subject else f"a group of type {kind!r}"
+            raise ValueError(
+                f"{path}: Expected a volume or streamlines among {present(subject)} of {options.subject!r}. "
+                f"Received: {received}, {name!r}."
+            )
+        if options.save_connectivity:
+            _check_ending(options.out, (".npy",), f"the connectivity matrix of {name!r}")
+            if kind == "volume" or "connectivity_matrix" not in group:
+                raise ValueError(f"save_connectivity: the group {name!r} has no connectivity matrix. Leave it out.")
+            buffer = io.BytesIO()
+            np.save(buffer, group["connectivity_matrix"][()])
+            with folders_above(options.out) as out:
+                atomic_write(out, buffer.getvalue())
+        elif kind == "volume":
+            _check_ending(options.out, (".nii", ".nii.gz"), f"the volume {name!r}")
+            values = raise_first(read_volume(group), path)
+            grid = raise_first(read_grid(group, values.shape[:3]), path)
+            write_nifti(options.out, values[..., 0] if values.shape[3] == 1 else values, grid)
+    if kind == "streamlines" and not options.save_connectivity:
+        _check_ending(options.out, tuple(FORMATS), f"the streamlines {name!r}")
+        found = read_subject_streamlines(path, options.subject, name)
+        with folders_above(options.out) as out, new_tractogram(out, found.grid, overwrite=options.overwrite) as lines:
+            lines.write(found.streamlines.points.numpy(), found.streamlines.offsets.numpy())
+    print(options.out)
+    return 0
+
+
+def _check_ending(out: str, endings: tuple[str, ...], what: str) -> None:
+    if not out.lower().endswith(endings):
+        raise ValueError(f"Expected a file {' or '.join(endings)} for {what}. Received: {out}.")
