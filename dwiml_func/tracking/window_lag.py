@@ -25,8 +25,12 @@ from dwiml_func.tracking.step import track_step
 __all__ = ["AHEAD_MM", "EVERY_MM", "LagWindows", "choose_windows", "continue_lines", "even_step", "window_lags"]
 
 EVERY_MM = 30.0
-READ_MM = 60.0
+"""mm between two cuts of a streamline."""
+
 AHEAD_MM = 20.0
+"""mm that a model goes alone."""
+
+READ_MM = 60.0
 _MOST_LINES = 512  # of a dataset, from which windows are taken
 _LOOK_EVERY = 16  # steps: on a GPU each look at what still grows waits for the device
 _MOST_WINDOWS = 128  # the mean lag of so many is known to about a third of a mm
