@@ -20,7 +20,7 @@ from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.data.tractogram_file import new_tractogram
-from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.config import ModelConfig, RunConfig
 from dwiml_func.experiment.loss_figures import colours_of, draw_eos, draw_losses, thirds
 from dwiml_func.experiment.model_store import LoadedModel, load_model
 from dwiml_func.experiment.point_losses import PointLosses, displacement, of_one_subject, point_losses
@@ -136,6 +136,20 @@ def test_steps_are_in_mm_where_voxels_are_no_cubes() -> None:
     part = whole.select(np.array([2, 0]))
     assert_array_equal(part.loss, whole.loss[[9, 0, 1, 2]])
     assert displacement(part).lengths.tolist() == [3, 9]
+
+
+def test_at_a_last_point_the_step_is_as_long_as_the_one_that_led_there() -> None:
+    model = Learn2Track(2, rnn_layer_sizes=(4,), dg_args={"add_eos": True}).eval()
+    config = RunConfig(hdf5_file="", model=ModelConfig(add_eos=True))
+    lines = Streamlines.from_list([[[1, 1, 1], [2, 1, 1], [2, 3, 1]], [[4, 4, 4], [4, 4, 7]]])
+    dataset = of_one_subject(
+        "data.hdf5", "anna", volume=torch.rand(10, 10, 10, 2), grid=Grid(np.eye(4), (10, 10, 10)),
+        lines=lines, resampling=Resampling(),
+    )  # fmt: skip
+    found = point_losses(LoadedModel(module=model, config=config, facts={}), dataset)
+    steps = np.linalg.norm(found.predicted - found.lines.points.numpy(), axis=1)
+    assert_allclose(steps, [1, 2, 2, 3, 3], rtol=1e-5)
+    assert found.is_last.tolist() == [False, False, True, False, True]
 
 
 def three_lines(eos: bool) -> PointLosses:
