@@ -8,6 +8,7 @@ are all that a training loop in a script needs. Data, models, writers and comman
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dwiml_func.core.checked_step import StepMismatchError, checked_step
 from dwiml_func.core.early_stopping import Best, should_stop, update_best
 from dwiml_func.core.epoch import end_epoch, epoch_fn, eval_epoch_fn, train_steps
 from dwiml_func.core.gradients import clip_by_global_norm, value_and_grad
@@ -19,6 +20,7 @@ from dwiml_func.core.rates import with_weight_decay
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 from dwiml_func.core.run_epoch import Interrupted, run_epoch
+from dwiml_func.core.skip_batches import skip_batches
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.core.weights import load_into
@@ -80,6 +82,7 @@ __all__ = [
     "Optimizer",
     "Params",
     "Schedule",
+    "StepMismatchError",
     "Stream",
     "Sum",
     "TrainState",
@@ -90,6 +93,7 @@ __all__ = [
     "add_decayed_weights",
     "by_name",
     "chain",
+    "checked_step",
     "clip_by_global_norm",
     "clip_by_value",
     "constant",
@@ -129,6 +133,7 @@ __all__ = [
     "schedule_free_sgd",
     "sgd",
     "should_stop",
+    "skip_batches",
     "skip_not_finite",
     "skipped_too_often",
     "stack_states",

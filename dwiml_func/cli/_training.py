@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
 from dwiml_func.cli._summary import format_summary
 from dwiml_func.cli._tracking_summary import format_tracking
 from dwiml_func.compiled.warmup import WarmUpStep
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import direction_units
@@ -78,11 +81,14 @@ def train_with_progress(
             stop_on_signals(parts.process_group, at_second=_stop_at_once, deadline=deadline) as stop,
             progress or contextlib.nullcontext(),
         ):
-            for report in run_experiment(directory, parts, state=state, history=history, stop=stop, **shown):
-                history = one_an_epoch((*history, report))
-                _print_compilation(parts)
-                if progress is not None:
-                    progress(report)
+            try:
+                for report in run_experiment(directory, parts, state=state, history=history, stop=stop, **shown):
+                    history = one_an_epoch((*history, report))
+                    _print_compilation(parts)
+                    if progress is not None:
+                        progress(report)
+            except NonFiniteError as error:
+                raise _with_command(error, directory) from error
         if check is not None:
             check()
             if len(history) == num_before:
@@ -116,11 +122,21 @@ def print_end(directory: Path, parts: RunParts, history: Sequence[EpochReport]) 
     print(format_summary(history, evaluation, subset=parts.data.evaluation.subset, tracking=how))
 
 
+def _with_command(error: NonFiniteError, directory: Path) -> NonFiniteError:
+    """The error with the command that leaves the batch out."""
+    if error.at is None:
+        return error
+    run = shlex.join([str(directory.parent), directory.name])
+    batch = ":".join(map(str, error.at))
+    return NonFiniteError(f"{error} To leave this batch out: dwiml-func resume {run} --skip {batch}", at=error.at)
+
+
 def _print_compilation(parts: RunParts) -> None:
     """Print once the time that compilation took and saves."""
-    if isinstance(parts.step, WarmUpStep) and parts.step.report is not None:
-        print_progress(str(parts.step.report))
-        parts.step.report = None
+    step = inspect.unwrap(parts.step)
+    if isinstance(step, WarmUpStep) and step.report is not None:
+        print_progress(str(step.report))
+        step.report = None
 
 
 def _stop_at_once(number: signal.Signals) -> NoReturn:

@@ -16,6 +16,7 @@ import tyro
 from dwiml_func._checks import one_line
 from dwiml_func.cli._messages import Verbosity, messages, set_verbosity
 from dwiml_func.cli._output import drop_unwritable_output, enduring_output, open_standard_streams
+from dwiml_func.core.checked_step import StepMismatchError
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError, rank_in
 from dwiml_func.experiment.signals import TrainingStopped
@@ -141,7 +142,7 @@ def _report(error: BaseException, sender: str, *, is_training: bool) -> int:
     match error:
         case TrainingStopped():
             return error.exit_code if rank_in() > 0 else _fail(f"{sender}: {_resume_hint(error)}", error.exit_code)
-        case NonFiniteError() | ProcessLostError():
+        case NonFiniteError() | StepMismatchError() | ProcessLostError():
             return _fail(f"{sender}: {error}", 1)
         case BrokenPipeError():
             drop_unwritable_output()

@@ -20,7 +20,7 @@ from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["Options", "run"]
 
-_CHANGES = ("new_max_epochs", "new_patience", "hdf5_file", "processes", "checkpoint_every", "keep", "accept")
+_CHANGES = ("new_max_epochs", "new_patience", "hdf5_file", "processes", "checkpoint_every", "keep", "accept", "skip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,9 @@ class Options(CommandOptions, TimeLimit):
     """New interval between checkpoints. It does not change the results. None: unchanged."""
     keep: int | Literal["all"] | None = None
     """New number of latest checkpoints at an epoch's end to keep, or all. None: unchanged."""
+    skip: Annotated[tuple[str, ...], tyro.conf.arg(metavar="EPOCH:BATCH")] = ()
+    """Batches to leave out, such as 12:40, the 40th batch of epoch 12, whose loss was not finite. They are added to the
+    option --skip-batches of the run."""
     accept: tuple[str, ...] = ()
     """Names of options, such as dropout, whose values were changed in config.json since the latest checkpoint, and with
     which to go on."""

@@ -48,12 +48,20 @@ NonFinite = Literal["raise", "defer", "skip"]
 class NonFiniteError(ArithmeticError):
     """A loss or a gradient was NaN or infinite. The step was not taken; the state before it is unchanged.
 
+    Args:
+        message: the text.
+        at: epoch and batch, counted from 1, where one batch is the cause.
+
     Example:
         >>> raise NonFiniteError("loss is nan")
         Traceback (most recent call last):
         ...
         dwiml_func.core.non_finite.NonFiniteError: loss is nan
     """
+
+    def __init__(self, message: str, *, at: tuple[int, int] | None = None) -> None:
+        super().__init__(message)
+        self.at = at
 
 
 def choose_policy(non_finite: NonFinite | None, opt_state: OptState, loss: Tensor) -> NonFinite:
@@ -77,7 +85,8 @@ def raise_if_not_finite(state: TrainState, batch: Any, loss: float, norm: float)
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"The {name} is {value} in {location(state.epoch, state.batch, state.step)}{_ids(batch)}. "
-                "The step was not taken. Check these inputs, lower the learning rate or clip the gradient."
+                "The step was not taken. Check these inputs, lower the learning rate or clip the gradient.",
+                at=(state.epoch + 1, state.batch + 1),
             )
 
 
@@ -96,10 +105,12 @@ def check_finite(state: TrainState) -> None:
     first_bad = state.sums.get(NON_FINITE, Sum(0.0, 0.0))
     if float(first_bad.weight) > 0:
         bad_step = int(first_bad.total)
-        where = location(state.epoch, bad_step - (state.step - state.batch), bad_step)
+        batch = bad_step - (state.step - state.batch)
+        where = location(state.epoch, batch, bad_step)
         raise NonFiniteError(
             f"The loss or the gradient was not finite in {where}. "
-            f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids."
+            f"No later step was taken. Train that epoch again with non_finite='raise' to see the batch's ids.",
+            at=(state.epoch + 1, batch + 1),
         )
 
 

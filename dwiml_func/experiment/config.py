@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are saved, and which are kept. These options cannot change the results."""
+    """When checkpoints are saved, which are kept, which steps are checked. These options cannot change results."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -43,7 +43,13 @@ class CheckpointConfig:
     keep: int | Literal["all"] = 2
     """Number of latest checkpoints at an epoch's end to keep besides that of the best epoch, or all."""
 
+    check_every: int | None = None
+    """Compute every so many steps twice, and take it only if both results are bitwise identical: it finds faulty
+    memory and processors. None: no step."""
+
     def __post_init__(self) -> None:
+        if self.check_every is not None:
+            check_number("check_every", self.check_every, at_least=1)
         if self.keep != "all":
             check_number("keep", self.keep, at_least=1)
         _ = self.save_interval

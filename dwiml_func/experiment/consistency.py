@@ -36,7 +36,7 @@ def record_digest(latest: Checkpoint) -> str:
     Each link is the hash of the link before it, of the epoch's report and of the digest of its state; durations apart,
     so a run that is repeated has the same. Options that cannot change results are left out.
     """
-    config = {name: pair[0] for name, pair in differing(latest.config, {}).items() if not _is_free(name)}
+    config = {name: pair[0] for name, pair in differing(latest.config, {}).items() if _decides(name)}
     link = _sha256({"data": content(latest.data), "config": config})
     for report in latest.history:
         link = _sha256({"before": link, "report": report_values(report), "digest": report.digest})
@@ -91,6 +91,10 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
 def _differing_options(recorded: Mapping[str, Any], named: Mapping[str, Any]) -> list[str]:
     pairs = differing(recorded, named).items()
     return [f"{name}: {there} there, {here} in config.json" for name, (there, here) in pairs if not _is_free(name)]
+
+
+def _decides(name: str) -> bool:
+    return not _is_free(name) or name == "training.skip_batches"
 
 
 def _is_free(name: str) -> bool:

@@ -17,6 +17,7 @@ from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import fill_digests
 from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
+from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.interval import validation_interval
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
@@ -48,6 +49,8 @@ def prepare_ensemble(configs: Sequence[RunConfig]) -> list[RunParts]:
     """Make the parts of all members' runs, which share the data; ValueError for shards or compilation."""
     if configs[0].training.num_shards > 1:
         raise ValueError("An ensemble trains in one process. Expected --num-shards 1.")
+    if configs[0].training.skip_batches:
+        raise ValueError("An ensemble leaves no batch out. Expected no --skip-batches.")
     if configs[0].training.compile:
         # Under vmap the recurrent layers are a loop over time steps: a graph for each length, minutes to compile.
         raise ValueError("An ensemble cannot be compiled: each length would need its own graph. Leave --compile out.")
@@ -156,9 +159,11 @@ def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[s
     else:
         bound["optimizer"] = partial(make_optimizer, options[0])
         bound["weight_decay"] = torch.tensor(decays, dtype=torch.float64, device=device)
+    step: Any = partial(ensemble_step, **bound)
+    every = first.config.checkpoints.check_every
     return {
         "train": first.train,
-        "step": partial(ensemble_step, **bound),
+        "step": step if every is None else checked_step(step, every),
         "valid": first.valid,
         "eval_step": partial(ensemble_eval_step, loss_fn=first.loss_fn, optimizer=first.optimizer)
         if first.valid

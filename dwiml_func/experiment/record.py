@@ -20,7 +20,7 @@ from dwiml_func.files.fingerprint import same_file
 
 __all__ = ["check_same_config", "check_same_data", "may_change", "warn_of_other_environment", "with_defaults"]
 
-_MAY_CHANGE = ("max_epochs", "patience", "Patience", "processes", "lazy", "cache_size")
+_MAY_CHANGE = ("max_epochs", "patience", "Patience", "processes", "skip_batches", "lazy", "cache_size")
 _DECIDE_BITS = {"dwiml_func", "torch", "numpy", "machine", "cpu", "cpu_capability", "devices"}
 
 _log = logging.getLogger(__name__)

@@ -11,9 +11,10 @@ from typing import Any
 
 from dwiml_func._checks import at_most_three
 from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.checkpoint.index import CHECKPOINTS, checkpoint_folder
+from dwiml_func.checkpoint.index import CHECKPOINTS, checkpoint_folder, position_name
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.report import EpochReport
+from dwiml_func.core.skip_batches import parse_batch
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import repair_best_model
@@ -75,6 +76,7 @@ def resume_experiment(
         for name in corrupt:
             path = checkpoint_folder(directory) / name
             _log.warning("Checkpoint %s is corrupt. Resuming from checkpoint %s.", path, checkpoint.name)
+    _check_not_trained(new_options.get("skip", ()), state)
     if process_group.rank == 0:
         repair_experiment(directory, parts, state, history)  # also after the last epoch: the crash may have come then
     if history and not may_have_ended:
@@ -85,6 +87,18 @@ def resume_experiment(
         if changed != config:
             atomic_write(directory / "config.json", changed.to_json())
     return parts, state, history
+
+
+def _check_not_trained(skip: Sequence[str], state: TrainState) -> None:
+    """Raise ValueError where a batch to leave out was trained before this state."""
+    for text in skip:
+        epoch, batch = parse_batch(text)
+        if (epoch - 1, batch - 1) < (state.epoch, state.batch):
+            raise ValueError(
+                f"--skip {text}: this batch was trained, and the run resumes after it, from checkpoint "
+                f"{position_name(state.epoch, state.batch)}. Expected a later one. To leave it out, fork an earlier "
+                f"checkpoint with --skip-batches {text}."
+            )
 
 
 def check_same_run(directory: Path, config: RunConfig, *, init_from: str | None = None) -> None:
@@ -127,6 +141,8 @@ def with_same_results(config: RunConfig, given: RunConfig | None) -> RunConfig:
 
 def _check_same(directory: Path, member: Path, config: RunConfig, *, init_from: str | None = None) -> None:
     recorded = read_config(member)
+    if not config.training.skip_batches:  # a resume may have added some
+        config = replace(config, training=replace(config.training, skip_batches=recorded.training.skip_batches))
     if init_from is not None:
         origin, path = recorded.origin, str(Path(init_from).absolute())
         if origin is None or not origin.weights_only or origin.experiment != path:
@@ -149,12 +165,18 @@ def with_new_options(
     processes: int | None = None,
     checkpoint_every: str | None = None,
     keep: int | str | None = None,
+    skip: Sequence[str] = (),
 ) -> RunConfig:
     """A run's config with the options that a resume may change; None keeps a value."""
     return replace(
         config,
         hdf5_file=str(Path(hdf5_file).absolute()) if hdf5_file else config.hdf5_file,
-        training=_changed(config.training, max_epochs=new_max_epochs, patience=new_patience),
+        training=_changed(
+            config.training,
+            max_epochs=new_max_epochs,
+            patience=new_patience,
+            skip_batches=tuple(dict.fromkeys((*config.training.skip_batches, *skip))) if skip else None,
+        ),
         batches=_changed(config.batches, processes=processes),
         checkpoints=_changed(config.checkpoints, checkpoint_every=checkpoint_every, keep=keep),
     )

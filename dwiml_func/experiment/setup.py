@@ -14,6 +14,7 @@ from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.autocast import check_bf16
+from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.epoch import EvalStep
 from dwiml_func.core.loss import LossFn, module_loss
 from dwiml_func.core.metrics import read_means
@@ -21,6 +22,7 @@ from dwiml_func.core.rates import Step
 from dwiml_func.core.report import check_monitor
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.core.run_epoch import Batches
+from dwiml_func.core.skip_batches import parse_batch, skip_batches
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.distributed.sharding import (
@@ -134,6 +136,10 @@ def make_parts(
     step, evaluate = make_steps(
         config.training, loss_fn, optimizer, process_group, first_batch=partial(first_batch, config, data, device)
     )
+    if config.training.skip_batches:
+        step = skip_batches(step, map(parse_batch, config.training.skip_batches))
+    if config.checkpoints.check_every is not None:
+        step = checked_step(step, config.checkpoints.check_every)
     if valid is not None and not is_member and not config.training.skip_window_lag:
         valid, evaluate = with_window_lag(
             valid, evaluate, config=config, dataset=data.validation, model=model, optimizer=optimizer

@@ -9,6 +9,7 @@ import tyro
 
 from dwiml_func._checks import STRICT, check_number
 from dwiml_func.core.interval import validation_interval
+from dwiml_func.core.skip_batches import parse_batch
 from dwiml_func.experiment.learning_rate import parse_learning_rate
 from dwiml_func.experiment.optimizers import OptimizerName, make_optimizer
 from dwiml_func.types import Schedule
@@ -54,6 +55,8 @@ class TrainingConfig:
     skip_not_finite: int | None = None
     """Number of batches in a row whose loss or gradient may be NaN or infinite: they are skipped. None: the first one
     ends the training."""
+    skip_batches: Annotated[tuple[str, ...], tyro.conf.arg(metavar="EPOCH:BATCH")] = ()
+    """Batches to leave out, such as 12:40, the 40th batch of epoch 12. (default: none)"""
     learning_rate: tuple[str, ...] = ("0.001",)
     """Learning rate. "0.001*3 0.0001" means three epochs at 0.001, then 0.0001. Or a schedule: "cosine RATE LENGTH
     [FINAL_RATE]", "wsd PEAK WARMUP STABLE DECAY [FINAL_RATE]", "onecycle PEAK LENGTH", "plateau RATE FACTOR PATIENCE".
@@ -105,6 +108,8 @@ class TrainingConfig:
         check_number("accumulate", self.accumulate, at_least=1)
         if self.skip_not_finite is not None:
             check_number("skip_not_finite", self.skip_not_finite, at_least=1)
+        for text in self.skip_batches:
+            parse_batch(text)
         if self.rule == ("none",):
             object.__setattr__(self, "rule", ())
         check_number("num_threads", self.num_threads, at_least=1, below=1 << 12)

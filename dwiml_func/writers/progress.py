@@ -127,7 +127,7 @@ class Progress:
             state: the state after the batch.
             metrics: the batch's sums.
         """
-        if self._batches is None or self._batches.disable:
+        if self._batches is None or self._batches.disable or "loss" not in metrics:  # of a batch that was left out
             return
         now, is_first = self._clock(), self._points is None
         if now - self._read_at < _SECONDS_BETWEEN_READINGS and not is_first:
