@@ -110,6 +110,7 @@ def test_the_defaults_are_those_of_dwi_ml():
         "accumulate": 1,
         "ema": None,
         "skip_not_finite": None,
+        "skip_batches": (),
         "learning_rate": ("0.001",),
         "weight_decay": 0.01,
         "clip_grad": None,
