@@ -149,8 +149,9 @@ def test_the_defaults_are_those_of_dwi_ml():
         "sos_token_type": "as_label",
         "target_embedding_key": "nn_embedding",
     }
+    autoencoder = {"latent_space_dims": 32, "first_channels": 32, "reconstruction_loss": "mean"}
     assert (config.model.embedding_key, ModelConfig(model="tts").embedding_key) == ("no_embedding", "nn_embedding")
-    assert model == transformer | {
+    assert model == transformer | autoencoder | {
         "model": "learn2track",
         "nb_previous_dirs": 0,
         "prev_dirs_embedding_key": "no_embedding",

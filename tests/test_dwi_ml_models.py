@@ -249,8 +249,8 @@ def spoil_state(folder: Path) -> None:
         (lambda folder: (folder / "parameters.json").write_text("{"), ["parameters.json is not JSON"]),
         (lambda folder: (folder / "parameters.json").write_text("[1, 2]"), ["expected names and values", "[1, 2]"]),
         (
-            lambda folder: (folder / "model_type.txt").write_text("ModelAE"),
-            ["expected a model of type Learn2TrackModel, OriginalTransformerModel", "'ModelAE'"],
+            lambda folder: (folder / "model_type.txt").write_text("ModelOfAnother"),
+            ["expected a model of type Learn2TrackModel, OriginalTransformerModel", "'ModelOfAnother'"],
         ),
         (spoil_state, ["model_state.pkl cannot be read as named tensors"]),
         (lambda folder: torch.save([1], folder / "model_state.pkl"), ["has no named tensors"]),

@@ -52,7 +52,7 @@ def test_json_is_one_object_with_the_means_over_all_points(cli, stopped_early):
     dataset = open_dataset(stopped_early.parent / "data.hdf5", "validation")
     batch = load_batch(BatchRequest(np.arange(48), None, 0, 0), dataset=dataset, spec=LoaderSpec())
     with torch.no_grad():
-        loss, weight, aux = compute_batch_loss(model.module, batch)
+        loss, weight, aux = compute_batch_loss(model.tracker, batch)
     assert result["loss"] == pytest.approx(loss.item(), rel=1e-6)
     assert result["angular_error"] == pytest.approx(aux["angular_error"].item(), rel=1e-6)
     assert (result["num_points"], result["num_streamlines"]) == (weight, 48)

@@ -56,6 +56,7 @@ PREVIOUS_NN = PREVIOUS | {"prev_dirs_embedding_key": "nn_embedding", "prev_dirs_
 LENGTHS = {"batch_size_units": "length_mm", "batch_size_training": 300}
 SPHERE = {"dg_key": "sphere-classification", "dg_sphere": "repulsion100"}
 TTS: dict[str, Any] = {"model": "tts", "input_embedded_size": 8, "nheads": 2, "n_layers_e": 1}
+AUTOENCODER: dict[str, Any] = {"model": "autoencoder", "nb_points": 40, "latent_space_dims": 4, "first_channels": 2}
 TTST = TTS | {"model": "ttst", "target_embedded_size": 4}
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # other options, and what is changed
     "input_embedding_key": ({}, NN),
@@ -92,6 +93,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # other options, 
     "sos_token_type": (TTST, {"sos_token_type": "repulsion100"}),
     "target_embedding_key": (TTST, {"target_embedding_key": "no_embedding", "target_embedded_size": None}),
     "target_embedded_size": (TTST, {"target_embedded_size": 6}),
+    "latent_space_dims": (AUTOENCODER, {"latent_space_dims": 5}),
+    "first_channels": (AUTOENCODER, {"first_channels": 3}),
+    "raw_coordinates": (AUTOENCODER, {"raw_coordinates": True}),
+    "reconstruction_loss": (AUTOENCODER, {"reconstruction_loss": "sum"}),
     "input_group_name": ({}, {"input_group_name": "wm_mask"}),
     "streamline_group_name": ({}, {"streamline_group_name": "others"}),
     "interpolation": ({}, {"interpolation": "nearest"}),

@@ -15,6 +15,7 @@ import torch
 
 from dwiml_func.core.rng import Key
 from dwiml_func.dwi_ml.models import read_dwi_ml_model
+from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, track
 
 CASES = Path(__file__).parent / "data" / "tracking"
@@ -39,6 +40,7 @@ def test_lines_are_those_of_dwi_ml(name, example_hdf5):
     )
     with np.load(CASES / f"{name}.npz") as case:
         seeds, points, offsets = case["seeds"], case["points"], case["offsets"]
+    assert isinstance(model.module, TractographyModel)
     results = list(track(torch.from_numpy(seeds), model=model.module, space=space, spec=spec, key=Key(0), num_rows=256))
     numbers = torch.cat([tracked.seeds for tracked in results]).tolist()
     lines = [line.numpy() for tracked in results for line in tracked.streamlines.to_list()]

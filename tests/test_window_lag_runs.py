@@ -65,7 +65,7 @@ def test_the_lag_is_that_of_the_best_model_and_in_all_logs(folder: Path) -> None
     windows = choose_windows(dataset, key=fold_in(Key(0), Stream.TRACK, 0x1A6))
     assert windows is not None
     assert windows.subject.unique().tolist() == [0, 1]
-    model = load_model(folder / "with" / "best_model").module.eval()
+    model = load_model(folder / "with" / "best_model").tracker.eval()
     volumes = list(dataset.volumes)
     lags = window_lags(model, windows, lambda row: TrackingSpace(volume=volumes[row], voxel_sizes=(2.0, 2.0, 2.0)))
     assert logged[best - 1] == pytest.approx(lags.mean(), rel=1e-12)

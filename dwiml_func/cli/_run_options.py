@@ -93,8 +93,17 @@ def example_options(
     Steps of a voxel, a voxel of noise on the points that the model sees, streamlines of both orientations, a low rate
     at the end and averaged weights. The window lag chooses the best epoch, as the loss ranks models backwards. The
     defaults of the options are dwi_ml's, for far larger datasets. Sphere classification needs larger steps of the
-    optimizer, as the data contain few examples of each of its 724 classes.
+    optimizer, as the data contain few examples of each of its 724 classes. An autoencoder, which reads no directions,
+    has options of its own.
     """
+    if model == "autoencoder":
+        return RunOptions(
+            training=TrainingConfig(
+                max_epochs=60, learning_rate=("cosine 0.001 60",), weight_decay=0.0
+            ),
+            model=ModelConfig(model=model, first_channels=16),
+            batches=BatchConfig(batch_size_training=10),
+        )
     if dg_key == "sphere-classification":
         return RunOptions(
             training=TrainingConfig(

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
+from dwiml_func.experiment.reconstruction import Reconstruction
 from dwiml_func.experiment.window_lag import WINDOW_LAG
 
-__all__ = ["NO_PRINCIPAL_DIRECTION", "format_summary"]
+__all__ = ["NO_PRINCIPAL_DIRECTION", "format_reconstruction", "format_summary"]
 
 NO_PRINCIPAL_DIRECTION = "unknown: the input has no attribute sh_order (order of its spherical harmonics)"
 """Printed instead of a number without a principal direction to compare with."""
@@ -20,7 +21,11 @@ for short steps; a tracker that did this would never turn."""
 
 
 def format_summary(
-    history: Sequence[EpochReport], evaluation: Evaluation, *, subset: str, tracking: str | None = None
+    history: Sequence[EpochReport],
+    evaluation: Evaluation | Reconstruction,
+    *,
+    subset: str,
+    tracking: str | None = None,
 ) -> str:
     """The summary as lines of text; `evaluation` is the best model's, on the subset "validation" or "training".
 
@@ -38,6 +43,10 @@ def format_summary(
         + ("" if best.monitor == "loss" else f", monitored {best.monitor} {last.best.value:.4f}"),
         *_window_lags(history, best),
         *([] if tracking is None else [tracking]),
+    ]
+    if isinstance(evaluation, Reconstruction):
+        return "\n".join([*lines, format_reconstruction(evaluation, subset=subset)])
+    lines += [
         f"Mean angular error of the best model on the {subset} subjects,",
         f"at the {evaluation.num_points} points of {evaluation.num_streamlines} streamlines that have a previous "
         "direction:",
@@ -54,6 +63,24 @@ def format_summary(
             verdict = f"the model is {abs(gain):.2f} deg {'better' if gain > 0 else 'worse'}"
             lines.append(f"  {name}  {value:6.2f} deg  ({verdict})")
     return "\n".join(lines) + _WHY_STRAIGHT_IS_GOOD * (evaluation.keep_straight < evaluation.model)
+
+
+def format_reconstruction(evaluation: Reconstruction, *, subset: str) -> str:
+    """Distances between streamlines and their reconstructions, beside the baselines that are known."""
+    lines = [
+        f"Mean distance between the points of {evaluation.num_streamlines} streamlines of the {subset} subjects and "
+        "their reconstructions:",
+        f"  model                 {evaluation.model:7.2f} mm  (of the streamlines' own means the median is "
+        f"{evaluation.median:.2f} mm, the 95th percentile {evaluation.percentile_95:.2f} mm)",
+    ]
+    if evaluation.principal_components is not None:
+        lines.append(
+            f"  principal components  {evaluation.principal_components:7.2f} mm  ({evaluation.num_components} of the "
+            "training streamlines, without a network)"
+        )
+    if evaluation.mean_streamline is not None:
+        lines.append(f"  mean streamline       {evaluation.mean_streamline:7.2f} mm  (the same for each)")
+    return "\n".join(lines)
 
 
 def _window_lags(history: Sequence[EpochReport], best: EpochReport) -> list[str]:

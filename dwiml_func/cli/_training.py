@@ -106,7 +106,12 @@ def describe_run(directory: Path, parts: RunParts) -> str:
     return (
         f"{directory}: {training.num_total} streamlines of {pluralize(len(training.subjects), 'training subject')}, "
         f"{validation.num_total} of {pluralize(len(validation.subjects), 'validation subject')}, "
-        f"{parts.nb_features} features, {num_parameters} parameters"
+        + (
+            f"{parts.config.batches.nb_points} points each, {num_parameters} parameters. An autoencoder does not "
+            "track: no window lag, no tracking scores"
+            if parts.config.model.model == "autoencoder"
+            else f"{parts.nb_features} features, {num_parameters} parameters"
+        )
         + ("" if is_cubic else ". Voxels are no cubes: directions, steps and noise are in mm along the voxel axes")
     )
 

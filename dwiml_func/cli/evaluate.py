@@ -13,13 +13,14 @@ import tyro
 from dwiml_func._checks import check_number
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION
+from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION, format_reconstruction
 from dwiml_func.cli._training import print_end
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.data_hash import data_in_background
 from dwiml_func.experiment.evaluation import ModelEvaluation, evaluate_model
 from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
 from dwiml_func.experiment.model_store import find_model, load_model
+from dwiml_func.experiment.reconstruction import Reconstruction, reconstruction_of_subset
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.files.lock import experiment_lock
@@ -29,8 +30,9 @@ __all__ = ["Options", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
-    """Print a model's loss and angular error over all streamlines of a subset, beside the errors of two baselines. The
-    streamlines are resampled as in the model's training, but not augmented.
+    """Print a model's loss and angular error over all streamlines of a subset, beside the errors of two baselines. Of
+    an autoencoder, print the distance in mm between streamlines and their reconstructions. The streamlines are
+    resampled as in the model's training, but not augmented.
 
     Example: dwiml-func evaluate experiments/first_run data.hdf5 --subset testing
     """
@@ -76,9 +78,14 @@ def run(options: Options) -> int:
         lazy=options.lazy,
         cache_size=options.cache_size,
     )
-    result = evaluate_model(model, dataset, batch_size=options.batch_size)
+    if model.config.model.model == "autoencoder":
+        result = reconstruction_of_subset(model, dataset, batch_size=options.batch_size)
+    else:
+        result = evaluate_model(model, dataset, batch_size=options.batch_size)
     if options.json:
         print(json.dumps({"subset": options.subset, **null_if_not_finite(asdict(result))}))
+    elif isinstance(result, Reconstruction):
+        print(format_reconstruction(result, subset=options.subset))
     else:
         print(_text(result, options.subset, len(dataset.index.subjects)))
     return 0

@@ -19,8 +19,8 @@ __all__ = ["Options", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
-    """Make a model directory from a model that dwi_ml trained: Learn2Track or a transformer. The model interpolates as
-    dwi_ml does (trilinear-corner), so its losses are dwi_ml's.
+    """Make a model directory from a model that dwi_ml trained: Learn2Track, a transformer or an autoencoder. The model
+    interpolates as dwi_ml does (trilinear-corner), so its losses are dwi_ml's.
 
     Example: dwiml-func import-dwi-ml dwi_ml_experiment/best_model imported
     """
@@ -40,5 +40,6 @@ def run(options: Options) -> int:
         save_model(out_dir, state, imported.config, nb_features=imported.module.nb_features, facts=facts)
     model = imported.config.model
     num_parameters = sum(parameter.numel() for parameter in imported.module.parameters())
-    print(f"{out_dir}: {model.dg_key}{' with EOS' if model.add_eos else ''}, {num_parameters} parameters")
+    kind = model.model if model.model == "autoencoder" else model.dg_key
+    print(f"{out_dir}: {kind}{' with EOS' if model.add_eos else ''}, {num_parameters} parameters")
     return 0

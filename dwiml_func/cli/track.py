@@ -142,6 +142,7 @@ def run(options: Options) -> int:
     start = time.monotonic()
     out = check_options(options)
     model = load_model(find_model(options.model_dir))
+    tracker = model.tracker
     found = _read_input(options, model)
     spec = _spec(options, model)
     seeds, first = _seeds(options, found)
@@ -154,7 +155,7 @@ def run(options: Options) -> int:
         interpolation=options.data_interp or model.config.data.interpolation,
         neighborhood=model.config.data.neighborhood,
     )
-    module = model.module.to(device)
+    module = tracker.to(device)
     check_tracking(seeds, module, space, spec)
     results = track_in_processes(
         seeds,

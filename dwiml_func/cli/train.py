@@ -47,9 +47,9 @@ EXAMPLE_FILE = "example_data.hdf5"
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions, TimeLimit, RunOptions):
-    """Train a model: Learn2Track or a transformer. Every epoch ends with a checkpoint in
-    EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, for `dwiml-func resume`. The best epoch's model is in best_model, the
-    logs in logs, a figure in plots.
+    """Train a model: Learn2Track, a transformer or an autoencoder of streamlines. Every epoch ends with a checkpoint
+    in EXPERIMENTS_PATH/EXPERIMENT_NAME/checkpoint, for `dwiml-func resume`. The best epoch's model is in best_model,
+    the logs in logs, figures in plots.
 
     Example: dwiml-func train experiments second_run data.hdf5 --patience 10 --dropout 0.2
     """
@@ -123,7 +123,7 @@ class _Early:
     @property
     def monitor(self) -> str:
         """What chooses the best epoch on the example data; ensembles have no window lag."""
-        has_none = self.num_models > 1 or self.sweep or self.skip_window_lag
+        has_none = self.num_models > 1 or self.sweep or self.skip_window_lag or self.model == "autoencoder"
         return TrainingConfig.monitor if has_none else WINDOW_LAG
 
 

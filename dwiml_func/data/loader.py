@@ -26,7 +26,7 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.interpolation import Interpolation
 from dwiml_func.data.neighborhood import Neighborhood, direction_units, interpolate_neighborhood
-from dwiml_func.data.resampling import Resampling, resample_streamlines
+from dwiml_func.data.resampling import Resampling, resample_others, resample_streamlines
 from dwiml_func.data.sampler import EpochPlan, SamplerSpec, sample_epoch
 from dwiml_func.data.streamlines import Streamlines, input_rows
 from dwiml_func.data.workers import WorkerLoader
@@ -64,6 +64,8 @@ class LoaderSpec:
         resampling: how streamlines are sampled; what the file has already is not done again.
         augmentation: for training batches only; validation takes a spec without.
         add_eos: read the volume at the last point of each streamline too, for models that learn the end of streamlines.
+        streamlines_only: for models that read nothing but streamlines of one number of points: the inputs have a row of
+            no features at every point, and halves of split streamlines are resampled as whole ones are.
 
     Example:
         >>> LoaderSpec(augmentation=Augmentation(reverse_ratio=0.5)).interpolation
@@ -75,9 +77,12 @@ class LoaderSpec:
     resampling: Resampling = field(default_factory=Resampling)
     augmentation: Augmentation = field(default_factory=Augmentation)
     add_eos: bool = False
+    streamlines_only: bool = False
 
     def num_inputs(self, dataset: StreamlineDataset) -> int:
         """Features of a batch's inputs at a point: those of the volume, at the point and at each neighbour."""
+        if self.streamlines_only:
+            return 0
         return dataset.num_features * (self.neighborhood.num_points if self.neighborhood else 1)
 
 
@@ -132,6 +137,8 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
     if augmentation.split_ratio > 0:
         lines, origin = split_streamlines(lines, augmentation.split_ratio, rng(Kind.SPLIT))
         ids, subject = ids[origin], subject[origin]
+        if spec.streamlines_only:
+            lines = resample_others(lines, dataset.voxel_sizes[subject], spec.resampling)
     if augmentation.reverse_ratio > 0:
         lines = reverse_streamlines(lines, augmentation.reverse_ratio, rng(Kind.REVERSE))
     inputs = _inputs(lines, subject, dataset, spec)
@@ -152,6 +159,8 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
 
 def _inputs(lines: Streamlines, subject: Tensor, dataset: StreamlineDataset, spec: LoaderSpec) -> Tensor:
     """(N, F): each subject's volume along its streamlines, with `add_eos` at all points, else at all but the last."""
+    if spec.streamlines_only:
+        return torch.empty(len(lines.points), 0)
     # index_select and index_copy_ move whole rows, several times faster than indexing.
     points, lengths = lines.points, lines.lengths
     if not spec.add_eos:
@@ -255,7 +264,7 @@ class _EpochRequests(Dataset[Any]):  # torch types a loader by its dataset, not 
 
 def _warn_of_large_noise(dataset: StreamlineDataset, spec: LoaderSpec) -> None:
     """Warn where noise may flip directions, by the step size of the spec, of the file, or of the mean streamline."""
-    if not spec.augmentation.needs_key or dataset.index.num_total == 0:
+    if not spec.augmentation.needs_key or dataset.index.num_total == 0 or spec.streamlines_only:
         return
     asked = spec.resampling if spec.resampling != Resampling() else dataset.resampling
     step = asked.step_size

@@ -19,6 +19,7 @@ __all__ = [
     "StepRule",
     "lengths_mm",
     "resample",
+    "resample_others",
     "resample_points",
     "resample_streamlines",
     "steps_for",
@@ -87,6 +88,20 @@ def resample_streamlines(lines: Streamlines, voxel_sizes: Tensor, resampling: Re
     # In float64 a factor and its inverse leave every float32 unchanged.
     points = points / np.repeat(sizes, np.diff(offsets), axis=0)
     return Streamlines(torch.from_numpy(points.astype(np.float32)), torch.from_numpy(offsets))
+
+
+def resample_others(lines: Streamlines, voxel_sizes: Tensor, resampling: Resampling) -> Streamlines:
+    """Resample the streamlines that do not have `nb_points` points; the others stay bitwise identical."""
+    num = resampling.nb_points
+    differs = lines.lengths != num
+    if num is None or not differs.any():
+        return lines
+    points = torch.empty(len(lines), num, 3)
+    for which, kept in ((~differs, Resampling()), (differs, resampling)):
+        numbers = which.nonzero()[:, 0]
+        sampled = resample_streamlines(lines.select(numbers), voxel_sizes[numbers], kept)
+        points[numbers] = sampled.points.reshape(-1, num, 3)
+    return Streamlines(points.flatten(0, 1), torch.arange(len(lines) + 1) * num)
 
 
 def resample_points(

@@ -20,14 +20,16 @@ from typing import Any
 
 import torch
 
+from dwiml_func.dwi_ml.autoencoder import autoencoder_config, autoencoder_parameters, raw_state
 from dwiml_func.dwi_ml.parameters import check_whole_grid, config_of, parameters_of
-from dwiml_func.dwi_ml.transformers import MODEL_TYPES, joined_state, split_state
+from dwiml_func.dwi_ml.transformers import MODEL_TYPES, TRANSFORMERS, joined_state, split_state
 from dwiml_func.dwi_ml.upgrade import upgraded_parameters, upgraded_state
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import LoadedModel, filled_model
 from dwiml_func.experiment.training_facts import TRAINED_ON
 from dwiml_func.files.archive import check_archive
 from dwiml_func.files.atomic import atomic_directory
+from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.models.tractography_model import TractographyModel
@@ -50,7 +52,7 @@ class DwiMlModel:
         ('module', 'config', 'parameters')
     """
 
-    module: TractographyModel
+    module: TractographyModel | Autoencoder
     config: RunConfig
     parameters: Mapping[str, Any]
 
@@ -85,22 +87,27 @@ def read_dwi_ml_model(path: str | Path) -> DwiMlModel:
     kind = _kind(path)
     source = str(path / "parameters.json")
     try:
-        parameters = upgraded_parameters(json.loads((path / "parameters.json").read_bytes()))
+        parameters = json.loads((path / "parameters.json").read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not JSON: {error}") from None
-    config, nb_features = config_of(parameters, model=kind, source=source)
+    if kind == "autoencoder":
+        config, nb_features = autoencoder_config(parameters, source=source), 0
+    else:
+        parameters = upgraded_parameters(parameters)
+        config, nb_features = config_of(parameters, model=kind, source=source)
     state = upgraded_state(_read_state(path / "model_state.pkl"))
-    if kind != "learn2track":
+    if kind in TRANSFORMERS:
         state = joined_state(state, source=str(path / "model_state.pkl"))
 
-    def build() -> Learn2Track | Transformer:
+    def build() -> Learn2Track | Transformer | Autoencoder:
         try:
             return build_model(config.model, nb_features=nb_features, neighborhood=config.data.neighborhood)
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
 
     module = filled_model(build, state, source=str(path / "model_state.pkl"))
-    check_whole_grid(config, source=source)
+    if kind != "autoencoder":
+        check_whole_grid(config, source=source)
     return DwiMlModel(module=module, config=config, parameters=parameters)
 
 
@@ -120,14 +127,18 @@ def write_dwi_ml_model(path: str | Path, model: LoadedModel, *, experiment_name:
     """
     # Models imported by older versions have the second name.
     parameters = model.facts.get("dwi_ml_parameters") or model.facts.get("reference_parameters")
-    if parameters is None:
+    kind, state = model.config.model.model, model.module.state_dict()
+    if parameters is None and kind == "autoencoder":
+        parameters = autoencoder_parameters(model.config, experiment_name=experiment_name)
+    elif parameters is None:
         nb_features = model.module.nb_features
         parameters = parameters_of(model.config, nb_features=nb_features, experiment_name=experiment_name)
         if not any(parameters.get(name) for name in ("step_size", "nb_points", "compress_lines")):
             # The streamlines were not resampled: dwi_ml's tracker then needs the step that the dataset has.
             parameters["step_size"] = model.facts.get(TRAINED_ON, {}).get("step_size")
-    kind, state = model.config.model.model, model.module.state_dict()
-    if kind != "learn2track":
+    if kind == "autoencoder":
+        state = raw_state(state)
+    elif kind in TRANSFORMERS:
         state = split_state(state, max_len=parameters["max_len"])
     state = OrderedDict((name, tensor.contiguous()) for name, tensor in state.items())
     with atomic_directory(path, replace=False) as folder:
@@ -138,7 +149,7 @@ def write_dwi_ml_model(path: str | Path, model: LoadedModel, *, experiment_name:
 
 def shift_warning(config: RunConfig) -> str | None:
     """A warning for the export of a model trained with another interpolation than "trilinear-corner", or None."""
-    if config.data.interpolation == "trilinear-corner":
+    if config.data.interpolation == "trilinear-corner" or config.model.model == "autoencoder":
         return None
     return (
         "dwi_ml's scripts will give this model inputs shifted by (0.5, 0.5, 0.5) voxel: dwi_ml interpolates volumes "

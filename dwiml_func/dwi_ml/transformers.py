@@ -14,15 +14,19 @@ from torch import Tensor
 
 from dwiml_func.models.transformers.tokens import sinusoidal_encoding
 
-__all__ = ["DEFAULT_MAX_LEN", "MODEL_TYPES", "joined_state", "split_state"]
+__all__ = ["DEFAULT_MAX_LEN", "MODEL_TYPES", "TRANSFORMERS", "joined_state", "split_state"]
 
 MODEL_TYPES = {
     "learn2track": "Learn2TrackModel",
     "tto": "OriginalTransformerModel",
     "tts": "TransformerSrcOnlyModel",
     "ttst": "TransformerSrcAndTgtModel",
+    "autoencoder": "ModelAE",
 }
 """The content of dwi_ml's `model_type.txt` for each of our models."""
+
+TRANSFORMERS = ("tto", "tts", "ttst")
+"""Of these, the ones whose tensors are in another form there."""
 
 DEFAULT_MAX_LEN = 1000
 """dwi_ml's `max_len`, where ours has none."""

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dwiml_func.core.rng import Key, Stream, fold_in
@@ -15,7 +16,7 @@ from dwiml_func.core.run_epoch import Batches
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset
-from dwiml_func.data.loader import LoaderSpec, epoch_batches
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
 from dwiml_func.data.neighborhood import check_cubic_voxels
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
@@ -24,7 +25,9 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.files.fingerprint import size_and_time
 from dwiml_func.models.config import check_getter_for_compressed
 
-__all__ = ["RunData", "check_usable", "first_batch", "loader_spec", "make_batches", "open_data"]
+__all__ = ["RunData", "check_usable", "first_batch", "loader_spec", "make_batches", "open_data", "sampled_batch"]
+
+_MOST_SAMPLED = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +103,13 @@ def first_batch(config: RunConfig, data: RunData, device: torch.device) -> Strea
     return (cut_batch(batch, num_shards)[0] or batch if num_shards > 1 else batch).to(device)
 
 
+def sampled_batch(dataset: StreamlineDataset, config: RunConfig) -> StreamlineBatch:
+    """At most 1,000 streamlines at even distances in the dataset's order, not augmented."""
+    total = dataset.index.num_total
+    ids = np.linspace(0, total - 1, min(total, _MOST_SAMPLED)).astype(np.int64)
+    return load_batch(BatchRequest(ids, None, 0, 0), dataset=dataset, spec=loader_spec(config))
+
+
 def loader_spec(config: RunConfig) -> LoaderSpec:
     """How to make batches that are not augmented, for validation and evaluation."""
     return LoaderSpec(
@@ -107,6 +117,7 @@ def loader_spec(config: RunConfig) -> LoaderSpec:
         neighborhood=config.data.neighborhood,
         resampling=config.batches.resampling,
         add_eos=config.model.add_eos,
+        streamlines_only=config.model.model == "autoencoder",
     )
 
 

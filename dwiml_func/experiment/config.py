@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from dwiml_func._checks import STRICT, check_number, error_text
@@ -15,6 +15,7 @@ from dwiml_func.core.interval import Interval, parse_interval
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.files.json import parse_json
+from dwiml_func.models.autoencoder.config import DEFAULT_NB_POINTS
 from dwiml_func.models.config import ModelConfig, check_model
 
 __all__ = [
@@ -122,6 +123,10 @@ class RunConfig:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
+        if self.model.model == "autoencoder":
+            _check_training_of_autoencoder(self.training, self.model)
+            if self.batches.nb_points is None and self.batches.step_size is None and self.batches.compress is None:
+                object.__setattr__(self, "batches", replace(self.batches, nb_points=DEFAULT_NB_POINTS))
         check_model(self.model, self.data, self.batches)
 
     def to_dict(self) -> dict[str, Any]:
@@ -131,6 +136,19 @@ class RunConfig:
     def to_json(self) -> str:
         """The config as JSON text, for `config_from_json`."""
         return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def _check_training_of_autoencoder(training: TrainingConfig, model: ModelConfig) -> None:
+    """Raise ValueError for options of tracking, and for shards whose losses do not add up to that of the batch."""
+    names = ("add_a_tracking_validation_phase", "tracking_mask", "tracking_phase_frequency")
+    names = (*names, "tracking_phase_nb_segments_init")
+    given = [name for name in names if getattr(training, name) != getattr(TrainingConfig, name)]
+    if training.monitor.startswith("tracking_"):
+        given.append(f"monitor {training.monitor}")
+    if given:
+        raise ValueError(f"{', '.join(given)}: an autoencoder does not track. Leave it out.")
+    if model.reconstruction_loss == "sum" and training.num_shards > 1:
+        raise ValueError("reconstruction_loss: with num_shards above 1, expected mean, received sum.")
 
 
 def config_from_json(text: str | bytes, *, source: str = "config.json") -> RunConfig:

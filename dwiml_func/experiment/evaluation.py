@@ -27,6 +27,7 @@ from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment.batches import check_usable, loader_spec
 from dwiml_func.experiment.model_store import LoadedModel, load_model
+from dwiml_func.experiment.reconstruction import read_reconstruction
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.window_lag import measure_window_lag, run_windows, space_of_subject
 from dwiml_func.files.atomic import atomic_write
@@ -105,7 +106,7 @@ def evaluate_directions(
 def evaluate_best_model(directory: str | Path, parts: RunParts) -> Evaluation:
     """Compare a run's best model with the baselines on its validation batches; without any, on training batches."""
     dataset, key = parts.data.evaluation, Key(parts.config.training.rng)
-    model = load_model(Path(directory) / "best_model").module  # on the CPU, also if it was trained on a GPU
+    model = load_model(Path(directory) / "best_model").tracker  # on the CPU, also if it was trained on a GPU
     batches = (batch.to(torch.device("cpu")) for batch in parts.evaluation(key, 0, 0))
     return evaluate_directions(model.directions, batches, dataset.input_attributes, num_features=dataset.num_features)
 
@@ -135,7 +136,7 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
     `batch_size` streamlines run at a time; it affects only the rounding. Raises ValueError if the dataset has no
     streamlines or the model cannot use it.
     """
-    module = model.module
+    module = model.tracker
     if dataset.index.num_total == 0:
         raise ValueError(f"{dataset.path} has no streamlines of {dataset.subset} subjects to evaluate on.")
     if dataset.num_features != module.nb_features:
@@ -183,7 +184,7 @@ def write_evaluation(
 
 def is_evaluated(directory: str | Path, history: Sequence[EpochReport]) -> bool:
     """Whether the folder has the evaluation of the best model after these epochs."""
-    if read_evaluation(directory) is None:
+    if read_evaluation(directory) is None and read_reconstruction(directory) is None:
         return False
     values = json.loads((Path(directory) / _NAME).read_bytes())
     num_epochs = values.get("num_epochs", history[-1].epoch)  # earlier versions did not write it

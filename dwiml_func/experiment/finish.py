@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.report import EpochReport
+from dwiml_func.experiment.autoencoder_figures import save_autoencoder_figures
 from dwiml_func.experiment.evaluation import Evaluation, evaluate_best_model, is_evaluated, write_evaluation
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.plots import run_figure_path, save_run_figure
+from dwiml_func.experiment.reconstruction import Reconstruction, evaluate_reconstruction, write_reconstruction
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.tracking_evaluation import (
     TrackingEvaluation,
@@ -19,14 +21,18 @@ from dwiml_func.experiment.tracking_evaluation import (
     write_tracking_evaluation,
 )
 from dwiml_func.experiment.tracking_figures import save_tracking_figures, tracking_figures
+from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 
 __all__ = ["Finished", "finish_run", "is_whole"]
 
 
 class Finished(NamedTuple):
-    """How good the best model is; `tracking` is None where the data do not say of which bundle streamlines are."""
+    """How good the best model is: its directions, or of an autoencoder its reconstructions.
 
-    evaluation: Evaluation
+    `tracking` is None where the data do not say of which bundle streamlines are.
+    """
+
+    evaluation: Evaluation | Reconstruction
     tracking: TrackingEvaluation | None
 
 
@@ -36,20 +42,30 @@ def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport])
     The old figures go first, so that `is_whole` finds out where a kill came in between. What cannot be written is only
     a warning.
     """
-    evaluation, last = evaluate_best_model(directory, parts), history[-1]
-    subset, best = parts.data.evaluation.subset, last.best.epoch or 0
-    module = load_model(directory / "best_model").module
-    tracking = evaluate_tracking(module, parts.data.evaluation, parts.config)
+    module, last = load_model(directory / "best_model").module, history[-1]
+    facts: dict[str, Any] = {"epoch": last.best.epoch or 0, "subset": parts.data.evaluation.subset}
+    facts["num_epochs"] = last.epoch
+    tracking = None
+    if isinstance(module, Autoencoder):
+        evaluation = evaluate_reconstruction(module, parts)
+    else:
+        evaluation = evaluate_best_model(directory, parts)
+        tracking = evaluate_tracking(module, parts.data.evaluation, parts.config)
     try:
         for figure in (run_figure_path(directory), *tracking_figures(directory)):
             figure.unlink(missing_ok=True)
-        if tracking is not None:
-            write_tracking_evaluation(directory, tracking, epoch=best)
-        write_evaluation(directory, evaluation, epoch=best, subset=subset, num_epochs=last.epoch)
+        if isinstance(evaluation, Reconstruction):
+            write_reconstruction(directory, evaluation, **facts)
+        else:
+            if tracking is not None:
+                write_tracking_evaluation(directory, tracking, epoch=facts["epoch"])
+            write_evaluation(directory, evaluation, **facts)
     except OSError as error:
         logging.getLogger(__name__).warning("The evaluation was not written: %s", error)
+    if isinstance(module, Autoencoder):
+        save_autoencoder_figures(directory, module, parts)
     if tracking is not None:
-        save_tracking_figures(directory, tracking, epoch=best)
+        save_tracking_figures(directory, tracking, epoch=facts["epoch"])
     save_run_figure(directory)
     return Finished(evaluation, tracking)
 

@@ -135,7 +135,7 @@ def _first_state(parts: RunParts, recorded: TrainingConfig) -> TrainState:
     """The first state that the source would have with the fork's model."""
     config, model = replace(parts.config, training=recorded), parts.model
     if recorded.rule != parts.config.training.rule:  # other parameters are frozen
-        model = make_model(config, parts.nb_features).to(next(model.parameters()).device)
+        model = make_model(config, parts.nb_features, training=parts.data.training).to(next(model.parameters()).device)
     return init_state(model, make_optimizer(recorded), seed=recorded.rng)
 
 

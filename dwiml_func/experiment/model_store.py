@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from dwiml_func._checks import at_most_three, error_text, truncated_repr
@@ -22,6 +23,7 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.experiment.config import ModelConfig, RunConfig, config_from_json
 from dwiml_func.experiment.folder import is_ensemble
+from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 from dwiml_func.models.config import build_model, model_shapes
 from dwiml_func.models.tractography_model import TractographyModel
 
@@ -30,7 +32,7 @@ __all__ = ["MANIFEST", "LoadedModel", "check_memory", "filled_model", "find_mode
 MANIFEST = "model.json"
 """The file that makes a folder a model directory."""
 
-_CLASSES = ("Transformer", "Learn2Track")
+_CLASSES = ("Learn2Track", "Transformer", "Autoencoder")
 _LAYOUT = 2  # of the facts in the manifest
 _DATA_FACTS = (
     *("input_group_name", "streamline_group_name", "interpolation"),
@@ -41,7 +43,7 @@ _STEP_RULE = "step_rule"  # older directories do not have it
 _BYTES = 4 * 4  # a parameter, its gradient and two tensors of optimizer state, float32
 
 
-_Model = TypeVar("_Model", bound=TractographyModel)
+_Model = TypeVar("_Model", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +54,16 @@ class LoadedModel:
     dataset has no name. `facts` has all that was recorded: `class`, `nb_features`, `options`, `epoch`, ...
     """
 
-    module: TractographyModel
+    module: TractographyModel | Autoencoder
     config: RunConfig
     facts: Mapping[str, Any]
+
+    @property
+    def tracker(self) -> TractographyModel:
+        """The module, where it tracks; ValueError for an autoencoder."""
+        if isinstance(self.module, Autoencoder):
+            raise ValueError("Expected a model that tracks. Received: an autoencoder, which does not.")
+        return self.module
 
 
 def save_model(
@@ -64,7 +73,7 @@ def save_model(
 
     It appears by one rename, replacing an older one. `facts` are further JSON data, e.g. the loss.
     """
-    kind = _CLASSES[config.model.model == "learn2track"]
+    kind = _CLASSES[{"learn2track": 0, "autoencoder": 2}.get(config.model.model, 1)]
     described = {"class": kind, "layout": _LAYOUT, "nb_features": nb_features, "options": asdict(config.model)}
     described |= {name: getattr(config.data, name) for name in _DATA_FACTS}
     described |= {name: getattr(config.batches, name) for name in (*_BATCH_FACTS, _STEP_RULE)}
@@ -98,7 +107,7 @@ def load_model(path: str | Path) -> LoadedModel:
     facts = read_manifest(path, MANIFEST, needs=("class", "options", "nb_features"))
     if facts["class"] not in _CLASSES:
         received = truncated_repr(facts["class"])
-        raise ValueError(f"{path}: expected a model of class Learn2Track or Transformer, received {received}.")
+        raise ValueError(f"{path}: expected a model of class {', '.join(_CLASSES)}, received {received}.")
     if facts.get("layout") != _LAYOUT:
         raise ValueError(
             f"{path}: expected layout {_LAYOUT} of model directories, received {facts.get('layout', 1)}. "
@@ -114,8 +123,8 @@ def load_model(path: str | Path) -> LoadedModel:
     }
     try:
         config = config_from_json(json.dumps(recorded), source=str(path / MANIFEST))
-        neighborhood = config.data.neighborhood
-        build = partial(build_model, config.model, nb_features=facts["nb_features"], neighborhood=neighborhood)
+        shape: dict[str, Any] = {"neighborhood": config.data.neighborhood, "nb_points": config.batches.nb_points}
+        build: Any = partial(build_model, config.model, nb_features=facts["nb_features"], **shape)
         expected = model_shapes(build)
     except (ValueError, TypeError, OverflowError) as error:
         raise CorruptError(
@@ -173,10 +182,12 @@ def find_model(path: str | Path) -> Path:
     raise ValueError(f"{str(path)!r} is neither a model directory (no {MANIFEST}) nor an experiment (no config.json).")
 
 
-def check_memory(config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None) -> None:
+def check_memory(
+    config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None, nb_points: int | None = None
+) -> None:
     """Raise ValueError for a model whose parameters, gradients and optimizer state exceed this machine's memory."""
     available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    build = partial(build_model, config, nb_features=nb_features, neighborhood=neighborhood)
+    build = partial(build_model, config, nb_features=nb_features, neighborhood=neighborhood, nb_points=nb_points)
     try:
         num_parameters: float = sum(tensor.numel() for tensor in model_shapes(build).values())
     except OverflowError:

@@ -12,6 +12,7 @@ import numpy as np
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
 from dwiml_func.experiment.window_lag import WINDOW_LAG
+from dwiml_func.models.autoencoder.autoencoder import RECONSTRUCTION_ERROR
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +114,7 @@ def _losses(panel: Panel, run: PlottedRun, number: int) -> None:
 
 def metric_apart(run: PlottedRun) -> str | None:
     """The metric of the third panel: the monitored one, where it has no other panel, else the window lag, if known."""
-    if run.history[-1].monitor not in ("loss", "angular_error"):
+    if run.history[-1].monitor not in ("loss", "angular_error", RECONSTRUCTION_ERROR):
         return run.history[-1].monitor
     return WINDOW_LAG if any(WINDOW_LAG in report.valid for report in run.history) else None
 
@@ -144,7 +145,15 @@ def _within(report: EpochReport, batch: int) -> float:
 
 
 def angular_errors(panel: Panel, run: PlottedRun, number: int) -> None:
-    """Angular errors of the epochs, and of the best model at the points where the baselines give a direction too."""
+    """Angular errors of the epochs, and of the best model at the points where the baselines give a direction too.
+
+    Of an autoencoder the distance between points and their reconstructions.
+    """
+    if RECONSTRUCTION_ERROR in run.history[-1].train:
+        panel.name("Reconstruction error", "mean distance (voxels)")
+        _train_and_valid(panel, run, number, RECONSTRUCTION_ERROR)
+        _ring(panel, run, number, RECONSTRUCTION_ERROR)
+        return
     panel.name("Angular error", "mean angle (degrees)")
     _train_and_valid(panel, run, number, "angular_error")
     _ring(panel, run, number, "angular_error")

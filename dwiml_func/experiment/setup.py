@@ -25,6 +25,7 @@ from dwiml_func.core.run_epoch import Batches
 from dwiml_func.core.skip_batches import parse_batch, skip_batches
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
+from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.distributed.sharding import (
     SINGLE_PROCESS,
     ProcessGroup,
@@ -32,13 +33,14 @@ from dwiml_func.distributed.sharding import (
     sharded_loss,
     sharded_value_and_grad,
 )
-from dwiml_func.experiment.batches import RunData, first_batch, make_batches, open_data
+from dwiml_func.experiment.batches import RunData, first_batch, make_batches, open_data, sampled_batch
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.model_store import check_memory
 from dwiml_func.experiment.optimizers import apply_rules, make_optimizer
 from dwiml_func.experiment.tracking_phase import with_tracking_phase
 from dwiml_func.experiment.training_config import PHASE_METRICS
 from dwiml_func.experiment.window_lag import WINDOW_LAG, run_windows, with_window_lag
+from dwiml_func.models.autoencoder.autoencoder import Autoencoder, compute_reconstruction_loss
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.tracking.window_lag import AHEAD_MM, EVERY_MM
@@ -129,9 +131,10 @@ def make_parts(
     The validation of a member of an ensemble has no window lag.
     """
     device = _device(config.training)
-    model = make_model(config, data.training.num_features).to(device)
+    model = make_model(config, data.training.num_features, training=data.training).to(device)
     optimizer = make_optimizer(config.training)
-    loss_fn = module_loss(model, compute_batch_loss, autocast=_AUTOCAST[config.training.precision])
+    loss: Any = compute_reconstruction_loss if isinstance(model, Autoencoder) else compute_batch_loss
+    loss_fn = module_loss(model, loss, autocast=_AUTOCAST[config.training.precision])
     train, valid, evaluation = make_batches(config, data, device)
     step, evaluate = make_steps(
         config.training, loss_fn, optimizer, process_group, first_batch=partial(first_batch, config, data, device)
@@ -163,12 +166,18 @@ def make_parts(
     )
 
 
-def make_model(config: RunConfig, nb_features: int) -> torch.nn.Module:
-    """Make the model, with the initial parameters of the config's seed; frozen ones require no gradient."""
-    shape = {"nb_features": nb_features, "neighborhood": config.data.neighborhood}
+def make_model(config: RunConfig, nb_features: int, *, training: StreamlineDataset | None = None) -> torch.nn.Module:
+    """Make the model, with the initial parameters of the config's seed; frozen ones require no gradient.
+
+    An autoencoder takes the standardisation of coordinates from the subjects in `training`.
+    """
+    shape: dict[str, Any] = {"nb_features": nb_features, "neighborhood": config.data.neighborhood}
+    shape["nb_points"] = config.batches.nb_points
     check_memory(config.model, **shape)
     with torch_rng(fold_in(Key(config.training.rng), Stream.INIT)):
         model = build_model(config.model, **shape)
+    if isinstance(model, Autoencoder) and training is not None and training.index.num_total:
+        model.standardize(sampled_batch(training, config).points)
     apply_rules(model, config.training)
     return model
 

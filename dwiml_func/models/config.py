@@ -16,6 +16,8 @@ from dwiml_func._checks import STRICT
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.data.neighborhood import Neighborhood
+from dwiml_func.models.autoencoder.autoencoder import Autoencoder
+from dwiml_func.models.autoencoder.config import DEFAULT_NB_POINTS, AutoencoderOptions
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS, DirectionGetterKey, make_direction_getter
 from dwiml_func.models.learn2track import Learn2Track
 from dwiml_func.models.transformers.config import TransformerOptions
@@ -60,9 +62,10 @@ GETTER_OPTIONS = {
 class _Learn2TrackOptions:
     """Which model, its input, and the options that only Learn2Track has."""
 
-    model: Literal["learn2track", "tto", "tts", "ttst"] = "learn2track"
+    model: Literal["learn2track", "tto", "tts", "ttst", "autoencoder"] = "learn2track"
     """Learn2Track, a recurrent model; or a transformer: tto (encoder over the input, decoder over the previous
-    directions), tts (encoder over the input) or ttst (encoder over both)."""
+    directions), tts (encoder over the input) or ttst (encoder over both). Or autoencoder, which does not track: it
+    learns to describe whole streamlines by few numbers, and reads nothing but their points."""
     input_embedding_key: Literal["no_embedding", "nn_embedding", "cnn_embedding"] | None = None
     """First layers on the input: none, a linear layer and ReLU, or convolutions over a grid neighbourhood and ReLU.
     None: no_embedding with learn2track, nn_embedding with transformers."""
@@ -93,7 +96,7 @@ class _Learn2TrackOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig(TransformerOptions, _Learn2TrackOptions):
+class ModelConfig(AutoencoderOptions, TransformerOptions, _Learn2TrackOptions):
     """The options of a model and its direction getter, which check their values; see `check_model`."""
 
     __pydantic_config__: ClassVar = STRICT
@@ -132,9 +135,11 @@ class ModelConfig(TransformerOptions, _Learn2TrackOptions):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the model, except `nb_features` and `neighborhood`, which depend on the data."""
+        """The arguments of the model, except `nb_features`, `neighborhood` and `nb_points`, which others decide."""
+        if self.model == "autoencoder":
+            return {name: getattr(self, name) for name in sorted(_ONLY_AUTOENCODER)}
         excluded = _ONLY_TRANSFORMER if self.model == "learn2track" else _ONLY_LEARN2TRACK
-        excluded = {*excluded, *GETTER_OPTIONS, "input_embedding_key", "position_encoding"}
+        excluded = {*excluded, *_ONLY_AUTOENCODER, *GETTER_OPTIONS, "input_embedding_key", "position_encoding"}
         own = {name: value for name, value in asdict(self).items() if name not in excluded}
         return {**own, "input_embedding_key": self.embedding_key, "dg_args": self.dg_args}
 
@@ -146,12 +151,22 @@ _ONLY_LEARN2TRACK = frozenset(
     }
 )
 _ONLY_TRANSFORMER = frozenset({"model", *(field.name for field in fields(TransformerOptions))})
+_ONLY_AUTOENCODER = frozenset(field.name for field in fields(AutoencoderOptions))
+_ONLY_TRACKING = frozenset(
+    {"input_embedding_key", "input_embedded_size", "nb_cnn_filters", "kernel_size", "dg_key", *GETTER_OPTIONS}
+)
+"""Options that Learn2Track and the transformers share."""
 
 
 def build_model(
-    config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None
-) -> Learn2Track | Transformer:
-    """A new model with random parameters from torch's generator; `nb_features` are those of the volume at a point."""
+    config: ModelConfig, *, nb_features: int, neighborhood: Neighborhood | None = None, nb_points: int | None = None
+) -> Learn2Track | Transformer | Autoencoder:
+    """A new model with random parameters from torch's generator.
+
+    `nb_features` are those of the volume at a point; `nb_points` the points of each streamline of an autoencoder.
+    """
+    if config.model == "autoencoder":
+        return Autoencoder(nb_points or DEFAULT_NB_POINTS, **config.arguments)
     if config.model == "learn2track":
         return Learn2Track(nb_features, neighborhood=neighborhood, **config.arguments)
     return Transformer(nb_features, neighborhood=neighborhood, **config.arguments)
@@ -177,6 +192,11 @@ def check_model(model: ModelConfig, data: DataConfig, batches: BatchConfig) -> N
     It builds the model without memory: each part checks its own options.
     """
     _check_options_of_model(model)
+    if model.model == "autoencoder":
+        _check_data_of_autoencoder(data, batches)
+        with suppress(OverflowError):
+            model_shapes(partial(build_model, model, nb_features=1, nb_points=batches.nb_points))
+        return
     if model.eos_weight is not None and not model.add_eos:
         raise ValueError(f"eos_weight: requires add_eos, received {model.eos_weight} without it.")
     try:
@@ -196,15 +216,34 @@ def _check_options_of_model(model: ModelConfig) -> None:
     """Raise ValueError for an option that another model has."""
     if model.position_encoding == "relational":
         raise ValueError("position_encoding: there is no relational encoding. Use sinusoidal.")
-    other, names = (
-        ("a transformer", _ONLY_TRANSFORMER) if model.model == "learn2track" else ("learn2track", _ONLY_LEARN2TRACK)
-    )
+    others = {
+        "learn2track": {"learn2track"},
+        "a transformer": {"tto", "tts", "ttst"},
+        "autoencoder": {"autoencoder"},
+        "that tracks": {"learn2track", "tto", "tts", "ttst"},
+    }
+    options = (_ONLY_LEARN2TRACK, _ONLY_TRANSFORMER, _ONLY_AUTOENCODER, _ONLY_TRACKING)
     defaults = ModelConfig(model=model.model)
-    given = [name for name in sorted(names) if getattr(model, name) != getattr(defaults, name)]
-    if given:
-        raise ValueError(f"{', '.join(given)}: requires --model {other}, received {model.model}.")
+    for (needed, kinds), names in zip(others.items(), options, strict=True):
+        given = [name for name in sorted(names) if getattr(model, name) != getattr(defaults, name)]
+        if given and model.model not in kinds:
+            raise ValueError(f"{', '.join(given)}: requires --model {needed}, received {model.model}.")
     if model.model == "tts" and (model.sos_token_type, model.target_embedding_key) != ("as_label", "nn_embedding"):
         raise ValueError("sos_token_type, target_embedding_key: require model tto or ttst, received tts.")
+
+
+def _check_data_of_autoencoder(data: DataConfig, batches: BatchConfig) -> None:
+    """Raise ValueError for options of the input volume, which is not read, or for streamlines of varying length."""
+    names = ("interpolation", "neighborhood_type", "neighborhood_radius", "neighborhood_resolution")
+    given = [name for name in names if getattr(data, name) != getattr(DataConfig(), name)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: requires a --model that reads the input volume, received autoencoder.")
+    for name in ("step_size", "compress"):
+        if getattr(batches, name) is not None:
+            raise ValueError(
+                f"{name}: an autoencoder reads streamlines of one number of points. Use nb_points "
+                f"({DEFAULT_NB_POINTS} by default)."
+            )
 
 
 def check_getter_for_compressed(dg_key: str, source: str) -> None:

@@ -16,6 +16,7 @@ from dwiml_func.types import Metrics
 
 __all__ = ["Progress"]
 
+_SHOWN = ("loss", "angular_error", "tracking_window_lag", "reconstruction_error")  # named in the line by themselves
 _SECONDS_BETWEEN_READINGS = 0.5  # reading the loss waits for the device
 
 
@@ -80,10 +81,12 @@ class Progress:
             parts.append(f"validation loss {report.valid['loss']:.4f}")
         if "angular_error" in report.valid:
             parts.append(f"angular error {report.valid['angular_error']:.1f} deg")
+        if "reconstruction_error" in report.valid:
+            parts.append(f"reconstruction error {report.valid['reconstruction_error']:.2f} voxels")
         if "tracking_window_lag" in report.valid:
             parts.append(f"window lag {report.valid['tracking_window_lag']:.2f} mm")
         means = report.valid or report.train
-        if report.monitor not in ("loss", "angular_error", "tracking_window_lag") and report.monitor in means:
+        if report.monitor not in _SHOWN and report.monitor in means:
             parts.append(f"{report.monitor} {means[report.monitor]:.4f}")
         seconds = 60 * (report.train_minutes + report.valid_minutes)
         parts.append(f"{seconds:.1f} s")
