@@ -50,7 +50,7 @@ def shown(stopped_early: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def cosine_losses(run: Path) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
     """Losses of each streamline, its points, and all predicted directions, one streamline at a time in float64."""
     dataset = open_dataset(run.parent.parent / "data.hdf5", "validation")
-    model = load_model(run / "best_model").module
+    model = load_model(run / "best_model").tracker
     losses, points, predicted = [], [], []
     for number in range(48):
         batch = load_batch(BatchRequest(np.array([number]), None, 0, 0), dataset=dataset, spec=LoaderSpec())

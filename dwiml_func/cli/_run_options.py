@@ -98,9 +98,7 @@ def example_options(
     """
     if model == "autoencoder":
         return RunOptions(
-            training=TrainingConfig(
-                max_epochs=60, learning_rate=("cosine 0.001 60",), weight_decay=0.0
-            ),
+            training=TrainingConfig(max_epochs=60, learning_rate=("cosine 0.001 60",), weight_decay=0.0),
             model=ModelConfig(model=model, first_channels=16),
             batches=BatchConfig(batch_size_training=10),
         )

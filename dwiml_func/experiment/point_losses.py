@@ -96,7 +96,7 @@ def point_losses(model: LoadedModel, dataset: StreamlineDataset, *, batch_size: 
     """
     check_usable(dataset, model.config)
     spec, units = loader_spec(model.config), direction_units(dataset.voxel_sizes)[0]
-    module, getter = model.module, model.module.direction_getter
+    module, getter = model.tracker, model.tracker.direction_getter
     parts: list[Sequence[Tensor]] = []
     for ids in np.array_split(np.arange(dataset.index.num_total), -(-dataset.index.num_total // batch_size)):
         batch = load_batch(BatchRequest(ids, None, 0, 0), dataset=dataset, spec=spec)
