@@ -13,7 +13,7 @@ from dwiml_func.cli._tracking_summary import format_tracking
 from dwiml_func.core.rng import Key
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.experiment.tracking_evaluation import TrackingEvaluation
+from dwiml_func.experiment.tracking_evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
 from dwiml_func.tracking.protocols import ProtocolScores, score_protocols
 from dwiml_func.tracking.scores import reference_bundles
@@ -104,12 +104,13 @@ def test_the_summary_says_all_shares_beside_the_ceiling() -> None:
     }
     text = format_tracking(
         TrackingEvaluation(
-            subject="anna", subset="validation", step_size=2.0, has_mask=False, scores={"model": model},  # pyright: ignore[reportArgumentType]
+            subject="anna", subset="validation", step_size=2.0, has_mask=False, scores={"model": model, ORACLE: model},  # pyright: ignore[reportArgumentType]
             ceiling_valid=0.84, ceiling_both_ends=0.88,
         )
     )  # fmt: skip
     assert "validation subject anna, steps of 2 mm" in text
     assert "0.50 (0.75)" in text
+    assert "  oracle               0.50 (0.75)      0.25 (0.50)  follows the nearest real direction\n" in text
     assert "0.84 (0.88)" in text
     assert "after 10, 20, 40 mm: 1.0, 2.0, 3.0 mm" in text  # no real streamline goes on for 80 mm
     assert "free" not in text

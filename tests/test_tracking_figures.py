@@ -109,11 +109,13 @@ def test_of_many_bundles_the_largest_have_their_own_colours() -> None:
     assert Counter(colours) == {colours[0]: 3, **dict.fromkeys(COLOURS[:6], 1)}
     assert [row for row, colour in enumerate(colours) if colour == colours[0]] == [0, 1, 5]
     assert not {NOT_VALID, colours[0]} & set(COLOURS[:6])
-    names = tuple("abcdefghi")
+    names = ("a_bundle_of_a_very_long_name_on_the_left", *"bcdefghi")
     shown = ShownLines(walks(9, 0), np.arange(9), np.ones(9, dtype=bool))
     found = evaluation({}, names)
     (legend,) = draw_tracked(found, TrackedLines(names, shown, {}), title="").legends
-    assert [text.get_text() for text in legend.get_texts()] == [*"abcdef", "3 other bundles", "not valid"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        *("a_bundle_of_a...n_the_left", *"bcdef", "3 other bundles", "not valid"),
+    ]
 
 
 def test_the_drift_is_drawn_by_the_distance_gone_and_what_is_not_known_is_a_gap() -> None:
@@ -124,8 +126,8 @@ def test_the_drift_is_drawn_by_the_distance_gone_and_what_is_not_known_is_a_gap(
     (axes,) = figure.axes
     curves = {line.get_label(): np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()}
     assert list(curves) == [
-        *("a (2.0 mm after 4 mm)", "keep going straight (90.0 mm after 4 mm)"),
-        *("nearest real direction (1.0 mm after 4 mm)", "b (1.5 mm after 2 mm)"),
+        *("a (2.0 mm after 4 mm)", "b (1.5 mm after 2 mm)"),
+        *("keep going straight (90.0 mm after 4 mm)", "nearest real direction (1.0 mm after 4 mm)"),
     ]
     np.testing.assert_array_equal(curves["a (2.0 mm after 4 mm)"], [0, 1, 2])
     np.testing.assert_array_equal(curves["b (1.5 mm after 2 mm)"], [0, 1.5, np.nan])
@@ -214,8 +216,9 @@ def test_plot_draws_the_drift_that_is_recorded(cli: Any, run: Path, tmp_path: Pa
     shutil.copytree(run, tmp_path / "other")
     monkeypatch.chdir(tmp_path)
     assert cli("plot", run, tmp_path / "other", "--drift").out == "drift.png\n"
-    (run / "tracking.json").write_text('{"drift": {"gone_mm": [1], "lag_mm": "far"}}')
-    cli("plot", run, "--drift").check_refusal("tracking.json")
+    for lags in ('"far"', '{"model": [1, 2]}', '{"keep going straight": [1]}'):
+        (run / "tracking.json").write_text(f'{{"drift": {{"gone_mm": [1], "lag_mm": {lags}}}}}')
+        cli("plot", run, "--drift").check_refusal("tracking.json")
 
 
 def test_figures_that_cannot_be_drawn_are_a_warning(cli: Any, run: Path) -> None:

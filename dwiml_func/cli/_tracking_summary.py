@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dwiml_func.experiment.tracking_evaluation import TrackingEvaluation
+from dwiml_func.experiment.tracking_evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.tracking.protocols import LAG_MM, ProtocolScores
 
 __all__ = ["format_tracking"]
@@ -31,6 +31,9 @@ def format_tracking(evaluation: TrackingEvaluation) -> str:
         for name in ("model", "principal direction", "keep going straight")
         if name in evaluation.scores
     ]
+    if ORACLE in evaluation.scores:
+        cells = [_share(evaluation.scores[ORACLE][protocol]) for protocol in protocols]
+        lines.append(_row("oracle", cells) + "  follows the nearest real direction")
     if evaluation.ceiling_valid is not None:
         real = f"{evaluation.ceiling_valid:.2f} ({evaluation.ceiling_both_ends:.2f})"
         lines.append(_row("real streamlines", [real]) + "  half of them beside the other half")

@@ -215,7 +215,7 @@ def _draw_lengths(
         panel.text(0.5, 0.5, "none", transform=panel.transAxes, ha="center", va="center", color=_GREY)
         return
     edges = np.histogram_bin_edges(whole, bins=_NUM_BINS)
-    for label, colour in labels.items():
+    for colour, label in labels.items():
         own = np.concatenate([found for found, of in zip(lengths, colours, strict=True) if of == colour])
         counts = np.histogram(own, edges)[0]
         panel.stairs(counts, edges, color=colour, linewidth=1.8, label=f"{label} ({len(own):,})")

@@ -22,6 +22,7 @@ VIEWS = (("sagittal", 1, 2), ("coronal", 0, 2), ("axial", 0, 1))
 
 _AXES = ("x (mm), left to right", "y (mm), posterior to anterior", "z (mm), inferior to superior")
 _PANEL, _LEFT, _RIGHT, _GAP, _BETWEEN = 2.9, 0.65, 0.25, 0.65, 0.4  # inches
+_MOST_LETTERS = 26  # of a label: four stand side by side
 _HUES, _OTHERS = COLOURS[:-1], "#999999"  # without black, which is for what is not valid
 
 
@@ -44,11 +45,16 @@ def bundle_colours(num_streamlines: Sequence[int]) -> list[str]:
 
 
 def labels_of(names: Sequence[str], colours: Sequence[str], *, kind: str) -> dict[str, str]:
-    """Colours by label, for a legend; what shares a colour has one label. `kind` is what they are, in the plural."""
+    """Labels by colour, for a legend; what shares a colour has one label. `kind` is what they are, in the plural."""
     by_colour: dict[str, list[str]] = {}
     for name, colour in zip(names, colours, strict=True):
         by_colour.setdefault(colour, []).append(name)
-    return {of[0] if len(of) == 1 else f"{len(of)} other {kind}": colour for colour, of in by_colour.items()}
+    own = {colour: _short(of[0]) for colour, of in by_colour.items() if len(of) == 1}
+    return own | {colour: f"{len(of)} other {kind}" for colour, of in by_colour.items() if len(of) > 1}
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 13]}...{name[-10:]}"
 
 
 def view_rows(num_rows: int, *, above: float, below: float) -> tuple[Figure, list[list[Axes]]]:

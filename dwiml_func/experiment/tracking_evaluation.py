@@ -200,10 +200,12 @@ def read_drift(directory: str | Path) -> Drift | None:
     import pydantic
 
     try:
-        drift = json.loads((Path(directory) / _NAME).read_bytes())["drift"]
-        return pydantic.TypeAdapter(Drift).validate_python(drift)
+        recorded = json.loads((Path(directory) / _NAME).read_bytes())["drift"]
+        drift = pydantic.TypeAdapter(Drift).validate_python(recorded)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
+    is_complete = "model" in drift.lag_mm and drift.gone_mm
+    return drift if is_complete and {*map(len, drift.lag_mm.values())} == {len(drift.gone_mm)} else None
 
 
 def _shown(

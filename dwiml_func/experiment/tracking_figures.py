@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -51,6 +51,7 @@ _GIVEN = {
     "core": "core (seeds on real streamlines)",
 }
 _OTHERS = (("principal direction", "#666666", "-."), ("keep going straight", "#666666", ":"), (ORACLE, "#000000", "--"))
+_MOST_LETTERS = 45  # of a label of which two stand side by side
 _log = logging.getLogger(__name__)
 
 
@@ -59,9 +60,11 @@ def draw_tracked(evaluation: TrackingEvaluation, lines: TrackedLines, *, title: 
     black, above the others."""
     from matplotlib.lines import Line2D
 
-    rows: list[tuple[str, ShownLines]] = [(f"real streamlines{_some(lines.real, None)}", lines.real)]
+    found = evaluation.scores["model"]
+    num_real = found["continue"].num_started if "continue" in found else None
+    rows: list[tuple[str, ShownLines]] = [(f"real streamlines{_some(lines.real, num_real)}", lines.real)]
     for protocol, shown in lines.tracked.items():
-        scores = evaluation.scores["model"][protocol]
+        scores = found[protocol]
         share = f"{100 * scores.valid:.0f} % of {scores.num_streamlines} valid{_some(shown, scores.num_streamlines)}"
         rows.append((f"tracked, {_GIVEN[protocol]}: {share}", shown))
     colours = bundle_colours(np.bincount(lines.real.bundle, minlength=len(lines.names)).tolist())
@@ -74,10 +77,10 @@ def draw_tracked(evaluation: TrackingEvaluation, lines: TrackedLines, *, title: 
         if len(shown.lines) == 0:
             row[1].text(0.5, 0.5, "none", transform=row[1].transAxes, ha="center", va="center")
     left, bottom, top = 0.65 / figure.get_figwidth(), 0.02 / figure.get_figheight(), 1 - 0.12 / figure.get_figheight()
-    entries = {**labels, "not valid": NOT_VALID}
+    entries = {**labels, NOT_VALID: "not valid"}
     figure.legend(
-        [Line2D([], [], color=colour, linewidth=3) for colour in entries.values()],
-        list(entries),
+        [Line2D([], [], color=colour, linewidth=3) for colour in entries],
+        list(entries.values()),
         loc="lower left",
         bbox_to_anchor=(left, bottom),
         bbox_transform=figure.transFigure,
@@ -105,35 +108,39 @@ def draw_drift(drifts: Mapping[str, Drift]) -> Figure:
 
     figure = Figure(figsize=(8, 5))
     axes = figure.add_subplot()
-    highest, drawn = [], set()
+    curves: dict[tuple[Any, ...], dict[str, Any]] = {}
     for number, (label, drift) in enumerate(drifts.items()):
-        curves = [(label, drift.lag_mm["model"], {"color": COLOURS[number % 6], "linewidth": 2.5, "zorder": 3})]
+        style = {"color": COLOURS[number % (len(COLOURS) - 1)], "linewidth": 2.5, "zorder": 3}
+        curves[label, drift.gone_mm, drift.lag_mm["model"]] = style
+    for drift in drifts.values():
         for name, colour, dashes in _OTHERS:
-            values = drift.lag_mm.get(name)
-            if values is not None and (name, values) not in drawn:
-                drawn.add((name, values))
-                curves.append((name, values, {"color": colour, "linewidth": 1.5, "linestyle": dashes}))
-        for name, values, style in curves:
-            y = np.array(values, dtype=np.float64)  # None becomes NaN
-            known = np.flatnonzero(np.isfinite(y))
-            if len(known) == 0:
-                continue
-            end = f"{y[known[-1]]:.1f} mm after {drift.gone_mm[known[-1]]:g} mm"
-            axes.plot(drift.gone_mm, y, label=f"{name} ({end})", **style)
-            if name != "keep going straight":
-                highest.append(y[known].max())
+            if name in drift.lag_mm:  # of models on the same data they are the same, and drawn once
+                style = {"color": colour, "linewidth": 1.5, "linestyle": dashes}
+                curves[name, drift.gone_mm, drift.lag_mm[name]] = style
+    highest = 0.0
+    for (name, gone_mm, values), style in curves.items():
+        y = np.array(values, dtype=np.float64)  # None becomes NaN
+        known = np.flatnonzero(np.isfinite(y))
+        if len(known) == 0:
+            continue
+        end = f"{y[known[-1]]:.1f} mm after {gone_mm[known[-1]]:g} mm"
+        axes.plot(gone_mm, y, label=f"{name} ({end})", **style)
+        if name != "keep going straight":
+            highest = max(highest, float(y[known].max()))
     axes.set_title("Drift from the real streamline", loc="left", fontweight="bold")
     axes.set_xlabel("distance gone alone (mm)")
     axes.set_ylabel("mean distance from the real streamline (mm)")
     axes.set_xlim(0, max(max(drift.gone_mm) for drift in drifts.values()))
-    axes.set_ylim(0, 1.25 * max(highest, default=0.0) or 1.0)  # what never turns leaves the figure
+    axes.set_ylim(0, 1.25 * highest or 1.0)  # what never turns leaves the figure
     axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    rows = -(-len(axes.get_legend_handles_labels()[0]) // 2)
-    figure.set_figheight(4.9 + 0.25 * rows)
-    figure.legend(loc="lower left", ncols=2, frameon=False, bbox_to_anchor=(0.08, 0.0))
-    figure.tight_layout(rect=(0, 0.25 * rows / figure.get_figheight(), 1, 1))
+    labels = axes.get_legend_handles_labels()[1]
+    columns = 2 if max(map(len, labels), default=0) <= _MOST_LETTERS else 1
+    below = 0.25 * -(-len(labels) // columns) + 0.05
+    figure.set_figheight(4.9 + below)
+    figure.legend(loc="lower left", ncols=columns, frameon=False, fontsize=9, bbox_to_anchor=(0.03, 0.0))
+    figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
     return figure
 
 
