@@ -103,7 +103,7 @@ def test_evaluate_prints_the_lag_of_the_logs(cli, folder: Path) -> None:
     assert "Window lag" in cli("evaluate", folder / "with", folder / "data.hdf5").out
 
 
-def test_lazy_data_and_shards_have_it_ensembles_have_not(cli, folder: Path, tmp_path: Path) -> None:
+def test_lazy_data_shards_and_ensembles_have_it(cli, folder: Path, tmp_path: Path) -> None:
     options = [*OPTIONS, "--max-epochs", "1"]
     for name, more in (("lazy", ["--lazy"]), ("shards", ["--num-shards", "2"])):
         assert cli("train", tmp_path, name, folder / "data.hdf5", *options, *more).code == 0
@@ -111,8 +111,8 @@ def test_lazy_data_and_shards_have_it_ensembles_have_not(cli, folder: Path, tmp_
     assert lines_of(tmp_path / "lazy")[0][f"valid_{NAME}"] == expected
     assert lines_of(tmp_path / "shards")[0][f"valid_{NAME}"] == pytest.approx(expected, rel=1e-2)
     assert cli("train", tmp_path, "two", folder / "data.hdf5", *options, "--num-models", "2").code == 0
-    assert f"valid_{NAME}" not in lines_of(tmp_path / "two" / "0")[0]
-    assert NAME not in cli("verify", tmp_path / "two" / "0").out
+    assert lines_of(tmp_path / "two" / "0")[0][f"valid_{NAME}"] == pytest.approx(expected, rel=1e-2)
+    assert "member of an ensemble" in cli("verify", tmp_path / "two" / "0").out
 
 
 @pytest.mark.parametrize("model", ["tts", "ttst", "tto"])
@@ -151,3 +151,23 @@ def test_it_can_choose_the_best_epoch_and_is_drawn(cli, folder: Path, tmp_path: 
         titles = [axes.get_title(loc="left") for axes in draw_experiments([experiment]).axes]
         drawn.append("Window lag" in titles)
     assert drawn == [True, False, True]
+
+
+def test_an_ensemble_measures_and_monitors_that_of_each_member(cli, folder: Path, tmp_path: Path) -> None:
+    data = folder / "data.hdf5"
+    options = [*OPTIONS, "--sweep", "learning-rate=0.01,0.003", "--monitor", NAME]
+    outcome = cli("train", tmp_path, "both", data, *options)
+    assert outcome.code == 0, outcome.err
+    dataset = open_dataset(data, "validation")
+    windows = choose_windows(dataset, key=fold_in(Key(0), Stream.TRACK, 0x1A6))
+    assert windows is not None
+    volumes = list(dataset.volumes)
+    logged = [[line[f"valid_{NAME}"] for line in lines_of(tmp_path / "both" / str(number))] for number in range(2)]
+    assert logged[0] != logged[1]
+    for number, own in enumerate(logged):
+        assert lines_of(tmp_path / "both" / str(number))[-1]["best_epoch"] == 1 + int(np.argmin(own))
+        model = load_model(tmp_path / "both" / str(number) / "best_model").module.eval()
+        lags = window_lags(model, windows, lambda row: TrackingSpace(volume=volumes[row], voxel_sizes=(2.0, 2.0, 2.0)))
+        assert min(own) == pytest.approx(lags.mean(), rel=1e-12)
+    alone = [line[f"valid_{NAME}"] for line in lines_of(folder / "with")]  # the same seed and rate
+    assert logged[0] == pytest.approx(alone, rel=1e-3)

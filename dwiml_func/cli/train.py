@@ -115,15 +115,13 @@ class _Early:
     config: str | None = None
     dg_key: str = ModelConfig.dg_key
     model: str = ModelConfig.model
-    num_models: int = 1
-    sweep: tuple[str, ...] = ()
     skip_window_lag: bool = False
     for_dwi_ml: bool = False
 
     @property
     def monitor(self) -> str:
-        """What chooses the best epoch on the example data; ensembles have no window lag."""
-        has_none = self.num_models > 1 or self.sweep or self.skip_window_lag or self.model == "autoencoder"
+        """What chooses the best epoch on the example data; an autoencoder does not track."""
+        has_none = self.skip_window_lag or self.model == "autoencoder"
         return TrainingConfig.monitor if has_none else WINDOW_LAG
 
 

@@ -34,6 +34,7 @@ from dwiml_func.experiment.optimizers import make_optimizer
 from dwiml_func.experiment.run import set_num_threads, train_and_save
 from dwiml_func.experiment.setup import RunParts, check_monitored, make_parts
 from dwiml_func.experiment.signals import StopRequest
+from dwiml_func.experiment.window_lag import with_window_lag
 from dwiml_func.files.lock import same_folder
 from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import step_scalars
@@ -154,6 +155,16 @@ def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[s
     first, options = members[0], [parts.config.training for parts in members]
     decays = [training.weight_decay for training in options]
     bound: dict[str, Any] = {"loss_fn": first.loss_fn, "clip_grad": options[0].step_clip_grad}
+    valid, evaluate = first.valid, partial(ensemble_eval_step, loss_fn=first.loss_fn, optimizer=first.optimizer)
+    if valid is not None and not options[0].skip_window_lag:
+        valid, evaluate = with_window_lag(
+            valid,
+            evaluate,
+            config=first.config,
+            dataset=first.data.validation,
+            model=first.model,
+            optimizer=first.optimizer,
+        )
     if len(set(decays)) == 1:
         bound["optimizer"] = first.optimizer
     else:
@@ -164,10 +175,8 @@ def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[s
     return {
         "train": first.train,
         "step": step if every is None else checked_step(step, every),
-        "valid": first.valid,
-        "eval_step": partial(ensemble_eval_step, loss_fn=first.loss_fn, optimizer=first.optimizer)
-        if first.valid
-        else None,
+        "valid": valid,
+        "eval_step": evaluate if valid else None,
         "learning_rate": [training.schedule for training in options],
         "max_epochs": options[0].max_epochs,
         "patience": options[0].patience,

@@ -113,7 +113,7 @@ def check_monitored(parts: RunParts, *, is_member: bool = False) -> None:
         names |= {"grad_norm", "unclipped_grad_norm"}
     elif monitor in PHASE_METRICS and not is_member:
         return  # known at the first validation
-    elif monitor == WINDOW_LAG and not is_member and not parts.config.training.skip_window_lag:
+    elif monitor == WINDOW_LAG and not parts.config.training.skip_window_lag and hasattr(parts.model, "run_step"):
         if run_windows(parts.config, parts.data.validation, parts.model) is None:
             raise ValueError(
                 f"monitor: {monitor} needs validation streamlines with even steps, of {EVERY_MM + AHEAD_MM:g} mm or "
@@ -128,7 +128,7 @@ def make_parts(
 ) -> RunParts:
     """Make the parts of a run on data that are open; runs on the same data can share them.
 
-    The validation of a member of an ensemble has no window lag.
+    A member of an ensemble has no window lag of its own: that of all members is measured together.
     """
     device = _device(config.training)
     model = make_model(config, data.training.num_features, training=data.training).to(device)

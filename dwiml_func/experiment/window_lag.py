@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from dwiml_func.core.epoch import EvalStep
 from dwiml_func.core.metrics import weighted_sum
 from dwiml_func.core.rng import Key, Stream, fold_in
 from dwiml_func.core.run_epoch import Batches
@@ -18,10 +17,11 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.core.weights import load_into
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.prefetch import SizedBatches
+from dwiml_func.ensemble.state import EnsembleState, member
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.window_lag import LagWindows, choose_windows, window_lags
-from dwiml_func.types import Metrics, Optimizer
+from dwiml_func.types import Metrics, Optimizer, Sum
 
 __all__ = [
     "WINDOW_LAG",
@@ -41,14 +41,14 @@ _WINDOWS = 0x1A6  # of the tracking stream's random numbers
 
 def with_window_lag(
     valid: Batches,
-    evaluate: EvalStep,
+    evaluate: Any,
     *,
     config: RunConfig,
     dataset: StreamlineDataset,
     model: Any,
     optimizer: Optimizer,
-) -> tuple[Batches, EvalStep]:
-    """Validation batches followed by one of windows, and the step that measures the lag there.
+) -> tuple[Batches, Any]:
+    """Validation batches followed by one of windows, and the step that measures the lag there, of a run or an ensemble.
 
     The same where no window can be chosen, or the model cannot track.
     """
@@ -61,12 +61,19 @@ def with_window_lag(
         own: Any = valid(key, epoch, start_batch)
         return own if windows() is None else Followed(own, windows())
 
-    def step(state: TrainState, batch: Any) -> Metrics:
+    def lag_of(state: TrainState, batch: LagWindows) -> float:
+        load_into(tracker, state, optimizer=optimizer)
+        return measure_window_lag(tracker, batch, space_of=space_of_subject(config, dataset, tracker))
+
+    def step(state: TrainState | EnsembleState, batch: Any) -> Metrics:
         if not isinstance(batch, LagWindows):
             return evaluate(state, batch)
-        load_into(tracker, state, optimizer=optimizer)
-        lag = measure_window_lag(tracker, batch, space_of=space_of_subject(config, dataset, tracker))
-        return {WINDOW_LAG: weighted_sum(lag, len(batch))}
+        if isinstance(state, TrainState):
+            return {WINDOW_LAG: weighted_sum(lag_of(state, batch), len(batch))}
+        active = state.active.tolist()
+        lags = [lag_of(member(state, number), batch) if active[number] else 0.0 for number in range(len(state))]
+        weights = torch.full((len(lags),), float(len(batch)), dtype=torch.float64)
+        return {WINDOW_LAG: Sum(torch.tensor(lags, dtype=torch.float64) * weights, weights)}
 
     return batches, step
 
