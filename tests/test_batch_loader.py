@@ -184,7 +184,7 @@ FIFTY = SamplerSpec(batch_size=2, max_batches=None)
 
 def fifty_batches(lazily: bool, num_workers: int = 0, prefetch: bool = False) -> list[dict]:
     """Some from each of two epochs."""
-    dataset = open_dataset(PHANTOM, lazy=lazily, cache_size="400kB")  # one volume of two fits
+    dataset = open_dataset(PHANTOM, lazy=lazily, cache_size=400_000)  # one volume of two fits
     found = []
     for epoch, start_batch in ((0, 18), (1, 28)):
         loader = epoch_batches(
@@ -226,7 +226,7 @@ def test_fifty_batches_have_the_same_bytes_lazily_and_made_ahead_in_a_thread(laz
 @pytest.mark.parametrize("lazily", [False, True])
 def test_fifty_batches_have_the_same_bytes_where_workers_are_spawned(lazily, expected_fifty, monkeypatch):
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
-    assert workers._context("").get_start_method() == "spawn"
+    assert workers.process_context("").get_start_method() == "spawn"
     assert fifty_batches(lazily, 1) == expected_fifty
 
 

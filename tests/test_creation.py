@@ -20,6 +20,7 @@ from dwiml_func.data.creation.config import check_groups_config
 from dwiml_func.data.creation.create import create_dataset
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
 from dwiml_func.data.resampling import Resampling
+from dwiml_func.tracking import PrincipalDirection
 
 File: Any = h5py.File
 
@@ -327,6 +328,18 @@ def test_the_command_says_what_it_wrote(tmp_path, capfd):
         assert list(file.attrs["validation_subjs"]) == ["s2"]
     assert main(["info", str(tmp_path / "out.hdf5")]) == 0
     assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_the_harmonics_of_a_volume_are_kept_and_shown_and_give_a_principal_direction(tmp_path, cli):
+    six = {"files": ["dwi.nii.gz", "fa.nii.gz", "t1.nii.gz"], "sh_order": 2, "sh_basis": "tournier07"}
+    arguments = make_folder(tmp_path, config={**CONFIG, "input": {**CONFIG["input"], **six, "sh_legacy": True}})
+    assert cli("create-hdf5", *arguments).code == 0
+    with File(tmp_path / "out.hdf5") as file:
+        found = {name: file["s2/input"].attrs[name] for name in ("sh_order", "sh_basis", "sh_legacy")}
+    assert found == {"sh_order": 2, "sh_basis": "tournier07", "sh_legacy": True}
+    shown = cli("info", tmp_path / "out.hdf5").out
+    assert shown.count("spherical harmonics of order 2, basis tournier07, dipy's legacy definition") == 1
+    assert PrincipalDirection(open_dataset(tmp_path / "out.hdf5").input_attributes).nb_previous_dirs == 1
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,12 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
         ({"type": "volume", "files": [3]}, "group 'x': files.0: .*received 3"),
         ({"type": "volume", "files": "a", "standardization": "some"}, "group 'x': standardization: .*received 'some'"),
         ({"type": "volume", "files": "a", "dps_keys": "b"}, "group 'x': unknown key 'dps_keys'"),
+        (
+            {"type": "volume", "files": "a", "sh_order": 3},
+            "sh_order: expected an even number of at least 0, received 3",
+        ),
+        ({"type": "volume", "files": "a", "sh_order": 2, "sh_basis": "mine"}, "group 'x': sh_basis: .*received 'mine'"),
+        ({"type": "volume", "files": "a", "sh_basis": "tournier07"}, "expected sh_order with them, received none"),
         ({"type": "streamlines", "files": "a", "standardization": "all"}, "unknown key 'standardization'"),
         (
             {"type": "streamlines", "files": "a", "connectivity_matrix": "m.npy"},
@@ -199,6 +205,11 @@ def test_a_mask_is_no_input(folder, refused, standardization):
 def test_subjects_have_the_same_number_of_features(folder, refused):
     save_volume(folder / "subjects" / "s2" / "dwi.nii.gz", np.ones((*SHAPE, 3), np.float32))
     assert re.search(place("input", "dwi.nii.gz") + "3 features in the group, but subject 's1' has 4", refused())
+
+
+def test_harmonics_fit_the_features(folder, refused):
+    set_config(folder, input={**CONFIG["input"], "sh_order": 2})
+    assert "Expected 6 features for spherical harmonics of order 2. Received: 4" in refused()
 
 
 @pytest.mark.parametrize("shape", [SHAPE[:2], (*SHAPE, 2, 2)])

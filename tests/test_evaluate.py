@@ -84,7 +84,7 @@ def test_without_harmonics_there_is_no_principal_direction_in_either_form(cli, s
     assert "principal direction  unknown" in cli("evaluate", stopped_early / "run", PHANTOM).out
 
 
-@pytest.mark.parametrize("options", [["--batch-size", "7"], ["--lazy"], ["--lazy", "--cache-size", "1KB"]], ids=str)
+@pytest.mark.parametrize("options", [["--batch-size", "7"], ["--lazy"], ["--lazy", "--cache-size", "1MB"]], ids=str)
 def test_batches_and_laziness_change_the_last_bits_at_most(cli, stopped_early, options):
     whole = json.loads(cli("evaluate", stopped_early / "run", PHANTOM, "--json").out)
     result = json.loads(cli("evaluate", stopped_early / "run", PHANTOM, "--json", *options).out)

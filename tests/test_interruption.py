@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from gated_run import OPTIONS, check_same_end, gated, train_whole
 from reproduction_cases import DATA, differences, files, results
 from torch import Tensor
 
+from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals
@@ -152,6 +154,15 @@ def test_the_same_command_again_resumes_a_run_and_sums_up_one_that_has_ended(cli
     other = cli(*command, "--dropout", "0.4", "--rng", "5")
     other.check_refusal("'run' exists in", "with another config", "model.dropout", "dwiml-func resume")
     assert files(tmp_path / "run") == before
+
+
+def test_the_folder_of_an_experiment_names_it_for_resume(cli, uninterrupted, tmp_path):
+    copy = Path(shutil.copytree(uninterrupted, tmp_path / "copy"))
+    epochs = str(read_config(copy).training.max_epochs + 1)
+    outcome = cli("resume", copy, "--new-max-epochs", epochs)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert read(copy).state.epoch == int(epochs)
+    cli("resume", tmp_path).check_refusal(str(tmp_path), "not an experiment")
 
 
 def test_the_same_command_again_resumes_an_ensemble_and_sums_up_one_that_has_ended(cli, tmp_path):

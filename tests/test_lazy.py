@@ -249,10 +249,26 @@ def test_three_hundred_subjects_work_with_64_open_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("2GB", 2 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("12", 12), (7, 7), ("0", 0), ("3B", 3)],
+    [
+        ("2GB", 2 * 10**9),
+        ("500 mb", 5 * 10**8),
+        ("1.5GiB", 3 * 2**29),
+        ("1000000", 10**6),
+        (7, 7),
+        ("0", 0),
+        ("3000000B", 3 * 10**6),
+    ],
 )
 def test_sizes_are_read_with_their_units(text, size):
     assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["4", "0.5", "999kB"])
+def test_a_cache_that_holds_no_volume_is_refused_with_what_the_option_of_dwi_ml_means(text):
+    with pytest.raises(
+        ValueError, match=rf"expected at least 1MB, received '{text}'\. .*dwi_ml's option.*counts volumes"
+    ):
+        parse_bytes(text)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "two", "1e9", -1])

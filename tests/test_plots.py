@@ -192,11 +192,34 @@ def test_the_legend_says_where_a_fork_comes_from(cli, experiments: Path) -> None
     assert list(curves.values()) == sorted(curves.values(), reverse=True)  # so that the fork leaves its source visibly
 
 
+def test_plot_takes_a_folder_of_experiments_and_passes_over_what_is_none(
+    cli, experiments: Path, tmp_path: Path, monkeypatch
+) -> None:
+    drawn: list[list[str]] = []
+
+    def draw(directories: list[Path]) -> Any:
+        drawn.append([path.name for path in directories])
+        return draw_experiments(directories)
+
+    monkeypatch.setattr("dwiml_func.cli.plot.draw_experiments", draw)
+    monkeypatch.chdir(tmp_path)
+    (experiments / "data.hdf5").touch()
+    (experiments / "notes").mkdir()
+    (experiments / "again").symlink_to(experiments / "run")
+    assert cli("plot", experiments).out == "runs.png\n"
+    outcome = cli("plot", *sorted(experiments.iterdir()))
+    assert "Passed over, as they hold no experiment" in outcome.err
+    assert outcome.err.count("data.hdf5") == outcome.err.count("notes") == 1
+    assert drawn == [["again", "run"]] * 2
+
+
 def test_plot_refuses_what_it_cannot_draw(cli, experiments: Path, tmp_path: Path) -> None:
     run = experiments / "run"
     cli("plot").check_refusal("Expected at least one EXPERIMENT_DIR")
     cli("plot", run, "--out", tmp_path / "a.bmp").check_refusal("a.bmp", ".png, .svg or .pdf")
-    cli("plot", run, experiments).check_refusal(str(experiments), "not an experiment")
+    (tmp_path / "notes").mkdir()
+    cli("plot", tmp_path / "notes").check_refusal("notes", "not an experiment")
+    cli("plot", run, tmp_path / "nothing").check_refusal("nothing", "not an experiment")
     cli("plot", run, "--out", run / "config.json" / "a.png").check_refusal("config.json' is not a folder", "'a.png'")
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     cli("plot", tmp_path).check_refusal("no finished epoch")

@@ -48,8 +48,9 @@ class Options(CommandOptions):
 
     CONFIG.json names the groups: {"input": {"type": "volume", "files": ["dwi/sh.nii.gz"], "standardization": "all",
     "std_mask": ["masks/wm.nii.gz"]}, "streamlines": {"type": "streamlines", "files": ["bundles/*.trk"]}}. A volume's
-    "standardization" is "all", "independent", "per_file" or "none"; streamlines may have "dps_keys", and
-    "connectivity_matrix" with "connectivity_nb_blocs" or "connectivity_labels".
+    "standardization" is "all", "independent", "per_file" or "none"; spherical harmonics have an "sh_order", and an
+    "sh_basis" other than "descoteaux07"; streamlines may have "dps_keys", and "connectivity_matrix" with
+    "connectivity_nb_blocs" or "connectivity_labels".
 
     Example: dwiml-func create-hdf5 subjects config.json data.hdf5 --training-subjs train.txt
     """

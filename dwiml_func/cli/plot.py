@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.experiment.folder import ENSEMBLE_FILE, check_no_links, is_ensemble, member_folders
+from dwiml_func.experiment.folder import ENSEMBLE_FILE, check_no_links, is_ensemble, is_run, member_folders
 from dwiml_func.experiment.plots import check_format, draw_experiments, run_figure_path, save_figure
 from dwiml_func.experiment.tracking_figures import draw_drifts, drift_figure_path
 
 __all__ = ["Options", "run"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,8 @@ class Options(CommandOptions):
         tyro.conf.Positional,
         tyro.conf.arg(metavar="EXPERIMENT_DIR [...]", help_behavior_hint="(required)"),
     ]
-    """Folders of experiments; that of an ensemble means all of its members."""
+    """Folders of experiments; that of an ensemble means all of its members, and a folder of experiments all in it. What
+    has no finished epoch, and files, such as a dataset beside experiments, are passed over there."""
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The figure's file, ending in .png, .svg or .pdf; missing folders are made. None: plots/training.png of the
     experiment, or, for several, runs.png in the current folder; with --drift drift.png in both."""
@@ -45,7 +50,11 @@ def run(options: Options) -> int:
         raise ValueError("Expected at least one EXPERIMENT_DIR. Received: none.")
     given = [Path(directory) for directory in options.experiment_dirs]
     given = [path for path in given if path.name != ENSEMBLE_FILE]  # it is among the members in ENSEMBLE/*
-    directories = [folder for path in given for folder in (member_folders(path) if is_ensemble(path) else [path])]
+    others = [path for path in given if path.exists() and not _experiments(path)]
+    if others and len(others) < len(given):
+        _log.warning("Passed over, as they hold no experiment: %s.", ", ".join(map(str, others)))
+        given = [path for path in given if path not in others]
+    directories = [folder for path in given for folder in _experiments(path) or [path]]
     draw, path_in, name = (
         (draw_drifts, drift_figure_path, "drift.png")
         if options.drift
@@ -54,10 +63,21 @@ def run(options: Options) -> int:
     out = Path(name if options.out is None else options.out)
     check_format(out)
     figure = draw(directories)
-    if options.out is None and len(given) == 1:
+    if options.out is None and len(given) == 1 and (is_run(given[0]) or is_ensemble(given[0])):
         check_no_links(given[0])
         out = path_in(given[0])
     with folders_above(out):
         save_figure(figure, out)
     print(out)
     return 0
+
+
+def _experiments(path: Path) -> list[Path]:
+    """The experiment itself, the members of an ensemble, or what a folder of experiments has to show, if any."""
+    if is_ensemble(path):
+        return member_folders(path)
+    if is_run(path):
+        return [path]
+    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir()] if path.is_dir() else []
+    found = [run for folder in inner if is_ensemble(folder) or is_run(folder) for run in _experiments(folder)]
+    return [run for run in found if (checkpoint := newest(run)) is not None and checkpoint.history]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -32,8 +33,8 @@ class Options(CommandOptions, TimeLimit):
     """
 
     experiments_path: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENTS_PATH")]
-    """Folder of all experiments."""
-    experiment_name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="EXPERIMENT_NAME")]
+    """Folder of all experiments; without a name, that of the experiment itself."""
+    experiment_name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[EXPERIMENT_NAME]")] = None
     """Name of the experiment."""
     new_max_epochs: int | None = None
     """New number of epochs, counted from the start of the experiment. None: unchanged."""
@@ -58,7 +59,8 @@ class Options(CommandOptions, TimeLimit):
 def run(options: Options) -> int:
     """Train on from the latest checkpoint."""
     deadline = options.deadline()
-    directory = experiment_directory(options.experiments_path, options.experiment_name)
+    path, name = options.experiments_path, options.experiment_name
+    directory = Path(path) if name is None else experiment_directory(path, name)
     changes = {name: getattr(options, name) for name in _CHANGES}
     if is_ensemble(directory):
         resume_members(directory, deadline=deadline, **changes)

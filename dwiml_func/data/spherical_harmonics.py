@@ -8,12 +8,20 @@ from typing import Any, cast
 
 import numpy as np
 
-__all__ = ["HARMONICS", "half_sphere_directions", "harmonics_fault", "multi_tensor_signal", "sh_matrix"]
+__all__ = [
+    "DEFAULT_BASIS",
+    "HARMONICS",
+    "half_sphere_directions",
+    "harmonics_fault",
+    "multi_tensor_signal",
+    "sh_matrix",
+]
 
 HARMONICS = ("sh_order", "sh_basis", "sh_legacy")
 """The attributes of a volume that say which spherical harmonics its features are."""
 
-_SH_BASES = ("descoteaux07", "tournier07")
+DEFAULT_BASIS = "descoteaux07"
+_SH_BASES = (DEFAULT_BASIS, "tournier07")
 
 
 def harmonics_fault(attributes: Mapping[str, Any], num_features: int) -> str | None:
@@ -37,7 +45,7 @@ def harmonics_fault(attributes: Mapping[str, Any], num_features: int) -> str | N
             f"Expected {expected} features for spherical harmonics of order {int(order.item())}. "
             f"Received: {num_features}. Correct the attribute sh_order of the input group"
         )
-    basis = str(attributes.get("sh_basis", _SH_BASES[0]))
+    basis = str(attributes.get("sh_basis", DEFAULT_BASIS))
     if basis not in _SH_BASES:
         return f"attribute 'sh_basis' is {basis!r}. Expected one of {', '.join(_SH_BASES)}"
     return None

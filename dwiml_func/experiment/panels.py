@@ -190,6 +190,8 @@ def _rates(panel: Panel, run: PlottedRun, number: int) -> None:
     rates = [report.learning_rate for report in run.history]
     by_step = any(report.learning_rate_max is not None for report in run.history)
     panel.curve(run, rates, number, "last step" if by_step else "", colour=_BLUE, drawstyle="steps-mid")
+    decays = _means(run, "train", "weight_decay")  # of `with_weight_decay`
+    panel.curve(run, decays, number, "weight decay", colour=_ORANGE, drawstyle="steps-mid", linestyle="--")
     if by_step:
         lowest = [math.nan if r.learning_rate_min is None else r.learning_rate_min for r in run.history]
         highest = [math.nan if r.learning_rate_max is None else r.learning_rate_max for r in run.history]

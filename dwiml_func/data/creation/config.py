@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, TypeAdapter, ValidationError
 
 from dwiml_func._checks import STRICT, truncated_repr
+from dwiml_func.data.spherical_harmonics import HARMONICS
 from dwiml_func.files.json import parse_json, read_config_file
 from dwiml_func.files.paths import missing_text
 
@@ -48,7 +49,11 @@ _Blocs = Annotated[tuple[int, int, int], BeforeValidator(_as_three)]
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeGroup:
-    """A volume: NIfTI files, joined along their features. The union of `std_mask` says what is measured."""
+    """A volume: NIfTI files, joined along their features. The union of `std_mask` says what is measured.
+
+    Features that are coefficients of spherical harmonics have an even `sh_order`, a basis of dipy's, and `sh_legacy`
+    for dipy's legacy definition of that basis.
+    """
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -56,9 +61,22 @@ class VolumeGroup:
     files: _Names
     standardization: Standardization = "none"
     std_mask: _Names = ()
+    sh_order: int | None = None
+    sh_basis: Literal["descoteaux07", "tournier07"] | None = None
+    sh_legacy: bool | None = None
 
     def __post_init__(self) -> None:
         _check_files(self.files)
+        if self.sh_order is None and (self.sh_basis is not None or self.sh_legacy is not None):
+            raise ValueError("sh_basis and sh_legacy: expected sh_order with them, received none")
+        if self.sh_order is not None and (self.sh_order < 0 or self.sh_order % 2):
+            raise ValueError(f"sh_order: expected an even number of at least 0, received {self.sh_order}")
+
+    @property
+    def harmonics(self) -> dict[str, Any]:
+        """The attributes that say which spherical harmonics the features are; none where they are others."""
+        values = {name: getattr(self, name) for name in HARMONICS}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

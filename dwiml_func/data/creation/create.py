@@ -20,6 +20,7 @@ from dwiml_func.data.creation.tractograms import load_streamlines
 from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.data.grid import Grid, orientation_difference
 from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.spherical_harmonics import harmonics_fault
 
 if TYPE_CHECKING:
     import h5py
@@ -138,7 +139,9 @@ def _write_volumes(
                 f"{features}. Expected the same number for all subjects"
             )
         undo = {"standardization_mean": volume.mean, "standardization_std": volume.std}
-        attributes = {key: value for key, value in undo.items() if value is not None}
+        attributes = {key: value for key, value in undo.items() if value is not None} | group.harmonics
+        if fault := harmonics_fault(attributes, features):
+            raise ValueError(f"{files[name].files[-1]}: {fault}")
         write_volume(parent, name, volume.data, volume.grid.affine, attributes=attributes)
     return grid
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary
 from dwiml_func.data.inspection.inspect import Inspection
+from dwiml_func.data.spherical_harmonics import DEFAULT_BASIS
 
 __all__ = ["format_inspection"]
 
@@ -69,7 +71,16 @@ def _volume_table(volumes: dict[str, VolumeSummary], subset_of: dict[str, str]) 
         shape = summary.shape or ()
         size, features = " x ".join(map(str, shape[:3])), str(shape[3]) if len(shape) == 4 else "?"
         rows.append([subject, subset_of.get(subject, "none"), size or "?", features, *_axes(summary)])
-    return _table(rows, right={3})
+    harmonics = dict.fromkeys(filter(None, (_harmonics(summary.attributes) for summary in volumes.values())))
+    return _table(rows, right={3}) + [f"  {text}" for text in harmonics]
+
+
+def _harmonics(attributes: Mapping[str, Any]) -> str:
+    """Which spherical harmonics the features are; "" where they are others."""
+    if "sh_order" not in attributes:
+        return ""
+    named = f"spherical harmonics of order {attributes['sh_order']}, basis {attributes.get('sh_basis', DEFAULT_BASIS)}"
+    return f"{named}, dipy's legacy definition" if attributes.get("sh_legacy", False) else named
 
 
 def _axes(summary: VolumeSummary) -> list[str]:
