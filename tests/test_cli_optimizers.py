@@ -14,7 +14,7 @@ import pytest
 import torch
 from experiment_cases import CONFIG, PHANTOM, latest_digest, restored, trained
 from optimizer_cases import SHAPES, run_torch, run_updates
-from preloaded import run_command, run_ranks
+from preloaded import run_ranks
 from torch import Tensor
 
 from dwiml_func import optim
@@ -422,7 +422,7 @@ def test_rules_of_the_command_line_replace_those_of_a_config(cli, tmp_path: Path
         assert config.training.accumulate == 2
 
 
-# Several processes, and compilation
+# Several processes
 
 
 @pytest.mark.soak
@@ -430,14 +430,3 @@ def test_two_processes_end_with_the_digest_of_one(tmp_path: Path) -> None:
     for num_processes, name in ((1, "one"), (2, "two")):
         run_ranks(num_processes, "train", tmp_path, name, PHANTOM, *OPTIONS, *ALL_ON, "--num-shards", "2")
     assert latest_digest(tmp_path / "one") == latest_digest(tmp_path / "two")
-
-
-@pytest.mark.soak
-def test_a_compiled_run_with_every_option_resumes_to_the_same_digest(tmp_path: Path) -> None:
-    options = (*OPTIONS[:-1], *ALL_ON, "--compile", "--keep", "all")
-    out = run_command("train", tmp_path, "whole", PHANTOM, *options)
-    assert "Compiled in " in out
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts" / "checkpoint" / "2")
-    run_command("resume", tmp_path, "parts")
-    assert latest_digest(tmp_path / "parts") == latest_digest(tmp_path / "whole")

@@ -6,6 +6,7 @@ import contextlib
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +34,14 @@ def _unfinished(directory: Path) -> set[Path]:
     }  # also of members
 
 
+def _epoch(directory: Path) -> int:
+    """The epoch of the latest checkpoint of a run, or of an ensemble's first member."""
+    names = [*list_checkpoints(directory), *list_checkpoints(directory / "0")]
+    return int(names[-1].partition("-")[0]) if names else 0
+
+
 def _kill(process: Fork, directory: Path, rng: random.Random) -> bool:
-    """Kill a process at a random moment: a third at any time from its start on, the others during a save.
+    """Kill a process at a random moment: a third in its start or first two epochs, the others during a save.
 
     Returns whether it was saving.
     """
@@ -45,7 +52,8 @@ def _kill(process: Fork, directory: Path, rng: random.Random) -> bool:
 
     saving = False
     if rng.random() < 1 / 3:
-        _wait(process, rng.uniform(0, 2))
+        until, last = time.monotonic() + rng.uniform(0, 2), _epoch(directory) + 1
+        _wait_while(lambda: time.monotonic() < until and _epoch(directory) <= last, process)
     else:
         for _ in range(rng.randint(0, 5)):  # saves that come to their end
             _wait_while(lambda: not is_saving(), process)
@@ -55,7 +63,7 @@ def _kill(process: Fork, directory: Path, rng: random.Random) -> bool:
         saving = is_saving()
     assert process.poll() in (None, 0), process.err
     process.kill()
-    assert process.wait(60) in (-signal.SIGKILL, 0)
+    assert process.wait(300) in (-signal.SIGKILL, 0)
     return saving
 
 

@@ -5,17 +5,12 @@ One of each pair starts as a user starts it, the other by `preloaded`.
 
 from __future__ import annotations
 
-import os
-import pty
-import subprocess
-import termios
-import threading
 from pathlib import Path
 
 import pytest
 from experiment_cases import without_validation
 from preloaded import run_command, run_program
-from reproduction_cases import DATA, STOCHASTIC, command, differences, files, results
+from reproduction_cases import DATA, STOCHASTIC, differences, files, results
 from reproduction_cases import train as train_from_scratch
 
 from dwiml_func.checkpoint.checkpoint import read
@@ -42,7 +37,6 @@ def train(folder: Path, *options: object, epochs: int = EPOCHS) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        ("--processes", "4"),
         ("--lazy",),
         ("--lazy", "--processes", "2"),
         ("--checkpoint-every", "1batches"),
@@ -105,14 +99,11 @@ def test_stopped_and_resumed_at_every_batch(uninterrupted: Path, tmp_path: Path)
     assert files(directory) == files(uninterrupted)
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-def test_stopped_twice_and_resumed_with_another_save_interval(
-    uninterrupted: Path, tmp_path: Path, processes: int
-) -> None:
+def test_stopped_twice_with_workers_and_resumed_with_another_save_interval(uninterrupted: Path, tmp_path: Path) -> None:
     directory = create_experiment(tmp_path, "run", read_config(uninterrupted))
-    assert _go_on(directory, "training", processes) == "0-1"
-    assert _go_on(directory, "training", processes) == "0-2"
-    run_command("resume", tmp_path, "run", "--checkpoint-every", "3batches", "--processes", processes)
+    assert _go_on(directory, "training", 2) == "0-1"
+    assert _go_on(directory, "training", 2) == "0-2"
+    run_command("resume", tmp_path, "run", "--checkpoint-every", "3batches", "--processes", 2)
     assert differences(results(directory), results(uninterrupted)) == []
 
 
@@ -145,30 +136,6 @@ def test_without_validation_the_leaves_are_equal(uninterrupted: Path, tmp_path: 
     )
     assert leaves == others
     assert all(report.valid == {} for report in read(directory).history)
-
-
-def test_with_progress_bars_on_a_terminal(uninterrupted: Path, tmp_path: Path) -> None:
-    arguments = command("train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS)
-    terminal, end = pty.openpty()
-    termios.tcsetwinsize(end, (24, 100))
-    seen: list[bytes] = []
-
-    def read() -> None:
-        while True:
-            try:
-                seen.append(os.read(terminal, 65536))
-            except OSError:  # the other end is closed
-                return
-
-    with subprocess.Popen(arguments, stdin=end, stdout=end, stderr=end) as process:
-        os.close(end)
-        reader = threading.Thread(target=read)
-        reader.start()
-        assert process.wait(timeout=300) == 0
-        reader.join()
-    os.close(terminal)
-    assert b"Epoch 1/2 training" in b"".join(seen)  # the bars were there
-    assert differences(results(tmp_path / "run"), results(uninterrupted)) == []
 
 
 def test_the_record_has_the_digest_of_every_epoch(tmp_path: Path) -> None:

@@ -114,12 +114,11 @@ def epoch_lines(out: str) -> list[str]:
 
 
 def test_a_run_that_was_killed_in_its_first_epoch_starts_again(whole, tmp_path):
-    command = [*PROGRAM, *train_command(tmp_path, "run", 4)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert "96 streamlines of 2 training subjects" in process.stdout.readline()
-        process.kill()
-    assert process.returncode == -9
+    process = start_command(*train_command(tmp_path, "run", 4))
+    while "96 streamlines of 2 training subjects" not in process.out:
+        assert process.poll() is None, process.err
+    process.kill()
+    assert process.wait(300) == -9
     assert list_checkpoints(tmp_path / "run") == []
     run(*SCRIPT, tmp_path, "run", "--new_max_epochs", 4)  # dwi_ml's name of the command and of its option
     check_same_end(tmp_path / "run", whole.directory)
