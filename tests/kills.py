@@ -72,12 +72,12 @@ def run_to_end(kind: Kind, folder: Path) -> None:
     raise AssertionError(told)
 
 
-def kill_at_random(kind: Kind, folder: Path, draws: random.Random, seconds: float) -> bool:
+def kill_at_random(kind: Kind, folder: Path, rng: random.Random, seconds: float) -> bool:
     """Kill the processes of a command, one of them first; returns whether they still ran."""
     processes = start(kind, next_command(kind, folder))
-    draws.shuffle(processes)
+    rng.shuffle(processes)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        processes[0].wait(draws.uniform(0, seconds))
+        processes[0].wait(rng.uniform(0, seconds))
     has_run = processes[0].poll() is None
     for process in processes:
         process.kill()
@@ -108,7 +108,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     options = parser.parse_args()
-    draws, until = random.Random(options.seed), time.monotonic() + options.seconds
+    rng, until = random.Random(options.seed), time.monotonic() + options.seconds
     counts = {name: [0, 0, 0] for name in options.kinds}  # kills, runs, runs with another end
     with tempfile.TemporaryDirectory() as temporary:
         wholes, durations = {}, {}
@@ -128,7 +128,7 @@ def main() -> int:
             if name == "fork":
                 (folder / "source").symlink_to(wholes[name] / "source")
             for _ in range(KILLS):
-                counts[name][0] += kill_at_random(kind, folder, draws, durations[name])
+                counts[name][0] += kill_at_random(kind, folder, rng, durations[name])
             run_to_end(kind, folder)
             problems = check(kind, folder, wholes[name])
             counts[name][1] += 1

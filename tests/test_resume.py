@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from experiment_cases import latest_digest
-from preloaded import Fork, finished, start_command
+from preloaded import Fork, finished, start_command, start_program
 from reproduction_cases import logs
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
@@ -113,12 +113,28 @@ def epoch_lines(out: str) -> list[str]:
     return [re.sub(r"  \d+\.\d s", "", line) for line in out.splitlines() if line.startswith("Epoch ")]
 
 
+KILLED = """
+import os, signal, sys
+from dwiml_func.cli.main import main
+from dwiml_func.experiment import setup
+make_steps = setup.make_steps
+
+def make_steps_that_kill(*args, **kwargs):
+    step, *others = make_steps(*args, **kwargs)
+    def kill(state, *rest, **options):
+        if state.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(state, *rest, **options)
+    return kill, *others
+
+setup.make_steps = make_steps_that_kill
+main(sys.argv[1:])
+"""
+
+
 def test_a_run_that_was_killed_in_its_first_epoch_starts_again(whole, tmp_path):
-    process = start_command(*train_command(tmp_path, "run", 4))
-    while "96 streamlines of 2 training subjects" not in process.out:
-        assert process.poll() is None, process.err
-    process.kill()
-    assert process.wait(300) == -9
+    process = finished(start_program(KILLED, *train_command(tmp_path, "run", 4)))
+    assert process.returncode == -9, process.err
     assert list_checkpoints(tmp_path / "run") == []
     run(*SCRIPT, tmp_path, "run", "--new_max_epochs", 4)  # dwi_ml's name of the command and of its option
     check_same_end(tmp_path / "run", whole.directory)

@@ -103,7 +103,7 @@ class _Enduring(io.FileIO):
             if number == 1:
                 with contextlib.suppress(OSError):
                     reason = f"warning: standard output cannot be written to ({error.strerror})"
-                    os.write(2, f"dwiml-func: {reason}. The training goes on.\n".encode())
+                    os.write(2, f"dwiml-func: {reason}. Training continues.\n".encode())
             return len(data)
 
 

@@ -171,7 +171,7 @@ def _sample_by_subjects(
     batch_sizes: list[NDArray[np.int64]] = []
     num_batches = 0
     while (num_left := int(left.sum())) and (spec.max_batches is None or num_batches < spec.max_batches):
-        # The smallest of exponential draws with rates `left`: weighted draws without replacement.
+        # The smallest of exponential samples with rates `left`: weighted sampling without replacement.
         times = rng.standard_exponential(len(left)) / np.maximum(left, 1e-300)  # those that have none come last
         chosen = np.sort(np.argpartition(times, num_chosen - 1)[:num_chosen])
         chosen = chosen[left[chosen] > 0]

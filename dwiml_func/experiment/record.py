@@ -93,6 +93,6 @@ def _option(name: str) -> str:
 def with_defaults(recorded: Mapping[str, Any]) -> Mapping[str, Any]:
     """A recorded config with the options that its version did not have yet."""
     try:
-        return config_from_json(json.dumps(recorded), source="the record").to_dict()
+        return config_from_json(json.dumps(recorded), source="a recorded config").to_dict()
     except ValueError:
         return recorded
