@@ -16,7 +16,7 @@ from dwiml_func.data.streamlines import directions, previous_directions
 from dwiml_func.models.direction_getters import make_direction_getter
 from dwiml_func.models.embeddings import make_embedding, make_input_embedding
 from dwiml_func.models.tractography_model import TractographyModel
-from dwiml_func.models.transformers.attention import sequences_of
+from dwiml_func.models.transformers.attention import Sequences, sequences_of
 from dwiml_func.models.transformers.cache import CachedStep, CacheState, copied
 from dwiml_func.models.transformers.layers import (
     Activation,
@@ -172,6 +172,10 @@ class Transformer(TractographyModel):
             ValueError: the batch has another number of features than the model, inputs at other points, or none; or a
                 streamline has more rows than `max_len`.
         """
+        return self.outputs(*self.rows(batch))
+
+    def rows(self, batch: StreamlineBatch) -> tuple[Tensor, Tensor | None, Sequences]:
+        """Rows of the encoder and, for tto, of the decoder, and how they attend; errors as in `forward`."""
         self.check_batch(batch)
         offsets = batch.input_offsets
         if self.max_len is not None and not torch.compiler.is_compiling():
@@ -182,8 +186,7 @@ class Transformer(TractographyModel):
             dirs = batch.at_inputs(directions(batch.forward_points, batch.offsets))
             previous = previous_directions(dirs, offsets, 1)
             target = self.embedding_layer_t(self.tokens(previous, sequences.positions == 0))
-        x, y = self._encoder_inputs(x, target, sequences.positions)
-        return self._outputs(x, y, sequences)
+        return *self._encoder_inputs(x, target, sequences.positions), sequences
 
     def run_step(self, inputs: Tensor, dirs: Tensor, state: CacheState | None = None, /) -> tuple[Tensor, CacheState]:
         """Predict at the next point of S streamlines, for tracking.
@@ -224,9 +227,10 @@ class Transformer(TractographyModel):
             target = self.embedding_layer_t(self.tokens(dirs[:, :3], state.num_read == 0))
         x, y = self._encoder_inputs(self.input_embedding_layer(inputs), target, state.num_read)
         step = CachedStep(*state)
-        return self._outputs(x, y, step), step.state
+        return self.outputs(x, y, step), step.state
 
-    def _outputs(self, x: Tensor, y: Tensor | None, rows: Rows) -> Tensor:
+    def outputs(self, x: Tensor, y: Tensor | None, rows: Rows) -> Tensor:
+        """The direction getter's outputs from the rows of encoder and decoder."""
         layers = self.modified_torch_transformer
         return self.direction_getter(layers(x, rows) if y is None else layers(x, y, rows))
 
