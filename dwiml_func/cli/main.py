@@ -45,6 +45,7 @@ COMMANDS = {
     "verify": "Train an epoch again and check that the result is bitwise identical.",
     "diff": "Print what differs between two experiments, and the first epoch that differs.",
     "bisect": "Find the first batch and operation in which two experiments differ.",
+    "card": "Print a model card of an experiment.",
     "send-to-comet": "Send an experiment's logs to Comet, or archive them for it.",
 }
 _TRAINING_COMMANDS = ("train", "resume", "fork")

@@ -1,0 +1,86 @@
+"""A model card in Markdown: what a run trained, on which data, with which recipe, scores and versions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dwiml_func.checkpoint.arrays import read_manifest
+from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.experiment.compare import differing
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.consistency import record_digest
+from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.model_store import MANIFEST
+from dwiml_func.experiment.replay import recorded_epochs
+from dwiml_func.experiment.training_facts import TRAINED_ON
+from dwiml_func.files.fingerprint import content
+from dwiml_func.files.json import parse_json
+
+__all__ = ["model_card"]
+
+_FILES = {"evaluation.json": "Evaluation", "tracking.json": "Tracking"}
+
+
+def model_card(directory: str | Path) -> str:
+    """The card of an experiment. ValueError where no epoch is recorded, FileNotFoundError without a best model."""
+    directory = Path(directory)
+    config, latest = read_config(directory), newest(directory)
+    reports = recorded_epochs(directory, latest)
+    assert latest is not None
+    best = reports.get(latest.state.best.epoch or 0)
+    if best is None:
+        raise ValueError(f"{directory} has no best epoch. Expected one whose {config.training.monitor} is finite.")
+    model = read_manifest(directory / "best_model", MANIFEST)
+    num_parameters = sum(leaf.numel() for leaf in latest.state.params.values())
+    changed = differing(RunConfig(hdf5_file=config.hdf5_file).to_dict(), config.to_dict())
+    options = {
+        name: text if text == "none" else json.loads(text)
+        for name, (_, text) in changed.items()
+        if not name.startswith(("checkpoints.", "logging."))
+    }
+    architecture = {"kind": model["class"], "parameters": num_parameters, "features": model["nb_features"]}
+    subsets = {"train": best.train, "valid": best.valid}
+    scores = {f"{subset} {name}": value for subset, means in subsets.items() for name, value in means.items()}
+    sections = {
+        "Model": architecture,
+        "Input": model.get(TRAINED_ON) or {},
+        "Data": {"file": Path(config.hdf5_file).name, **content(latest.data)},
+        "Recipe (other options have their defaults)": options,
+        f"Scores of epoch {best.epoch}, the best of {max(reports)} by {config.training.monitor}": scores,
+    }
+    for name, title in _FILES.items():
+        path = directory / name
+        if path.is_file():
+            sections[title] = _numbers(parse_json(path.read_text(), source=str(path)))
+    sections["Computed by"] = dict(latest.environment)
+    sections["Record"] = {
+        "state": latest.digest,
+        "record": record_digest(latest),
+        "to check": "dwiml-func verify EXPERIMENT_DIR --all",
+    }
+    parts = [f"# {directory.resolve().name}", *(_table(title, rows) for title, rows in sections.items() if rows)]
+    return "\n\n".join(parts)
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> str:
+    flat = {name: pair[0] for name, pair in differing(rows, {}).items()}
+    lines = [f"| {name} | {_cell(value)} |" for name, value in flat.items()]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])
+
+
+def _cell(text: str) -> str:
+    return text.strip('"').replace("|", "\\|")
+
+
+def _numbers(data: Any) -> dict[str, Any]:
+    """The numbers and texts of a JSON object, and those within; lists are left out."""
+    found = {}
+    for name, value in data.items() if isinstance(data, Mapping) else ():
+        if isinstance(value, Mapping):
+            found[name] = _numbers(value)
+        elif not isinstance(value, list):
+            found[name] = value
+    return found
