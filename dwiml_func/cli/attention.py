@@ -39,10 +39,10 @@ __all__ = ["Options", "draw_matrices", "run"]
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
     """Show what a transformer attends to along streamlines. The command makes a folder with matrices_ID.png, the
-    weights of each layer and head, and three coloured tractograms for each attention, of the mean over heads:
-    mean_attention (the mean weight that a point has for later ones), importance (the share of later points that give it
-    more than an even share of their attention) and looked_far (how many points back the important ones lie). Attentions
-    are encoder_1, ..., and of a tto also decoder_1 and cross_1, ...
+    weights of each layer and head beside the largest of their row, and three coloured tractograms for each attention,
+    of the mean over heads: mean_attention (the mean weight that a point has for later ones), importance (the share of
+    later points that give it more than an even share of their attention) and looked_far (how many points back the
+    important ones lie). Attentions are encoder_1, ..., and of a tto also decoder_1 and cross_1, ...
 
     Example: dwiml-func attention experiments/transformer data.hdf5 attention --subject sub_4 --ids 0 7
     """
@@ -114,7 +114,11 @@ def _write_tractograms(
 
 
 def draw_matrices(weights: dict[str, Tensor], *, title: str) -> Figure:
-    """One matrix for each attention (rows) and head (columns): light where a point attends; from 0 to its maximum."""
+    """One matrix for each attention (rows) and head (columns): light where a point attends most.
+
+    Weights are shares of the largest of their row: the first rows have few points to attend to, and would outshine the
+    others.
+    """
     from matplotlib.figure import Figure
 
     num_heads = max(len(own) for own in weights.values())
@@ -125,13 +129,14 @@ def draw_matrices(weights: dict[str, Tensor], *, title: str) -> Figure:
     for row, (name, own) in zip(axes, weights.items(), strict=True):
         for head, (panel, matrix) in enumerate(zip(row, own, strict=True), start=1):
             hidden = np.triu(np.ones(matrix.shape, dtype=bool), 1)
-            panel.imshow(np.ma.array(matrix.numpy(), mask=hidden), cmap="viridis", vmin=0, interpolation="nearest")
+            shares = (matrix / matrix.amax(1, keepdim=True)).numpy()
+            panel.imshow(np.ma.array(shares, mask=hidden), cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
             panel.tick_params(labelsize=7)
             if name == next(iter(weights)):
                 panel.set_title(f"head {head}", fontsize=9)
         row[0].set_ylabel(name, fontsize=9)
     figure.suptitle(title, x=0.02, ha="left", y=1 - 0.12 / height, va="top")
-    figure.supxlabel("point that is attended to; rows: the point that attends", fontsize=9)
+    figure.supxlabel("point attended to (rows: the point that attends; weights / largest of the row)", fontsize=9)
     return figure
 
 
