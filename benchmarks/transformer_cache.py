@@ -1,0 +1,72 @@
+"""Tracking with a transformer: keys and values kept from step to step, beside running the sequences anew at each step.
+
+Only the model is timed: 200 lines of 100 steps on random inputs, the same for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from timing import interleaved, medians_of
+from torch import Tensor
+from verdicts import conclude
+
+from dwiml_func.data import StreamlineBatch
+from dwiml_func.models import Transformer
+
+FEATURES, SIZE, HEADS = 45, 128, 8
+CACHED, ANEW, LIMIT = "keys and values kept", "sequences anew", 15.0
+
+
+def main() -> int:
+    """Print the times and whether the limit holds. Exit code 1 when it does not."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default: 1)")
+    parser.add_argument("--lines", type=int, default=200, help="lines tracked at once (default: 200)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each line (default: 100)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the encoder (default: 2)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of each variant (default: 1)")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(1)
+    model = Transformer(FEATURES, model="tts", input_embedded_size=SIZE, nheads=HEADS, n_layers_e=options.layers).eval()
+    inputs = torch.randn(options.lines, options.steps, FEATURES)
+    results: dict[str, Tensor] = {}
+
+    def cached() -> None:
+        state, outputs = None, []
+        for step in range(options.steps):
+            output, state = model.run_step_in_place(inputs[:, step], inputs.new_empty(options.lines, 0), state)
+            outputs.append(output)
+        results[CACHED] = torch.stack(outputs, dim=1)
+
+    def anew() -> None:
+        outputs = [model(batch_of(inputs[:, : step + 1]))[step :: step + 1] for step in range(options.steps)]
+        results[ANEW] = torch.stack(outputs, dim=1)
+
+    with torch.inference_mode():
+        medians = medians_of(interleaved({CACHED: cached, ANEW: anew}, options.rounds, warm_up=0))
+    torch.testing.assert_close(results[CACHED], results[ANEW], atol=1e-5, rtol=1e-4)
+    print(f"{options.lines} lines, {options.steps} steps, {options.layers} layers, {options.threads} threads")
+    print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in medians.items()))
+    ratio = medians[ANEW] / medians[CACHED]
+    return conclude([(ratio >= LIMIT, f"{ratio:.1f} times faster, at least {LIMIT:g} required")])
+
+
+def batch_of(inputs: Tensor) -> StreamlineBatch:
+    """Lines with inputs (S, L, F) at all points but the last of each."""
+    num, length, _ = inputs.shape
+    zeros = torch.zeros(num, dtype=torch.int64)
+    return StreamlineBatch(
+        points=torch.zeros(num * (length + 1), 3),
+        offsets=torch.arange(num + 1) * (length + 1),
+        subject=zeros,
+        ids=zeros,
+        inputs=inputs.flatten(0, 1),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
