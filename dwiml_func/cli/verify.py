@@ -21,6 +21,7 @@ from dwiml_func.writers.progress import Progress
 
 __all__ = ["Options", "format_audit", "format_verification", "run"]
 
+_MOST = 12  # problems that are printed
 _SHARES = (0.01, 0.05, 0.1, 0.5)
 _NO_DIGEST = "but no state was compared, because no checkpoint was saved after this epoch"
 
@@ -98,7 +99,9 @@ def format_audit(audit: Audit, directory: str) -> str:
     num_recorded, num_replayed = len(audit.recorded), len(audit.replayed)
     head = f"{directory}: {num_replayed} of {pluralize(num_recorded, 'epoch')} trained again"
     lines = [f"{head}, {'some differ' if audit.problems else 'bitwise identical to the record'}."]
-    lines += [f"  {text}" for text in (*audit.problems, *(audit.context if audit.problems else ()))]
+    num_more = len(audit.problems) - _MOST
+    more = [f"and {pluralize(num_more, 'further difference')}"] if num_more > 0 else []
+    lines += [f"  {text}" for text in (*audit.problems[:_MOST], *more, *(audit.context if audit.problems else ()))]
     lines += [f"Not audited: {text}" for text in audit.left_out]
     longest = max(audit.spans, key=lambda span: span.last - span.first)
     if longest.last > longest.first:
