@@ -110,7 +110,7 @@ def forge_config(record: Record, data: Path, draws: random.Random) -> str:
             ("model", "dg_dropout", 0.1),
             ("batches", "reverse_ratio", 0.25),
             ("batches", "batch_size_training", 30),
-            ("batches", "noise_gaussian_size_forward", 0.01),
+            ("batches", "noise_gaussian_size_loss", 0.01),
         ]
     )
     for facts in record.values():
