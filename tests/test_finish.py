@@ -80,3 +80,18 @@ def test_evaluate_writes_those_of_the_members_of_an_ensemble(cli, tmp_path):
 def test_evaluate_takes_the_data_of_the_experiment(cli, run):
     assert cli("evaluate", run).out == cli("evaluate", run, PHANTOM).out != ""
     cli("evaluate", run / "best_model").check_refusal("config.json")
+
+
+@pytest.mark.parametrize("keep", ["2", "all"])
+def test_checkpoints_that_a_kill_kept_from_being_removed_go_with_the_next_resume(cli, finished, tmp_path, keep):
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    assert cli("resume", run, "--new-max-epochs", 4, "--checkpoint-every", "1epoch").code == 0
+    whole = contents(run)
+    kept = {path.name for path in (run / "checkpoint").iterdir()}
+    assert "1" not in kept
+    shutil.copytree(finished / "checkpoint" / "1", run / "checkpoint" / "1")  # as before the last step of a save
+    (run / EVALUATION).unlink()
+    assert cli("resume", run, "--keep", keep).code == 0
+    assert {path.name for path in (run / "checkpoint").iterdir()} == (kept if keep == "2" else {*kept, "1"})
+    if keep == "2":
+        assert contents(run).keys() == whole.keys()

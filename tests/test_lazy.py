@@ -15,7 +15,8 @@ import torch
 from preloaded import run_program
 
 from dwiml_func.data.hdf5 import lazy
-from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes, parse_bytes
+from dwiml_func.data.hdf5.cache_size import parse_bytes
+from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from dwiml_func._checks import STRICT, check_number
 from dwiml_func.data.augmentation import Augmentation
-from dwiml_func.data.hdf5.lazy import parse_bytes
+from dwiml_func.data.hdf5.cache_size import parse_bytes
 from dwiml_func.data.interpolation import Interpolation
 from dwiml_func.data.neighborhood import Neighborhood, NeighborhoodType
 from dwiml_func.data.resampling import Resampling, StepRule

@@ -21,6 +21,7 @@ HARMONICS = ("sh_order", "sh_basis", "sh_legacy")
 """The attributes of a volume that say which spherical harmonics its features are."""
 
 DEFAULT_BASIS = "descoteaux07"
+"""The basis of harmonics whose attributes name none."""
 _SH_BASES = (DEFAULT_BASIS, "tournier07")
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from dwiml_func._checks import at_most_three
 from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.checkpoint.index import CHECKPOINTS, checkpoint_folder, position_name
+from dwiml_func.checkpoint.index import CHECKPOINTS, checkpoint_folder, list_checkpoints, names_after, position_name
+from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.skip_batches import parse_batch
@@ -184,6 +185,10 @@ def with_new_options(
 
 def repair_experiment(directory: Path, parts: RunParts, state: TrainState, history: Sequence[EpochReport]) -> None:
     """Remove what a crash left behind, and bring best model and logs up to date with the checkpoint."""
+    if not names_after(list_checkpoints(directory), state):  # else some are corrupt, or wait for an ensemble's members
+        checkpoints, origin = parts.config.checkpoints, parts.config.origin
+        keep_always = () if origin is None else (origin.checkpoint,)
+        remove_old(directory, state, None if checkpoints.keep == "all" else checkpoints.keep, keep_always)
     for folder in ("", CHECKPOINTS, "logs", "logs/comet", "logs/tensorboard", "plots"):
         remove_leftovers(directory / folder)
     if history:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dwiml_func.data.bundles import Bundles, join_bundles
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
 from dwiml_func.data.grid import Grid
+from dwiml_func.data.hdf5.cache_size import parse_bytes
 from dwiml_func.data.hdf5.consistency import (
     Volume,
     connectivity_fits,
@@ -39,7 +40,7 @@ from dwiml_func.data.hdf5.layout import (
     volume_shape,
     voxel_sizes_of,
 )
-from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes, parse_bytes
+from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
