@@ -24,6 +24,7 @@ from dwiml_func.experiment.config import (
     config_from_json,
 )
 from dwiml_func.experiment.folder import read_config
+from dwiml_func.models.autoencoder.config import AutoencoderOptions
 from dwiml_func.models.transformers.config import TransformerOptions
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -199,9 +200,9 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         *("prev_dirs_embedding_key", "prev_dirs_embedded_size", "normalize_prev_dirs", "use_layer_normalization"),
         *("dg_sphere", "add_entropy_to_gauss", "dg_nb_gaussians", "dg_nb_clusters", "add_eos", "eos_weight"),
         *("normalize_targets", "normalize_outputs", "step_rule"),
-        *("model", *(field.name for field in dataclasses.fields(TransformerOptions))),
+        *("model", *(f.name for kind in (TransformerOptions, AutoencoderOptions) for f in dataclasses.fields(kind))),
         *("skip_window_lag", "add_a_tracking_validation_phase", "tracking_mask"),
-        *("tracking_phase_frequency", "tracking_phase_nb_segments_init"),
+        *("tracking_phase_frequency", "tracking_phase_nb_segments_init", "skip_batches"),
     }
     assert {name.replace("-", "_") for name in options} | {
         "lazy",
