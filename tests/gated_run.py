@@ -18,7 +18,7 @@ OPTIONS = (*STOCHASTIC, "--max-epochs", "2")
 """Of runs of 2 epochs of 4 training and 2 validation batches each."""
 
 GATED = """
-import os, signal, sys, threading
+import os, signal, sys, threading, time
 from dwiml_func.checkpoint import background
 from dwiml_func.cli.main import main
 from dwiml_func.experiment import setup
@@ -34,7 +34,8 @@ def gated(function):
         count += 1
         if count == number:
             print("gate", flush=True)
-            open(gate).readline()
+            while not os.path.exists(gate):  # not the opening of a pipe, in which a signal just before it is lost
+                time.sleep(0.01)
         return function(*args, **kwargs)
     return call
 
@@ -72,7 +73,7 @@ else:
     setup.make_steps = gated_steps
 sys.exit(main(arguments))
 """
-"""The program. It prints `gate` and waits for a line from a pipe, in the middle of a call or as soon as its workers
+"""The program. It prints `gate` and waits for a file, in the middle of a call or as soon as its workers
 were started; or it hangs in its first save; or it sends itself the signal of Ctrl-C while it opens the data."""
 
 
@@ -104,7 +105,7 @@ class Gated:
         Returns its exit code, what it printed, and what is left to read of its standard error.
         """
         if through_gate:
-            self._gate.write_text("\n")
+            self._gate.touch()
         code = self._process.wait(300)
         return code, self._process.out, self._process.err[self._num_read :]
 
@@ -124,7 +125,6 @@ def gated(folder: Path, place: str, number: int, *options: str, prefix: Sequence
     """A training process that has reached its gate. With `prefix`, a command, it is a new one which that starts."""
     with tempfile.TemporaryDirectory() as own:
         gate = Path(own) / "gate"
-        os.mkfifo(gate)
         arguments = (gate, place, number, "train", folder, "run", DATA, *OPTIONS, *options)
         if prefix:
             process = start_program(REPLACED, *prefix, sys.executable, "-c", GATED, *arguments)

@@ -166,7 +166,7 @@ def test_an_ensemble_measures_and_monitors_that_of_each_member(cli, folder: Path
     assert logged[0] != logged[1]
     for number, own in enumerate(logged):
         assert lines_of(tmp_path / "both" / str(number))[-1]["best_epoch"] == 1 + int(np.argmin(own))
-        model = load_model(tmp_path / "both" / str(number) / "best_model").module.eval()
+        model = load_model(tmp_path / "both" / str(number) / "best_model").tracker.eval()
         lags = window_lags(model, windows, lambda row: TrackingSpace(volume=volumes[row], voxel_sizes=(2.0, 2.0, 2.0)))
         assert min(own) == pytest.approx(lags.mean(), rel=1e-12)
     alone = [line[f"valid_{NAME}"] for line in lines_of(folder / "with")]  # the same seed and rate

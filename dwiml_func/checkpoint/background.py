@@ -97,7 +97,8 @@ class AsyncCheckpointer:
     def wait(self) -> None:
         """Wait until nothing is being saved; raises the error of a failed save."""
         if self._thread is not None:
-            self._thread.join()
+            while self._thread.is_alive():  # an endless join may sleep through a signal that comes just before it
+                self._thread.join(0.2)
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
