@@ -91,10 +91,10 @@ def example_options(
     """The options for the built-in example data, where the user gives no others: a recipe that tracks.
 
     Steps of a voxel, a voxel of noise on the points that the model sees, streamlines of both orientations, a low rate
-    at the end and averaged weights. The window lag chooses the best epoch, as the loss does not rank models as they track. The
-    defaults of the options are dwi_ml's, for far larger datasets. Sphere classification needs larger steps of the
-    optimizer, as the data contain few examples of each of its 724 classes. An autoencoder, which reads no directions,
-    has options of its own.
+    at the end and averaged weights. The window lag chooses the best epoch, as the loss does not rank models as they
+    track. The defaults of the options are dwi_ml's, for far larger datasets. Sphere classification needs larger steps
+    of the optimizer, as the data contain few examples of each of its 724 classes. An autoencoder, which reads no
+    directions, has options of its own.
     """
     if model == "autoencoder":
         return RunOptions(
