@@ -240,12 +240,10 @@ def test_other_data_are_taken_when_asked_for_and_noticed_when_not(cli, source):
 
 
 def flip_a_byte(checkpoint: Path) -> None:
-    file = max(
-        (path for path in (checkpoint / "leaves").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
-    )
-    content = bytearray(file.read_bytes())
-    content[32::64] = bytes(byte ^ 1 for byte in content[32::64])  # some of them belong to a tensor
-    file.write_bytes(content)
+    for file in [path for path in (checkpoint / "leaves").rglob("*") if path.is_file()]:
+        content = bytearray(file.read_bytes())
+        content[32::64] = bytes(byte ^ 1 for byte in content[32::64])  # some of them belong to a tensor
+        file.write_bytes(content)
 
 
 def test_what_a_crash_after_the_last_epoch_left_unwritten_a_refused_resume_writes(cli, experiments):

@@ -6,6 +6,7 @@ import builtins
 import math
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,7 @@ def test_a_repeated_epoch_replaces_all_after_it(tmp_path):
 # TensorBoard's own thread prints the error too.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_after_an_error_the_file_is_rewritten(tmp_path):
+    others = set(threading.enumerate())
     write = tensorboard(tmp_path)
     write(report(1))
     (path,) = (tmp_path / "logs" / "tensorboard").iterdir()
@@ -93,6 +95,9 @@ def test_after_an_error_the_file_is_rewritten(tmp_path):
             write(report(2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    for thread in set(threading.enumerate()) - others:  # its error would else be the next test's
+        thread.join(60)
+        assert not thread.is_alive()
     write(report(3))
     assert displayed(tmp_path) == expected(report(1), report(2), report(3))
 
