@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dwiml_func.checkpoint.digest import leaf_digest, state_digest, state_leaves
+from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.metrics import read_means
@@ -406,7 +407,7 @@ def test_a_frozen_parameter_is_stored_once_for_all_members():
     loss_fn, make = module_loss(frozen_encoder(0), squared_error), partial(init_state, optimizer=sgd(momentum=0.9))
     states = [make(frozen_encoder(seed), seed=seed) for seed in SEEDS]
     ensemble = stack_states(states)
-    step = partial(ensemble_step, loss_fn=loss_fn, optimizer=sgd(momentum=0.9))
+    step: Any = checked_step(partial(ensemble_step, loss_fn=loss_fn, optimizer=sgd(momentum=0.9)), every=2)  # type: ignore[arg-type]
     for number, batch in enumerate(batches(Key(0), 0, 0)):
         if number == 2:  # one member has stopped
             ensemble = ensemble.replace(active=torch.tensor([True, False, True]))

@@ -63,7 +63,7 @@ def checked_step(step: Step, every: int) -> Step:
         if state.step % every:
             return step(state, batch, lr=lr)
         for is_last in (False, True):
-            first, second = (step(tree_map(torch.clone, state), batch, lr=lr) for _ in range(2))
+            first, second = (step(_own(state), batch, lr=lr) for _ in range(2))
             if not (different := _different(first, second)):
                 return first
             where = location(state.epoch, state.batch, state.step)
@@ -77,6 +77,12 @@ def checked_step(step: Step, every: int) -> Step:
         raise AssertionError("returned or raised")
 
     return checked
+
+
+def _own(state: Any) -> Any:
+    """The state with its own copy of what a step that donates writes into; buffers may be large, and are shared."""
+    copies = {name: tree_map(torch.clone, dict(getattr(state, name))) for name in ("params", "opt_state")}
+    return state.replace(**copies)
 
 
 def _different(one: Any, other: Any) -> list[str]:

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
     from dwiml_func.models.transformers.transformer import Transformer
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
     "Autoencoder",
     "Learn2Track",
     "Transformer",
     "compute_batch_loss",
     "compute_reconstruction_loss",
-    "load_model",
+    "load_model",  # pyright: ignore[reportUnsupportedDunderAll]
     "make_direction_getter",
 ]
 
