@@ -24,7 +24,8 @@ HELD_ELSEWHERE = {
         "num_threads",
         "compile",
         "num_shards",
-    ),  # test_parallel, test_compiled_runs, ...
+        "matmul_precision",
+    ),  # test_parallel, test_compiled_runs, test_matmul_precision, ...
     *("max_len", "position_encoding"),  # test_transformers, test_config
     *(
         "max_epochs",

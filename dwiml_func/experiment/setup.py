@@ -17,6 +17,7 @@ from dwiml_func.core.autocast import check_bf16
 from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.epoch import EvalStep
 from dwiml_func.core.loss import LossFn, module_loss
+from dwiml_func.core.matmul_precision import set_matmul_precision
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.rates import Step
 from dwiml_func.core.report import check_monitor
@@ -126,10 +127,11 @@ def check_monitored(parts: RunParts, *, is_member: bool = False) -> None:
 def make_parts(
     config: RunConfig, data: RunData, process_group: ProcessGroup = SINGLE_PROCESS, *, is_member: bool = False
 ) -> RunParts:
-    """Make the parts of a run on data that are open; runs on the same data can share them.
+    """Make the parts of a run on data that are open; runs on the same data can share them. Sets torch's precision.
 
     A member of an ensemble has no window lag of its own: that of all members is measured together.
     """
+    set_matmul_precision(config.training.matmul_precision)
     device = _device(config.training)
     model = make_model(config, data.training.num_features, training=data.training).to(device)
     optimizer = make_optimizer(config.training)

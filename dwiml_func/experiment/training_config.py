@@ -9,6 +9,7 @@ import tyro
 
 from dwiml_func._checks import STRICT, check_number
 from dwiml_func.core.interval import validation_interval
+from dwiml_func.core.matmul_precision import MatmulPrecision
 from dwiml_func.core.skip_batches import parse_batch
 from dwiml_func.experiment.learning_rate import parse_learning_rate
 from dwiml_func.experiment.optimizers import OptimizerName, make_optimizer
@@ -80,6 +81,9 @@ class TrainingConfig:
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the model's matrix products and convolutions in training and validation; bf16 is autocast to
     bfloat16. Parameters, gradients, optimizer state, losses and the final model stay in float32."""
+    matmul_precision: MatmulPrecision = "highest"
+    """Precision of float32 matrix products: highest is float32; high allows TF32 on GPUs that have it; medium allows
+    bfloat16 within products where the processor has it. It is set for cuBLAS, cuDNN and oneDNN alike."""
     skip_window_lag: bool = False
     """Do not measure the window lag at validations: the mean distance in mm between model and real streamline, where
     the model reads up to 60 mm of it and continues alone for 20 mm. It does not change the training."""
