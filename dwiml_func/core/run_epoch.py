@@ -77,10 +77,10 @@ def run_epoch(
 ) -> tuple[TrainState, EpochReport]:
     """Train the current epoch to its end, validate, and judge it.
 
+    Arguments that are not described here are those of `train_and_validate`.
+
     Args:
         state: where to start, also in the middle of an epoch.
-        train, step, valid, eval_step, learning_rate, monitor, mode, validate_every, patience, patience_delta, on_batch,
-            interrupt, track, clock: as for `train_and_validate`.
         max_epochs: the report's `stop` says when this number is reached; None never does.
         on_trained: called between training and validation with the state and the report that the epoch has without
             validation. What is saved there is not lost if the validation fails.
