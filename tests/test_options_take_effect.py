@@ -25,7 +25,8 @@ HELD_ELSEWHERE = {
         "compile",
         "num_shards",
         "matmul_precision",
-    ),  # test_parallel, test_compiled_runs, test_matmul_precision, ...
+        "pad_batches",
+    ),  # test_parallel, test_compiled_runs, test_matmul_precision, test_padding, ...
     *("max_len", "position_encoding"),  # test_transformers, test_config
     *(
         "max_epochs",

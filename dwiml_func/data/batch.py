@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ class StreamlineBatch:
             learn where streamlines end (EOS), see `LoaderSpec.add_eos`.
         noisy_points, noisy_targets: (P, 3) float32, the points with the noise that the model shall see, and with that
             of the targets; None where there is none.
+        padded_length: to how many rows a model may pad the inputs of each streamline, none of which has more: known to
+            the host, so that no accelerator is asked for it. None: models find out how long the streamlines are.
 
     Example:
         >>> batch = StreamlineBatch(
@@ -47,6 +51,7 @@ class StreamlineBatch:
     inputs: Tensor
     noisy_points: Tensor | None = None
     noisy_targets: Tensor | None = None
+    padded_length: int | None = None
 
     def __repr__(self) -> str:
         size = f"{len(self)} streamlines, {len(self.points)} points, inputs {tuple(self.inputs.shape)}"
@@ -163,6 +168,16 @@ class StreamlineBatch:
             >>> batch.to("cpu").inputs.device
             device(type='cpu')
         """
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items() if t is not None}
-        return StreamlineBatch(**moved)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> StreamlineBatch:
+        """Copy every tensor to memory from which a GPU copies by itself; a torch DataLoader asks for this too.
+
+        Returns:
+            A batch in pinned memory; tensors that are in it already are shared.
+        """
+        return self._mapped(lambda tensor: tensor.pin_memory())
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> StreamlineBatch:
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return StreamlineBatch(**{name: function(t) if isinstance(t, Tensor) else t for name, t in parts.items()})

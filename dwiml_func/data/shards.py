@@ -47,6 +47,10 @@ class ShardedBatch(Sequence[StreamlineBatch | None]):
         moved = (None if shard is None else shard.to(device, non_blocking=non_blocking) for shard in self.shards)
         return ShardedBatch(tuple(moved), self.ids)
 
+    def pin_memory(self) -> ShardedBatch:
+        """Copy every shard to pinned memory."""
+        return ShardedBatch(tuple(None if shard is None else shard.pin_memory() for shard in self.shards), self.ids)
+
 
 def cut_batch(batch: StreamlineBatch, num_shards: int) -> ShardedBatch:
     """Cut a batch into shards of consecutive streamlines, with nearly equal numbers of points.

@@ -18,6 +18,7 @@ from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
 from dwiml_func.data.neighborhood import check_cubic_voxels
+from dwiml_func.data.padding import length_step, with_padded_length
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import cut_batch
@@ -74,6 +75,7 @@ def make_batches(config: RunConfig, data: RunData, device: torch.device) -> tupl
     """Make the sources of training, validation and evaluation batches; of the validation None without its subjects."""
     num_shards, num_workers = config.training.num_shards, config.batches.processes
     sampler = config.batches.sampler("validation")
+    prepare = _preparation(config, data, device)
 
     def load(num_shards: int, **plan: Any) -> SizedBatches[Any]:
         batches = epoch_batches(**plan, num_workers=num_workers)
@@ -81,6 +83,8 @@ def make_batches(config: RunConfig, data: RunData, device: torch.device) -> tupl
             batches = Prefetched(batches)
         if num_shards > 1:
             batches = _Map(partial(cut_batch, num_shards=num_shards), batches)
+        if prepare is not None:
+            batches = _Map(prepare, batches)
         return batches if device.type == "cpu" else _Map(lambda batch: batch.to(device, non_blocking=True), batches)
 
     def train(key: Key, epoch: int, start_batch: int) -> SizedBatches[Any]:
@@ -100,7 +104,18 @@ def first_batch(config: RunConfig, data: RunData, device: torch.device) -> Strea
     """The first batch of the run, or its first shard."""
     plan = _training_plan(config, data, Key(config.training.rng))
     batch, num_shards = next(iter(epoch_batches(**plan, epoch=0))), config.training.num_shards
-    return (cut_batch(batch, num_shards)[0] or batch if num_shards > 1 else batch).to(device)
+    batch = cut_batch(batch, num_shards)[0] or batch if num_shards > 1 else batch
+    prepare = _preparation(config, data, device)
+    return (batch if prepare is None else prepare(batch)).to(device)
+
+
+def _preparation(config: RunConfig, data: RunData, device: torch.device) -> Callable[[Any], Any] | None:
+    """What is added to batches while they are on the host; None for nothing."""
+    padding = config.training.pad_batches
+    if padding == "off" or (padding == "auto" and device.type == "cpu"):
+        return None
+    step = length_step((data.training, data.validation), config.batches.resampling)
+    return partial(with_padded_length, step=step, max_len=config.model.max_len)
 
 
 def sampled_batch(dataset: StreamlineDataset, config: RunConfig) -> StreamlineBatch:

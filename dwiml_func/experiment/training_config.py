@@ -81,6 +81,9 @@ class TrainingConfig:
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the model's matrix products and convolutions in training and validation; bf16 is autocast to
     bfloat16. Parameters, gradients, optimizer state, losses and the final model stay in float32."""
+    pad_batches: Literal["auto", "on", "off"] = "auto"
+    """Pad the streamlines of a batch to one of 8 lengths in recurrent layers and in attention: faster on a GPU, which
+    then never waits for lengths. auto: on a GPU. Results are equal to rounding; dropout takes other random numbers."""
     matmul_precision: MatmulPrecision = "highest"
     """Precision of float32 matrix products: highest is float32; high allows TF32 on GPUs that have it; medium allows
     bfloat16 within products where the processor has it. It is set for cuBLAS, cuDNN and oneDNN alike."""

@@ -19,7 +19,7 @@ from dwiml_func.data.streamlines import directions, previous_directions
 from dwiml_func.models.baselines import angular_error
 from dwiml_func.models.direction_getters import make_direction_getter
 from dwiml_func.models.embeddings import make_embedding, make_input_embedding
-from dwiml_func.models.rnn.packing import packed_layout
+from dwiml_func.models.rnn.packing import packed_layout, padded_layout
 from dwiml_func.models.rnn.single_step import StepMemory
 from dwiml_func.models.rnn.stacked import StackedRNN
 from dwiml_func.models.tractography_model import TractographyModel
@@ -154,7 +154,10 @@ class Learn2Track(TractographyModel):
             # With EOS the last points have rows too. No point follows them, so the zeros there are never read.
             dirs = batch.at_inputs(directions(batch.forward_points, batch.offsets))
             previous = previous_directions(self._normalized(dirs), offsets, self.nb_previous_dirs)
-        layout = packed_layout(offsets, batch.num_points)
+        if torch.compiler.is_compiling() or batch.padded_length is None:
+            layout = packed_layout(offsets, batch.num_points)
+        else:
+            layout = padded_layout(offsets, batch.num_points, batch.padded_length)
         features = self.rnn_model(layout.pack(self._embedded(batch.inputs, previous)), layout.batch_sizes)
         return layout.unpack(self.direction_getter(features))
 

@@ -2,6 +2,10 @@
 
 It is the layout of `torch.nn.utils.rnn.PackedSequence`. The sequences that still run at a time step are a prefix of
 those that ran before, so a recurrent model needs no padding and no mask.
+
+The padded layout is for GPUs, which run many rows as fast as few: all sequences run for a number of time steps that the
+host knows. Rows of padding come after those of their sequence, so no real row reads them, and since nothing reads their
+outputs, their gradients are zeros: no mask is needed here either.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["PackedLayout", "packed_layout"]
+__all__ = ["PackedLayout", "PaddedLayout", "packed_layout", "padded_layout"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +40,36 @@ class PackedLayout:
     def unpack(self, packed: Tensor) -> Tensor:
         """Put packed rows (P, ...) back into the flat order."""
         return packed.index_select(0, self.packed_rows)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PaddedLayout:
+    """Where each row of a flat array is, time step by time step, with all S sequences in each.
+
+    slots: (P,) int64, the padded row of each flat row.
+    batch_sizes: S for each time step, as in `PackedLayout`.
+    """
+
+    slots: Tensor
+    batch_sizes: list[int]
+
+    def pack(self, flat: Tensor) -> Tensor:
+        """Put flat rows (P, ...) among rows of zeros."""
+        padded = flat.new_zeros(sum(self.batch_sizes), *flat.shape[1:])
+        return padded.index_copy(0, self.slots, flat)
+
+    def unpack(self, padded: Tensor) -> Tensor:
+        """Put the rows that are not padding back into the flat order."""
+        return padded.index_select(0, self.slots)
+
+
+def padded_layout(offsets: Tensor, num_rows: int, length: int) -> PaddedLayout:
+    """The padded layout of sequences of at most `length` rows each, see `packed_layout`. No device is waited for."""
+    num_sequences = len(offsets) - 1
+    numbers = torch.arange(num_sequences, device=offsets.device)
+    sequence = numbers.repeat_interleave(offsets.diff(), output_size=num_rows)
+    time = torch.arange(num_rows, device=offsets.device) - offsets[:-1].index_select(0, sequence)
+    return PaddedLayout(time * num_sequences + sequence, [num_sequences] * length)
 
 
 def packed_layout(offsets: Tensor, num_rows: int | None = None) -> PackedLayout:

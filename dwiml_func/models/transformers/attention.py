@@ -62,8 +62,11 @@ class Sequences:
         return torch.cat(results).index_select(0, self.flat)
 
 
-def sequences_of(offsets: Tensor, num_rows: int) -> Sequences:
-    """The sequences s with the flat rows offsets[s] to offsets[s + 1] - 1; `offsets` is (S + 1,) int64."""
+def sequences_of(offsets: Tensor, num_rows: int, padded_length: int | None = None) -> Sequences:
+    """The sequences s with the flat rows offsets[s] to offsets[s + 1] - 1; `offsets` is (S + 1,) int64.
+
+    With `padded_length`, all are in one bucket, padded to so many rows, and no accelerator is asked for lengths.
+    """
     device = offsets.device
     rows = torch.arange(num_rows, device=device)
     positions = rows - offsets[:-1].repeat_interleave(offsets.diff(), output_size=num_rows)
@@ -71,6 +74,13 @@ def sequences_of(offsets: Tensor, num_rows: int) -> Sequences:
         padded, real, flat = _one_bucket(offsets, num_rows)
         return Sequences(positions, (Bucket(padded.flatten(), real, offsets.shape[0] - 1),), flat)
     lengths = offsets.diff()
+    if padded_length is not None:
+        steps = torch.arange(padded_length, device=device)
+        starts = offsets[:-1, None].clamp(max=num_rows - 1)
+        padded = starts + torch.minimum(steps, (lengths[:, None] - 1).clamp(min=0))
+        sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=num_rows)
+        real = sequence * padded_length + positions
+        return Sequences(positions, (Bucket(padded.flatten(), real, len(lengths)),), rows)
     order = lengths.argsort(descending=True, stable=True)
     sizes = lengths[order].tolist()
     buckets, real_rows, first = [], [], 0

@@ -179,8 +179,8 @@ class Transformer(TractographyModel):
         self.check_batch(batch)
         offsets = batch.input_offsets
         if self.max_len is not None and not torch.compiler.is_compiling():
-            _check_lengths(offsets, self.max_len)
-        sequences = sequences_of(offsets, batch.num_points)
+            _check_lengths(offsets, self.max_len, batch.padded_length)
+        sequences = sequences_of(offsets, batch.num_points, batch.padded_length)
         x, target = self.input_embedding_layer(batch.inputs), None
         if self.kind != "tts":
             dirs = batch.at_inputs(directions(batch.forward_points, batch.offsets))
@@ -265,7 +265,9 @@ def _check_size(size: int, nheads: int) -> None:
         )
 
 
-def _check_lengths(offsets: Tensor, max_len: int) -> None:
+def _check_lengths(offsets: Tensor, max_len: int, padded_length: int | None) -> None:
+    if padded_length is not None and padded_length <= max_len:
+        return  # without waiting for an accelerator
     longest = int(offsets.diff().max())
     if longest > max_len:
         raise _too_long(max_len, longest)

@@ -1,0 +1,54 @@
+"""To how many rows models pad the streamlines of a batch: one of a few lengths, fixed by the dataset.
+
+A batch's length depends on its own streamlines and on the dataset, never on other batches, so neither do its results.
+Few lengths also mean few CUDA graphs and few plans of cuDNN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+
+from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.dataset import StreamlineDataset
+from dwiml_func.data.resampling import Resampling, steps_for
+from dwiml_func.data.shards import ShardedBatch
+
+__all__ = ["NUM_LENGTHS", "length_step", "with_padded_length"]
+
+NUM_LENGTHS = 8
+"""Into how many steps the longest streamline is divided. Padding adds one step at most."""
+
+Batch = TypeVar("Batch", StreamlineBatch, ShardedBatch)
+
+
+def length_step(datasets: Iterable[StreamlineDataset], resampling: Resampling) -> int:
+    """The number of rows of which padded lengths are multiples: an eighth of the longest streamline, rounded up."""
+    longest = max((_longest(dataset, resampling) for dataset in datasets if dataset.index.num_total), default=1)
+    return -(-longest // NUM_LENGTHS)
+
+
+def _longest(dataset: StreamlineDataset, resampling: Resampling) -> int:
+    """Points of the longest streamline, to rounding: what is longer is padded to the next multiple all the same."""
+    if resampling.nb_points is not None:
+        return resampling.nb_points
+    lengths_mm, step_size = dataset.index.lengths_mm, resampling.step_size
+    if step_size is not None and resampling != dataset.resampling and lengths_mm is not None:
+        return int(steps_for(np.asarray([lengths_mm.max()]), step_size, resampling.step_rule)[0]) + 1
+    return int(dataset.streamlines.lengths.max())
+
+
+def with_padded_length(batch: Batch, step: int, max_len: int | None = None) -> Batch:
+    """A batch on the host, or its shards, with the `padded_length` of its longest streamline: a multiple of `step`.
+
+    A model that reads `max_len` rows at most pads to no more, unless a streamline has more: the model then says so.
+    """
+    if isinstance(batch, ShardedBatch):
+        own = (None if shard is None else with_padded_length(shard, step, max_len) for shard in batch)
+        return ShardedBatch(tuple(own), batch.ids)
+    longest = int(batch.input_offsets.diff().max())
+    length = max(-(-longest // step), 1) * step
+    return replace(batch, padded_length=length if max_len is None else min(length, max(longest, max_len)))

@@ -1,0 +1,179 @@
+"""Claims about padded batches: equal to packed ones to rounding, of few lengths, and without a wait for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from experiment_cases import CONFIG
+from torch import Tensor
+
+from dwiml_func.core.loss import module_loss
+from dwiml_func.core.state import init_state
+from dwiml_func.core.step import train_step
+from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.data.dataset import StreamlineDataset
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
+from dwiml_func.data.padding import NUM_LENGTHS, length_step, with_padded_length
+from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.shards import cut_batch
+from dwiml_func.experiment.batches import make_batches, open_data
+from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
+from dwiml_func.models.rnn import stacked
+from dwiml_func.models.rnn.cudnn import cudnn_scan
+from dwiml_func.models.rnn.packing import packed_layout, padded_layout
+from dwiml_func.models.rnn.stacked import RecurrentLayer
+from dwiml_func.models.transformers.transformer import Transformer
+from dwiml_func.optim import adam
+
+PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+LENGTHS = (5, 1, 3, 8, 0, 3)
+SMALL: dict[str, Any] = {"input_embedded_size": 8, "nheads": 2, "n_layers_e": 2, "dropout_rate": 0.0}
+MODELS: dict[str, Callable[[int], Any]] = {
+    "lstm": lambda num: Learn2Track(num, rnn_layer_sizes=(7, 5), nb_previous_dirs=2, use_skip_connection=True),
+    "gru": lambda num: Learn2Track(num, rnn_key="gru", rnn_layer_sizes=(7, 5), use_layer_normalization=True),
+    "tts": lambda num: Transformer(num, model="tts", **SMALL),
+    "ttst": lambda num: Transformer(num, model="ttst", target_embedded_size=4, **SMALL),
+    "tto": lambda num: Transformer(num, model="tto", **SMALL),
+}
+
+
+def _offsets(lengths: tuple[int, ...] = LENGTHS) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def _batch(*, add_eos: bool = False, num: int = 12) -> StreamlineBatch:
+    spec = LoaderSpec(add_eos=add_eos)
+    return load_batch(BatchRequest(np.arange(num), None, 0, 0), dataset=_dataset(), spec=spec)
+
+
+@cache
+def _dataset() -> StreamlineDataset:
+    return open_dataset(PHANTOM)
+
+
+def _results(model: Any, batch: StreamlineBatch) -> list[Tensor]:
+    model.zero_grad()
+    loss, *_ = compute_batch_loss(model, batch)
+    loss.backward()
+    return [model(batch), loss, *(parameter.grad for parameter in model.parameters())]
+
+
+def test_rows_lie_time_step_by_time_step_and_padding_is_zero() -> None:
+    rows = torch.randn(sum(LENGTHS), 2, requires_grad=True)
+    layout = padded_layout(_offsets(), len(rows), 10)
+    padded = layout.pack(rows).unflatten(0, (10, len(LENGTHS)))
+    for number, (start, length) in enumerate(zip(_offsets().tolist(), LENGTHS, strict=False)):
+        assert torch.equal(padded[:length, number], rows[start : start + length])
+        assert not padded[length:, number].any()
+    assert torch.equal(layout.unpack(layout.pack(rows)), rows)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("rnn_key", ["lstm", "gru"])
+def test_torchs_padded_layers_give_the_outputs_and_gradients_of_our_packed_ones(
+    rnn_key: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """What cuDNN computes on a GPU, on the CPU."""
+    torch.manual_seed(3)
+    layer, flat = RecurrentLayer(rnn_key, 4, 6).to(dtype), torch.randn(sum(LENGTHS), 4, dtype=dtype)
+    factors, results = torch.randn(len(flat), 6, dtype=dtype), []
+    packed, padded = packed_layout(_offsets()), padded_layout(_offsets(), len(flat), 10)
+    state = (torch.zeros(len(LENGTHS), 6, dtype=dtype),) * (2 if rnn_key == "lstm" else 1)
+    for layout, run in (
+        (packed, layer),
+        (padded, layer),
+        (padded, lambda x, sizes: cudnn_scan(rnn_key, x, sizes, layer.weights, state)[0]),
+    ):
+        x = flat.clone().requires_grad_()
+        rows = layout.pack(x)
+        rows.retain_grad()
+        outputs = layout.unpack(run(rows, layout.batch_sizes))
+        gradients = torch.autograd.grad((outputs * factors).sum(), [rows, x, *layer.parameters()])
+        if layout is padded:
+            is_padding = torch.ones(len(rows), dtype=torch.bool).index_fill(0, padded.slots, False)
+            assert not gradients[0][is_padding].any()  # and no mask
+        results.append((outputs, *gradients[1:]))
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("add_eos", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_padded_batch_gives_the_loss_and_gradients_of_a_packed_one(name: str, add_eos: bool) -> None:
+    batch = _batch(add_eos=add_eos)
+    model: Any = MODELS[name](batch.inputs.shape[1])
+    if add_eos:
+        model.direction_getter = Learn2Track(
+            3, rnn_layer_sizes=(model.direction_getter.input_size,), dg_args={"add_eos": True}
+        ).direction_getter
+    padded = with_padded_length(batch, 5)
+    assert padded.padded_length is not None
+    assert 0 <= padded.padded_length - int(batch.input_offsets.diff().max()) < 5
+    for ours, theirs in zip(_results(model, padded), _results(model, batch), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lstm", "tto"])
+def test_a_step_on_a_padded_batch_waits_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device `meta`, which has shapes and no values, whatever reads one fails."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which knows no meta
+    monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())
+    monkeypatch.setattr(stacked, "_scan_for", lambda device: cudnn_scan)  # as on a GPU
+    offsets, numbers = _offsets(tuple(length + 1 for length in LENGTHS)), torch.arange(len(LENGTHS))
+    points, inputs = torch.zeros(int(offsets[-1]), 3), torch.zeros(sum(LENGTHS), 6)
+    batch = StreamlineBatch(points=points, offsets=offsets, subject=numbers, ids=numbers, inputs=inputs)
+    batch = with_padded_length(batch, 5).to("meta")
+    model = MODELS[name](batch.inputs.shape[1]).to("meta")
+    step = partial(train_step, loss_fn=module_loss(model, compute_batch_loss), optimizer=adam(), lr=1e-3)
+    state = init_state(model, adam(), seed=0)
+    state, metrics = step(state, batch)
+    total: Any = metrics["loss"].total
+    assert total.device.type == "meta"
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        step(state, replace(batch, padded_length=None))
+
+
+def test_there_are_few_lengths_and_a_batch_alone_decides_its_own() -> None:
+    dataset = _dataset()
+    step, longest = length_step([dataset], Resampling()), int(dataset.streamlines.lengths.max())
+    lengths = {with_padded_length(_batch(num=num), step).padded_length for num in range(1, 40, 3)}
+    assert all(length is not None and length % step == 0 for length in lengths)
+    assert len(lengths) <= NUM_LENGTHS
+    assert longest <= NUM_LENGTHS * step < longest + NUM_LENGTHS
+    assert length_step([dataset], Resampling(nb_points=81)) == 11
+    mm = dataset.index.lengths_mm
+    assert mm is not None
+    assert length_step([dataset], Resampling(step_size=0.1)) == -(-(round(mm.max() / 0.1) + 1) // NUM_LENGTHS)
+
+
+def test_a_model_with_a_largest_length_pads_to_no_more_and_shards_have_their_own() -> None:
+    batch = _batch()
+    longest = int(batch.input_offsets.diff().max())
+    assert with_padded_length(batch, 1000).padded_length == 1000
+    assert with_padded_length(batch, 1000, max_len=longest + 2).padded_length == longest + 2
+    assert with_padded_length(batch, 1000, max_len=longest - 1).padded_length == longest  # the model refuses it
+    shards = with_padded_length(cut_batch(batch, 3), 1)
+    own = [int(shard.input_offsets.diff().max()) for shard in shards if shard is not None]
+    assert [shard.padded_length for shard in shards if shard is not None] == own
+
+
+def test_a_run_pads_when_it_is_told_to_and_on_the_cpu_not_by_itself() -> None:
+    data, lengths = open_data(CONFIG), {}
+    for choice in ("auto", "on", "off"):
+        config = replace(CONFIG, training=replace(CONFIG.training, pad_batches=choice))
+        train, valid, _ = make_batches(config, data, torch.device("cpu"))
+        assert valid is not None
+        key: Any = init_state(torch.nn.Linear(1, 1), adam(), seed=0).key
+        lengths[choice] = [batch.padded_length for batch in (*train(key, 0, 0), *valid(key, 0, 0))]
+    assert set(lengths["auto"]) == set(lengths["off"]) == {None}
+    assert None not in lengths["on"]
