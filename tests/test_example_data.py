@@ -22,6 +22,7 @@ from dwiml_func.data.example.dataset import make_example_data
 make_example_data(sys.argv[1])
 """
 THREADS = (1, 2)
+ARRAYS = "a5b5e95dfbd60fe462ef0434a4f2d181089e6d9cc1a0dad37544b5cb82b9aaa4"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,15 @@ def coefficients(group: Any) -> np.ndarray:
 def test_the_bytes_are_the_same_each_time_and_for_any_number_of_threads(folder):
     digests = [hashlib.sha256((folder / f"{threads}.hdf5").read_bytes()).hexdigest() for threads in THREADS]
     assert digests[0] == digests[1]
+
+
+def test_the_arrays_are_those_of_earlier_versions(file):
+    """Experiments that trained on the example data name its hash; options of the data must not change the default."""
+    digest = hashlib.sha256()
+    for subject in SUBJECTS:
+        for name in ("input/data", "streamlines/data", "streamlines/lengths", "wm_mask/data"):
+            digest.update(file[subject][name][:].tobytes())
+    assert digest.hexdigest() == ARRAYS
 
 
 def test_nothing_else_is_written_also_not_into_the_home_folder(folder):

@@ -10,6 +10,7 @@ import tyro
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.data.example.dataset import make_example_data
+from dwiml_func.data.example.settings import DEFAULT_SETTINGS, ExampleSettings
 
 __all__ = ["Options", "run"]
 
@@ -25,11 +26,12 @@ class Options(CommandOptions):
     """Output HDF5 file; missing folders are made."""
     overwrite: bool = False
     """Replace an existing file."""
+    settings: ExampleSettings = DEFAULT_SETTINGS
 
 
 def run(options: Options) -> int:
     """Write the file."""
     with folders_above(options.out_hdf5) as path:
-        make_example_data(path, overwrite=options.overwrite)
+        make_example_data(path, settings=options.settings, overwrite=options.overwrite)
     print(f"{options.out_hdf5}: three training subjects, one validation and one testing subject")
     return 0

@@ -1,0 +1,140 @@
+"""Claims about the options of the example data: closed forms of the signal, its noise, and what crosses the bundles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dwiml_func.core.rng import Key, numpy_rng
+from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
+from dwiml_func.data.example.settings import DEFAULT_SETTINGS, ExampleSettings
+from dwiml_func.data.example.signal import ISOTROPIC, Fibres, acquire, simulate
+from dwiml_func.data.example.unlabelled import mean_line, unlabelled_bundles
+from dwiml_func.data.spherical_harmonics import half_sphere_directions, sh_matrix
+
+CLEAN = ExampleSettings(snr=float("inf"))
+B, PARALLEL, PERPENDICULAR = 1000.0, 1.5e-3, 3e-4
+
+
+def in_one_voxel(*fibres: tuple[tuple[float, float, float], float]) -> Fibres:
+    directions = np.array([[axis for axis, _ in fibres]])
+    return Fibres(np.array([0]), directions, np.array([[fraction for _, fraction in fibres]]))
+
+
+def acquired(fibres: Fibres, settings: ExampleSettings = CLEAN, num: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    return acquire(fibres, np.ones((num, 1, 1), dtype=bool), settings, numpy_rng(Key(7)))
+
+
+def test_the_signal_of_one_tensor_is_its_closed_form() -> None:
+    axis = np.array([2.0, -1.0, 2.0]) / 3
+    unweighted, weighted = acquired(in_one_voxel((tuple(axis.tolist()), 1.0)))
+    tensor = PERPENDICULAR * np.eye(3) + (PARALLEL - PERPENDICULAR) * np.outer(axis, axis)
+    gradients = half_sphere_directions(60)
+    np.testing.assert_array_equal(unweighted, np.ones((1, 6)))
+    expected = [np.exp(-B * g @ tensor @ g) for g in gradients]
+    np.testing.assert_allclose(weighted[0], expected, rtol=1e-12)
+
+
+def test_the_signal_of_a_crossing_is_the_sum_of_two_tensors_and_of_isotropic_tissue() -> None:
+    _, weighted = acquired(in_one_voxel(((1.0, 0.0, 0.0), 0.4), ((0.0, 1.0, 0.0), 0.4)))
+    x, y, _ = half_sphere_directions(60).T
+    expected = 0.4 * np.exp(-B * (PERPENDICULAR + 1.2e-3 * x**2)) + 0.4 * np.exp(-B * (PERPENDICULAR + 1.2e-3 * y**2))
+    np.testing.assert_allclose(weighted[0], expected + 0.2 * np.exp(-B * ISOTROPIC), rtol=1e-12)
+
+
+@pytest.mark.parametrize("snr", [10.0, 20.0, 30.0])
+def test_the_snr_is_that_of_the_unweighted_images(snr: float) -> None:
+    unweighted, _ = acquired(in_one_voxel(((1.0, 0.0, 0.0), 0.5)), ExampleSettings(snr=snr), num=20_000)
+    # Rice's distribution has this variance, to the fourth order of sigma (Gudbjartsson and Patz, 1995).
+    measured = 1 / np.sqrt(unweighted.var() / (1 - 0.5 / snr**2))
+    assert abs(measured / snr - 1) < 5 / np.sqrt(2 * unweighted.size)  # five standard errors
+
+
+@pytest.mark.parametrize(("num", "order"), [(6, 2), (14, 2), (15, 4), (28, 6), (60, 6)])
+def test_harmonics_are_as_many_as_the_directions_determine(num: int, order: int) -> None:
+    settings = replace(CLEAN, nb_directions=num)
+    mask = np.zeros((3, 3, 3), dtype=bool)
+    mask[1, 1, 1] = True
+    fibres = in_one_voxel(((0.0, 0.0, 1.0), 0.6))._replace(voxels=np.array([13]))
+    coefficients = simulate(fibres, mask, settings, numpy_rng(Key(1)))
+    assert coefficients.shape == (3, 3, 3, (order + 1) * (order + 2) // 2)
+    fitted = (
+        coefficients[0, 0, 0] @ sh_matrix(half_sphere_directions(num), order).T
+    )
+    np.testing.assert_allclose(fitted, np.exp(-B * ISOTROPIC), atol=1e-9)
+
+
+def axes_near(points: np.ndarray, lines: list[np.ndarray], *, mm: float) -> np.ndarray:
+    """(3, 3): the mean of u u' of the segments of lines near points."""
+    middles = np.concatenate([(line[1:] + line[:-1]) / 2 for line in lines])
+    steps = np.concatenate([np.diff(line, axis=0) for line in lines])
+    near = np.linalg.norm(middles[:, None] - points[None], axis=-1).min(axis=1) < mm
+    units = steps[near] / np.linalg.norm(steps[near], axis=1, keepdims=True)
+    return units.T @ units / near.sum()
+
+
+@pytest.fixture(scope="module")
+def bundles() -> dict[str, list[np.ndarray]]:
+    return load_bundles("sub_2")
+
+
+@pytest.mark.parametrize("kind", ["crossing", "distractor"])
+def test_crossings_meet_their_bundle_at_60_to_90_degrees_and_distractors_run_along_it(
+    kind: str, bundles: dict[str, list[np.ndarray]]
+) -> None:
+    settings = ExampleSettings(crossings=3) if kind == "crossing" else ExampleSettings(distractors=3)
+    made = unlabelled_bundles(bundles, settings, subject=1, key=Key(0))
+    assert list(made) == [f"{name}_{kind}_{number}" for name in bundles for number in (1, 2, 3)]
+    for name, lines in made.items():
+        labelled = bundles[name.rsplit("_", 2)[0]]
+        assert len(lines) > 40
+        both = mean_line(labelled)
+        other = np.concatenate(lines)
+        meet = both[[np.linalg.norm(other - point, axis=1).min() < 2 for point in both]]
+        assert len(meet)
+        centre = meet[[len(meet) // 2]]
+        u, v = (np.linalg.eigh(axes_near(centre, each, mm=8.0))[1][:, -1] for each in (labelled, lines))
+        angle = np.degrees(np.arccos(min(1.0, abs(float(u @ v)))))
+        # The bundles fan, and anatomy differs by some degrees.
+        assert angle > 45 if kind == "crossing" else angle < 30
+        assert np.linalg.norm(other - centre, axis=1).max() < 50
+
+
+def test_a_person_has_the_same_crossings_each_time_and_another_person_nearly_so(
+    bundles: dict[str, list[np.ndarray]],
+) -> None:
+    settings = ExampleSettings(crossings=1)
+    first, again, other = (
+        unlabelled_bundles(bundles, settings, subject=subject, key=Key(0))["AF_L_crossing_1"] for subject in (0, 0, 1)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    moved = np.linalg.norm(np.concatenate(first).mean(axis=0) - np.concatenate(other).mean(axis=0))
+    assert 0 < moved < 15
+
+
+def test_the_people_of_the_subsets_are_all_five_and_the_one_that_was_asked_for_tests() -> None:
+    for person in SUBJECTS:
+        training, validation, testing = ExampleSettings(test_subject=person).subsets
+        assert testing == (person,)
+        assert sorted((*training, *validation, *testing)) == list(SUBJECTS)
+    assert DEFAULT_SETTINGS.subsets == (SUBJECTS[:3], SUBJECTS[3:4], SUBJECTS[4:])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--snr", "0"), "snr"),
+        (("--snr", "nan"), "snr"),
+        (("--nb-directions", "5"), "nb_directions"),
+        (("--crossings", "9"), "crossings"),
+        (("--distractors", "-1"), "distractors"),
+        (("--test-subject", "sub_6"), "sub_5"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused(cli: Any, tmp_path: Path, arguments: tuple[str, ...], named: str) -> None:
+    cli("example-data", tmp_path / "x.hdf5", *arguments).check_refusal(named)
+    assert list(tmp_path.iterdir()) == []
