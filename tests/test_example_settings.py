@@ -62,9 +62,7 @@ def test_harmonics_are_as_many_as_the_directions_determine(num: int, order: int)
     fibres = in_one_voxel(((0.0, 0.0, 1.0), 0.6))._replace(voxels=np.array([13]))
     coefficients = simulate(fibres, mask, settings, numpy_rng(Key(1)))
     assert coefficients.shape == (3, 3, 3, (order + 1) * (order + 2) // 2)
-    fitted = (
-        coefficients[0, 0, 0] @ sh_matrix(half_sphere_directions(num), order).T
-    )
+    fitted = coefficients[0, 0, 0] @ sh_matrix(half_sphere_directions(num), order).T
     np.testing.assert_allclose(fitted, np.exp(-B * ISOTROPIC), atol=1e-9)
 
 
