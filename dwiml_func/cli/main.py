@@ -39,6 +39,7 @@ COMMANDS = {
     "extract": "Write a volume, streamlines or a connectivity matrix of a dataset's subject as a file.",
     "runs": "Print a table of experiments with their progress and best loss.",
     "plot": "Plot losses, angular errors, gradient norms and speed of experiments.",
+    "page": "Write an HTML page about an experiment, with its streamlines in 3-D.",
     "import-dwi-ml": "Make a model directory from a model that dwi_ml trained.",
     "export-dwi-ml": "Write a model for dwi_ml's scripts.",
     "digest": "Print the SHA-256 of an experiment's latest training state.",

@@ -15,6 +15,7 @@ from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.plots import run_figure_path, save_run_figure
 from dwiml_func.experiment.reconstruction import Reconstruction, evaluate_reconstruction, write_reconstruction
 from dwiml_func.experiment.setup import RunParts
+from dwiml_func.experiment.tracked_lines import tracked_lines_path
 from dwiml_func.experiment.tracking_evaluation import (
     TrackingEvaluation,
     evaluate_tracking,
@@ -52,7 +53,7 @@ def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport])
         evaluation = evaluate_best_model(directory, parts)
         tracking = evaluate_tracking(module, parts.data.evaluation, parts.config)
     try:
-        for figure in (run_figure_path(directory), *tracking_figures(directory)):
+        for figure in (run_figure_path(directory), tracked_lines_path(directory), *tracking_figures(directory)):
             figure.unlink(missing_ok=True)
         if isinstance(evaluation, Reconstruction):
             write_reconstruction(directory, evaluation, **facts)

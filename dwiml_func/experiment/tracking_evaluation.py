@@ -35,6 +35,7 @@ from dwiml_func.tracking.window_lag import even_step
 __all__ = [
     "MASK_GROUP",
     "ORACLE",
+    "TRACKING_FILE",
     "Drift",
     "ShownLines",
     "TrackedLines",
@@ -51,7 +52,9 @@ MASK_GROUP = "wm_mask"
 ORACLE = "nearest real direction"
 """Who tracks as `NearestDirection`."""
 
-_NAME = "tracking.json"
+TRACKING_FILE = "tracking.json"
+"""The scores of an experiment, in its folder."""
+
 _MOST_SHOWN = 300  # streamlines of a protocol that are kept for pictures
 
 
@@ -187,12 +190,12 @@ def write_tracking_evaluation(directory: str | Path, evaluation: TrackingEvaluat
         "ceiling_both_ends": evaluation.ceiling_both_ends,
         "drift": None if evaluation.drift is None else evaluation.drift._asdict(),
     }
-    atomic_write(Path(directory) / _NAME, json.dumps(null_if_not_finite(values), indent=2) + "\n")
+    atomic_write(Path(directory) / TRACKING_FILE, json.dumps(null_if_not_finite(values), indent=2) + "\n")
 
 
 def has_tracking_evaluation(directory: str | Path) -> bool:
     """Whether the folder has the scores of a run's best model."""
-    return (Path(directory) / _NAME).is_file()
+    return (Path(directory) / TRACKING_FILE).is_file()
 
 
 def read_drift(directory: str | Path) -> Drift | None:
@@ -200,7 +203,7 @@ def read_drift(directory: str | Path) -> Drift | None:
     import pydantic
 
     try:
-        recorded = json.loads((Path(directory) / _NAME).read_bytes())["drift"]
+        recorded = json.loads((Path(directory) / TRACKING_FILE).read_bytes())["drift"]
         drift = pydantic.TypeAdapter(Drift).validate_python(recorded)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -19,6 +19,7 @@ from dwiml_func.experiment.streamline_views import (
     view_limits,
     view_rows,
 )
+from dwiml_func.experiment.tracked_lines import write_tracked_lines
 from dwiml_func.experiment.tracking_evaluation import (
     ORACLE,
     Drift,
@@ -174,12 +175,14 @@ def _paths(directory: Path) -> tuple[Path, Path]:
 
 
 def save_tracking_figures(directory: Path, evaluation: TrackingEvaluation, *, epoch: int) -> None:
-    """Draw `plots/tracking.png` and `plots/drift.png` of an experiment; an error is only a warning."""
+    """Draw `plots/tracking.png` and `plots/drift.png` of an experiment, and write the streamlines of the first into
+    `plots/tracking.npz`; an error is only a warning."""
     tracked, drifted = _paths(directory)
     where = f"{evaluation.subset} subject {evaluation.subject}, steps of {evaluation.step_size:g} mm"
     try:
         tracked.parent.mkdir(exist_ok=True)
         if evaluation.lines is not None:
+            write_tracked_lines(directory, evaluation.lines, epoch=epoch)
             title = f"{directory.resolve().name}: best model (epoch {epoch}), {where}"
             save_figure(draw_tracked(evaluation, evaluation.lines, title=title), tracked)
         if evaluation.drift is not None:
