@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,21 @@ import pytest
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport
+from dwiml_func.experiment.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
 from dwiml_func.experiment.folder import read_config
-from dwiml_func.experiment.panels import PlottedRun
-from dwiml_func.experiment.plots import draw_experiments, plot_runs, save_run_figure
+from dwiml_func.experiment.graphs import parse_graph
+from dwiml_func.experiment.panels import COLOURS, PlottedRun
+from dwiml_func.experiment.plots import draw_experiments, draw_runs, plot_runs, read_runs, save_run_figure
+from dwiml_func.experiment.run_labels import kind_names, loss_kind, run_labels
 
 EVALUATION = Evaluation(model=9.0, keep_straight=4.0, principal_direction=11.5, num_points=7, num_streamlines=2)
 
@@ -51,6 +64,14 @@ def lines(axes: Any) -> dict[str, np.ndarray]:
     """What the legend names, with its data."""
     handles, labels = axes.get_legend_handles_labels()
     return {label: np.asarray(handle.get_ydata(), dtype=float) for handle, label in zip(handles, labels, strict=True)}
+
+
+def titles(figure: Any) -> list[str]:
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def plotted(label: str, **changes: Any) -> PlottedRun:
+    return PlottedRun(**{"label": label, "history": history(4)} | changes)
 
 
 def test_one_run_has_five_axes_with_titles_units_and_data() -> None:
@@ -134,12 +155,11 @@ def test_what_is_not_finite_is_a_gap_and_a_point_between_gaps_is_marked() -> Non
 
 def test_what_a_run_lacks_is_left_out() -> None:
     bare = tuple(dataclasses.replace(report, train={"loss": -0.5}, valid={}) for report in history(3))
-    loss, angle, norm, *_ = plot_runs([PlottedRun(label="a", history=bare)]).axes
+    figure = plot_runs([PlottedRun(label="a", history=bare)])
+    loss, *_ = figure.axes
+    assert titles(figure) == ["Loss", "Learning rate", "Speed of training"]  # no panel is empty
     assert "validation" not in lines(loss)
     assert loss.get_yscale() == "linear"
-    for axes in (angle, norm):
-        assert axes.get_lines()[:] == []
-        assert [text.get_text() for text in axes.texts] == ["not recorded"]
     unclipped = plot_runs([PlottedRun(label="a", history=history(3, clip=2.0))]).axes[2]
     assert list(lines(unclipped)) == ["not clipped"]
 
@@ -186,8 +206,8 @@ def test_the_legend_says_where_a_fork_comes_from(cli, experiments: Path) -> None
     assert cli("fork", experiments / "run", "other", *arguments).code == 0
     figure = draw_experiments([experiments / "run", experiments / "other"])
     source, fork = (text.get_text() for text in figure.legends[0].get_texts())
-    assert source.startswith("run: max_epochs 9, patience 1, learning_rate 0.01*2 1e-30")
-    assert fork == "other: forked from run at 3, max_epochs 4, patience 2, learning_rate 0.02"
+    assert source == "run: learning_rate 0.01*2 1e-30, max_epochs 9, patience 1"
+    assert fork == "other: forked from run at 3, learning_rate 0.02, max_epochs 4, patience 2"
     curves = {line.get_color(): line.get_zorder() for line in figure.axes[0].get_lines() if np.size(line.get_xdata())}
     assert list(curves.values()) == sorted(curves.values(), reverse=True)  # so that the fork leaves its source visibly
 
@@ -197,11 +217,11 @@ def test_plot_takes_a_folder_of_experiments_and_passes_over_what_is_none(
 ) -> None:
     drawn: list[list[str]] = []
 
-    def draw(directories: list[Path]) -> Any:
+    def read(directories: list[Path]) -> Any:
         drawn.append([path.name for path in directories])
-        return draw_experiments(directories)
+        return read_runs(directories)
 
-    monkeypatch.setattr("dwiml_func.cli.plot.draw_experiments", draw)
+    monkeypatch.setattr("dwiml_func.cli.plot.read_runs", read)
     monkeypatch.chdir(tmp_path)
     (experiments / "data.hdf5").touch()
     (experiments / "notes").mkdir()
@@ -248,3 +268,147 @@ def test_the_evaluation_comes_back_as_it_was_written(tmp_path: Path) -> None:
     for corrupt in (b"", b"[]", b"{}", b'{"model": "9"}', b"\xff"):
         (tmp_path / "evaluation.json").write_bytes(corrupt)
         assert read_evaluation(tmp_path) is None
+
+
+def test_losses_that_cannot_be_compared_are_on_axes_of_their_own() -> None:
+    getters = ("cosine-regression", "l2-regression", "cosine-regression", "gaussian")
+    runs = [plotted(f"r{n}", loss_kind={"dg_key": getter}) for n, getter in enumerate(getters)]
+    figure, rows = draw_runs(runs)
+    assert titles(figure)[:3] == ["Loss of cosine-regression", "Loss of l2-regression", "Loss of gaussian"]
+    shown = {title: {row.run for row in rows if row.panel == title} for title in titles(figure)}
+    assert shown["Loss of cosine-regression"] == {"r0", "r2"}
+    assert shown["Loss of gaussian"] == {"r3"}
+    assert shown["Angular error"] == {"r0", "r1", "r2", "r3"}
+    for title, axes in zip(titles(figure), figure.axes, strict=True):
+        colours = {line.get_color() for line in axes.get_lines() if np.size(line.get_xdata())}
+        assert colours == {COLOURS[int(label[1:])] for label in shown[title]}  # those of the runs, in all panels
+
+
+def test_the_kind_of_a_loss_is_what_decides_its_values() -> None:
+    def kind(**changes: Any) -> dict[str, str]:
+        config = RunConfig(hdf5_file="a").to_dict()
+        for name, value in changes.items():
+            part = next(part for part in ("model", "batches", "training") if name in config[part])
+            config[part][name] = value
+        return loss_kind(config)
+
+    assert kind() == kind(dropout=0.5, dg_dropout=0.5, step_size=2.0, max_epochs=3, learning_rate=["1"])
+    distinct = [kind(), kind(dg_key="l2-regression"), kind(dg_key="l2-regression", step_size=2.0), kind(add_eos=True)]
+    distinct += [kind(dg_key="l2-regression", normalize_targets=1.0), kind(model="autoencoder")]
+    assert all(a != b for n, a in enumerate(distinct) for b in distinct[:n])
+    unit_length = {"dg_key": "l2-regression", "normalize_targets": 1.0}
+    assert kind(**unit_length) == kind(**unit_length, step_size=2.0)
+    assert kind_names(distinct[:3]) == [
+        *("cosine-regression", "l2-regression, without step_size", "l2-regression, step_size 2.0")
+    ]
+    assert loss_kind({"width": 3}) == {}  # of a script
+
+
+def test_labels_leave_out_what_cannot_matter_and_name_the_getter_first(tmp_path: Path) -> None:
+    config = RunConfig(hdf5_file="a").to_dict()
+    other = RunConfig(
+        hdf5_file="a",
+        data=DataConfig(lazy=True, cache_size="1GB"),
+        batches=BatchConfig(processes=3, batch_size_validation=7),
+        model=ModelConfig(dg_key="gaussian"),
+        training=TrainingConfig(max_epochs=3, learning_rate=("0.1",), num_threads=2, skip_window_lag=True),
+        checkpoints=CheckpointConfig(keep="all"),
+        logging=LoggingConfig(log_every=3),
+    ).to_dict()
+    assert run_labels([tmp_path / "a", tmp_path / "b"], [config, other]) == [
+        "a: dg_key cosine-regression, learning_rate 0.001, max_epochs 100",
+        "b: dg_key gaussian, learning_rate 0.1, max_epochs 3",
+    ]
+    names = run_labels([tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "ens" / "0"], [config] * 3)
+    assert names == ["x/run", "y/run", "ens/0"]
+
+
+@pytest.mark.parametrize("number", range(1, 10))
+def test_panels_leave_no_place_empty(number: int) -> None:
+    runs = [plotted("a"), *(plotted(f"r{n}", loss_kind={"dg_key": str(n)}) for n in range(1, number))]
+    figure, _ = draw_runs(runs, panels=["loss"])
+    assert len(figure.axes) == number
+    rows: dict[float, list[Any]] = {}
+    for axes in figure.axes:
+        rows.setdefault(round(axes.get_position().y0, 6), []).append(axes.get_position())
+    assert all(row[-1].x1 == pytest.approx(0.985) for row in rows.values())
+    assert all(left.x1 < right.x0 for row in rows.values() for left, right in pairwise(row))
+    assert all(len(row) <= 3 for row in rows.values())
+
+
+def test_panels_are_chosen_by_name(cli, experiments: Path, tmp_path: Path) -> None:
+    run = experiments / "run"
+    assert titles(plot_runs(read_runs([run]), panels=["rate", "loss"])) == ["Loss", "Learning rate"]
+    assert cli("plot", run, "--panels", "loss", "rate", "--out", tmp_path / "a.png").code == 0
+    cli("plot", run, "--panels", "monitored").check_refusal("--panels: expected some of loss, angle, gradient", "monitored")
+    cli("plot", run, "--panels", "nothing").check_refusal("nothing")
+    cli("plot", run, "--drift", "--panels", "loss").check_refusal("--drift: expected no --panels")
+
+
+def test_graphs_draw_logs_by_name_and_what_is_computed_of_them(cli, experiments: Path, tmp_path: Path) -> None:
+    run, out, table = experiments / "run", tmp_path / "graph.png", tmp_path / "new" / "graph.csv"
+    graph = ("--graph", "Gap", "diff(valid_loss, train_loss)", "sum(loss, sum(lr,lr))")
+    other = ("--graph", "dwi_ml's name", "valid_local_loss_monitor_per_epoch.npy", "0", "2.5")
+    outcome = cli("plot", run, *graph, *other, "--out", out, "--csv", table)
+    assert outcome.out == f"{out}\n{table}\n", outcome.err
+    checkpoint = newest(run)
+    assert checkpoint is not None
+    reports = checkpoint.history
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for row in csv.DictReader(table.read_text().splitlines()):
+        assert row["run"] == "run"
+        found.setdefault((row["panel"], row["curve"]), {})[int(float(row["epoch"]))] = float(row["value"])
+    assert found == {
+        ("Gap", "diff(valid_loss, train_loss)"): {r.epoch: r.valid["loss"] - r.train["loss"] for r in reports},
+        ("Gap", "sum(loss, sum(lr, lr))"): {r.epoch: r.valid["loss"] + 2 * r.learning_rate for r in reports},
+        ("dwi_ml's name", "valid_local_loss_monitor_per_epoch.npy"): {r.epoch: r.valid["loss"] for r in reports},
+    }
+    axes = plot_runs(read_runs([run]), graphs=[parse_graph(other[1:])]).axes
+    assert [(each.get_title(loc="left"), each.get_ylim()) for each in axes] == [("dwi_ml's name", (0.0, 2.5))]
+
+
+def test_a_graph_of_losses_is_one_for_each_kind_and_passes_over_runs_without_the_log() -> None:
+    lag = plotted("a", history=history(4, tracking_window_lag=3.0), loss_kind={"dg_key": "gaussian"})
+    runs = [lag, plotted("b", loss_kind={"dg_key": "l2-regression"})]
+    figure, rows = draw_runs(runs, graphs=[parse_graph(["L", "loss", "train_loss"]), parse_graph(["W", "lag"])])
+    assert titles(figure) == ["L: gaussian", "L: l2-regression", "W"]
+    assert {row.run for row in rows if row.panel == "W"} == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("graph", "named"),
+    [
+        (["Loss"], ['expected "TITLE" LOG']),
+        (["Loss", "1", "2"], ['expected "TITLE" LOG']),
+        (["Loss", "loss", "3"], ['expected "TITLE" LOG']),
+        (["Loss", "loss", "3", "2"], ["YMIN below YMAX"]),
+        (["Loss", "diff(loss)"], ["expected diff(LOG, LOG)"]),
+        (["Loss", "mean(loss, lr)"], ["diff(LOG, LOG) or sum(LOG, LOG)", "mean(loss, lr)"]),
+        (["Loss", "valid_los"], ["'valid_los'", "Did you mean valid_loss"]),
+        (["Loss", "loss", "experiments/run"], ["EXPERIMENT_DIRs stand before --graph"]),
+    ],
+)
+def test_graphs_that_cannot_be_drawn_are_refused(cli, stopped_early: Path, tmp_path: Path, graph, named) -> None:
+    outcome = cli(
+        "plot", stopped_early / "run", "--out", tmp_path / "a.png", "--csv", tmp_path / "a.csv", "--graph", *graph
+    )
+    outcome.check_refusal("--graph", *named)
+    assert not any(tmp_path.iterdir())
+
+
+def test_how_the_best_models_of_several_runs_track_is_drawn_in_bars() -> None:
+    scores = {"continue": {"valid": 0.5}, "core": {"valid": 0.25}}
+    runs = [
+        plotted("a", tracking={"model": scores, "principal direction": {"core": {"valid": 0.75}}}),
+        plotted("b", tracking={"model": {"core": {"valid": 0.125}}}),
+        plotted("c"),
+    ]
+    figure, rows = draw_runs(runs)
+    assert [(row.run, row.curve, row.epoch, row.value) for row in rows if row.panel.startswith("Tracking")] == [
+        *(("a", "continue", 3, 0.5), ("a", "core", 3, 0.25), ("b", "core", 3, 0.125)),
+        ("principal direction", "core", None, 0.75),
+    ]
+    axes: Any = figure.axes[-1]
+    assert sorted(bar.get_height() for bar in axes.patches) == [0.125, 0.25, 0.5]
+    assert len({bar.get_facecolor() for bar in axes.patches}) == 2
+    assert not any(title.startswith("Tracking") for title in titles(plot_runs(runs[:1])))

@@ -16,7 +16,8 @@ from dwiml_func.checkpoint import list_checkpoints
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.cli.main import main
 from dwiml_func.experiment.folder import read_config
-from dwiml_func.experiment.panels import DRAWINGS, Panel, PlottedRun
+from dwiml_func.experiment.panels import Panel, PlottedRun
+from dwiml_func.experiment.run_panels import draw_rates
 from dwiml_func.optim.schedules import cosine
 from dwiml_func.types import Plateau
 
@@ -54,8 +55,7 @@ def test_the_figure_shows_the_rates_of_the_last_step_and_the_range(folder):
     history = read(folder / "by_step").history
     _, axes = plt.subplots()
     panel = Panel(axes, is_alone=True)
-    (draw,) = (draw for draw in DRAWINGS if draw.__name__ == "_rates")
-    draw(panel, PlottedRun(label="run", history=history), 0)
+    draw_rates(panel, PlottedRun(label="run", history=history), 0)
     panel.finish(num_epochs=4)
     drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.get_lines()}
     assert drawn == {

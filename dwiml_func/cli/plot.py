@@ -13,7 +13,9 @@ from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.folder import ENSEMBLE_FILE, check_no_links, is_ensemble, is_run, member_folders
-from dwiml_func.experiment.plots import check_format, draw_experiments, run_figure_path, save_figure
+from dwiml_func.experiment.graphs import parse_graph
+from dwiml_func.experiment.plots import check_format, draw_runs, read_runs, run_figure_path, save_figure, write_table
+from dwiml_func.experiment.run_panels import PanelName
 from dwiml_func.experiment.tracking_figures import draw_drifts, drift_figure_path
 
 __all__ = ["Options", "run"]
@@ -23,8 +25,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
-    """Plot experiments in one figure: losses with the best epoch, angular errors with the baselines, gradient norms
-    before and after clipping, learning rates, and points per second. The legend shows the options that differ.
+    """Plot experiments in one figure: losses with the best epoch, angular errors with the baselines, window lag,
+    gradient norms before and after clipping, learning rates, points per second, and how the best models of several
+    runs track. Losses of different direction getters have panels of their own. The legend shows the options that
+    differ and can matter.
 
     Example: dwiml-func plot experiments/first_run experiments/second_run --out runs.png
     """
@@ -39,6 +43,18 @@ class Options(CommandOptions):
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The figure's file, ending in .png, .svg or .pdf; missing folders are made. None: plots/training.png of the
     experiment, or, for several, runs.png in the current folder; with --drift drift.png in both."""
+    panels: tuple[PanelName, ...] = ()
+    """Which panels to draw. (default: all that the runs have values for; with --graph none)"""
+    graph: Annotated[
+        tuple[tuple[str, ...], ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar='"TITLE" LOG [LOG ...] [YMIN YMAX]'),
+    ] = ()
+    """Draw a panel of logs, under their names in logs/metrics.jsonl or logs/*.npy; a metric's own name, such as loss,
+    means that of the validation. "diff(LOG, LOG)" and "sum(LOG, LOG)" are logs too. The option may be given several
+    times, after the EXPERIMENT_DIRs. (default: none)"""
+    csv: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Also write all values that are drawn as CSV, a row for each: run, panel, curve, epoch, value."""
     drift: bool = False
     """Plot how far the best models drift from real streamlines when they track, beside the baselines, from the
     tracking.json of experiments whose data have bundles."""
@@ -55,20 +71,27 @@ def run(options: Options) -> int:
         _log.warning("Passed over, as they hold no experiment: %s.", ", ".join(map(str, others)))
         given = [path for path in given if path not in others]
     directories = [folder for path in given for folder in _experiments(path) or [path]]
-    draw, path_in, name = (
-        (draw_drifts, drift_figure_path, "drift.png")
-        if options.drift
-        else (draw_experiments, run_figure_path, "runs.png")
-    )
+    if options.drift and (options.panels or options.graph or options.csv):
+        raise ValueError("--drift: expected no --panels, --graph or --csv beside it.")
+    path_in, name = (drift_figure_path, "drift.png") if options.drift else (run_figure_path, "runs.png")
     out = Path(name if options.out is None else options.out)
     check_format(out)
-    figure = draw(directories)
-    if options.out is None and len(given) == 1 and (is_run(given[0]) or is_ensemble(given[0])):
+    graphs = [parse_graph(words) for words in options.graph]
+    if options.drift:
+        figure, rows = draw_drifts(directories), []
+    else:
+        figure, rows = draw_runs(read_runs(directories), panels=options.panels, graphs=graphs)
+    is_chosen = bool(options.panels or graphs)
+    if options.out is None and not is_chosen and len(given) == 1 and (is_run(given[0]) or is_ensemble(given[0])):
         check_no_links(given[0])
         out = path_in(given[0])
     with folders_above(out):
         save_figure(figure, out)
     print(out)
+    if options.csv is not None:
+        with folders_above(table := Path(options.csv)):
+            write_table(rows, table)
+        print(table)
     return 0
 
 

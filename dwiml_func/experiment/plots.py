@@ -1,67 +1,104 @@
-"""Figures of experiments, from the history in their checkpoints. The panels are in `panels`.
+"""Figures of experiments, from the history in their checkpoints. The panels are in `run_panels`.
 
 matplotlib is used without `pyplot`, so nothing global is touched.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.experiment.compare import distinguishing
 from dwiml_func.experiment.evaluation import read_evaluation
 from dwiml_func.experiment.folder import recorded_config
-from dwiml_func.experiment.panels import (
-    COLOURS,
-    DRAWINGS,
-    Panel,
-    PlottedRun,
-    angular_errors,
-    draw_baselines,
-    metric_apart,
-)
+from dwiml_func.experiment.graphs import Graph, GraphDrawing, graph_drawings
+from dwiml_func.experiment.panels import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
+from dwiml_func.experiment.run_labels import loss_kind, run_labels
+from dwiml_func.experiment.run_panels import PanelName, panel_drawings
+from dwiml_func.experiment.tracking_evaluation import read_scores
 from dwiml_func.files.atomic import atomic_write
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["check_format", "draw_experiments", "plot_runs", "run_figure_path", "save_figure", "save_run_figure"]
+__all__ = [
+    "check_format",
+    "draw_experiments",
+    "draw_runs",
+    "plot_runs",
+    "read_runs",
+    "run_figure_path",
+    "save_figure",
+    "save_run_figure",
+    "write_table",
+]
 
 _FORMATS = ("png", "svg", "pdf")
-_MAX_OPTIONS = 4  # that a label names
 _log = logging.getLogger(__name__)
 
 
-def plot_runs(runs: Sequence[PlottedRun]) -> Figure:
-    """Draw runs over each other in five panels; with several runs, a legend below them."""
-    from matplotlib.figure import Figure
+def plot_runs(runs: Sequence[PlottedRun], **chosen: Any) -> Figure:
+    """Draw runs over each other, as `draw_runs` does."""
+    return draw_runs(runs, **chosen)[0]
+
+
+def draw_runs(
+    runs: Sequence[PlottedRun], *, panels: Sequence[PanelName] = (), graphs: Sequence[Graph] = ()
+) -> tuple[Figure, list[DrawnValue]]:
+    """Draw runs over each other, and tell all that was drawn; with several runs, there is a legend below the panels.
+
+    `panels` chooses among them, all of which there is something to show in being the choice without it; `graphs` are
+    added, or are all there is without `panels`.
+    """
 
     runs = [run for run in runs if run.history]
     if not runs:
         raise ValueError("Expected a run with a finished epoch. Received none.")
+    drawings = [] if graphs and not panels else panel_drawings(runs)
+    if missing := [name for name in panels if name not in {drawing.name for drawing in drawings}]:
+        found = dict.fromkeys(drawing.name for drawing in drawings)
+        raise ValueError(
+            f"--panels: expected some of {', '.join(found)}, of which these runs have values. Received: "
+            f"{', '.join(missing)}."
+        )
+    drawings = [drawing for drawing in drawings if not panels or drawing.name in panels]
+    all_graphs = [drawing for graph in graphs for drawing in graph_drawings(graph, runs)]
     legend = 0.3 + 0.25 * len(runs) if len(runs) > 1 else 0.0  # its height in inches
-    figure = Figure(figsize=(12, 7.5 + legend))
-    drawings = list(DRAWINGS)
-    if not any(map(metric_apart, runs)):
-        del drawings[2]
-    for panel, draw in zip(_panels(figure, legend, len(runs) == 1, len(drawings) - 3), drawings, strict=True):
-        for number, run in enumerate(runs):
-            draw(panel, run, number)
-        if draw is angular_errors:
-            draw_baselines(panel, runs)
-        panel.finish(num_epochs=max(run.history[-1].epoch for run in runs))
+    figure, axes = _grid(len(drawings) + len(all_graphs), legend)
+    rows: list[DrawnValue] = []
+    for each, place in zip([*drawings, *all_graphs], axes, strict=True):
+        panel = Panel(place, is_alone=len(runs) == 1)
+        each.draw(panel, each.runs)
+        if isinstance(each, GraphDrawing) or each.name != "tracking":
+            limits = each.limits if isinstance(each, GraphDrawing) else None
+            panel.finish(num_epochs=max(run.history[-1].epoch for run in runs), limits=limits)
+        rows += panel.rows
     if len(runs) == 1:
         figure.suptitle(runs[0].label)
     else:
         from matplotlib.lines import Line2D
 
-        lines = [Line2D([], [], color=COLOURS[number % len(COLOURS)], linewidth=3) for number in range(len(runs))]
+        lines = [
+            Line2D(
+                [], [], color=COLOURS[n % len(COLOURS)], linewidth=3, marker="" if n < len(COLOURS) else marker_of(n)
+            )
+            for n in range(len(runs))
+        ]
         figure.legend(lines, [run.label for run in runs], loc="lower left", frameon=False)
-    return figure
+    return figure, rows
+
+
+def write_table(rows: Sequence[DrawnValue], path: str | Path) -> None:
+    """Write all that was drawn as CSV, a row for each value."""
+    content = io.StringIO()
+    table = csv.writer(content, lineterminator="\n")
+    table.writerows([DrawnValue._fields, *rows])
+    atomic_write(Path(path), content.getvalue())
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
@@ -79,48 +116,60 @@ def check_format(path: str | Path) -> str:
     return kind
 
 
-def _panels(figure: Figure, legend: float, is_alone: bool, num_above: int) -> list[Panel]:
-    """Two panels, or three, above three, at fixed positions: fitting them to their texts is slower."""
-    height = figure.get_figheight()
-    middle, space = (3.75 + legend) / height, 0.4 / height
-    above = figure.add_gridspec(
-        1, num_above, left=0.065, right=0.985, top=1 - 0.7 / height, bottom=middle + space, wspace=0.15
-    )
-    below = figure.add_gridspec(
-        1, 3, left=0.065, right=0.985, top=middle - space, bottom=0.55 / height + legend / height, wspace=0.28
-    )
-    return [Panel(figure.add_subplot(place), is_alone=is_alone) for place in (*above, *below)]
+def _grid(num_panels: int, legend: float) -> tuple[Figure, list[Axes]]:
+    """Rows of at most three panels that leave no place empty, at fixed positions: fitting them to texts is slower."""
+    from matplotlib.figure import Figure
+
+    num_rows = -(-num_panels // 3)
+    each, more = divmod(num_panels, num_rows)
+    columns = [each + (row >= num_rows - more) for row in range(num_rows)]
+    top, bottom, high, between = 0.7, 0.55 + legend, 2.725, 0.8
+    height = top + num_rows * high + (num_rows - 1) * between + bottom
+    width = 12.0 if num_panels > 1 else 8.0
+    figure = Figure(figsize=(width, height))
+    axes: list[Axes] = []
+    for row, count in enumerate(columns):
+        upper = height - top - row * (high + between)
+        left = 0.78 / width
+        grid = figure.add_gridspec(
+            *(1, count),
+            left=left,
+            right=0.985,
+            top=upper / height,
+            bottom=(upper - high) / height,
+            wspace=0.28 if count == 3 else 0.15,
+        )
+        axes += [figure.add_subplot(place) for place in grid]
+    return figure, axes
 
 
-def draw_experiments(directories: Sequence[str | Path]) -> Figure:
-    """Draw experiments over each other; each label has the name and the options that not all of them share."""
+def read_runs(directories: Sequence[str | Path]) -> list[PlottedRun]:
+    """Experiments to draw; each label has the name and the options that differ and can matter."""
     paths = [Path(directory) for directory in directories]
     checkpoints = [newest(path) for path in paths]
     configs = [recorded_config(path, checkpoint) for path, checkpoint in zip(paths, checkpoints, strict=True)]
-    options = distinguishing([{**config, "origin": None} for config in configs])
     runs = []
-    for path, checkpoint, config, own in zip(paths, checkpoints, configs, options, strict=True):
+    labels = run_labels(paths, configs)
+    for path, checkpoint, config, label in zip(paths, checkpoints, configs, labels, strict=True):
         if checkpoint is None or not checkpoint.history:
             raise ValueError(f"{str(path)!r} has no finished epoch yet. Expected at least one.")
         for sentence in checkpoint.corrupt.values():
             _log.warning("%s The figure shows checkpoint %s.", sentence, checkpoint.name)
         runs.append(
-            PlottedRun(label=_label(path, config, own), history=checkpoint.history, evaluation=read_evaluation(path))
+            PlottedRun(
+                label=label,
+                history=checkpoint.history,
+                evaluation=read_evaluation(path),
+                loss_kind=loss_kind(config),
+                tracking=read_scores(path),
+            )
         )
-    return plot_runs(runs)
+    return runs
 
 
-def _label(directory: Path, config: Mapping[str, Any], options: Mapping[str, str]) -> str:
-    named = [f"{name.rpartition('.')[2]} {value}" for name, value in options.items() if name != "hdf5_file"]
-    if "hdf5_file" in options:
-        named.append(Path(options["hdf5_file"]).name)
-    if len(named) > _MAX_OPTIONS:
-        named[_MAX_OPTIONS:] = [f"and {len(named) - _MAX_OPTIONS} more"]
-    if (directory / "config.json").is_file() and (origin := config["origin"]) is not None:
-        source, at = Path(origin["experiment"]).name, origin["checkpoint"]
-        named.insert(0, f"initialized from {source}" if origin["weights_only"] else f"forked from {source} at {at}")
-    name = directory.resolve().name
-    return f"{name}: {', '.join(named)}" if named else name
+def draw_experiments(directories: Sequence[str | Path]) -> Figure:
+    """Draw experiments over each other."""
+    return plot_runs(read_runs(directories))
 
 
 def run_figure_path(directory: Path) -> Path:

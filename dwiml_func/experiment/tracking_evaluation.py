@@ -43,6 +43,7 @@ __all__ = [
     "evaluate_tracking",
     "has_tracking_evaluation",
     "read_drift",
+    "read_scores",
     "write_tracking_evaluation",
 ]
 
@@ -209,6 +210,17 @@ def read_drift(directory: str | Path) -> Drift | None:
         return None
     is_complete = "model" in drift.lag_mm and drift.gone_mm
     return drift if is_complete and {*map(len, drift.lag_mm.values())} == {len(drift.gone_mm)} else None
+
+
+def read_scores(directory: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The recorded scores by who tracked, protocol and score; empty if there are none or the file is corrupt."""
+    import pydantic
+
+    try:
+        recorded = json.loads((Path(directory) / _NAME).read_bytes())["scores"]
+        return pydantic.TypeAdapter(dict[str, dict[str, dict[str, Any]]]).validate_python(recorded)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 def _shown(

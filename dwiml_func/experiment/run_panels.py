@@ -1,0 +1,231 @@
+"""The panels of a figure of runs: losses, angular errors, lag, gradient norms, learning rates, speed and tracking."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from dwiml_func.core.report import EpochReport
+from dwiml_func.experiment.panels import COLOURS, GREY, Panel, PlottedRun
+from dwiml_func.experiment.run_labels import kind_names
+from dwiml_func.experiment.window_lag import WINDOW_LAG
+from dwiml_func.models.autoencoder.autoencoder import RECONSTRUCTION_ERROR
+
+__all__ = ["PANELS", "PanelDrawing", "PanelName", "draw_rates", "panel_drawings"]
+
+PanelName = Literal["loss", "angle", "lag", "monitored", "gradient", "rate", "speed", "tracking"]
+"""What `--panels` names."""
+PANELS: tuple[PanelName, ...] = get_args(PanelName)
+
+_BLUE, _ORANGE, _BLACK = COLOURS[0], COLOURS[1], COLOURS[-1]
+_TRAINING = {"linestyle": "--", "linewidth": 1.5}
+_VALIDATION = {"linestyle": "-", "linewidth": 2}
+_BASELINES = (("keep_straight", "keep going straight", ":"), ("principal_direction", "principal direction", "-."))
+_WITH_OWN_PANEL = ("loss", "angular_error", RECONSTRUCTION_ERROR, WINDOW_LAG)
+_LEAST_LIMIT = 0.1  # of the axis of shares
+
+
+class PanelDrawing(NamedTuple):
+    """A panel: its name for `--panels`, the runs that it shows (by their numbers) and what draws them."""
+
+    name: PanelName
+    runs: dict[int, PlottedRun]
+    draw: Callable[[Panel, dict[int, PlottedRun]], None]
+
+
+def panel_drawings(runs: Sequence[PlottedRun]) -> list[PanelDrawing]:
+    """The panels that these runs have something for, in their order. Losses that cannot be compared have one each."""
+    return [drawing for name in PANELS for drawing in _drawings_of(name, dict(enumerate(runs))) if drawing.runs]
+
+
+def _drawings_of(name: PanelName, runs: dict[int, PlottedRun]) -> Iterator[PanelDrawing]:
+    match name:
+        case "loss":
+            each = [run.loss_kind for run in runs.values()]
+            kinds = [kind for number, kind in enumerate(each) if kind not in each[:number]]
+            for kind, text in zip(kinds, kind_names(kinds), strict=True):
+                of_kind = {number: run for number, run in runs.items() if run.loss_kind == kind}
+                title = "Loss" if len(kinds) == 1 else f"Loss of {text}"
+                yield PanelDrawing(name, of_kind, partial(_each, draw=partial(_losses, title=title)))
+        case "angle":
+            yield PanelDrawing(name, _having(runs, "angular_error"), _angular_errors)
+            yield PanelDrawing(name, _having(runs, RECONSTRUCTION_ERROR), partial(_each, draw=_reconstructions))
+        case "lag":
+            yield PanelDrawing(name, _having(runs, WINDOW_LAG), partial(_each, draw=_lags))
+        case "monitored":
+            monitors = dict.fromkeys(run.history[-1].monitor for run in runs.values())
+            for metric in [monitor for monitor in monitors if monitor not in _WITH_OWN_PANEL]:
+                yield PanelDrawing(name, _having(runs, metric), partial(_each, draw=partial(_monitored, metric=metric)))
+        case "gradient":
+            yield PanelDrawing(name, _having(runs, "grad_norm"), partial(_each, draw=_norms))
+        case "rate":
+            yield PanelDrawing(name, runs, partial(_each, draw=draw_rates))
+        case "speed":
+            timed = {n: run for n, run in runs.items() if any(map(_is_timed, run.history))}
+            yield PanelDrawing(name, timed, partial(_each, draw=_speeds))
+        case "tracking":
+            scored = {n: run for n, run in runs.items() if run.tracking.get("model")}
+            yield PanelDrawing(name, scored if len(runs) > 1 else {}, _shares)
+
+
+def _each(panel: Panel, runs: dict[int, PlottedRun], *, draw: Callable[[Panel, PlottedRun, int], None]) -> None:
+    for number, run in runs.items():
+        draw(panel, run, number)
+
+
+def _having(runs: dict[int, PlottedRun], metric: str) -> dict[int, PlottedRun]:
+    """The runs that know a finite value of a metric."""
+    known = lambda run: any(  # noqa: E731
+        math.isfinite(part.get(metric, math.nan)) for report in run.history for part in (report.train, report.valid)
+    )
+    return {number: run for number, run in runs.items() if known(run)}
+
+
+def _is_timed(report: EpochReport) -> bool:
+    return math.isfinite(report.points_per_second)
+
+
+def _losses(panel: Panel, run: PlottedRun, number: int, *, title: str = "Loss") -> None:
+    panel.name(title, "loss (mean over points)")
+    _train_and_valid(panel, run, number, "loss")
+    _ring(panel, run, number, "loss")
+
+
+def _lags(panel: Panel, run: PlottedRun, number: int) -> None:
+    panel.name("Window lag", "distance after 20 mm alone (mm)")
+    _train_and_valid(panel, run, number, WINDOW_LAG)
+    _ring(panel, run, number, WINDOW_LAG)
+
+
+def _monitored(panel: Panel, run: PlottedRun, number: int, *, metric: str) -> None:
+    panel.name("Monitored metric", metric)
+    _train_and_valid(panel, run, number, metric)
+    _ring(panel, run, number, metric)
+
+
+def _ring(panel: Panel, run: PlottedRun, number: int, metric: str) -> None:
+    """A ring at the best epoch, where the metric chose it."""
+    best = run.history[-1].best
+    if best.epoch is None or run.history[-1].monitor != metric:
+        return
+    ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 2, "linestyle": "none"}
+    x = best.epoch if not best.batch else _within(run.history[best.epoch - 1], best.batch)
+    panel.draw(run, x, best.value, number, "best epoch", note=f" ({best.epoch})", colour=_BLACK, **ring)
+
+
+def _within(report: EpochReport, batch: int) -> float:
+    """A place within an epoch on the axis of epochs; of an epoch that has not ended, the last batch is its end."""
+    return report.epoch - 1 + batch / max(report.num_batches, batch, 1)
+
+
+def _reconstructions(panel: Panel, run: PlottedRun, number: int) -> None:
+    """Of an autoencoder the distance between points and their reconstructions."""
+    panel.name("Reconstruction error", "mean distance (voxels)")
+    _train_and_valid(panel, run, number, RECONSTRUCTION_ERROR)
+    _ring(panel, run, number, RECONSTRUCTION_ERROR)
+
+
+def _angular_errors(panel: Panel, runs: dict[int, PlottedRun]) -> None:
+    """Angular errors of the epochs, and of the best model at the points where the baselines give a direction too."""
+    panel.name("Angular error", "mean angle (degrees)")
+    for number, run in runs.items():
+        _train_and_valid(panel, run, number, "angular_error")
+        _ring(panel, run, number, "angular_error")
+        best, value = run.history[-1].best.epoch, run.evaluation.model if run.evaluation else math.nan
+        if best is not None and math.isfinite(value):
+            diamond = {"marker": "D", "markersize": 7, "linestyle": "none"}
+            text = "best model"
+            panel.draw(run, best, value, number, text, note=f" ({value:.2f}°)", colour=_BLACK, **diamond)
+    for name, text, dashes in _BASELINES:  # the same for all runs on the same data
+        found = [getattr(run.evaluation, name) for run in runs.values() if run.evaluation is not None]
+        values = sorted({round(value, 2) for value in found if value is not None and math.isfinite(value)})
+        label = f"{text} ({', '.join(f'{value:.2f}°' for value in values)})"
+        for value in values:
+            panel.axes.axhline(value, color=GREY, linestyle=dashes, linewidth=1.5, label=label)
+            panel.record(text, "baseline", None, value)
+            label = None
+
+
+def _norms(panel: Panel, run: PlottedRun, number: int) -> None:
+    panel.name("Gradient", "norm (mean over batches)")
+    before, after = (_means(run, "train", name) for name in ("unclipped_grad_norm", "grad_norm"))
+    if np.array_equal(before, after, equal_nan=True):
+        panel.curve(run, after, number, "not clipped", colour=_BLUE, **_VALIDATION)
+    else:
+        panel.curve(run, before, number, "before clipping", colour=_BLUE, **_TRAINING)
+        panel.curve(run, after, number, "after clipping", colour=_ORANGE, **_VALIDATION)
+
+
+def draw_rates(panel: Panel, run: PlottedRun, number: int) -> None:
+    panel.name("Learning rate", "learning rate")
+    rates = [report.learning_rate for report in run.history]
+    by_step = any(report.learning_rate_max is not None for report in run.history)
+    panel.curve(run, rates, number, "last step" if by_step else "", colour=_BLUE, drawstyle="steps-mid")
+    decays = _means(run, "train", "weight_decay")  # of `with_weight_decay`
+    panel.curve(run, decays, number, "weight decay", colour=_ORANGE, drawstyle="steps-mid", linestyle="--")
+    if by_step:
+        lowest = [math.nan if r.learning_rate_min is None else r.learning_rate_min for r in run.history]
+        highest = [math.nan if r.learning_rate_max is None else r.learning_rate_max for r in run.history]
+        for values, text in ((highest, "highest"), (lowest, "lowest")):
+            panel.curve(run, values, number, text, colour=GREY, linestyle=":", linewidth=1.5)
+
+
+def _speeds(panel: Panel, run: PlottedRun, number: int) -> None:
+    panel.name("Speed of training", "points per second")
+    speeds = [report.points_per_second for report in run.history]
+    panel.curve(run, speeds, number, "", colour=_BLUE)
+
+
+def _train_and_valid(panel: Panel, run: PlottedRun, number: int, metric: str) -> None:
+    panel.curve(run, _means(run, "train", metric), number, "training", colour=_BLUE, **_TRAINING)
+    panel.curve(run, _means(run, "valid", metric), number, "validation", colour=_ORANGE, **_VALIDATION)
+    inner = [
+        (_within(report, each.batch), each.means.get(metric, math.nan))
+        for report in run.history
+        for each in report.validations
+    ]
+    if inner:
+        style = {"marker": ".", "markersize": 4, "linestyle": "none"}
+        x, y = zip(*inner, strict=True)
+        panel.draw(run, x, y, number, "validation within epochs", colour=_ORANGE, **style)
+
+
+def _means(run: PlottedRun, part: str, metric: str) -> list[float]:
+    return [getattr(report, part).get(metric, math.nan) for report in run.history]
+
+
+def _shares(panel: Panel, runs: dict[int, PlottedRun]) -> None:
+    """Bars of the share of valid streamlines of the best models, by protocol, below the line of the baseline."""
+    panel.name("Tracking of the best models", "share of valid streamlines")
+    protocols = dict.fromkeys(protocol for run in runs.values() for protocol in run.tracking["model"])
+    width = 0.8 / len(runs)
+    lines: dict[str, set[tuple[int, float]]] = {}
+    for place, (number, run) in enumerate(runs.items()):
+        for group, protocol in enumerate(protocols):
+            value = _share(run, "model", protocol)
+            if math.isfinite(value):
+                x = group + (place + 0.5) * width - 0.4
+                panel.axes.bar(x, value, 0.9 * width, color=COLOURS[number % len(COLOURS)])
+                panel.record(run.label, protocol, run.history[-1].best.epoch, value)
+            for name in ("principal direction",):
+                if math.isfinite(share := _share(run, name, protocol)):
+                    lines.setdefault(name, set()).add((group, share))
+    for name, places in lines.items():
+        for number, (group, share) in enumerate(sorted(places)):
+            ends = [group - 0.45, group + 0.45]
+            panel.axes.plot(ends, [share] * 2, color=GREY, linestyle="-.", label=None if number else name)
+            panel.record(name, [*protocols][group], None, share)
+    panel.scale((0.0, max([_LEAST_LIMIT, *(1.08 * row.value for row in panel.rows)])))
+    panel.axes.set_xticks(range(len(protocols)), [*protocols])
+    panel.axes.set_xlim(-0.6, len(protocols) - 0.4)
+    if lines:
+        panel.axes.legend(frameon=False)
+
+
+def _share(run: PlottedRun, who: str, protocol: str) -> float:
+    value = run.tracking.get(who, {}).get(protocol, {}).get("valid")
+    return math.nan if value is None else float(value)
