@@ -340,7 +340,9 @@ def test_panels_are_chosen_by_name(cli, experiments: Path, tmp_path: Path) -> No
     run = experiments / "run"
     assert titles(plot_runs(read_runs([run]), panels=["rate", "loss"])) == ["Loss", "Learning rate"]
     assert cli("plot", run, "--panels", "loss", "rate", "--out", tmp_path / "a.png").code == 0
-    cli("plot", run, "--panels", "monitored").check_refusal("--panels: expected some of loss, angle, gradient", "monitored")
+    cli("plot", run, "--panels", "monitored").check_refusal(
+        "--panels: expected some of loss, angle, gradient", "monitored"
+    )
     cli("plot", run, "--panels", "nothing").check_refusal("nothing")
     cli("plot", run, "--drift", "--panels", "loss").check_refusal("--drift: expected no --panels")
 

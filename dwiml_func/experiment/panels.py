@@ -29,7 +29,7 @@ _APART = 8  # marks on a long curve, where colours repeat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlottedRun:
-    """A run to draw.
+    """A run to draw: `label` tells it from the others in the figure, `name` in tables (by default the label).
 
     evaluation: compares its best model with the baselines.
     loss_kind: what its loss is, by option; runs whose losses differ in it are drawn on axes of their own.
@@ -38,6 +38,7 @@ class PlottedRun:
 
     label: str
     history: tuple[EpochReport, ...]
+    name: str = ""
     evaluation: Evaluation | None = None
     loss_kind: dict[str, str] = field(default_factory=dict)
     tracking: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -77,7 +78,7 @@ class Panel:
         self, run: PlottedRun, x: Any, y: Any, number: int, text: str, *, colour: str, note: str = "", **style: Any
     ) -> None:
         style["zorder"] = 3 - number / 1000  # the first above: a fork shows where it leaves its source
-        self.record(run.label, text or self._title.lower(), x, y)
+        self.record(run.name or run.label, text or self._title.lower(), x, y)
         if self._is_alone:
             self.axes.plot(x, y, color=colour, label=text + note, **style)
             return
@@ -119,7 +120,7 @@ class Panel:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=(1, 2, 5, 10), min_n_ticks=1))
         self.scale(limits)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+            axes.legend(framealpha=0.8, edgecolor="none")  # curves show through, and do not cross the words
 
     def scale(self, limits: tuple[float, float] | None = None) -> None:
         """The scale of y: logarithmic where the values span more than a decade, else from 0 where none is negative."""

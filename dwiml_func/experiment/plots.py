@@ -17,7 +17,7 @@ from dwiml_func.experiment.evaluation import read_evaluation
 from dwiml_func.experiment.folder import recorded_config
 from dwiml_func.experiment.graphs import Graph, GraphDrawing, graph_drawings
 from dwiml_func.experiment.panels import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
-from dwiml_func.experiment.run_labels import loss_kind, run_labels
+from dwiml_func.experiment.run_labels import loss_kind, run_labels, run_names
 from dwiml_func.experiment.run_panels import PanelName, panel_drawings
 from dwiml_func.experiment.tracking_evaluation import read_scores
 from dwiml_func.files.atomic import atomic_write
@@ -68,7 +68,7 @@ def draw_runs(
         )
     drawings = [drawing for drawing in drawings if not panels or drawing.name in panels]
     all_graphs = [drawing for graph in graphs for drawing in graph_drawings(graph, runs)]
-    legend = 0.3 + 0.25 * len(runs) if len(runs) > 1 else 0.0  # its height in inches
+    legend = 0.15 + 0.22 * len(runs) if len(runs) > 1 else 0.0  # its height in inches
     figure, axes = _grid(len(drawings) + len(all_graphs), legend)
     rows: list[DrawnValue] = []
     for each, place in zip([*drawings, *all_graphs], axes, strict=True):
@@ -123,14 +123,14 @@ def _grid(num_panels: int, legend: float) -> tuple[Figure, list[Axes]]:
     num_rows = -(-num_panels // 3)
     each, more = divmod(num_panels, num_rows)
     columns = [each + (row >= num_rows - more) for row in range(num_rows)]
-    top, bottom, high, between = 0.7, 0.55 + legend, 2.725, 0.8
+    top, bottom, high, between = 0.4 if legend else 0.7, 0.55 + legend, 2.725, 0.8
     height = top + num_rows * high + (num_rows - 1) * between + bottom
     width = 12.0 if num_panels > 1 else 8.0
     figure = Figure(figsize=(width, height))
     axes: list[Axes] = []
     for row, count in enumerate(columns):
         upper = height - top - row * (high + between)
-        left = 0.78 / width
+        left = 0.9 / width
         grid = figure.add_gridspec(
             *(1, count),
             left=left,
@@ -149,8 +149,8 @@ def read_runs(directories: Sequence[str | Path]) -> list[PlottedRun]:
     checkpoints = [newest(path) for path in paths]
     configs = [recorded_config(path, checkpoint) for path, checkpoint in zip(paths, checkpoints, strict=True)]
     runs = []
-    labels = run_labels(paths, configs)
-    for path, checkpoint, config, label in zip(paths, checkpoints, configs, labels, strict=True):
+    names, labels = run_names(paths), run_labels(paths, configs)
+    for path, checkpoint, config, name, label in zip(paths, checkpoints, configs, names, labels, strict=True):
         if checkpoint is None or not checkpoint.history:
             raise ValueError(f"{str(path)!r} has no finished epoch yet. Expected at least one.")
         for sentence in checkpoint.corrupt.values():
@@ -158,6 +158,7 @@ def read_runs(directories: Sequence[str | Path]) -> list[PlottedRun]:
         runs.append(
             PlottedRun(
                 label=label,
+                name=name,
                 history=checkpoint.history,
                 evaluation=read_evaluation(path),
                 loss_kind=loss_kind(config),

@@ -9,7 +9,7 @@ from typing import Any
 from dwiml_func.experiment.compare import distinguishing
 from dwiml_func.models.config import GETTER_OPTIONS
 
-__all__ = ["kind_names", "loss_kind", "run_labels"]
+__all__ = ["kind_names", "loss_kind", "run_labels", "run_names"]
 
 _NO_MATTER = ("checkpoints.", "logging.", "origin")
 _SAME_RESULTS = {
@@ -23,21 +23,22 @@ _OF_LENGTHS = {"l2-regression", "cosine-plus-l2-regression", "gaussian", "gaussi
 """Getters whose loss depends on the lengths of the steps."""
 
 
-def run_labels(directories: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A label for each of these runs: its name, and the options that not all share and that can change results.
-
-    Runs of one name in several folders are told apart by their parents' names.
-    """
-    options = distinguishing([{**config, "origin": None} for config in configs])
+def run_names(directories: Sequence[Path]) -> list[str]:
+    """The names of runs; those of one name, and members of ensembles, with the folder that they are in."""
     resolved = [path.resolve() for path in directories]
     names = [path.name for path in resolved]
-    names = [
-        f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 or _is_member(path) else path.name
+    return [
+        f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 or path.name.isdecimal() else path.name
         for path in resolved
     ]
+
+
+def run_labels(directories: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A label for each of these runs: its name, and the options that not all share and that can change results."""
+    options = distinguishing([{**config, "origin": None} for config in configs])
     return [
         _label(name, path, config, {key: value for key, value in own.items() if _matters(key)})
-        for name, path, config, own in zip(names, directories, configs, options, strict=True)
+        for name, path, config, own in zip(run_names(directories), directories, configs, options, strict=True)
     ]
 
 
@@ -66,10 +67,6 @@ def kind_names(kinds: Sequence[Mapping[str, str]]) -> list[str]:
         plain = [f"without {key}" for other in alike for key in other if key not in kind]
         names.append(", ".join([first, *(f"{key} {kind[key]}" for key in differing), *dict.fromkeys(plain)]))
     return names
-
-
-def _is_member(path: Path) -> bool:
-    return path.name.isdecimal()
 
 
 def _matters(name: str) -> bool:

@@ -26,7 +26,9 @@ _TRAINING = {"linestyle": "--", "linewidth": 1.5}
 _VALIDATION = {"linestyle": "-", "linewidth": 2}
 _BASELINES = (("keep_straight", "keep going straight", ":"), ("principal_direction", "principal direction", "-."))
 _WITH_OWN_PANEL = ("loss", "angular_error", RECONSTRUCTION_ERROR, WINDOW_LAG)
+_BASELINE = "principal direction"
 _LEAST_LIMIT = 0.1  # of the axis of shares
+_MOST_WRITTEN = 21  # bars with their value above them
 
 
 class PanelDrawing(NamedTuple):
@@ -200,30 +202,32 @@ def _means(run: PlottedRun, part: str, metric: str) -> list[float]:
 
 def _shares(panel: Panel, runs: dict[int, PlottedRun]) -> None:
     """Bars of the share of valid streamlines of the best models, by protocol, below the line of the baseline."""
-    panel.name("Tracking of the best models", "share of valid streamlines")
+    panel.name("Tracking of the best models", "valid streamlines (%)")
     protocols = dict.fromkeys(protocol for run in runs.values() for protocol in run.tracking["model"])
     width = 0.8 / len(runs)
-    lines: dict[str, set[tuple[int, float]]] = {}
+    baselines: set[tuple[int, float]] = set()  # the same for all runs on the same data
     for place, (number, run) in enumerate(runs.items()):
         for group, protocol in enumerate(protocols):
             value = _share(run, "model", protocol)
             if math.isfinite(value):
                 x = group + (place + 0.5) * width - 0.4
                 panel.axes.bar(x, value, 0.9 * width, color=COLOURS[number % len(COLOURS)])
-                panel.record(run.label, protocol, run.history[-1].best.epoch, value)
-            for name in ("principal direction",):
-                if math.isfinite(share := _share(run, name, protocol)):
-                    lines.setdefault(name, set()).add((group, share))
-    for name, places in lines.items():
-        for number, (group, share) in enumerate(sorted(places)):
-            ends = [group - 0.45, group + 0.45]
-            panel.axes.plot(ends, [share] * 2, color=GREY, linestyle="-.", label=None if number else name)
-            panel.record(name, [*protocols][group], None, share)
+                if len(runs) * len(protocols) <= _MOST_WRITTEN:
+                    where = {"ha": "center", "va": "bottom", "fontsize": 8}
+                    panel.axes.text(x, value, f"{100 * value:.0f}", **where)
+                panel.record(run.name or run.label, protocol, run.history[-1].best.epoch, value)
+            if math.isfinite(share := _share(run, _BASELINE, protocol)):
+                baselines.add((group, share))
+    for number, (group, share) in enumerate(sorted(baselines)):
+        ends = [group - 0.45, group + 0.45]
+        panel.axes.plot(ends, [share] * 2, color=GREY, linestyle="-.", label=None if number else _BASELINE)
+        panel.record(_BASELINE, [*protocols][group], None, share)
     panel.scale((0.0, max([_LEAST_LIMIT, *(1.08 * row.value for row in panel.rows)])))
+    panel.axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}")
     panel.axes.set_xticks(range(len(protocols)), [*protocols])
     panel.axes.set_xlim(-0.6, len(protocols) - 0.4)
-    if lines:
-        panel.axes.legend(frameon=False)
+    if baselines:
+        panel.axes.legend(framealpha=0.8, edgecolor="none")
 
 
 def _share(run: PlottedRun, who: str, protocol: str) -> float:
