@@ -22,6 +22,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 yellow, which is faint on white."""
 
 GREY = "#666666"
+"""The colour of what belongs to no run."""
+
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _FEW = 40  # epochs that are marked one by one
 _APART = 8  # marks on a long curve, where colours repeat

@@ -15,11 +15,11 @@ from dwiml_func.experiment.run_labels import kind_names
 from dwiml_func.experiment.window_lag import WINDOW_LAG
 from dwiml_func.models.autoencoder.autoencoder import RECONSTRUCTION_ERROR
 
-__all__ = ["PANELS", "PanelDrawing", "PanelName", "draw_rates", "panel_drawings"]
+__all__ = ["PanelDrawing", "PanelName", "draw_rates", "panel_drawings"]
 
 PanelName = Literal["loss", "angle", "lag", "monitored", "gradient", "rate", "speed", "tracking"]
 """What `--panels` names."""
-PANELS: tuple[PanelName, ...] = get_args(PanelName)
+_PANELS: tuple[PanelName, ...] = get_args(PanelName)
 
 _BLUE, _ORANGE, _BLACK = COLOURS[0], COLOURS[1], COLOURS[-1]
 _TRAINING = {"linestyle": "--", "linewidth": 1.5}
@@ -41,7 +41,7 @@ class PanelDrawing(NamedTuple):
 
 def panel_drawings(runs: Sequence[PlottedRun]) -> list[PanelDrawing]:
     """The panels that these runs have something for, in their order. Losses that cannot be compared have one each."""
-    return [drawing for name in PANELS for drawing in _drawings_of(name, dict(enumerate(runs))) if drawing.runs]
+    return [drawing for name in _PANELS for drawing in _drawings_of(name, dict(enumerate(runs))) if drawing.runs]
 
 
 def _drawings_of(name: PanelName, runs: dict[int, PlottedRun]) -> Iterator[PanelDrawing]:
@@ -163,6 +163,7 @@ def _norms(panel: Panel, run: PlottedRun, number: int) -> None:
 
 
 def draw_rates(panel: Panel, run: PlottedRun, number: int) -> None:
+    """The learning rate of each epoch, and its range where it changes within epochs."""
     panel.name("Learning rate", "learning rate")
     rates = [report.learning_rate for report in run.history]
     by_step = any(report.learning_rate_max is not None for report in run.history)
