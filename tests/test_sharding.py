@@ -48,10 +48,10 @@ class Threads:
 
     def run(self, function: Callable[[ProcessGroup], Any]) -> list[Any]:
         with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(function, [_Member(self, rank) for rank in range(self.size)]))
+            return list(pool.map(function, [Member(self, rank) for rank in range(self.size)]))
 
 
-class _Member:
+class Member:
     def __init__(self, threads: Threads, rank: int) -> None:
         self.threads, self.rank, self.size = threads, rank, threads.size
 
@@ -230,7 +230,7 @@ def test_parameters_of_several_dtypes_keep_theirs() -> None:
 
 def test_a_number_of_processes_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"4 processes cannot share 6 shards .* 1, 2, 3, 6 of processes"):
-        check_shards(6, _Member(Threads(4), 0))
+        check_shards(6, Member(Threads(4), 0))
     with pytest.raises(ValueError, match="at least one point"):
         sharded_loss(lambda *_, **__: LossOut(torch.zeros(()), 0, {}, {}))(
             {}, {}, [torch.ones(1)], key=Key(0), train=False

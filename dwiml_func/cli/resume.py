@@ -21,7 +21,10 @@ from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["Options", "run"]
 
-_CHANGES = ("new_max_epochs", "new_patience", "hdf5_file", "processes", "checkpoint_every", "keep", "accept", "skip")
+_CHANGES = (
+    *("new_max_epochs", "new_patience", "hdf5_file", "processes", "num_threads"),
+    *("checkpoint_every", "keep", "accept", "skip"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,8 @@ class Options(CommandOptions, TimeLimit):
     """New path of the dataset, if it was moved; its content must be the same. None: unchanged."""
     processes: int | None = None
     """New number of processes that load batches. It does not change the results. None: unchanged."""
+    num_threads: int | None = None
+    """New number of CPU threads, of a run with shards, whose results it does not change. None: unchanged."""
     checkpoint_every: str | None = None
     """New interval between checkpoints. It does not change the results. None: unchanged."""
     keep: int | Literal["all"] | None = None

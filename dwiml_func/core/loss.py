@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from dwiml_func._checks import listed, truncated_repr
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.core.stateless import ABSENT, IN_PLACE, StatelessModule
+from dwiml_func.core.stateless import ABSENT, IN_PLACE, StatelessModule, copy_structure
 from dwiml_func.types import Buffers, Params
 
 __all__ = [
@@ -81,8 +82,8 @@ def module_loss(
             `compute_batch_loss`, parameters, gradients and loss stay in float32. None: no mixed precision.
 
     Returns:
-        A loss function for `train_step` and `eval_step`. One thread at a time may call it; threads that train side by
-        side make one each.
+        A loss function for `train_step` and `eval_step`. Threads may call it side by side: each has its own copy of the
+        module's structure. While one draws random numbers, the others wait with theirs.
 
     Raises:
         ValueError: (when called) `compute_batch_loss` returned something else, names do not match the module's, or the
@@ -99,11 +100,11 @@ def module_loss(
         >>> loss_fn(dict(model.named_parameters()), {}, batch, key=Key(0), train=False).weight
         4
     """
-    views = {train: StatelessModule(module, train=train, autocast=autocast) for train in (True, False)}
+    views = _Views(module, autocast)
     attributes = _AttributeCheck()
 
     def loss_fn(params: Params, buffers: Buffers, batch: Any, *, key: Key, train: bool) -> LossOut:
-        view = views[train]
+        view = views.here()[train]
         # In-place updates of buffers (batch normalisation) must not reach the caller's tensors.
         tensors = {**params, **{name: t.clone() if name in view.buffer_names else t for name, t in buffers.items()}}
         if stochastic and not torch.compiler.is_compiling():  # a compiled step seeds around its graph
@@ -125,8 +126,27 @@ def module_loss(
         return LossOut(out[0], out[1], new_buffers, {name: _detached(mean, out[0]) for name, mean in aux.items()})
 
     loss_fn.stochastic = stochastic  # type: ignore[attr-defined]  # for `jit_step`, which seeds around its graph
-    loss_fn.hold = views[True].hold  # type: ignore[attr-defined]  # for `value_and_grad`
+    loss_fn.hold = lambda: views.here()[True].hold()  # type: ignore[attr-defined]  # for `value_and_grad`
     return loss_fn
+
+
+class _Views:
+    """A module as a function, in training and in evaluation, for each thread that calls it."""
+
+    def __init__(self, module: torch.nn.Module, autocast: torch.dtype | None) -> None:
+        self._module, self._autocast = copy_structure(module), autocast
+        self._thread, self._first, self._others = threading.get_ident(), self._make(), threading.local()
+
+    def here(self) -> dict[bool, StatelessModule]:
+        """Those of this thread."""
+        if torch.compiler.is_compiling() or threading.get_ident() == self._thread:
+            return self._first
+        if not hasattr(self._others, "views"):
+            self._others.views = self._make()
+        return self._others.views
+
+    def _make(self) -> dict[bool, StatelessModule]:
+        return {train: StatelessModule(self._module, train=train, autocast=self._autocast) for train in (True, False)}
 
 
 class _AttributeCheck:

@@ -11,7 +11,7 @@ import hashlib
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple
@@ -27,10 +27,13 @@ __all__ = [
     "key_hash",
     "numpy_rng",
     "torch_rng",
+    "watched_generators",
+    "without_seeds",
 ]
 
 _GLOBAL_GENERATORS = threading.RLock()  # one thread at a time draws from them
 os.register_at_fork(after_in_child=_GLOBAL_GENERATORS._at_fork_reinit)  # type: ignore[attr-defined]
+_THREAD = threading.local()
 _SEED_END = 1 << 64  # torch's generators take seeds below this
 _PATH_END = 1 << 32  # SeedSequence cuts larger elements into 32-bit words, so (2**32,) would equal (0, 1)
 
@@ -130,6 +133,9 @@ def torch_rng(key: Key) -> Iterator[None]:
         >>> torch.equal(first, second)
         True
     """
+    if getattr(_THREAD, "has_no_seeds", False):
+        yield
+        return
     seed = key_hash(key)
     generators = default_generators()
     with _GLOBAL_GENERATORS:
@@ -140,6 +146,30 @@ def torch_rng(key: Key) -> Iterator[None]:
             yield
         finally:
             for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+
+
+@contextmanager
+def without_seeds() -> Iterator[None]:
+    """In this thread, `torch_rng` does nothing: for work beside other threads, under `watched_generators`."""
+    _THREAD.has_no_seeds = True
+    try:
+        yield
+    finally:
+        _THREAD.has_no_seeds = False
+
+
+@contextmanager
+def watched_generators() -> Iterator[Callable[[], bool]]:
+    """Let no other thread seed torch's generators; yields whether one has been drawn from. Restores their states."""
+    generators = default_generators()
+    with _GLOBAL_GENERATORS:
+        states = [generator.get_state() for generator in generators]
+        pairs = list(zip(generators, states, strict=True))
+        try:
+            yield lambda: any(not torch.equal(generator.get_state(), state) for generator, state in pairs)
+        finally:
+            for generator, state in pairs:
                 generator.set_state(state)
 
 

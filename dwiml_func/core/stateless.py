@@ -19,6 +19,7 @@ __all__ = [
     "ABSENT",
     "IN_PLACE",
     "StatelessModule",
+    "copy_structure",
 ]
 
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_flat_weights", "_flat_weight_refs", "forward"}
@@ -39,7 +40,7 @@ class StatelessModule:
 
     def __init__(self, module: nn.Module, *, train: bool, autocast: torch.dtype | None) -> None:
         _check_no_hooks(module)
-        self._module = _copy_structure(module)
+        self._module = copy_structure(module)
         self._module.train(train)
         if module.training:
             for own, given in zip(self._module.modules(), module.modules(), strict=True):
@@ -202,7 +203,7 @@ def _mark(value: Any) -> _Mark | None:
     return _Mark(value) if is_mutable else None
 
 
-def _copy_structure(module: nn.Module) -> nn.Module:
+def copy_structure(module: nn.Module) -> nn.Module:
     """A copy that shares the tensors, which are never read through it, and with them which of them are tied."""
     shared = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
     for submodule in module.modules():  # what pruning and weight normalisation compute before each forward

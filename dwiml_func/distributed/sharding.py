@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import check_number
 from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.rng import Key, fold_in
+from dwiml_func.distributed.threads import ShardThreads
 from dwiml_func.types import Buffers, Params
 
 __all__ = ["SINGLE_PROCESS", "ProcessGroup", "check_shards", "sharded_loss", "sharded_value_and_grad"]
@@ -58,13 +60,20 @@ SINGLE_PROCESS: ProcessGroup = _SingleProcess()
 
 
 def sharded_value_and_grad(
-    process_group: ProcessGroup = SINGLE_PROCESS, gradient_fn: ValueAndGrad = value_and_grad
+    process_group: ProcessGroup = SINGLE_PROCESS,
+    gradient_fn: ValueAndGrad = value_and_grad,
+    *,
+    num_threads: int = 1,
 ) -> ValueAndGrad:
     """`value_and_grad` for batches that are cut into shards.
 
     Args:
         process_group: the processes that share the work; their number divides that of the shards.
         gradient_fn: evaluates loss and gradients of one shard.
+        num_threads: how many threads of each process evaluate shards side by side, each operation on one thread; any
+            number gives the same bits, after `torch.set_num_threads(1)`. A model's forward pass that draws random
+            numbers waits for those of the other shards; blocks of `torch.utils.checkpoint` that draw some are for one
+            thread.
 
     Returns:
         A function for `train_step(..., gradient_fn=...)`. Its batch is a sequence of shards, None for an empty one; the
@@ -83,6 +92,7 @@ def sharded_value_and_grad(
         >>> out.loss.item(), out.weight.item(), grads["w"].item()
         (2.0, 3.0, 2.0)
     """
+    threads = _threads(num_threads)
 
     def function(
         loss_fn: LossFn,
@@ -99,7 +109,7 @@ def sharded_value_and_grad(
             dense = {n: torch.zeros_like(p) if grads[n] is None else grads[n] for n, p in params.items()}
             return _part(out, buffers, dense, is_empty, used)
 
-        out, total = _over_shards(batch, evaluate, buffers, process_group)
+        out, total = _over_shards(batch, evaluate, buffers, process_group, threads)
         used = dict(zip(params, total.numbers[-len(params) :].tolist(), strict=True))
         return out, {
             name: grad if used[name] else None
@@ -110,12 +120,13 @@ def sharded_value_and_grad(
     return function
 
 
-def sharded_loss(loss_fn: LossFn, process_group: ProcessGroup = SINGLE_PROCESS) -> LossFn:
+def sharded_loss(loss_fn: LossFn, process_group: ProcessGroup = SINGLE_PROCESS, *, num_threads: int = 1) -> LossFn:
     """A loss function for batches that are cut into shards, e.g. for `eval_step`.
 
     Args:
         loss_fn: the loss of one shard.
         process_group: the processes that share the work.
+        num_threads: as for `sharded_value_and_grad`.
 
     Returns:
         A loss function whose batch is a sequence of shards, as for `sharded_value_and_grad`.
@@ -127,13 +138,14 @@ def sharded_loss(loss_fn: LossFn, process_group: ProcessGroup = SINGLE_PROCESS) 
         >>> sharded_loss(loss_fn)({}, {}, shards, key=Key(0), train=False).loss.item()
         2.0
     """
+    threads = _threads(num_threads)
 
     def function(params: Params, buffers: Buffers, batch: Any, *, key: Key, train: bool) -> LossOut:
         def evaluate(shard: Any, number: int, is_empty: bool) -> _Part:
             out = loss_fn(params, buffers, shard, key=fold_in(key, number), train=train)
             return _part(out, buffers, {}, is_empty)
 
-        return _over_shards(batch, evaluate, buffers, process_group)[0]
+        return _over_shards(batch, evaluate, buffers, process_group, threads)[0]
 
     return function
 
@@ -181,7 +193,11 @@ def _part(
 
 
 def _over_shards(
-    batch: Sequence[Any], evaluate: Callable[[Any, int, bool], _Part], buffers: Buffers, process_group: ProcessGroup
+    batch: Sequence[Any],
+    evaluate: Callable[[Any, int, bool], _Part],
+    buffers: Buffers,
+    process_group: ProcessGroup,
+    threads: ShardThreads | None,
 ) -> tuple[LossOut, _Part]:
     """Evaluate this process's shards, exchange the sums, and add them up."""
     check_shards(len(batch), process_group)
@@ -194,12 +210,12 @@ def _over_shards(
         is_empty = batch[number] is None
         return evaluate(batch[0] if is_empty else batch[number], number, is_empty)
 
-    branches = [
-        _tree([partial(evaluated, number) for number in range(start, start + branch)])
-        for start in range(first, first + block, branch)
-    ]
+    parts = [partial(evaluated, number) for number in range(first, first + block)]
+    if threads is not None:
+        parts = [partial(_itself, part) for part in threads.run(parts)]
+    branches = [_tree(parts[start : start + branch]) for start in range(0, block, branch)]
     gathered = _exchange(branches, process_group)
-    total = _tree([partial(lambda part: part, part) for part in gathered])
+    total = _tree([partial(_itself, part) for part in gathered])
     changed, loss, weight, *rest = total.numbers.unbind()
     if not float(weight) > 0:
         raise ValueError("Expected a batch with at least one point. Received: shards without any.")
@@ -207,6 +223,15 @@ def _over_shards(
         buffers = {name: process_group.gather(tensor)[0] for name, tensor in branches[0].buffers.items()}
     aux = {name: (rest[2 * i] / rest[2 * i + 1], rest[2 * i + 1]) for i, name in enumerate(total.names)}
     return LossOut(loss / weight, weight, buffers, aux), total
+
+
+def _itself(part: _Part) -> _Part:
+    return part
+
+
+def _threads(number: int) -> ShardThreads | None:
+    check_number("num_threads", number, at_least=1)
+    return ShardThreads(number) if number > 1 else None
 
 
 def _exchange(branches: Sequence[_Part], process_group: ProcessGroup) -> list[_Part]:

@@ -36,7 +36,8 @@ def record_digest(latest: Checkpoint) -> str:
     Each link is the hash of the link before it, of the epoch's report and of the digest of its state; durations apart,
     so a run that is repeated has the same. Options that cannot change results are left out.
     """
-    config = {name: pair[0] for name, pair in differing(latest.config, {}).items() if _decides(name)}
+    has_shards = _has_shards(latest.config)
+    config = {name: pair[0] for name, pair in differing(latest.config, {}).items() if _decides(name, has_shards)}
     link = _sha256({"data": content(latest.data), "config": config})
     for report in latest.history:
         link = _sha256({"before": link, "report": report_values(report), "digest": report.digest})
@@ -90,16 +91,25 @@ def _is_same(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _differing_options(recorded: Mapping[str, Any], named: Mapping[str, Any]) -> list[str]:
     pairs = differing(recorded, named).items()
-    return [f"{name}: {there} there, {here} in config.json" for name, (there, here) in pairs if not _is_free(name)]
+    has_shards = _has_shards(named)
+    return [
+        f"{name}: {there} there, {here} in config.json"
+        for name, (there, here) in pairs
+        if not _is_free(name, has_shards)
+    ]
 
 
-def _decides(name: str) -> bool:
-    return not _is_free(name) or name == "training.skip_batches"
+def _decides(name: str, has_shards: bool) -> bool:
+    return not _is_free(name, has_shards) or name == "training.skip_batches"
 
 
-def _is_free(name: str) -> bool:
+def _has_shards(config: Mapping[str, Any]) -> bool:
+    return config.get("training", {}).get("num_shards", 1) != 1
+
+
+def _is_free(name: str, has_shards: bool) -> bool:
     """Whether an option may differ between the checkpoints of a run; the data are compared, wherever they are."""
-    return may_change(name) or name == "hdf5_file"
+    return may_change(name, has_shards=has_shards) or name == "hdf5_file"
 
 
 def _history_problems(checkpoint: Checkpoint, history: Sequence[EpochReport]) -> list[str]:

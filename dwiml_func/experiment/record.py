@@ -45,7 +45,9 @@ def check_same_config(
         for name, (old, new) in found.items()
         if name not in ("hdf5_file", "hdf5 file")  # the data are compared, wherever they are
     }
-    if refused := [name for name in texts if not may_change(name) and not {name, _option(name)} & set(accept)]:
+    has_shards = config.training.num_shards > 1
+    fixed = [name for name in texts if not may_change(name, has_shards=has_shards)]
+    if refused := [name for name in fixed if not {name, _option(name)} & set(accept)]:
         raise ValueError(
             f"Expected the options that {source} recorded. Received in {directory / 'config.json'}: "
             f"{at_most_three([texts[name] for name in refused])}. "
@@ -81,9 +83,14 @@ def warn_of_other_environment(checkpoint: Checkpoint, like: TrainState) -> None:
         )
 
 
-def may_change(name: str) -> bool:
-    """Whether a resume may give another value of an option."""
-    return _option(name) in _MAY_CHANGE or name.startswith(("checkpoints.", "logging."))
+def may_change(name: str, *, has_shards: bool = False) -> bool:
+    """Whether a resume may give another value of an option; with shards, the number of threads is one."""
+    option = _option(name)
+    return (
+        option in _MAY_CHANGE
+        or (has_shards and option == "num_threads")
+        or name.startswith(("checkpoints.", "logging."))
+    )
 
 
 def _option(name: str) -> str:

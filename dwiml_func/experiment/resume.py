@@ -131,8 +131,10 @@ def with_same_results(config: RunConfig, given: RunConfig | None) -> RunConfig:
     """A config with those options of `given` that cannot change results; None changes nothing."""
     if given is None:
         return config
+    num_threads = given.training.num_threads if config.training.num_shards > 1 else None
     return replace(
         config,
+        training=_changed(config.training, num_threads=num_threads),
         data=replace(config.data, lazy=given.data.lazy, cache_size=given.data.cache_size),
         batches=replace(config.batches, processes=given.batches.processes),
         checkpoints=given.checkpoints,
@@ -167,8 +169,18 @@ def with_new_options(
     checkpoint_every: str | None = None,
     keep: int | str | None = None,
     skip: Sequence[str] = (),
+    num_threads: int | None = None,
 ) -> RunConfig:
-    """A run's config with the options that a resume may change; None keeps a value."""
+    """A run's config with the options that a resume may change; None keeps a value.
+
+    ValueError for another number of threads where it would change results.
+    """
+    recorded = config.training
+    if recorded.num_shards == 1 and num_threads not in (None, recorded.num_threads):
+        raise ValueError(
+            f"--num-threads {num_threads}: a run without shards has other bits with other threads, and this one began "
+            f"with {recorded.num_threads}. Leave the option out. Runs with --num-shards may change it."
+        )
     return replace(
         config,
         hdf5_file=str(Path(hdf5_file).absolute()) if hdf5_file else config.hdf5_file,
@@ -176,6 +188,7 @@ def with_new_options(
             config.training,
             max_epochs=new_max_epochs,
             patience=new_patience,
+            num_threads=num_threads,
             skip_batches=tuple(dict.fromkeys((*config.training.skip_batches, *skip))) if skip else None,
         ),
         batches=_changed(config.batches, processes=processes),

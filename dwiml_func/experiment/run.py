@@ -69,7 +69,7 @@ def run_experiment(
     state = parts.first_state() if state is None else state
     stop = StopRequest(process_group=parts.process_group) if stop is None else stop
     history = tuple(history)
-    set_num_threads(training.num_threads)
+    set_num_threads(training.num_operation_threads)
     _check_same_start(parts, state)
     write = experiment_writer(directory, config) if write is None else fan_out(write)
     if parts.process_group.rank == 0:

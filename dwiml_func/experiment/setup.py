@@ -209,8 +209,11 @@ def make_steps(
             return partial(train_step, **bound), evaluate
         step = jit_step(**bound, dynamic=True)
         return WarmUpStep(step, eager=step.eager, graph=step.graph, first_batch=first_batch), evaluate
-    evaluate = partial(eval_step, loss_fn=sharded_loss(loss_fn, process_group), optimizer=optimizer)
-    eager = partial(train_step, **bound, gradient_fn=sharded_value_and_grad(process_group))
+    num_threads = 1 if training.use_gpu or training.compile else training.num_threads
+    loss = sharded_loss(loss_fn, process_group, num_threads=num_threads)
+    evaluate = partial(eval_step, loss_fn=loss, optimizer=optimizer)
+    gradient_fn = sharded_value_and_grad(process_group, num_threads=num_threads)
+    eager = partial(train_step, **bound, gradient_fn=gradient_fn)
     if not training.compile:
         return eager, evaluate
     gradient = JitGradient(loss_fn, dynamic=True)

@@ -74,7 +74,8 @@ class TrainingConfig:
     use_gpu: bool = False
     """Train on the CUDA GPU."""
     num_threads: int = 1
-    """Number of CPU threads of the computation. Results with different numbers are not bitwise identical."""
+    """Number of CPU threads of the computation. Of a run with shards they compute shards side by side, and any number
+    gives bitwise identical results; without shards, other numbers give other bits."""
     compile: bool = False
     """Compile the training step with torch.compile. Results are reproducible, but not bitwise identical to those
     without it."""
@@ -137,6 +138,11 @@ class TrainingConfig:
             check_number("data_rng", self.data_rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
         make_optimizer(self)
+
+    @property
+    def num_operation_threads(self) -> int:
+        """Number of threads of one operation; of a run with shards, threads share the shards instead."""
+        return self.num_threads if self.num_shards == 1 else 1
 
     @property
     def step_clip_grad(self) -> float | None:
