@@ -217,7 +217,7 @@ def read_scores(directory: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
     import pydantic
 
     try:
-        recorded = json.loads((Path(directory) / _NAME).read_bytes())["scores"]
+        recorded = json.loads((Path(directory) / TRACKING_FILE).read_bytes())["scores"]
         return pydantic.TypeAdapter(dict[str, dict[str, dict[str, Any]]]).validate_python(recorded)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
