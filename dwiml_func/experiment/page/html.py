@@ -29,13 +29,13 @@ def rows_table(
     head: Sequence[str], rows: Iterable[Sequence[Element | str]], *, caption: str = "", kind: str = "wide"
 ) -> Element:
     """A table whose first cells name their rows; it scrolls sideways where it is too wide. `kind` is its class."""
-    above = [tag("caption", caption)] if caption else []
     cells = [tag("thead", tag("tr", *(tag("th", text, scope="col") for text in head)))] if any(head) else []
     body = tag(
         "tbody", *(tag("tr", tag("th", first, scope="row"), *(tag("td", c) for c in rest)) for first, *rest in rows)
     )
-    table = tag("table", *above, *cells, body)
-    return tag("div", table, class_=kind, tabindex="0", role="region", aria_label=caption or head[0] or "table")
+    name = {"aria_label": caption or " and ".join(filter(None, head)) or "names and values"}
+    region = tag("div", tag("table", *cells, body), class_=kind, tabindex="0", role="region", **name)
+    return tag("div", *([tag("p", caption, class_="caption")] if caption else []), region)
 
 
 def image(svg: bytes, *, text: str) -> Element:

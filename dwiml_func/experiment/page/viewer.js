@@ -126,20 +126,20 @@
     const span = document.createElement("span");
     span.textContent = text;
     span.className = name;
-    span.style.left = `${x}px`;
-    span.style.top = `${y}px`;
+    span.style.left = `${(100 * x) / canvas.width}%`; // so that it stays there when the page is printed
+    span.style.top = `${(100 * y) / canvas.height}%`;
     element("labels").append(span);
     return span;
   };
 
-  const letters = (right, up, towards, box, ratio) => {
-    const half = (0.5 * Math.min(box.width, box.height)) / ratio;
+  const letters = (right, up, towards, box) => {
+    const half = 0.5 * Math.min(box.width, box.height);
     [["L", [-1, 0, 0]], ["R", [1, 0, 0]], ["P", [0, -1, 0]], ["A", [0, 1, 0]], ["I", [0, 0, -1]], ["S", [0, 0, 1]]].forEach(
       ([text, axis]) => {
         const dot = (other) => axis.reduce((sum, value, at) => sum + value * other[at], 0);
         if (Math.hypot(dot(right), dot(up)) < 0.35) return; // it points at the eye
-        const x = (box.x + 0.5 * box.width) / ratio + 0.92 * half * dot(right);
-        const y = (canvas.height - box.y - 0.5 * box.height) / ratio - 0.92 * half * dot(up);
+        const x = box.x + 0.5 * box.width + 0.92 * half * dot(right);
+        const y = canvas.height - box.y - 0.5 * box.height - 0.92 * half * dot(up);
         label(text, x, y, "axis").style.opacity = dot(towards) < -0.3 ? 0.5 : 1;
       }
     );
@@ -150,6 +150,7 @@
     const [width, height] = [Math.round(canvas.clientWidth * ratio), Math.round(canvas.clientHeight * ratio)];
     if (!width || !height || gl.isContextLost()) return;
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+    canvas.style.aspectRatio = `${width} / ${height}`;
     const style = getComputedStyle(canvas);
     const ink = printing ? [0, 0, 0] : rgb(style.color);
     const paper = printing ? [1, 1, 1] : rgb(style.backgroundColor);
@@ -178,9 +179,9 @@
       gl.uniform2f(place.size, box.width, box.height);
       gl.bindVertexArray(arrays[name].array);
       gl.drawArraysInstanced(gl.TRIANGLE_STRIP, 0, 4, arrays[name].segments);
-      const title = label(data.sets[name].title, box.x / ratio, (height - box.y - box.height) / ratio, "title");
-      title.style.maxWidth = `${box.width / ratio}px`;
-      letters(right, up, towards, box, ratio);
+      const title = label(data.sets[name].title, box.x, height - box.y - box.height, "title");
+      title.style.maxWidth = `${(100 * box.width) / width}%`;
+      letters(right, up, towards, box);
     });
   };
 
