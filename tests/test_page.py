@@ -171,7 +171,7 @@ def test_the_guides_command_writes_a_page_with_what_an_audit_found(cli, experime
     outcome = cli(*command.split()[1:], "--sample", "1")
     assert (outcome.code, outcome.out) == (1, "first_run.html\n")
     audit = Page(Path("first_run.html").read_text()).texts["audit"]
-    assert "first_run: 1 of 3 epochs trained again, some differ." in audit
+    assert "of 3 epochs trained again, some differ." in audit
     assert "The record contradicts itself:" in audit
     assert "Not audited|" not in audit
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dwiml_func.experiment.panels import DRAWINGS, Panel, PlottedRun, angular_errors, draw_baselines, metric_apart
+from dwiml_func.experiment.panels import Panel, PlottedRun
+from dwiml_func.experiment.run_panels import panel_drawings
 from dwiml_func.experiment.tracking_evaluation import Drift
 from dwiml_func.experiment.tracking_figures import draw_drift
 
@@ -34,15 +35,11 @@ def curves(run: PlottedRun) -> Iterator[Drawing]:
     """The panels of one run with at least one finished epoch."""
     from matplotlib.figure import Figure
 
-    for number, draw in enumerate(DRAWINGS):
-        if number == 2 and metric_apart(run) is None:
-            continue
-        with _style(f"curve {number}"):
+    for each in panel_drawings([run]):
+        with _style(each.name):
             figure = Figure(figsize=_SIZE)
             panel = Panel(figure.add_axes(_PLACE), is_alone=True)
-            draw(panel, run, 0)
-            if draw is angular_errors:
-                draw_baselines(panel, [run])
+            each.draw(panel, each.runs)
             panel.finish(num_epochs=run.history[-1].epoch)
             yield _drawing(figure, panel.axes)
 
