@@ -203,7 +203,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
         *("model", *(f.name for kind in (TransformerOptions, AutoencoderOptions) for f in dataclasses.fields(kind))),
         *("skip_window_lag", "add_a_tracking_validation_phase", "tracking_mask"),
         *("tracking_phase_frequency", "tracking_phase_nb_segments_init", "skip_batches"),
-        *("matmul_precision", "pad_batches"),  # test_matmul_precision, test_padding
+        *("matmul_precision", "pad_batches", "device_data"),  # test_matmul_precision, test_padding, test_device_data
     }
     assert {name.replace("-", "_") for name in options} | {
         "lazy",

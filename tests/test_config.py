@@ -120,6 +120,7 @@ def test_the_defaults_are_those_of_dwi_ml():
         "num_threads": 1,
         "compile": False,
         "precision": "float32",
+        "device_data": "auto",
         "pad_batches": "auto",
         "matmul_precision": "highest",
         "skip_window_lag": False,

@@ -26,7 +26,8 @@ HELD_ELSEWHERE = {
         "num_shards",
         "matmul_precision",
         "pad_batches",
-    ),  # test_parallel, test_compiled_runs, test_matmul_precision, test_padding, ...
+        "device_data",
+    ),  # test_parallel, test_compiled_runs, test_matmul_precision, test_padding, test_device_data, ...
     *("max_len", "position_encoding"),  # test_transformers, test_config
     *(
         "max_epochs",

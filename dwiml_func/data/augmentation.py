@@ -17,7 +17,7 @@ from torch import Tensor
 from dwiml_func.core.rng import Key, fold_in, numpy_rng
 from dwiml_func.data.streamlines import Streamlines
 
-__all__ = ["Augmentation", "Kind", "add_noise", "reverse_streamlines", "rng_of", "split_streamlines"]
+__all__ = ["Augmentation", "Kind", "normal_noise", "reverse_streamlines", "rng_of", "split_streamlines"]
 
 _LEAST_HALF = 6  # points of a half of a split streamline, as in dwi_ml
 _CLIP = 2.0  # noise ends at this many standard deviations
@@ -141,10 +141,10 @@ def reverse_streamlines(lines: Streamlines, ratio: float, rng: np.random.Generat
     return Streamlines(lines.points.index_select(0, torch.from_numpy(rows)), lines.offsets)
 
 
-def add_noise(points: Tensor, size: float, rng: np.random.Generator) -> Tensor:
-    """Move points by normal noise clipped at two standard deviations; `size` is in their units, before clipping."""
-    noise = rng.standard_normal(tuple(points.shape), dtype=np.float32)
-    return points + torch.from_numpy(np.clip(noise, -_CLIP, _CLIP) * np.float32(size))
+def normal_noise(num_points: int, size: float, rng: np.random.Generator) -> Tensor:
+    """(num_points, 3) normal noise clipped at two standard deviations; `size` is one of them, before clipping."""
+    noise = rng.standard_normal((num_points, 3), dtype=np.float32)
+    return torch.from_numpy(np.clip(noise, -_CLIP, _CLIP) * np.float32(size))
 
 
 def _choose(num: int, ratio: float, rng: np.random.Generator) -> np.ndarray:

@@ -178,6 +178,13 @@ class StreamlineBatch:
         """
         return self._mapped(lambda tensor: tensor.pin_memory())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of every tensor until a CUDA stream has done what it was given so far."""
+        for field in fields(self):
+            if isinstance(tensor := getattr(self, field.name), Tensor):
+                tensor.record_stream(stream)
+
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> StreamlineBatch:
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return StreamlineBatch(**{name: function(t) if isinstance(t, Tensor) else t for name, t in parts.items()})
+        moved: dict[str, Any] = {name: function(t) if isinstance(t, Tensor) else t for name, t in parts.items()}
+        return StreamlineBatch(**moved)

@@ -27,6 +27,11 @@ class VolumeSource(Protocol):
         """F, known without reading a volume."""
         ...
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(X, Y, Z, F) of each volume, known too."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Tensor]: ...
@@ -166,3 +171,10 @@ class StreamlineDataset:
         if isinstance(self.volumes, tuple):
             return self.volumes[0].shape[3] if self.volumes else 0
         return self.volumes.num_features
+
+    @property
+    def volume_shapes(self) -> list[tuple[int, ...]]:
+        """(X, Y, Z, F) of each subject's volume, without reading one."""
+        if isinstance(self.volumes, tuple):
+            return [tuple(volume.shape) for volume in self.volumes]
+        return list(self.volumes.shapes)

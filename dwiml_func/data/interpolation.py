@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-__all__ = ["Interpolation", "interpolate"]
+__all__ = ["FlatVolumes", "Interpolation", "interpolate"]
 
 Interpolation = Literal["nearest", "trilinear", "trilinear-corner"]
 """A mode of `interpolate`, by name."""
@@ -52,18 +55,70 @@ def interpolate(volume: Tensor, points: Tensor, *, mode: Interpolation = "trilin
             "Expected a volume of shape (X, Y, Z, F) and points of shape (P, 3). "
             f"Received: {tuple(volume.shape)} and {tuple(points.shape)}"
         )
-    size_x, size_y, size_z, num_features = volume.shape
-    last = torch.tensor([size_x, size_y, size_z], device=points.device) - 1
-    strides = torch.tensor([size_y * size_z, size_z, 1], device=points.device)
-    values = volume.reshape(-1, num_features)
+    last, strides = _grid(volume.shape, points.device)
+    return _interpolate(volume.reshape(-1, volume.shape[3]), points, last[:, None], strides[:, None], mode=mode)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FlatVolumes:
+    """Volumes of several subjects in one array, which are interpolated together, whichever subject a point is of.
+
+    values: (V, F) float, the voxels of all volumes.
+    last: (3, num_subjects) int64, the last index of each axis.
+    strides: (3, num_subjects) int64, how many voxels the next index is away.
+    starts: (num_subjects,) int64, each volume's first row in `values`.
+    """
+
+    values: Tensor
+    last: Tensor
+    strides: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, volumes: Iterable[Tensor], shapes: Sequence[Sequence[int]], device: torch.device) -> FlatVolumes:
+        """Copy (X, Y, Z, F) volumes, at least one, to a device; `shapes` has the shape of each."""
+        sizes = [shape[0] * shape[1] * shape[2] for shape in shapes]
+        starts = [0, *itertools.accumulate(sizes)]
+        values = torch.empty(starts[-1], shapes[0][3], device=device)
+        for volume, start, size in zip(volumes, starts, sizes, strict=False):  # read one at a time, where they are lazy
+            values[start : start + size].copy_(volume.reshape(size, -1))
+        last, strides = (torch.stack(parts, dim=1) for parts in zip(*(_grid(s, device) for s in shapes), strict=True))
+        return cls(values, last, strides, torch.tensor(starts[:-1], device=device))
+
+    def read(self, points: Tensor, subject: Tensor | None, *, mode: Interpolation = "trilinear") -> Tensor:
+        """Interpolate at points (P, 3), each in the volume of its `subject` (P,); None where there is one volume."""
+        if subject is None:
+            return _interpolate(self.values, points, self.last, self.strides, mode=mode)
+        grid = (part.index_select(1, subject) for part in (self.last, self.strides))
+        return _interpolate(self.values, points, *grid, mode=mode, start=self.starts.index_select(0, subject))
+
+
+def _grid(shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(3,) last indices and strides of a volume."""
+    size_x, size_y, size_z = shape[:3]
+    last = torch.tensor([size_x, size_y, size_z], device=device) - 1
+    return last, torch.tensor([size_y * size_z, size_z, 1], device=device)
+
+
+def _interpolate(
+    values: Tensor,
+    points: Tensor,
+    last: Tensor,
+    strides: Tensor,
+    *,
+    mode: Interpolation,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Interpolate among rows of values; last and strides are (3, 1), or (3, P) where each point has its own."""
     if mode == "nearest":
+        last, strides = last.t(), strides.t()
         # Clamped before it becomes an integer, for what is far away, and after, as NaN passes the first clamp.
         voxel = torch.minimum(torch.minimum(points.floor().clamp(min=0), last).long().clamp(min=0), last)
-        found = values[(voxel * strides).sum(dim=1)]
+        row = (voxel * strides).sum(dim=1)
+        found = values[row if start is None else row + start]
         return torch.where(points.isnan().any(dim=1, keepdim=True), torch.full_like(found, float("nan")), found)
 
     # Axes first: sums and products then run along the points, several times faster than along axes of 2 and 3.
-    last, strides = last[:, None], strides[:, None]
     # Clamping the position gives the same values as clamping the eight indices: both neighbours become the border.
     position = torch.minimum((points.t().contiguous() - _VALUE_AT[mode]).clamp(min=0), last)
     # Clamped again as integers: NaN passes the first clamp and must not become an address.
@@ -72,7 +127,9 @@ def interpolate(volume: Tensor, points: Tensor, *, mode: Interpolation = "trilin
     fraction = position - lower
 
     x, y, z = (torch.stack([lower, upper]) * strides).unbind(1)  # (2, P) each
-    weight_x, weight_y, weight_z = torch.stack([1 - fraction, fraction]).to(volume.dtype).unbind(1)
+    if start is not None:
+        x = x + start
+    weight_x, weight_y, weight_z = torch.stack([1 - fraction, fraction]).to(values.dtype).unbind(1)
     corner_rows = x[:, None, None] + y[:, None] + z  # (2, 2, 2, P)
     corner_weights = weight_x[:, None, None] * weight_y[:, None] * weight_z
     return embedding_bag(

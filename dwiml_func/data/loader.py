@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from dwiml_func.core.rng import Key
 from dwiml_func.data.augmentation import (
     Augmentation,
     Kind,
-    add_noise,
+    normal_noise,
     reverse_streamlines,
     rng_of,
     split_streamlines,
@@ -31,7 +32,7 @@ from dwiml_func.data.sampler import EpochPlan, SamplerSpec, sample_epoch
 from dwiml_func.data.streamlines import Streamlines, input_rows
 from dwiml_func.data.workers import WorkerLoader
 
-__all__ = ["BatchRequest", "LoaderSpec", "epoch_batches", "load_batch"]
+__all__ = ["BatchRequest", "LoaderSpec", "epoch_batches", "load_batch", "noise_of", "split_and_reverse"]
 
 
 class BatchRequest(NamedTuple):
@@ -124,16 +125,36 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
         torch.Size([2, 2])
     """
     lines = dataset.streamlines.select(request.ids)
-    ids = torch.from_numpy(np.array(request.ids))  # copied: torch warns when it wraps a read-only array
-    subject = torch.from_numpy(dataset.index.subject_of(request.ids))
     if spec.resampling != dataset.resampling:
-        lines = resample_streamlines(lines, dataset.voxel_sizes[subject], spec.resampling)
+        sizes = dataset.voxel_sizes[torch.from_numpy(dataset.index.subject_of(request.ids))]
+        lines = resample_streamlines(lines, sizes, spec.resampling)
+    lines, ids, subject = split_and_reverse(lines, request, dataset=dataset, spec=spec)
+    inputs = _inputs(lines, subject, dataset, spec)
+    units = direction_units(dataset.voxel_sizes)
+    if (units != 1).any():
+        lines = Streamlines(lines.points * units[subject].repeat_interleave(lines.lengths, dim=0), lines.offsets)
+    forward, targets = noise_of(len(lines.points), request, spec.augmentation)
+    return StreamlineBatch(
+        points=lines.points,
+        offsets=lines.offsets,
+        subject=subject,
+        ids=ids,
+        inputs=inputs,
+        noisy_points=None if forward is None else lines.points + forward,
+        noisy_targets=None if targets is None else lines.points + targets,
+    )
 
+
+def split_and_reverse(
+    lines: Streamlines, request: BatchRequest, *, dataset: StreamlineDataset, spec: LoaderSpec
+) -> tuple[Streamlines, Tensor, Tensor]:
+    """Split and reverse the streamlines of a request: those that result, their ids and their subjects."""
     augmentation = spec.augmentation
     if augmentation.needs_key and request.key is None:
         raise ValueError("Augmentation needs random numbers. Expected a key in the request. Received: None")
-    key = request.key or Key(0)  # unused without augmentation
-    rng = partial(rng_of, key, request.epoch, request.batch)
+    ids = torch.from_numpy(np.array(request.ids))  # copied: torch warns when it wraps a read-only array
+    subject = torch.from_numpy(dataset.index.subject_of(request.ids))
+    rng = _rng(request)
     if augmentation.split_ratio > 0:
         lines, origin = split_streamlines(lines, augmentation.split_ratio, rng(Kind.SPLIT))
         ids, subject = ids[origin], subject[origin]
@@ -141,20 +162,24 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
             lines = resample_others(lines, dataset.voxel_sizes[subject], spec.resampling)
     if augmentation.reverse_ratio > 0:
         lines = reverse_streamlines(lines, augmentation.reverse_ratio, rng(Kind.REVERSE))
-    inputs = _inputs(lines, subject, dataset, spec)
-    units = direction_units(dataset.voxel_sizes)
-    if (units != 1).any():
-        lines = Streamlines(lines.points * units[subject].repeat_interleave(lines.lengths, dim=0), lines.offsets)
-    forward, loss = augmentation.noise_gaussian_size_forward, augmentation.noise_gaussian_size_loss
-    return StreamlineBatch(
-        points=lines.points,
-        offsets=lines.offsets,
-        subject=subject,
-        ids=ids,
-        inputs=inputs,
-        noisy_points=add_noise(lines.points, forward, rng(Kind.NOISE_FORWARD)) if forward > 0 else None,
-        noisy_targets=add_noise(lines.points, loss, rng(Kind.NOISE_LOSS)) if loss > 0 else None,
+    return lines, ids, subject
+
+
+def noise_of(num_points: int, request: BatchRequest, augmentation: Augmentation) -> tuple[Tensor | None, Tensor | None]:
+    """(num_points, 3) noise of the points that the model sees, and of those of the targets; None for none."""
+    forward, targets, rng = (
+        augmentation.noise_gaussian_size_forward,
+        augmentation.noise_gaussian_size_loss,
+        _rng(request),
     )
+    return (
+        normal_noise(num_points, forward, rng(Kind.NOISE_FORWARD)) if forward > 0 else None,
+        normal_noise(num_points, targets, rng(Kind.NOISE_LOSS)) if targets > 0 else None,
+    )
+
+
+def _rng(request: BatchRequest) -> Callable[[Kind], np.random.Generator]:
+    return partial(rng_of, request.key or Key(0), request.epoch, request.batch)  # Key(0): without augmentation, unused
 
 
 def _inputs(lines: Streamlines, subject: Tensor, dataset: StreamlineDataset, spec: LoaderSpec) -> Tensor:
@@ -187,6 +212,7 @@ def epoch_batches(
     start_batch: int = 0,
     num_workers: int = 0,
     augment_key: Key | None = None,
+    load: Callable[[BatchRequest], StreamlineBatch] | None = None,
 ) -> DataLoader[StreamlineBatch]:
     """Make a torch DataLoader over the batches of an epoch, from one of them on.
 
@@ -203,6 +229,7 @@ def epoch_batches(
         num_workers: processes that load ahead; 0 loads in this one. They start by multiprocessing's forkserver (spawn
             where there is none), so a script that asks for workers needs its `if __name__ == "__main__":`.
         augment_key: of the stream of augmentation, where `loader_spec` asks for any.
+        load: makes a batch, or the host's part of one; None for `load_batch`.
 
     Returns:
         The loader; its length is the number of batches left.
@@ -240,7 +267,8 @@ def epoch_batches(
         raise ValueError("Augmentation needs random numbers. Expected an augment_key. Received: None")
     _warn_of_large_noise(dataset, loader_spec)
     requests = _EpochRequests(plan, epoch, start_batch, augment_key)
-    collate_fn: Any = partial(load_batch, dataset=dataset, spec=loader_spec)  # torch expects it to take a list
+    # torch expects it to take a list
+    collate_fn: Any = partial(load_batch, dataset=dataset, spec=loader_spec) if load is None else load
     num_workers = min(num_workers, len(requests))
     return WorkerLoader(requests, batch_size=None, collate_fn=collate_fn, num_workers=num_workers, preload=__name__)
 

@@ -51,6 +51,12 @@ class ShardedBatch(Sequence[StreamlineBatch | None]):
         """Copy every shard to pinned memory."""
         return ShardedBatch(tuple(None if shard is None else shard.pin_memory() for shard in self.shards), self.ids)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of every shard until a CUDA stream has done what it was given so far."""
+        for shard in self.shards:
+            if shard is not None:
+                shard.record_stream(stream)
+
 
 def cut_batch(batch: StreamlineBatch, num_shards: int) -> ShardedBatch:
     """Cut a batch into shards of consecutive streamlines, with nearly equal numbers of points.

@@ -13,8 +13,10 @@ import torch
 
 from dwiml_func.core.rng import Key, Stream, fold_in
 from dwiml_func.core.run_epoch import Batches
+from dwiml_func.data.ahead import MovedAhead
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
+from dwiml_func.data.device_data import DeviceData, copy_to_device, device_bytes, make_on_device, plan_batch
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
 from dwiml_func.data.neighborhood import check_cubic_voxels
@@ -29,15 +31,20 @@ from dwiml_func.models.config import check_getter_for_compressed
 __all__ = ["RunData", "check_usable", "first_batch", "loader_spec", "make_batches", "open_data", "sampled_batch"]
 
 _MOST_SAMPLED = 1000
+_MOST_OF_FREE = 0.5  # how much of a device's free memory the data may take
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """The subjects of a run; those of the validation may be none. `read` has size and time of the file then."""
+    """The subjects of a run; those of the validation may be none. `read` has size and time of the file then.
+
+    `on_device` has the copies on devices that batches are made from, for all who use these data.
+    """
 
     training: StreamlineDataset
     validation: StreamlineDataset
     read: Mapping[str, int] = field(default_factory=dict)
+    on_device: dict[Any, dict[StreamlineDataset, DeviceData]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def linked(self) -> tuple[Path, ...]:
@@ -68,24 +75,37 @@ def open_data(config: RunConfig) -> RunData:
     }
     for dataset in subsets.values():
         check_usable(dataset, config)
-    return RunData(**subsets, read=read)
+    return RunData(training=subsets["training"], validation=subsets["validation"], read=read)
 
 
 def make_batches(config: RunConfig, data: RunData, device: torch.device) -> tuple[Batches, Batches | None, Batches]:
     """Make the sources of training, validation and evaluation batches; of the validation None without its subjects."""
     num_shards, num_workers = config.training.num_shards, config.batches.processes
     sampler = config.batches.sampler("validation")
-    prepare = _preparation(config, data, device)
+    prepare, copies = _preparation(config, data, device), _copies_on_device(config, data, device)
 
     def load(num_shards: int, **plan: Any) -> SizedBatches[Any]:
-        batches = epoch_batches(**plan, num_workers=num_workers)
-        if num_workers == 0:
-            batches = Prefetched(batches)
+        spec, copy = plan["loader_spec"], copies.get(plan["dataset"])
+        if copy is None:
+            batches: SizedBatches[Any] = epoch_batches(**plan, num_workers=num_workers)
+        else:  # plans are made too fast to need workers
+            batches = epoch_batches(**plan, load=partial(plan_batch, data=copy, spec=spec))
         if num_shards > 1:
             batches = _Map(partial(cut_batch, num_shards=num_shards), batches)
         if prepare is not None:
             batches = _Map(prepare, batches)
-        return batches if device.type == "cpu" else _Map(lambda batch: batch.to(device, non_blocking=True), batches)
+        if device.type == "cuda":
+            batches = _Map(lambda batch: batch.pin_memory(), batches)
+        if num_workers == 0 or copy is not None:
+            batches = Prefetched(batches)
+        if copy is None and device.type == "cpu":
+            return batches
+
+        def move(batch: Any) -> Any:
+            batch = batch.to(device, non_blocking=True)
+            return batch if copy is None else make_on_device(batch, data=copy, spec=spec)
+
+        return MovedAhead(batches, move, device)
 
     def train(key: Key, epoch: int, start_batch: int) -> SizedBatches[Any]:
         return load(num_shards, **_training_plan(config, data, key), epoch=epoch, start_batch=start_batch)
@@ -151,6 +171,37 @@ def check_usable(dataset: StreamlineDataset, config: RunConfig) -> None:
         check_cubic_voxels(dataset.voxel_sizes, dataset.index.subjects)
     if dataset.resampling.compress is not None and config.batches.resampling == Resampling():
         check_getter_for_compressed(config.model.dg_key, f"{dataset.path} was compressed when it was made")
+
+
+def _copies_on_device(config: RunConfig, data: RunData, device: torch.device) -> dict[StreamlineDataset, DeviceData]:
+    """The copies in the device's memory, by dataset; none where batches are made on the host.
+
+    Members of an ensemble share them.
+    """
+    spec, choice = loader_spec(config), config.training.device_data
+    if choice == "off" or (choice == "auto" and (device.type == "cpu" or config.data.lazy)):
+        return {}
+    if spec.streamlines_only and config.batches.split_ratio > 0:  # the halves are resampled in each batch
+        if choice == "on":
+            raise ValueError("device_data: expected auto or off for an autoencoder with a split_ratio, received on.")
+        return {}
+    known = (str(device), spec.resampling, spec.streamlines_only)
+    if known not in data.on_device:
+        datasets = [dataset for dataset in (data.training, data.validation) if dataset.index.num_total]
+        num_bytes, free = sum(map(device_bytes, datasets)), _free_bytes(device)
+        if num_bytes > _MOST_OF_FREE * free:
+            if choice == "on":
+                raise ValueError(
+                    f"device_data: the data take {num_bytes / 1e9:.3g} GB, more than half of the "
+                    f"{free / 1e9:.3g} GB that are free on {device}. Use auto or off."
+                )
+            return {}
+        data.on_device[known] = {each: copy_to_device(each, spec, device) for each in datasets}
+    return data.on_device[known]
+
+
+def _free_bytes(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
 
 
 def _training_plan(config: RunConfig, data: RunData, key: Key) -> dict[str, Any]:

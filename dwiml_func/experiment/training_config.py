@@ -82,6 +82,10 @@ class TrainingConfig:
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the model's matrix products and convolutions in training and validation; bf16 is autocast to
     bfloat16. Parameters, gradients, optimizer state, losses and the final model stay in float32."""
+    device_data: Literal["auto", "on", "off"] = "auto"
+    """Keep streamlines and volumes in the device's memory and make batches there. auto: on a GPU, where they fit into
+    half of its free memory and are not lazy; otherwise batches made on the CPU are copied ahead. Points are the same;
+    interpolated inputs, and points that are resampled, are equal to rounding."""
     pad_batches: Literal["auto", "on", "off"] = "auto"
     """Pad the streamlines of a batch to one of 8 lengths in recurrent layers and in attention: faster on a GPU, which
     then never waits for lengths. auto: on a GPU. Results are equal to rounding; dropout takes other random numbers."""

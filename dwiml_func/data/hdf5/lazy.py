@@ -62,6 +62,11 @@ class LazyVolumes:
         """F, the same for all; 0 without subjects."""
         return self._shapes[0][3] if self._shapes else 0
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(X, Y, Z, F) of each volume."""
+        return self._shapes
+
     def __len__(self) -> int:
         return len(self._subjects)
 
