@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -52,7 +54,10 @@ def test_a_run_is_listed_as_recorded(cli, experiments: Path) -> None:
         "monitor": "loss",
         "best_value": best.valid["loss"],
         "angular_error_deg": best.valid["angular_error"],
+        "window_lag_mm": None,
+        "valid_share": None,
         "problems": [],
+        "group": None,
     }
     heading, line = cli("runs", experiments).out.splitlines()
     assert heading.split()[:3] == ["name", "state", "epochs"]
@@ -102,14 +107,14 @@ def test_folders_that_are_not_experiments_are_skipped(cli, tmp_path: Path) -> No
     cli("runs", tmp_path / "nothing").check_refusal("nothing", "is not a folder")
 
 
-def test_the_table_fits_100_columns_and_is_sorted() -> None:
+def test_the_table_has_full_names_and_is_aligned() -> None:
     runs = [
         RunOverview(name="a", state="stopped early", epochs=1000, max_epochs=1000, minutes=6000.0, last_change=TIME),
-        RunOverview(name="long " * 30, state="running", best_epoch=999, best_loss=-1e4, last_change=TIME),
+        RunOverview(name="long " * 30 + "end", state="running", best_epoch=999, best_loss=-1e4, last_change=TIME),
         RunOverview(name="odd\n", state="corrupt", last_change=TIME, problems=("word " * 40,)),
     ]
     lines = format_runs(runs).splitlines()
-    assert max(len(line) for line in lines) <= 100
+    assert len({line.index("2026-01-31") for line in lines[1:4]}) == 1
     assert lines[1].split() == [
         "a",
         "stopped",
@@ -123,9 +128,76 @@ def test_the_table_fits_100_columns_and_is_sorted() -> None:
         "2026-01-31",
         "14:05",
     ]
-    assert "long long" in lines[2]
-    assert "..." in lines[2]
+    assert lines[2].startswith("long " * 30 + "end  running")
     assert "'odd\\n'" in lines[3]
+    assert max(map(len, lines[4:])) <= 100
+
+
+@pytest.fixture
+def several(experiments: Path) -> Path:
+    """`run`; `low`, of another learning rate, whose best model tracks better; `high`, with a text for a rate; and an
+    ensemble and a sweep of two."""
+    scores = {"run": 0.25, "low": 0.5, "seeds/0": 0.125, "seeds/1": 0.375, "swept/a": 0.0}
+    (experiments / "seeds").mkdir()
+    (experiments / "seeds" / "ensemble.json").touch()
+    (experiments / "swept").mkdir()
+    (experiments / "swept" / "sweep.json").touch()
+    for name in ("low", "high", "seeds/0", "seeds/1", "swept/a", "swept/b"):
+        shutil.copytree(experiments / "run", experiments / name)
+    for name, share in scores.items():
+        found = {"core": {"valid": share, "both_ends": 2 * share}, "free": {"valid": 0.0}}
+        (experiments / name / "tracking.json").write_text(json.dumps({"scores": {"model": found}}))
+    change(experiments / "low", learning_rate=("0.001",))
+    change(experiments / "high", learning_rate=("cosine 0.1 9",))
+    return experiments
+
+
+def test_the_best_that_tracks_is_first_and_any_option_or_log_is_shown(cli, several: Path) -> None:
+    record = newest(several / "run")
+    assert record is not None
+    loss = record.history[1].train["loss"]
+    heading, *lines = cli(
+        "runs", several, "--sort", "tracking", "--show", "lr,rnn-key,train_loss,monitor"
+    ).out.splitlines()
+    assert heading.split()[:5] == ["name", "lr", "rnn-key", "train_loss", "monitor"]
+    assert "valid %" in heading
+    assert [line.split("  ")[0] for line in lines] == [
+        *("low", "seeds/1 (best of 2)", "run", "swept/a (best of 2)", "high")
+    ]
+    assert lines[0].split()[:5] == ["low", "0.001", "lstm", f"{loss:.6g}", "loss"]
+    assert "50 / 0" in lines[0]
+    assert "cosine 0.1 9" in lines[-1]
+    names = [line.split("  ")[0] for line in cli("runs", several, "--sort", "tracking", "--reverse").out.splitlines()]
+    assert names[1:] == ["swept/a (best of 2)", "run", "seeds/1 (best of 2)", "low", "high"]
+
+
+def test_the_best_member_is_that_of_what_the_table_is_sorted_by(cli, several: Path) -> None:
+    change(several / "seeds" / "0", patience_delta=1e-9)
+    by_option = cli("runs", several, "--sort", "patience-delta").out
+    assert "seeds/0 (best of 2)" in by_option
+    members = cli("runs", several, "--members").out.splitlines()[1:]
+    assert [line.split()[0] for line in members] == [
+        *("high", "low", "run", "seeds/0", "seeds/1", "swept/a", "swept/b")
+    ]
+    assert [(row["name"], row["group"]) for row in rows(cli, several).values()][3:] == [
+        *(("seeds/0", "seeds"), ("seeds/1", "seeds"), ("swept/a", "swept"), ("swept/b", "swept"))
+    ]
+    inner = cli("runs", several / "swept", "--members").out.splitlines()[1:]
+    assert [line.split()[0] for line in inner] == ["a", "b"]
+
+
+def test_values_of_runs_come_as_json_and_csv(cli, several: Path) -> None:
+    asked = ("--sort", "tracking.core.both_ends", "--show", "tracking.core.both_ends,model.dg_key,valid_loss")
+    found = json.loads(cli("runs", several, *asked, "--json").out)
+    assert [row["tracking.core.both_ends"] for row in found] == [1.0, 0.75, 0.5, 0.25, 0.0, None, None]
+    assert {row["model.dg_key"] for row in found} == {"cosine-regression"}
+    table = list(csv.DictReader(cli("runs", several, *asked, "--csv").out.splitlines()))
+    assert [row["name"] for row in table] == [row["name"] for row in found]
+    assert [row["valid_core"] for row in table] == ["0.5", "0.375", "0.25", "0.125", "0.0", "", ""]
+    assert float(table[0]["valid_loss"]) == found[0]["valid_loss"] == found[0]["best_loss"]
+    cli("runs", several, "--json", "--csv").check_refusal("--json or --csv")
+    cli("runs", several, "--sort", "los").check_refusal("--sort: expected", "'los'", "loss")
+    cli("runs", several, "--show", "lr,learning_rat").check_refusal("--show", "'learning_rat'", "learning_rate")
 
 
 def test_runs_are_listed_by_name_and_without_jax(experiments: Path) -> None:

@@ -21,6 +21,7 @@ from dwiml_func.files.json import parse_json, read_config_file
 
 __all__ = [
     "ENSEMBLE_FILE",
+    "SWEEP_FILE",
     "check_new_experiment",
     "check_no_links",
     "create_ensemble",
@@ -28,6 +29,7 @@ __all__ = [
     "experiment_directory",
     "is_ensemble",
     "is_run",
+    "is_sweep",
     "member_folders",
     "read_config",
     "read_ended",
@@ -37,6 +39,9 @@ __all__ = [
 
 ENSEMBLE_FILE = "ensemble.json"
 """The file that makes a folder an ensemble."""
+
+SWEEP_FILE = "sweep.json"
+"""The file that makes a folder a sweep: experiments that are trained one after the other."""
 
 
 def create_experiment(
@@ -103,6 +108,10 @@ def read_config(directory: Path) -> RunConfig:
     path = directory / "config.json"
     if is_ensemble(directory):
         raise ValueError(f"{str(directory)!r} is an ensemble. Name one of its members, such as {directory / '0'}.")
+    if is_sweep(directory):
+        raise ValueError(
+            f"{str(directory)!r} is a sweep. Give its train command again to continue it, or name one of its runs."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} is not an experiment: it has no config.json.")
     return config_from_json(read_config_file(path, source=str(path)), source=str(path))
@@ -134,6 +143,11 @@ def recorded_config(directory: Path, checkpoint: Checkpoint | None) -> dict[str,
 def is_ensemble(directory: Path) -> bool:
     """Whether a directory is that of an ensemble."""
     return (directory / ENSEMBLE_FILE).is_file()
+
+
+def is_sweep(directory: Path) -> bool:
+    """Whether a directory is that of a sweep."""
+    return (directory / SWEEP_FILE).is_file()
 
 
 def member_folders(directory: Path) -> list[Path]:

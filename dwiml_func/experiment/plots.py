@@ -19,7 +19,7 @@ from dwiml_func.experiment.graphs import Graph, GraphDrawing, graph_drawings
 from dwiml_func.experiment.panels import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
 from dwiml_func.experiment.run_labels import loss_kind, run_labels, run_names
 from dwiml_func.experiment.run_panels import PanelName, panel_drawings
-from dwiml_func.experiment.tracking_evaluation import read_scores
+from dwiml_func.experiment.tracking_scores import read_scores
 from dwiml_func.files.atomic import atomic_write
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from dwiml_func.experiment.tracking_evaluation import TRACKING_FILE
+from dwiml_func.experiment.tracking_scores import TRACKING_FILE
 
 __all__ = ["RecordedTracking", "read_tracking"]
 

@@ -21,6 +21,7 @@ from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.tracking_scores import TRACKING_FILE
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.models.tractography_model import TractographyModel
@@ -43,7 +44,6 @@ __all__ = [
     "evaluate_tracking",
     "has_tracking_evaluation",
     "read_drift",
-    "read_scores",
     "write_tracking_evaluation",
 ]
 
@@ -52,9 +52,6 @@ MASK_GROUP = "wm_mask"
 
 ORACLE = "nearest real direction"
 """Who tracks as `NearestDirection`."""
-
-TRACKING_FILE = "tracking.json"
-"""The scores of an experiment, in its folder."""
 
 _MOST_SHOWN = 300  # streamlines of a protocol that are kept for pictures
 
@@ -210,17 +207,6 @@ def read_drift(directory: str | Path) -> Drift | None:
         return None
     is_complete = "model" in drift.lag_mm and drift.gone_mm
     return drift if is_complete and {*map(len, drift.lag_mm.values())} == {len(drift.gone_mm)} else None
-
-
-def read_scores(directory: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """The recorded scores by who tracked, protocol and score; empty if there are none or the file is corrupt."""
-    import pydantic
-
-    try:
-        recorded = json.loads((Path(directory) / TRACKING_FILE).read_bytes())["scores"]
-        return pydantic.TypeAdapter(dict[str, dict[str, dict[str, Any]]]).validate_python(recorded)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return {}
 
 
 def _shown(

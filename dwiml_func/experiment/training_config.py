@@ -15,10 +15,13 @@ from dwiml_func.experiment.learning_rate import parse_learning_rate
 from dwiml_func.experiment.optimizers import OptimizerName, make_optimizer
 from dwiml_func.types import Schedule
 
-__all__ = ["PHASE_METRICS", "TrainingConfig"]
+__all__ = ["PHASE_METRICS", "WINDOW_LAG", "TrainingConfig"]
 
 PHASE_METRICS = ("tracking_mean_final_distance", "tracking_connectivity_score", "tracking_missing_connections")
 """The metrics of the tracking phase."""
+
+WINDOW_LAG = "tracking_window_lag"
+"""The name of the window lag: mm, mean over windows."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.prefetch import SizedBatches
 from dwiml_func.ensemble.state import EnsembleState, member
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.training_config import WINDOW_LAG
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.window_lag import LagWindows, choose_windows, window_lags
 from dwiml_func.types import Metrics, Optimizer, Sum
@@ -32,9 +33,6 @@ __all__ = [
     "with_window_lag",
     "without_window_lag",
 ]
-
-WINDOW_LAG = "tracking_window_lag"
-"""The metric's name: mm, mean over windows."""
 
 _WINDOWS = 0x1A6  # of the tracking stream's random numbers
 
