@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from dwiml_func.models.derivatives import push_forward, vjp
 from dwiml_func.models.rnn.kernels import KERNELS
 from dwiml_func.models.rnn.scan import State, Weights, plain_scan
 
@@ -44,7 +45,7 @@ class _Run:
 
     def plain_gradients(self, *grads_and_inputs: Tensor) -> tuple[Tensor, ...]:
         """From the gradients of the outputs and of the last state to those of the inputs, in plain operations."""
-        _, pull = _vjp(self.plain, *grads_and_inputs[self.num_grads :])
+        _, pull = vjp(self.plain, *grads_and_inputs[self.num_grads :])
         return pull(grads_and_inputs[: self.num_grads])
 
 
@@ -79,7 +80,7 @@ class _Forward(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
-        results = _push_forward(ctx.run.plain, ctx.saved_tensors, tangents[1:])
+        results = push_forward(ctx.run.plain, ctx.saved_tensors, tangents[1:])
         return *results, None, None
 
     @staticmethod
@@ -118,13 +119,13 @@ class _Backward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        results, pull = _vjp(ctx.run.plain_gradients, *ctx.saved_tensors)
+        results, pull = vjp(ctx.run.plain_gradients, *ctx.saved_tensors)
         cotangents = (torch.zeros_like(y) if grad is None else grad for grad, y in zip(grads, results, strict=True))
         return None, None, *pull(tuple(cotangents)), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple:
-        results = _push_forward(ctx.run.plain_gradients, ctx.saved_tensors, tangents[2:-3])
+        results = push_forward(ctx.run.plain_gradients, ctx.saved_tensors, tangents[2:-3])
         return tuple(result if number in ctx.given else None for number, result in enumerate(results))
 
     @staticmethod
@@ -132,15 +133,3 @@ class _Backward(Function):
         run, _, *tensors = args
         results = torch.vmap(run.plain_gradients, in_dims[2:-3])(*tensors[:-3])
         return results, (0,) * len(results)
-
-
-def _push_forward(function: Callable, primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> tuple:
-    """The derivative along tangents, as the transpose of the transpose, since nested forward mode fails."""
-    given = (torch.zeros_like(y) if tangent is None else tangent for tangent, y in zip(tangents, primals, strict=True))
-    results, pull = _vjp(function, *primals)
-    _, push = _vjp(lambda *cotangents: pull(cotangents), *(torch.zeros_like(y) for y in results))
-    return push(tuple(given))
-
-
-def _vjp(function: Callable, *primals: Tensor) -> tuple[Any, Callable]:
-    return cast(tuple[Any, Callable], torch.func.vjp(function, *primals))

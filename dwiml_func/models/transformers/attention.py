@@ -6,60 +6,70 @@ attention never reads them for a real row: so no padding mask is needed.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from dwiml_func._transforms import is_transformed
+from dwiml_func.models.transformers.causal import causal_attention, causal_weights
 
-__all__ = ["Bucket", "Sequences", "sequences_of"]
+__all__ = ["Sequences", "sequences_of"]
 
 _SHORTEST = 0.8  # of a bucket's sequences, relative to the longest: padding then costs a fifth at most
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Bucket:
-    """B sequences of like lengths.
-
-    rows: (B * L,) int64, the flat row of each padded row; a padded one repeats the last row of its sequence.
-    real: the padded rows that are real, int64, sequence by sequence.
-    """
-
-    rows: Tensor
-    real: Tensor
-    num_sequences: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Sequences:
-    """N flat rows as S sequences.
+    """N flat rows as S sequences, and as P padded rows of buckets.
 
     positions: (N,) int64, each row's place in its sequence, from 0.
-    buckets: of the sequences that have rows.
-    flat: (N,) int64, for each flat row its place among the real rows of all buckets, one bucket after the other.
+    bucket_sizes: sequences of each bucket. They have like lengths, and are padded to the longest of them.
+    bucket_rows: padded rows of each bucket, one bucket after the other; None for all P of a single bucket.
+    rows: (P,) int64, the flat row of each padded row; a padded one repeats the last row of its sequence.
+    places: (N,) int64, the padded row of each flat row.
+    padding: the padded rows that are no flat row, int64; None under torch.compile.
     """
 
     positions: Tensor
-    buckets: tuple[Bucket, ...]
-    flat: Tensor
+    bucket_sizes: tuple[int, ...]
+    bucket_rows: tuple[int, ...] | None
+    rows: Tensor
+    places: Tensor
+    padding: Tensor | None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
-        """Attend to the rows of the same sequence up to and including one's own: (N, d) from three of (N, d).
+    def attend(self, projected: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
+        """Attend to the rows of the same sequence up to and including one's own: (N, d).
+
+        `projected` (N, 3 d) are queries, keys and values next to each other.
 
         Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2, with dropout on the weights.
         """
-        joined = torch.cat([query, key, value], dim=1)  # one gather and one gradient for the three
+        size = projected.shape[1] // 3
+        padded = self._pad(projected)
         results = []
-        for bucket in self.buckets:
-            padded = joined.index_select(0, bucket.rows)
-            heads = padded.reshape(bucket.num_sequences, -1, 3, num_heads, query.shape[1] // num_heads)
-            heads = heads.permute(2, 0, 3, 1, 4)  # (3, B, heads, L, size)
-            rows = _attend(heads[0], heads[1], heads[2], dropout_rate).transpose(1, 2).reshape(-1, query.shape[1])
-            results.append(rows.index_select(0, bucket.real))
-        return torch.cat(results).index_select(0, self.flat)
+        for num, rows in zip(self.bucket_sizes, self._split(padded), strict=True):
+            heads = rows.reshape(num, -1, 3, num_heads, size // num_heads).permute(2, 0, 3, 1, 4)
+            attended = _attend(heads[0], heads[1], heads[2], dropout_rate)  # (num, heads, L, size of a head)
+            results.append(attended.transpose(1, 2).reshape(-1, size))
+        return self._unpad(torch.cat(results) if len(results) != 1 else results[0])
+
+    def _split(self, padded: Tensor) -> tuple[Tensor, ...]:
+        return (padded,) if self.bucket_rows is None else padded.split(self.bucket_rows)
+
+    def _pad(self, flat: Tensor) -> Tensor:
+        if self.padding is None:
+            return flat.index_select(0, self.rows)
+        return cast(Tensor, _Pad.apply(flat, self.rows, self.places, self.padding))
+
+    def _unpad(self, padded: Tensor) -> Tensor:
+        if self.padding is None:
+            return padded.index_select(0, self.places)
+        return cast(Tensor, _Unpad.apply(padded, self.rows, self.places, self.padding))
 
 
 def sequences_of(offsets: Tensor, num_rows: int, padded_length: int | None = None) -> Sequences:
@@ -68,11 +78,11 @@ def sequences_of(offsets: Tensor, num_rows: int, padded_length: int | None = Non
     With `padded_length`, all are in one bucket, padded to so many rows, and no accelerator is asked for lengths.
     """
     device = offsets.device
-    rows = torch.arange(num_rows, device=device)
-    positions = rows - offsets[:-1].repeat_interleave(offsets.diff(), output_size=num_rows)
+    flat = torch.arange(num_rows, device=device)
+    positions = flat - offsets[:-1].repeat_interleave(offsets.diff(), output_size=num_rows)
     if torch.compiler.is_compiling():
-        padded, real, flat = _one_bucket(offsets, num_rows)
-        return Sequences(positions, (Bucket(padded.flatten(), real, offsets.shape[0] - 1),), flat)
+        padded, places = _one_bucket(offsets, num_rows)
+        return Sequences(positions, (offsets.shape[0] - 1,), None, padded.flatten(), places, None)
     lengths = offsets.diff()
     if padded_length is not None:
         steps = torch.arange(padded_length, device=device)
@@ -83,52 +93,119 @@ def sequences_of(offsets: Tensor, num_rows: int, padded_length: int | None = Non
         return Sequences(positions, (Bucket(padded.flatten(), real, len(lengths)),), rows)
     order = lengths.argsort(descending=True, stable=True)
     sizes = lengths[order].tolist()
-    buckets, real_rows, first = [], [], 0
+    members, rows, is_real, first = [], [offsets[:0]], [offsets[:0].bool()], 0
     while first < len(sizes) and sizes[first] > 0:
         last = first
         while last < len(sizes) and sizes[last] >= max(_SHORTEST * sizes[first], 1):
             last += 1
-        bucket = _bucket(offsets, lengths, order[first:last], sizes[first])
-        buckets.append(bucket)
-        real_rows.append(bucket.rows.index_select(0, bucket.real))
+        members.append(last - first)
+        bucket, real = _padded(offsets[:-1][order[first:last]], lengths[order[first:last]], sizes[first])
+        rows.append(bucket)
+        is_real.append(real)
         first = last
-    flat = torch.empty_like(rows)
-    if real_rows:
-        flat[torch.cat(real_rows)] = rows
-    return Sequences(positions, tuple(buckets), flat)
+    all_rows, all_real = torch.cat(rows), torch.cat(is_real)
+    places = torch.empty_like(flat)
+    real_places = all_real.nonzero()[:, 0]
+    places[all_rows[real_places]] = real_places
+    return Sequences(
+        positions, tuple(members), tuple(map(len, rows[1:])), all_rows, places, (~all_real).nonzero()[:, 0]
+    )
 
 
-def _bucket(offsets: Tensor, lengths: Tensor, members: Tensor, longest: int) -> Bucket:
-    steps = torch.arange(longest, device=offsets.device)
-    ends = lengths[members][:, None]
-    rows = offsets[members][:, None] + torch.minimum(steps, ends - 1)
-    return Bucket(rows.flatten(), (steps < ends).flatten().nonzero()[:, 0], len(members))
+def _padded(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The flat rows of sequences padded to the longest, and which of them are real."""
+    steps = torch.arange(longest, device=starts.device)
+    rows = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)
+    return rows.flatten(), (steps < lengths[:, None]).flatten()
 
 
 @torch.library.custom_op("dwiml_func::one_bucket", mutates_args=())
-def _one_bucket(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _one_bucket(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """All sequences in one bucket, as an operator: the longest is not known when a graph is traced."""
     lengths = offsets.diff().clamp(min=1)
     starts = offsets[:-1].clamp(max=max(num_rows - 1, 0))
     longest = int(lengths.max())
     steps = torch.arange(longest, device=offsets.device)
     rows = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)
-    real = (steps < offsets.diff()[:, None]).flatten().nonzero()[:, 0]
-    return rows, real, torch.arange(num_rows, device=offsets.device)
+    return rows, (steps < offsets.diff()[:, None]).flatten().nonzero()[:, 0]
 
 
 @_one_bucket.register_fake
-def _(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     longest = torch.library.get_ctx().new_dynamic_size(min=1)
     padded = offsets.new_empty(offsets.shape[0] - 1, longest)
-    return padded, offsets.new_empty(num_rows), offsets.new_empty(num_rows)
+    return padded, offsets.new_empty(num_rows)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, dropout_rate: float) -> Tensor:
-    if dropout_rate == 0 and not is_transformed():
-        # Twice as fast on a CPU. It has no second gradients and no vmap: under torch.func the plain operations run.
-        return scaled_dot_product_attention(query, key, value, is_causal=True)
-    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-1, -2)
-    steps = torch.arange(query.shape[-2], device=query.device)
-    weights = scores.masked_fill(steps > steps[:, None], -math.inf).softmax(dim=-1)
-    return dropout(weights, dropout_rate) @ value
+    if dropout_rate == 0 and not torch.compiler.is_compiling():
+        if query.device.type == "cpu":
+            return causal_attention(query, key, value)
+        if not is_transformed():
+            return scaled_dot_product_attention(query, key, value, is_causal=True)
+    return dropout(causal_weights(query, key), dropout_rate) @ value
+
+
+class _Pad(Function):
+    """Rows (P, c) of flat rows (N, c).
+
+    No real row reads a padded one, so that its gradient is 0 and this one's gradient is a selection, not a sum.
+    """
+
+    @staticmethod
+    def forward(flat: Tensor, rows: Tensor, places: Tensor, padding: Tensor) -> Tensor:
+        return flat.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return _Unpad.apply(gradients[0], *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return cast(Tensor, _Pad.apply(tangents[0], *ctx.saved_tensors))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *tensors: Tensor) -> tuple[Tensor, int]:
+        return _along(_Pad, in_dims, tensors)
+
+
+class _Unpad(Function):
+    """Flat rows (N, c) of padded rows (P, c); the gradient of padded ones is 0."""
+
+    @staticmethod
+    def forward(padded: Tensor, rows: Tensor, places: Tensor, padding: Tensor) -> Tensor:
+        return padded.index_select(0, places)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        rows, places, padding = ctx.saved_tensors
+        padded = cast(Tensor, _Pad.apply(gradients[0], rows, places, padding))
+        return padded.index_fill(0, padding, 0), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return cast(Tensor, _Unpad.apply(tangents[0], *ctx.saved_tensors))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *tensors: Tensor) -> tuple[Tensor, int]:
+        return _along(_Unpad, in_dims, tensors)
+
+
+def _along(function: type[Function], in_dims: Sequence[int | None], tensors: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """The function for rows (K, ..., c), on the same indices."""
+    rows, *indices = tensors
+    if any(dim is not None for dim in in_dims[1:]):
+        raise NotImplementedError("vmap over the offsets of sequences")
+    num = rows.shape[cast(int, in_dims[0])]
+    wide = rows.movedim(cast(int, in_dims[0]), 1).flatten(1)
+    return cast(Tensor, function.apply(wide, *indices)).unflatten(1, (num, -1)), 1

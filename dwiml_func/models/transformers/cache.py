@@ -63,10 +63,10 @@ class CachedStep:
         """The state after the step."""
         return CacheState(self.positions + 1, tuple(tuple(blocks) for blocks in self._caches))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
-        """Attend from rows (R, d) to what is cached and to themselves: (R, d)."""
+    def attend(self, projected: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
+        """Attend to what is cached and to the rows themselves: (R, d) from queries, keys and values (R, 3 d)."""
         assert dropout_rate == 0, "a cache is for tracking, in evaluation mode"
-        query, key, value = (rows.unflatten(1, (num_heads, -1)) for rows in (query, key, value))
+        query, key, value = projected.unflatten(1, (3, num_heads, -1)).unbind(1)
         if self._called == len(self._caches):
             self._caches.append([])
         blocks = self._caches[self._called]

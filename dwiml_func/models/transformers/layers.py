@@ -46,19 +46,17 @@ class Attention(torch.nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor | None, sequences: Rows) -> Tensor:
         """Rows (N, d) attend to rows of `memory` (N, d), or with None to themselves."""
-        query, key, value = self.project(x, memory)
         rate = self.dropout_rate if self.training else 0.0
-        return self.out_proj(sequences.attend(query, key, value, num_heads=self.num_heads, dropout_rate=rate))
+        return self.out_proj(sequences.attend(self.project(x, memory), num_heads=self.num_heads, dropout_rate=rate))
 
-    def project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of `x`, keys and values of `memory`, or with None of `x`."""
+    def project(self, x: Tensor, memory: Tensor | None) -> Tensor:
+        """Queries of `x`, keys and values of `memory`, or with None of `x`, next to each other: (N, 3 d)."""
         if memory is None:
-            query, key, value = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-            return query, key, value
+            return linear(x, self.in_proj_weight, self.in_proj_bias)
         size = x.shape[-1]
         query = linear(x, self.in_proj_weight[:size], self.in_proj_bias[:size])
-        key, value = linear(memory, self.in_proj_weight[size:], self.in_proj_bias[size:]).chunk(2, dim=-1)
-        return query, key, value
+        keys_and_values = linear(memory, self.in_proj_weight[size:], self.in_proj_bias[size:])
+        return torch.cat([query, keys_and_values], dim=-1)
 
 
 class _Layer(torch.nn.Module):

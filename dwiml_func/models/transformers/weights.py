@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dwiml_func.data.batch import StreamlineBatch
+from dwiml_func.models.transformers.causal import causal_weights
 from dwiml_func.models.transformers.transformer import Transformer
 
 __all__ = ["AttentionSummary", "attention_weights", "summary_of"]
@@ -20,15 +20,13 @@ class _Recorded:
     def __init__(self) -> None:
         self.weights: list[Tensor] = []
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
+    def attend(self, projected: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
         """As `Sequences.attend`, with all weights at hand."""
         del dropout_rate  # 0, in evaluation mode
-        q, k, v = (rows.unflatten(1, (num_heads, -1)).transpose(0, 1) for rows in (query, key, value))
-        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
-        steps = torch.arange(len(query), device=query.device)
-        weights = scores.masked_fill(steps > steps[:, None], -math.inf).softmax(dim=-1)
+        query, key, value = projected.unflatten(1, (3, num_heads, -1)).permute(1, 2, 0, 3)
+        weights = causal_weights(query, key)
         self.weights.append(weights)
-        return (weights @ v).transpose(0, 1).flatten(1)
+        return (weights @ value).transpose(0, 1).flatten(1)
 
 
 def attention_weights(model: Transformer, batch: StreamlineBatch) -> dict[str, Tensor]:
