@@ -90,7 +90,7 @@ def sequences_of(offsets: Tensor, num_rows: int, padded_length: int | None = Non
         padded = starts + torch.minimum(steps, (lengths[:, None] - 1).clamp(min=0))
         sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths, output_size=num_rows)
         real = sequence * padded_length + positions
-        return Sequences(positions, (Bucket(padded.flatten(), real, len(lengths)),), rows)
+        return Sequences(positions, (len(lengths),), None, padded.flatten(), real, None)
     order = lengths.argsort(descending=True, stable=True)
     sizes = lengths[order].tolist()
     members, rows, is_real, first = [], [offsets[:0]], [offsets[:0].bool()], 0
