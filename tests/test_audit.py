@@ -11,6 +11,8 @@ import pytest
 from forgeries import FORGERIES, forged, train
 
 from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.experiment.audit import audit_experiment, sample_epochs
 from dwiml_func.experiment.audit_processes import in_processes
 from dwiml_func.experiment.consistency import record_digest
@@ -77,6 +79,16 @@ def test_epochs_without_checkpoints_between_them_are_trained_in_one_go(cli, run,
     assert outcome.code == 0
     assert "4 of 4 epochs trained again, bitwise identical to the record." in outcome.out
     assert "Epochs 1 to 3 have no checkpoint between them, so one process trained them in one go." in outcome.out
+
+
+@pytest.mark.parametrize("kind", ["metric", "tail"])
+def test_a_forged_epoch_between_two_checkpoints_is_found(run, tmp_path, kind):
+    copied, what = forged(run, tmp_path, kind, random.Random(5))
+    latest = newest(copied)
+    assert latest
+    remove_old(copied, latest.state, "every:4")
+    assert list_checkpoints(copied) == ["3", "4"]
+    assert audit_experiment(copied).problems, what
 
 
 def test_a_best_model_of_other_weights_is_found(run, tmp_path):

@@ -201,6 +201,21 @@ def test_without_a_best_epoch_only_the_latest_are_kept(tmp_path):
     assert list_checkpoints(tmp_path) == ["2", "3"]
 
 
+def test_keep_every_third_keeps_it_the_latest_two_and_the_best(tmp_path):
+    for epoch in range(1, 12):
+        save(tmp_path, linear_state(epoch=epoch, best=Best(0.4, min(epoch, 4))), keep="every:3")
+    assert list_checkpoints(tmp_path) == ["3", "4", "6", "9", "10", "11"]
+
+
+@pytest.mark.parametrize(
+    "keep", [0, -1, True, "", "all", "every", "every:0", "every:x", "every:-1", "every: 2", "every:²"]
+)
+def test_a_number_to_keep_that_is_none_is_refused(tmp_path, keep):
+    with pytest.raises(ValueError, match="keep: expected a number of at least 1"):
+        save(tmp_path, linear_state(epoch=1), keep=keep)
+    assert not list(tmp_path.iterdir())
+
+
 def test_keep_none_keeps_all(tmp_path):
     for epoch in range(5):
         save(tmp_path, linear_state(epoch=epoch), keep=None)

@@ -40,7 +40,7 @@ class AsyncCheckpointer:
         *,
         config: Mapping[str, Any] | None = None,
         data: Callable[[], Mapping[str, Any]] | None = None,
-        keep: int | None = 2,
+        keep: int | str | None = 2,
         keep_always: Collection[str] = (),
     ) -> None:
         self._directory = directory

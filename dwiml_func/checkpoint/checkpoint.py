@@ -38,7 +38,7 @@ from dwiml_func.checkpoint.index import (
 )
 from dwiml_func.checkpoint.last_saved import last_saved, remember_saved
 from dwiml_func.checkpoint.manifest import read_manifest
-from dwiml_func.checkpoint.retention import remove_old
+from dwiml_func.checkpoint.retention import check_keep, remove_old
 from dwiml_func.core.non_finite import check_finite
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
@@ -228,7 +228,7 @@ def save(
     config: Mapping[str, Any] | None = None,
     data: Mapping[str, Any] | None = None,
     environment: Mapping[str, Any] | None = None,
-    keep: int | None = 2,
+    keep: int | str | None = 2,
     keep_always: Collection[str] = (),
 ) -> Path:
     """Write a checkpoint of a run, and remove older ones.
@@ -245,7 +245,7 @@ def save(
         data: a fingerprint of the data to record.
         environment: what computed the state; None takes this process and the devices of the state's tensors.
         keep: how many of the latest checkpoints at an epoch's end stay, besides that of the best epoch and the latest
-            two within the current epoch; None keeps all.
+            two within the current epoch. "every:5": the latest two, and those of every fifth epoch. None keeps all.
         keep_always: names of checkpoints that stay whatever `keep` is.
 
     Returns:
@@ -268,6 +268,8 @@ def save(
         ...     path.name, list_checkpoints(directory)
         ('0', ['0'])
     """
+    if keep is not None:
+        check_keep(keep)
     check_finite(state)
     leaf_digests = {name: leaf_digest(leaf) for name, leaf in state_leaves(state).items()}
     digest = combine_digests(leaf_digests, state_numbers(state)) if state.batch == 0 else None

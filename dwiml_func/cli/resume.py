@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -51,8 +51,8 @@ class Options(CommandOptions, TimeLimit):
     """New number of CPU threads, of a run with shards, whose results it does not change. None: unchanged."""
     checkpoint_every: str | None = None
     """New interval between checkpoints. It does not change the results. None: unchanged."""
-    keep: int | Literal["all"] | None = None
-    """New number of latest checkpoints at an epoch's end to keep, or all. None: unchanged."""
+    keep: int | str | None = None
+    """New number of latest checkpoints at an epoch's end to keep, every:K, or all. None: unchanged."""
     skip: Annotated[tuple[str, ...], tyro.conf.arg(metavar="EPOCH:BATCH")] = ()
     """Batches to leave out, such as 12:40, the 40th batch of epoch 12, whose loss was not finite. They are added to the
     option --skip-batches of the run."""

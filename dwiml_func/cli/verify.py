@@ -43,7 +43,7 @@ class Options(CommandOptions):
     """The epoch to verify, counted from 1. None: the last recorded one."""
     all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Audit the whole experiment: check its record, and train every epoch again. An epoch is trained from the nearest
-    checkpoint before it; with `train --keep all`, each has one, and several processes share them."""
+    checkpoint before it; with `train --keep every:5` or `--keep all`, several processes share them."""
     sample: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
     """Audit the record, and K epochs that are chosen at random. None: no sample."""
     jobs: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
@@ -107,7 +107,7 @@ def format_audit(audit: Audit, directory: str) -> str:
     if longest.last > longest.first:
         lines.append(
             f"Epochs {longest.first} to {longest.last} have no checkpoint between them, so one process trained them in "
-            "one go. With train --keep all, each epoch is trained from its own."
+            "one go. With train --keep every:5, or all, more processes can share the work."
         )
     if not audit.problems and num_replayed < num_recorded:
         shares = ", ".join(f"{(1 - share) ** audit.num_chosen:.2g} for {share:.0%}" for share in _SHARES)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from dwiml_func._checks import STRICT, check_number, error_text
+from dwiml_func.checkpoint.retention import check_keep
 from dwiml_func.core.interval import Interval, parse_interval
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.experiment.training_config import TrainingConfig
@@ -41,9 +42,9 @@ class CheckpointConfig:
     """Interval between checkpoints: "50batches" or "10minutes" (also saves at each epoch's end), or "3epochs" (also
     saves
     at each best epoch)."""
-    keep: int | Literal["all"] = 2
-    """Number of latest checkpoints at an epoch's end to keep besides that of the best epoch, or all."""
-
+    keep: int | str = 2
+    """Number of latest checkpoints at an epoch's end to keep besides that of the best epoch; "every:5" keeps two, and
+    that of every fifth epoch, for audits; or all."""
     check_every: int | None = None
     """Compute every so many steps twice, and take it only if both results are bitwise identical: it finds faulty
     memory and processors. None: no step."""
@@ -52,7 +53,7 @@ class CheckpointConfig:
         if self.check_every is not None:
             check_number("check_every", self.check_every, at_least=1)
         if self.keep != "all":
-            check_number("keep", self.keep, at_least=1)
+            check_keep(self.keep)
         _ = self.save_interval
 
     @property
