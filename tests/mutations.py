@@ -1,0 +1,178 @@
+"""Which small changes of behaviour the suite does not notice, on demand: `python tests/mutations.py core --count 30`.
+
+Mutations of one room are drawn from a seed, each is written into a copy of the tree, and the tests that reach the line
+run on the copy until one fails. Which test reaches which line is recorded once (`--record`), by coverage.py.
+
+mutmut and cosmic-ray do less: neither draws from a seed, and both start torch anew for each mutation or rewrite every
+function, which compiled steps and tests of signatures notice. Needs `pip install coverage`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from mutation_edits import PARTS, TREE, draw
+
+
+def room_tests(room: str) -> list[str]:
+    """The test files that name a module of the room, or are named after one."""
+    names = [part.partition("/")[0] for part in PARTS.get(room, (room,))]
+    modules = {path.stem.strip("_") for name in names for path in (TREE / "dwiml_func" / name).rglob("*.py")}
+    named = re.compile("|".join(rf"dwiml_func\.{name}\b" for name in names))
+    files = sorted((TREE / "tests").glob("test_*.py"), key=lambda file: (file.stem[5:] not in modules, file))
+    return [file.name for file in files if file.stem[5:] in modules or named.search(file.read_text())]
+
+
+class Recorder:
+    """A plugin of pytest that records which lines each test reaches, and how long it takes."""
+
+    def __init__(self) -> None:
+        import coverage
+
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.coverage = coverage.Coverage(data_file=None, source=["dwiml_func"], config_file=False, messages=False)
+        self.coverage.start()
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.coverage.switch_context(nodeid)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.seconds[report.nodeid] += report.duration if report.outcome == "passed" else 1e6
+
+    def lines(self) -> dict[str, Any]:
+        self.coverage.stop()
+        data, tests = self.coverage.get_data(), {test: [took, {}] for test, took in self.seconds.items() if took < 1e5}
+        for file in data.measured_files():
+            name = file[file.rindex("dwiml_func/") :]
+            for line, contexts in data.contexts_by_lineno(file).items():
+                for test in set(contexts) & set(tests):
+                    tests[test][1].setdefault(name, []).append(line)
+        return tests
+
+
+def run_here(copy: Path, tests: list[str], output: Path, recorder: type[Recorder] | None) -> int:
+    """Exit code of pytest in this process, which ends after it."""
+    os.setsid()
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(1, 2)
+    os.chdir(copy)
+    sys.path[:0] = [str(copy), str(copy / "tests")]
+    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    import pytest
+
+    plugins = [recorder()] if recorder else []
+    first = [] if recorder else ["-x"]
+    code = pytest.main([*tests, "-m", "not soak", "-p", "no:cacheprovider", *first], plugins)
+    for plugin in plugins:
+        (copy.parent / "recorded.json").write_text(json.dumps(plugin.lines()))
+    sys.stdout.flush()
+    return code
+
+
+def run_tests(copy: Path, tests: list[str], limit: float, recorder: type[Recorder] | None = None) -> tuple[str, str]:
+    """How the tests end in a fork of this process that works in the copy, and what it printed."""
+    output = copy.parent / "output.txt"
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            code = run_here(copy, tests, output, recorder)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    until = time.monotonic() + limit
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+        time.sleep(0.02)
+    if ended[0] == 0:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "too long", output.read_text()
+    return ("survived" if os.waitstatus_to_exitcode(ended[1]) in (0, 5) else "found"), output.read_text()
+
+
+def tests_of(change: dict[str, Any], recorded: dict[str, Any], budget: float) -> list[str]:
+    """The tests that reach the lines, else their function, else the module: the module's own and quick ones first."""
+    stem = Path(change["file"]).stem.strip("_")
+    for first, last in (change["lines"], change["scope"], (1, 10**6)):
+        reach = [
+            test
+            for test, (_, hit) in recorded.items()
+            if any(first <= line <= last for line in hit.get(change["file"], ()))
+        ]
+        if reach:
+            break
+    chosen, total = [], 0.0
+    for test in sorted(reach, key=lambda test: (f"test_{stem}.py" not in test, recorded[test][0])):
+        total += recorded[test][0]
+        if total < budget:
+            chosen.append(test)
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("room", help="a folder of dwiml_func, or `parallel` or `plots`")
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=60.0, help="recorded time of the tests for one mutation")
+    parser.add_argument(
+        "--record", nargs="*", metavar="FILE", help="record these tests first (none: the room's new ones)"
+    )
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "dwiml_func_mutations")
+    options = parser.parse_args()
+
+    import h5py, matplotlib.figure, nibabel, pytest, scipy, torch  # noqa: E401, F401, I001  (the forks share them)
+    import dipy.data, matplotlib.backends.backend_agg, orbax.checkpoint, pydantic, tyro  # noqa: E401, F401
+
+    torch.set_num_threads(1)
+    options.cache.mkdir(parents=True, exist_ok=True)
+    record = options.cache / "tests.json"
+    recorded: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        copy = Path(folder) / "tree"
+        shutil.copytree(TREE, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "shared", "*.egg-info"))
+        if options.record is not None:
+            seen = {test.partition("::")[0] for test in recorded}
+            for name in options.record or [each for each in room_tests(options.room) if f"tests/{each}" not in seen]:
+                started = time.monotonic()
+                end, output = run_tests(copy, [f"tests/{name}"], 600, Recorder)
+                made = Path(folder) / "recorded.json"
+                if made.exists():
+                    old = {test: hit for test, hit in recorded.items() if not test.startswith(f"tests/{name}::")}
+                    recorded = old | json.loads(made.read_text())
+                    made.unlink()
+                    record.write_text(json.dumps(recorded))
+                print(name, end, f"{time.monotonic() - started:.0f} s", output.splitlines()[-1:], flush=True)
+        ends = defaultdict(int)
+        for number, change in enumerate(draw(options.room, options.count, options.seed), 1):
+            tests, path = tests_of(change, recorded, options.seconds), copy / change["file"]
+            original = path.read_text()
+            path.write_text(change["source"])
+            end, output = run_tests(copy, tests, 3 * options.seconds + 30) if tests else ("survived", "")
+            path.write_text(original)
+            ends[end] += 1
+            failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+            by, place = " ".join(failed)[:90] or f"{len(tests)} tests", f"{change['file']}:{change['lines'][0]}"
+            print(f"{number} {end} by {by}: {place} {change['kind']}")
+            if end != "found":
+                print(f"  - {change['before']}\n  + {change['after']}")
+            sys.stdout.flush()
+        print(f"{options.room}: {dict(ends)} of {sum(ends.values())}")
+
+
+if __name__ == "__main__":
+    main()
