@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -302,3 +303,17 @@ def test_facts_that_are_no_json_leave_nothing(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         save_leaves(tmp_path / "a", {"a": torch.ones(1)}, {"fact": object()})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_of_which_hardly_anything_is_stored_are_not_made(corrupt):
+    import tensorstore
+
+    size = 1 << 20  # 4 MB of zeros, of which 4 kB are stored: with the right digest nothing else would notice
+    kvstore = {"driver": "ocdbt", "base": f"file://{corrupt}/leaves", "path": "weight/"}
+    store: Any = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
+    store.resize(exclusive_max=[size]).result()
+    digest = leaf_digest(torch.cat([torch.arange(1000.0), torch.zeros(size - 1000)]))
+    rows = {"weight": {"shape": [size], "sha256": digest}}
+    edit_manifest(corrupt, lambda manifest: [row.update(rows.get(row["name"], {})) for row in manifest["leaves"]])
+    with pytest.raises(CorruptError, match=f"its leaves have [0-9]+ bytes for tensors of {4 * size + 12} bytes"):
+        load_leaves(corrupt)

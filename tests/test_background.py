@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,20 @@ def test_an_error_surfaces_at_the_end(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space for 2"):
         run()
     assert list_checkpoints(tmp_path) == ["1"]
+
+
+def test_an_error_surfaces_when_the_generator_around_it_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(SAVE, fail_at(1))
+
+    def epochs() -> Iterator[int]:
+        with AsyncCheckpointer(tmp_path) as checkpointer:
+            checkpointer.save(state_at(1))
+            yield 1
+
+    run = epochs()
+    next(run)
+    with pytest.raises(OSError, match="no space for 1"):
+        run.close()
 
 
 def test_an_error_after_the_checkpoint_surfaces_too_and_the_checkpoint_stands(tmp_path):

@@ -85,6 +85,16 @@ def test_the_default_engine_gives_the_bits_of_backward(dtype):
         assert torch.equal(grads[name], parameter.grad)
 
 
+def test_a_gradient_can_be_differentiated_again_for_one_parameter_of_several():
+    def loss_fn(params, buffers, batch, *, key, train):
+        return LossOut((params["a"] * params["b"]).square(), 1, buffers, {})
+
+    params = {"a": torch.tensor(2.0), "b": torch.tensor(3.0, requires_grad=True)}
+    _, grads = value_and_grad(loss_fn, params, {}, None, key=Key(0))
+    (second,) = torch.autograd.grad(grads["a"], params["b"])
+    assert (grads["a"].item(), second.item()) == (36.0, 24.0)  # 2 a b^2 and 4 a b
+
+
 def test_the_engines_agree():
     model, batch = model_and_batch()
     loss_fn = module_loss(model, squared_error)

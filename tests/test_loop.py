@@ -310,6 +310,23 @@ def test_the_clock_is_read_around_training_and_validation():
     assert next(ticks, None) is None
 
 
+def test_a_validation_within_an_epoch_does_not_count_as_training_time():
+    now = 0.0
+
+    def takes(seconds, step):
+        def timed(*args, **kwargs):
+            nonlocal now
+            now += seconds
+            return step(*args, **kwargs)
+
+        return timed
+
+    options = {"step": takes(60, STEP), "eval_step": takes(30, EVALUATE), "validate_every": "2batches"}
+    reports = [report for _, report in loop(first_state(), max_epochs=1, clock=lambda: now, **options)]
+    minutes = [(report.batch, report.train_minutes, report.valid_minutes) for report in reports]
+    assert minutes == [(2, 2.0, 1.5), (0, 4.0, 3.0)]
+
+
 def test_the_speed_of_an_epoch_counts_the_points_since_the_resume():
     states: list[TrainState] = []
     seconds = {"valid": None, "eval_step": None, "max_epochs": 2}
