@@ -10,6 +10,8 @@ function, which compiled steps and tests of signatures notice. Needs `pip instal
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import os
 import re
@@ -24,6 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from mutation_edits import PARTS, TREE, draw
+
+PYTEST = ("-m", "not soak", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+SHARED = ("h5py", "nibabel", "scipy.ndimage", "dipy.data", "matplotlib.backends.backend_agg", "matplotlib.figure")
+SHARED += ("orbax.checkpoint", "pydantic", "tyro", "torch._dynamo", "hypothesis.strategies", "pytest")
+"""What the tests import: the forks need not do it again."""
 
 
 def room_tests(room: str) -> list[str]:
@@ -74,7 +81,7 @@ def run_here(copy: Path, tests: list[str], output: Path, recorder: type[Recorder
 
     plugins = [recorder()] if recorder else []
     first = [] if recorder else ["-x"]
-    code = pytest.main([*tests, "-m", "not soak", "-p", "no:cacheprovider", *first], plugins)
+    code = pytest.main([*tests, *PYTEST, *first], plugins)
     for plugin in plugins:
         (copy.parent / "recorded.json").write_text(json.dumps(plugin.lines()))
     sys.stdout.flush()
@@ -135,10 +142,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "dwiml_func_mutations")
     options = parser.parse_args()
 
-    import h5py, matplotlib.figure, nibabel, pytest, scipy, torch  # noqa: E401, F401, I001  (the forks share them)
-    import dipy.data, matplotlib.backends.backend_agg, orbax.checkpoint, pydantic, tyro  # noqa: E401, F401
+    for name in SHARED:
+        importlib.import_module(name)
+    import torch
 
     torch.set_num_threads(1)
+    torch.func.vmap(torch.neg)(torch.ones(2))  # what torch imports at its first use
+    gc.freeze()
     options.cache.mkdir(parents=True, exist_ok=True)
     record = options.cache / "tests.json"
     recorded: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
