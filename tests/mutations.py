@@ -130,15 +130,34 @@ def tests_of(change: dict[str, Any], recorded: dict[str, Any], budget: float) ->
     return chosen
 
 
+def record(copy: Path, names: list[str], cache: Path) -> None:
+    """Record which lines each test of these files reaches, a file of the cache for each."""
+    for name in names:
+        started = time.monotonic()
+        end, output = run_tests(copy, [f"tests/{name}"], 600, Recorder)
+        if (made := copy.parent / "recorded.json").exists():
+            shutil.move(made, cache / f"{name}.json")
+        print(name, end, f"{time.monotonic() - started:.0f} s", output.splitlines()[-1:], flush=True)
+
+
+def judge(copy: Path, change: dict[str, Any], recorded: dict[str, Any], budget: float) -> tuple[str, str]:
+    """How the tests that reach a change end on it, and the first that failed, or how many there were."""
+    tests, path = tests_of(change, recorded, budget), copy / change["file"]
+    original = path.read_text()
+    path.write_text(change["source"])
+    end, output = run_tests(copy, tests, 3 * budget + 30) if tests else ("survived", "")
+    path.write_text(original)
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
+    return end, " ".join(failed)[:90] or f"{len(tests)} tests"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("room", help="a folder of dwiml_func, or `parallel` or `plots`")
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60.0, help="recorded time of the tests for one mutation")
-    parser.add_argument(
-        "--record", nargs="*", metavar="FILE", help="record these tests first (none: the room's new ones)"
-    )
+    parser.add_argument("--record", nargs="*", metavar="FILE", help="first record these tests (none: the room's)")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "dwiml_func_mutations")
     options = parser.parse_args()
 
@@ -150,37 +169,21 @@ def main() -> None:
     torch.func.vmap(torch.neg)(torch.ones(2))  # what torch imports at its first use
     gc.freeze()
     options.cache.mkdir(parents=True, exist_ok=True)
-    record = options.cache / "tests.json"
-    recorded: dict[str, Any] = json.loads(record.read_text()) if record.exists() else {}
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(TREE, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "shared", "*.egg-info"))
         if options.record is not None:
-            seen = {test.partition("::")[0] for test in recorded}
-            for name in options.record or [each for each in room_tests(options.room) if f"tests/{each}" not in seen]:
-                started = time.monotonic()
-                end, output = run_tests(copy, [f"tests/{name}"], 600, Recorder)
-                made = Path(folder) / "recorded.json"
-                if made.exists():
-                    old = {test: hit for test, hit in recorded.items() if not test.startswith(f"tests/{name}::")}
-                    recorded = old | json.loads(made.read_text())
-                    made.unlink()
-                    record.write_text(json.dumps(recorded))
-                print(name, end, f"{time.monotonic() - started:.0f} s", output.splitlines()[-1:], flush=True)
-        ends = defaultdict(int)
+            names = [name for name in room_tests(options.room) if not (options.cache / f"{name}.json").exists()]
+            record(copy, options.record or names, options.cache)
+        recorded, ends = {}, defaultdict(int)
+        for file in sorted(options.cache.glob("test_*.json")):
+            recorded |= json.loads(file.read_text())
         for number, change in enumerate(draw(options.room, options.count, options.seed), 1):
-            tests, path = tests_of(change, recorded, options.seconds), copy / change["file"]
-            original = path.read_text()
-            path.write_text(change["source"])
-            end, output = run_tests(copy, tests, 3 * options.seconds + 30) if tests else ("survived", "")
-            path.write_text(original)
+            end, by = judge(copy, change, recorded, options.seconds)
             ends[end] += 1
-            failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.M)
-            by, place = " ".join(failed)[:90] or f"{len(tests)} tests", f"{change['file']}:{change['lines'][0]}"
-            print(f"{number} {end} by {by}: {place} {change['kind']}")
+            print(f"{number} {end} by {by}: {change['file']}:{change['lines'][0]} {change['kind']}", flush=True)
             if end != "found":
-                print(f"  - {change['before']}\n  + {change['after']}")
-            sys.stdout.flush()
+                print(f"  - {change['before']}\n  + {change['after']}", flush=True)
         print(f"{options.room}: {dict(ends)} of {sum(ends.values())}")
 
 
