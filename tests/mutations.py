@@ -112,21 +112,15 @@ def run_tests(copy: Path, tests: list[str], limit: float, recorder: type[Recorde
 
 
 def tests_of(change: dict[str, Any], recorded: dict[str, Any], budget: float) -> list[str]:
-    """The tests that reach the lines, else their function, else the module: the module's own and quick ones first."""
-    stem = Path(change["file"]).stem.strip("_")
+    """Tests that reach the lines, then their function, then the module: its own and quick ones first, as time allows."""
+    own, chosen, total = f"test_{Path(change['file']).stem.strip('_')}.py", [], 0.0
     for first, last in (change["lines"], change["scope"], (1, 10**6)):
-        reach = [
-            test
-            for test, (_, hit) in recorded.items()
-            if any(first <= line <= last for line in hit.get(change["file"], ()))
-        ]
-        if reach:
-            break
-    chosen, total = [], 0.0
-    for test in sorted(reach, key=lambda test: (f"test_{stem}.py" not in test, recorded[test][0])):
-        total += recorded[test][0] + 0.05  # of fixtures that are made once, and of pytest
-        if total < budget:
-            chosen.append(test)
+        hits = ((test, hit.get(change["file"], ())) for test, (_, hit) in recorded.items())
+        reach = [test for test, lines in hits if any(first <= line <= last for line in lines) and test not in chosen]
+        for test in sorted(reach, key=lambda test: (own not in test, recorded[test][0])):
+            total += recorded[test][0] + 0.05  # of fixtures that are made once, and of pytest
+            if total < budget:
+                chosen.append(test)
     return chosen
 
 
@@ -158,6 +152,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=60.0, help="recorded time of the tests for one mutation")
     parser.add_argument("--record", nargs="*", metavar="FILE", help="first record these tests (none: the room's)")
+    parser.add_argument("--only", nargs="*", type=int, metavar="NUMBER", help="only these of the mutations drawn")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "dwiml_func_mutations")
     options = parser.parse_args()
 
@@ -179,6 +174,8 @@ def main() -> None:
         for file in sorted(options.cache.glob("test_*.json")):
             recorded |= json.loads(file.read_text())
         for number, change in enumerate(draw(options.room, options.count, options.seed), 1):
+            if options.only and number not in options.only:
+                continue
             end, by = judge(copy, change, recorded, options.seconds)
             ends[end] += 1
             print(f"{number} {end} by {by}: {change['file']}:{change['lines'][0]} {change['kind']}", flush=True)
