@@ -112,7 +112,7 @@ def run_tests(copy: Path, tests: list[str], limit: float, recorder: type[Recorde
 
 
 def tests_of(change: dict[str, Any], recorded: dict[str, Any], budget: float) -> list[str]:
-    """Tests that reach the lines, then their function, then the module: its own and quick ones first, as time allows."""
+    """Tests of the lines, then of their function, then of the module: its own and quick ones first, as time allows."""
     own, chosen, total = f"test_{Path(change['file']).stem.strip('_')}.py", [], 0.0
     for first, last in (change["lines"], change["scope"], (1, 10**6)):
         hits = ((test, hit.get(change["file"], ())) for test, (_, hit) in recorded.items())

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dwiml_func import Key, TrainState, adam, init_state, sgd
 from dwiml_func.checkpoint.digest import (
+    bit_difference,
+    is_starting_count,
     leaf_digest,
     numbers_to_fields,
     state_digest,
@@ -221,3 +223,28 @@ def test_a_dtype_that_numpy_lacks_becomes_integers_of_its_width(dtype, stored):
     array = tensor_bytes(tensor)
     assert array.dtype == stored
     assert array.tobytes() == bytes(tensor.view(torch.uint8).tolist())
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "ulps"),
+    [
+        (torch.tensor(-1e-45), torch.tensor(1e-45), 2),
+        (torch.tensor(-0.0), torch.tensor(1e-45), 1),
+        (torch.tensor(1.0), torch.tensor(1.0 + 2**-22), 2),
+        (torch.tensor(-1.0), torch.tensor(-1.0 - 2**-22), 2),
+        (torch.tensor(-1), torch.tensor(1), 2),
+    ],
+)
+def test_the_distance_in_ulps_counts_the_numbers_between(a, b, ulps):
+    difference = bit_difference(a, b)
+    assert difference is not None
+    assert difference.ulps == ulps
+
+
+def test_a_count_of_a_part_of_a_chain_is_a_starting_count_and_a_parameter_of_its_name_is_not():
+    zero = torch.tensor(0)
+    names = ("opt_state/missed/w", "opt_state/0/missed/w", "opt_state/0/1/unused/w")
+    assert all(is_starting_count(name, zero) for name in names)
+    others = ("opt_state/exp_avg/missed", "opt_state/missed", "params/missed/w", "opt_state/0/exp_avg/w")
+    assert not any(is_starting_count(name, zero) for name in others)
+    assert not is_starting_count("opt_state/missed/w", torch.zeros(1))

@@ -25,6 +25,7 @@ from dwiml_func.checkpoint.manifest import (
     manifest_checksum,
     manifest_text,
     read_manifest,
+    report_text,
 )
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Sum
@@ -235,6 +236,11 @@ def test_what_would_not_be_read_is_not_written(tmp_path):
         with pytest.raises(ValueError, match=f"Cannot be recorded: .*{named}"):
             save_leaves(tmp_path / "a", leaves, facts)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_would_not_be_read_is_not_recorded():
+    with pytest.raises(ValueError, match=r"Cannot be recorded: history: .*field required"):
+        report_text({"epoch": 1})
 
 
 def test_a_manifest_of_another_store_does_not_match_the_files(tmp_path):

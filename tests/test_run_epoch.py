@@ -33,6 +33,8 @@ from dwiml_func import (
 )
 from dwiml_func import ensemble_step as ensemble_step_of
 from dwiml_func.checkpoint import state_digest
+from dwiml_func.core.rates import epoch_rates
+from dwiml_func.types import Plateau
 
 MODEL = torch.nn.Linear(4, 1)
 BATCHES = [torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
@@ -253,3 +255,9 @@ def test_a_rate_of_numpy_or_a_tensor_is_a_number(learning_rate: Any) -> None:
 def test_the_contract_of_a_step_is_checked(step: Any, named: str) -> None:
     with pytest.raises(TypeError, match=named):
         next(loop(step=step))
+
+
+def test_one_rate_is_reported_for_an_epoch_whose_rate_is_the_same_at_each_step() -> None:
+    assert epoch_rates(0.1, first_step=5, step=9, epoch=1, plateau=Plateau()) == [0.1]
+    by_step = epoch_rates(per_step(float), first_step=5, step=9, epoch=1, plateau=Plateau())
+    assert by_step == [5.0, 6.0, 7.0, 8.0]

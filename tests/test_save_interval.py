@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dwiml_func.core.interval import Interval, parse_interval
@@ -52,6 +52,7 @@ def test_every_so_many_batches_counts_from_the_epochs_start_wherever_a_run_was_r
     assert due == [every * k for k in range(1, num_batches // every + 1) if every * k > start]
 
 
+@example(minutes=1.0, seconds=60.0, batch=1)
 @given(minutes=st.floats(1e-3, 1e3), seconds=st.floats(0, 1e5), batch=st.integers(1, 100))
 def test_minutes_count_from_the_last_save(minutes, seconds, batch):
     due = Interval(minutes, "minute").due_within_epoch(batch=batch, seconds=seconds)

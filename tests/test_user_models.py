@@ -294,6 +294,17 @@ def test_a_forward_that_writes_into_parameters_is_refused_and_the_state_is_whole
     assert state_digest(state) == before
 
 
+def test_a_loss_that_writes_a_single_value_is_refused() -> None:
+    def writes(params: Any, buffers: Any, batch: Tensor, *, key: Any, train: bool) -> LossOut:
+        with torch.no_grad():
+            params["weight"][0, 1] += 1
+        return LossOut((batch @ params["weight"].T).square().mean(), len(batch), buffers, {})
+
+    state = init_state(nn.Linear(4, 1, bias=False), sgd(), seed=0)
+    with pytest.raises(ValueError, match="writes into weight of the state"):
+        train_step(state, BATCH, loss_fn=writes, optimizer=sgd(), lr=0.1)
+
+
 def _counts(module: Any) -> None:
     module.count = module.count + 1
 

@@ -74,7 +74,8 @@ def is_checkpoint_name(name: str) -> bool:
 
 def names_after(names: Iterable[str], state: TrainState) -> list[str]:
     """Of checkpoints' names, those of later positions than that of a state."""
-    return [name for name in names if (_position(name) or (0, 0)) > (state.epoch, state.batch)]
+    done = (state.epoch, state.batch)
+    return [name for name in names if (position := _position(name)) is not None and position > done]
 
 
 def checkpoint_path(directory: str | Path, name: str | None) -> Path:

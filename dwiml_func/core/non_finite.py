@@ -116,7 +116,7 @@ def check_finite(state: TrainState) -> None:
 
 def can_skip(opt_state: OptState) -> bool:
     """Whether the state is that of an optimizer with `skip_not_finite`."""
-    if "max_in_a_row" in opt_state and "in_a_row" in opt_state:
+    if "max_in_a_row" in opt_state:
         return True
     return any(can_skip(part) for part in opt_state.values() if isinstance(part, Mapping))
 

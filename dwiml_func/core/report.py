@@ -116,9 +116,9 @@ def judge_epoch(
     patience_delta: float,
     minutes: tuple[float, float],
     earlier_sums: Metrics,
-    has_validation: bool = True,
-    monitor: str = "loss",
-    mode: Mode = "min",
+    has_validation: bool,
+    monitor: str,
+    mode: Mode,
     batch: int = 0,
     validations: tuple[Validation, ...] = (),
 ) -> EpochReport:
