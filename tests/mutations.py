@@ -118,9 +118,9 @@ def tests_of(change: dict[str, Any], recorded: dict[str, Any], budget: float) ->
         hits = ((test, hit.get(change["file"], ())) for test, (_, hit) in recorded.items())
         reach = [test for test, lines in hits if any(first <= line <= last for line in lines) and test not in chosen]
         for test in sorted(reach, key=lambda test: (own not in test, recorded[test][0])):
-            total += recorded[test][0] + 0.05  # of fixtures that are made once, and of pytest
-            if total < budget:
-                chosen.append(test)
+            seconds = recorded[test][0] + 0.05  # of fixtures that are made once, and of pytest
+            if total + seconds < budget:
+                chosen, total = [*chosen, test], total + seconds
     return chosen
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from dwiml_func import EpochReport, Key, NonFiniteError, TrainState, adam, init_state, module_loss, sgd, train_step
 from dwiml_func.checkpoint.arrays import CheckpointError
 from dwiml_func.checkpoint.background import AsyncCheckpointer
-from dwiml_func.checkpoint.checkpoint import restore, restore_or, save
+from dwiml_func.checkpoint.checkpoint import read, restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.early_stopping import Best
@@ -171,6 +171,12 @@ def test_a_restored_state_shares_no_memory(tmp_path):
         leaf.add_(1)
     assert state_digest(second) == state_digest(state)
     assert not any(leaf.requires_grad for leaf in state_leaves(second).values())
+
+
+def test_a_checkpoint_read_twice_is_equal_and_its_repr_names_no_function(tmp_path):
+    save(tmp_path, linear_state())
+    assert read(tmp_path) == read(tmp_path)
+    assert "function" not in repr(read(tmp_path))
 
 
 def test_names_sort_by_number(tmp_path):

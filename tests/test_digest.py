@@ -18,6 +18,7 @@ from dwiml_func.checkpoint.digest import (
     leaf_digest,
     numbers_to_fields,
     state_digest,
+    state_from_leaves,
     state_leaves,
     state_numbers,
     tensor_bytes,
@@ -248,3 +249,11 @@ def test_a_count_of_a_part_of_a_chain_is_a_starting_count_and_a_parameter_of_its
     others = ("opt_state/exp_avg/missed", "opt_state/missed", "params/missed/w", "opt_state/0/exp_avg/w")
     assert not any(is_starting_count(name, zero) for name in others)
     assert not is_starting_count("opt_state/missed/w", torch.zeros(1))
+
+
+def test_parameters_whose_names_end_alike_keep_their_moments():
+    params = {"a/b": torch.zeros(1), "c/a/b": torch.ones(1)}
+    state = make_state().replace(params=params, opt_state={"exp_avg": {name: p + 2 for name, p in params.items()}})
+    rebuilt = state_from_leaves(state_leaves(state), numbers_to_fields(state_numbers(state)))
+    assert state_digest(rebuilt) == state_digest(state)
+    assert sorted(rebuilt.opt_state["exp_avg"]) == sorted(params)

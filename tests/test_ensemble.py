@@ -1,5 +1,6 @@
 """Claims about ensembles: members equal separate runs, with the same random numbers; who stops stays as it is."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -260,6 +261,20 @@ def test_a_member_whose_gradient_alone_is_not_finite_takes_no_step(clip_grad):
     assert state_digest(member(ensemble, 0)) == state_digest(train_step(states[0], None, **options)[0])
     with pytest.raises(NonFiniteError, match="gradient norm is inf in epoch 1, batch 1"):
         train_step(states[1], None, **options)
+
+
+def test_a_member_whose_loss_alone_is_not_finite_takes_no_step():
+    def loss_fn(params, buffers, batch, *, key, train):
+        return LossOut((params["w"] + buffers["offset"]).sum(), 1, buffers, {})
+
+    states = [
+        TrainState(params={"w": torch.ones(1)}, buffers={"offset": torch.tensor(off)}, opt_state={}, key=Key(0))
+        for off in (1.0, math.inf)
+    ]
+    ensemble, metrics = ensemble_step(stack_states(states), None, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+    assert ensemble.active.tolist() == [True, False]
+    assert member_sums(metrics, 2)[1]["loss"] == (0, 0)
+    assert state_digest(member(ensemble, 1)) == state_digest(states[1])
 
 
 def test_an_ensemble_of_members_that_all_failed_ends():
