@@ -33,7 +33,11 @@ def edits(tree: ast.Module) -> Iterator[tuple[Edit, list[ast.AST]]]:
     """Every mutation of a module, and what encloses it."""
 
     def visit(node: ast.AST, around: list[ast.AST]) -> Iterator[tuple[Edit, list[ast.AST]]]:
-        if isinstance(node, TEXT) or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+        if isinstance(node, TEXT) or (isinstance(node, ast.keyword) and node.arg == "strict"):
+            return
+        if isinstance(node, ast.FunctionDef) and ast.unparse(node.body[-1]) == "...":  # of a protocol
+            return
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return
         if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in WORDING:
             return
@@ -87,7 +91,7 @@ def edits_of(node: ast.AST) -> Iterator[Edit]:
         case ast.Name(id=name) if name in OTHERS:
             yield "twin", node, OTHERS[name]
         case ast.Call(func=function, args=arguments, keywords=keywords):
-            for keyword in keywords:
+            for keyword in (each for each in keywords if each.arg != "strict"):  # of zip: a guard, not behaviour
                 kept = [each for each in keywords if each is not keyword]
                 yield "argument dropped", node, ast.unparse(ast.Call(function, arguments, kept))
             several = len(arguments) > 1 and not any(isinstance(each, ast.Starred) for each in arguments[:2])

@@ -298,9 +298,9 @@ def test_a_changed_number_in_the_manifest_is_noticed(tmp_path, old, new):
     text = manifest.read_text()
     assert text.count(old) == 1
     manifest.write_text(text.replace(old, new))
-    for read in (lambda: restore(tmp_path, linear_state()), lambda: latest_digest(tmp_path)):
+    for read_it in (lambda: restore(tmp_path, linear_state()), lambda: latest_digest(tmp_path)):
         with pytest.raises(CheckpointError, match=r"manifest\.json does not hold what was written"):
-            read()
+            read_it()
 
 
 def test_a_later_format_is_refused(tmp_path):

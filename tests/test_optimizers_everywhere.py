@@ -226,6 +226,37 @@ def test_complex_parameters_are_pairs_of_real_ones(kind):
         assert_same_bits({name: torch.view_as_real(tensor) for name, tensor in params.items()}, reals)
 
 
+@pytest.mark.parametrize("kind", ["rmsprop", "nadam", "lion", "schedule_free_adamw", "ema"])
+def test_complex_parameters_beside_real_ones_change_neither(kind):
+    optimizer = OPTIMIZERS[kind](0.1)
+    makes = {name: torch.complex64 if name.startswith("a.") else torch.float32 for name in SHAPES}
+
+    def update(names):
+        params = {name: some_tensors(0, makes[name])[name] for name in names}
+        opt_state = optimizer.init(params)
+        for step in range(3):
+            grads = {name: gradient(step, makes[name])[name] for name in names}
+            params, opt_state = optimizer.update(grads, opt_state, params, lr=0.1, step=step)
+        return params
+
+    alone = [update([name for name in SHAPES if name.startswith("a.") == is_complex]) for is_complex in (True, False)]
+    assert_same_bits(update(list(SHAPES)), {name: (alone[0] | alone[1])[name] for name in SHAPES})
+
+
+def test_muon_evaluates_with_what_the_other_optimizer_evaluates_with():
+    optimizer, other = muon(others=schedule_free_adamw()), schedule_free_adamw()
+    params, opt_state = run_updates(optimizer, num_steps=5)
+    rest = {name: tensor for name, tensor in some_tensors(0).items() if len(SHAPES[name]) != 2}
+    state = other.init(rest)
+    for step in range(5):
+        rest, state = other.update(
+            {name: gradient(step)[name] for name in rest}, state, rest, lr=learning_rate(step), step=step
+        )
+    matrices = {name: params[name] for name in SHAPES if len(SHAPES[name]) == 2}
+    found = evaluated(optimizer, opt_state, params)
+    assert_same_bits({name: found[name] for name in SHAPES}, {**params, **evaluated(other, state, rest), **matrices})
+
+
 @pytest.mark.parametrize("kind", ["rmsprop_centered", "nadam", "lion", "schedule_free_sgd", "schedule_free_adamw"])
 @pytest.mark.parametrize("as_tensors", [False, True])
 def test_a_parameter_without_a_gradient_keeps_its_value_and_its_state(kind, as_tensors):

@@ -1,5 +1,6 @@
 """Claims: rmsprop, nadam and muon are bitwise those of torch.optim over 50 steps, with every option."""
 
+import inspect
 from functools import partial
 
 import pytest
@@ -168,3 +169,26 @@ def test_muon_alone_refuses_what_is_no_matrix():
 def test_muon_refuses_complex_matrices():
     with pytest.raises(ValueError, match=r"Expected real matrices for Muon. Received: complex a.weight"):
         muon(others=adamw()).init(some_tensors(0, torch.complex64))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (sgd, torch.optim.SGD),
+        (adam, torch.optim.Adam),
+        (adamw, torch.optim.AdamW),
+        (radam, torch.optim.RAdam),
+        (nadam, torch.optim.NAdam),
+        (rmsprop, torch.optim.RMSprop),
+        (muon, torch.optim.Muon),
+    ],
+    ids=lambda made: made.__name__,
+)
+def test_defaults_are_those_of_torch(ours, theirs):
+    defaults = {name: parameter.default for name, parameter in inspect.signature(theirs).parameters.items()}
+    if "betas" in defaults:
+        defaults["beta1"], defaults["beta2"] = defaults["betas"]
+    own = {name: parameter.default for name, parameter in inspect.signature(ours).parameters.items()}
+    shared = own.keys() & defaults.keys()
+    assert {name: own[name] for name in shared} == {name: defaults[name] for name in shared}
+    assert own.keys() - shared <= {"others", "exclude"}

@@ -63,6 +63,16 @@ def test_the_rates_are_bitwise_those_of_torch(
         assert value_at(ours, epoch=0, step=0, plateau=plateau) == optimizer.param_groups[0]["lr"]
 
 
+def test_a_reduction_that_torch_ignores_is_ignored() -> None:
+    optimizer = torch.optim.SGD([torch.ones(1)], lr=1.5e-8)
+    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    ours, plateau = reduce_on_plateau(1.5e-8, factor=0.5, patience=0), Plateau()
+    for _ in range(4):
+        theirs.step(1.0)
+        plateau = ours.update(plateau, 1.0)
+        assert value_at(ours, epoch=0, step=0, plateau=plateau) == optimizer.param_groups[0]["lr"] == 1.5e-8
+
+
 def loss(model: Any, x: Tensor) -> tuple[Tensor, int, dict[str, Any]]:
     return (model(x) - 1).square().mean(), len(x), {"accuracy": (model(x) > 0).float().mean()}
 

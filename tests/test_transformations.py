@@ -67,6 +67,11 @@ def test_clip_by_value_is_that_of_torch(dtype, grads):
     assert_same_bits(run_updates(chain(clip_by_value(0.5), rmsprop()), dtype=dtype, grads=grads)[0], expected)
 
 
+def test_clip_by_value_takes_a_tensor_too():
+    number, tensor = (run_updates(chain(clip_by_value(limit), sgd()))[0] for limit in (0.5, torch.tensor(0.5).double()))
+    assert_same_bits(tensor, number)
+
+
 def test_decayed_weights_before_adam_are_its_own_weight_decay():
     expected, _ = run_updates(adam(weight_decay=0.1))
     assert_same_bits(run_updates(chain(add_decayed_weights(0.1), adam()))[0], expected)

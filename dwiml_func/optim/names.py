@@ -34,7 +34,7 @@ def check_patterns(patterns: Iterable[str], names: Iterable[str]) -> None:
             similar = dict.fromkeys(
                 name
                 for part in pattern.split("|")
-                for name in difflib.get_close_matches(part.replace("*", ""), names, n=3, cutoff=0.3)
+                for name in difflib.get_close_matches(part.replace("*", ""), names, cutoff=0.3)
             )
             listed = list(similar)[:3] or names[:3]
             more = f" and {len(names) - len(listed)} more" if len(names) > len(listed) else ""
