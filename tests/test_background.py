@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ def test_an_error_surfaces_at_the_end(tmp_path, monkeypatch):
 def test_an_error_surfaces_when_the_generator_around_it_is_closed(tmp_path, monkeypatch):
     monkeypatch.setattr(SAVE, fail_at(1))
 
-    def epochs() -> Iterator[int]:
+    def epochs() -> Generator[int]:
         with AsyncCheckpointer(tmp_path) as checkpointer:
             checkpointer.save(state_at(1))
             yield 1
