@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -112,15 +112,19 @@ def run_tests(copy: Path, tests: list[str], limit: float, recorder: type[Recorde
 
 
 def tests_of(change: dict[str, Any], recorded: dict[str, Any], budget: float) -> list[str]:
-    """Tests of the lines, then of their function, then of the module: its own and quick ones first, as time allows."""
+    """Tests of the lines, then of their function, then of the module, as time allows: its own first, then of each test
+    function one case, then the second ones."""
     own, chosen, total = f"test_{Path(change['file']).stem.strip('_')}.py", [], 0.0
     for first, last in (change["lines"], change["scope"], (1, 10**6)):
         hits = ((test, hit.get(change["file"], ())) for test, (_, hit) in recorded.items())
         reach = [test for test, lines in hits if any(first <= line <= last for line in lines) and test not in chosen]
-        for test in sorted(reach, key=lambda test: (own not in test, recorded[test][0])):
-            seconds = recorded[test][0] + 0.05  # of fixtures that are made once, and of pytest
-            if total + seconds < budget:
-                chosen, total = [*chosen, test], total + seconds
+        cases, order = Counter[str](), []
+        for test in sorted(reach, key=lambda test: recorded[test][0]):
+            cases[test.partition("[")[0]] += 1
+            order.append((own not in test, cases[test.partition("[")[0]], recorded[test][0], test))
+        for *_, seconds, test in sorted(order):
+            if total + seconds + 0.05 < budget:  # besides, fixtures that are made once, and pytest
+                chosen, total = [*chosen, test], total + seconds + 0.05
     return chosen
 
 
