@@ -61,6 +61,19 @@ def test_a_full_disk_is_told_by_flush_and_again_at_the_end(tmp_path, num_bytes):
     assert not file
 
 
+def test_nothing_is_written_after_a_write_that_failed(tmp_path):
+    file = make(tmp_path / "a.hdf5", 3000)
+    fill(file)
+    with pytest.raises(OSError, match="No space left"):
+        file.flush()
+    before = (tmp_path / "a.hdf5").read_bytes()
+    file._sink._file.num_bytes = 10**9  # type: ignore[attr-defined]  # another program has made room
+    file.create_group("later").create_dataset("data", data=np.zeros(500))
+    with pytest.raises(OSError, match="No space left"):
+        file.close_and_sync()
+    assert (tmp_path / "a.hdf5").read_bytes() == before
+
+
 def test_closing_says_nothing(tmp_path):
     file = make(tmp_path / "a.hdf5", 0)
     fill(file)

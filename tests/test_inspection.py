@@ -71,6 +71,17 @@ def test_measures_are_those_of_the_streamlines(tmp_path):
     assert "with data per streamline 'weight'" in format_inspection(inspection)
 
 
+@pytest.mark.parametrize(("last", "leaves"), [(4.0, 0), (4.0005, 0), (4.002, 1), (-0.0005, 0), (-0.002, 1)])
+def test_a_point_on_a_face_of_the_grid_does_not_leave_it(tmp_path, last, leaves):
+    points = np.array([[0.0, 0, 0], [4, 4, 4], [1, 1, 1], [last, 1, 1]])
+    with new_dataset(tmp_path / "a.hdf5", training=["a"], groups_config={}, date="") as file:
+        subject = file.create_group("a")
+        write_streamlines(subject, "s", points, np.array([0, 2, 4]), affine=np.eye(4), dimensions=(4, 4, 4))
+        write_volume(subject, "input", np.zeros((4, 4, 4, 1)), np.eye(4))
+    problems = inspect_dataset(tmp_path / "a.hdf5").problems
+    assert ["leave the grid" in str(problem) for problem in problems] == [True] * leaves
+
+
 def set_value(name: str, index: object, value: object) -> Callable[[Any], object]:
     return lambda file: file[name].__setitem__(index, value)
 

@@ -305,6 +305,20 @@ def test_without_any_gradient_nothing_moves():
             assert all(new[name] is params[name] for name in SHAPES)
 
 
+def test_donation_changes_no_bit_where_only_some_parameters_have_half_precision():
+    halves = {name: torch.bfloat16 if name.startswith("a.") else torch.float32 for name in SHAPES}
+
+    def updated(donate):
+        params = {name: some_tensors(0, dtype)[name] for name, dtype in halves.items()}
+        opt_state = adam().init(params)
+        for step in range(20):
+            grads = {name: gradient(step, dtype)[name] for name, dtype in halves.items()}
+            params, opt_state = adam().update(grads, opt_state, params, lr=0.05, step=step, donate=donate)
+        return params
+
+    assert_same_bits(updated(donate=True), updated(donate=False))
+
+
 @every_optimizer
 def test_donation_changes_no_bit_in_half_precision_either(kind):
     # On the CPU, torch._foreach_mul_ rounds its factor to bfloat16: a beta2 of 0.999 becomes 1.

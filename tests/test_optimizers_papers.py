@@ -1,5 +1,7 @@
 """Claims: lion and the schedule-free optimizers compute what their papers say, written out in float64."""
 
+import inspect
+
 import pytest
 import torch
 from optimizer_cases import NUM_STEPS, SHAPES, evaluated, gradient, learning_rate, run_updates, some_tensors
@@ -81,3 +83,29 @@ def test_the_weight_of_the_average_is_neither_0_nor_1(beta):
         schedule_free_sgd(momentum=beta)
     with pytest.raises(ValueError, match=f"Expected beta1 with 0 < value < 1. Received: beta1={beta}"):
         schedule_free_adamw(beta1=beta)
+
+
+@pytest.mark.parametrize(
+    ("make", "defaults"),
+    [
+        (lion, {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0}),
+        (schedule_free_sgd, {"momentum": 0.9, "weight_decay": 0.0}),
+        (schedule_free_adamw, {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0}),
+    ],
+    ids=["lion", "schedule_free_sgd", "schedule_free_adamw"],
+)
+def test_defaults_are_those_of_the_authors_and_what_is_out_of_range_is_refused(make, defaults):
+    assert {name: each.default for name, each in inspect.signature(make).parameters.items()} == defaults
+    for name in defaults:
+        with pytest.raises(ValueError, match=f"Expected {name} with .*Received: {name}=-0.1"):
+            make(**{name: -0.1})
+
+
+def test_a_schedule_free_step_at_a_rate_of_zero_can_be_differentiated():
+    optimizer, params = schedule_free_sgd(), {"w": torch.ones(2, dtype=F64)}
+
+    def moved(lr: Tensor) -> Tensor:
+        grads = {"w": torch.ones(2, dtype=F64)}
+        return optimizer.update(grads, optimizer.init(params), params, lr=lr, step=0)[0]["w"].sum()
+
+    assert torch.func.grad(moved)(torch.tensor(0.0, dtype=F64)).isfinite()

@@ -277,6 +277,20 @@ def test_accumulation_after_a_skipped_micro_batch_waits_for_one_more():
 # chain
 
 
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_gate_that_the_host_cannot_read_gives_no_memory_away(is_open):
+    gate = Transform(lambda params: {}, lambda grads, state, params, **at: (grads, state, Gate(
+        torch.tensor(is_open), at["step"], at["weight"])))  # fmt: skip
+    optimizer, params = chain(gate, adam()), {name: p.clone() for name, p in some_tensors(0).items()}
+    state = optimizer.init(params)
+    new, new_state = optimizer.update(gradient(0), state, params, lr=0.1, step=0, donate=True)
+    expected, expected_state = some_tensors(0), adam().init(some_tensors(0))
+    if is_open:
+        expected, expected_state = adam().update(gradient(0), expected_state, expected, lr=0.1, step=0)
+    assert_same_bits(new, dict(expected))
+    assert_same_bits(new_state["optimizer"]["exp_avg"], dict(expected_state["exp_avg"]))
+
+
 def test_a_link_of_a_user_and_its_gate():
     every_other = Transform(
         lambda params: {},

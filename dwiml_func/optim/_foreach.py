@@ -51,9 +51,13 @@ def arithmetic_for(tensors: Iterable[Tensor], *numbers: Number) -> Arithmetic:
 
 def _fused(name: str, tensors: Tensors, *others: Any, reuse: bool = False, **factors: Any) -> Tensors:
     if reuse:
-        if name == "mul" and any(tensor.dtype.itemsize == 2 for tensor in tensors):
+        halves = [tensor for tensor in tensors if tensor.dtype.itemsize == 2] if name == "mul" else []
+        if halves and isinstance(others[0], float):
             # On the CPU, torch rounds a number to half precision here: a beta2 of 0.999 becomes 1 in bfloat16.
-            others = tuple(torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x for x in others)
+            torch._foreach_mul_(halves, torch.tensor(others[0], dtype=torch.float64))
+            if rest := [tensor for tensor in tensors if tensor.dtype.itemsize != 2]:
+                torch._foreach_mul_(rest, others[0])
+            return tensors
         getattr(torch, f"_foreach_{name}_")(tensors, *others, **factors)
         return tensors
     return getattr(torch, f"_foreach_{name}")(tensors, *others, **factors)
