@@ -267,7 +267,7 @@ def test_a_real_scan_with_streamlines_tracked_on_it_goes_there_and_back(tmp_path
     getter = DeterministicMaximumDirectionGetter.from_shcoeff(
         peaks.shm_coeff, max_angle=45.0, sphere=default_sphere, sh_to_pmf=True
     )
-    seeds = random_seeds_from_mask(anisotropy > 0.1, image.affine, seeds_count=8, random_seed=1)
+    seeds = random_seeds_from_mask(anisotropy > 0.1, image.affine, seeds_count=1, random_seed=1)
     tracking: Any = LocalTracking(
         getter, ThresholdStoppingCriterion(anisotropy, 0.1), seeds, image.affine, step_size=0.5, random_seed=1
     )
@@ -278,7 +278,7 @@ def test_a_real_scan_with_streamlines_tracked_on_it_goes_there_and_back(tmp_path
     sft: Any = StatefulTractogram(tracked, image, Space.RASMM)
     sft.remove_invalid_streamlines()
     num = len(sft)
-    assert num > 10_000
+    assert num > 1_000
     save_tractogram(sft, str(subject / "lines.trk"))
     config = {
         "input": {"type": "volume", "files": ["dwi.nii"], "standardization": "all"},
