@@ -42,7 +42,7 @@ class StepModel(Protocol):
         ...
 
     def run_step(self, inputs: Tensor, dirs: Tensor, state: Any = None, /) -> tuple[Tensor, Any]:
-        """Outputs (S, K) and the new state: any tree of tensors of S rows, in which zeros mean a new line.
+        """Outputs (S, K) and the new state: any tree of tensors of S rows, in which zeros mean a new line; or None.
 
         `inputs` (S, F) are those at the lines' newest points, `dirs` (S, 3 * nb_previous_dirs) the previous directions.
         Where zeros everywhere would cost too much, the state may have a method `forget(rows)`, which gives the state
@@ -126,7 +126,7 @@ def init_track_state(
         cursor=count,
         position=position,
         dirs=dirs,
-        model_state=tree_map(torch.zeros_like, model_state),
+        model_state=None if model_state is None else tree_map(torch.zeros_like, model_state),
         line=torch.full_like(count, -1),
         is_live=torch.zeros_like(count, dtype=torch.bool),
         key=key,
@@ -155,6 +155,8 @@ def with_lines(state: TrackState, rows: Tensor, lines: Tensor, seeds: Tensor, *,
 
 def without_memory(model_state: Any, rows: Tensor) -> Any:
     """The model's state with zeros in rows (R,) bool: of new lines."""
+    if model_state is None:
+        return None
     if (forget := getattr(model_state, "forget", None)) is not None:
         return forget(rows)
     return tree_map(lambda leaf: leaf.masked_fill(rows.reshape(-1, *[1] * (leaf.ndim - 1)), 0), model_state)
