@@ -199,6 +199,22 @@ def test_every_name_in_the_tables_can_be_imported_as_written(name: str) -> None:
     assert any(hasattr(importlib.import_module(place), attribute) for place in places), name
 
 
+def test_what_names_elsewhere_are_called_here_is_there() -> None:
+    cells = re.findall(r"^\| .* \| (.*) \|$", (ROOT / "docs" / "names.md").read_text(), flags=re.MULTILINE)
+    code = [part for cell in cells for part in re.findall(r"`([^`]+)`", cell)]
+    called = {name for part in code for name in re.findall(r"(?<![\w.])([A-Za-z_]\w+)\(", part)}
+    named = {part for part in code if re.fullmatch(r"\w+", part)} - {"lr", "update", "DataLoader"}
+    places = [importlib.import_module(f"dwiml_func{room}") for room in ("", ".data", ".tracking")]
+    assert len(called | named) > 30
+    assert [name for name in called | named if not any(hasattr(place, name) for place in places)] == []
+
+
+def test_the_scripts_that_save_and_that_log_run(tmp_path: Path) -> None:
+    (saves,), (logs,) = _blocks("python", "Save and restore in a script"), _blocks("python", "Log in a script")
+    assert [_run_script(saves, tmp_path) for _ in range(2)] == ["1 1\n", "2 2\n"]  # the second restores
+    assert _run_script(logs, tmp_path).splitlines()[-1] == "4 steps logged"
+
+
 def test_the_tables_name_the_pieces() -> None:
     assert {"dwiml_func.jit_step", "dwiml_func.writers.Comet", "dwiml_func.models.load_model"} <= set(
         _names_in_tables()

@@ -84,6 +84,14 @@ def _output(output: dict[str, Any]) -> str:
     return f"```text\n{''.join(data['text/plain']).rstrip()}\n```"
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Each guide has its place in the contents, also one that `mkdocs.yml` does not name."""
+    named = json.dumps(config.nav)
+    (guides,) = (entry["Guides"] for entry in config.nav or () if "Guides" in entry)
+    guides += [path.name for path in sorted((ROOT / "docs").glob("*.md")) if f'"{path.name}"' not in named]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made, and the figures that pages show."""
 
@@ -102,8 +110,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Figures outside `docs/` have their place in the site."""
-    return markdown.replace("](../benchmarks/", "](benchmarks/")
+    """Figures outside `docs/` have their place in the site, and notebooks are pages."""
+    return re.sub(r"\]\((notebooks/\w+)\.ipynb\)", r"](\1.md)", markdown.replace("](../benchmarks/", "](benchmarks/"))
 
 
 class ExampleSections(griffe.Extension):
