@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.cli._messages import pluralize, print_progress
+from dwiml_func.cli._messages import print_progress
+from dwiml_func.cli._sweep import print_table
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.ensemble.loop import EnsembleReport
@@ -31,7 +32,8 @@ def train_members(
     with experiment_lock(experiments_path, wait=True):
         directory = create_ensemble(experiments_path, experiment_name, configs)
     with _locks(directory, len(configs)):
-        _train(directory, members, None, [()] * len(configs), deadline)
+        failed = _train(directory, members, None, [()] * len(configs), deadline)
+    _summarize(directory, failed)
 
 
 def resume_members(directory: Path, *, deadline: float | None = None, **options: Any) -> None:
@@ -39,7 +41,8 @@ def resume_members(directory: Path, *, deadline: float | None = None, **options:
     num_members, _ = read_ended(directory)
     with _locks(directory, num_members):
         members, ensemble, histories = resume_ensemble(directory, **options)
-        _train(directory, members, ensemble, histories, deadline)
+        failed = _train(directory, members, ensemble, histories, deadline)
+    _summarize(directory, failed)
 
 
 def describe_members(directory: Path, configs: Sequence[RunConfig]) -> str:
@@ -65,7 +68,8 @@ def _train(
     ensemble: EnsembleState | None,
     histories: Sequence[tuple[EpochReport, ...]],
     deadline: float | None,
-) -> None:
+) -> dict[int, str]:
+    """Train, and return the errors of members that have failed."""
     print_progress(describe_members(directory, [parts.config for parts in members]))
     failed: dict[int, str] = {}
     own = list(histories)
@@ -80,7 +84,7 @@ def _train(
             _print(report, max_epochs)
     if not any(own):
         raise NonFiniteError(next(iter(failed.values()), "No member was trained."))
-    _summarize(directory, own, failed)
+    return failed
 
 
 def _print(report: EnsembleReport, max_epochs: int) -> None:
@@ -97,11 +101,6 @@ def _print(report: EnsembleReport, max_epochs: int) -> None:
         print_progress(f"Epoch {report.epoch}/{max_epochs}  {number}: {text}")
 
 
-def _summarize(directory: Path, histories: Sequence[Sequence[EpochReport]], failed: dict[int, str]) -> None:
-    print_progress("")
-    for number, history in enumerate(histories):
-        found = "no best epoch"
-        if history and history[-1].best.epoch is not None:
-            found = f"best epoch {history[-1].best.epoch}, {history[-1].monitor} {history[-1].best.value:.4f}"
-        ended = ", ended with an error" if number in failed else ""
-        print_progress(f"  {directory / str(number)}: {pluralize(len(history), 'epoch')}, {found}{ended}")
+def _summarize(directory: Path, failed: dict[int, str]) -> None:
+    """Print a table, when no lock makes the members look as if they were running."""
+    print_table(directory, {str(number): text for number, text in failed.items()})

@@ -19,6 +19,7 @@ from dwiml_func.cli._output import drop_unwritable_output, enduring_output, open
 from dwiml_func.core.checked_step import StepMismatchError
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError, rank_in
+from dwiml_func.experiment.folder import is_sweep
 from dwiml_func.experiment.signals import TrainingStopped
 
 __all__ = ["main", "resume_training_from_checkpoint"]
@@ -164,6 +165,10 @@ def _report(error: BaseException, sender: str, *, is_training: bool) -> int:
 def _resume_hint(stopped: TrainingStopped) -> str:
     run = shlex.join([str(stopped.directory.parent), stopped.directory.name])
     saved = "before the first batch" if stopped.name is None else f"and saved as checkpoint {stopped.name}"
+    if is_sweep(stopped.directory.parent):
+        return (
+            f"{one_line(stopped)} {saved} of {stopped.directory}. To continue the sweep, give the same command again."
+        )
     return f"{one_line(stopped)} {saved}. To resume: dwiml-func resume {run}"
 
 

@@ -9,15 +9,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Self
 
-import torch
 import tyro
 
 from dwiml_func.cli._ensemble import describe_members, resume_members, train_members
 from dwiml_func.cli._messages import print_progress
+from dwiml_func.cli._one_run import train_one
 from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import (
     RunOptions,
@@ -27,15 +26,14 @@ from dwiml_func.cli._run_options import (
     options_for_dwi_ml,
     read_config_part,
 )
-from dwiml_func.cli._training import TimeLimit, describe_run, train_with_progress
-from dwiml_func.distributed.process_group import join_process_group, rank_in, rank_zero_first
-from dwiml_func.distributed.sharding import ProcessGroup
-from dwiml_func.experiment.config import ModelConfig, RunConfig
-from dwiml_func.experiment.folder import create_experiment, experiment_directory
-from dwiml_func.experiment.init_from import create_initialized, initialize_from
-from dwiml_func.experiment.resume import check_same_ensemble, check_same_run, resume_experiment
+from dwiml_func.cli._sweep import check_sweep, describe_sweep, train_sweep
+from dwiml_func.cli._training import TimeLimit, describe_run
+from dwiml_func.distributed.process_group import join_process_group, rank_in
+from dwiml_func.experiment.config import ModelConfig
+from dwiml_func.experiment.folder import experiment_directory
+from dwiml_func.experiment.resume import check_same_ensemble, check_same_run
 from dwiml_func.experiment.setup import prepare
-from dwiml_func.experiment.sweep import member_configs
+from dwiml_func.experiment.sweep import is_ensemble_sweep, member_configs, sweep_configs
 from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.experiment.window_lag import WINDOW_LAG
 from dwiml_func.files.lock import experiment_lock
@@ -71,14 +69,16 @@ class Options(CommandOptions, TimeLimit, RunOptions):
     """Number of models to train at once, with consecutive seeds from --rng on: an ensemble, with a folder for each in
     EXPERIMENT_NAME."""
     sweep: tuple[str, ...] = ()
-    """Train one model per value at once: NAME=VALUE,VALUE,... of learning-rate, weight-decay or rng. Several names: all
-    combinations."""
+    """Train one model per value: NAME=VALUE,VALUE,... of any options; several names: all combinations. Those of
+    learning-rate, weight-decay and rng are trained at once, as an ensemble. With any other option they are trained one
+    after the other, each an experiment in EXPERIMENT_NAME; the same command again continues. A value with spaces is
+    quoted: "rnn-layer-sizes=50,100 100"."""
     for_dwi_ml: bool = False
     """Train a model for dwi_ml's tracker: with its interpolation (trilinear-corner) and its step rule. export-dwi-ml
     writes it."""
     dry_run: bool = False
-    """Print the complete config as JSON (of an ensemble, the list of its members' configs), and a description of the
-    data on standard error. Train and write nothing."""
+    """Print the complete config as JSON (of an ensemble or a sweep, the list of its members' configs), and a
+    description of the data on standard error. Train and write nothing."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str], program: str) -> Self:
@@ -133,18 +133,25 @@ def run(options: Options) -> int:
     config = options.to_config(options.hdf5_file or example)
     if options.for_dwi_ml:
         print_progress(check_for_dwi_ml(config))
-    members = member_configs(config, num_models=options.num_models, sweep=options.sweep)
+    how = {"num_models": options.num_models, "sweep": options.sweep}
+    is_mapped = is_ensemble_sweep(options.sweep)
+    members, swept = (member_configs(config, **how), {}) if is_mapped else ([], sweep_configs(config, **how))
+    config = members[0] if len(members) == 1 else config
     is_again = rank_in() == 0 and directory.exists()  # the same command again, as a scheduler gives it
-    if options.init_from is not None and len(members) > 1:
+    if options.init_from is not None and (swept or len(members) > 1):
         raise ValueError("--init-from: expected one model to train. Leave out --num-models and --sweep.")
-    if is_again and len(members) > 1:
+    if swept:
+        check_sweep(directory, swept)
+    elif is_again and len(members) > 1:
         check_same_ensemble(directory, members)
     elif is_again:
         check_same_run(directory, config, init_from=options.init_from)
     if options.dry_run:
         is_there = options.hdf5_file is not None or example.exists()
         data = describe_run(directory, prepare(config)) if is_there else f"{example} would be made."
-        if len(members) > 1:
+        if swept:
+            describe_sweep(directory, swept)
+        elif len(members) > 1:
             print(json.dumps([member.to_dict() for member in members], indent=2))
             print(describe_members(directory, members), file=sys.stderr)
         else:
@@ -155,6 +162,8 @@ def run(options: Options) -> int:
         kept = shlex.join(kept_example_options(options))
         print_progress(f"Example data, with {kept}" if kept else "Example data")
         _make_example_data(example)
+    if swept:
+        return train_sweep(directory, swept, options.sweep, deadline=deadline)
     if is_again and len(members) > 1:
         print_progress(f"{directory} exists, with these configs: resuming it.")
         resume_members(directory, may_have_ended=True, given=members, deadline=deadline)
@@ -163,31 +172,8 @@ def run(options: Options) -> int:
         train_members(options.experiments_path, options.experiment_name, members, deadline)
         return 0
     with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
-        if any(process_group.gather(torch.tensor([int(is_again)]))):
-            return _resume(directory, config, process_group, deadline)
-        parts, state = prepare(config, process_group), None
-        if options.init_from is not None:
-            parts, state, report = initialize_from(parts, options.init_from)
-            print_progress(f"{options.init_from}: {report}")
-        if process_group.rank > 0:  # the first process writes
-            train_with_progress(directory, parts, state, (), deadline=deadline)
-            return 0
-        with experiment_lock(options.experiments_path, wait=True):
-            if state is None:
-                create_experiment(options.experiments_path, options.experiment_name, config)
-            else:
-                create_initialized(options.experiments_path, options.experiment_name, parts, state)
-        with experiment_lock(directory):
-            train_with_progress(directory, parts, state, (), deadline=deadline)
-    return 0
-
-
-def _resume(directory: Path, config: RunConfig, process_group: ProcessGroup, deadline: float | None) -> int:
-    """Resume the run that the same command has begun; one that has ended is evaluated and summarized."""
-    print_progress(f"{directory} exists, with this config: resuming it.")
-    resume = partial(resume_experiment, directory, given=config, process_group=process_group, may_have_ended=True)
-    with experiment_lock(directory) if process_group.rank == 0 else contextlib.nullcontext():
-        train_with_progress(directory, *rank_zero_first(process_group, resume), deadline=deadline)
+        path, name = options.experiments_path, options.experiment_name
+        train_one(path, name, config, process_group, deadline=deadline, init_from=options.init_from)
     return 0
 
 

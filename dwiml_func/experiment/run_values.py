@@ -9,9 +9,10 @@ from typing import Any
 
 from dwiml_func.core.early_stopping import Mode
 from dwiml_func.experiment.log_values import check_known, find_log, log_names
+from dwiml_func.experiment.run_labels import loss_kind
 from dwiml_func.experiment.runs import RunOverview
 
-__all__ = ["best_of_groups", "check_names", "mean_share", "run_value", "sorted_runs"]
+__all__ = ["best_first", "best_of_groups", "check_names", "mean_share", "run_value", "sorted_runs"]
 
 Value = float | str | None
 
@@ -78,17 +79,30 @@ def sorted_runs(runs: Sequence[RunOverview], name: str, *, is_reversed: bool = F
 
 
 def best_of_groups(runs: Sequence[RunOverview], name: str | None = None) -> list[RunOverview]:
-    """Runs with only the best member of each ensemble and sweep, which says so: by `name`, else as the members choose
-    their best epochs."""
+    """Runs with only the best member of each ensemble and sweep, which says so: by `name`, else as
+    `best_first` says."""
     shown: list[RunOverview] = []
     for run in runs:
         if run.group is None:
             shown.append(run)
         elif not any(other.group == run.group for other in shown):
             members = [member for member in runs if member.group == run.group]
-            best = (sorted_runs(members, name) if name else sorted(members, key=_chosen))[0]
+            best = (sorted_runs(members, name) if name else best_first(members)[0])[0]
             shown.append(replace(best, name=f"{best.name} (best of {len(members)})"))
     return shown
+
+
+def best_first(runs: Sequence[RunOverview]) -> tuple[list[RunOverview], str]:
+    """Members of an ensemble or a sweep, and by what they are in this order: by how they track, where that is recorded;
+    else as they choose their best epochs, unless that is by losses that cannot be compared: then by lag or angle."""
+    if any(mean_share(run) is not None for run in runs):
+        return sorted_runs(runs, "tracking"), "valid streamlines"
+    kinds = [loss_kind(run.record.config) for run in runs]
+    if any(kind != kinds[0] for kind in kinds) and any(run.monitor == "loss" for run in runs):
+        if any(run.window_lag_mm is not None for run in runs):
+            return sorted_runs(runs, "window_lag_mm"), "window lag"
+        return sorted_runs(runs, "angular_error_deg"), "angular error"
+    return sorted(runs, key=_chosen), runs[0].monitor if runs else "loss"
 
 
 def mean_share(run: RunOverview) -> float | None:

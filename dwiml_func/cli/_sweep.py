@@ -1,0 +1,109 @@
+"""Sweeps over options that no ensemble can have: experiments under one name, trained one after the other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dwiml_func._checks import one_line
+from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.cli._messages import pluralize, print_progress
+from dwiml_func.cli._one_run import train_one
+from dwiml_func.cli.runs import format_runs
+from dwiml_func.core.early_stopping import should_stop
+from dwiml_func.core.non_finite import NonFiniteError
+from dwiml_func.distributed.process_group import join_process_group
+from dwiml_func.experiment.compare import distinguishing
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.finish import is_whole
+from dwiml_func.experiment.folder import check_new_experiment, is_sweep
+from dwiml_func.experiment.resume import check_same_run
+from dwiml_func.experiment.run_values import best_first
+from dwiml_func.experiment.runs import list_runs
+from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.sweep import write_sweep
+from dwiml_func.files.lock import experiment_lock, is_locked
+
+__all__ = ["check_sweep", "describe_sweep", "print_table", "train_sweep"]
+
+
+def check_sweep(directory: Path, configs: Mapping[str, RunConfig]) -> None:
+    """Raise ValueError where a directory holds something else than these experiments, or some of them."""
+    if directory.exists() and not is_sweep(directory):
+        check_new_experiment(directory.parent, directory.name)
+    for name, config in configs.items():
+        if (directory / name).exists():
+            check_same_run(directory / name, config)
+
+
+def describe_sweep(directory: Path, configs: Mapping[str, RunConfig]) -> None:
+    """Print what a sweep would train: the configs as JSON, and on standard error the experiments."""
+    print(json.dumps([config.to_dict() for config in configs.values()], indent=2))
+    print(f"{directory}: a sweep of {pluralize(len(configs), 'experiment')}, one after the other", file=sys.stderr)
+    for name, config in configs.items():
+        print(f"  {name}: {_progress(directory / name, config)}", file=sys.stderr)
+
+
+def train_sweep(
+    directory: Path, configs: Mapping[str, RunConfig], sweep: Sequence[str], *, deadline: float | None = None
+) -> int:
+    """Train the experiments that have not ended, one after the other, and print a table of all. Returns the exit code.
+
+    One that breaks off is named, and the others are trained. One that another process is training is passed over.
+    """
+    first = next(iter(configs.values()))
+    failed: dict[str, str] = {}
+    with join_process_group("cuda" if first.training.use_gpu else "cpu") as process_group:
+        for config in configs.values():
+            prepare(config, process_group)  # what is wrong with one of them shows before the first is trained
+        if process_group.rank == 0:
+            with experiment_lock(directory.parent, wait=True):
+                write_sweep(directory, sweep)
+        for number, (name, config) in enumerate(configs.items(), start=1):
+            folder = directory / name
+            is_done = process_group.rank == 0 and (is_locked(folder) or _has_ended(folder, config))
+            progress = "running in another process" if is_locked(folder) else _progress(folder, config)
+            print_progress(f"\n[{number}/{len(configs)}] {name}: {progress}")
+            if any(process_group.gather(torch.tensor([int(is_done)]))):
+                continue
+            try:
+                train_one(directory, name, config, process_group, deadline=deadline)
+            except NonFiniteError as error:
+                failed[name] = one_line(error)
+                print_progress(f"{name}: {failed[name]} The sweep continues.")
+        if process_group.rank == 0:
+            print_table(directory, failed)
+    return 1 if failed else 0
+
+
+def print_table(directory: Path, failed: Mapping[str, str] | None = None) -> None:
+    """Print the members of a sweep or an ensemble, the best first, with the options that they differ in."""
+    runs, by = best_first(list_runs(directory))
+    options = distinguishing([run.record.config for run in runs])[0] if runs else {}
+    names = [name.rpartition(".")[2] for name in options]
+    shown = [] if is_sweep(directory) else [name for name in names if name in ("learning_rate", "weight_decay", "rng")]
+    print(f"\n{directory}, the best by {by} first:\n{format_runs(runs, shown=shown)}")
+    for name, text in (failed or {}).items():
+        print(f"{name} ended with an error: {text}")
+
+
+def _progress(folder: Path, config: RunConfig) -> str:
+    if not folder.exists():
+        return "new"
+    checkpoint = newest(folder)
+    if checkpoint is None:
+        return "begun"
+    return "has ended" if _has_ended(folder, config) else f"to be resumed from checkpoint {checkpoint.name}"
+
+
+def _has_ended(folder: Path, config: RunConfig) -> bool:
+    """Whether an experiment has all its epochs, its evaluation and its figures."""
+    checkpoint = newest(folder) if folder.exists() else None
+    if checkpoint is None or not checkpoint.history or (last := checkpoint.history[-1]).batch:
+        return False
+    is_over = last.epoch >= config.training.max_epochs or should_stop(last.best, config.training.patience)
+    return is_over and is_whole(folder)
