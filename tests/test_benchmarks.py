@@ -69,6 +69,14 @@ def test_every_benchmark_can_be_imported():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_fault_in_dwi_ml_s_gradients_is_seen():
+    command = [sys.executable, str(suite.FOLDER / "dwi_ml_gradient.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("lines equal")) == (0, 2), done.stdout
+    assert "an array that is copied: lines equal, 0 of 100 rows" in done.stdout
+    assert "an array that is changed: lines equal, 90 of 100 rows" in done.stdout
+
+
 def test_every_benchmark_has_a_row_with_its_command_in_the_readme():
     table = (suite.FOLDER / "README.md").read_text()
     for name in suite.scripts():

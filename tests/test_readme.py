@@ -109,7 +109,7 @@ def test_the_example_of_gradients_through_training_gives_gradients(tmp_path: Pat
 
 
 def test_the_commands_that_reproduce_and_verify_run_as_they_stand(tmp_path: Path) -> None:
-    (block,) = _blocks("sh", "Reproduce and verify")
+    (block,) = _blocks("sh", "Compare and verify")
     experiments = tmp_path / "experiments"
     experiments.mkdir()
     shutil.copy(PHANTOM, experiments / "example_data.hdf5")
@@ -235,6 +235,18 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in _anchors(target), link
+
+
+def test_the_commands_that_track_are_those_of_the_notebook_which_runs() -> None:
+    (block,) = _blocks("", "Track and look")
+    text = (ROOT / "docs" / "notebooks" / "first_run.ipynb").read_text()
+    assert [line for line in block.splitlines() if line not in text] == []
+
+
+def test_the_citation_has_the_version() -> None:
+    from dwiml_func import __version__
+
+    assert f"version: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_readme_is_short() -> None:

@@ -102,6 +102,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         add(uri, content=text)
     add("index.md", content=(ROOT / "README.md").read_text().replace("](docs/", "]("))
     add("changelog.md", content=(ROOT / "CHANGELOG.md").read_text())
+    add("CITATION.cff", abs_src_path=str(ROOT / "CITATION.cff"))
     for path in sorted((ROOT / "benchmarks").glob("*.png")) + sorted((ROOT / "benchmarks").glob("*.md")):
         add(f"benchmarks/{path.name}", abs_src_path=str(path))
     for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
