@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
 from dwiml_func.data.interpolation import interpolate
-from dwiml_func.data.neighborhood import Neighborhood, interpolate_neighborhood, neighborhood_vectors
+from dwiml_func.data.neighborhood import Neighborhood, direction_units, interpolate_neighborhood, neighborhood_vectors
 
 neighborhoods = st.builds(
     Neighborhood,
@@ -81,3 +81,10 @@ def test_no_points_give_no_rows():
 def test_what_is_no_neighborhood_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Neighborhood(**options)
+
+
+@pytest.mark.parametrize(("longest", "is_cubic"), [(2.0, True), (2.0019, True), (2.003, False), (3.0, False)])
+def test_voxels_are_cubes_to_a_thousandth(longest, is_cubic):
+    sizes = torch.tensor([2.0, longest, 2.0])
+    expected = torch.ones(3) if is_cubic else sizes
+    assert torch.equal(direction_units(sizes[None]), expected[None])

@@ -107,3 +107,11 @@ def test_nothing_tracked_covers_nothing() -> None:
         assert received.overlap == 0
         assert np.isnan(received.overreach)
         assert np.isnan(received.f1)
+
+
+def test_a_line_that_has_no_reference_lies_wholly_outside_it() -> None:
+    tracked, nothing = Streamlines.from_list(some_bundles()[0]), Streamlines.from_list([])
+    for received in (voxel_overlap(tracked, nothing, SIZES), overlap_within(tracked, nothing)):
+        assert received.overreach == 1
+        assert np.isnan(received.overlap)
+        assert np.isnan(received.f1)

@@ -259,7 +259,11 @@ def test_what_cannot_track_is_refused():
         ({"algo": "best"}, "algo: expected det or prob, received 'best'"),
         ({"max_length": 5}, "max_length: expected at least min_length, 10.0 mm, received 5"),
         ({"max_length": 0.5, "min_length": 0}, "max_length: expected at least a step, 1.0 mm, received 0.5"),
+        ({"max_length": math.nan}, "max_length: expected a finite number above 0"),
+        ({"min_length": -1}, "min_length: expected a finite number of at least 0"),
+        ({"min_length": math.nan}, "min_length: expected a finite number of at least 0"),
         ({"theta": 0}, "theta: expected a finite number above 0"),
+        ({"eos_stop": -0.5}, "eos_stop: expected a finite number of at least 0"),
         ({"eos_stop": 1.5}, "eos_stop: expected a probability from 0 to 1, received 1.5"),
         ({"eos_stop": "often"}, "eos_stop: expected a probability or max, received 'often'"),
     ],
@@ -267,3 +271,17 @@ def test_what_cannot_track_is_refused():
 def test_options_out_of_range_are_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
         TrackingSpec(**{"step_size": 1.0, **options})
+
+
+def test_the_defaults_of_tracking():
+    assert TrackingSpec(step_size=1.0) == TrackingSpec(
+        step_size=1.0, algo="det", track_forward_only=False, min_length=10.0, max_length=300.0, theta=90.0,
+        eos_stop=None, discard_last_point=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (1, 2, 3)])
+def test_seeds_of_another_shape_are_refused(shape):
+    spec = TrackingSpec(step_size=1.0)
+    with pytest.raises(ValueError, match=r"Expected seeds of shape \(N, 3\)"):
+        list(track(torch.ones(shape), model=ALONG_X, space=positions(10, 9, 9), spec=spec, key=Key(5)))

@@ -10,6 +10,7 @@ from scipy import stats
 from dwiml_func.core.rng import Key
 from dwiml_func.tracking import seeds_in_mask
 from dwiml_func.tracking.random_numbers import philox, uniforms
+from dwiml_func.tracking.seeds import load_seeds
 
 MASK = torch.zeros(5, 6, 7)
 MASK[1:4, 2, 3:6] = 1
@@ -69,3 +70,37 @@ def test_masks_without_voxels_and_counts_of_nothing_are_refused():
         seeds_in_mask(MASK, key=Key(1))
     with pytest.raises(ValueError, match="nt: expected a finite number at least 1"):
         seeds_in_mask(MASK, nt=0, key=Key(1))
+
+
+def test_seeds_of_a_file_come_as_float32(tmp_path):
+    np.save(tmp_path / "seeds.npy", np.array([[1, 2, 3], [4, 5, 6]]))
+    seeds = load_seeds(tmp_path / "seeds.npy")
+    assert seeds.dtype == torch.float32
+    assert seeds.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("array", "received"),
+    [
+        (np.ones((4, 2)), r"float64 of shape \(4, 2\)"),
+        (np.ones(3), r"float64 of shape \(3,\)"),
+        (np.ones((1, 3, 1)), r"float64 of shape \(1, 3, 1\)"),
+        (np.ones((2, 3), dtype=bool), r"bool of shape \(2, 3\)"),
+        (np.ones((2, 3), dtype=complex), r"complex128 of shape \(2, 3\)"),
+    ],
+)
+def test_a_file_without_seeds_is_refused(tmp_path, array, received):
+    np.save(tmp_path / "seeds.npy", array)
+    with pytest.raises(ValueError, match=rf"expected numbers of shape \(S, 3\)\. Received: {received}"):
+        load_seeds(tmp_path / "seeds.npy")
+
+
+def test_a_file_that_is_no_array_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="The file of seeds does not exist"):
+        load_seeds(tmp_path / "none.npy")
+    (tmp_path / "text.npy").write_text("1 2 3")
+    with pytest.raises(ValueError, match="It cannot be read"):
+        load_seeds(tmp_path / "text.npy")
+    np.savez(tmp_path / "several.npz", a=np.ones((2, 3)))
+    with pytest.raises(ValueError, match="Received: several arrays"):
+        load_seeds(tmp_path / "several.npz")

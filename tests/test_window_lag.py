@@ -16,6 +16,7 @@ from dwiml_func.data import DatasetIndex, Resampling, StreamlineDataset, open_da
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.models import Learn2Track
 from dwiml_func.tracking import TrackingSpace, TrackingSpec, choose_windows, continue_lines, window_lags
+from dwiml_func.tracking.window_lag import even_step
 
 SIZES = (2.0, 1.5, 3.0)
 
@@ -180,3 +181,11 @@ def test_lazy_datasets_give_the_same_windows() -> None:
     assert windows[1] is not None
     assert torch.equal(windows[0].read.points, windows[1].read.points)
     assert len(windows[0]) > 10
+
+
+@pytest.mark.parametrize(("other", "step"), [(2.0, 2.0), (2.3, 2.0), (2.6, None), (1.4, None)])
+def test_steps_are_even_to_a_fifth(other, step) -> None:
+    lengths = torch.tensor([2.0] * 6 + [other] * 4) / 2  # voxels of 2 mm
+    points = torch.cat([torch.zeros(1), lengths.cumsum(0)])[:, None] * torch.tensor([1.0, 0, 0])
+    found = even_step(Streamlines.from_list([points]), torch.full((1, 3), 2.0))
+    assert found == (step if step is None else pytest.approx(step))

@@ -78,7 +78,7 @@ def overlap_within(lines: Streamlines, reference: Streamlines, distance: float =
 
     found, expected = _dense_points(lines), _dense_points(reference)
     if len(found) == 0 or len(expected) == 0:
-        return _overlap(*(0.0 if len(points) else float("nan") for points in (expected, found)))
+        return _overlap(0.0 if len(expected) else float("nan"), 1.0 if len(found) else float("nan"))
     near = [
         np.isfinite(KDTree(other).query(points, distance_upper_bound=distance * (1 + 1e-9))[0])
         for points, other in ((expected, found), (found, expected))
