@@ -24,6 +24,8 @@ OPERATIONS = {"Add": "-", "Sub": "+", "Mult": "/", "Div": "*", "FloorDiv": "/", 
 TWINS = ("min max", "minimum maximum", "any all", "amin amax", "argmin argmax", "floor ceil", "ones zeros", "cos sin")
 OTHERS = {a: b for pair in TWINS for a, b in (pair.split(), pair.split()[::-1])}
 WORDING = {"warn", "warning", "print", "debug", "info", "cast", "TypeVar", "print_progress", "print_line"}
+GUARDS = ("strict", "stacklevel", "reuse")  # of zip, of warnings, of memory: no result depends on them
+UNORDERED = {"isinstance", "issubclass", "getattr", "hasattr", "min", "max", "minimum", "maximum", "equal", "isclose"}
 TEXT = (ast.JoinedStr, ast.Import, ast.ImportFrom, ast.Assert)  # wording, and what holds no behaviour
 
 Edit = tuple[str, ast.AST, str]  # kind, what is replaced, by what
@@ -33,7 +35,7 @@ def edits(tree: ast.Module) -> Iterator[tuple[Edit, list[ast.AST]]]:
     """Every mutation of a module, and what encloses it."""
 
     def visit(node: ast.AST, around: list[ast.AST]) -> Iterator[tuple[Edit, list[ast.AST]]]:
-        if isinstance(node, TEXT) or (isinstance(node, ast.keyword) and node.arg == "strict"):
+        if isinstance(node, TEXT) or (isinstance(node, ast.keyword) and node.arg in GUARDS):
             return
         if isinstance(node, ast.FunctionDef) and ast.unparse(node.body[-1]) == "...":  # of a protocol
             return
@@ -91,11 +93,12 @@ def edits_of(node: ast.AST) -> Iterator[Edit]:
         case ast.Name(id=name) if name in OTHERS:
             yield "twin", node, OTHERS[name]
         case ast.Call(func=function, args=arguments, keywords=keywords):
-            for keyword in (each for each in keywords if each.arg != "strict"):  # of zip: a guard, not behaviour
+            for keyword in (each for each in keywords if each.arg not in GUARDS):
                 kept = [each for each in keywords if each is not keyword]
                 yield "argument dropped", node, ast.unparse(ast.Call(function, arguments, kept))
+            # Of these, other orders give the same, or are noticed by every test.
             several = len(arguments) > 1 and not any(isinstance(each, ast.Starred) for each in arguments[:2])
-            if several and ast.unparse(function) not in ("isinstance", "issubclass", "getattr", "hasattr"):
+            if several and ast.unparse(function).rpartition(".")[2] not in UNORDERED:
                 swapped = [arguments[1], arguments[0], *arguments[2:]]
                 yield "swapped", node, ast.unparse(ast.Call(function, swapped, keywords))
             if isinstance(function, ast.Attribute) and not arguments:

@@ -12,6 +12,7 @@ from tracking_cases import FieldModel, SteeredModel, positions, tracked_lines
 from dwiml_func.core.rng import Key
 from dwiml_func.models import Learn2Track
 from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, init_track_state, track, track_step
+from dwiml_func.tracking.processes import track_in_processes
 from dwiml_func.tracking.state import with_lines
 
 ALONG_X = FieldModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
@@ -260,10 +261,10 @@ def test_what_cannot_track_is_refused():
         ({"max_length": 5}, "max_length: expected at least min_length, 10.0 mm, received 5"),
         ({"max_length": 0.5, "min_length": 0}, "max_length: expected at least a step, 1.0 mm, received 0.5"),
         ({"max_length": math.nan}, "max_length: expected a finite number above 0"),
-        ({"min_length": -1}, "min_length: expected a finite number of at least 0"),
-        ({"min_length": math.nan}, "min_length: expected a finite number of at least 0"),
+        ({"min_length": -1}, "min_length: expected a finite number at least 0"),
+        ({"min_length": math.nan}, "min_length: expected a finite number at least 0"),
         ({"theta": 0}, "theta: expected a finite number above 0"),
-        ({"eos_stop": -0.5}, "eos_stop: expected a finite number of at least 0"),
+        ({"eos_stop": -0.5}, "eos_stop: expected a finite number at least 0"),
         ({"eos_stop": 1.5}, "eos_stop: expected a probability from 0 to 1, received 1.5"),
         ({"eos_stop": "often"}, "eos_stop: expected a probability or max, received 'often'"),
     ],
@@ -285,3 +286,10 @@ def test_seeds_of_another_shape_are_refused(shape):
     spec = TrackingSpec(step_size=1.0)
     with pytest.raises(ValueError, match=r"Expected seeds of shape \(N, 3\)"):
         list(track(torch.ones(shape), model=ALONG_X, space=positions(10, 9, 9), spec=spec, key=Key(5)))
+
+
+def test_one_process_keeps_the_numbers_of_the_seeds():
+    options = {"model": ALONG_X, "space": positions(10, 9, 9), "spec": TrackingSpec(step_size=1.0, min_length=0.0)}
+    seeds = torch.tensor([[1.5, 2, 2], [2.5, 2, 2]])
+    (tracked,) = track_in_processes(seeds, key=Key(5), numbers=torch.tensor([7, 9]), num_processes=1, **options)
+    assert tracked.seeds.tolist() == [7, 9]
