@@ -175,3 +175,10 @@ def test_a_batch_without_streamlines_gives_no_rows():
     assert result is not None
     for tensor in (*keep_straight(batch), *result):
         assert len(tensor) == 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_angles_do_not_depend_on_the_size_of_vectors_along_an_axis_or_beside_it(size):
+    vectors = size * torch.tensor([[1.0, 0, 0], [1.0, 1, 0], [0, 0, -1]])
+    errors = angular_error(vectors, torch.tensor([[2.0, 0, 0], [1.0, 0, 0], [0, 3, 0]]))
+    torch.testing.assert_close(errors, torch.tensor([0.0, 45.0, 90.0]))

@@ -10,6 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dwiml_func.data.augmentation import Augmentation
+from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.experiment.config import (
     BatchConfig,
     DataConfig,
@@ -356,3 +359,21 @@ def test_a_long_value_is_shown_by_its_beginning():
 def test_the_source_is_named():
     with pytest.raises(ValueError, match=r"^over/there: "):
         config_from_json("", source="over/there")
+
+
+def test_every_option_of_batches_reaches_what_makes_them():
+    batches = BatchConfig(
+        batch_size_training=20, batch_size_validation=30, batch_size_units="length_mm", nb_streamlines_per_chunk=7,
+        nb_subjects_per_batch=2, cycles=3, max_batches_per_epoch_training=4, max_batches_per_epoch_validation=5,
+        step_size=0.5, step_rule="dwi_ml", noise_gaussian_size_forward=0.1, noise_gaussian_size_loss=0.2,
+        split_ratio=0.3, reverse_ratio=0.4,
+    )  # fmt: skip
+    units = {"batch_size_units": "length_mm", "nb_streamlines_per_chunk": 7, "nb_subjects_per_batch": 2, "cycles": 3}
+    assert batches.sampler("training") == SamplerSpec(batch_size=20, max_batches=4, **units)
+    assert batches.sampler("validation") == SamplerSpec(batch_size=30, max_batches=5, **units)
+    assert (batches.resampling.step_size, batches.resampling.step_rule) == (0.5, "dwi_ml")
+    assert BatchConfig(nb_points=12).resampling == Resampling(nb_points=12)
+    assert BatchConfig(compress=0.1).resampling == Resampling(compress=0.1)
+    assert batches.augmentation == Augmentation(
+        noise_gaussian_size_forward=0.1, noise_gaussian_size_loss=0.2, split_ratio=0.3, reverse_ratio=0.4
+    )

@@ -286,7 +286,7 @@ def test_batches_in_mm_are_refused_before_anything_is_written(cli, data, tmp_pat
     assert cli(*command, "--dry-run").code == 0
 
 
-@pytest.mark.parametrize("width", [1, 6])
+@pytest.mark.parametrize("width", [1, 6, (1, 6)])
 def test_the_principal_direction_undoes_each_subjects_own_standardisation(tmp_path, width):
     """`create-hdf5` standardises each subject by values of its own: the direction is that of the signal before."""
     paths = {"raw": tmp_path / "raw.hdf5", "standardised": tmp_path / "standardised.hdf5"}
@@ -297,7 +297,8 @@ def test_the_principal_direction_undoes_each_subjects_own_standardisation(tmp_pa
             for number, subject in enumerate("ab"):
                 group = file.create_group(subject)
                 raw = rng.uniform(0.2, 0.9, (*SHAPE, 60)) @ np.linalg.pinv(signal).T
-                mean, std = rng.uniform(0, 1, width) * (1 + 3 * number), rng.uniform(0.1, 1, width) * (1 + number)
+                own = width[number] if isinstance(width, tuple) else width
+                mean, std = rng.uniform(0, 1, own) * (1 + 3 * number), rng.uniform(0.1, 1, own) * (1 + number)
                 attributes = {"sh_order": 2, "standardization_mean": mean, "standardization_std": std}
                 if kind == "raw":
                     write_volume(group, "input", raw, np.eye(4), attributes={"sh_order": 2})

@@ -307,3 +307,25 @@ def test_a_batch_with_other_features_is_refused_in_one_line() -> None:
 def test_a_batch_without_directions_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected a batch with streamlines of two points or more"):
         _model()(_batch([1, 1]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"prev_dirs_embedding_key": "nn_embedding"}, {"prev_dirs_embedded_size": 4}, {"normalize_prev_dirs": True}],
+)
+def test_options_of_previous_directions_need_previous_directions(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="require nb_previous_dirs of at least 1, received 0"):
+        Learn2Track(6, **options)
+
+
+def test_options_of_the_recurrent_layers_reach_them() -> None:
+    layers = _model(0, use_skip_connection=True, use_layer_normalization=True, dropout=0.25).rnn_model
+    assert (layers.use_skip_connection, layers.dropout, layers.output_size) == (True, 0.25, F + 8 + 6)
+    assert sum("norm" in name for name, _ in layers.named_parameters()) == 4
+
+
+def test_a_short_previous_direction_is_normalised_too() -> None:
+    model = _model(nb_previous_dirs=1, normalize_prev_dirs=True)
+    inputs, short = torch.randn(1, model.input_size), torch.tensor([[0.0, 1.2e-8, 0.0]])
+    outputs, long_outputs = (model.run_step(inputs, dirs)[0] for dirs in (short, short * 1e8))
+    torch.testing.assert_close(outputs, long_outputs)

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
 from dwiml_func.data.interpolation import interpolate
-from dwiml_func.data.neighborhood import Neighborhood, direction_units, interpolate_neighborhood, neighborhood_vectors
+from dwiml_func.data.neighborhood import (
+    Neighborhood,
+    check_cubic_voxels,
+    direction_units,
+    interpolate_neighborhood,
+    neighborhood_vectors,
+)
 
 neighborhoods = st.builds(
     Neighborhood,
@@ -88,3 +94,9 @@ def test_voxels_are_cubes_to_a_thousandth(longest, is_cubic):
     sizes = torch.tensor([2.0, longest, 2.0])
     expected = torch.ones(3) if is_cubic else sizes
     assert torch.equal(direction_units(sizes[None]), expected[None])
+
+
+def test_a_neighbourhood_needs_cubes_to_a_thousandth():
+    check_cubic_voxels(torch.tensor([[2.0, 2.0019, 2.0]]), ["a"])
+    with pytest.raises(ValueError, match=r"Received: 2 x 2\.003 x 2 mm \(b\)"):
+        check_cubic_voxels(torch.tensor([[2.0, 2.0, 2.0], [2.0, 2.003, 2.0]]), ["a", "b"])

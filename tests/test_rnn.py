@@ -218,6 +218,7 @@ def test_wrong_options_are_named(arguments: tuple, message: str) -> None:
     [
         ((5, 3), [5], "Expected x of shape (P, 4). Received: (5, 3)"),
         ((5, 1, 4), [5], "Expected x of shape (P, 4). Received: (5, 1, 4)"),
+        ((5, 4, 1), [5], "Expected x of shape (P, 4). Received: (5, 4, 1)"),
         ((5, 4), [3, 1], "Received: [3, 1]"),
         ((5, 4), [2, 3], "Received: [2, 3]"),
         ((5, 4), [5, 0], "Received: [5, 0]"),
