@@ -28,31 +28,55 @@ from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.experiment.audit import audit_experiment
+from dwiml_func.experiment.audit import Audit, audit_experiment
 from dwiml_func.experiment.best_model import repair_best_model
-from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.ensemble_audit import audit_ensemble
+from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.setup import prepare
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
-OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "4", "--reverse-ratio", "0.5")
+OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--reverse-ratio", "0.5")
 OPTIONS = (*OPTIONS, "--dg-dropout", "0.2", "--keep", "all", "--clip-grad", "0.1")
+
+RUNS: dict[str, tuple[str, ...]] = {
+    "single": (),
+    "fork": (),
+    "shards": ("--num-shards", "4", "--num-threads", "2"),
+    "bf16": ("--precision", "bf16"),
+    "compiled": ("--compile",),
+    "ensemble": ("--num-models", "2"),
+}
+"""Options of each kind of run."""
 
 Record = dict[int, dict[str, Any]]
 """Checkpoints by epoch: `leaves`, and what stands in the manifest."""
 
 
-def train(folder: Path) -> Path:
+def train(folder: Path, kind: str = "single", *, epochs: int = 4) -> Path:
     """The run that is forged, in `folder/run`, with its data beside it."""
     from dwiml_func.cli.main import main
 
     data = shutil.copy(PHANTOM, folder / "data.hdf5")
-    assert main(["train", str(folder), "run", str(data), *OPTIONS, "--quiet"]) == 0
+    name = "source" if kind == "fork" else "run"
+    assert (
+        main(["train", str(folder), name, str(data), *OPTIONS, "--max-epochs", str(epochs), *RUNS[kind], "--quiet"])
+        == 0
+    )
+    if kind == "fork":
+        assert main(["fork", str(folder / name), "run", "--from", "1", "--weight-decay", "0.03", "--quiet"]) == 0
     return folder / "run"
 
 
+def audit(run: Path) -> Audit:
+    """The audit of a run or an ensemble."""
+    return audit_ensemble(run) if is_ensemble(run) else audit_experiment(run)
+
+
 def read_record(run: Path) -> Record:
-    """All checkpoints of a run."""
-    paths = {int(name): run / "checkpoint" / name for name in list_checkpoints(run)}
+    """All checkpoints of a run but that which it was forked from."""
+    origin = read_config(run).origin
+    first = 0 if origin is None else int(origin.checkpoint)
+    paths = {int(name): run / "checkpoint" / name for name in list_checkpoints(run) if int(name) > first}
     return {epoch: {**read_manifest(path), "leaves": load_leaves(path)} for epoch, path in paths.items()}
 
 
@@ -63,7 +87,7 @@ def write_record(run: Path, record: Record, hdf5_file: Path) -> None:
         leaves = {name: leaf_digest(leaf) for name, leaf in facts["leaves"].items()}
         digests[epoch] = combine_digests(leaves, facts["numbers"])
     for epoch, facts in record.items():
-        history = [row | {"digest": digests[row["epoch"]]} for row in facts["history"]]
+        history = [row | {"digest": digests.get(row["epoch"], row["digest"])} for row in facts["history"]]
         kept = {name: facts[name] for name in ("config", "data", "environment")}
         save_leaves(
             run / "checkpoint" / str(epoch), facts["leaves"], {**kept, "history": history}, numbers=facts["numbers"]
@@ -150,7 +174,7 @@ def forge_order(record: Record, data: Path, draws: random.Random) -> str:
 
 def forge_tail(record: Record, data: Path, draws: random.Random) -> str:
     """All states from an epoch on, which nobody trained: the state before it, a little further each time."""
-    first = draws.choice([epoch for epoch in sorted(record) if epoch > 1])
+    first = draws.choice(sorted(record)[1:])
     generator = torch.Generator().manual_seed(draws.randrange(1 << 30))
     for epoch in range(first, max(record) + 1):
         before = record[epoch - 1]["leaves"]
@@ -173,11 +197,12 @@ FORGERIES: dict[str, Callable[[Record, Path, random.Random], str]] = {
 
 def forged(run: Path, folder: Path, kind: str, draws: random.Random) -> tuple[Path, str]:
     """A copy of a run in `folder`, forged, and what was forged."""
-    data = Path(shutil.copy(read_config(run).hdf5_file, folder / "data.hdf5"))
     copied = Path(shutil.copytree(run, folder / "run"))
-    record = read_record(copied)
+    one = copied / draws.choice("01") if is_ensemble(run) else copied
+    data = Path(shutil.copy(read_config(one).hdf5_file, folder / "data.hdf5"))
+    record = read_record(one)
     what = FORGERIES[kind](record, data, draws)
-    write_record(copied, record, data)
+    write_record(one, record, data)
     return copied, what
 
 
@@ -186,18 +211,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--number", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--run", choices=list(RUNS), default="single", help="the kind of run that is forged")
     options = parser.parse_args()
     torch.set_num_threads(1)
     draws, missed, began = random.Random(options.seed), 0, time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        run = train(Path(temporary))
-        assert not audit_experiment(run).problems
+        run = train(Path(temporary), options.run)
+        assert not audit(run).problems
         for number in range(options.number):
             kind = list(FORGERIES)[number % len(FORGERIES)]
             folder = Path(temporary, str(number))
             folder.mkdir()
             copied, what = forged(run, folder, kind, draws)
-            problems = audit_experiment(copied).problems
+            problems = audit(copied).problems
             missed += not problems
             print(f"{number + 1} {kind}: {what}: {problems[0][:110] if problems else 'NOT FOUND'}", flush=True)
             shutil.rmtree(folder)

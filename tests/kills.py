@@ -1,7 +1,8 @@
 """Kills at random moments, on demand: `python tests/kills.py --seconds 480`. Not part of the suite, which has few.
 
-Single runs, ensembles, forks and runs of two processes are killed with SIGKILL again and again, resumed to their end,
-and compared with a run that nobody killed: digest, history, logs, best model, evaluation, and every file of the folder.
+Single runs, ensembles, forks and runs of two processes are killed with SIGKILL again and again, put back by the same
+command until their end, and compared with a run that nobody killed: digest, history, logs, best model, evaluation, and
+every file of the folder.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ def start(kind: Kind, arguments: tuple[object, ...]) -> list[Fork]:
 
 
 def next_command(kind: Kind, folder: Path) -> tuple[object, ...]:
-    """What a user gives after a kill: resume, or the same again where nothing had begun."""
-    has_begun = any((folder / "run" / name).is_file() for name in ("config.json", "ensemble.json"))
-    return ("resume", folder, "run") if has_begun else kind.begin(folder)
+    """What a scheduler gives after a kill: the same again; of a fork that has begun, `resume`."""
+    begin = kind.begin(folder)
+    has_begun = (folder / "run" / "config.json").is_file()
+    return ("resume", folder, "run") if has_begun and begin[0] == "fork" else begin
 
 
 def run_to_end(kind: Kind, folder: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forgeries import FORGERIES, forged, train
+from forgeries import FORGERIES, PHANTOM, forged, train
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.index import list_checkpoints
@@ -16,7 +16,8 @@ from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.experiment.audit import audit_experiment, sample_epochs
 from dwiml_func.experiment.audit_processes import in_processes
 from dwiml_func.experiment.consistency import record_digest
-from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.ensemble_audit import audit_ensemble
+from dwiml_func.experiment.folder import read_config, read_ended
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,48 @@ def test_a_fork_is_audited_from_where_it_was_forked(cli, run, tmp_path):
     assert outcome.code == 0
     assert "1 of 2 epochs trained again" in outcome.out
     assert "Not audited: epoch 3: " in outcome.out
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(tmp_path_factory.mktemp("ensemble"), "ensemble", epochs=2)
+
+
+def test_an_ensemble_is_audited_with_all_its_members_and_a_member_is_not(cli, ensemble):
+    before = contents(ensemble)
+    outcome = cli("verify", ensemble, "--all", "-j", "2")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.startswith(f"{ensemble}: 2 of 2 epochs trained again, bitwise identical to the record.\nRecord ")
+    assert contents(ensemble) == before
+    cli("verify", ensemble / "1", "--all").check_refusal(
+        "is a member of an ensemble, whose step trains all members at once", f"verify {ensemble} --all"
+    )
+
+
+@pytest.mark.parametrize("kind", ["metric", "config", "data"])
+def test_a_member_with_a_forged_record_is_found(ensemble, tmp_path, kind):
+    copied, what = forged(ensemble, tmp_path, kind, random.Random(3))
+    audit = audit_ensemble(copied)
+    assert audit.problems, what
+    assert audit.record != audit_ensemble(ensemble, sample=1).record
+
+
+def test_members_that_failed_or_stopped_early_are_replayed_as_far_as_they_went(cli, tmp_path):
+    options = ("--rnn-layer-sizes", "4", "--batch-size-training", "48", "--max-epochs", "3", "--keep", "every:2")
+    sweep = ("--sweep", "learning-rate=0.01,0.3*1 1e30,1e38,1e-30", "--patience", "2", "--skip-window-lag")
+    assert cli("train", tmp_path, "run", PHANTOM, *options, *sweep, "--quiet").code == 0
+    assert read_ended(tmp_path / "run")[1].keys() >= {1, 2}
+    assert audit_ensemble(tmp_path / "run").replayed == (1, 2, 3)
+    assert audit_ensemble(tmp_path / "run").problems == ()
+
+
+def test_epochs_that_a_member_trained_by_itself_are_named(cli, ensemble, tmp_path):
+    copied = Path(shutil.copytree(ensemble, tmp_path / "run"))
+    assert cli("resume", copied, "1", "--new-max-epochs", "3", "--quiet").code == 0
+    outcome = cli("verify", copied, "--all", "-j", "1")
+    assert outcome.code == 0
+    assert "2 of 3 epochs trained again" in outcome.out
+    assert "Not audited: epoch 3: member 1 trained by itself there." in outcome.out
 
 
 def test_options_that_do_not_fit_are_refused(cli, run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +16,9 @@ from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.audit import Audit, audit_experiment
-from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.ensemble_audit import audit_ensemble
+from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.experiment.verify import Verification, verify_epoch
 from dwiml_func.writers.progress import Progress
 
@@ -79,19 +82,40 @@ def _audit(directory: Path, options: Options) -> int:
     for name in ("sample", "jobs"):
         if (value := getattr(options, name)) is not None:
             check_number(name, value, at_least=1)
+    if is_ensemble(directory):
+        return _audit_ensemble(directory, options)
     training = read_config(directory).training
     progress = Progress(max_epochs=training.max_epochs)
-    num_free = 1 if training.use_gpu else max((os.cpu_count() or 1) // training.num_threads, 1)
     with kept_checkpoints(directory):  # of a run that is being trained
         audit = audit_experiment(
             directory,
             sample=options.sample,
-            num_processes=options.jobs or num_free,
+            num_processes=options.jobs or _num_free(training),
             hdf5_file=options.hdf5_file,
             track=progress.track,
         )
     print(format_audit(audit, options.experiment_dir))
     return 1 if audit.problems or not audit.replayed else 0
+
+
+def _audit_ensemble(directory: Path, options: Options) -> int:
+    folders = member_folders(directory)
+    with ExitStack() as stack:
+        for folder in folders:
+            stack.enter_context(kept_checkpoints(folder))
+        audit = audit_ensemble(
+            directory,
+            sample=options.sample,
+            num_processes=options.jobs or _num_free(read_config(folders[0]).training),
+            hdf5_file=options.hdf5_file,
+        )
+    print(format_audit(audit, options.experiment_dir))
+    return 1 if audit.problems or not audit.replayed else 0
+
+
+def _num_free(training: TrainingConfig) -> int:
+    """How many processes have CPUs for their threads."""
+    return 1 if training.use_gpu else max((os.cpu_count() or 1) // training.num_threads, 1)
 
 
 def format_audit(audit: Audit, directory: str) -> str:

@@ -30,7 +30,7 @@ from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.verify import data_problems, train_epochs
 from dwiml_func.experiment.window_lag import WINDOW_LAG, without_window_lag
 
-__all__ = ["Audit", "Span", "audit_experiment", "sample_epochs", "spans"]
+__all__ = ["Audit", "Replayed", "Span", "audit_experiment", "sample_epochs", "spans"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +77,8 @@ def audit_experiment(
     config = read_config(directory)
     if is_ensemble(directory.parent):
         raise ValueError(
-            f"{directory} is a member of an ensemble, whose step trains all members at once. Expected a single run. "
-            f"Compare the members of two ensembles with dwiml-func diff."
+            f"{directory} is a member of an ensemble, whose step trains all members at once. Audit them together: "
+            f"dwiml-func verify {directory.parent} --all"
         )
     latest = newest(directory)
     reports = recorded_epochs(directory, latest)
@@ -96,7 +96,8 @@ def audit_experiment(
         *data_problems(latest, replayed_config.hdf5_file),
     ]
     epochs = recorded if sample is None else sample_epochs(recorded, sample)
-    chosen = spans(directory, recorded, epochs)
+    ends = {int(name) for name in list_checkpoints(directory) if "-" not in name}
+    chosen = spans(ends, recorded, epochs)
     replayed: list[int] = []
     changes: dict[str, None] = {}
     for span, found in _replays(directory, replayed_config, chosen, num_processes, track):
@@ -121,9 +122,8 @@ def sample_epochs(recorded: Sequence[int], number: int) -> list[int]:
     return sorted(random.SystemRandom().sample(recorded, min(number, len(recorded))))
 
 
-def spans(directory: str | Path, recorded: Collection[int], epochs: Collection[int]) -> list[Span]:
-    """The spans that cover these of the recorded epochs, in order."""
-    ends = {int(name) for name in list_checkpoints(directory) if "-" not in name}
+def spans(ends: Collection[int], recorded: Collection[int], epochs: Collection[int]) -> list[Span]:
+    """The spans that cover these of the recorded epochs, in order; a state is left after each epoch of `ends`."""
     first, found = min(recorded), {}
     for epoch in sorted(epochs):
         start = max((end + 1 for end in ends if first <= end + 1 <= epoch), default=first)
@@ -132,7 +132,7 @@ def spans(directory: str | Path, recorded: Collection[int], epochs: Collection[i
 
 
 @dataclass(frozen=True, slots=True)
-class _Replayed:
+class Replayed:
     """What the replay of a span found."""
 
     is_replayed: bool
@@ -143,7 +143,7 @@ class _Replayed:
 
 def _replays(
     directory: Path, config: RunConfig, chosen: Sequence[Span], num_processes: int, track: Track | None
-) -> Iterator[tuple[Span, _Replayed]]:
+) -> Iterator[tuple[Span, Replayed]]:
     """Replay the spans, in this process or in several, in any order."""
     if num_processes == 1 or len(chosen) < 2:
         parts = None
@@ -155,14 +155,14 @@ def _replays(
     yield from in_processes(_replay_all, (directory, alone), chosen, min(num_processes, len(chosen)))
 
 
-def _replay_all(directory: Path, config: RunConfig, chosen: Sequence[Span]) -> Iterator[tuple[Span, _Replayed]]:
+def _replay_all(directory: Path, config: RunConfig, chosen: Sequence[Span]) -> Iterator[tuple[Span, Replayed]]:
     """Of one process of several."""
     yield from _replays(directory, config, chosen, 1, None)
 
 
 def _replay(
     directory: Path, config: RunConfig, span: Span, parts: RunParts | None, track: Track | None
-) -> tuple[_Replayed, RunParts | None]:
+) -> tuple[Replayed, RunParts | None]:
     """Train a span again; the parts of the run are made once and handed back."""
     label = f"epoch {span.last}" if span.first == span.last else f"epochs {span.first} to {span.last}"
     latest = newest(directory)
@@ -183,11 +183,11 @@ def _replay(
             problems += start_problems(state, start, reports, config.origin)
             problems += replay_problems(train_epochs(state, parts, track, span.last), reports, span.last, after)
         except NothingLeft as error:
-            return _Replayed(False, left_out=(f"{label}: {error}",)), parts
+            return Replayed(False, left_out=(f"{label}: {error}",)), parts
         except (ValueError, NonFiniteError) as error:
-            return _Replayed(False, (f"{label}: the replay failed: {error}",)), parts
+            return Replayed(False, (f"{label}: the replay failed: {error}",)), parts
     texts = tuple(f"{label}: {problem}" for problem in problems)
-    return _Replayed(True, texts, tuple(f"environment: {text}" for text in changes)), parts
+    return Replayed(True, texts, tuple(f"environment: {text}" for text in changes)), parts
 
 
 def _origin(config: RunConfig) -> str:

@@ -40,7 +40,7 @@ from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import step_scalars
 from dwiml_func.writers.writer import StepWriter
 
-__all__ = ["ended_members", "prepare_ensemble", "run_ensemble"]
+__all__ = ["ended_members", "loop_arguments", "prepare_ensemble", "run_ensemble"]
 
 Histories = Sequence[tuple[EpochReport, ...]]
 """The reports of each member's epochs so far."""
@@ -122,7 +122,7 @@ def run_ensemble(
     with ExitStack() as stack:
         checks = [stack.enter_context(same_folder(folder)) for folder in (directory, *folders)]
         yield from train_and_save(
-            partial(train_and_validate_ensemble, **_loop_arguments(members, ensemble.active.device)),
+            partial(train_and_validate_ensemble, **loop_arguments(members, ensemble.active.device)),
             ensemble,
             save=save_members,
             must_save=lambda report: (
@@ -150,7 +150,7 @@ def _log_step(
             writers[number].write_scalars(ensemble.step, values)
 
 
-def _loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[str, Any]:
+def loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[str, Any]:
     """The arguments of `train_and_validate_ensemble`; members may differ in learning rate, weight decay and seed."""
     first, options = members[0], [parts.config.training for parts in members]
     decays = [training.weight_decay for training in options]

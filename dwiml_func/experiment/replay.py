@@ -37,6 +37,7 @@ __all__ = [
     "replay_problems",
     "replay_start",
     "start_problems",
+    "state_problems",
     "verify",
 ]
 
@@ -241,13 +242,13 @@ def replay_problems(
         recorded, digest = reports[report.epoch], state_digest(state)
         metrics = report_differences(recorded, report, _LABELS)
         if report.epoch == epoch:
-            return [*problems, *_state_problems(state, digest, recorded, after), *metrics]
+            return [*problems, *state_problems(state, digest, recorded, after), *metrics]
         if not problems and (metrics or recorded.digest not in (None, digest)):
             problems.append(f"epoch {report.epoch}, replayed before, also differs")
     raise AssertionError("the state to start from is before the epoch")
 
 
-def _state_problems(state: TrainState, digest: str, recorded: EpochReport, after: Checkpoint | None) -> list[str]:
+def state_problems(state: TrainState, digest: str, recorded: EpochReport, after: Checkpoint | None) -> list[str]:
     """The first leaf that differs, where it is known, and the digests."""
     problems = []
     if after is not None and after.digest != digest:
