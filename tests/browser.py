@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import select
 import shutil
 import signal
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+_LONGEST = 100  # seconds
 _OPTIONS = (
     "--headless",
     "--no-sandbox",
@@ -34,6 +36,7 @@ _OPTIONS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-dev-shm-usage",
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
@@ -42,8 +45,9 @@ _OPTIONS = (
 class Browser:
     """One page. `requests` are the addresses that it asked for, `errors` what it complained of since `open`."""
 
-    def __init__(self, commands: int, answers: Any) -> None:
+    def __init__(self, commands: int, answers: int) -> None:
         self._commands, self._answers, self._numbers = commands, answers, itertools.count(1)
+        self._rest = b""
         self._session: str | None = None
         self.requests: list[str] = []
         self.errors: list[str] = []
@@ -114,13 +118,12 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name)
 
     def _read(self) -> dict[str, Any]:
-        text = b""
-        while not text.endswith(b"\0"):
-            byte = self._answers.read(1)
-            if not byte:
-                raise EOFError("chromium has ended")
-            text += byte
-        message = json.loads(text[:-1])
+        while b"\0" not in self._rest:
+            if not select.select([self._answers], [], [], _LONGEST)[0] or not (more := os.read(self._answers, 1 << 20)):
+                raise TimeoutError(f"chromium has not answered for {_LONGEST} s, or has ended")
+            self._rest += more
+        text, _, self._rest = self._rest.partition(b"\0")
+        message = json.loads(text)
         match message.get("method"), message.get("params"):
             case "Network.requestWillBeSent", params:
                 self.requests.append(params["request"]["url"])
@@ -156,9 +159,9 @@ def browser(profile: Path) -> Iterator[Browser]:
     for end in (theirs_in, theirs_out, quiet):
         os.close(end)
     try:
-        with open(ours_in, "rb") as answers:
-            yield Browser(ours_out, answers)
+        yield Browser(ours_out, ours_in)
     finally:
         os.close(ours_out)
+        os.close(ours_in)
         os.killpg(process, signal.SIGKILL)
         os.waitpid(process, 0)

@@ -253,6 +253,16 @@ def test_the_viewer_has_every_streamline_and_at_most_so_many_points(tmp_path, le
     assert entries.tolist() == [0, 1, 2, 2]  # the row of what is not valid is the last
 
 
+def test_a_model_that_tracked_nothing_has_an_empty_set(tmp_path) -> None:
+    nothing = ShownLines(Streamlines.from_list([]), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
+    write_tracked_lines(tmp_path, TrackedLines(("CST",), nothing, {"free": nothing}), epoch=1)
+    recorded = read_tracked_lines(tmp_path)
+    assert recorded is not None
+    data = viewer_data(recorded, {"real": "r", "free": "f"})
+    assert [each["lengths"] for each in data["sets"].values()] == ["", ""]
+    assert data["unit"] > 0
+
+
 @pytest.fixture(scope="module")
 def window(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if CHROMIUM is None:
