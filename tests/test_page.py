@@ -58,10 +58,15 @@ class Page(HTMLParser):
         self.texts[self._section] = f"{self.texts.get(self._section, '')}{data}|"
 
 
+PLACES = np.array([[50, 0, 0], [-50, 0, 0], [0, 50, 0], [0, -50, 0], [0, 0, 50], [0, 0, -50]])
+"""Streamlines lie there, one by one: what would join two neighbours would cross the middle."""
+
+
 def lines_of(num: int, *, seed: int, length: int = 40) -> Streamlines:
     rng = np.random.default_rng(seed)
+    walks = [rng.normal(size=(length, 3)).cumsum(axis=0) for _ in range(num)]
     return Streamlines.from_list(
-        [rng.normal(size=(length, 3)).cumsum(axis=0) + np.array([20, -30, 10]) for _ in range(num)]
+        [walk + place + np.array([20, -30, 10]) for walk, place in zip(walks, PLACES, strict=False)]
     )
 
 
@@ -285,6 +290,8 @@ def test_in_a_browser_the_streamlines_turn_and_nothing_is_asked_for(made: Made, 
     half = first.shape[1] // 2
     assert num_of(first[:, :half], blue) > num_of(first[:, half:], blue) > 0  # real beside tracked
     assert num_of(first[:, :half], "#000000") < num_of(first[:, half:], "#000000")
+    row, column = first.shape[0] // 2, half // 2
+    assert (first[row - 9 : row + 9, column - 9 : column + 9] == 1).all()  # no streamline is joined to the next
     window.drag("view", 90, 40)
     dragged = window.pixels("view")
     assert (np.abs(dragged - first).max(axis=-1) > 0.1).mean() > 0.01

@@ -28,7 +28,14 @@ from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.graphs import parse_graph
 from dwiml_func.experiment.panels import COLOURS, PlottedRun
-from dwiml_func.experiment.plots import draw_experiments, draw_runs, plot_runs, read_runs, save_run_figure
+from dwiml_func.experiment.plots import (
+    draw_experiments,
+    draw_runs,
+    plot_runs,
+    read_runs,
+    save_figure,
+    save_run_figure,
+)
 from dwiml_func.experiment.run_labels import kind_names, loss_kind, run_labels
 
 EVALUATION = Evaluation(model=9.0, keep_straight=4.0, principal_direction=11.5, num_points=7, num_streamlines=2)
@@ -414,3 +421,13 @@ def test_how_the_best_models_of_several_runs_track_is_drawn_in_bars() -> None:
     assert sorted(bar.get_height() for bar in axes.patches) == [0.125, 0.25, 0.5]
     assert len({bar.get_facecolor() for bar in axes.patches}) == 2
     assert not any(title.startswith("Tracking") for title in titles(plot_runs(runs[:1])))
+
+
+@pytest.mark.parametrize("name", ["a$b_{$", "$x$"])
+def test_names_are_no_formulas(tmp_path: Path, name: str) -> None:
+    import matplotlib
+
+    runs = [PlottedRun(label=label, history=history(2)) for label in (name, "other")]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        save_figure(plot_runs(runs), tmp_path / "runs.svg")
+    assert f">{name}</text>" in (tmp_path / "runs.svg").read_text()

@@ -103,6 +103,10 @@ def write_table(rows: Sequence[DrawnValue], path: str | Path) -> None:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure, complete or not at all; the format is the ending of the path: .png, .svg or .pdf."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # pyright: ignore  # a name with two dollar signs is no formula
     content = io.BytesIO()
     figure.savefig(content, format=check_format(path), dpi=110)
     atomic_write(Path(path), content.getvalue())
