@@ -424,10 +424,16 @@ def test_how_the_best_models_of_several_runs_track_is_drawn_in_bars() -> None:
 
 
 @pytest.mark.parametrize("name", ["a$b_{$", "$x$"])
-def test_names_are_no_formulas(tmp_path: Path, name: str) -> None:
+def test_names_are_no_formulas_and_powers_of_ten_are(tmp_path: Path, name: str) -> None:
     import matplotlib
 
     runs = [PlottedRun(label=label, history=history(2)) for label in (name, "other")]
+    figure = plot_runs(runs)
+    axes = figure.add_subplot()
+    axes.set_yscale("log")
+    axes.set_ylim(1, 1000)
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        save_figure(plot_runs(runs), tmp_path / "runs.svg")
-    assert f">{name}</text>" in (tmp_path / "runs.svg").read_text()
+        save_figure(figure, tmp_path / "runs.svg")
+    text = (tmp_path / "runs.svg").read_text()
+    assert f">{name}</text>" in text
+    assert "mathdefault{10^{1}}$</text>" not in text

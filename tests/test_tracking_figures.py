@@ -136,6 +136,11 @@ def test_the_drift_is_drawn_by_the_distance_gone_and_what_is_not_known_is_a_gap(
     assert len({line.get_color() for line in axes.get_lines()}) == 4
 
 
+def test_a_legend_names_models_whose_names_begin_with_an_underscore() -> None:
+    (legend,) = draw_drift({"_a$b_{$": Drift((0.0, 2.0), {"model": (0.0, 1.0)})}).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["_a$b_{$ (1.0 mm after 2 mm)"]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on data with two bundles, of 30 and 18 streamlines a subject."""

@@ -71,12 +71,14 @@ def latent_figure(latent: NDArray[Any], bundles: Sequence[str] | None, *, title:
         known, counts = np.unique(labels, return_counts=True)
         shown = [str(name) for name in known[np.argsort(-counts, kind="stable")][: len(COLOURS) - 1]]
         rest = ~np.isin(labels, shown)
+        entries = {}  # given as they are: in a legend that is made by itself, names that begin with _ are hidden
         if rest.any():
-            axes.scatter(places[rest, 0], places[rest, 1], s=14, color=_GREY, label=f"{_OTHER} ({rest.sum()})")
+            entries[f"{_OTHER} ({rest.sum()})"] = axes.scatter(places[rest, 0], places[rest, 1], s=14, color=_GREY)
         for name, colour in zip(sorted(shown), COLOURS, strict=False):
             own = labels == name
-            axes.scatter(places[own, 0], places[own, 1], s=14, color=colour, label=f"{name} ({own.sum()})")
-        figure.legend(loc="center left", bbox_to_anchor=(0.76, 0.5), frameon=False, title="bundle (streamlines)")
+            entries[f"{name} ({own.sum()})"] = axes.scatter(places[own, 0], places[own, 1], s=14, color=colour)
+        where = {"loc": "center left", "bbox_to_anchor": (0.76, 0.5)}
+        figure.legend([*entries.values()], [*entries], **where, frameon=False, title="bundle (streamlines)")
     axes.set_title(f"Latent space of {title}", loc="left", fontweight="bold")
     axes.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
     axes.set_ylabel(f"second principal component ({100 * shares[1]:.0f} %)")

@@ -215,9 +215,12 @@ def _draw_lengths(
         panel.text(0.5, 0.5, "none", transform=panel.transAxes, ha="center", va="center", color=_GREY)
         return
     edges = np.histogram_bin_edges(whole, bins=_NUM_BINS)
+    entries = {}  # given as they are: in a legend that is made by itself, names that begin with _ are hidden
     for colour, label in labels.items():
         own = np.concatenate([found for found, of in zip(lengths, colours, strict=True) if of == colour])
         counts = np.histogram(own, edges)[0]
-        panel.stairs(counts, edges, color=colour, linewidth=1.8, label=f"{label} ({len(own):,})")
+        entries[f"{label} ({len(own):,})"] = panel.stairs(counts, edges, color=colour, linewidth=1.8)
     panel.set_ylim(bottom=0)
-    panel.legend(loc="upper left", bbox_to_anchor=(1.02, 1.08), frameon=False, fontsize=9)
+    panel.legend(
+        [*entries.values()], [*entries], loc="upper left", bbox_to_anchor=(1.02, 1.08), frameon=False, fontsize=9
+    )

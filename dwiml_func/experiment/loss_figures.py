@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dwiml_func.experiment.panels import COLOURS
+from dwiml_func.experiment.plots import without_formulas
 from dwiml_func.experiment.point_losses import PointLosses
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ __all__ = ["Colormap", "colours_of", "draw_eos", "draw_losses"]
 Colormap = Literal["viridis", "cividis", "plasma", "inferno", "magma"]
 """Gradients of matplotlib whose lightness rises evenly: colour-blind readers, and prints in grey, keep the order."""
 
-_NUM_BINS = 200
+_FEWEST_BINS, _MOST_BINS = 10, 200
 _GREY = "#666666"
 
 
@@ -47,6 +48,7 @@ def draw_losses(losses: PointLosses, low: float, high: float, colormap: Colormap
     bar = figure.colorbar(scale, cax=panels[3], orientation="horizontal", extend="both")
     bar.set_label("loss, in the colours of the tractograms")
     figure.suptitle(title, x=0.01, ha="left")
+    without_formulas(figure)
     figure.tight_layout()
     return figure
 
@@ -65,6 +67,7 @@ def draw_eos(losses: PointLosses, *, title: str) -> Figure:
     for row, name in enumerate(("first third", "second third", "last third, without the last point", "last points")):
         _histogram(panels[row + 1], probability[third == row], f"Probability of EOS: {name}", "points", within=(0, 1))
     figure.suptitle(title, x=0.01, ha="left")
+    without_formulas(figure)
     figure.tight_layout()
     return figure
 
@@ -85,16 +88,21 @@ def _histogram(
     is_log: bool = False,
     within: tuple[float, float] | None = None,
 ) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(title, loc="left", fontweight="bold", fontsize=10)
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     if len(values) == 0:
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=_GREY)
         return
-    counts, edges = np.histogram(values, bins=_NUM_BINS, range=within)
+    num_bins = int(np.clip(2 * np.sqrt(len(values)), _FEWEST_BINS, _MOST_BINS))
+    counts, edges = np.histogram(values, bins=num_bins, range=within)
     axes.stairs(counts, edges, fill=True, color=COLOURS[0])
     if is_log:
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.7)
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))  # they are counts
     axes.axvline(float(values.mean()), color=COLOURS[1], linestyle="--", label=f"mean {values.mean():.4g}")
     axes.legend(frameon=False)

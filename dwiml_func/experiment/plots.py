@@ -35,6 +35,7 @@ __all__ = [
     "run_figure_path",
     "save_figure",
     "save_run_figure",
+    "without_formulas",
     "write_table",
 ]
 
@@ -103,13 +104,21 @@ def write_table(rows: Sequence[DrawnValue], path: str | Path) -> None:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure, complete or not at all; the format is the ending of the path: .png, .svg or .pdf."""
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # pyright: ignore  # a name with two dollar signs is no formula
+    without_formulas(figure)
     content = io.BytesIO()
     figure.savefig(content, format=check_format(path), dpi=110)
     atomic_write(Path(path), content.getvalue())
+
+
+def without_formulas(figure: Figure) -> None:
+    """Let names with dollar signs stand as they are; only ticks, of logarithmic axes, hold formulas."""
+    from matplotlib.axis import Tick
+    from matplotlib.text import Text
+
+    of_ticks = {id(text) for tick in figure.findobj(Tick) for text in tick.findobj(Text)}
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and id(text) not in of_ticks:
+            text.set_parse_math(False)
 
 
 def check_format(path: str | Path) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dwiml_func.experiment.panels import COLOURS
-from dwiml_func.experiment.plots import save_figure
+from dwiml_func.experiment.plots import save_figure, without_formulas
 from dwiml_func.experiment.streamline_views import (
     LineGroup,
     bundle_colours,
@@ -118,14 +118,15 @@ def draw_drift(drifts: Mapping[str, Drift]) -> Figure:
             if name in drift.lag_mm:  # of models on the same data they are the same, and drawn once
                 style = {"color": colour, "linewidth": 1.5, "linestyle": dashes}
                 curves[name, drift.gone_mm, drift.lag_mm[name]] = style
-    highest = 0.0
+    entries, highest = {}, 0.0  # entries are given: a legend that is made by itself hides names that begin with _
     for (name, gone_mm, values), style in curves.items():
         y = np.array(values, dtype=np.float64)  # None becomes NaN
         known = np.flatnonzero(np.isfinite(y))
         if len(known) == 0:
             continue
         end = f"{y[known[-1]]:.1f} mm after {gone_mm[known[-1]]:g} mm"
-        axes.plot(gone_mm, y, label=f"{name} ({end})", **style)
+        text = f"{name} ({end})"
+        (entries[text],) = axes.plot(gone_mm, y, label=text, **style)
         if name != "keep going straight":
             highest = max(highest, float(y[known].max()))
     axes.set_title("Drift from the real streamline", loc="left", fontweight="bold")
@@ -136,11 +137,12 @@ def draw_drift(drifts: Mapping[str, Drift]) -> Figure:
     axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    labels = axes.get_legend_handles_labels()[1]
-    columns = 2 if max(map(len, labels), default=0) <= _MOST_LETTERS else 1
-    below = 0.25 * -(-len(labels) // columns) + 0.05
+    columns = 2 if max(map(len, entries), default=0) <= _MOST_LETTERS else 1
+    below = 0.25 * -(-len(entries) // columns) + 0.05
     figure.set_figheight(4.9 + below)
-    figure.legend(loc="lower left", ncols=columns, frameon=False, fontsize=9, bbox_to_anchor=(0.03, 0.0))
+    where = {"loc": "lower left", "bbox_to_anchor": (0.03, 0.0)}
+    figure.legend([*entries.values()], [*entries], **where, ncols=columns, frameon=False, fontsize=9)
+    without_formulas(figure)
     figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
     return figure
 
