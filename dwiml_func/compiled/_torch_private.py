@@ -19,7 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["compile_graph", "compile_whole", "is_about_tracing", "mark_dynamic", "missing", "tracing"]
+__all__ = [
+    "compile_graph",
+    "compile_whole",
+    "is_about_tracing",
+    "is_watched",
+    "mark_dynamic",
+    "missing",
+    "settings_guard",
+    "tensor_guard",
+    "tracing",
+    "undecorated",
+]
 
 _ARGUMENTS = (
     "options",  # guard_filter_fn, see `_guards_of_arguments`
@@ -50,6 +61,8 @@ _INDUCTOR = {
 _FUNCTIONS = {
     "torch._dynamo": ("lookup_backend", "maybe_mark_dynamic"),
     "torch._dynamo.exc": ("FailOnRecompileLimitHit", "TorchDynamoException"),
+    "torch._C._dynamo.guards": ("GlobalStateGuard", "TensorGuards"),
+    "torch._C": ("_len_torch_dispatch_stack", "_len_torch_function_stack"),
 }
 _ARGUMENT = re.compile(r"$|(L\[')?(params|buffers|opt_state|batch|numbers)\b")  # of a guard's name; shapes have none
 
@@ -116,3 +129,29 @@ def is_about_tracing(error: Exception) -> bool:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     return isinstance(error, TorchDynamoException | FailOnRecompileLimitHit)
+
+
+def settings_guard() -> Callable[[], bool]:
+    """A check whether torch's global settings (autocast, gradients, threads, determinism, ...) are those of now."""
+    return import_module("torch._C._dynamo.guards").GlobalStateGuard().check
+
+
+def tensor_guard(tensors: list[Tensor]) -> Callable[..., bool]:
+    """A check whether as many tensors have the types, dtypes, devices, sizes and strides of these, and no gradient."""
+    if not tensors:
+        return lambda *others: not others
+    sizes, strides = (
+        [list(own) for own in lists] for lists in ([t.shape for t in tensors], [t.stride() for t in tensors])
+    )
+    guards = import_module("torch._C._dynamo.guards")
+    return guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def is_watched() -> bool:
+    """Whether a mode sees each operation of torch, such as a counter of operations; compiled code passes it by."""
+    return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
+
+
+def undecorated(graph: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled graph without the guard against being traced, for calls that are not; itself where it has none."""
+    return getattr(graph, "_torchdynamo_orig_callable", graph)

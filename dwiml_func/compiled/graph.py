@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dwiml_func._checks import listed
 from dwiml_func.compiled import _torch_private as private
+from dwiml_func.compiled.direct import Heard
 
 __all__ = ["NO_KEY", "CompiledFunction", "as_float64"]
 
@@ -36,6 +37,7 @@ class CompiledFunction:
         self.num_compilations = 0
         self.compile_seconds = 0.0
         self.eager_reason: str | None = None
+        self._heard: Heard | None = None
         self._function = function
         self._dynamic = dynamic
         self._max_compilations = max_compilations
@@ -50,6 +52,16 @@ class CompiledFunction:
         The batch is a tensor, or tuples, lists, mappings and dataclasses of tensors. The result is None where the
         function cannot be compiled as a whole, with a warning for the first time.
         """
+        return self.hear(batch, **others)[0]
+
+    def hear(self, batch: Any, **others: Any) -> tuple[Any, Heard | None]:
+        """Call it, and tell what graph that came to; None where there was not just one."""
+        self._heard = None
+        results = self._run(batch, **others)
+        heard, self._heard = self._heard, None
+        return results, heard
+
+    def _run(self, batch: Any, **others: Any) -> Any:
         if self.eager_reason is not None:
             return None
         first = 1 if self._dynamic else 0  # of the sizes that distinguish batches
@@ -96,7 +108,14 @@ class CompiledFunction:
         if not self._is_compiling:
             raise RuntimeError("only `_compile_and_run` makes graphs, under its settings")
         self.num_compilations += 1
-        return private.compile_graph(graph, inputs, self._backend)
+        compiled = private.compile_graph(graph, inputs, self._backend)
+
+        def run(*inputs: Any) -> Any:
+            outputs = compiled(*inputs)
+            self._heard = Heard(compiled, inputs, outputs)
+            return outputs
+
+        return run
 
 
 def as_float64(value: float | Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ it closes over, the optimizer, clipping) is read once, when the graph is compile
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func._trees import choose
+from dwiml_func.compiled.direct import DirectCall, DirectCalls, Leaves, leaves_of
 from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
 from dwiml_func.core.gradients import is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn
@@ -89,6 +90,7 @@ class JitStep:
         self.graph = CompiledFunction(
             _make_graph(**eager.keywords), dynamic=dynamic, max_compilations=max_compilations, backend=backend
         )
+        self._direct = DirectCalls()
         self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
         self._is_stochastic = getattr(eager.keywords["loss_fn"], "stochastic", True)
 
@@ -113,35 +115,86 @@ class JitStep:
         """Take one optimizer step, see `train_step`."""
         check_not_donated(state)
         decay = () if weight_decay is None else (weight_decay,)
+        leaves = self._leaves(state, batch, len(decay))
+        direct = self._find(leaves, lr, *decay)
+        if leaves is None or direct is None:
+            return self._step(state, batch, leaves, lr, decay)
+        numbers = self._numbers(state, lr, *decay)
+        with self._seeded(state):
+            new, values = direct(leaves.batch, leaves.state, numbers)
+        is_written = direct.new_state is None
+        trees = (state.params, state.buffers, state.opt_state) if is_written else leaves.rebuild(new)
+        return self._finish(state, batch, *trees, direct.names, values, direct.policy)
+
+    def _step(
+        self,
+        state: TrainState,
+        batch: Any,
+        leaves: Leaves | None,
+        lr: float | Tensor,
+        decay: tuple[float | Tensor, ...],
+    ) -> tuple[TrainState, Metrics]:
+        """A step through torch.compile, or an eager one."""
+        eager = partial(self.eager, state, batch, lr=lr, weight_decay=decay[0] if decay else None)
         if self.eager_reason is not None or any(is_differentiated(state.params, number) for number in (lr, *decay)):
-            return self.eager(state, batch, lr=lr, weight_decay=weight_decay)
+            return eager()
         key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
         check_loss_fn(self.eager.keywords["loss_fn"], state.params, state.buffers, batch, key=key)
-        device = next(iter(state.params.values())).device
-        blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
-        numbers = _vector(device, lr, state.step, blocked, *decay)
-        with torch_rng(key) if self._is_stochastic else nullcontext():
-            results = self.graph(
+        numbers = self._numbers(state, lr, *decay)
+        with self._seeded(state):
+            results, heard = self.graph.hear(
                 batch, params=state.params, buffers=state.buffers, opt_state=state.opt_state, numbers=numbers
             )
         if results is None:
-            return self.eager(state, batch, lr=lr, weight_decay=weight_decay)
-        return self._finish(state, batch, *results)
-
-    def _finish(
-        self, state: TrainState, batch: Any, params: Any, buffers: Any, opt_state: Any, names: Any, values: Tensor
-    ) -> tuple[TrainState, Metrics]:
-        on_cpu = values.device.type == "cpu"
-        numbers = values.tolist() if on_cpu else values
-        loss, norm, is_first_bad, *_ = numbers
-        policy = choose_policy(self._non_finite, state.opt_state, values)
-        if policy == "raise":
-            raise_if_not_finite(state, batch, float(loss), float(norm))
-        metrics = {name: Sum(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names, start=2)}
-        if policy == "defer":
-            metrics[NON_FINITE] = Sum(is_first_bad * state.step, is_first_bad)
+            return eager()
+        params, buffers, opt_state, names, values = results
         if self._donate and _is_elementwise(self.eager.keywords["optimizer"]):  # the graph wrote into these tensors
             params, opt_state = _merged(state.params, params), _merged(state.opt_state, opt_state)
+        policy = choose_policy(self._non_finite, state.opt_state, values)
+        new = leaves_of(batch, (params, buffers, opt_state), len(decay))
+        if leaves is not None and new is not None and heard is not None:
+            self._direct.learn(leaves, new, numbers, heard, values=values, names=names, policy=policy)
+        return self._finish(state, batch, params, buffers, opt_state, names, values, policy)
+
+    def _leaves(self, state: TrainState, batch: Any, num_decays: int) -> Leaves | None:
+        return leaves_of(batch, (state.params, state.buffers, state.opt_state), num_decays)
+
+    def _find(self, leaves: Leaves | None, *numbers: float | Tensor) -> DirectCall | None:
+        """The graph for these leaves, where it can be called directly."""
+        if leaves is None or self.graph.eager_reason is not None:
+            return None
+        if any(isinstance(number, Tensor) and number.requires_grad for number in numbers):
+            return None
+        return self._direct.find(leaves)
+
+    def _numbers(self, state: TrainState, lr: float | Tensor, *decay: float | Tensor) -> Tensor:
+        device = next(iter(state.params.values())).device
+        blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
+        return _vector(device, lr, state.step, blocked, *decay)
+
+    def _seeded(self, state: TrainState) -> AbstractContextManager[None]:
+        """Torch's generators as an eager step has them."""
+        if not self._is_stochastic:
+            return nullcontext()
+        return torch_rng(fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch))
+
+    def _finish(
+        self,
+        state: TrainState,
+        batch: Any,
+        params: Any,
+        buffers: Any,
+        opt_state: Any,
+        names: tuple[str, ...],
+        values: Tensor,
+        policy: NonFinite,
+    ) -> tuple[TrainState, Metrics]:
+        numbers = values.tolist() if values.device.type == "cpu" else values
+        if policy == "raise":
+            raise_if_not_finite(state, batch, float(numbers[0]), float(numbers[1]))
+        metrics = {name: Sum(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names, start=2)}
+        if policy == "defer":
+            metrics[NON_FINITE] = Sum(numbers[2], numbers[3])
         return advance(state, params, buffers, opt_state, metrics, donate=self._donate), metrics
 
 
@@ -181,7 +234,8 @@ def _make_graph(
         new_opt_state = choose(keep_own, opt_state, new_opt_state)
         new_buffers = choose(keep_old, buffers, out.buffers)
         sums = [number for sum_ in metrics.values() for number in sum_]
-        scalars = (out.loss, norm, is_bad & (blocked == 0), torch.zeros_like(norm), *sums)
+        first_bad = as_float64(is_bad & (blocked == 0), out.loss)
+        scalars = (out.loss, norm, first_bad * step, first_bad, *sums)
         values = torch.stack([as_float64(value, out.loss) for value in scalars])
         if donate and own.is_elementwise:  # others have counts, for which torch would compile twice, see `_write`
             written, written_state = _write(params, new_params), _write(opt_state, new_opt_state)
