@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
@@ -115,12 +115,12 @@ def mark_dynamic(tensor: Tensor) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any], backend: str) -> Any:
-    """A traced graph, compiled by a backend of torch.compile."""
+def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any], backend: str, options: Mapping[str, Any]) -> Any:
+    """A traced graph, compiled by a backend of torch.compile; the options are inductor's."""
     if backend == "inductor":
         from torch._inductor.compile_fx import compile_fx
 
-        return compile_fx(graph, inputs, config_patches=_INDUCTOR)
+        return compile_fx(graph, inputs, config_patches={**_INDUCTOR, **options})
     return torch._dynamo.lookup_backend(backend)(graph, inputs)
 
 

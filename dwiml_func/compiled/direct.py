@@ -19,7 +19,7 @@ from dwiml_func._transforms import is_transformed
 from dwiml_func.compiled import _torch_private as private
 from dwiml_func.core.non_finite import NonFinite
 
-__all__ = ["DirectCall", "DirectCalls", "Heard", "Leaves", "leaves_of"]
+__all__ = ["DirectCall", "DirectCalls", "Heard", "Leaves", "flatten", "leaves_of"]
 
 _MAX_KINDS = 64  # of calls; batches of ever new sizes go through torch.compile
 _CONSTANTS = (bool, int, float, str, bytes, type(None))
@@ -66,6 +66,10 @@ class DirectCall(NamedTuple):
             state = list(self.new_state([*outputs, *state]))
         return state, outputs[self.values]
 
+    def accepts(self, batch: list[Tensor]) -> bool:
+        """Whether the leaves of another batch are like those of the first call, and torch is as it was then."""
+        return self.has_settings() and _is_plain() and self.accepts_batch(*batch)
+
 
 class Leaves(NamedTuple):
     """The tensors of a step's arguments, and what calls must share to be of one kind."""
@@ -107,9 +111,8 @@ class DirectCalls:
     def find(self, leaves: Leaves) -> DirectCall | None:
         """The direct call for these leaves, if there is one."""
         found = self._calls.get(leaves.kind)
-        if found is None or not (found.has_settings() and _is_plain()):
-            return None
-        return found if found.accepts_batch(*leaves.batch) and found.accepts_state(*leaves.state) else None
+        is_fit = found is not None and found.accepts(leaves.batch) and found.accepts_state(*leaves.state)
+        return found if is_fit else None
 
     def learn(
         self,

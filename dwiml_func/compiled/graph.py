@@ -31,9 +31,19 @@ class CompiledFunction:
         eager_reason: why calls return None from now on; None while they run compiled.
     """
 
-    def __init__(self, function: Callable[..., Any], *, dynamic: bool, max_compilations: int, backend: str) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        dynamic: bool,
+        max_compilations: int,
+        backend: str,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         if max_compilations < 1:
             raise ValueError(f"Expected max_compilations of at least 1. Received: {max_compilations}")
+        if options and backend != "inductor":
+            raise ValueError(f"Expected options with the backend 'inductor' only. Received: {backend!r}")
         self.num_compilations = 0
         self.compile_seconds = 0.0
         self.eager_reason: str | None = None
@@ -41,7 +51,7 @@ class CompiledFunction:
         self._function = function
         self._dynamic = dynamic
         self._max_compilations = max_compilations
-        self._backend = backend
+        self._backend, self._options = backend, dict(options or {})
         self._graph: Callable[..., Any] | None = None
         self._is_compiling = False
         self._shapes_seen: set[Any] = set()
@@ -108,7 +118,7 @@ class CompiledFunction:
         if not self._is_compiling:
             raise RuntimeError("only `_compile_and_run` makes graphs, under its settings")
         self.num_compilations += 1
-        compiled = private.compile_graph(graph, inputs, self._backend)
+        compiled = private.compile_graph(graph, inputs, self._backend, self._options)
 
         def run(*inputs: Any) -> Any:
             outputs = compiled(*inputs)

@@ -6,7 +6,7 @@ it closes over, the optimizer, clipping) is read once, when the graph is compile
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -15,26 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwiml_func._trees import choose
 from dwiml_func.compiled.direct import DirectCall, DirectCalls, Leaves, leaves_of
-from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
-from dwiml_func.core.gradients import is_differentiated, value_and_grad
+from dwiml_func.compiled.fold import END, fold_alike
+from dwiml_func.compiled.graph import CompiledFunction
+from dwiml_func.compiled.step_graph import make_graph, merged
+from dwiml_func.core.gradients import is_differentiated
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.non_finite import (
     NON_FINITE,
+    SKIPPED,
     NonFinite,
-    can_skip,
+    check_not_skipped_too_often,
     choose_policy,
     raise_if_not_finite,
-    skip_metrics,
-    spoil,
 )
-from dwiml_func.core.rng import Stream, fold_in, torch_rng
+from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, advance, check_not_donated
-from dwiml_func.core.step import clip_and_measure, train_step
-from dwiml_func.optim.chain import make_optimizer, update_with
-from dwiml_func.types import Metrics, Optimizer, OptState, Sum
+from dwiml_func.core.step import train_step
+from dwiml_func.types import Metrics, Optimizer, Sum
 
 __all__ = ["JitStep", "jit_step"]
 
@@ -49,6 +48,7 @@ def jit_step(
     dynamic: bool = False,
     max_compilations: int = 8,
     backend: str = "inductor",
+    options: Mapping[str, Any] | None = None,
 ) -> JitStep:
     """Make a training step that runs as one compiled graph.
 
@@ -59,6 +59,8 @@ def jit_step(
             compiles a graph for each combination of shapes.
         max_compilations: largest number of graphs; a batch that needs one more turns compilation off.
         backend: a backend of torch.compile.
+        options: settings of inductor, as for torch.compile. `{"cpp_wrapper": True}` makes the steps of small models
+            faster still, and takes longer to compile.
 
     Returns:
         The step. It compiles at its first call, and for a batch that fits no graph yet. If the step cannot be compiled
@@ -79,17 +81,15 @@ def jit_step(
     eager = partial(
         train_step, loss_fn=loss_fn, optimizer=optimizer, clip_grad=clip_grad, donate=donate, non_finite=non_finite
     )
-    return JitStep(eager, dynamic=dynamic, max_compilations=max_compilations, backend=backend)
+    return JitStep(eager, dynamic=dynamic, max_compilations=max_compilations, backend=backend, options=options)
 
 
 class JitStep:
     """A compiled step of `jit_step`: `step(state, batch, lr=lr)`. `eager` is the step without its `graph`."""
 
-    def __init__(self, eager: partial[Any], *, dynamic: bool, max_compilations: int, backend: str) -> None:
+    def __init__(self, eager: partial[Any], **settings: Any) -> None:
         self.eager = eager
-        self.graph = CompiledFunction(
-            _make_graph(**eager.keywords), dynamic=dynamic, max_compilations=max_compilations, backend=backend
-        )
+        self.graph = CompiledFunction(make_graph(**eager.keywords), **settings)
         self._direct = DirectCalls()
         self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
         self._is_stochastic = getattr(eager.keywords["loss_fn"], "stochastic", True)
@@ -120,11 +120,41 @@ class JitStep:
         if leaves is None or direct is None:
             return self._step(state, batch, leaves, lr, decay)
         numbers = self._numbers(state, lr, *decay)
-        with self._seeded(state):
+        with self._seeded(state.key, state.epoch, state.batch):
             new, values = direct(leaves.batch, leaves.state, numbers)
-        is_written = direct.new_state is None
-        trees = (state.params, state.buffers, state.opt_state) if is_written else leaves.rebuild(new)
-        return self._finish(state, batch, *trees, direct.names, values, direct.policy)
+        params, buffers, opt_state = state.params, state.buffers, state.opt_state
+        if direct.new_state is not None:
+            params, buffers, opt_state = leaves.rebuild(new)
+        return self._finish(state, batch, params, buffers, opt_state, direct.names, values, direct.policy)
+
+    def fold(
+        self,
+        state: TrainState,
+        batches: Iterable[Any],
+        *,
+        lr: float | Tensor,
+        weight_decay: float | Tensor | None = None,
+    ) -> TrainState:
+        """The state after a step on each batch, in order: what calls one by one give, to the bit.
+
+        `epoch_fn` calls it. Batches of equal shapes in a row are taken in one loop around the graph.
+        """
+        rest = iter(batches)
+        given = (lr,) if weight_decay is None else (lr, weight_decay)
+        numbers = tuple(number for number in given if not isinstance(number, Tensor))
+        batch = next(rest, END)
+        while batch is not END:
+            state, metrics = self(state, batch, lr=lr, weight_decay=weight_decay)
+            if isinstance(is_bad := metrics.get(SKIPPED, Sum(0.0, 0.0)).total, float) and is_bad:
+                check_not_skipped_too_often(state)
+            leaves = self._leaves(state, batch, len(numbers) - 1) if len(numbers) == len(given) else None
+            direct = self._find(leaves)
+            if leaves is None or direct is None or direct.policy == "defer" or leaves.state[0].device.type != "cpu":
+                batch = next(rest, END)
+            else:
+                seeded = partial(self._seeded, state.key, state.epoch)
+                state, batch = fold_alike(*(state, rest), leaves=leaves, direct=direct, numbers=numbers, seeded=seeded)
+        return state
 
     def _step(
         self,
@@ -141,7 +171,7 @@ class JitStep:
         key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
         check_loss_fn(self.eager.keywords["loss_fn"], state.params, state.buffers, batch, key=key)
         numbers = self._numbers(state, lr, *decay)
-        with self._seeded(state):
+        with self._seeded(state.key, state.epoch, state.batch):
             results, heard = self.graph.hear(
                 batch, params=state.params, buffers=state.buffers, opt_state=state.opt_state, numbers=numbers
             )
@@ -149,7 +179,7 @@ class JitStep:
             return eager()
         params, buffers, opt_state, names, values = results
         if self._donate and _is_elementwise(self.eager.keywords["optimizer"]):  # the graph wrote into these tensors
-            params, opt_state = _merged(state.params, params), _merged(state.opt_state, opt_state)
+            params, opt_state = merged(state.params, params), merged(state.opt_state, opt_state)
         policy = choose_policy(self._non_finite, state.opt_state, values)
         new = leaves_of(batch, (params, buffers, opt_state), len(decay))
         if leaves is not None and new is not None and heard is not None:
@@ -172,11 +202,9 @@ class JitStep:
         blocked = state.sums[NON_FINITE].weight if NON_FINITE in state.sums else 0.0
         return _vector(device, lr, state.step, blocked, *decay)
 
-    def _seeded(self, state: TrainState) -> AbstractContextManager[None]:
+    def _seeded(self, key: Key, epoch: int, batch: int) -> AbstractContextManager[None]:
         """Torch's generators as an eager step has them."""
-        if not self._is_stochastic:
-            return nullcontext()
-        return torch_rng(fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch))
+        return torch_rng(fold_in(key, Stream.TRAIN_STEP, epoch, batch)) if self._is_stochastic else nullcontext()
 
     def _finish(
         self,
@@ -196,79 +224,6 @@ class JitStep:
         if policy == "defer":
             metrics[NON_FINITE] = Sum(numbers[2], numbers[3])
         return advance(state, params, buffers, opt_state, metrics, donate=self._donate), metrics
-
-
-def _make_graph(
-    loss_fn: LossFn,
-    optimizer: Optimizer | Callable[..., Optimizer],
-    clip_grad: float | None,
-    donate: bool,
-    non_finite: NonFinite | None,
-) -> Callable[..., tuple[Any, ...]]:
-    def graph(
-        batch: Any,
-        params: dict[str, Tensor],
-        buffers: dict[str, Tensor],
-        opt_state: dict[str, Any],
-        numbers: Tensor,
-    ) -> tuple[Any, ...]:
-        lr, step, blocked, *decay = numbers.unbind()
-        own = make_optimizer(optimizer, *(decay or [None]))
-        out, grads = value_and_grad(loss_fn, params, buffers, batch, key=NO_KEY)
-        grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
-        skips = non_finite in (None, "skip") and can_skip(opt_state)
-        if skips:
-            is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
-            in_float64 = {name: Sum(*(as_float64(part, out.loss) for part in own)) for name, own in metrics.items()}
-            grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, in_float64)
-        weight = as_float64(out.weight, out.loss) if own.uses_weight else 1
-        new_params, new_opt_state = update_with(
-            *(own, grads, opt_state, params), lr=lr, step=step, donate=False, weight=weight
-        )
-
-        # Tensors that are not finite are never committed. The caller checks `values` afterwards.
-        is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
-        keep_old = is_bad | (blocked > 0)
-        keep_own = blocked > 0 if skips else keep_old
-        new_params = choose(keep_own, params, new_params)
-        new_opt_state = choose(keep_own, opt_state, new_opt_state)
-        new_buffers = choose(keep_old, buffers, out.buffers)
-        sums = [number for sum_ in metrics.values() for number in sum_]
-        first_bad = as_float64(is_bad & (blocked == 0), out.loss)
-        scalars = (out.loss, norm, first_bad * step, first_bad, *sums)
-        values = torch.stack([as_float64(value, out.loss) for value in scalars])
-        if donate and own.is_elementwise:  # others have counts, for which torch would compile twice, see `_write`
-            written, written_state = _write(params, new_params), _write(opt_state, new_opt_state)
-            return written, new_buffers, written_state, tuple(metrics), values
-        return new_params, new_buffers, new_opt_state, tuple(metrics), values
-
-    return graph
-
-
-def _write(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a tree into an old one, and return it with None for what was copied: the old one may lack some leaves.
-
-    () tensors are not copied. torch.compile traces a function twice where it writes in place and has () float64 or
-    int64 tensors on the CPU as arguments, and the second trace of torch 2.13 lacks the copies into those.
-    """
-    rest: dict[str, Any] = {}
-    for name, leaf in new.items():
-        if not isinstance(leaf, Tensor):
-            rest[name] = _write(old.get(name, {}), leaf)
-        elif name in old and leaf.dim() > 0:
-            old[name].copy_(leaf)
-            rest[name] = None
-        else:
-            rest[name] = leaf
-    return rest
-
-
-def _merged(old: OptState, rest: Mapping[str, Any]) -> dict[str, Any]:
-    """The tree that `_write` has written."""
-    return {
-        name: old[name] if leaf is None else leaf if isinstance(leaf, Tensor) else _merged(old.get(name, {}), leaf)
-        for name, leaf in rest.items()
-    }
 
 
 def _is_elementwise(optimizer: Optimizer | Callable[..., Optimizer]) -> bool:

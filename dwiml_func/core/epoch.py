@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from dwiml_func.core.metrics import add_metrics
@@ -99,7 +100,8 @@ def epoch_fn(
     Args:
         state: the state to start from. When `state.batch` is above 0, `batches` must start at that batch.
         batches: training batches, in order.
-        step: `step(state, batch) -> (state, metrics)`, e.g. `partial(train_step, loss_fn=..., optimizer=..., lr=...)`.
+        step: `step(state, batch) -> (state, metrics)`, e.g. `partial(train_step, loss_fn=..., optimizer=..., lr=...)`,
+            or `partial(jit_step(...), lr=...)`, which takes runs of equal shapes in one loop where `on_batch` is None.
         on_batch: called with the state and the batch's sums after each step, for checkpoints and progress bars.
 
     Returns:
@@ -121,6 +123,8 @@ def epoch_fn(
         >>> state.epoch, state.step, sums["loss"].weight
         (1, 3, 12.0)
     """
+    if on_batch is None and (fold := _fold_of(step)) is not None:
+        return end_epoch(fold(state, batches))
     for batch in batches:
         state, metrics = checked_result(state, step(state, batch))
         if on_batch is not None:
@@ -165,6 +169,14 @@ def check_has_batch(state: Any) -> None:
     """Raise ValueError when an epoch had no training batch; `state` is a `TrainState` or an `EnsembleState`."""
     if state.batch == 0:
         raise ValueError(f"Epoch {state.epoch + 1} has no batch. Expected at least one. Is the dataset empty?")
+
+
+def _fold_of(step: TrainStep) -> Callable[[TrainState, Iterable[Any]], TrainState] | None:
+    """`fold(state, batches) -> state` of a step that has one, with the arguments that are bound to the step."""
+    if not isinstance(step, partial):
+        return getattr(step, "fold", None)
+    fold = getattr(step.func, "fold", None)
+    return None if fold is None or step.args else partial(fold, **step.keywords)
 
 
 def checked_result(old: TrainState, result: Any) -> tuple[TrainState, Metrics]:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from dwiml_func._transforms import read_number
 from dwiml_func._trees import choose
-from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, clip_by_global_norm, global_norm, value_and_grad
+from dwiml_func.core.gradients import (
+    AutodiffBackend,
+    ValueAndGrad,
+    clip_by_global_norm,
+    global_norm,
+    is_differentiated,
+    value_and_grad,
+)
+from dwiml_func.core.in_place import can_update_in_place, update_in_place
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import weighted_sum
@@ -101,20 +109,26 @@ def train_step(
     elif policy == "skip":
         is_bad = read_number(~(torch.isfinite(out.loss) & torch.isfinite(norm)))
         grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, metrics)
-    params, opt_state = update_with(
-        *(optimizer, grads, state.opt_state, state.params),
-        lr=lr,
-        step=state.step,
-        donate=donate and policy != "defer",
-        weight=out.weight,
-    )
-    buffers = out.buffers
-    if policy == "skip":
-        buffers = choose(is_bad, state.buffers, buffers)
-    elif policy == "defer":
-        keep_old, metrics = defer_check(state, out.loss, norm, metrics)
-        old, new = (state.params, state.buffers, state.opt_state), (params, buffers, opt_state)
-        params, buffers, opt_state = (choose(keep_old, *pair) for pair in zip(old, new, strict=True))
+    else:
+        is_bad, metrics = defer_check(state, out.loss, norm, metrics)
+    rates: dict[str, Any] = {"lr": lr, "step": state.step}
+    if (
+        policy == "defer"
+        and donate
+        and can_update_in_place(optimizer, state.opt_state)
+        and not is_differentiated(state.params, lr)
+    ):
+        params, opt_state = update_in_place(optimizer, grads, state.opt_state, state.params, keep_old=is_bad, **rates)
+    else:
+        params, opt_state = update_with(
+            *(optimizer, grads, state.opt_state, state.params),
+            **rates,
+            donate=donate and policy != "defer",
+            weight=out.weight,
+        )
+        if policy == "defer":
+            params, opt_state = choose(is_bad, state.params, params), choose(is_bad, state.opt_state, opt_state)
+    buffers = out.buffers if policy == "raise" else choose(is_bad, state.buffers, out.buffers)
     return advance(state, params, buffers, opt_state, metrics, donate=donate), metrics
 
 

@@ -1,0 +1,145 @@
+"""Claims about graphs that are called directly: the same bits, only where calls are alike, also in a loop."""
+
+import math
+import weakref
+from contextlib import nullcontext
+from functools import partial
+
+import pytest
+import torch
+from test_compiled_step import make_model, run, same_states, some_batch, squared_error
+from test_compiled_step import make_steps as make_steps_with
+from test_composed_steps import COMPOSED
+
+from dwiml_func import adam, epoch_fn, radam, sgd
+from dwiml_func.compiled._torch_private import missing
+from dwiml_func.core.non_finite import NonFiniteError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
+    pytest.mark.skipif(bool(missing("eager")), reason="this torch cannot compile steps: see test_torch_private.py"),
+]
+
+
+make_steps = partial(make_steps_with, backend="eager")
+
+
+def without_direct_calls(compiled):
+    compiled._direct.find = lambda leaves: None
+    return compiled
+
+
+def count_traced(compiled) -> list:
+    """A list that grows with each call that goes through torch.compile."""
+    calls, hear = [], compiled.graph.hear
+    compiled.graph.hear = lambda *args, **others: calls.append(args) or hear(*args, **others)
+    return calls
+
+
+OPTIONS = {
+    "pure": {"optimizer": adam(weight_decay=0.1), "clip_grad": 0.1},
+    "donated": {"optimizer": adam(), "donate": True},
+    "chain": {"optimizer": COMPOSED["chain"], "donate": True},
+    "momentum": {"optimizer": sgd(momentum=0.9), "donate": True},
+    "deferred": {"optimizer": radam(), "non_finite": "defer"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_direct_calls_and_runs_of_them_have_the_bits_of_traced_ones(options):
+    batches = [some_batch(number, size) for number, size in enumerate([8] * 4 + [4] + [8] * 2)]
+    start, compiled, _ = make_steps(make_model(0.5), **options)
+    calls = count_traced(compiled)
+    step = partial(compiled, lr=0.1)
+    actual, sums = epoch_fn(start.replace(epoch=2), batches, step=step)
+    assert len(calls) == 3  # two of the first size, and the fifth
+    assert (actual.step, actual.epoch, actual.batch) == (7, 3, 0)
+    for is_traced in (False, True):
+        if is_traced:
+            without_direct_calls(compiled)
+        start, *_ = make_steps(make_model(0.5), **options)
+        expected, expected_sums = epoch_fn(start.replace(epoch=2), batches, step=step, on_batch=lambda *_: None)
+        assert same_states(actual, expected)
+        assert sums == expected_sums
+    assert len(calls) == 3 + 1 + 7  # the second batch of the other size was still unknown
+
+
+def test_calls_that_are_not_alike_go_through_torch_compile_and_are_right():
+    start, compiled, eager = make_steps(max_compilations=20)
+    state, _ = run(compiled, start, 3)
+    calls, (inputs, targets) = count_traced(compiled), some_batch(1)
+    others = {
+        "other strides": (inputs.t().contiguous().t(), targets),
+        "watched": (inputs, targets),
+        "other settings": (inputs, targets),
+    }
+    for number, (name, batch) in enumerate(others.items(), start=1):
+        mode = torch.overrides.BaseTorchFunctionMode() if name == "watched" else nullcontext()
+        with mode, torch.autocast("cpu", enabled=name == "other settings"):
+            actual, _ = compiled(state, batch, lr=0.1)
+            expected, _ = eager(state, batch, lr=0.1)
+        torch.testing.assert_close(actual.params, expected.params)
+        assert len(calls) == number, name
+    compiled(state, (inputs, targets), lr=0.1)  # the last settings stay
+    compiled(state, (inputs, targets), lr=0.1)
+    assert len(calls) == len(others) + 1
+
+
+def test_an_autocast_that_the_first_calls_did_not_see_is_not_passed_by():
+    def loss(model, batch):
+        inputs, _ = batch
+        return (torch.mm(inputs, inputs.t()).float() * model(inputs)).square().mean(), 1
+
+    start, compiled, eager = make_steps(compute_batch_loss=loss)
+    run(compiled, start, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, sums = compiled(start, some_batch(1), lr=0.1)
+        _, expected = eager(start, some_batch(1), lr=0.1)
+    _, plain = eager(start, some_batch(1), lr=0.1)
+    assert sums["loss"].total == pytest.approx(expected["loss"].total, rel=1e-6)
+    assert sums["loss"].total != pytest.approx(plain["loss"].total, rel=1e-6)
+
+
+def test_a_run_stops_at_the_batch_that_is_not_finite_with_the_steps_before_it_taken():
+    inputs, targets = some_batch(9)
+    start, compiled, _ = make_steps(donate=True)
+    batches = [some_batch(number) for number in range(5)]
+    with pytest.raises(NonFiniteError, match=r"loss is inf in epoch 1, batch 6 \(step 6\)"):
+        compiled.fold(start, [*batches, (inputs, targets + math.inf)], lr=0.1)
+
+
+def test_a_batch_that_skips_too_often_ends_a_run():
+    inputs, targets = some_batch(9)
+    start, compiled, eager = make_steps(optimizer=COMPOSED["chain"])
+    bad = (inputs * math.nan, targets)
+    batches = [some_batch(1), some_batch(2), some_batch(3), *[bad] * 9]
+    messages = []
+    for step in (partial(compiled, lr=0.1), partial(eager, lr=0.1)):
+        with pytest.raises(NonFiniteError) as error:
+            epoch_fn(start, batches, step=step)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_step_keeps_no_state_and_no_batch():
+    start, compiled, _ = make_steps()
+    state, _ = run(compiled, start, 4)
+    batch = some_batch(1)
+    state, _ = compiled(state, batch, lr=0.1)
+
+    tensors = [weakref.ref(tensor) for tensor in (*state.params.values(), *batch)]
+    del state, batch
+    assert [tensor() for tensor in tensors] == [None] * len(tensors)
+
+
+def test_tensors_that_a_loss_closes_over_are_inputs_of_its_graph_too():
+    weights = torch.tensor([1.0, 2.0, 3.0])
+
+    def loss(model, batch):
+        return squared_error(model, (batch[0] * weights, batch[1]))
+
+    start, compiled, eager = make_steps(compute_batch_loss=loss)
+    calls = count_traced(compiled)
+    actual, _ = run(compiled, start, 5)
+    assert len(calls) == 2
+    torch.testing.assert_close(actual.params, run(eager, start, 5)[0].params)

@@ -1,0 +1,85 @@
+"""Claims about donated steps with a deferred check: the values of pure ones, in place, with little memory."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+
+from dwiml_func import adam, adamw, init_state, module_loss, sgd, train_step
+from dwiml_func.core import in_place
+
+SIZES = (40, 3, 5)
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(*pair) for pair in zip((4, *SIZES), (*SIZES, 1), strict=True)]
+    return torch.nn.Sequential(*layers[:1], torch.nn.Tanh(), *layers[1:])
+
+
+def loss(model, batch):
+    return (model(batch) - 1).square().mean(), len(batch)
+
+
+@pytest.mark.parametrize("optimizer", [adam(), adamw(weight_decay=0.1), sgd(), sgd(momentum=0.9)])
+def test_a_donated_step_with_a_deferred_check_has_the_values_of_a_pure_one_in_the_old_memory(optimizer, monkeypatch):
+    monkeypatch.setattr(in_place, "_MIN_PIECE", 6)  # pieces of one parameter, and of several
+    loss_fn = module_loss(make_model(), loss)
+    states = [init_state(make_model(), optimizer, seed=0) for _ in range(2)]
+    places = {name: param.data_ptr() for name, param in states[1].params.items()}
+    good = torch.linspace(-1, 1, 20).reshape(5, 4)
+    for number, batch in enumerate((good, good / 2, good * math.nan, good)):
+        for which, donate in enumerate((False, True)):
+            step = partial(train_step, loss_fn=loss_fn, optimizer=optimizer, donate=donate, non_finite="defer")
+            states[which], _ = step(states[which], batch, lr=0.1 / (number + 1))
+    pure, donated = states
+    assert {name: param.data_ptr() for name, param in donated.params.items()} == places
+    assert pure.sums["non_finite"] == donated.sums["non_finite"] == (2, 1)
+    for expected, actual in (
+        (pure.params, donated.params),
+        *zip(pure.opt_state.values(), donated.opt_state.values(), strict=True),
+    ):
+        assert expected.keys() == actual.keys()
+        assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
+
+
+def peak_bytes(function) -> int:
+    """The most that a call has allocated at one time, in bytes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    results = profile.profiler.kineto_results
+    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
+    now = most = 0
+    for _, size in events:
+        now += size
+        most = max(most, now)
+    return most
+
+
+def test_it_allocates_at_most_what_a_bare_loop_does_and_a_copy_of_the_gradients():
+    def make() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(1000, 1000), torch.nn.Linear(1000, 1000), torch.nn.Linear(1000, 1))
+
+    model, batch = make(), torch.ones(2, 1000)
+    optimizer = torch.optim.Adam(model.parameters(), foreach=False)
+
+    def bare() -> None:
+        optimizer.zero_grad()
+        loss(model, batch)[0].backward()
+        optimizer.step()
+
+    step = partial(
+        train_step, loss_fn=module_loss(make(), loss), optimizer=adam(), lr=0.1, donate=True, non_finite="defer"
+    )
+    state = init_state(make(), adam(), seed=0)
+
+    def ours() -> None:
+        nonlocal state
+        state, _ = step(state, batch)
+
+    for run in (bare, ours):
+        run()
+    gradients = sum(4 * param.numel() for param in model.parameters())
+    assert gradients < peak_bytes(bare)
+    assert peak_bytes(ours) <= peak_bytes(bare) + gradients
