@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def peak_bytes(function) -> int:
     """The most that a call has allocated at one time, in bytes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         function()
-    results = profile.profiler.kineto_results
+    results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     now = most = 0
     for _, size in events:
