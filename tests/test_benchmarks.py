@@ -84,3 +84,20 @@ def test_every_benchmark_has_a_row_with_its_command_in_the_readme():
             (line for line in table.splitlines() if line.startswith(f"| `{name}.py` |")), f"no row for {name}.py"
         )
         assert f"| `python benchmarks/{name}.py" in row
+
+
+@pytest.mark.soak
+def test_the_benchmark_of_a_gpu_runs_without_one_and_judges_nothing(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(suite.FOLDER))
+    import gpu  # pyright: ignore[reportMissingImports]
+
+    assert gpu.main(["--device", "cpu", "--tiny"]) == 0
+    out = capsys.readouterr().out
+    for row in ("6 x LSTM 8+8 ", "6 x transformer ", "tiny MLP ", "2 MLPs ", "2 Learn2Track "):
+        assert f"\n{row}" in out
+    lines = [line for line in out.splitlines() if line.startswith(("skip: ", "pass: ", "FAIL: "))]
+    assert len(lines) == 7
+    assert all(line.endswith("not judged on cpu with --tiny") for line in lines)
+    if not gpu.torch.cuda.is_available():
+        assert gpu.main([]) == 0
+        assert "skip: no CUDA device was found" in capsys.readouterr().out

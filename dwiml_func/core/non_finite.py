@@ -96,7 +96,8 @@ def defer_check(
     """Whether to keep the old values, decided on the device, and the sums with the first step that was not finite."""
     bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
     earlier = state.sums.get(NON_FINITE, Sum(0.0, 0.0)).weight > 0
-    first = (bad & ~torch.as_tensor(earlier, device=bad.device)).to(torch.float64)
+    none_before = ~earlier if isinstance(earlier, Tensor) else not earlier  # no copy of a bool to the device: it waits
+    first = (bad & none_before).to(torch.float64)
     return bad | earlier, {**metrics, NON_FINITE: Sum(first * state.step, first)}
 
 
@@ -136,10 +137,7 @@ def skip_metrics(is_bad: bool | Tensor, metrics: Mapping[str, Sum]) -> dict[str,
     if isinstance(is_bad, bool):
         kept = {name: Sum(0.0, 0.0) if is_bad else own for name, own in metrics.items()}
         return {**kept, SKIPPED: Sum(float(is_bad), 1.0)}
-    kept = {
-        name: Sum(*(torch.where(is_bad, 0.0, torch.as_tensor(part, device=is_bad.device)) for part in own))
-        for name, own in metrics.items()
-    }
+    kept = {name: Sum(*(torch.where(is_bad, 0.0, part) for part in own)) for name, own in metrics.items()}
     return {**kept, SKIPPED: Sum(is_bad.to(torch.float64), torch.ones_like(is_bad, dtype=torch.float64))}
 
 
