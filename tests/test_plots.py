@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from dwiml_func.experiment.config import (
     RunConfig,
     TrainingConfig,
 )
+from dwiml_func.experiment.correlation import pearson, spearman
 from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.graphs import parse_graph
@@ -326,6 +329,12 @@ def test_labels_leave_out_what_cannot_matter_and_name_the_getter_first(tmp_path:
         "a: dg_key cosine-regression, learning_rate 0.001, max_epochs 100",
         "b: dg_key gaussian, learning_rate 0.1, max_epochs 3",
     ]
+    seeds = [
+        RunConfig(hdf5_file="a", training=TrainingConfig(rng=rng, max_epochs=n), model=ModelConfig(dropout=0.1 * n))
+        for n, rng in ((1, 1), (2, 2), (2, 3))
+    ]
+    labels = run_labels([tmp_path / "a"] * 3, [own.to_dict() for own in seeds])
+    assert [label.partition(": ")[2].partition(",")[0] for label in labels] == ["rng 1", "rng 2", "rng 3"]
     names = run_labels([tmp_path / "x" / "run", tmp_path / "y" / "run", tmp_path / "ens" / "0"], [config] * 3)
     assert names == ["x/run", "y/run", "ens/0"]
 
@@ -437,3 +446,35 @@ def test_names_are_no_formulas_and_powers_of_ten_are(tmp_path: Path, name: str) 
     text = (tmp_path / "runs.svg").read_text()
     assert f">{name}</text>" in text
     assert "mathdefault{10^{1}}$</text>" not in text
+
+
+def test_a_correlation_is_that_of_scipy_over_epochs_and_over_runs(cli, experiments: Path, tmp_path: Path) -> None:
+    from scipy import stats
+
+    for n in (1, 2):
+        shutil.copytree(experiments / "run", experiments / f"other{n}")
+        scores = {"scores": {"model": {"core": {"valid": 0.25 * n}}}}
+        (experiments / f"other{n}" / "tracking.json").write_text(json.dumps(scores))
+        config = read_config(experiments / f"other{n}")
+        training = dataclasses.replace(config.training, ema=0.5 * n - 0.1)
+        (experiments / f"other{n}" / "config.json").write_text(dataclasses.replace(config, training=training).to_json())
+    out = tmp_path / "c.png"
+    outcome = cli("plot", experiments, "--correlate", "train_loss", "valid_loss", "--out", out)
+    checkpoint = newest(experiments / "run")
+    assert checkpoint is not None
+    a, b = ([getattr(r, part)["loss"] for r in checkpoint.history] for part in ("train", "valid"))
+    lines = {line[:23].rstrip(): line[23:].split() for line in outcome.out.splitlines()}
+    assert lines["run"] == ["values", "r", "rank"] or lines["run"] == ["3", f"{stats.pearsonr(a, b)[0]:.3f}"]
+    assert lines["other1"] == ["3", f"{stats.pearsonr(a, b)[0]:.3f}"]
+    rank = stats.spearmanr(a * 3, b * 3)[0]
+    assert lines["all epochs of all runs"] == ["9", f"{stats.pearsonr(a, b)[0]:.3f}", f"{rank:.3f}"]
+    assert lines["best epochs of the runs"] == ["3", "-", "-"]  # equal in all
+    assert out.read_bytes().startswith(b"\x89PNG")
+    over_runs = cli("plot", experiments, "--correlate", "tracking", "ema", "--out", out).out.splitlines()
+    assert [line.split()[-3:] for line in over_runs[1:-1]] == [["2", "1.000", "1.000"]]  # of two values over runs
+    values, others = [1.0, 2.0, 2.0, 5.0, -3.0], [3.0, 1.0, 4.0, 4.0, 0.5]
+    assert spearman(values, others) == pytest.approx(stats.spearmanr(values, others)[0], abs=1e-15)
+    assert pearson(values, others) == pytest.approx(stats.pearsonr(values, others)[0], abs=1e-15)
+    cli("plot", experiments, "--correlate", "loss", "nothing").check_refusal("--correlate", "'nothing'")
+    cli("plot", experiments, "--correlate", "loss", "dg-key").check_refusal("two numbers of the same runs")
+    cli("plot", experiments, "--correlate", "loss", "lr", "--csv", "a").check_refusal("--correlate: expected no")

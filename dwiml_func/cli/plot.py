@@ -5,18 +5,23 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
+from dwiml_func.experiment.correlation import correlate, draw_correlation
 from dwiml_func.experiment.folder import ENSEMBLE_FILE, check_no_links, is_ensemble, is_run, member_folders
 from dwiml_func.experiment.graphs import parse_graph
 from dwiml_func.experiment.plots import check_format, draw_runs, read_runs, run_figure_path, save_figure, write_table
 from dwiml_func.experiment.run_panels import PanelName
+from dwiml_func.experiment.runs import run_overview
 from dwiml_func.experiment.tracking_figures import draw_drifts, drift_figure_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Options", "run"]
 
@@ -55,6 +60,9 @@ class Options(CommandOptions):
     times, after the EXPERIMENT_DIRs. (default: none)"""
     csv: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write all values that are drawn as CSV, a row for each: run, panel, curve, epoch, value."""
+    correlate: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="NAME NAME")] = None
+    """Plot two values of the runs against each other, and print their correlation over the epochs of each run, over
+    those of all, and over the best epochs of the runs. Names are those of runs --show: logs, scores or options."""
     drift: bool = False
     """Plot how far the best models drift from real streamlines when they track, beside the baselines, from the
     tracking.json of experiments whose data have bundles."""
@@ -71,17 +79,22 @@ def run(options: Options) -> int:
         _log.warning("Passed over, as they hold no experiment: %s.", ", ".join(map(str, others)))
         given = [path for path in given if path not in others]
     directories = [folder for path in given for folder in _experiments(path) or [path]]
-    if options.drift and (options.panels or options.graph or options.csv):
-        raise ValueError("--drift: expected no --panels, --graph or --csv beside it.")
+    if options.drift and (options.panels or options.graph or options.csv or options.correlate):
+        raise ValueError("--drift: expected no --panels, --graph, --csv or --correlate beside it.")
+    if options.correlate and (options.panels or options.graph or options.csv):
+        raise ValueError("--correlate: expected no --panels, --graph or --csv beside it.")
     path_in, name = (drift_figure_path, "drift.png") if options.drift else (run_figure_path, "runs.png")
+    name = "correlation.png" if options.correlate else name
     out = Path(name if options.out is None else options.out)
     check_format(out)
     graphs = [parse_graph(words) for words in options.graph]
     if options.drift:
         figure, rows = draw_drifts(directories), []
+    elif options.correlate:
+        figure, rows = _correlation(directories, options.correlate), []
     else:
         figure, rows = draw_runs(read_runs(directories), panels=options.panels, graphs=graphs)
-    is_chosen = bool(options.panels or graphs)
+    is_chosen = bool(options.panels or graphs or options.correlate)
     if options.out is None and not is_chosen and len(given) == 1 and (is_run(given[0]) or is_ensemble(given[0])):
         check_no_links(given[0])
         out = path_in(given[0])
@@ -93,6 +106,16 @@ def run(options: Options) -> int:
             write_table(rows, table)
         print(table)
     return 0
+
+
+def _correlation(directories: list[Path], names: tuple[str, str]) -> Figure:
+    """Print the correlation, and draw it."""
+    runs = read_runs(directories)
+    found = correlate([run_overview(folder, run.name) for folder, run in zip(directories, runs, strict=True)], names)
+    print(found.text)
+    if found.mixes_losses:
+        _log.warning("Losses of different direction getters cannot be compared: correlate those of one getter.")
+    return draw_correlation(found, [run.label for run in runs])
 
 
 def _experiments(path: Path) -> list[Path]:

@@ -19,6 +19,7 @@ _SAME_RESULTS = {
 """Options that cannot change results, apart from rounding."""
 _FIRST = ("model.model", "model.dg_key", "training.learning_rate")
 _MAX_OPTIONS = 4  # that a label names
+_MAX_LETTERS = 30  # of an option's value in a label
 _OF_LENGTHS = {"l2-regression", "cosine-plus-l2-regression", "gaussian", "gaussian-mixture"}
 """Getters whose loss depends on the lengths of the steps."""
 
@@ -34,12 +35,31 @@ def run_names(directories: Sequence[Path]) -> list[str]:
 
 
 def run_labels(directories: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A label for each of these runs: its name, and the options that not all share and that can change results."""
-    options = distinguishing([{**config, "origin": None} for config in configs])
+    """A label for each of these runs: its name, and options that not all share and that can change results.
+
+    It names model, direction getter and learning rate first, then the options that tell the most runs apart.
+    """
+    options = [
+        {name: value for name, value in own.items() if _matters(name)}
+        for own in distinguishing([{**config, "origin": None} for config in configs])
+    ]
+    order = _in_order(options)
     return [
-        _label(name, path, config, {key: value for key, value in own.items() if _matters(key)})
+        _label(name, path, config, {key: own[key] for key in order})
         for name, path, config, own in zip(run_names(directories), directories, configs, options, strict=True)
     ]
+
+
+def _in_order(options: Sequence[Mapping[str, str]]) -> list[str]:
+    """The names of options: each tells the most runs apart that those before it do not."""
+    left = list(options[0]) if options else []
+    chosen = [name for name in _FIRST if name in left]
+    left = [name for name in left if name not in chosen]
+    while left:
+        best = max(left, key=lambda name: len({tuple(own[key] for key in (*chosen, name)) for own in options}))
+        chosen.append(best)
+        left.remove(best)
+    return chosen
 
 
 def loss_kind(config: Mapping[str, Any]) -> dict[str, str]:
@@ -74,8 +94,7 @@ def _matters(name: str) -> bool:
 
 
 def _label(name: str, directory: Path, config: Mapping[str, Any], options: Mapping[str, str]) -> str:
-    order = sorted(options, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST))
-    named = [f"{key.rpartition('.')[2]} {options[key]}" for key in order if key != "hdf5_file"]
+    named = [f"{key.rpartition('.')[2]} {_short(value)}" for key, value in options.items() if key != "hdf5_file"]
     if "hdf5_file" in options:
         named.append(Path(options["hdf5_file"]).name)
     if len(named) > _MAX_OPTIONS:
@@ -84,3 +103,7 @@ def _label(name: str, directory: Path, config: Mapping[str, Any], options: Mappi
         source, at = Path(origin["experiment"]).name, origin["checkpoint"]
         named.insert(0, f"initialized from {source}" if origin["weights_only"] else f"forked from {source} at {at}")
     return f"{name}: {', '.join(named)}" if named else name
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= _MAX_LETTERS else f"{value[: _MAX_LETTERS - 3]}..."

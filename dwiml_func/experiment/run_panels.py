@@ -26,6 +26,7 @@ _TRAINING = {"linestyle": "--", "linewidth": 1.5}
 _VALIDATION = {"linestyle": "-", "linewidth": 2}
 _BASELINES = (("keep_straight", "keep going straight", ":"), ("principal_direction", "principal direction", "-."))
 _WITH_OWN_PANEL = ("loss", "angular_error", RECONSTRUCTION_ERROR, WINDOW_LAG)
+_HATCHES = ("", "///", "...", "xxx")
 _BASELINE = "principal direction"
 _LEAST_LIMIT = 0.1  # of the axis of shares
 _MOST_WRITTEN = 21  # bars with their value above them
@@ -212,7 +213,9 @@ def _shares(panel: Panel, runs: dict[int, PlottedRun]) -> None:
             value = _share(run, "model", protocol)
             if math.isfinite(value):
                 x = group + (place + 0.5) * width - 0.4
-                panel.axes.bar(x, value, 0.9 * width, color=COLOURS[number % len(COLOURS)])
+                hatch = _HATCHES[number // len(COLOURS) % len(_HATCHES)]  # where colours repeat
+                colour = COLOURS[number % len(COLOURS)]
+                panel.axes.bar(x, value, 0.9 * width, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
                 if len(runs) * len(protocols) <= _MOST_WRITTEN:
                     where = {"ha": "center", "va": "bottom", "fontsize": 8}
                     panel.axes.text(x, value, f"{100 * value:.0f}", **where)

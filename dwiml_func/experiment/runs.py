@@ -15,7 +15,7 @@ from dwiml_func.experiment.tracking_scores import read_scores
 from dwiml_func.experiment.training_config import WINDOW_LAG, TrainingConfig
 from dwiml_func.files.lock import is_locked
 
-__all__ = ["RunOverview", "RunRecord", "list_runs"]
+__all__ = ["RunOverview", "RunRecord", "list_runs", "run_overview"]
 
 RunState = Literal["running", "finished", "stopped early", "interrupted", "unfinished", "corrupt"]
 
@@ -81,10 +81,11 @@ def list_runs(experiments_path: str | Path) -> list[RunOverview]:
         elif is_run(path):
             runs.append((None, path))
     names = [path.name if group is None else f"{group}/{path.name}" for group, path in runs]
-    return [replace(_overview(path, name), group=group) for name, (group, path) in zip(names, runs, strict=True)]
+    return [replace(run_overview(path, name), group=group) for name, (group, path) in zip(names, runs, strict=True)]
 
 
-def _overview(directory: Path, name: str) -> RunOverview:
+def run_overview(directory: Path, name: str) -> RunOverview:
+    """The overview of one run."""
     is_running = is_locked(directory)
     try:
         config = read_config(directory) if (directory / "config.json").is_file() else None
