@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from dataloader_cases import Noisy
 from torch.utils.data import DataLoader, IterableDataset
@@ -69,3 +70,8 @@ def test_samples_without_batches_and_iterable_datasets_resume_too() -> None:
     assert batches(single, start=2) == batches(single)[2:]
     stream = from_loader(lambda: DataLoader(Stream10(), batch_size=4))
     assert batches(stream, start=1) == [[4, 5, 6, 7], [8, 9]]
+
+
+def test_a_loader_in_place_of_a_function_is_refused_with_what_to_write() -> None:
+    with pytest.raises(TypeError, match=r"Received: DataLoader\. Give from_loader\(lambda: loader\)\."):
+        from_loader(DataLoader(range(4)))  # type: ignore[arg-type]

@@ -469,6 +469,11 @@ def test_a_bad_argument_is_refused_at_the_call(options, message):
         loop(first_state(), **options)
 
 
+def test_batches_in_place_of_a_function_are_refused_before_a_step_is_taken():
+    with pytest.raises(TypeError, match=r"Received: list\. Make one of a torch DataLoader by from_loader"):
+        next(loop(first_state(), train=[torch.ones(2)]))
+
+
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])
 def test_a_schedule_that_gives_no_rate_is_refused_before_a_step_is_taken(rate):
     state = first_state()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from experiment_cases import latest_digest
 from preloaded import finished, run_command, run_program, start_command
 
@@ -207,6 +208,14 @@ def test_what_names_elsewhere_are_called_here_is_there() -> None:
     places = [importlib.import_module(f"dwiml_func{room}") for room in ("", ".data", ".tracking")]
     assert len(called | named) > 30
     assert [name for name in called | named if not any(hasattr(place, name) for place in places)] == []
+    whole = [part for part in code if re.fullmatch(r"[a-z_]+\(.*\)", part) and "..." not in part]
+    space = {**vars(places[0]), **vars(importlib.import_module("dwiml_func.optim")), "torch": torch}
+    space |= {"model": torch.nn.Linear(1, 1), "loss": len, "step": len, "loss_fn": len, "make_loader": list}
+    space |= {"optimizer": space["adam"](), "jit_step": importlib.import_module("dwiml_func.compiled").jit_step}
+    space |= {"from_loader": importlib.import_module("dwiml_func").from_loader, "key": space["Key"](0), "number": 1}
+    assert len(whole) > 10
+    for part in whole:
+        eval(part, space)  # each can be called as it stands there
 
 
 def test_the_scripts_that_save_and_that_log_run(tmp_path: Path) -> None:

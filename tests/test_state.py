@@ -48,6 +48,12 @@ def test_tied_weights_appear_once():
     assert list(init_state(model, sgd(), seed=0).params) == ["0.weight", "0.bias", "1.bias"]
 
 
+def test_an_optimizer_of_torch_is_refused_with_what_to_give():
+    model = nn.Linear(1, 1)
+    with pytest.raises(TypeError, match=r"such as dwiml_func\.adam\(\)\. Received: torch\.optim\.SGD\."):
+        init_state(model, torch.optim.SGD(model.parameters()), seed=0)  # type: ignore[arg-type]
+
+
 def test_a_module_with_nothing_to_train_is_refused():
     with pytest.raises(ValueError, match=r"at least one parameter that requires a gradient.*Linear with 2 frozen"):
         init_state(nn.Linear(1, 1).requires_grad_(False), sgd(), seed=0)

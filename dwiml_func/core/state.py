@@ -140,6 +140,7 @@ def init_state(
     Raises:
         ValueError: the module has no trainable parameter, the seed is out of range, or `params` has a name or a shape
             that the module does not have.
+        TypeError: the optimizer is one of torch.optim.
 
     Example:
         >>> from dwiml_func.optim import adam
@@ -166,6 +167,11 @@ def init_state(
         raise ValueError(
             f"Expected a module with at least one parameter that requires a gradient. "
             f"Received: {type(module).__name__} with {len(frozen)} frozen parameters."
+        )
+    if isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"Expected a pair of functions init and update, such as dwiml_func.adam(). Received: "
+            f"torch.optim.{type(optimizer).__name__}. dwiml_func.optim has those of torch under lower-case names."
         )
     others = {name: start(name, b) for name, b in buffers.items()}
     return TrainState(params=trained, buffers=frozen | others, opt_state=optimizer.init(trained), key=key)

@@ -36,12 +36,21 @@ def from_loader(
     Returns:
         A function `(key, epoch, start_batch) -> batches`. The batches have a length where the loader has one.
 
+    Raises:
+        TypeError: `make_loader` is no function.
+
     Example:
         >>> source = from_loader(lambda: DataLoader(range(6), batch_size=2, shuffle=True))
         >>> epoch = list(source(Key(0), 0, 0))
         >>> [batch.tolist() for batch in source(Key(0), 0, 1)] == [batch.tolist() for batch in epoch[1:]]
         True
     """
+
+    if not callable(make_loader):
+        raise TypeError(
+            f"Expected a function that makes a DataLoader. Received: {type(make_loader).__name__}. "
+            f"Give from_loader(lambda: loader)."
+        )
 
     def source(key: Key, epoch: int, start_batch: int) -> _Batches:
         return _Batches(make_loader(), fold_in(key, stream, epoch), start_batch)
