@@ -13,28 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dwiml_func.core.rng import Key
-from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.hdf5.layout import group_of, read_volume, streamline_grid, subject_group
-from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
-from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.tracking_case import ORACLE, tracking_case
 from dwiml_func.experiment.tracking_scores import TRACKING_FILE
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.models.tractography_model import TractographyModel
-from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
-from dwiml_func.tracking.nearest_direction import NearestDirection, position_space
-from dwiml_func.tracking.protocols import DRIFT_MM, Protocol, ProtocolScores, track_protocols
-from dwiml_func.tracking.scores import ceiling_scores, reference_bundles
-from dwiml_func.tracking.space import TrackingMask, TrackingSpace
-from dwiml_func.tracking.spec import TrackingSpec
-from dwiml_func.tracking.window_lag import even_step
+from dwiml_func.tracking.protocols import DRIFT_MM, Protocol, ProtocolScores
+from dwiml_func.tracking.space import TrackingSpace
 
 __all__ = [
-    "MASK_GROUP",
     "ORACLE",
     "TRACKING_FILE",
     "Drift",
@@ -46,12 +37,6 @@ __all__ = [
     "read_drift",
     "write_tracking_evaluation",
 ]
-
-MASK_GROUP = "wm_mask"
-"""The volume group that, where a subject has it, holds the mask of seeds and lines (or --tracking-mask)."""
-
-ORACLE = "nearest real direction"
-"""Who tracks as `NearestDirection`."""
 
 _MOST_SHOWN = 300  # streamlines of a protocol that are kept for pictures
 
@@ -110,64 +95,37 @@ def evaluate_tracking(
     """Track in the first subject of a dataset; None where it does not say of which bundle its streamlines are, where
     they have no even steps, or a bundle has a single one. The model is in evaluation mode, on the CPU.
     """
-    if dataset.bundles is None or not hasattr(model, "run_step"):
+    case = tracking_case(dataset, config) if hasattr(model, "run_step") else None
+    if case is None:
         return None
-    numbers = torch.arange(int(dataset.index.num_streamlines[0]))
-    bundles = Bundles(dataset.bundles.names, dataset.bundles.ids[: len(numbers)])
-    x, y, z = dataset.voxel_sizes[0].tolist()
-    sizes = dataset.voxel_sizes[:1].expand(len(numbers), 3)
-    real = resample_streamlines(dataset.streamlines.select(numbers), sizes, config.batches.resampling)
-    step = even_step(real, sizes)
-    counts = torch.bincount(torch.from_numpy(bundles.ids), minlength=len(bundles.names))
-    if step is None or (counts == 1).any() or counts.sum() == 0:
-        return None
-    in_mm = Streamlines(real.points * dataset.voxel_sizes[0], real.offsets)
-    references = reference_bundles(in_mm, bundles)
-    subject = dataset.index.subjects[0]
-    mask, grid = _mask_and_grid(dataset, subject, config)
-    space = TrackingSpace(
-        volume=dataset.volumes[0],
-        voxel_sizes=(x, y, z),
-        mask=None if mask is None else TrackingMask(values=mask),
-        interpolation=config.data.interpolation,
-        neighborhood=config.data.neighborhood,
-    )
-    trackers: dict[str, tuple[Any, TrackingSpace]] = {
-        "model": (model, space),
-        "keep going straight": (KeepStraight(), space),
-    }
-    if "sh_order" in dataset.input_attributes:
-        trackers["principal direction"] = (PrincipalDirection(dataset.input_attributes), space)
-    trackers[ORACLE] = (NearestDirection(real, (x, y, z)), position_space(space))
-    spec, key = TrackingSpec(step_size=config.batches.step_size or round(step, 3)), Key(config.training.rng)
+    trackers: dict[str, tuple[Any, TrackingSpace]] = {"model": (model, case.space), **case.baselines()}
+    key = Key(config.training.rng)
     scores: dict[str, dict[Protocol, ProtocolScores]] = {}
     drift: dict[str, tuple[float | None, ...]] = {}
     shown: dict[Protocol, ShownLines] = {}
     for name, (tracker, where) in trackers.items():
-        tracked = track_protocols(
-            tracker, real, bundles, references, space=where, spec=spec, seeding_mask=mask, key=key
-        )
+        tracked = case.track(tracker, where, key=key)
         scores[name] = {protocol: lines.scores for protocol, lines in tracked.items()}
         drift[name] = tracked["continue"].drift_mm or ()
         if name == "model":
             shown = {
-                protocol: _shown(found.lines, found.found.bundle, found.found.valid, grid, dataset.voxel_sizes[0])
+                protocol: _shown(found.lines, found.found.bundle, found.found.valid, case.grid, dataset.voxel_sizes[0])
                 for protocol, found in tracked.items()
             }
-    ceiling = ceiling_scores(in_mm, bundles, voxel_sizes=(x, y, z), key=Key(0))
-    names = tuple(reference.name for reference in references)
-    of_real = np.array([names.index(bundles.names[number]) for number in bundles.ids])
+    ceiling, sizes = case.ceiling(), dataset.voxel_sizes[0]
+    names = tuple(reference.name for reference in case.references)
+    of_real = np.array([names.index(case.bundles.names[number]) for number in case.bundles.ids])
     return TrackingEvaluation(
-        subject=subject,
+        subject=case.subject,
         subset=dataset.subset,
-        step_size=spec.step_size,
-        has_mask=mask is not None,
+        step_size=case.spec.step_size,
+        has_mask=case.mask is not None,
         scores=scores,
         ceiling_valid=None if ceiling is None else ceiling.all.valid,
         ceiling_both_ends=None if ceiling is None else ceiling.all.both_ends,
         drift=Drift(DRIFT_MM, drift),
         lines=TrackedLines(
-            names, _shown(in_mm, of_real, np.ones(len(real), dtype=bool), grid, dataset.voxel_sizes[0]), shown
+            names, _shown(case.in_mm, of_real, np.ones(len(of_real), dtype=bool), case.grid, sizes), shown
         ),
     )
 
@@ -218,18 +176,3 @@ def _shown(
     affine = torch.from_numpy(grid.affine)
     points = (chosen.points / voxel_sizes - 0.5).double() @ affine[:3, :3].T + affine[:3, 3]
     return ShownLines(Streamlines(points.float(), chosen.offsets), bundle[rows], valid[rows])
-
-
-def _mask_and_grid(dataset: StreamlineDataset, subject: str, config: RunConfig) -> tuple[Tensor | None, Grid]:
-    """The mask of seeds and lines, where the subject has one, and the grid of its streamlines."""
-    name = config.training.tracking_mask or MASK_GROUP
-    with open_hdf5(dataset.path) as file:
-        parent = raise_first(subject_group(file, subject), dataset.path)
-        streamlines = raise_first(group_of(parent, config.data.streamline_group_name, "streamlines"), dataset.path)
-        grid = raise_first(streamline_grid(streamlines), dataset.path)
-        if name not in parent:
-            return None, grid
-        group = raise_first(group_of(parent, name, "volume"), dataset.path)
-        values = raise_first(read_volume(group), dataset.path)
-    mask = torch.from_numpy(values[..., 0])
-    return mask if mask.shape == dataset.volumes[0].shape[:3] and bool((mask > 0).any()) else None, grid
