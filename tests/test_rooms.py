@@ -21,7 +21,7 @@ ROOMS = (  # from the ground up
         "ensemble",
         "checkpoint",
     ),
-    *("writers", "data", "models", "tracking", "experiment", "dwi_ml", "cli"),
+    *("writers", "data", "models", "tracking", "experiment", "dwi_ml", "benchmark", "cli"),
 )
 BLIND = {"data": {"writers"}, "models": {"checkpoint", "writers"}, "tracking": {"checkpoint", "writers"}}
 

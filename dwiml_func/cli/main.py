@@ -35,6 +35,7 @@ COMMANDS = {
     "visualize-loss": "Write a model's loss along a subject's streamlines, as coloured tractograms and histograms.",
     "score": "Score a tractogram beside the real streamlines of a dataset's subject.",
     "attention": "Show what a transformer attends to along streamlines.",
+    "benchmark": "Train and score models on simulated data of five people, beside baselines and an oracle.",
     "track": "Track streamlines with a model, from a dataset or from NIfTI files.",
     "connectivity": "Count which regions a tractogram's streamlines connect, and compare with real connections.",
     "extract": "Write a volume, streamlines or a connectivity matrix of a dataset's subject as a file.",

@@ -1,0 +1,177 @@
+"""The pieces of work of a benchmark, each of which leaves a file: data, trainings with their scores, baselines' scores.
+
+What is there is not made again, so a benchmark that was killed is continued by the same command.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dwiml_func.benchmark.settings import DATA, data_of
+from dwiml_func.core.rng import Key
+from dwiml_func.data.example.dataset import make_example_data
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.experiment.config import BatchConfig, RunConfig
+from dwiml_func.experiment.folder import create_experiment
+from dwiml_func.experiment.model_store import find_model, load_model
+from dwiml_func.experiment.resume import check_same_run, resume_experiment
+from dwiml_func.experiment.run import run_experiment, set_num_threads
+from dwiml_func.experiment.tracking_case import TrackingCase, tracking_case
+from dwiml_func.files.atomic import atomic_write, make_directory, remove_leftovers
+from dwiml_func.files.json import null_if_not_finite
+from dwiml_func.files.lock import experiment_lock
+
+__all__ = ["CEILING", "Task", "data_path", "do", "is_done", "score_experiment", "score_path", "scores_path"]
+
+CEILING = "half of the real streamlines"
+"""Whose score is the ceiling, and whose task scores all baselines."""
+
+_BASELINE_CONFIG = RunConfig(hdf5_file="", batches=BatchConfig(step_size=2.0))  # a voxel, as our recipe's
+_KEY = Key(0)  # of the seeds of tracking: the same for all who track
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A piece of work: the data in which a person is left out; or with a `seed` a training of `config` as `name`, and
+    how it tracks in that person; or, as `name` without a seed, how the baselines do."""
+
+    data: str
+    person: str
+    name: str | None = None
+    seed: int | None = None
+    config: RunConfig | None = None
+
+
+def data_path(out: Path, data: str, person: str) -> Path:
+    """The dataset in which a person is left out."""
+    return out / "data" / data / f"{person}.hdf5"
+
+
+def scores_path(out: Path) -> Path:
+    """The folder of all scores."""
+    return out / "scores"
+
+
+def score_path(out: Path, data: str, name: str, person: str, seed: int | None = None) -> Path:
+    """The scores of who tracked in a person."""
+    return scores_path(out) / data / name / (f"{person}.json" if seed is None else f"{person}_seed_{seed}.json")
+
+
+def is_done(out: Path, task: Task) -> bool:
+    """Whether the file of a task is there."""
+    if task.name is None:
+        return data_path(out, task.data, task.person).exists()
+    return score_path(out, task.data, task.name, task.person, task.seed).exists()
+
+
+def do(out: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, None]]:
+    """Do one task after the other; yields each when it is done."""
+    set_num_threads(1)
+    for task in tasks:
+        if task.name is None:
+            _make_data(out, task)
+        elif task.config is None:
+            _score_baselines(out, task)
+        else:
+            _train_and_score(out, task)
+        yield task, None
+
+
+def score_experiment(out: Path, directory: Path, *, data: str, person: str, name: str, config: RunConfig) -> None:
+    """Write how an experiment's best model tracks in the person whom its dataset leaves out."""
+    case = _case(out, data, person, config)
+    model = load_model(find_model(directory)).module
+    recipe = config.to_dict()
+    for varies in ("hdf5_file", "checkpoints", "logging"):
+        recipe.pop(varies, None)
+    recipe["training"] = {key: value for key, value in recipe["training"].items() if key != "rng"}
+    seed = config.training.rng
+    _write(
+        score_path(out, data, name, person, seed),
+        {
+            **_who(data, person, name, seed),
+            "scores": _scores(case, model, case.space),
+            "config": recipe,
+        },
+    )
+
+
+def _make_data(out: Path, task: Task) -> None:
+    path = data_path(out, task.data, task.person)
+    remove_leftovers(path.parent, path.name)
+    make_example_data(path, settings=data_of(task.data, task.person))
+
+
+def _train_and_score(out: Path, task: Task) -> None:
+    assert task.config is not None
+    assert task.name is not None
+    assert task.seed is not None
+    parent = out / "experiments" / task.data / task.name
+    make_directory(parent)
+    directory = parent / f"{task.person}_seed_{task.seed}"
+    config = replace(
+        task.config,
+        hdf5_file=str(data_path(out, task.data, task.person).absolute()),
+        training=replace(task.config.training, rng=task.seed),
+    )
+    with experiment_lock(parent, wait=True):
+        if directory.exists():
+            check_same_run(directory, config)
+        else:
+            create_experiment(parent, directory.name, config)
+    with experiment_lock(directory):
+        parts, state, history = resume_experiment(directory, given=config, may_have_ended=True)
+        for _ in run_experiment(directory, parts, state=state, history=history):
+            pass
+        score_experiment(out, directory, data=task.data, person=task.person, name=task.name, config=config)
+
+
+def _score_baselines(out: Path, task: Task) -> None:
+    """Each has its own file; that of the task, with the ceiling, comes last."""
+    assert task.name is not None
+    case = _case(out, task.data, task.person, _BASELINE_CONFIG)
+    for name, (tracker, space) in case.baselines().items():
+        path = score_path(out, task.data, name, task.person)
+        _write(path, {**_who(task.data, task.person, name, None), "scores": _scores(case, tracker, space)})
+    ceiling = case.ceiling()
+    _write(
+        score_path(out, task.data, task.name, task.person),
+        {
+            **_who(task.data, task.person, task.name, None),
+            "valid": None if ceiling is None else ceiling.all.valid,
+            "both_ends": None if ceiling is None else ceiling.all.both_ends,
+        },
+    )
+
+
+def _case(out: Path, data: str, person: str, config: RunConfig) -> TrackingCase:
+    path = data_path(out, data, person)
+    groups = config.data.input_group_name, config.data.streamline_group_name
+    dataset = open_dataset(path, "testing", input_group_name=groups[0], streamline_group_name=groups[1])
+    case = tracking_case(dataset, config)
+    if case is None:
+        raise ValueError(f"{path}: expected streamlines of known bundles, in even steps. Give the model a step size.")
+    return case
+
+
+def _scores(case: TrackingCase, tracker: Any, space: Any) -> dict[str, Any]:
+    return {protocol: lines.scores._asdict() for protocol, lines in case.track(tracker, space, key=_KEY).items()}
+
+
+def _who(data: str, person: str, name: str, seed: int | None) -> dict[str, Any]:
+    return {"data": data, "data_options": _data_options(data), "tracker": name, "person": person, "seed": seed}
+
+
+def _data_options(data: str) -> dict[str, Any]:
+    options = asdict(DATA[data])
+    del options["test_subject"]
+    return options
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    make_directory(path.parent)
+    atomic_write(path, json.dumps(null_if_not_finite(values), indent=2) + "\n")
