@@ -123,7 +123,9 @@ def _train_and_score(out: Path, task: Task) -> None:
             check_same_run(directory, config)
         else:
             create_experiment(parent, directory.name, config)
-    with experiment_lock(directory):
+    with experiment_lock(directory, wait=True):  # a process of a benchmark that was killed may still train it
+        if is_done(out, task):
+            return
         parts, state, history = resume_experiment(directory, given=config, may_have_ended=True)
         for _ in run_experiment(directory, parts, state=state, history=history):
             pass

@@ -59,7 +59,7 @@ class Options(CommandOptions):
 def run(options: Options) -> int:
     """Run the benchmark and print its table."""
     setting = _setting(options)
-    num_processes = options.processes or len(os.sched_getaffinity(0))
+    num_processes = len(os.sched_getaffinity(0)) if options.processes is None else options.processes
     check_number("processes", num_processes, at_least=1)
     recipes, experiments = _models(options)
     out = Path(options.out)
@@ -94,6 +94,8 @@ def _setting(options: Options) -> BenchmarkSetting:
 
 def _models(options: Options) -> tuple[dict[str, RunConfig], list[tuple[str, Path]]]:
     """The recipes to train by name, and the experiments to score."""
+    if options.name is not None:
+        check_name(options.name)
     recipes: dict[str, RunConfig] = {}
     experiments: list[tuple[str, Path]] = []
     for given in options.model:

@@ -1,0 +1,255 @@
+"""Claims about `dwiml-func benchmark`: data that tell trackers apart, true scores, and that a kill costs nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import nibabel as nib
+import numpy as np
+import pytest
+from dipy.tracking.distances import bundles_distances_mdf
+from dipy.tracking.streamline import set_number_of_points
+from experiment_cases import contents, latest_digest
+from scipy.spatial.distance import cdist
+
+from dwiml_func import Key
+from dwiml_func.benchmark import tasks
+from dwiml_func.benchmark.leaderboard import as_markdown, leaderboard
+from dwiml_func.benchmark.tasks import CEILING
+from dwiml_func.data.bundles import Bundles
+from dwiml_func.data.example import dataset as example
+from dwiml_func.data.example.settings import ExampleSettings
+from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.data.hdf5.write import new_dataset
+from dwiml_func.experiment.config import BatchConfig, RunConfig
+from dwiml_func.experiment.tracking_case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION, TrackingCase, tracking_case
+from dwiml_func.tracking import protocols
+
+CONFIG = RunConfig(hdf5_file="", batches=BatchConfig(step_size=2.0))
+TINY = {
+    "training": {"max_epochs": 2, "learning_rate": ["0.01"]},
+    "model": {"rnn_layer_sizes": [8]},
+    "batches": {"batch_size_training": 40},
+}
+
+
+@pytest.fixture(scope="module")
+def crossings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One person with three crossings a bundle."""
+    path = tmp_path_factory.mktemp("crossings") / "data.hdf5"
+    subsets: Any = {"training": ("sub_4",), "validation": (), "testing": ()}
+    with new_dataset(path, **subsets, groups_config={}, date="", step_size=1.0, overwrite=False) as file:
+        example._write_subject(file.create_group("sub_4"), 3, ExampleSettings(crossings=3))
+    return path
+
+
+@pytest.fixture(scope="module")
+def case(crossings: Path) -> TrackingCase:
+    case = tracking_case(open_dataset(crossings), CONFIG)
+    assert case is not None
+    return case
+
+
+@pytest.fixture
+def few_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocols, "NUM_FREE", 20)
+    monkeypatch.setattr(protocols, "NUM_CORE", 60)
+
+
+def test_where_bundles_cross_the_true_field_tracks_and_the_principal_direction_does_not(
+    case: TrackingCase, few_seeds: None
+) -> None:
+    few = np.arange(0, 150, 5)
+    case = case._replace(real=case.real.select(few), bundles=Bundles(case.bundles.names, case.bundles.ids[few]))
+    valid = {}
+    for name, (tracker, space) in case.baselines().items():
+        tracked = case.track(tracker, space, key=Key(0))
+        valid[name] = [tracked[protocol].scores.valid for protocol in ("continue", "core")]
+    assert min(valid[ORACLE]) > 0.5
+    assert max(valid[PRINCIPAL_DIRECTION]) < 0.1
+    assert max(valid[KEEP_STRAIGHT]) < 0.1
+
+
+def share_by_others(tractogram: Path, hdf5: Path) -> float:
+    """The valid share, from the files, by h5py, nibabel, scipy and dipy."""
+    with h5py.File(hdf5) as file:
+        group: Any = file["sub_4/streamlines"]
+        affine, ids, ends = group.attrs["affine"], group["bundle_ids"][:], np.cumsum(group["lengths"][:])
+        points = (group["data"][:].astype(np.float64) - 0.5) @ affine[:3, :3].T + affine[:3, 3]
+    real = set_number_of_points(np.split(points, ends[:-1]), 20)
+    lines = set_number_of_points([line.astype(np.float64) for line in nib.streamlines.load(tractogram).streamlines], 20)
+    valid = np.zeros(len(lines), dtype=bool)
+    for bundle in np.unique(ids):
+        own = [line for line, number in zip(real, ids, strict=True) if number == bundle]
+        firsts, lasts = (np.array([line[end] for line in own]) for end in (0, -1))
+        between = [cdist(firsts, firsts), cdist(lasts, lasts), bundles_distances_mdf(own, own)]
+        for distances in between:
+            np.fill_diagonal(distances, np.inf)
+        ends_mm = max(4.0, np.quantile(np.concatenate([d.min(axis=1) for d in between[:2]]), 0.95))
+        mdf_mm = np.quantile(between[2].min(axis=1), 0.95)
+        starts, stops = (np.array([line[end] for line in lines]) for end in (0, -1))
+        near = [[cdist(p, cloud).min(axis=1) <= ends_mm for cloud in (firsts, lasts)] for p in (starts, stops)]
+        joins = (near[0][0] & near[1][1]) | (near[0][1] & near[1][0])
+        valid |= joins & (bundles_distances_mdf(lines, own).min(axis=1) <= mdf_mm)
+    return float(valid.mean())
+
+
+def test_a_tractogram_has_the_score_that_other_libraries_give_it(
+    case: TrackingCase, crossings: Path, few_seeds: None, cli: Any, tmp_path: Path
+) -> None:
+    tracked = case.track(*case.baselines()[ORACLE], key=Key(5))["core"].lines
+    affine = case.grid.affine
+    in_ras = (tracked.points / 2 - 0.5).double().numpy() @ affine[:3, :3].T + affine[:3, 3]
+    lines = np.split(in_ras.astype(np.float32), tracked.offsets[1:-1].numpy())
+    header = {"voxel_to_rasmm": affine, "dimensions": case.grid.shape, "voxel_sizes": (2, 2, 2), "voxel_order": "RAS"}
+    path = tmp_path / "tracked.trk"
+    nib.streamlines.save(nib.streamlines.Tractogram(lines, affine_to_rasmm=np.eye(4)), path, header=header)
+    assert cli("score", path, crossings, "--subject", "sub_4", "--out", tmp_path / "scores.json").code == 0
+    ours = json.loads((tmp_path / "scores.json").read_text())["scores"]["all"]["valid"]
+    assert 0.3 < ours < 0.9
+    assert ours == pytest.approx(share_by_others(path, crossings), abs=1e-12)
+
+
+def made_up(tracker: str, person: str, valid: float, *, seed: int | None = None) -> dict[str, Any]:
+    scores = {name: {"valid": valid, "lag_mm": [1.0, 2.0, 3.0, 4.0]} for name in ("continue", "free", "core")}
+    return {
+        "data": "crossings",
+        "data_options": {"snr": 20.0},
+        "tracker": tracker,
+        "person": person,
+        "seed": seed,
+        "scores": scores,
+    }
+
+
+def test_the_coverage_is_the_share_of_the_way_from_the_principal_direction_to_the_oracle() -> None:
+    scores = [made_up(ORACLE, person, 0.8) for person in ("sub_1", "sub_2", "sub_3")]
+    scores += [made_up(PRINCIPAL_DIRECTION, person, 0.2) for person in ("sub_1", "sub_2", "sub_3")]
+    scores += [{**made_up(CEILING, person, 0), "valid": 0.9} for person in ("sub_1", "sub_2")]
+    of_model = {("sub_1", 1): 0.4, ("sub_1", 2): 0.5, ("sub_2", 1): 0.6, ("sub_2", 2): 0.7}
+    scores += [made_up("mine", person, valid, seed=seed) for (person, seed), valid in of_model.items()]
+    oracle, mine, principal = leaderboard(scores)
+    assert (oracle["tracker"], principal["tracker"]) == (ORACLE, PRINCIPAL_DIRECTION)
+    assert (oracle["coverage"]["all"], principal["coverage"]["all"]) == (1.0, 0.0)
+    assert mine["valid"]["free"] == 0.55
+    assert mine["coverage"]["free"] == mine["coverage"]["all"] == round(0.35 / 0.6, 6)
+    assert mine["spread"]["people"]["core"] == round(float(np.std([0.45, 0.65], ddof=1)), 6)
+    assert mine["spread"]["seeds"]["core"] == round(float(np.std([0.5, 0.6], ddof=1)), 6)
+    assert (mine["num_people"], mine["num_seeds"], mine["ceiling_valid"]) == (2, 2, 0.9)
+    assert "| mine | 58 % | 0.550 ± 0.141 ± 0.071 |" in as_markdown([oracle, mine, principal])
+
+
+def test_a_setting_that_does_not_tell_trackers_apart_gives_no_coverage() -> None:
+    scores = [made_up(ORACLE, "sub_1", 0.74), made_up(PRINCIPAL_DIRECTION, "sub_1", 0.76)]
+    assert [row["coverage"]["all"] for row in leaderboard(scores)] == [None, None]
+
+
+@pytest.fixture
+def out(tmp_path: Path, example_hdf5: Path, few_seeds: None) -> Path:
+    """A benchmark's folder in which the data are there: a few streamlines of each bundle, sub_5 left out."""
+    path = tmp_path / "out" / "data" / "crossings" / "sub_5.hdf5"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    with h5py.File(example_hdf5) as source, h5py.File(path, "w") as file:
+        file.attrs.update(source.attrs)
+        for person in source:
+            whole: Any = source[person]
+            source.copy(whole["input"], file.create_group(person), "input")
+            source.copy(whole["wm_mask"], file[person], "wm_mask")
+            source.copy(whole["streamlines"], file[person], "streamlines")
+            group: Any = file[f"{person}/streamlines"]
+            lengths, ids = group["lengths"][:], group["bundle_ids"][:]
+            kept = np.arange(len(lengths)) % 5 == 0
+            of_points = np.repeat(kept, lengths)
+            new = {"data": group["data"][:][of_points], "lengths": lengths[kept], "bundle_ids": ids[kept]}
+            new["offsets"] = np.cumsum(new["lengths"]) - new["lengths"]
+            for name, values in new.items():
+                if name in group:
+                    del group[name]
+                    group.create_dataset(name, data=values)
+    return tmp_path / "out"
+
+
+def command(out: Path) -> tuple[Any, ...]:
+    return ("benchmark", out, "--people", "sub_5", "--seeds", 1, 2, "--model", out.parent / "tiny.json", "-j", 1)
+
+
+def test_a_benchmark_that_was_stopped_continues_with_the_same_command_and_ends_in_the_same_bytes(
+    out: Path, cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}_other")) / "out"
+    whole = cli(*command(out))
+    assert whole.code == 0, whole.err
+
+    run, calls = tasks.run_experiment, []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        for report in run(*arguments, **options):
+            yield report
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(tasks, "run_experiment", interrupted)
+    assert cli(*command(other)).code == 130
+    experiments = other / "experiments" / "crossings" / "tiny"
+    assert not (other / "leaderboard.jsonl").exists()
+    first = contents(experiments / "sub_5_seed_1")
+    monkeypatch.setattr(tasks, "run_experiment", run)
+    again = cli(*command(other))
+    assert again.code == 0, again.err
+    assert contents(experiments / "sub_5_seed_1") == first  # what had finished was not trained again
+    for name in ("leaderboard.jsonl", "leaderboard.md"):
+        assert (out / name).read_bytes() == (other / name).read_bytes()
+    digests = {
+        latest_digest(folder / "experiments" / "crossings" / "tiny" / f"sub_5_seed_{seed}")
+        for folder in (out, other)
+        for seed in (1, 2)
+    }
+    assert len(digests) == 2  # one for each seed
+    rows = [json.loads(line) for line in (out / "leaderboard.jsonl").read_text().splitlines()]
+    assert {row["tracker"] for row in rows} == {"tiny", ORACLE, PRINCIPAL_DIRECTION, KEEP_STRAIGHT}
+    (mine,) = [row for row in rows if row["tracker"] == "tiny"]
+    assert mine["config"]["model"]["rnn_layer_sizes"] == [8]
+    assert mine["config"]["batches"]["step_size"] == 2.0  # what a part of a config leaves out is the recipe's
+    assert "hdf5_file" not in mine["config"]
+
+    # An experiment of anyone, trained on the benchmark's data, gets a row.
+    added = cli(*command(out), experiments.parents[2].parent / "nothing")
+    added.check_refusal("nothing")
+    directory = out / "experiments" / "crossings" / "tiny" / "sub_5_seed_2"
+    assert cli(*command(out)[:2], "--people", "sub_5", "--model", directory, "--name", "mine").code == 0
+    rows = [json.loads(line) for line in (out / "leaderboard.jsonl").read_text().splitlines()]
+    by_name = {row["tracker"]: row for row in rows}
+    assert by_name["mine"]["seeds"] == [2]
+    assert by_name["tiny"]["seeds"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--setting", "huge"), "huge"),
+        (("--data", "nothing"), "nothing"),
+        (("--people", "sub_9"), "sub_9"),
+        (("--people", "sub_1", "sub_1"), "sub_1"),
+        (("--seeds", "1", "1"), "seeds"),
+        (("--name", "a/b"), "a/b"),
+        (("--name", ORACLE), ORACLE),
+        (("--model", "missing.json"), "missing.json"),
+        (("--max-epochs", "0"), "max_epochs"),
+        (("-j", "0"), "processes"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_is_written(
+    cli: Any, tmp_path: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    cli("benchmark", tmp_path / "out", *arguments).check_refusal(named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_experiment_on_other_data_is_refused(cli: Any, tmp_path: Path, stopped_early: Path) -> None:
+    cli("benchmark", tmp_path / "out", "--model", stopped_early / "run").check_refusal("data.hdf5", "config to train")
