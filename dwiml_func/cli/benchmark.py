@@ -59,7 +59,7 @@ class Options(CommandOptions):
 def run(options: Options) -> int:
     """Run the benchmark and print its table."""
     setting = _setting(options)
-    num_processes = len(os.sched_getaffinity(0)) if options.processes is None else options.processes
+    num_processes = (os.cpu_count() or 1) if options.processes is None else options.processes
     check_number("processes", num_processes, at_least=1)
     recipes, experiments = _models(options)
     out = Path(options.out)
