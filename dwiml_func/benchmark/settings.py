@@ -23,6 +23,7 @@ DATA: dict[str, ExampleSettings] = {
 true field."""
 
 SettingName = Literal["small", "full"]
+"""How much of it to run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
