@@ -34,13 +34,13 @@ class Options(CommandOptions):
     Example: dwiml-func benchmark bench --setting small -j 2
     """
 
-    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")] = "benchmark"
+    out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[OUT]")] = "benchmark"
     """Folder of the data, the experiments, the scores and the leaderboard; it is made if missing."""
     setting: SettingName = "small"
-    """small: one kind of data, five people, three seeds. full: all kinds of data."""
+    """How much to run. small: one kind of data, five people, three seeds. full: all kinds of data."""
     model: Annotated[tuple[str, ...], tyro.conf.arg(metavar="EXPERIMENT_OR_CONFIG ...")] = ()
-    """Models to add. A config.json, or a part of one, is trained for each person and seed, its other options are those
-    of the example data. An experiment, which trained on OUT/data/..., is scored in the person left out there. None: the
+    """Models to add. Each config.json, or part of one, is trained for each person and seed, its other options are those
+    of the example data. Each experiment, trained on OUT/data/..., is scored in the person left out there. None: the
     recipe of the example data."""
     name: str | None = None
     """Name of the models in the leaderboard. None: that of the file or the folder."""
