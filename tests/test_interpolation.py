@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
-from dwiml_func.data.interpolation import interpolate
+from dwiml_func.data.interpolation import Interpolation, interpolate
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))
 
@@ -179,3 +180,12 @@ def test_nearest_takes_far_points_to_the_border_and_nan_to_nan():
     found = interpolate(volume, points, mode="nearest")
     assert found[0].item() == volume[1, 0, 1].item()
     assert found[1:].isnan().all()
+
+
+def test_a_device_gets_the_numbers_of_a_grid_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the device `meta`: on a GPU each copy would wait for it, at each step of tracking."""
+    volume, points = torch.empty(3, 4, 5, 2, device="meta"), torch.empty(7, 3, device="meta")
+    assert interpolate(volume, points).shape == (7, 2)
+    monkeypatch.delattr(torch, "tensor")
+    for mode in get_args(Interpolation):
+        assert interpolate(volume, points, mode=mode).shape == (7, 2)

@@ -17,6 +17,7 @@ from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.cli._tracking import check_options, header_facts, with_progress
+from dwiml_func.core.matmul_precision import set_matmul_precision
 from dwiml_func.core.rng import Key
 from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.interpolation import Interpolation
@@ -252,4 +253,5 @@ def _device(options: Options) -> torch.device:
     torch.set_num_threads(1)
     if options.use_gpu and not torch.cuda.is_available():
         raise ValueError("use_gpu: expected a CUDA GPU. Torch finds none. Leave --use-gpu out.")
+    set_matmul_precision("highest")
     return torch.device("cuda" if options.use_gpu else "cpu")

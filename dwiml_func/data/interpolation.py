@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from dwiml_func._transforms import is_transformed
 
 __all__ = ["FlatVolumes", "Interpolation", "interpolate"]
 
@@ -94,8 +97,19 @@ class FlatVolumes:
 
 
 def _grid(shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(3,) last indices and strides of a volume."""
-    size_x, size_y, size_z = shape[:3]
+    """(3,) last indices and strides of a volume. A device gets those of each shape once: copying them waits for it."""
+    sizes = (shape[0], shape[1], shape[2])
+    return _new_grid(sizes, device) if device.type == "cpu" or is_transformed() else _kept_grid(sizes, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_grid(sizes: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # later calls may need gradients
+        return _new_grid(sizes, device)
+
+
+def _new_grid(sizes: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    size_x, size_y, size_z = sizes
     last = torch.tensor([size_x, size_y, size_z], device=device) - 1
     return last, torch.tensor([size_y * size_z, size_z, 1], device=device)
 
