@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.bisect import bisect_runs
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.lockstep import tensor_differences
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
 
@@ -132,3 +134,16 @@ def test_a_run_is_compared_with_its_own_record_and_the_piece_that_differs_is_nam
 def test_a_run_without_an_epoch_is_refused(cli, run, tmp_path):
     create_experiment(tmp_path, "new", read_config(run))
     cli("bisect", run, tmp_path / "new").check_refusal("has no recorded epoch yet")
+
+
+def test_tensors_that_one_run_lacks_or_that_have_another_shape_are_told():
+    a = {"same": torch.ones(2), "gone": torch.ones(1), "wide": torch.ones(3), "kind": torch.ones(1)}
+    b = {"same": torch.ones(2), "new": torch.ones(1), "wide": torch.ones(2), "kind": torch.ones(1).double()}
+    assert tensor_differences({n: a[n] for n in ("same", "gone")}, {n: b[n] for n in ("same", "new")}) == [
+        "gone: only in A",
+        "new: only in B",
+    ]
+    wide, kind = tensor_differences({n: a[n] for n in ("wide", "kind")}, {n: b[n] for n in ("wide", "kind")}, "grad/")
+    assert re.fullmatch(r"grad/wide: .*3.* in A, .*2.* in B", wide)
+    assert re.fullmatch(r"grad/kind: .*float32.* in A, .*float64.* in B", kind)
+    assert tensor_differences(a, a) == []

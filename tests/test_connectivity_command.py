@@ -13,6 +13,7 @@ from creation_cases import AFFINE, save_lines
 from dipy.tracking.utils import connectivity_matrix
 from nibabel.affines import apply_affine
 
+from dwiml_func.cli._connectivity import read_matrix
 from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.creation.connectivity import read_connectivity
 
@@ -185,3 +186,19 @@ def test_a_matrix_of_labels_goes_into_a_dataset_and_out_again(cli, tmp_path):
         assert cli("extract", tmp_path / "a.hdf5", "anna", "lines", tmp_path / "m.npy", *options).code == 0
         np.testing.assert_array_equal(np.load(tmp_path / "m.npy"), matrix)
     assert "rows" in (matrix_fault((5, 5), None, labels) or "")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (np.ones((3, 4)), r"expected a square matrix\. Received the shape \(3, 4\)"),
+        (np.ones(4), r"expected a square matrix\. Received the shape \(4,\)"),
+        (np.ones((3, 3), dtype=complex), "expected a matrix of numbers"),
+        (np.diag([1.0, -1]), "expected finite numbers of at least 0"),
+        (np.diag([1.0, np.nan]), "expected finite numbers of at least 0"),
+    ],
+)
+def test_what_is_no_matrix_is_refused(tmp_path, matrix, message):
+    np.save(tmp_path / "m.npy", matrix)
+    with pytest.raises(ValueError, match=message):
+        read_matrix(str(tmp_path / "m.npy"))

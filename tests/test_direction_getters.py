@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from dwiml_func.core.rng import Key
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS, DirectionGetter, make_direction_getter
 from dwiml_func.models.direction_getters._layers import TwoLayerNetwork
+from dwiml_func.models.direction_getters.sphere_classification import SphereClassification
 
 KEYS = [
     "cosine-regression",
@@ -418,3 +419,13 @@ def test_rows_that_do_not_fit_are_refused(key: str) -> None:
         getter.losses(outputs, targets)
     with pytest.raises(ValueError, match=r"^Expected is_last \(7,\). Received: \(6,\)\.$"):
         getter.losses(outputs, targets, is_last[1:])
+
+
+def test_eos_is_most_likely_where_no_direction_is_likelier() -> None:
+    getter = SphereClassification(6, add_eos=True)
+    outputs = torch.linspace(-1, 1, getter.output_size).repeat(3, 1)
+    outputs[:, -1] = torch.tensor([0.99, 1.01, -2.0])  # the likeliest direction has a logit just below 1
+    assert getter.eos_is_most_likely(outputs).tolist() == [False, True, False]
+    assert (getter.eos_probability(outputs) < 0.5).all()
+    with pytest.raises(ValueError, match="add_eos=True"):
+        SphereClassification(6).eos_is_most_likely(outputs[:, :-1])

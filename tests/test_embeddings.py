@@ -11,7 +11,7 @@ from scipy.signal import correlate
 
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.data.neighborhood import Neighborhood, neighborhood_vectors
-from dwiml_func.models.embeddings import CNNEmbedding, NNEmbedding, NoEmbedding, make_embedding
+from dwiml_func.models.embeddings import CNNEmbedding, NNEmbedding, NoEmbedding, make_embedding, make_input_embedding
 
 RNG = np.random.default_rng(2)
 
@@ -131,3 +131,13 @@ def test_what_makes_no_embedding_is_refused(arguments, message):
 def test_convolutions_that_do_not_fit_are_refused(nb_filters, kernel_sizes, message):
     with pytest.raises(ValueError, match=message):
         cnn(2, 1, nb_filters, kernel_sizes)
+
+
+def test_cnn_embedding_needs_a_grid_and_takes_its_radius():
+    options = {"embedded_size": None, "nb_cnn_filters": (2,), "kernel_size": (3,)}
+    grid = make_input_embedding("cnn_embedding", 2, Neighborhood(type="grid", radius=2), **options)
+    assert grid(torch.zeros(1, 2 * 125)).shape == (1, grid.output_size)
+    assert grid.output_size == 2 * 27  # a kernel of 3 leaves 3 of 5 places along each axis
+    for neighborhood, kind in ((None, "none"), (Neighborhood(type="axes"), "axes")):
+        with pytest.raises(ValueError, match=f"cnn_embedding requires neighborhood_type grid, received {kind}"):
+            make_input_embedding("cnn_embedding", 2, neighborhood, **options)

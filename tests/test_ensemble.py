@@ -22,6 +22,7 @@ from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, member_sums, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
+from dwiml_func.optim import chain, skip_not_finite
 from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
 
 OPTIMIZERS = {"sgd": partial(sgd, momentum=0.9), "adam": adam, "adamw": adamw, "radam": radam}
@@ -275,6 +276,38 @@ def test_a_member_whose_loss_alone_is_not_finite_takes_no_step():
     assert ensemble.active.tolist() == [True, False]
     assert member_sums(metrics, 2)[1]["loss"] == (0, 0)
     assert state_digest(member(ensemble, 1)) == state_digest(states[1])
+
+
+def test_a_member_whose_loss_alone_is_not_finite_skips_the_step_where_it_may():
+    def loss_fn(params, buffers, batch, *, key, train):
+        return LossOut((params["w"] + buffers["offset"]).sum(), 1, buffers, {})
+
+    optimizer = chain(skip_not_finite(3), sgd())
+    states = [
+        TrainState(
+            params=(params := {"w": torch.ones(1)}),
+            buffers={"offset": torch.tensor(off)},
+            opt_state=optimizer.init(params),
+            key=Key(0),
+        )
+        for off in (1.0, math.inf)
+    ]
+    ensemble, metrics = ensemble_step(stack_states(states), None, loss_fn=loss_fn, optimizer=optimizer, lr=0.5)
+    assert ensemble.active.tolist() == [True, True]
+    assert ensemble.params["w"].tolist() == [[0.5], [1.0]]
+    assert ensemble.opt_state["0"]["skipped"].tolist() == [0, 1]
+    assert [sums["skipped"] for sums in member_sums(metrics, 2)] == [(0, 1), (1, 1)]
+
+
+def test_a_loss_that_is_no_scalar_for_a_later_batch_is_refused():
+    def loss_fn(params, buffers, batch, *, key, train):
+        return LossOut((params["w"] * batch).mean(0), len(batch), buffers, {})
+
+    state = TrainState(params={"w": torch.ones(1)}, buffers={}, opt_state={}, key=Key(0))
+    step = partial(ensemble_step, loss_fn=loss_fn, optimizer=sgd(), lr=0.5)
+    ensemble, _ = step(stack_states([state, state]), torch.ones(4)[:, None].mean(1))
+    with pytest.raises(ValueError, match=r"Expected a scalar loss, a mean over points. Received: .* \(3,\)"):
+        step(ensemble, torch.ones(4, 3))
 
 
 def test_an_ensemble_of_members_that_all_failed_ends():

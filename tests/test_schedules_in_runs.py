@@ -148,3 +148,19 @@ def test_a_rate_by_step_compiles_once():
     )
     assert [report.epoch for _, report in epochs] == [1, 2]
     assert (step.num_compilations, step.eager_reason) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "bottom"),
+    [([0.0, 1, 2], "linear", 0), ([5.0, 9], "linear", 0), ([-1.0, 2], "linear", None), ([0.1, 5], "log", None)],
+)
+def test_all_values_lie_within_the_axes_and_more_than_a_decade_is_logarithmic(values, scale, bottom):
+    axes = Figure().subplots()
+    axes.plot(range(len(values)), values)
+    Panel(axes, is_alone=True).scale()
+    low, high = axes.get_ylim()
+    assert low <= min(values)
+    assert high >= max(values)
+    assert axes.get_yscale() == scale
+    assert bottom is None or low == bottom
+    assert len([tick for tick in axes.get_yticks() if low <= tick <= high]) >= 3

@@ -293,6 +293,8 @@ def test_streamlines_longer_than_max_len_are_refused() -> None:
         model(_batch())
     state = None
     for _ in range(12):
-        _, state = model.run_step(torch.zeros(1, F), torch.zeros(1, 0), state)
-    with pytest.raises(ValueError, match="at most 12 points, received one with 13"):
-        model.run_step(torch.zeros(1, F), torch.zeros(1, 0), state)
+        _, state = model.run_step(torch.zeros(2, F), torch.zeros(2, 0), state)
+    assert state is not None
+    for num_read in ([12, 12], [12, 3]):  # of one of the two lines
+        with pytest.raises(ValueError, match="at most 12 points, received one with 13"):
+            model.run_step(torch.zeros(2, F), torch.zeros(2, 0), state._replace(num_read=torch.tensor(num_read)))
