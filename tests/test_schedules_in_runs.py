@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from dwiml_func import adam, init_state, jit_step, module_loss, per_step, train_and_validate, warm_up
 from dwiml_func.checkpoint import list_checkpoints
