@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.non_finite import NonFiniteError
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Track
+from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.audit_processes import in_processes
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.consistency import best_model_problems, record_digest, record_problems
@@ -90,17 +92,19 @@ def audit_experiment(
     if not recorded:
         raise ValueError(f"{directory} has trained no epoch of its own yet. Expected at least one. {left_out[0]}")
 
-    problems = [
-        *record_problems(directory, latest, config),
-        *best_model_problems(directory, latest, config),
-        *data_problems(latest, replayed_config.hdf5_file),
-    ]
+    problems: list[str] = []
+
+    def check_record() -> None:
+        problems.extend(record_problems(directory, latest, config))
+        problems.extend(best_model_problems(directory, latest, config))
+        problems.extend(data_problems(latest, replayed_config.hdf5_file))
+
     epochs = recorded if sample is None else sample_epochs(recorded, sample)
     ends = {int(name) for name in list_checkpoints(directory) if "-" not in name}
     chosen = spans(ends, recorded, epochs)
     replayed: list[int] = []
     changes: dict[str, None] = {}
-    for span, found in _replays(directory, replayed_config, chosen, num_processes, track):
+    for span, found in _replays(directory, replayed_config, chosen, num_processes, track, check_record):
         replayed += range(span.first, span.last + 1) if found.is_replayed else ()
         problems += found.problems
         changes |= dict.fromkeys(found.context)
@@ -142,52 +146,82 @@ class Replayed:
 
 
 def _replays(
-    directory: Path, config: RunConfig, chosen: Sequence[Span], num_processes: int, track: Track | None
+    directory: Path,
+    config: RunConfig,
+    chosen: Sequence[Span],
+    num_processes: int,
+    track: Track | None,
+    check_record: Callable[[], object],
 ) -> Iterator[tuple[Span, Replayed]]:
-    """Replay the spans, in this process or in several, in any order."""
+    """Replay the spans, in this process or in several, in any order; the record is checked before or meanwhile."""
     if num_processes == 1 or len(chosen) < 2:
-        parts = None
-        for span in chosen:
-            found, parts = _replay(directory, config, span, parts, track)
-            yield span, found
+        check_record()
+        yield from _replay_all(directory, config, chosen, track)
         return
     alone = replace(config, batches=replace(config.batches, processes=0))  # a process of an audit loads by itself
-    yield from in_processes(_replay_all, (directory, alone), chosen, min(num_processes, len(chosen)))
+    number = min(num_processes, len(chosen))
+    yield from in_processes(_replay_all, (directory, alone), chosen, number, check_record)
 
 
-def _replay_all(directory: Path, config: RunConfig, chosen: Sequence[Span]) -> Iterator[tuple[Span, Replayed]]:
-    """Of one process of several."""
-    yield from _replays(directory, config, chosen, 1, None)
+def _replay_all(
+    directory: Path, config: RunConfig, chosen: Sequence[Span], track: Track | None = None
+) -> Iterator[tuple[Span, Replayed]]:
+    """Replay spans one after the other, also as one process of several."""
+    replay = _Replay(directory, config, track)
+    for span in chosen:
+        yield span, replay(span)
 
 
-def _replay(
-    directory: Path, config: RunConfig, span: Span, parts: RunParts | None, track: Track | None
-) -> tuple[Replayed, RunParts | None]:
-    """Train a span again; the parts of the run are made once and handed back."""
-    label = f"epoch {span.last}" if span.first == span.last else f"epochs {span.first} to {span.last}"
-    latest = newest(directory)
-    reports = recorded_epochs(directory, latest)
-    assert latest is not None
-    after, _ = checkpoint_after(directory, span.last, reports)
-    recorded = (after or latest).environment
-    problems: list[str] = []
-    with recorded_threads(recorded, default=config.training.num_threads):
-        try:
-            if parts is None:
-                is_measured = WINDOW_LAG in reports[span.last].valid  # not by earlier versions
-                parts = prepare(config if is_measured else without_window_lag(config))
-            first = parts.first_state()
-            devices = {str(leaf.device) for leaf in state_leaves(first).values()}
-            changes = environment_differences(recorded, environment(devices))
-            state, start, _ = replay_start(directory, first, span.first, config.origin)
-            problems += start_problems(state, start, reports, config.origin)
-            problems += replay_problems(train_epochs(state, parts, track, span.last), reports, span.last, after)
-        except NothingLeft as error:
-            return Replayed(False, left_out=(f"{label}: {error}",)), parts
-        except (ValueError, NonFiniteError) as error:
-            return Replayed(False, (f"{label}: the replay failed: {error}",)), parts
-    texts = tuple(f"{label}: {problem}" for problem in problems)
-    return Replayed(True, texts, tuple(f"environment: {text}" for text in changes)), parts
+class _Replay:
+    """Trains spans again. The parts of the run are made once, and a span may begin with the end of the one before."""
+
+    def __init__(self, directory: Path, config: RunConfig, track: Track | None) -> None:
+        latest = newest(directory)
+        assert latest is not None
+        self._directory, self._config, self._track, self._latest = directory, config, track, latest
+        self._reports = recorded_epochs(directory, latest)
+        self._parts: RunParts | None = None
+        self._end: TrainState | None = None  # of a replay that was identical to the record
+
+    def __call__(self, span: Span) -> Replayed:
+        label = f"epoch {span.last}" if span.first == span.last else f"epochs {span.first} to {span.last}"
+        after, _ = checkpoint_after(self._directory, span.last, self._reports, is_read=False)
+        recorded, reports, origin = (after or self._latest).environment, self._reports, self._config.origin
+        problems: list[str] = []
+        with recorded_threads(recorded, default=self._config.training.num_threads):
+            try:
+                parts = self._made(WINDOW_LAG in reports[span.last].valid)  # not by earlier versions
+                state = self._start(span.first)
+                if state is None:
+                    state, start, _ = replay_start(self._directory, parts.first_state(), span.first, origin)
+                    problems += start_problems(state, start, reports, origin)
+                devices = {str(leaf.device) for leaf in state_leaves(state).values()}
+                changes = environment_differences(recorded, environment(devices))
+                epochs = self._kept(train_epochs(state, parts, self._track, span.last))
+                problems += replay_problems(epochs, reports, span.last, after)
+            except NothingLeft as error:
+                return Replayed(False, left_out=(f"{label}: {error}",))
+            except (ValueError, NonFiniteError) as error:
+                return Replayed(False, (f"{label}: the replay failed: {error}",))
+        if problems or reports[span.last].digest is None:
+            self._end = None
+        texts = tuple(f"{label}: {problem}" for problem in problems)
+        return Replayed(True, texts, tuple(f"environment: {text}" for text in changes))
+
+    def _made(self, is_measured: bool) -> RunParts:
+        if self._parts is None:
+            self._parts = prepare(self._config if is_measured else without_window_lag(self._config))
+        return self._parts
+
+    def _start(self, first: int) -> TrainState | None:
+        """The end of the replay before, where it is the state before this epoch: the checkpoint has the same digest."""
+        state, self._end = self._end, None
+        return state if state is not None and (state.epoch, state.batch) == (first - 1, 0) else None
+
+    def _kept(self, epochs: Iterator[tuple[TrainState, EpochReport]]) -> Iterator[tuple[TrainState, EpochReport]]:
+        for state, report in epochs:
+            self._end = state
+            yield state, report
 
 
 def _origin(config: RunConfig) -> str:

@@ -1,4 +1,4 @@
-"""Work that several processes share: each takes every n-th item and sends what it finds."""
+"""Work that several processes share: each takes neighbouring items and sends what it finds."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ def in_processes(
     arguments: tuple[Any, ...],
     items: Sequence[Item],
     num_processes: int,
+    meanwhile: Callable[[], object] = bool,
 ) -> Iterator[tuple[Item, Found]]:
-    """Yield what `work(*arguments, items)` yields in processes that each have a share of the items, in any order.
+    """Yield what `work(*arguments, items)` yields in processes that each have a share of neighbours, in any order.
 
-    RuntimeError where a process failed or was killed. No process outlives the iteration.
+    `meanwhile` is called once they have started, before anything is yielded. RuntimeError where a process failed or was
+    killed. No process outlives the iteration.
     """
     context: Any = process_context(work.__module__)
     processes, pipes = [], []
     try:
         for number in range(num_processes):
             receiver, sender = context.Pipe(duplex=False)
-            share = items[number::num_processes]
+            share = items[len(items) * number // num_processes : len(items) * (number + 1) // num_processes]
             process = context.Process(target=_send, args=(sender, work, arguments, share), daemon=True)
             process.start()
             sender.close()  # this process's copy: when the other one ends, the pipe has an end
             processes.append(process)
             pipes.append(receiver)
+        meanwhile()
         left = list(pipes)
         while left:
             for pipe in wait(left):

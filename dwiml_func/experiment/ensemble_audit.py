@@ -236,7 +236,7 @@ def _member_problems(
     if number in report.failed:
         return [f"the member failed when trained again: {report.failed[number]}"]
     state, recorded = member(ensemble, number), each.reports[epoch]
-    after, _ = checkpoint_after(each.folder, epoch, each.reports)
+    after, _ = checkpoint_after(each.folder, epoch, each.reports, is_read=False)
     found = state_problems(state, state_digest(state), recorded, after)
     return [*found, *report_differences(recorded, report.members[number], _LABELS)]
 

@@ -175,16 +175,20 @@ def recorded_epochs(directory: Path, latest: Checkpoint | None) -> dict[int, Epo
 
 
 def checkpoint_after(
-    directory: Path, epoch: int, reports: Mapping[int, EpochReport]
+    directory: Path, epoch: int, reports: Mapping[int, EpochReport], *, is_read: bool = True
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint after the epoch, with its tensors, or what is wrong; ValueError for one that is not recorded."""
+    """The checkpoint after the epoch, or what is wrong; ValueError for one that is not recorded.
+
+    With `is_read` its tensors are read at once; without, when they are first used.
+    """
     if epoch not in reports:
         raise ValueError(f"Epoch {epoch} of {directory} is not recorded. Expected one of 1 to {max(reports)}.")
     if str(epoch) not in list_checkpoints(directory):
         return None, []
     try:
         checkpoint = read(directory, str(epoch))
-        _ = checkpoint.state
+        if is_read:
+            _ = checkpoint.state
     except CorruptError as error:
         return None, [str(error)]
     return checkpoint, []
