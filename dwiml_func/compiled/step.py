@@ -18,7 +18,9 @@ from torch import Tensor
 from dwiml_func.compiled.direct import DirectCall, DirectCalls, Leaves, leaves_of
 from dwiml_func.compiled.fold import END, fold_alike
 from dwiml_func.compiled.graph import CompiledFunction
+from dwiml_func.compiled.replay import Replays
 from dwiml_func.compiled.step_graph import make_graph, merged
+from dwiml_func.compiled.sums import VectorSums, add_vectors
 from dwiml_func.core.gradients import is_differentiated
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
@@ -49,6 +51,7 @@ def jit_step(
     max_compilations: int = 8,
     backend: str = "inductor",
     options: Mapping[str, Any] | None = None,
+    cuda_graphs: bool = False,
 ) -> JitStep:
     """Make a training step that runs as one compiled graph.
 
@@ -61,6 +64,9 @@ def jit_step(
         backend: a backend of torch.compile.
         options: settings of inductor, as for torch.compile. `{"cpp_wrapper": True}` makes the steps of small models
             faster still, and takes longer to compile.
+        cuda_graphs: capture the step as a CUDA graph for each combination of shapes that comes again, up to
+            `max_compilations`; needs `donate`. Later steps are one replay, on the first state's tensors, buffers
+            included. Where that cannot be, the step warns once, with the reason (`cuda_graphs_reason`).
 
     Returns:
         The step. It compiles at its first call, and for a batch that fits no graph yet. If the step cannot be compiled
@@ -81,14 +87,19 @@ def jit_step(
     eager = partial(
         train_step, loss_fn=loss_fn, optimizer=optimizer, clip_grad=clip_grad, donate=donate, non_finite=non_finite
     )
-    return JitStep(eager, dynamic=dynamic, max_compilations=max_compilations, backend=backend, options=options)
+    if cuda_graphs and not donate:
+        raise ValueError("Expected donate=True with cuda_graphs=True: a graph writes into the tensors of its state.")
+    replays = Replays(max_graphs=max_compilations) if cuda_graphs else None
+    settings: dict[str, Any] = {"max_compilations": max_compilations, "backend": backend, "options": options}
+    return JitStep(eager, replays=replays, dynamic=dynamic, **settings)
 
 
 class JitStep:
     """A compiled step of `jit_step`: `step(state, batch, lr=lr)`. `eager` is the step without its `graph`."""
 
-    def __init__(self, eager: partial[Any], **settings: Any) -> None:
+    def __init__(self, eager: partial[Any], *, replays: Replays | None = None, **settings: Any) -> None:
         self.eager = eager
+        self._replays = replays
         self.graph = CompiledFunction(make_graph(**eager.keywords), **settings)
         self._direct = DirectCalls()
         self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
@@ -109,6 +120,16 @@ class JitStep:
         """Why steps run without a graph; None where they run compiled."""
         return self.graph.eager_reason
 
+    @property
+    def num_cuda_graphs(self) -> int:
+        """CUDA graphs captured so far."""
+        return 0 if self._replays is None else self._replays.num_graphs
+
+    @property
+    def cuda_graphs_reason(self) -> str | None:
+        """Why steps run without CUDA graphs where those were asked for; None where they are replayed."""
+        return None if self._replays is None else self._replays.reason
+
     def __call__(
         self, state: TrainState, batch: Any, *, lr: float | Tensor, weight_decay: float | Tensor | None = None
     ) -> tuple[TrainState, Metrics]:
@@ -121,7 +142,10 @@ class JitStep:
             return self._step(state, batch, leaves, lr, decay)
         numbers = self._numbers(state, lr, *decay)
         with self._seeded(state.key, state.epoch, state.batch):
-            new, values = direct(leaves.batch, leaves.state, numbers)
+            if self._replays is None:
+                new, values = direct(leaves.batch, leaves.state, numbers)
+            else:
+                new, values = self._replays(direct, leaves, numbers)
         params, buffers, opt_state = state.params, state.buffers, state.opt_state
         if direct.new_state is not None:
             params, buffers, opt_state = leaves.rebuild(new)
@@ -149,7 +173,8 @@ class JitStep:
                 check_not_skipped_too_often(state)
             leaves = self._leaves(state, batch, len(numbers) - 1) if len(numbers) == len(given) else None
             direct = self._find(leaves)
-            if leaves is None or direct is None or direct.policy == "defer" or leaves.state[0].device.type != "cpu":
+            is_read = direct is not None and direct.policy != "defer" and self._replays is None
+            if leaves is None or direct is None or not is_read or leaves.state[0].device.type != "cpu":
                 batch = next(rest, END)
             else:
                 seeded = partial(self._seeded, state.key, state.epoch)
@@ -217,12 +242,14 @@ class JitStep:
         values: Tensor,
         policy: NonFinite,
     ) -> tuple[TrainState, Metrics]:
+        if policy == "defer":  # nothing is read before the epoch ends
+            metrics = VectorSums((NON_FINITE, *names), values[2:])
+            new = advance(state, params, buffers, opt_state, {}, donate=self._donate)
+            return new.replace(sums=add_vectors(state.sums, metrics)), metrics
         numbers = values.tolist() if values.device.type == "cpu" else values
         if policy == "raise":
             raise_if_not_finite(state, batch, float(numbers[0]), float(numbers[1]))
         metrics = {name: Sum(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names, start=2)}
-        if policy == "defer":
-            metrics[NON_FINITE] = Sum(numbers[2], numbers[3])
         return advance(state, params, buffers, opt_state, metrics, donate=self._donate), metrics
 
 
@@ -231,7 +258,11 @@ def _is_elementwise(optimizer: Optimizer | Callable[..., Optimizer]) -> bool:
 
 
 def _vector(device: torch.device, *numbers: float | Tensor) -> Tensor:
-    if any(isinstance(number, Tensor) for number in numbers):
-        return torch.stack([torch.as_tensor(number, dtype=torch.float64, device=device) for number in numbers])
-    vector = torch.from_numpy(np.array(numbers, dtype=np.float64))  # three times faster than torch.tensor
-    return vector if device.type == "cpu" else vector.to(device)
+    known = [0.0 if isinstance(number, Tensor) else number for number in numbers]
+    vector = torch.from_numpy(np.array(known, dtype=np.float64))  # three times faster than torch.tensor
+    if device.type != "cpu":  # from pinned memory, so that the host does not wait
+        vector = (vector.pin_memory() if device.type == "cuda" else vector).to(device, non_blocking=True)
+    for place, number in enumerate(numbers):
+        if isinstance(number, Tensor):
+            vector[place] = number
+    return vector
