@@ -87,6 +87,7 @@ def test_no_number_is_read_in_a_step_with_a_deferred_check(monkeypatch):
 
 
 @pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
 def test_on_a_gpu_replays_have_the_bits_of_compiled_steps_and_never_wait():
     def device(batch):
         return tuple(tensor.cuda() for tensor in batch)

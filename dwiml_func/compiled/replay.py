@@ -9,8 +9,8 @@ generators, which are seeded before each replay; nothing that changes from step 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
-from operator import is_
 from typing import Any
 
 import torch
@@ -48,21 +48,26 @@ class Replays:
         self.reason: str | None = None
         self._capture, self._max_graphs = capture, max_graphs
         self._replays: dict[Any, _Replay] = {}
+        self._last: Callable[[], Tensor | None] = lambda: None
 
     def __call__(self, direct: DirectCall, leaves: Leaves, numbers: Tensor) -> tuple[list[Tensor], Tensor]:
         """The leaves of the next state, and the values: what `direct` gives."""
         if self.reason is not None:
             return direct(leaves.batch, leaves.state, numbers)
+        if leaves.state[0] is not self._last():
+            self._replays.clear()  # their tensors may be those of a state that is still in use
         replay = self._replays.get(leaves.kind)
-        if replay is None or not all(map(is_, leaves.state, replay.state)):
+        if replay is None or not replay.fits(leaves.state):
             replay = self._new(direct, leaves, numbers)
-            if replay is None:
-                return direct(leaves.batch, leaves.state, numbers)
-        return replay(leaves.batch, numbers)
+        new, values = (replay or direct)(leaves.batch, leaves.state, numbers)
+        self.follow(new)
+        return new, values
+
+    def follow(self, state: list[Tensor]) -> None:
+        """Note the leaves of the state that the step returned, as the only one that graphs may write into."""
+        self._last = weakref.ref(state[0])
 
     def _new(self, direct: DirectCall, leaves: Leaves, numbers: Tensor) -> _Replay | None:
-        if self._replays and not all(map(is_, leaves.state, next(iter(self._replays.values())).state)):
-            self._replays.clear()  # graphs of other tensors, which may be a state that is still in use
         if self.num_graphs >= self._max_graphs:
             return self._stop(f"more than {self._max_graphs} graphs would be needed")
         try:
@@ -85,7 +90,7 @@ class _Replay:
         for place in direct.moved:  # the step does not write into these itself, and others may hold them
             self.state[place] = leaves.state[place].clone()
         self._batch, self._numbers = [tensor.clone() for tensor in leaves.batch], numbers.clone()
-        self._values = numbers
+        self._values, self._moved = numbers, set(direct.moved)
 
         def step() -> None:
             new, self._values = direct(self._batch, self.state, self._numbers)
@@ -94,9 +99,14 @@ class _Replay:
 
         self._replay = capture(step)
 
-    def __call__(self, batch: list[Tensor], numbers: Tensor) -> tuple[list[Tensor], Tensor]:
-        for own, given in zip(self._batch, batch, strict=True):
+    def fits(self, state: list[Tensor]) -> bool:
+        """Whether a state has the tensors that the graph writes into; others can be copied."""
+        return all(place in self._moved or own is state[place] for place, own in enumerate(self.state))
+
+    def __call__(self, batch: list[Tensor], state: list[Tensor], numbers: Tensor) -> tuple[list[Tensor], Tensor]:
+        pairs = [(self._numbers, numbers), *zip(self._batch, batch, strict=True)]
+        pairs += [(self.state[place], state[place]) for place in self._moved if self.state[place] is not state[place]]
+        for own, given in pairs:
             own.copy_(given, non_blocking=True)
-        self._numbers.copy_(numbers, non_blocking=True)
         self._replay()
         return self.state, self._values.clone()

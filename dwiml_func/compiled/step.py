@@ -207,6 +207,8 @@ class JitStep:
             params, opt_state = merged(state.params, params), merged(state.opt_state, opt_state)
         policy = choose_policy(self._non_finite, state.opt_state, values)
         new = leaves_of(batch, (params, buffers, opt_state), len(decay))
+        if self._replays is not None and new is not None:
+            self._replays.follow(new.state)
         if leaves is not None and new is not None and heard is not None:
             self._direct.learn(leaves, new, numbers, heard, values=values, names=names, policy=policy)
         return self._finish(state, batch, params, buffers, opt_state, names, values, policy)
