@@ -70,7 +70,7 @@ def test_what_cannot_be_captured_says_why_once_and_runs(caplog):
     ]
     torch.testing.assert_close(state.params, take_steps(eager, start, [some_batch(1)] * 5).params)
     with pytest.raises(ValueError, match="Expected donate=True with cuda_graphs=True"):
-        jit_step(loss_fn=lambda: None, optimizer=adam(), cuda_graphs=True)
+        jit_step(loss_fn=module_loss(make_model(), squared_error), optimizer=adam(), cuda_graphs=True)
 
 
 def test_no_number_is_read_in_a_step_with_a_deferred_check(monkeypatch):
