@@ -15,7 +15,7 @@ from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.tracking_evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
-from dwiml_func.tracking.protocols import ProtocolScores, score_protocols
+from dwiml_func.tracking.protocols import ProtocolScores, score_protocols, track_protocols
 from dwiml_func.tracking.scores import reference_bundles
 from dwiml_func.tracking.space import TrackingMask, TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
@@ -35,6 +35,10 @@ class AlongX(KeepStraight):
 
 
 def scores(model: Any, *, mask: torch.Tensor | None = None, spec: TrackingSpec = SPEC) -> dict[Any, ProtocolScores]:
+    return score_protocols(model, **where(mask, spec))
+
+
+def where(mask: torch.Tensor | None, spec: TrackingSpec) -> Any:
     real = Streamlines.from_list(LINES)
     inside = torch.zeros(40, 10, 10)
     inside[2:38, 3:6, 3:6] = 1
@@ -43,9 +47,9 @@ def scores(model: Any, *, mask: torch.Tensor | None = None, spec: TrackingSpec =
         voxel_sizes=SIZES,
         mask=TrackingMask(values=inside if mask is None else mask),
     )
-    in_mm = Streamlines(real.points * 2, real.offsets)
-    references = reference_bundles(in_mm, BUNDLES)
-    return score_protocols(model, real, BUNDLES, references, space=space, spec=spec, seeding_mask=inside, key=Key(1))
+    references = reference_bundles(Streamlines(real.points * 2, real.offsets), BUNDLES)
+    what = {"real": real, "bundles": BUNDLES, "references": references}
+    return {**what, "space": space, "spec": spec, "seeding_mask": inside, "key": Key(1)}
 
 
 def test_who_knows_the_way_is_valid_and_does_not_lag() -> None:
@@ -66,6 +70,15 @@ def test_keeping_straight_needs_a_start() -> None:
     found = scores(KeepStraight())
     assert found["continue"].valid == 1.0
     assert (found["free"].num_streamlines, found["free"].valid, found["core"].valid) == (0, 0.0, 0.0)
+
+
+def test_no_line_is_longer_than_what_a_transformer_reads() -> None:
+    model: Any = AlongX()
+    model.max_len = 30
+    found = track_protocols(model, **where(None, replace(SPEC, max_length=30.0)))
+    assert {protocol: int(lines.lines.lengths.max()) for protocol, lines in found.items()} == {
+        "continue": 30, "free": 31, "core": 31,  # the seed itself, and 30 steps: what is read ends a point before
+    }  # fmt: skip
 
 
 def test_stopping_early_wins_nothing() -> None:

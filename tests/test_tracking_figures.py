@@ -141,18 +141,24 @@ def test_a_legend_names_models_whose_names_begin_with_an_underscore() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["_a$b_{$ (1.0 mm after 2 mm)"]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on data with two bundles, of 30 and 18 streamlines a subject."""
-    from dwiml_func.cli.main import main
-
-    folder = tmp_path_factory.mktemp("with_bundles")
-    data = shutil.copy(PHANTOM, folder / "data.hdf5")
+def with_bundles(folder: Path) -> Path:
+    """Data with two bundles, of 30 and 18 streamlines a subject."""
+    data = Path(shutil.copy(PHANTOM, folder / "data.hdf5"))
     with h5py.File(data, "r+") as file:
         for subject in ("subj0", "subj1", "subj2"):
             group = file.require_group(f"{subject}/streamlines")
             group["bundle_ids"] = np.repeat([0, 1], [30, 18])
             group.attrs["bundle_names"] = ["CST", "AF"]
+    return data
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on data with bundles."""
+    from dwiml_func.cli.main import main
+
+    folder = tmp_path_factory.mktemp("with_bundles")
+    data = with_bundles(folder)
     options = ("--rnn-layer-sizes", "4", "--nb-previous-dirs", "1", "--max-epochs", "1", "--batch-size-training", "96")
     assert main(["train", str(folder), "run", str(data), *options]) == 0
     return folder / "run"
@@ -224,6 +230,7 @@ def test_plot_draws_the_drift_that_is_recorded(cli: Any, run: Path, tmp_path: Pa
     for lags in ('"far"', '{"model": [1, 2]}', '{"keep going straight": [1]}'):
         (run / "tracking.json").write_text(f'{{"drift": {{"gone_mm": [1], "lag_mm": {lags}}}}}')
         cli("plot", run, "--drift").check_refusal("tracking.json")
+    cli("plot", tmp_path / "none", "--drift").check_refusal("is not an experiment")
 
 
 def test_figures_that_cannot_be_drawn_are_a_warning(cli: Any, run: Path) -> None:
@@ -233,3 +240,13 @@ def test_figures_that_cannot_be_drawn_are_a_warning(cli: Any, run: Path) -> None
     done = cli("evaluate", run, "--write")
     assert done.code == 0
     assert "The figures of tracking of" in done.err
+
+
+def test_a_transformer_that_reads_less_than_300_mm_is_scored_on_lines_that_it_can_read(cli, tmp_path) -> None:
+    """The longest line of a tracking has 300 mm by default, 600 points of these data."""
+    options = ("--model", "tts", "--max-len", "65", "--nheads", "2", "--n-layers-e", "1", "--max-epochs", "1")
+    options += ("--input-embedding-key", "nn_embedding", "--input-embedded-size", "4", "--batch-size-training", "96")
+    outcome = cli("train", tmp_path, "run", with_bundles(tmp_path), *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Tracking on validation subject subj2" in outcome.out
+    assert (tmp_path / "run" / "tracking.json").is_file()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.tracking.protocols import DRIFT_MM, Protocol, ProtocolScores
 from dwiml_func.tracking.space import TrackingSpace
+from dwiml_func.tracking.spec import TrackingSpec
 
 __all__ = [
     "ORACLE",
@@ -98,6 +99,7 @@ def evaluate_tracking(
     case = tracking_case(dataset, config) if hasattr(model, "run_step") else None
     if case is None:
         return None
+    case = case._replace(spec=_readable(case.spec, model))
     trackers: dict[str, tuple[Any, TrackingSpace]] = {"model": (model, case.space), **case.baselines()}
     key = Key(config.training.rng)
     scores: dict[str, dict[Protocol, ProtocolScores]] = {}
@@ -165,6 +167,15 @@ def read_drift(directory: str | Path) -> Drift | None:
         return None
     is_complete = "model" in drift.lag_mm and drift.gone_mm
     return drift if is_complete and {*map(len, drift.lag_mm.values())} == {len(drift.gone_mm)} else None
+
+
+def _readable(spec: TrackingSpec, model: TractographyModel) -> TrackingSpec:
+    """The options for lines that are at most as long as a transformer can read."""
+    max_len = getattr(model, "max_len", None)
+    if max_len is None or max_len >= spec.max_steps:
+        return spec
+    longest = max_len * spec.step_size
+    return replace(spec, max_length=longest, min_length=min(spec.min_length, longest))
 
 
 def _shown(

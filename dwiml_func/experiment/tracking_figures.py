@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dwiml_func.experiment.folder import is_run, read_config
 from dwiml_func.experiment.panels import COLOURS
 from dwiml_func.experiment.plots import save_figure, without_formulas
 from dwiml_func.experiment.streamline_views import (
@@ -151,6 +152,8 @@ def draw_drifts(directories: Sequence[str | Path]) -> Figure:
     """The drift of experiments, as their `tracking.json` records it, over each other."""
     drifts = {}
     for directory in map(Path, directories):
+        if not is_run(directory):
+            read_config(directory)  # which says what it is
         drift = read_drift(directory)
         if drift is None:
             raise ValueError(

@@ -154,7 +154,10 @@ def track_protocols(
     names = [reference.name for reference in references]
     expected = np.array([names.index(bundles.names[number]) for number in bundles.ids])
     given, ahead = _split(real, sizes, GIVEN_MM)
-    added = continue_lines(given, model=model, space=space, spec=spec, distance=spec.max_length)
+    ahead_mm = spec.max_length
+    if (max_len := getattr(model, "max_len", None)) is not None:  # a transformer reads the given points too
+        ahead_mm = min(ahead_mm, max(max_len - int(given.lengths.max()), 1) * spec.step_size)
+    added = continue_lines(given, model=model, space=space, spec=spec, distance=ahead_mm)
     lag = lags(_in_mm(added, sizes), _in_mm(ahead, sizes), DRIFT_MM)
     with np.errstate(invalid="ignore"):
         drift = np.nansum(lag, axis=0) / np.isfinite(lag).sum(axis=0)
