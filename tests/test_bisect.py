@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from experiment_cases import CONFIG, PHANTOM, trained
+from forgeries import read_record, write_record
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.bisect import bisect_runs
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
-from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.folder import create_ensemble, create_experiment, read_config
 from dwiml_func.experiment.lockstep import tensor_differences
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
@@ -129,6 +130,26 @@ def test_a_run_is_compared_with_its_own_record_and_the_piece_that_differs_is_nam
     outcome = cli("bisect", directory)
     assert outcome.code == 1
     assert f"to {path.name}, this machine computes something else:\n  first leaf that differs: {name}" in outcome.out
+
+
+def test_a_first_epoch_that_differs_is_named(cli, run, tmp_path):
+    forged = Path(shutil.copytree(run, tmp_path / "run"))
+    record = read_record(forged)
+    name = sorted(record[1]["leaves"])[0]
+    record[1]["leaves"][name].view(-1)[0] += 1
+    write_record(forged, record, PHANTOM)
+    outcome = cli("bisect", forged)
+    assert (outcome.code, outcome.err) == (1, "")
+    assert (
+        "from the first state to 1, this machine computes something else:\n  first leaf that differs: " in outcome.out
+    )
+
+
+def test_ensembles_and_their_members_are_refused(cli, tmp_path):
+    create_ensemble(tmp_path, "run", [RUN, RUN])
+    for path in (tmp_path / "run", tmp_path / "run" / "1"):
+        cli("bisect", path).check_refusal("Expected a single run", f"dwiml-func verify {tmp_path / 'run'} --all")
+    cli("verify", tmp_path / "run").check_refusal("is an ensemble, whose epochs are verified together. Give --all")
 
 
 def test_a_run_without_an_epoch_is_refused(cli, run, tmp_path):

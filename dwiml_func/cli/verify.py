@@ -65,6 +65,11 @@ def run(options: Options) -> int:
         )
     if options.all or options.sample is not None or options.jobs is not None:
         return _audit(directory, options)
+    if is_ensemble(directory):
+        raise ValueError(
+            f"{options.experiment_dir} is an ensemble, whose epochs are verified together. "
+            "Give --all, or --sample K for K of them."
+        )
     progress = Progress(max_epochs=read_config(directory).training.max_epochs)
     with kept_checkpoints(options.experiment_dir):  # of a run that is being trained
         verification = verify_epoch(

@@ -14,7 +14,7 @@ from dwiml_func.checkpoint.provenance import environment, environment_difference
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.compare import differences, leaf_problems, report_differences
-from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.lockstep import Difference, before_batch, first_difference, tensor_differences
 from dwiml_func.experiment.replay import recorded_epochs, recorded_threads, replay_problems
 from dwiml_func.experiment.setup import RunParts, prepare
@@ -98,15 +98,15 @@ def bisect_record(directory: str | Path) -> tuple[list[str], int]:
     there, and how many epochs were trained again. ValueError where no epoch is recorded.
     """
     directory = Path(directory)
-    config, latest = read_config(directory), _latest(directory)
+    latest, config = _latest(directory), read_config(directory)
     reports = recorded_epochs(directory, latest)
     with recorded_threads(latest.environment, default=config.training.num_threads):
         parts = prepare(config)
-        first = parts.first_state()
+        first, like = parts.first_state(), parts.first_state()  # a training reuses the first one's memory
         context = environment_differences(
             latest.environment, environment({str(leaf.device) for leaf in state_leaves(first).values()})
         )
-        kept = [read(directory, name, like=first) for name in list_checkpoints(directory) if name not in latest.corrupt]
+        kept = [read(directory, name, like=like) for name in list_checkpoints(directory) if name not in latest.corrupt]
         start = kept.pop(0).state if config.origin is not None or _position(kept[0].name) == (0, 0) else first
         num_before = start.epoch
         for checkpoint in kept:
@@ -133,6 +133,12 @@ def _piece_problems(
 
 
 def _latest(directory: Path) -> Checkpoint:
+    if is_ensemble(directory) or is_ensemble(directory.parent):
+        where = directory if is_ensemble(directory) else directory.parent
+        raise ValueError(
+            f"Expected a single run. Received: {directory}, of an ensemble, whose step trains all members at once. "
+            f"Compare members with dwiml-func diff, and the ensemble with its record: dwiml-func verify {where} --all"
+        )
     latest = newest(directory)
     recorded_epochs(directory, latest)
     assert latest is not None
