@@ -137,7 +137,9 @@ def test_the_drift_is_drawn_by_the_distance_gone_and_what_is_not_known_is_a_gap(
 
 
 def test_a_legend_names_models_whose_names_begin_with_an_underscore() -> None:
-    (legend,) = draw_drift({"_a$b_{$": Drift((0.0, 2.0), {"model": (0.0, 1.0)})}).legends
+    figure = draw_drift({"_a$b_{$": Drift((0.0, 2.0, 4.0), {"model": (0.0, 1.0, None)})})
+    assert figure.axes[0].get_xlim() == (0, 2)  # as far as something is known
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["_a$b_{$ (1.0 mm after 2 mm)"]
 
 

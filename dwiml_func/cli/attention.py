@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -122,10 +123,10 @@ def draw_matrices(weights: dict[str, Tensor], *, title: str) -> Figure:
     from matplotlib.figure import Figure
 
     num_heads = max(len(own) for own in weights.values())
-    figure = Figure(figsize=(1.0 + 1.7 * num_heads, 0.9 + 1.7 * len(weights)))
+    figure = Figure(figsize=(1.0 + 1.7 * num_heads, 1.05 + 1.7 * len(weights)))
     axes = figure.subplots(len(weights), num_heads, squeeze=False)
     height = figure.get_figheight()
-    figure.subplots_adjust(left=0.9 / figure.get_figwidth(), right=0.99, top=1 - 0.7 / height, bottom=0.5 / height)
+    figure.subplots_adjust(left=0.9 / figure.get_figwidth(), right=0.99, top=1 - 0.7 / height, bottom=0.65 / height)
     for row, (name, own) in zip(axes, weights.items(), strict=True):
         for head, (panel, matrix) in enumerate(zip(row, own, strict=True), start=1):
             hidden = np.triu(np.ones(matrix.shape, dtype=bool), 1)
@@ -136,7 +137,8 @@ def draw_matrices(weights: dict[str, Tensor], *, title: str) -> Figure:
                 panel.set_title(f"head {head}", fontsize=9)
         row[0].set_ylabel(name, fontsize=9)
     figure.suptitle(title, x=0.02, ha="left", y=1 - 0.12 / height, va="top")
-    figure.supxlabel("point attended to (rows: the point that attends; weights / largest of the row)", fontsize=9)
+    below = "point attended to (rows: the point that attends; weights / largest of the row)"
+    figure.supxlabel(textwrap.fill(below, int(14 * figure.get_figwidth())), fontsize=9)  # about 14 letters an inch
     return figure
 
 

@@ -105,4 +105,4 @@ def _histogram(
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))  # they are counts
     axes.axvline(float(values.mean()), color=COLOURS[1], linestyle="--", label=f"mean {values.mean():.4g}")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.97))  # above the bars

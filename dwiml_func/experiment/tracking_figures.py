@@ -119,13 +119,18 @@ def draw_drift(drifts: Mapping[str, Drift]) -> Figure:
             if name in drift.lag_mm:  # of models on the same data they are the same, and drawn once
                 style = {"color": colour, "linewidth": 1.5, "linestyle": dashes}
                 curves[name, drift.gone_mm, drift.lag_mm[name]] = style
-    entries, highest = {}, 0.0  # entries are given: a legend that is made by itself hides names that begin with _
+    entries, highest, furthest = (
+        {},
+        0.0,
+        0.0,
+    )  # entries are given: a legend that is made by itself hides names that begin with _
     for (name, gone_mm, values), style in curves.items():
         y = np.array(values, dtype=np.float64)  # None becomes NaN
         known = np.flatnonzero(np.isfinite(y))
         if len(known) == 0:
             continue
         end = f"{y[known[-1]]:.1f} mm after {gone_mm[known[-1]]:g} mm"
+        furthest = max(furthest, gone_mm[known[-1]])
         text = f"{name} ({end})"
         (entries[text],) = axes.plot(gone_mm, y, label=text, **style)
         if name != "keep going straight":
@@ -133,7 +138,7 @@ def draw_drift(drifts: Mapping[str, Drift]) -> Figure:
     axes.set_title("Drift from the real streamline", loc="left", fontweight="bold")
     axes.set_xlabel("distance gone alone (mm)")
     axes.set_ylabel("mean distance from the real streamline (mm)")
-    axes.set_xlim(0, max(max(drift.gone_mm) for drift in drifts.values()))
+    axes.set_xlim(0, furthest or 1.0)
     axes.set_ylim(0, 1.25 * highest or 1.0)  # what never turns leaves the figure
     axes.grid(color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)
