@@ -24,9 +24,10 @@ from step_overhead import BATCH, LR, make_model, squared_error
 from timing import interleaved, medians_of
 from verdicts import conclude
 
-from dwiml_func import adam, init_state, jit_step, module_loss, train_step
+from dwiml_func import adam, epoch_fn, init_state, jit_step, module_loss, train_step
 
 BARE, EAGER, COMPILED = "bare torch.optim.Adam loop", "ours, eager (donated)", "ours, compiled (donated)"
+FOLDED, FOLDED_CPP = "ours, compiled, a run in epoch_fn", "ours, the same with options cpp_wrapper"
 LIGHTNING, IGNITE = "Lightning Trainer.fit", "ignite Engine"
 LINEN, NNX, SCAN = (
     "JAX: flax.linen TrainState, jax.jit",
@@ -34,6 +35,7 @@ LINEN, NNX, SCAN = (
     "JAX: a run as one lax.scan",
 )
 LIMIT = 0.2  # compiled, of Lightning's time
+LIMITS = {COMPILED: 0.2, FOLDED_CPP: 0.1}  # of the bare loop's time
 TOLERANCE = 1e-5  # of losses, relative; rounding differs, and the steps carry it on
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -57,6 +59,7 @@ def main() -> int:
     sizes = ((BATCH, 16), (BATCH, 3))
     batches: Any = [tuple(torch.randn(size, generator=generator) for size in sizes) for _ in range(options.steps)]
     variants = {BARE: bare(batches), EAGER: ours(False, batches), COMPILED: ours(True, batches)}
+    variants |= {FOLDED: folded(batches), FOLDED_CPP: folded(batches, {"cpp_wrapper": True})}
     for modules, makers in LIBRARIES.items():
         try:
             for module in modules:
@@ -79,6 +82,9 @@ def main() -> int:
     difference = max(abs(loss / losses[BARE] - 1) for loss in losses.values())
     text = f"losses after {options.steps} steps differ by {difference:.1e} of theirs, at most {TOLERANCE:.0e} required"
     verdicts = [(difference <= TOLERANCE, text)]
+    for name, limit in LIMITS.items():
+        ratio = medians[name] / medians[BARE]
+        verdicts += [(ratio <= limit, f"{name}: {ratio:.2f} times the bare loop, at most {limit:g} required")]
     if LIGHTNING in medians:
         ratio = medians[COMPILED] / medians[LIGHTNING]
         verdicts += [(ratio <= LIMIT, f"compiled takes {ratio:.2f} times Lightning's time, at most {LIMIT} required")]
@@ -110,6 +116,24 @@ def ours(is_compiled: bool, batches: Batches) -> Variant:
         nonlocal state
         for batch in batches:
             state, _ = step(state, batch, lr=LR)
+
+    def loss() -> float:
+        model = make_model()
+        model.load_state_dict(dict(state.params))
+        return squared_error(model, batches[0])[0].item()
+
+    return Variant(run, loss)
+
+
+def folded(batches: Batches, inductor: dict[str, Any] | None = None) -> Variant:
+    """`jit_step` through `epoch_fn`, which takes batches of equal shapes in one loop around the graph."""
+    fixed = {"loss_fn": module_loss(make_model(), squared_error, stochastic=False), "optimizer": adam(), "donate": True}
+    step = partial(jit_step(**fixed, options=inductor), lr=LR)
+    state = init_state(make_model(), adam(), seed=0)
+
+    def run() -> None:
+        nonlocal state
+        state, _ = epoch_fn(state, batches, step=step)
 
     def loss() -> float:
         model = make_model()
