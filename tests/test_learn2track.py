@@ -329,3 +329,14 @@ def test_a_short_previous_direction_is_normalised_too() -> None:
     inputs, short = torch.randn(1, model.input_size), torch.tensor([[0.0, 1.2e-8, 0.0]])
     outputs, long_outputs = (model.run_step(inputs, dirs)[0] for dirs in (short, short * 1e8))
     torch.testing.assert_close(outputs, long_outputs)
+
+
+def test_the_model_sees_the_noisy_points_and_the_loss_the_noisy_targets() -> None:
+    model, batch = _model(nb_previous_dirs=2), _batch()
+    noisy, targets = batch.points + 0.5 * torch.randn_like(batch.points), batch.points.flip(1)
+    both = replace(batch, noisy_points=noisy, noisy_targets=targets)
+    assert torch.equal(model(both), model(replace(batch, points=noisy)))
+    assert not torch.equal(model(both), model(batch))
+    expected = model.direction_getter.loss(model(both), directions(targets, batch.offsets))[0]
+    assert torch.equal(compute_batch_loss(model, both)[0], expected)
+    assert not torch.equal(compute_batch_loss(model, replace(both, noisy_targets=None))[0], expected)

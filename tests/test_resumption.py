@@ -262,3 +262,18 @@ def test_a_checkpoint_that_is_corrupt_a_second_time_replaces_the_one_set_aside(c
         assert resume_experiment(copy, new_patience=9)[1].epoch == 3
     assert (copy / "checkpoint" / "4.corrupt" / "manifest.json").read_text() == "[]"
     assert not (copy / "checkpoint" / "4").exists()
+
+
+def test_batches_to_skip_are_added_once_and_none_are_lost():
+    config = replace(CONFIG, training=replace(CONFIG.training, skip_batches=("1:2",)))
+    assert with_new_options(config).training.skip_batches == ("1:2",)
+    assert with_new_options(config, skip=["2:1", "1:2", "2:1"]).training.skip_batches == ("1:2", "2:1")
+    assert with_new_options(CONFIG, skip=["2:1"]).training.skip_batches == ("2:1",)
+
+
+def test_options_that_are_not_given_keep_their_values_and_those_that_are_change_them():
+    assert with_new_options(CONFIG) == CONFIG
+    changed = with_new_options(CONFIG, hdf5_file="other.hdf5", processes=2, checkpoint_every="5batches", keep=7)
+    assert changed.hdf5_file == str(Path("other.hdf5").absolute())
+    checkpoints = changed.checkpoints
+    assert (changed.batches.processes, checkpoints.checkpoint_every, checkpoints.keep) == (2, "5batches", 7)

@@ -298,3 +298,11 @@ def test_streamlines_longer_than_max_len_are_refused() -> None:
     for num_read in ([12, 12], [12, 3]):  # of one of the two lines
         with pytest.raises(ValueError, match="at most 12 points, received one with 13"):
             model.run_step(torch.zeros(2, F), torch.zeros(2, 0), state._replace(num_read=torch.tensor(num_read)))
+
+
+def test_the_model_sees_the_noisy_points() -> None:
+    model, batch = _model("ttst").eval(), _batch()
+    noisy = batch.points + 0.5 * torch.randn_like(batch.points)
+    outputs = model(replace(batch, noisy_points=noisy))
+    assert torch.equal(outputs, model(replace(batch, points=noisy)))
+    assert not torch.equal(outputs, model(batch))
