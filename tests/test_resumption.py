@@ -29,7 +29,7 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.experiment.config import TrainingConfig
-from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.folder import create_ensemble, create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.resume import check_has_epochs_left, resume_experiment, with_new_options
 from dwiml_func.experiment.run import run_experiment
@@ -277,3 +277,13 @@ def test_options_that_are_not_given_keep_their_values_and_those_that_are_change_
     assert changed.hdf5_file == str(Path("other.hdf5").absolute())
     checkpoints = changed.checkpoints
     assert (changed.batches.processes, checkpoints.checkpoint_every, checkpoints.keep) == (2, "5batches", 7)
+
+
+@pytest.mark.parametrize("create", [create_experiment, lambda *args: create_ensemble(*args[:2], [args[2]] * 2)])
+def test_a_start_removes_what_a_killed_start_of_its_name_left(tmp_path, create):
+    nobody = 1 << 22  # no process has this number on Linux
+    ours, others = (tmp_path / f".dwiml-tmp-{name}.{nobody}-0123abcd" for name in ("run", "other"))
+    for left in (ours, others):
+        (left / "checkpoint").mkdir(parents=True)
+    create(tmp_path, "run", CONFIG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([others.name, "run"])
