@@ -279,11 +279,14 @@ def test_options_that_are_not_given_keep_their_values_and_those_that_are_change_
     assert (changed.batches.processes, checkpoints.checkpoint_every, checkpoints.keep) == (2, "5batches", 7)
 
 
-@pytest.mark.parametrize("create", [create_experiment, lambda *args: create_ensemble(*args[:2], [args[2]] * 2)])
-def test_a_start_removes_what_a_killed_start_of_its_name_left(tmp_path, create):
+@pytest.mark.parametrize("num_members", [1, 2])
+def test_a_start_removes_what_a_killed_start_of_its_name_left(tmp_path, num_members):
     nobody = 1 << 22  # no process has this number on Linux
     ours, others = (tmp_path / f".dwiml-tmp-{name}.{nobody}-0123abcd" for name in ("run", "other"))
     for left in (ours, others):
         (left / "checkpoint").mkdir(parents=True)
-    create(tmp_path, "run", CONFIG)
+    if num_members == 1:
+        create_experiment(tmp_path, "run", CONFIG)
+    else:
+        create_ensemble(tmp_path, "run", [CONFIG] * num_members)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([others.name, "run"])
