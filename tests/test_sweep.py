@@ -152,3 +152,8 @@ def test_another_experiment_is_not_overwritten(copied: Path, cli) -> None:
     (copied / "all").rename(copied / "alone")
     (copied / "moved").rename(copied / "all")
     train(cli, copied, *SWEEP, "--weight-decay", "0.5").check_refusal("another config", "weight_decay")
+
+
+def test_a_resume_says_where_it_resumes(copied: Path, cli) -> None:
+    resumed = cli("resume", copied, "alone", "--new-max-epochs", "3")
+    assert "Resuming from checkpoint 2: next is epoch 3.\n" in resumed.out

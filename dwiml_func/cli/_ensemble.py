@@ -9,6 +9,7 @@ from typing import Any
 
 from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._sweep import print_table
+from dwiml_func.cli._training import describe_start
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.ensemble.loop import EnsembleReport
@@ -71,6 +72,8 @@ def _train(
 ) -> dict[int, str]:
     """Train, and return the errors of members that have failed."""
     print_progress(describe_members(directory, [parts.config for parts in members]))
+    if ensemble is not None and any(histories):
+        print_progress(describe_start(ensemble.epoch, ensemble.batch))
     failed: dict[int, str] = {}
     own = list(histories)
     max_epochs = members[0].config.training.max_epochs

@@ -19,6 +19,7 @@ import tyro
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func.checkpoint.history import one_an_epoch
+from dwiml_func.checkpoint.index import position_name
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
 from dwiml_func.cli._summary import format_summary
@@ -35,7 +36,7 @@ from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.lock import same_folder
 from dwiml_func.writers.progress import Progress
 
-__all__ = ["TimeLimit", "describe_run", "print_end", "train_with_progress"]
+__all__ = ["TimeLimit", "describe_run", "describe_start", "print_end", "train_with_progress"]
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ def train_with_progress(
     progress = None if is_quiet() else Progress(max_epochs=parts.config.training.max_epochs)
     shown = {} if progress is None else {"on_batch": progress.on_batch, "track": progress.track}
     print_progress(describe_run(directory, parts))
+    if history and state is not None and state.epoch < parts.config.training.max_epochs:
+        print_progress(describe_start(state.epoch, state.batch))
     _log.debug("%s", ", ".join(f"{name} {value}" for name, value in environment().items() if name != "num_threads"))
     num_before, is_first = len(history), parts.process_group.rank == 0
     with same_folder(directory) if is_first else contextlib.nullcontext() as check:
@@ -94,6 +97,12 @@ def train_with_progress(
             if len(history) == num_before:
                 print_progress("Nothing is left to train.")
             print_end(directory, parts, history)
+
+
+def describe_start(epoch: int, batch: int) -> str:
+    """One line: the checkpoint that a run resumes from, and what it trains next; both numbers are those done."""
+    within = f", batch {batch + 1}" if batch else ""
+    return f"Resuming from checkpoint {position_name(epoch, batch)}: next is epoch {epoch + 1}{within}."
 
 
 def describe_run(directory: Path, parts: RunParts) -> str:
