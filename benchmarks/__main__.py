@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent
-SLOW = ("direction_getters", "gpu", "scaling", "tracking_correlation")  # trainings, a GPU, a process for every point
+SLOW = (
+    "direction_getters",
+    "gpu",
+    "scaling",
+    "tracking_correlation",
+    "tractography",
+    "speedrun",
+)  # trainings, a GPU, a process for every point
 MORE = {  # what `--all` asks for beside
     "data_path": ("--lazy-gb", "4"),
     "scaling": ("--figure", str(FOLDER / "scaling.png")),
