@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import ttest_1samp
@@ -51,7 +52,8 @@ def main() -> int:
         cells = [*(f"{share:.3f}" for share in valid), f"{seconds:.0f}", f"{of_processor:.0f}"]
         print(f"| {seed} | " + " | ".join(cells) + " |")
     means = [float(np.mean(valid)) for valid, *_ in found]
-    p = float(ttest_1samp(means, TARGET, alternative="greater").pvalue) if len(means) > 1 else float("nan")
+    test: Any = ttest_1samp(means, TARGET, alternative="greater") if len(means) > 1 else None
+    p = float("nan") if test is None else float(test.pvalue)
     text = f"{np.mean([seconds for _, seconds, _ in found]):.0f} s of training, {np.mean(means):.3f} valid over"
     return conclude([(p < LEVEL, f"{text} {len(means)} seeds, p {p:.2g}; must be above {TARGET} with p below {LEVEL}")])
 
