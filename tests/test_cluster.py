@@ -16,7 +16,7 @@ from experiment_cases import CONFIG, PHANTOM, latest_digest, trained
 from dwiml_func.cli._training import TimeLimit
 from dwiml_func.experiment.signals import StopRequest
 
-GUIDE = Path(__file__).parent.parent / "docs" / "commands.md"
+GUIDE = Path(__file__).parent.parent / "docs" / "processes.md"
 OPTIONS = ("--rnn-layer-sizes", "8", "--dg-dropout", "0.25", "--batch-size-training", "40")
 OPTIONS = (*OPTIONS, "--batch-size-validation", "20", "--max-epochs", "2")
 

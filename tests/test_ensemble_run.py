@@ -207,7 +207,7 @@ def test_the_folder_of_an_ensemble_stands_for_its_members(trained, tmp_path, cli
     assert cli("plot", *everything, "--out", tmp_path / "all.png").code == 0
 
 
-@pytest.mark.parametrize("command", ["verify", "evaluate", "fork", "diff", "export-dwi-ml"])
+@pytest.mark.parametrize("command", ["evaluate", "fork", "diff", "export-dwi-ml"])
 def test_commands_on_one_experiment_ask_for_a_member(trained, tmp_path, cli, command):
     second = {"evaluate": [PHANTOM], "fork": ["new"], "diff": [trained / "seeds" / "0"], "export-dwi-ml": ["out"]}
     cli(command, trained / "seeds", *second.get(command, [])).check_refusal("is an ensemble", str(trained / "seeds/0"))

@@ -59,7 +59,8 @@ def test_the_summary_runs_and_logs_name_the_metric(cli: Any, finished: Path, tmp
     best = read(directory).history[-1].best
     rows = [json.loads(line) for line in (directory / "logs" / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["best_angular_error"]) for row in rows] == [(1, best.value), (2, best.value)]
-    assert f"angular_error {best.value:.4f}" in cli("runs", tmp_path).out
+    *_, angle, _, _, _, _, chosen_by = cli("runs", tmp_path).out.splitlines()[-1].split()
+    assert (angle, chosen_by) == (f"{best.value:.2f}", "angular_error")
     (run,) = json.loads(cli("runs", tmp_path, "--json").out)
     assert (run["monitor"], run["best_value"], run["best_epoch"]) == ("angular_error", best.value, 1)
     assert run["angular_error_deg"] == best.value

@@ -43,7 +43,7 @@ def test_a_checkout_is_named_by_its_commit_and_a_change_shows_in_commit_and_sour
     without_git = in_folder(tmp_path)
     assert "git" not in without_git
     git(tmp_path, "init", "-q")
-    git(tmp_path, "add", "dwiml_func/*.py")
+    git(tmp_path, "add", "dwiml_func", ":!dwiml_func/py.typed", ":!*/__pycache__/*")
     git(tmp_path, "commit", "-qm", "a")
     (tmp_path / "notes.txt").write_text("not of the package")
     (tmp_path / ".gitignore").write_text("__pycache__\ndwiml_func/py.typed\n")

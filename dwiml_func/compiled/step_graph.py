@@ -27,6 +27,8 @@ def make_graph(
     donate: bool,
     non_finite: NonFinite | None,
 ) -> Callable[..., tuple[Any, ...]]:
+    """The function that `torch.compile` gets: a whole step from tensors to tensors."""
+
     def graph(
         batch: Any,
         params: dict[str, Tensor],

@@ -30,8 +30,11 @@ __all__ = ["KEEP_STRAIGHT", "MASK_GROUP", "ORACLE", "PRINCIPAL_DIRECTION", "Trac
 MASK_GROUP = "wm_mask"
 """The volume group that, where a subject has it, holds the mask of seeds and lines (or --tracking-mask)."""
 
-KEEP_STRAIGHT, PRINCIPAL_DIRECTION = "keep going straight", "principal direction"
-"""Who tracks as `KeepStraight` and `PrincipalDirection`."""
+KEEP_STRAIGHT = "keep going straight"
+"""Who tracks as `KeepStraight`."""
+
+PRINCIPAL_DIRECTION = "principal direction"
+"""Who tracks as `PrincipalDirection`."""
 
 ORACLE = "nearest real direction"
 """Who tracks as `NearestDirection`."""

@@ -19,6 +19,7 @@ MOST_POINTS = 100_000
 """Of all sets together: with more, some points within streamlines are left out."""
 
 NOT_VALID = "not valid"
+"""The bundle of a tracked streamline that runs along none."""
 
 _LARGEST = 2**15 - 1
 
