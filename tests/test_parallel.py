@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from reproduction_cases import DATA, STOCHASTIC, differences, files, results, tr
 
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.distributed.process_group import join_process_group, rank_zero_first
+from dwiml_func.distributed.process_group import ProcessLostError, join_process_group, rank_zero_first
 
 pytestmark = pytest.mark.soak
 
@@ -128,3 +129,39 @@ def test_without_torchrun_a_process_is_alone() -> None:
     with join_process_group(environment={"RANK": "0", "WORLD_SIZE": "1"}) as process_group:
         assert (process_group.rank, process_group.size) == (0, 1)
         assert rank_zero_first(process_group, lambda: "called") == "called"
+
+
+RESTARTED = """
+import os, signal, sys
+import torch
+from dwiml_func.distributed.process_group import join_process_group
+
+with join_process_group() as group:
+    numbers = group.gather(torch.tensor([group.rank + 1.0]))
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    group.gather(torch.zeros(1))
+    if group.rank == 0:
+        print("sum", sum(number.item() for number in numbers))
+"""
+
+
+def test_processes_that_torchrun_starts_again_find_each_other_not_those_that_ended(tmp_path: Path) -> None:
+    (tmp_path / "restarted.py").write_text(RESTARTED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, "--max-restarts", "1", str(tmp_path / "restarted.py")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "sum 3.0\n"
+    assert "ProcessLostError: Another of the 2 processes of this run has ended" in done.stderr
+    assert "refused" not in done.stderr
+
+
+def test_a_process_that_cannot_reach_the_others_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("dwiml_func.distributed.process_group._TIMEOUT", timedelta(seconds=1))
+    with pytest.raises(ProcessLostError, match="could not join the others of this run"), join_process_group():
+        pass

@@ -43,7 +43,7 @@ def join_process_group(device: str = "cpu", *, environment: Mapping[str, str] = 
         The process group; SINGLE_PROCESS if `torchrun` did not start this process.
 
     Raises:
-        ProcessLostError: within the block, if another process has ended.
+        ProcessLostError: another process cannot be reached, or, within the block, has ended.
 
     Example:
         >>> with join_process_group(environment={}) as process_group:
@@ -57,7 +57,18 @@ def join_process_group(device: str = "cpu", *, environment: Mapping[str, str] = 
 
     if device == "cuda":
         torch.cuda.set_device(int(environment.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_TIMEOUT)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        if environment.get("GROUP_WORLD_SIZE", "1") == "1":
+            # On one machine torchrun keeps its store over restarts, with the addresses of processes that have ended.
+            store = dist.PrefixStore(f"attempt_{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
+    except RuntimeError as error:
+        raise ProcessLostError(
+            f"This process could not join the others of this run: {str(error).splitlines()[0]}. See what they printed, "
+            "then start them again."
+        ) from error
     try:
         yield _Group(dist.get_rank(), dist.get_world_size())
     finally:
