@@ -4,7 +4,7 @@ Mutations of one room are drawn from a seed, each is written into a copy of the 
 run on the copy until one fails. Which test reaches which line is recorded once (`--record`), by coverage.py.
 
 mutmut and cosmic-ray do less: neither draws from a seed, and both start torch anew for each mutation or rewrite every
-function, which compiled steps and tests of signatures notice. Needs `pip install coverage`.
+function, which compiled steps and tests of signatures notice.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import coverage
 from mutation_edits import PARTS, TREE, draw
 
 PYTEST = ("-m", "not soak", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
@@ -46,8 +47,6 @@ class Recorder:
     """A plugin of pytest that records which lines each test reaches, and how long it takes."""
 
     def __init__(self) -> None:
-        import coverage
-
         self.seconds: dict[str, float] = defaultdict(float)
         self.coverage = coverage.Coverage(data_file=None, source=["dwiml_func"], config_file=False, messages=False)
         self.coverage.start()
