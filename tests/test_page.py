@@ -23,10 +23,10 @@ from dwiml_func.experiment.page.page import run_page
 from dwiml_func.experiment.page.scores import score_sections
 from dwiml_func.experiment.page.viewer import viewer
 from dwiml_func.experiment.panels import COLOURS
+from dwiml_func.experiment.recorded_tracking import Drift
 from dwiml_func.experiment.tracked_lines import read_tracked_lines, tracked_lines_path, write_tracked_lines
 from dwiml_func.experiment.tracking_evaluation import (
     ORACLE,
-    Drift,
     ShownLines,
     TrackedLines,
     TrackingEvaluation,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.verify import data_problems, train_epochs
 from dwiml_func.experiment.window_lag import WINDOW_LAG, without_window_lag
 
-__all__ = ["Audit", "Replayed", "Span", "audit_experiment", "sample_epochs", "spans"]
+__all__ = ["Audit", "Replayed", "Span", "audit_experiment", "sample_epochs", "spans", "summed_up"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,10 @@ class Span:
 
     first: int
     last: int
+
+    def __str__(self) -> str:
+        """As a problem names it."""
+        return f"epoch {self.last}" if self.first == self.last else f"epochs {self.first} to {self.last}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,22 +106,36 @@ def audit_experiment(
     epochs = recorded if sample is None else sample_epochs(recorded, sample)
     ends = {int(name) for name in list_checkpoints(directory) if "-" not in name}
     chosen = spans(ends, recorded, epochs)
+    found = _replays(directory, replayed_config, chosen, num_processes, track, check_record)
+    return summed_up(found, recorded, len(epochs), chosen, problems, left_out, record_digest(latest))
+
+
+def summed_up(
+    found: Iterable[tuple[Span, Replayed]],
+    recorded: tuple[int, ...],
+    num_chosen: int,
+    chosen: Sequence[Span],
+    problems: list[str],
+    left_out: list[str],
+    record: str,
+) -> Audit:
+    """An audit, from what the replay of each span found; `problems` and `left_out` are those of the record."""
     replayed: list[int] = []
-    changes: dict[str, None] = {}
-    for span, found in _replays(directory, replayed_config, chosen, num_processes, track, check_record):
-        replayed += range(span.first, span.last + 1) if found.is_replayed else ()
-        problems += found.problems
-        changes |= dict.fromkeys(found.context)
-        left_out += found.left_out
+    context: dict[str, None] = {}
+    for span, result in found:
+        replayed += range(span.first, span.last + 1) if result.is_replayed else ()
+        problems += result.problems
+        context |= dict.fromkeys(result.context)
+        left_out += result.left_out
     return Audit(
         recorded=recorded,
         replayed=tuple(sorted(replayed)),
-        num_chosen=len(epochs),
+        num_chosen=num_chosen,
         spans=tuple(chosen),
         problems=tuple(dict.fromkeys(problems)),
-        context=tuple(changes),
+        context=tuple(context),
         left_out=tuple(left_out),
-        record=record_digest(latest),
+        record=record,
     )
 
 
@@ -184,7 +202,6 @@ class _Replay:
         self._end: TrainState | None = None  # of a replay that was identical to the record
 
     def __call__(self, span: Span) -> Replayed:
-        label = f"epoch {span.last}" if span.first == span.last else f"epochs {span.first} to {span.last}"
         after, _ = checkpoint_after(self._directory, span.last, self._reports, is_read=False)
         recorded, reports, origin = (after or self._latest).environment, self._reports, self._config.origin
         problems: list[str] = []
@@ -200,12 +217,12 @@ class _Replay:
                 epochs = self._kept(train_epochs(state, parts, self._track, span.last))
                 problems += replay_problems(epochs, reports, span.last, after)
             except NothingLeft as error:
-                return Replayed(False, left_out=(f"{label}: {error}",))
+                return Replayed(False, left_out=(f"{span}: {error}",))
             except (ValueError, NonFiniteError) as error:
-                return Replayed(False, (f"{label}: the replay failed: {error}",))
+                return Replayed(False, (f"{span}: the replay failed: {error}",))
         if problems or reports[span.last].digest is None:
             self._end = None
-        texts = tuple(f"{label}: {problem}" for problem in problems)
+        texts = tuple(f"{span}: {problem}" for problem in problems)
         return Replayed(True, texts, tuple(f"environment: {text}" for text in changes))
 
     def _made(self, is_measured: bool) -> RunParts:

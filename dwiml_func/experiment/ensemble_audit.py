@@ -16,7 +16,7 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, stack_states
-from dwiml_func.experiment.audit import Audit, Replayed, Span, sample_epochs, spans
+from dwiml_func.experiment.audit import Audit, Replayed, Span, sample_epochs, spans, summed_up
 from dwiml_func.experiment.audit_processes import in_processes
 from dwiml_func.experiment.compare import differences, differing, report_differences
 from dwiml_func.experiment.config import RunConfig
@@ -80,28 +80,12 @@ def audit_ensemble(
     shared = tuple(epoch for epoch in recorded if epoch not in alone)
     epochs = shared if sample is None else sample_epochs(shared, sample)
     chosen = spans(_ends(members), shared, epochs)
-    replayed: list[int] = []
     work = (directory, hdf5_file)
     if num_processes == 1 or len(chosen) < 2:
         found = _replays(*work, chosen)
     else:
         found = in_processes(_replays, work, chosen, min(num_processes, len(chosen)))
-    changes: dict[str, None] = {}
-    for span, result in found:
-        replayed += range(span.first, span.last + 1) if result.is_replayed else ()
-        problems += result.problems
-        changes |= dict.fromkeys(result.context)
-        left_out += result.left_out
-    return Audit(
-        recorded=recorded,
-        replayed=tuple(sorted(replayed)),
-        num_chosen=len(epochs),
-        spans=tuple(chosen),
-        problems=tuple(dict.fromkeys(problems)),
-        context=tuple(changes),
-        left_out=tuple(left_out),
-        record=links.hexdigest(),
-    )
+    return summed_up(found, recorded, len(epochs), chosen, problems, left_out, links.hexdigest())
 
 
 def _replays(directory: Path, hdf5_file: str | None, chosen: Sequence[Span]) -> Iterator[tuple[Span, Replayed]]:
@@ -111,14 +95,13 @@ def _replays(directory: Path, hdf5_file: str | None, chosen: Sequence[Span]) -> 
     with recorded_threads(recorded, default=members[0].config.training.num_threads):
         parts = _prepare(members)
         for span in chosen:
-            label = f"epoch {span.last}" if span.first == span.last else f"epochs {span.first} to {span.last}"
             try:
                 problems = _replay(members, parts, span.first, span.last)
             except NothingLeft as error:
-                yield span, Replayed(False, left_out=(f"{label}: {error}",))
+                yield span, Replayed(False, left_out=(f"{span}: {error}",))
                 continue
             except ValueError as error:
-                yield span, Replayed(False, (f"{label}: the replay failed: {error}",))
+                yield span, Replayed(False, (f"{span}: the replay failed: {error}",))
                 continue
             devices = {str(leaf.device) for leaf in parts[0].first_state().params.values()}
             changes = environment_differences(recorded, environment(devices))

@@ -17,9 +17,9 @@ from dwiml_func.experiment.evaluation import read_evaluation
 from dwiml_func.experiment.folder import recorded_config
 from dwiml_func.experiment.graphs import Graph, GraphDrawing, graph_drawings
 from dwiml_func.experiment.panels import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
+from dwiml_func.experiment.recorded_tracking import read_scores
 from dwiml_func.experiment.run_labels import loss_kind, run_labels, run_names
 from dwiml_func.experiment.run_panels import PanelName, panel_drawings
-from dwiml_func.experiment.tracking_scores import read_scores
 from dwiml_func.files.atomic import atomic_write
 
 if TYPE_CHECKING:

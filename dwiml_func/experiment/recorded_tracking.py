@@ -1,14 +1,33 @@
-"""The scores of tracking that a run has recorded."""
+"""How a run's best model tracks, as the run has recorded it in its `tracking.json`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dwiml_func.experiment.tracking_scores import TRACKING_FILE
+__all__ = [
+    "TRACKING_FILE",
+    "Drift",
+    "RecordedTracking",
+    "has_tracking_evaluation",
+    "read_drift",
+    "read_scores",
+    "read_tracking",
+]
 
-__all__ = ["RecordedTracking", "read_tracking"]
+TRACKING_FILE = "tracking.json"
+"""In an experiment's folder."""
+
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+"""What reading a corrupt file raises."""
+
+
+class Drift(NamedTuple):
+    """Mean distance from the real streamline by the way gone alone: mm gone, and mm by who tracked (None: unknown)."""
+
+    gone_mm: tuple[float, ...]
+    lag_mm: dict[str, tuple[float | None, ...]]
 
 
 class RecordedTracking(NamedTuple):
@@ -29,8 +48,13 @@ class RecordedTracking(NamedTuple):
     num_streamlines: dict[str, int]
 
 
+def has_tracking_evaluation(directory: str | Path) -> bool:
+    """Whether the folder has the scores of a run's best model."""
+    return (Path(directory) / TRACKING_FILE).is_file()
+
+
 def read_tracking(directory: str | Path) -> RecordedTracking | None:
-    """The recorded scores; None if there are none, ValueError where the file is corrupt."""
+    """What is recorded; None if nothing is, ValueError where the file is corrupt."""
     import pydantic
 
     path = Path(directory) / TRACKING_FILE
@@ -48,5 +72,28 @@ def read_tracking(directory: str | Path) -> RecordedTracking | None:
         counts = {protocol: found["num_streamlines"] for protocol, found in scores["model"].items()}
         recorded = {**facts, "shares": shares, "ceiling": ceiling, "num_streamlines": counts}
         return pydantic.TypeAdapter(RecordedTracking).validate_python(recorded)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except _UNREADABLE:
         raise ValueError(f"{path} is corrupt. Make it again with dwiml-func evaluate {directory} --write.") from None
+
+
+def read_scores(directory: str | Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """The recorded scores by who tracked, protocol and score; empty if there are none or they are corrupt."""
+    return _part(directory, "scores", dict[str, dict[str, dict[str, Any]]]) or {}
+
+
+def read_drift(directory: str | Path) -> Drift | None:
+    """The recorded drift; None if there is none or it is corrupt."""
+    drift = _part(directory, "drift", Drift)
+    if drift is None or "model" not in drift.lag_mm or not drift.gone_mm:
+        return None
+    return drift if {*map(len, drift.lag_mm.values())} == {len(drift.gone_mm)} else None
+
+
+def _part(directory: str | Path, name: str, type_: Any) -> Any:
+    import pydantic
+
+    try:
+        recorded = json.loads((Path(directory) / TRACKING_FILE).read_bytes())[name]
+        return pydantic.TypeAdapter(type_).validate_python(recorded)
+    except _UNREADABLE:
+        return None

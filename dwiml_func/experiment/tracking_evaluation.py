@@ -17,8 +17,8 @@ from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.recorded_tracking import TRACKING_FILE, Drift
 from dwiml_func.experiment.tracking_case import ORACLE, tracking_case
-from dwiml_func.experiment.tracking_scores import TRACKING_FILE
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.models.tractography_model import TractographyModel
@@ -28,14 +28,10 @@ from dwiml_func.tracking.spec import TrackingSpec
 
 __all__ = [
     "ORACLE",
-    "TRACKING_FILE",
-    "Drift",
     "ShownLines",
     "TrackedLines",
     "TrackingEvaluation",
     "evaluate_tracking",
-    "has_tracking_evaluation",
-    "read_drift",
     "write_tracking_evaluation",
 ]
 
@@ -57,13 +53,6 @@ class TrackedLines(NamedTuple):
     names: tuple[str, ...]
     real: ShownLines
     tracked: dict[Protocol, ShownLines]
-
-
-class Drift(NamedTuple):
-    """Mean distance from the real streamline by the way gone alone: mm gone, and mm by who tracked (None: unknown)."""
-
-    gone_mm: tuple[float, ...]
-    lag_mm: dict[str, tuple[float | None, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,24 +138,6 @@ def write_tracking_evaluation(directory: str | Path, evaluation: TrackingEvaluat
         "drift": None if evaluation.drift is None else evaluation.drift._asdict(),
     }
     atomic_write(Path(directory) / TRACKING_FILE, json.dumps(null_if_not_finite(values), indent=2) + "\n")
-
-
-def has_tracking_evaluation(directory: str | Path) -> bool:
-    """Whether the folder has the scores of a run's best model."""
-    return (Path(directory) / TRACKING_FILE).is_file()
-
-
-def read_drift(directory: str | Path) -> Drift | None:
-    """The recorded drift; None if there is none or the file is corrupt."""
-    import pydantic
-
-    try:
-        recorded = json.loads((Path(directory) / TRACKING_FILE).read_bytes())["drift"]
-        drift = pydantic.TypeAdapter(Drift).validate_python(recorded)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
-    is_complete = "model" in drift.lag_mm and drift.gone_mm
-    return drift if is_complete and {*map(len, drift.lag_mm.values())} == {len(drift.gone_mm)} else None
 
 
 def _readable(spec: TrackingSpec, model: TractographyModel) -> TrackingSpec:

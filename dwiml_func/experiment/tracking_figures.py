@@ -12,6 +12,7 @@ import numpy as np
 from dwiml_func.experiment.folder import is_run, read_config
 from dwiml_func.experiment.panels import COLOURS
 from dwiml_func.experiment.plots import save_figure, without_formulas
+from dwiml_func.experiment.recorded_tracking import Drift, has_tracking_evaluation, read_drift
 from dwiml_func.experiment.streamline_views import (
     LineGroup,
     bundle_colours,
@@ -21,15 +22,7 @@ from dwiml_func.experiment.streamline_views import (
     view_rows,
 )
 from dwiml_func.experiment.tracked_lines import write_tracked_lines
-from dwiml_func.experiment.tracking_evaluation import (
-    ORACLE,
-    Drift,
-    ShownLines,
-    TrackedLines,
-    TrackingEvaluation,
-    has_tracking_evaluation,
-    read_drift,
-)
+from dwiml_func.experiment.tracking_evaluation import ORACLE, ShownLines, TrackedLines, TrackingEvaluation
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from dwiml_func.experiment.panels import Panel, PlottedRun
+from dwiml_func.experiment.recorded_tracking import Drift
 from dwiml_func.experiment.run_panels import panel_drawings
-from dwiml_func.experiment.tracking_evaluation import Drift
 from dwiml_func.experiment.tracking_figures import draw_drift
 
 if TYPE_CHECKING:
