@@ -17,7 +17,7 @@ from pathlib import Path
 from verdicts import conclude
 
 from dwiml_func.cli.main import main as dwiml_func
-from dwiml_func.experiment.tracking_case import ORACLE, PRINCIPAL_DIRECTION
+from dwiml_func.experiment.tracking.case import ORACLE, PRINCIPAL_DIRECTION
 
 DATA, OURS = "crossings", "learn2track"
 LEAST_DISTANCE, LEAST_COVERED = 0.3, 0.2

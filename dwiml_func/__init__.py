@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from dwiml_func.compiled import jit_step
     from dwiml_func.data.dataloader import from_loader
     from dwiml_func.ensemble import ensemble_step, member, stack_states, train_and_validate_ensemble
+    from dwiml_func.experiment.audit.replay import verify
     from dwiml_func.experiment.pretrained import load_pretrained
-    from dwiml_func.experiment.replay import verify
 
 __version__ = "0.1.0"
 
@@ -156,7 +156,7 @@ _MODULES = {  # loaded at the first use of a name: a loop that saves nothing doe
     "from_loader": "data.dataloader",
     "jit_step": "compiled",
     "load_pretrained": "experiment.pretrained",
-    "verify": "experiment.replay",
+    "verify": "experiment.audit.replay",
 }
 
 

@@ -28,9 +28,9 @@ from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.experiment.audit import Audit, audit_experiment
+from dwiml_func.experiment.audit.audit import Audit, audit_experiment
+from dwiml_func.experiment.audit.ensemble import audit_ensemble
 from dwiml_func.experiment.best_model import repair_best_model
-from dwiml_func.experiment.ensemble_audit import audit_ensemble
 from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.setup import prepare
 

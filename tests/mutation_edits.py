@@ -17,7 +17,7 @@ __all__ = ["PARTS", "TREE", "draw"]
 
 TREE = Path(__file__).parents[1]
 EQUIVALENT = TREE / "tests" / "data" / "equivalent_mutations.txt"
-PARTS = {"parallel": ("distributed",), "plots": ("experiment/*figure*", "experiment/pan*", "experiment/plots.py")}
+PARTS = {"parallel": ("distributed",), "plots": ("experiment/figures",)}
 COMPARISONS = {"Lt": "<=", "LtE": "<", "Gt": ">=", "GtE": ">", "Eq": "!=", "NotEq": "==", "Is": "is not"}
 COMPARISONS |= {"IsNot": "is", "In": "not in", "NotIn": "in"}
 OPERATIONS = {"Add": "-", "Sub": "+", "Mult": "/", "Div": "*", "FloorDiv": "/", "Mod": "*", "Pow": "*", "MatMult": "*"}

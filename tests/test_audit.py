@@ -13,10 +13,10 @@ from forgeries import FORGERIES, PHANTOM, forged, train
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
-from dwiml_func.experiment.audit import audit_experiment, sample_epochs
-from dwiml_func.experiment.audit_processes import in_processes
-from dwiml_func.experiment.consistency import record_digest
-from dwiml_func.experiment.ensemble_audit import audit_ensemble
+from dwiml_func.experiment.audit.audit import audit_experiment, sample_epochs
+from dwiml_func.experiment.audit.consistency import record_digest
+from dwiml_func.experiment.audit.ensemble import audit_ensemble
+from dwiml_func.experiment.audit.processes import in_processes
 from dwiml_func.experiment.folder import read_config, read_ended
 
 

@@ -26,7 +26,7 @@ from dwiml_func.data.example.settings import ExampleSettings
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset
 from dwiml_func.experiment.config import BatchConfig, RunConfig
-from dwiml_func.experiment.tracking_case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION, TrackingCase, tracking_case
+from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION, TrackingCase, tracking_case
 from dwiml_func.tracking import protocols
 
 CONFIG = RunConfig(hdf5_file="", batches=BatchConfig(step_size=2.0))

@@ -18,10 +18,10 @@ from forgeries import read_record, write_record
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.bisect import bisect_runs
+from dwiml_func.experiment.audit.bisect import bisect_runs
+from dwiml_func.experiment.audit.lockstep import tensor_differences
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.folder import create_ensemble, create_experiment, read_config
-from dwiml_func.experiment.lockstep import tensor_differences
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
 

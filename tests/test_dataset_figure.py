@@ -15,9 +15,9 @@ from test_tracking_figures import drawn
 
 from dwiml_func.data.hdf5.subject import read_subject_streamlines
 from dwiml_func.data.inspection.inspect import inspect_dataset
-from dwiml_func.experiment.dataset_figure import draw_dataset
-from dwiml_func.experiment.panels import COLOURS
-from dwiml_func.experiment.streamline_views import VIEWS
+from dwiml_func.experiment.figures.dataset import draw_dataset
+from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.streamline_views import VIEWS
 
 BLUE, ORANGE, GREEN = COLOURS[:3]
 

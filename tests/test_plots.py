@@ -17,6 +17,8 @@ import pytest
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport
+from dwiml_func.experiment.comparison.correlation import pearson, spearman
+from dwiml_func.experiment.comparison.run_labels import kind_names, loss_kind, run_labels
 from dwiml_func.experiment.config import (
     BatchConfig,
     CheckpointConfig,
@@ -26,12 +28,10 @@ from dwiml_func.experiment.config import (
     RunConfig,
     TrainingConfig,
 )
-from dwiml_func.experiment.correlation import pearson, spearman
 from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
-from dwiml_func.experiment.folder import read_config
-from dwiml_func.experiment.graphs import parse_graph
-from dwiml_func.experiment.panels import COLOURS, PlottedRun
-from dwiml_func.experiment.plots import (
+from dwiml_func.experiment.figures.graphs import parse_graph
+from dwiml_func.experiment.figures.panels import COLOURS, PlottedRun
+from dwiml_func.experiment.figures.plots import (
     draw_experiments,
     draw_runs,
     plot_runs,
@@ -39,7 +39,7 @@ from dwiml_func.experiment.plots import (
     save_figure,
     save_run_figure,
 )
-from dwiml_func.experiment.run_labels import kind_names, loss_kind, run_labels
+from dwiml_func.experiment.folder import read_config
 
 EVALUATION = Evaluation(model=9.0, keep_straight=4.0, principal_direction=11.5, num_points=7, num_streamlines=2)
 

@@ -13,7 +13,7 @@ from dwiml_func.cli._tracking_summary import format_tracking
 from dwiml_func.core.rng import Key
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.experiment.tracking_evaluation import ORACLE, TrackingEvaluation
+from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
 from dwiml_func.tracking.protocols import ProtocolScores, score_protocols, track_protocols
 from dwiml_func.tracking.scores import reference_bundles

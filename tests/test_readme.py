@@ -16,7 +16,7 @@ import torch
 from experiment_cases import latest_digest
 from preloaded import finished, run_command, run_program, start_command
 
-from dwiml_func.experiment.runs import list_runs
+from dwiml_func.experiment.comparison.runs import list_runs
 
 ROOT = Path(__file__).parents[1]
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

@@ -16,9 +16,9 @@ import pytest
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli.runs import format_runs
+from dwiml_func.experiment.comparison.runs import RunOverview, list_runs
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config
-from dwiml_func.experiment.runs import RunOverview, list_runs
 from dwiml_func.files.lock import experiment_lock
 
 TIME = datetime(2026, 1, 31, 14, 5, 9)

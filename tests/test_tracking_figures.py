@@ -16,12 +16,12 @@ from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
 from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.streamline_views import VIEWS, bundle_colours
+from dwiml_func.experiment.figures.tracking import NOT_VALID, draw_drift, draw_tracked
 from dwiml_func.experiment.finish import is_whole
-from dwiml_func.experiment.panels import COLOURS
-from dwiml_func.experiment.recorded_tracking import Drift, read_drift
-from dwiml_func.experiment.streamline_views import VIEWS, bundle_colours
-from dwiml_func.experiment.tracking_evaluation import ORACLE, ShownLines, TrackedLines, TrackingEvaluation
-from dwiml_func.experiment.tracking_figures import NOT_VALID, draw_drift, draw_tracked
+from dwiml_func.experiment.tracking.evaluation import ORACLE, ShownLines, TrackedLines, TrackingEvaluation
+from dwiml_func.experiment.tracking.recorded import Drift, read_drift
 from dwiml_func.tracking.protocols import DRIFT_MM, LAG_MM, ProtocolScores
 
 BLUE, ORANGE = COLOURS[:2]

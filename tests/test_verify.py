@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
-from dwiml_func.experiment import verify as verification
+from dwiml_func.experiment.audit import verify as verification
 from dwiml_func.experiment.folder import read_config
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

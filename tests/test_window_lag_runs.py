@@ -140,7 +140,7 @@ def test_short_streamlines_and_runs_without_validation_have_none(cli, folder: Pa
 
 
 def test_it_can_choose_the_best_epoch_and_is_drawn(cli, folder: Path, tmp_path: Path) -> None:
-    from dwiml_func.experiment.plots import draw_experiments
+    from dwiml_func.experiment.figures.plots import draw_experiments
 
     options = [*OPTIONS, "--max-epochs", "3", "--monitor", NAME]
     assert cli("train", tmp_path, "run", folder / "data.hdf5", *options).code == 0

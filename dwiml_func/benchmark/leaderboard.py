@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dwiml_func.benchmark.settings import DATA
 from dwiml_func.benchmark.tasks import CEILING, scores_path
-from dwiml_func.experiment.tracking_case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION
+from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite, parse_json
 

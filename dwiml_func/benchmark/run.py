@@ -11,10 +11,10 @@ from dwiml_func.benchmark.leaderboard import write_leaderboard
 from dwiml_func.benchmark.settings import DATA, BenchmarkSetting
 from dwiml_func.benchmark.tasks import CEILING, Task, data_path, do, is_done, score_experiment
 from dwiml_func.data.example.bundles import SUBJECTS
-from dwiml_func.experiment.audit_processes import in_processes
+from dwiml_func.experiment.audit.processes import in_processes
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
-from dwiml_func.experiment.tracking_case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION
+from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION
 
 __all__ = ["add_experiment", "check_name", "run_benchmark"]
 

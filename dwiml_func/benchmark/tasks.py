@@ -20,7 +20,7 @@ from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.model_store import find_model, load_model
 from dwiml_func.experiment.resume import check_same_run, resume_experiment
 from dwiml_func.experiment.run import run_experiment, set_num_threads
-from dwiml_func.experiment.tracking_case import TrackingCase, tracking_case
+from dwiml_func.experiment.tracking.case import TrackingCase, tracking_case
 from dwiml_func.files.atomic import atomic_write, make_directory, remove_leftovers
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.files.lock import experiment_lock

@@ -8,7 +8,7 @@ from dwiml_func.cli._messages import pluralize
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
 from dwiml_func.experiment.reconstruction import Reconstruction
-from dwiml_func.experiment.window_lag import WINDOW_LAG
+from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG
 
 __all__ = ["NO_PRINCIPAL_DIRECTION", "format_reconstruction", "format_summary"]
 

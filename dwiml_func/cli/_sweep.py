@@ -17,13 +17,13 @@ from dwiml_func.cli.runs import format_runs
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.distributed.process_group import join_process_group
-from dwiml_func.experiment.compare import distinguishing
+from dwiml_func.experiment.comparison.compare import distinguishing
+from dwiml_func.experiment.comparison.run_values import best_first
+from dwiml_func.experiment.comparison.runs import list_runs
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.folder import check_new_experiment, is_sweep
 from dwiml_func.experiment.resume import check_same_run
-from dwiml_func.experiment.run_values import best_first
-from dwiml_func.experiment.runs import list_runs
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.sweep import write_sweep
 from dwiml_func.files.lock import experiment_lock, is_locked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dwiml_func.experiment.tracking_evaluation import ORACLE, TrackingEvaluation
+from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.tracking.protocols import LAG_MM, ProtocolScores
 
 __all__ = ["format_tracking"]

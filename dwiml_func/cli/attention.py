@@ -22,11 +22,11 @@ from dwiml_func.data.neighborhood import direction_units
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.data.tractogram_file import write_trk
 from dwiml_func.experiment.batches import check_usable, loader_spec
-from dwiml_func.experiment.loss_figures import Colormap, colours_of
+from dwiml_func.experiment.figures.losses import Colormap, colours_of
+from dwiml_func.experiment.figures.plots import save_figure
 from dwiml_func.experiment.model_store import LoadedModel, find_model, load_model
-from dwiml_func.experiment.plots import save_figure
 from dwiml_func.experiment.point_losses import of_one_subject, resampling_of
-from dwiml_func.experiment.tracking_input import read_dataset_input
+from dwiml_func.experiment.tracking.input import read_dataset_input
 from dwiml_func.files.atomic import atomic_directory
 from dwiml_func.models.transformers.transformer import Transformer
 from dwiml_func.models.transformers.weights import AttentionSummary, attention_weights, summary_of

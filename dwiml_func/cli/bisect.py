@@ -11,8 +11,8 @@ import tyro
 from dwiml_func._checks import at_most_three
 from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.experiment.bisect import Bisection, bisect_record, bisect_runs
-from dwiml_func.experiment.lockstep import Difference
+from dwiml_func.experiment.audit.bisect import Bisection, bisect_record, bisect_runs
+from dwiml_func.experiment.audit.lockstep import Difference
 
 __all__ = ["Options", "format_bisection", "run"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.experiment.compare import Comparison, compare_experiments
+from dwiml_func.experiment.comparison.compare import Comparison, compare_experiments
 
 __all__ = ["Options", "format_comparison", "run"]
 

@@ -14,7 +14,7 @@ from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import RunOptions
 from dwiml_func.cli._training import TimeLimit, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in
-from dwiml_func.experiment.compare import differences
+from dwiml_func.experiment.comparison.compare import differences
 from dwiml_func.experiment.folder import check_new_experiment, experiment_directory, read_config
 from dwiml_func.experiment.fork import create_fork, prepare_fork
 from dwiml_func.experiment.resume import repair_experiment

@@ -11,8 +11,8 @@ from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.data.inspection.inspect import inspect_dataset
 from dwiml_func.data.inspection.report import format_inspection
-from dwiml_func.experiment.dataset_figure import draw_dataset
-from dwiml_func.experiment.plots import check_format, save_figure
+from dwiml_func.experiment.figures.dataset import draw_dataset
+from dwiml_func.experiment.figures.plots import check_format, save_figure
 
 __all__ = ["Options", "run"]
 

@@ -14,7 +14,7 @@ from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.cli.verify import format_audit
-from dwiml_func.experiment.audit import audit_experiment
+from dwiml_func.experiment.audit.audit import audit_experiment
 from dwiml_func.experiment.folder import check_no_links
 from dwiml_func.experiment.page.page import run_page
 from dwiml_func.files.atomic import atomic_write

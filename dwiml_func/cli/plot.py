@@ -12,13 +12,20 @@ import tyro
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.experiment.correlation import correlate, draw_correlation
+from dwiml_func.experiment.comparison.correlation import correlate, draw_correlation
+from dwiml_func.experiment.comparison.runs import run_overview
+from dwiml_func.experiment.figures.graphs import parse_graph
+from dwiml_func.experiment.figures.plots import (
+    check_format,
+    draw_runs,
+    read_runs,
+    run_figure_path,
+    save_figure,
+    write_table,
+)
+from dwiml_func.experiment.figures.run_panels import PanelName
+from dwiml_func.experiment.figures.tracking import draw_drifts, drift_figure_path
 from dwiml_func.experiment.folder import ENSEMBLE_FILE, check_no_links, is_ensemble, is_run, member_folders
-from dwiml_func.experiment.graphs import parse_graph
-from dwiml_func.experiment.plots import check_format, draw_runs, read_runs, run_figure_path, save_figure, write_table
-from dwiml_func.experiment.run_panels import PanelName
-from dwiml_func.experiment.runs import run_overview
-from dwiml_func.experiment.tracking_figures import draw_drifts, drift_figure_path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

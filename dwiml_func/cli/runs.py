@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import tyro
 
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.experiment.run_values import best_of_groups, check_names, run_value, sorted_runs
-from dwiml_func.experiment.runs import RunOverview, list_runs
+from dwiml_func.experiment.comparison.run_values import best_of_groups, check_names, run_value, sorted_runs
+from dwiml_func.experiment.comparison.runs import RunOverview, list_runs
 from dwiml_func.experiment.training_config import WINDOW_LAG
 from dwiml_func.files.json import null_if_not_finite
 

@@ -24,7 +24,7 @@ from dwiml_func.data.interpolation import Interpolation
 from dwiml_func.data.resampling import Resampling, lengths_mm, resample_streamlines
 from dwiml_func.data.tractogram_file import new_tractogram
 from dwiml_func.experiment.model_store import LoadedModel, find_model, load_model
-from dwiml_func.experiment.tracking_input import TrackingInput, read_dataset_input, read_nifti_input
+from dwiml_func.experiment.tracking.input import TrackingInput, read_dataset_input, read_nifti_input
 from dwiml_func.experiment.training_facts import TRAINED_ON
 from dwiml_func.tracking.processes import track_in_processes
 from dwiml_func.tracking.seeds import load_seeds, seeds_in_mask

@@ -15,11 +15,11 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.experiment.audit import Audit, audit_experiment
-from dwiml_func.experiment.ensemble_audit import audit_ensemble
+from dwiml_func.experiment.audit.audit import Audit, audit_experiment
+from dwiml_func.experiment.audit.ensemble import audit_ensemble
+from dwiml_func.experiment.audit.verify import Verification, verify_epoch
 from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
 from dwiml_func.experiment.training_config import TrainingConfig
-from dwiml_func.experiment.verify import Verification, verify_epoch
 from dwiml_func.writers.progress import Progress
 
 __all__ = ["Options", "format_audit", "format_verification", "run"]

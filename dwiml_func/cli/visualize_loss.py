@@ -23,11 +23,11 @@ from dwiml_func.data.hdf5.subject import read_subject_streamlines
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 from dwiml_func.data.tractogram_file import write_trk
-from dwiml_func.experiment.loss_figures import Colormap, colours_of, draw_eos, draw_losses
+from dwiml_func.experiment.figures.losses import Colormap, colours_of, draw_eos, draw_losses
+from dwiml_func.experiment.figures.plots import save_figure
 from dwiml_func.experiment.model_store import LoadedModel, find_model, load_model
-from dwiml_func.experiment.plots import save_figure
 from dwiml_func.experiment.point_losses import PointLosses, displacement, of_one_subject, point_losses, resampling_of
-from dwiml_func.experiment.tracking_input import read_dataset_input
+from dwiml_func.experiment.tracking.input import read_dataset_input
 from dwiml_func.files.atomic import atomic_directory
 
 __all__ = ["Options", "run"]

@@ -9,12 +9,12 @@ from typing import Any
 
 from dwiml_func.checkpoint.arrays import read_manifest
 from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.experiment.compare import differing
+from dwiml_func.experiment.audit.consistency import record_digest
+from dwiml_func.experiment.audit.replay import recorded_epochs
+from dwiml_func.experiment.comparison.compare import differing
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.consistency import record_digest
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import MANIFEST
-from dwiml_func.experiment.replay import recorded_epochs
 from dwiml_func.experiment.training_facts import TRAINED_ON
 from dwiml_func.files.fingerprint import content
 from dwiml_func.files.json import parse_json

@@ -34,7 +34,7 @@ from dwiml_func.experiment.optimizers import make_optimizer
 from dwiml_func.experiment.run import set_num_threads, train_and_save
 from dwiml_func.experiment.setup import RunParts, check_monitored, make_parts
 from dwiml_func.experiment.signals import StopRequest
-from dwiml_func.experiment.window_lag import with_window_lag
+from dwiml_func.experiment.tracking.window_lag import with_window_lag
 from dwiml_func.files.lock import same_folder
 from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import step_scalars

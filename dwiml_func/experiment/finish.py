@@ -9,19 +9,19 @@ from typing import Any, NamedTuple
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.report import EpochReport
-from dwiml_func.experiment.autoencoder_figures import save_autoencoder_figures
 from dwiml_func.experiment.evaluation import Evaluation, evaluate_best_model, is_evaluated, write_evaluation
+from dwiml_func.experiment.figures.autoencoder import save_autoencoder_figures
+from dwiml_func.experiment.figures.plots import run_figure_path, save_run_figure
+from dwiml_func.experiment.figures.tracking import save_tracking_figures, tracking_figures
 from dwiml_func.experiment.model_store import load_model
-from dwiml_func.experiment.plots import run_figure_path, save_run_figure
 from dwiml_func.experiment.reconstruction import Reconstruction, evaluate_reconstruction, write_reconstruction
 from dwiml_func.experiment.setup import RunParts
-from dwiml_func.experiment.tracked_lines import tracked_lines_path
-from dwiml_func.experiment.tracking_evaluation import (
+from dwiml_func.experiment.tracking.evaluation import (
     TrackingEvaluation,
     evaluate_tracking,
     write_tracking_evaluation,
 )
-from dwiml_func.experiment.tracking_figures import save_tracking_figures, tracking_figures
+from dwiml_func.experiment.tracking.tracked_lines import tracked_lines_path
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 
 __all__ = ["Finished", "finish_run", "is_whole"]

@@ -13,7 +13,7 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.compare import differing
+from dwiml_func.experiment.comparison.compare import differing
 from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.experiment.logs import read_parameters, run_parameters
 from dwiml_func.files.fingerprint import same_file

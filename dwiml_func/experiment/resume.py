@@ -19,7 +19,7 @@ from dwiml_func.core.skip_batches import parse_batch
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import repair_best_model
-from dwiml_func.experiment.compare import differences
+from dwiml_func.experiment.comparison.compare import differences
 from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import check_new_experiment, check_no_links, is_ensemble, read_config, read_ended
 from dwiml_func.experiment.record import check_same_config, check_same_data, warn_of_other_environment

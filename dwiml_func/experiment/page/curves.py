@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dwiml_func.experiment.panels import Panel, PlottedRun
-from dwiml_func.experiment.recorded_tracking import Drift
-from dwiml_func.experiment.run_panels import panel_drawings
-from dwiml_func.experiment.tracking_figures import draw_drift
+from dwiml_func.experiment.figures.panels import Panel, PlottedRun
+from dwiml_func.experiment.figures.run_panels import panel_drawings
+from dwiml_func.experiment.figures.tracking import draw_drift
+from dwiml_func.experiment.tracking.recorded import Drift
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func.experiment.streamline_views import bundle_colours, labels_of, view_limits
-from dwiml_func.experiment.tracked_lines import RecordedLines
-from dwiml_func.experiment.tracking_evaluation import ShownLines
+from dwiml_func.experiment.figures.streamline_views import bundle_colours, labels_of, view_limits
+from dwiml_func.experiment.tracking.evaluation import ShownLines
+from dwiml_func.experiment.tracking.tracked_lines import RecordedLines
 
 __all__ = ["MOST_POINTS", "NOT_VALID", "LegendEntry", "legend", "viewer_data"]
 

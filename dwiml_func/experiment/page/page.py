@@ -11,17 +11,17 @@ from xml.etree.ElementTree import Element
 from dwiml_func.checkpoint.arrays import CheckpointError, read_manifest
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
 from dwiml_func.core.report import EpochReport
-from dwiml_func.experiment.compare import differing
+from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
+from dwiml_func.experiment.comparison.compare import differing
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.consistency import best_model_problems, record_digest, record_problems
 from dwiml_func.experiment.evaluation import read_evaluation
+from dwiml_func.experiment.figures.panels import PlottedRun
 from dwiml_func.experiment.folder import is_ensemble, is_run, read_config
 from dwiml_func.experiment.model_store import MANIFEST
 from dwiml_func.experiment.page.curves import curves
 from dwiml_func.experiment.page.html import document, image, rows_table, tag
 from dwiml_func.experiment.page.scores import score_sections
 from dwiml_func.experiment.page.viewer import viewer
-from dwiml_func.experiment.panels import PlottedRun
 from dwiml_func.files.fingerprint import content
 
 __all__ = ["run_page"]

@@ -13,8 +13,8 @@ from dwiml_func.experiment.evaluation import read_evaluation
 from dwiml_func.experiment.page.curves import drift_curve
 from dwiml_func.experiment.page.html import image, rows_table, tag
 from dwiml_func.experiment.reconstruction import read_reconstruction
-from dwiml_func.experiment.recorded_tracking import read_drift, read_tracking
-from dwiml_func.experiment.tracking_evaluation import ORACLE
+from dwiml_func.experiment.tracking.evaluation import ORACLE
+from dwiml_func.experiment.tracking.recorded import read_drift, read_tracking
 
 __all__ = ["GIVEN", "score_sections"]
 

@@ -9,8 +9,8 @@ from xml.etree.ElementTree import Element
 from dwiml_func.experiment.page.html import json_block, tag
 from dwiml_func.experiment.page.lines import legend, viewer_data
 from dwiml_func.experiment.page.scores import GIVEN
-from dwiml_func.experiment.recorded_tracking import has_tracking_evaluation, read_tracking
-from dwiml_func.experiment.tracked_lines import RecordedLines, read_tracked_lines
+from dwiml_func.experiment.tracking.recorded import has_tracking_evaluation, read_tracking
+from dwiml_func.experiment.tracking.tracked_lines import RecordedLines, read_tracked_lines
 
 __all__ = ["viewer"]
 

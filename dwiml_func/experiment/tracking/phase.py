@@ -28,8 +28,8 @@ from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.tracking.window_lag import Followed, space_of_subject
 from dwiml_func.experiment.training_config import PHASE_METRICS
-from dwiml_func.experiment.window_lag import Followed, space_of_subject
 from dwiml_func.tracking.connectivity import (
     connection_counts,
     connectivity_scores,

@@ -17,7 +17,7 @@ from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary
 from dwiml_func.data.inspection.inspect import Inspection
 from dwiml_func.data.interpolation import interpolate
 from dwiml_func.data.streamlines import Streamlines, offsets_of
-from dwiml_func.experiment.streamline_views import (
+from dwiml_func.experiment.figures.streamline_views import (
     VIEWS,
     LineGroup,
     bundle_colours,

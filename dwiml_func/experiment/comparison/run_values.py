@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from dwiml_func.core.early_stopping import Mode
-from dwiml_func.experiment.log_values import check_known, find_log, log_names
-from dwiml_func.experiment.run_labels import loss_kind
-from dwiml_func.experiment.runs import RunOverview
+from dwiml_func.experiment.comparison.log_values import check_known, find_log, log_names
+from dwiml_func.experiment.comparison.run_labels import loss_kind
+from dwiml_func.experiment.comparison.runs import RunOverview
 
 __all__ = ["best_first", "best_of_groups", "check_names", "mean_share", "run_value", "sorted_runs"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.experiment.compare import distinguishing
+from dwiml_func.experiment.comparison.compare import distinguishing
 from dwiml_func.models.config import GETTER_OPTIONS
 
 __all__ = ["kind_names", "loss_kind", "run_labels", "run_names"]

@@ -14,11 +14,7 @@ from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Track
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.compare import differences, report_values
-from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.folder import is_ensemble, read_config
-from dwiml_func.experiment.record import with_defaults
-from dwiml_func.experiment.replay import (
+from dwiml_func.experiment.audit.replay import (
     NothingLeft,
     Verification,
     checkpoint_after,
@@ -28,8 +24,12 @@ from dwiml_func.experiment.replay import (
     replay_start,
     start_problems,
 )
+from dwiml_func.experiment.comparison.compare import differences, report_values
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.folder import is_ensemble, read_config
+from dwiml_func.experiment.record import with_defaults
 from dwiml_func.experiment.setup import RunParts, prepare
-from dwiml_func.experiment.window_lag import WINDOW_LAG, without_window_lag
+from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG, without_window_lag
 from dwiml_func.files.fingerprint import content, fingerprint, linked_paths
 
 __all__ = ["Verification", "data_problems", "train_epochs", "verify_epoch"]

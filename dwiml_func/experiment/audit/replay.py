@@ -22,7 +22,7 @@ from dwiml_func.core.rates import Step
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Batches
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.compare import differences, leaf_problems, report_differences, report_values
+from dwiml_func.experiment.comparison.compare import differences, leaf_problems, report_differences, report_values
 from dwiml_func.types import Schedule
 
 if TYPE_CHECKING:

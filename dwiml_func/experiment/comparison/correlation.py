@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dwiml_func.experiment.log_values import find_log
-from dwiml_func.experiment.panels import COLOURS, Panel, marker_of
-from dwiml_func.experiment.run_labels import loss_kind
-from dwiml_func.experiment.run_values import check_names, run_value
-from dwiml_func.experiment.runs import RunOverview
+from dwiml_func.experiment.comparison.log_values import find_log
+from dwiml_func.experiment.comparison.run_labels import loss_kind
+from dwiml_func.experiment.comparison.run_values import check_names, run_value
+from dwiml_func.experiment.comparison.runs import RunOverview
+from dwiml_func.experiment.figures.panels import COLOURS, Panel, marker_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dwiml_func.experiment.panels import COLOURS
-from dwiml_func.experiment.plots import without_formulas
+from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.plots import without_formulas
 from dwiml_func.experiment.point_losses import PointLosses
 
 if TYPE_CHECKING:

@@ -15,11 +15,9 @@ from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Track
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.audit_processes import in_processes
-from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.consistency import best_model_problems, record_digest, record_problems
-from dwiml_func.experiment.folder import is_ensemble, read_config
-from dwiml_func.experiment.replay import (
+from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
+from dwiml_func.experiment.audit.processes import in_processes
+from dwiml_func.experiment.audit.replay import (
     NothingLeft,
     checkpoint_after,
     recorded_epochs,
@@ -28,9 +26,11 @@ from dwiml_func.experiment.replay import (
     replay_start,
     start_problems,
 )
+from dwiml_func.experiment.audit.verify import data_problems, train_epochs
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.setup import RunParts, prepare
-from dwiml_func.experiment.verify import data_problems, train_epochs
-from dwiml_func.experiment.window_lag import WINDOW_LAG, without_window_lag
+from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG, without_window_lag
 
 __all__ = ["Audit", "Replayed", "Span", "audit_experiment", "sample_epochs", "spans", "summed_up"]
 

@@ -17,8 +17,8 @@ from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.recorded_tracking import TRACKING_FILE, Drift
-from dwiml_func.experiment.tracking_case import ORACLE, tracking_case
+from dwiml_func.experiment.tracking.case import ORACLE, tracking_case
+from dwiml_func.experiment.tracking.recorded import TRACKING_FILE, Drift
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.models.tractography_model import TractographyModel

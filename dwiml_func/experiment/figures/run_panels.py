@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from dwiml_func.core.report import EpochReport
-from dwiml_func.experiment.panels import COLOURS, GREY, Panel, PlottedRun
-from dwiml_func.experiment.run_labels import kind_names
-from dwiml_func.experiment.window_lag import WINDOW_LAG
+from dwiml_func.experiment.comparison.run_labels import kind_names
+from dwiml_func.experiment.figures.panels import COLOURS, GREY, Panel, PlottedRun
+from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG
 from dwiml_func.models.autoencoder.autoencoder import RECONSTRUCTION_ERROR
 
 __all__ = ["PanelDrawing", "PanelName", "draw_rates", "panel_drawings"]

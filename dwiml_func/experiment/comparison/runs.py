@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.folder import is_ensemble, is_run, is_sweep, member_folders, read_config
-from dwiml_func.experiment.recorded_tracking import read_scores
+from dwiml_func.experiment.tracking.recorded import read_scores
 from dwiml_func.experiment.training_config import WINDOW_LAG, TrainingConfig
 from dwiml_func.files.lock import is_locked
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.experiment.tracking_evaluation import ShownLines, TrackedLines
+from dwiml_func.experiment.tracking.evaluation import ShownLines, TrackedLines
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.tracking.protocols import Protocol
 

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.experiment.comparison.run_labels import loss_kind, run_labels, run_names
 from dwiml_func.experiment.evaluation import read_evaluation
+from dwiml_func.experiment.figures.graphs import Graph, GraphDrawing, graph_drawings
+from dwiml_func.experiment.figures.panels import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
+from dwiml_func.experiment.figures.run_panels import PanelName, panel_drawings
 from dwiml_func.experiment.folder import recorded_config
-from dwiml_func.experiment.graphs import Graph, GraphDrawing, graph_drawings
-from dwiml_func.experiment.panels import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
-from dwiml_func.experiment.recorded_tracking import read_scores
-from dwiml_func.experiment.run_labels import loss_kind, run_labels, run_names
-from dwiml_func.experiment.run_panels import PanelName, panel_drawings
+from dwiml_func.experiment.tracking.recorded import read_scores
 from dwiml_func.files.atomic import atomic_write
 
 if TYPE_CHECKING:

@@ -16,17 +16,23 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, stack_states
-from dwiml_func.experiment.audit import Audit, Replayed, Span, sample_epochs, spans, summed_up
-from dwiml_func.experiment.audit_processes import in_processes
-from dwiml_func.experiment.compare import differences, differing, report_differences
+from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, sample_epochs, spans, summed_up
+from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
+from dwiml_func.experiment.audit.processes import in_processes
+from dwiml_func.experiment.audit.replay import (
+    NothingLeft,
+    checkpoint_after,
+    recorded_threads,
+    start_problems,
+    state_problems,
+)
+from dwiml_func.experiment.audit.verify import data_problems
+from dwiml_func.experiment.comparison.compare import differences, differing, report_differences
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.consistency import best_model_problems, record_digest, record_problems
 from dwiml_func.experiment.ensemble_run import loop_arguments, prepare_ensemble
 from dwiml_func.experiment.folder import member_folders, read_config, read_ended
-from dwiml_func.experiment.replay import NothingLeft, checkpoint_after, recorded_threads, start_problems, state_problems
 from dwiml_func.experiment.setup import RunParts
-from dwiml_func.experiment.verify import data_problems
-from dwiml_func.experiment.window_lag import WINDOW_LAG, without_window_lag
+from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG, without_window_lag
 from dwiml_func.files.fingerprint import content
 
 __all__ = ["audit_ensemble"]

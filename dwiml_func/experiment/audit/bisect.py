@@ -13,12 +13,12 @@ from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.compare import differences, leaf_problems, report_differences
+from dwiml_func.experiment.audit.lockstep import Difference, before_batch, first_difference, tensor_differences
+from dwiml_func.experiment.audit.replay import recorded_epochs, recorded_threads, replay_problems
+from dwiml_func.experiment.audit.verify import train_epochs
+from dwiml_func.experiment.comparison.compare import differences, leaf_problems, report_differences
 from dwiml_func.experiment.folder import is_ensemble, read_config
-from dwiml_func.experiment.lockstep import Difference, before_batch, first_difference, tensor_differences
-from dwiml_func.experiment.replay import recorded_epochs, recorded_threads, replay_problems
 from dwiml_func.experiment.setup import RunParts, prepare
-from dwiml_func.experiment.verify import train_epochs
 
 __all__ = ["Bisection", "bisect_record", "bisect_runs"]
 

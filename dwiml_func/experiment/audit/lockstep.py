@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dwiml_func.checkpoint.digest import bit_difference, leaf_digest, state_digest, state_leaves
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.compare import report_differences
+from dwiml_func.experiment.audit.verify import train_epochs
+from dwiml_func.experiment.comparison.compare import report_differences
 from dwiml_func.experiment.setup import RunParts
-from dwiml_func.experiment.verify import train_epochs
 
 __all__ = [
     "Difference",

@@ -18,7 +18,7 @@ from dwiml_func.checkpoint.index import best_name, list_checkpoints
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.weights import with_eval_params
-from dwiml_func.experiment.compare import differences, differing, report_differences, report_values
+from dwiml_func.experiment.comparison.compare import differences, differing, report_differences, report_values
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import MANIFEST
 from dwiml_func.experiment.optimizers import make_optimizer

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dwiml_func.experiment.folder import is_run, read_config
-from dwiml_func.experiment.panels import COLOURS
-from dwiml_func.experiment.plots import save_figure, without_formulas
-from dwiml_func.experiment.recorded_tracking import Drift, has_tracking_evaluation, read_drift
-from dwiml_func.experiment.streamline_views import (
+from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.plots import save_figure, without_formulas
+from dwiml_func.experiment.figures.streamline_views import (
     LineGroup,
     bundle_colours,
     draw_views,
@@ -21,8 +19,10 @@ from dwiml_func.experiment.streamline_views import (
     view_limits,
     view_rows,
 )
-from dwiml_func.experiment.tracked_lines import write_tracked_lines
-from dwiml_func.experiment.tracking_evaluation import ORACLE, ShownLines, TrackedLines, TrackingEvaluation
+from dwiml_func.experiment.folder import is_run, read_config
+from dwiml_func.experiment.tracking.evaluation import ORACLE, ShownLines, TrackedLines, TrackingEvaluation
+from dwiml_func.experiment.tracking.recorded import Drift, has_tracking_evaluation, read_drift
+from dwiml_func.experiment.tracking.tracked_lines import write_tracked_lines
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

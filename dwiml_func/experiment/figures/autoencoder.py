@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.experiment.batches import sampled_batch
-from dwiml_func.experiment.panels import COLOURS
-from dwiml_func.experiment.plots import save_figure
+from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.plots import save_figure
 from dwiml_func.experiment.reconstruction import to_mm
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder

@@ -1,0 +1,1 @@
+"""Proofs of what a run recorded: replays, audits, and where two runs begin to differ."""
