@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dwiml_func.core.rng import Key
+from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.tracking import NearestDirection, TrackingMask, TrackingSpace, TrackingSpec, position_space, track
 
@@ -44,7 +45,12 @@ def test_from_a_seed_on_a_circle_it_goes_round_both_ways(sizes: Any, mode: Any) 
 
 
 def test_a_volume_of_positions_is_read_as_the_point_itself() -> None:
-    space = TrackingSpace(volume=torch.zeros(5, 6, 7, 2), voxel_sizes=(1.0, 1.0, 1.0), interpolation="nearest")
+    space = TrackingSpace(
+        volume=torch.zeros(5, 6, 7, 2),
+        voxel_sizes=(1.0, 1.0, 1.0),
+        interpolation="nearest",
+        neighborhood=Neighborhood(type="axes"),
+    )
     points = 0.5 + torch.rand(50, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([4.0, 5.0, 6.0])
     torch.testing.assert_close(position_space(space).read(points), points)
     assert position_space(space).read(torch.zeros(1, 3)).tolist() == [[0.5, 0.5, 0.5]]

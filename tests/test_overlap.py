@@ -101,6 +101,12 @@ def test_overlap_within_a_distance_is_that_of_all_pairs() -> None:
     assert received.overreach == pytest.approx(1 - near.any(axis=1).mean(), abs=1e-12)
 
 
+@pytest.mark.parametrize(("apart", "share"), [(2.0, 1.0), (2.001, 0.0)])
+def test_the_distance_itself_is_within_the_distance(apart: float, share: float) -> None:
+    lines, others = (Streamlines.from_list([[[0, y, 0], [10, y, 0]]]) for y in (0.0, apart))
+    assert overlap_within(lines, others) == (share, 1 - share, share)
+
+
 def test_nothing_tracked_covers_nothing() -> None:
     real, nothing = Streamlines.from_list(some_bundles()[0]), Streamlines.from_list([])
     for received in (voxel_overlap(nothing, real, SIZES), overlap_within(nothing, real)):

@@ -15,7 +15,7 @@ from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
-from dwiml_func.tracking.protocols import ProtocolScores, score_protocols, track_protocols
+from dwiml_func.tracking.protocols import ProtocolScores, _seeds_near, score_protocols, track_protocols
 from dwiml_func.tracking.scores import reference_bundles
 from dwiml_func.tracking.space import TrackingMask, TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
@@ -96,6 +96,36 @@ def test_stopping_early_wins_nothing() -> None:
 def test_short_lines_are_no_streamlines() -> None:
     few = scores(AlongX(), spec=replace(SPEC, min_length=200.0, max_length=300.0))
     assert (few["free"].num_streamlines, few["free"].valid) == (0, 0.0)
+    assert few["continue"].num_streamlines == 6  # where no length is asked for
+
+
+def test_a_line_that_was_continued_is_of_its_own_bundle_alone_and_seeds_are_followed_both_ways() -> None:
+    what = where(None, replace(SPEC, track_forward_only=True)) | {"seeding_mask": None}
+    lines = what["real"].to_list() + [line + 3 for line in what["real"].to_list()]
+    names = ("none of it", "straight", "beside")
+    every = Streamlines.from_list([line.numpy() * 2 for line in lines])
+    what["references"] = reference_bundles(every, Bundles(names, np.repeat([1, 2], 6)))
+    for row, valid in ((1, 1.0), (2, 0.0)):
+        found = track_protocols(AlongX(), **what | {"bundles": Bundles(names, np.full(6, row))})
+        assert list(found) == ["continue", "core"]  # without a mask no free seeds
+        assert found["continue"].found.bundle.tolist() == [row - 1] * 6
+        assert found["continue"].scores.valid == valid
+        assert found["continue"].found.wrong_connection.all() == (row == 2)
+        assert found["core"].scores.both_ends == 1.0
+
+
+def test_core_seeds_lie_within_half_a_voxel_of_points_and_in_the_volume() -> None:
+    points = torch.tensor([[2.0, 5.0, 8.0], [30.0, 0.2, 9.9]])
+    space = TrackingSpace(volume=torch.zeros(40, 10, 10, 1), voxel_sizes=SIZES)
+    seeds = _seeds_near(points, space, Key(1))
+    of_first = seeds[:, 0] < 16
+    assert 200 < of_first.sum() < 300  # of 500, each point as often
+    away = seeds[of_first] - points[0]
+    assert away.abs().max() <= 0.5
+    assert (away.amin(dim=0) < -0.45).all()
+    assert (away.amax(dim=0) > 0.45).all()
+    assert space.contains(seeds).all()
+    assert not torch.equal(_seeds_near(points, space, Key(2)), seeds)
 
 
 def test_the_principal_direction_is_that_of_the_baseline_on_the_side_of_the_line() -> None:

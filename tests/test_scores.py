@@ -192,6 +192,28 @@ def test_the_ceiling_is_that_of_halves_and_addressed_by_its_key() -> None:
     assert 0.2 < first.mean.f1 < 0.95  # a half against itself would have 1
 
 
+def test_the_ceiling_is_the_mean_of_both_halves_of_two_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, bundles = some_bundles(5)
+    lines = Streamlines.from_list(real)
+    calls: list[tuple[set, set, Any]] = []
+
+    def recorded(scored: Streamlines, references: Any, **options: Any) -> Any:
+        found = score_tractogram(scored, references, **options)
+        others = [line for reference in references for line in reference.lines.to_list()]
+        calls.append((*({tuple(line[0].tolist()) for line in part} for part in (scored.to_list(), others)), found))
+        return found
+
+    monkeypatch.setattr("dwiml_func.tracking.scores.score_tractogram", recorded)
+    ceiling = ceiling_scores(lines, bundles, voxel_sizes=VOXELS, key=Key(0))
+    assert ceiling is not None
+    assert [len(scored) + len(others) for scored, others, _ in calls] == [15] * 4
+    assert not any(scored & others for scored, others, _ in calls)
+    assert calls[0][:2] == calls[1][1::-1]
+    assert calls[2][:2] == calls[3][1::-1]
+    assert {frozenset(calls[0][0]), frozenset(calls[0][1])} != {frozenset(calls[2][0]), frozenset(calls[2][1])}
+    assert ceiling.all.f1 == pytest.approx(np.mean([found.all.f1 for *_, found in calls]))
+
+
 def test_bundles_that_are_too_small() -> None:
     lines = Streamlines.from_list(some_bundles()[0][:4])
     bundles = Bundles(("one", "none", "more"), np.array([0, 2, 2, 2]))

@@ -11,6 +11,7 @@ from tracking_cases import FieldModel, SteeredModel, positions, tracked_lines
 
 from dwiml_func.core.rng import Key
 from dwiml_func.models import Learn2Track
+from dwiml_func.models.direction_getters import CosineRegression
 from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, init_track_state, track, track_step
 from dwiml_func.tracking.processes import track_in_processes
 from dwiml_func.tracking.state import with_lines
@@ -153,6 +154,13 @@ def test_a_mask_is_read_at_the_nearest_voxel_or_between_the_centres():
         ).values()
         ends[interpolation] = float(line[-1, 0])
     assert ends == pytest.approx({"nearest": 6.0, "trilinear": 5.875}, abs=0.02)
+    assert TrackingMask(values=mask).interpolation == "nearest"
+
+
+@pytest.mark.parametrize(("value", "allowed"), [(0.5, True), (0.499, False), (1.0, True), (2.0, True)])
+def test_a_line_stays_where_the_mask_is_at_least_a_half(value, allowed):
+    space = positions(3, 3, 3, mask=TrackingMask(values=torch.full((3, 3, 3), value)))
+    assert space.allows(torch.tensor([[1.5, 1.5, 1.5]])).tolist() == [allowed]
 
 
 def test_a_mask_of_one_voxel_holds_lines_of_its_size():
@@ -279,6 +287,38 @@ def test_the_defaults_of_tracking():
         step_size=1.0, algo="det", track_forward_only=False, min_length=10.0, max_length=300.0, theta=90.0,
         eos_stop=None, discard_last_point=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("step", "mm"), [(0.1, 0.7), (0.3, 2.1), (0.2, 0.6), (0.1, 1.1), (0.5, 3.0)])
+def test_lengths_that_are_whole_steps_but_for_rounding_are_whole_steps(step, mm):
+    """0.7 / 0.1 is below 7, and 1.1 / 0.1 above 11."""
+    spec = TrackingSpec(step_size=step, min_length=mm, max_length=mm)
+    assert (spec.min_steps, spec.max_steps) == (round(mm / step), round(mm / step))
+    shorter = TrackingSpec(step_size=step, min_length=mm + 0.001 * step, max_length=mm + 0.999 * step)
+    assert (shorter.min_steps, shorter.max_steps) == (round(mm / step) + 1, round(mm / step))
+
+
+class RecordingGetter(CosineRegression):
+    """Samples the outputs themselves, and keeps the random numbers that it gets."""
+
+    is_probabilistic = True
+
+    def __init__(self):
+        super().__init__(1)
+        self.seen = []
+
+    def sample_from(self, outputs, uniforms):
+        self.seen.append(uniforms[0])  # of the line in the first row
+        return outputs
+
+
+def test_each_question_of_a_line_has_random_numbers_of_its_own():
+    """Also the end of its first half and the seed, where the second half starts: as many points are known there."""
+    model = SteeredModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
+    model.direction_getter = getter = RecordingGetter()
+    (line,) = tracked_lines([3.25, 4.5, 4.5], model, positions(10, 9, 9), algo="prob", num_rows=4).values()
+    assert len(line) == 10
+    assert len(torch.stack(getter.seen).unique(dim=0)) == 9 + 2  # a question for each step, and one at each end
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2), (1, 2, 3)])

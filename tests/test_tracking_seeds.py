@@ -46,6 +46,20 @@ def test_every_voxel_has_one_seed_before_any_has_two():
     for start in (0, 9, 18):
         assert len(voxels[start : start + 9].unique(dim=0)) == 9
     assert all(MASK[tuple(voxel)] == 1 for voxel in voxels)
+    assert voxels[:9].tolist() == voxels[9:18].tolist() == voxels[18:].tolist()  # seed k lies in voxel k modulo 9
+    assert voxels[:9].tolist() != sorted(voxels[:9].tolist())
+    assert voxels[:9].tolist() != seeds_in_mask(MASK, npv=1, key=Key(2)).floor().tolist()
+
+
+def test_every_voxel_above_zero_is_of_the_mask():
+    assert torch.equal(
+        seeds_in_mask(0.01 * MASK - (MASK == 0).float(), nt=30, key=Key(1)), seeds_in_mask(MASK, nt=30, key=Key(1))
+    )
+
+
+def test_seeds_are_those_of_other_versions():
+    expected = torch.tensor([[2.360332727, 2.554450512, 4.66421032], [1.990300894, 2.656359911, 5.447561741]])
+    torch.testing.assert_close(seeds_in_mask(MASK, nt=2, key=Key(1)), expected, rtol=0, atol=1e-6)
 
 
 def test_a_seed_is_the_same_however_many_are_asked_for():

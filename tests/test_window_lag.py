@@ -15,7 +15,14 @@ from dwiml_func.core.rng import Key
 from dwiml_func.data import DatasetIndex, Resampling, StreamlineDataset, open_dataset
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.models import Learn2Track
-from dwiml_func.tracking import TrackingSpace, TrackingSpec, choose_windows, continue_lines, window_lags
+from dwiml_func.tracking import (
+    TrackingMask,
+    TrackingSpace,
+    TrackingSpec,
+    choose_windows,
+    continue_lines,
+    window_lags,
+)
 from dwiml_func.tracking.window_lag import even_step
 
 SIZES = (2.0, 1.5, 3.0)
@@ -71,7 +78,8 @@ def test_a_model_that_ends_at_once_lags_by_the_whole_way_and_one_that_is_right_n
     line = np.stack([np.linspace(10, 110, 101), np.full(101, 30.0), np.full(101, 30.0)], axis=1)
     windows = choose_windows(dataset_of([line]), key=Key(0), share=1.0)
     assert windows is not None
-    space = positions(70, 40, 20, voxel_sizes=SIZES)
+    mask = TrackingMask(values=torch.zeros(70, 40, 20))  # which is not read
+    space = positions(70, 40, 20, voxel_sizes=SIZES, mask=mask)
     np.testing.assert_allclose(window_lags(StraightModel(), windows, lambda row: space), 0, atol=1e-3)
     stops = FieldModel(lambda inputs: torch.full((len(inputs), 3), torch.nan))
     np.testing.assert_allclose(window_lags(stops, windows, lambda row: space), 20, atol=1e-3)
@@ -149,6 +157,20 @@ def test_the_choice_is_a_quarter_fixed_by_its_key_and_capped() -> None:
     assert len(first) == 40
     assert torch.equal(first.read.points, again.read.points)
     assert not torch.equal(first.read.points, other.read.points)
+
+
+def test_windows_are_of_512_streamlines_at_most() -> None:
+    dataset = dataset_of([circle(30, 2.0, 1.8)] * 520)
+    ids: list[np.ndarray] = []
+
+    class Recording:
+        def select(self, wanted: np.ndarray) -> Streamlines:
+            ids.append(wanted)
+            return dataset.streamlines.select(wanted)
+
+    assert choose_windows(replace(dataset, streamlines=Recording()), key=Key(0)) is not None
+    assert len(np.unique(ids[0])) == 512
+    assert ids[0][0] > 0 or ids[0][-1] > 511  # at random
 
 
 def test_streamlines_without_even_steps_or_too_short_have_no_windows() -> None:
