@@ -16,6 +16,7 @@ from timing import interleaved, medians_of
 from torch import Tensor, nn
 from verdicts import conclude
 
+from dwiml_func import adam, ensemble_step, init_state, module_loss, stack_states, train_step
 from dwiml_func.data import StreamlineBatch
 from dwiml_func.data.streamlines import input_offsets, offsets_of
 from dwiml_func.models import Transformer, compute_batch_loss
@@ -23,6 +24,7 @@ from dwiml_func.models.transformers.tokens import sinusoidal_encoding
 
 NUM_STREAMLINES, FEATURES, SIZE, HEADS = 100, 45, 128, 8
 OURS, MASKED, LISTED = "flat rows", "nn.TransformerEncoder", "lists, as in dwi_ml"
+MEMBERS, ONE, TOGETHER, LARGE = 4, "one after the other", "as an ensemble", "as one model on all rows"
 LIMITS = {MASKED: {0.0: 1.5, 0.1: 1.5}, LISTED: {0.0: 2.0, 0.1: 3.0}}  # of each dropout; 0.1 is dwi_ml's default
 
 
@@ -32,8 +34,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default: 1)")
     parser.add_argument("--rounds", type=int, default=5, help="batches of each variant (default: 5)")
     parser.add_argument("--layers", type=int, default=6, help="layers of the encoder (default: 6)")
+    parser.add_argument("--ensemble", action="store_true", help="small transformers in an ensemble, and nothing else")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.ensemble:
+        return compare_ensembles(options.rounds)
     batch = make_batch()
     verdicts = []
     for rate in (0.0, 0.1):
@@ -60,17 +65,43 @@ def main() -> int:
     return conclude(verdicts)
 
 
-def make_batch() -> StreamlineBatch:
+def compare_ensembles(rounds: int) -> int:
+    """Steps of 4 models of 2 layers and 4 heads: one after the other, as an ensemble, and of one on 4 times the batch.
+
+    The last is what no ensemble can be faster than: the same rows, and each operation called once.
+    """
+    for num, shortest, longest, size in ((10, 20, 40, 32), (10, 40, 100, 32), (20, 40, 100, 32), (20, 40, 100, 64)):
+        batch, large = (make_batch(num, shortest, longest, repeats) for repeats in (1, MEMBERS))
+        models = [
+            Transformer(FEATURES, model="tts", input_embedded_size=size, nheads=4, n_layers_e=2, dropout_rate=0.0)
+            for _ in range(MEMBERS)
+        ]
+        states = [init_state(model, adam(), seed=0) for model in models]
+        static = {"loss_fn": module_loss(models[0], compute_batch_loss), "optimizer": adam(), "lr": 1e-3}
+        runs = {
+            ONE: lambda batch=batch, states=states, static=static: [train_step(s, batch, **static) for s in states],
+            TOGETHER: partial(ensemble_step, stack_states(states), batch, **static),
+            LARGE: partial(train_step, states[0], large, **static),
+        }
+        medians = medians_of(interleaved(runs, rounds, warm_up=1))
+        print(
+            f"{num} streamlines of {shortest} to {longest} points, d {size}: {1e3 * medians[ONE]:.0f} ms {ONE};", end=""
+        )
+        print("".join(f" {medians[ONE] / medians[name]:.2f} times faster {name}" for name in (TOGETHER, LARGE)))
+    return 0
+
+
+def make_batch(num: int = NUM_STREAMLINES, shortest: int = 40, longest: int = 200, repeats: int = 1) -> StreamlineBatch:
     """Streamlines of 40 to 200 points."""
     generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(40, 201, (NUM_STREAMLINES,), generator=generator)
+    lengths = torch.randint(shortest, longest + 1, (num,), generator=generator).repeat(repeats)
     offsets = offsets_of(lengths)
     num_rows = int(input_offsets(offsets)[-1])
     return StreamlineBatch(
         points=torch.randn(int(offsets[-1]), 3, generator=generator).cumsum(0),
         offsets=offsets,
-        subject=torch.zeros(NUM_STREAMLINES, dtype=torch.int64),
-        ids=torch.arange(NUM_STREAMLINES),
+        subject=torch.zeros(len(lengths), dtype=torch.int64),
+        ids=torch.arange(len(lengths)),
         inputs=torch.randn(num_rows, FEATURES, generator=generator),
     )
 

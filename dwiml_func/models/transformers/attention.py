@@ -50,11 +50,16 @@ class Sequences:
         Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2, with dropout on the weights.
         """
         size = projected.shape[1] // 3
+        if dropout_rate == 0 and projected.device.type == "cpu" and not torch.compiler.is_compiling():
+            padded_rows = self.bucket_rows or (len(self.rows),)
+            buckets = tuple((num, total // num) for num, total in zip(self.bucket_sizes, padded_rows, strict=True))
+            return causal_attention(projected, self.rows, self.places, buckets, num_heads)
         padded = self._pad(projected)
         results = []
         for num, rows in zip(self.bucket_sizes, self._split(padded), strict=True):
             heads = rows.reshape(num, -1, 3, num_heads, size // num_heads).permute(2, 0, 3, 1, 4)
-            attended = _attend(heads[0], heads[1], heads[2], dropout_rate)  # (num, heads, L, size of a head)
+            query, key, value = heads.unbind()
+            attended = _attend(query, key, value, dropout_rate)  # (num, heads, L, size of a head)
             results.append(attended.transpose(1, 2).reshape(-1, size))
         return self._unpad(torch.cat(results) if len(results) != 1 else results[0])
 
@@ -138,11 +143,8 @@ def _(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, dropout_rate: float) -> Tensor:
-    if dropout_rate == 0 and not torch.compiler.is_compiling():
-        if query.device.type == "cpu":
-            return causal_attention(query, key, value)
-        if not is_transformed():
-            return scaled_dot_product_attention(query, key, value, is_causal=True)
+    if dropout_rate == 0 and not is_transformed():
+        return scaled_dot_product_attention(query, key, value, is_causal=True)
     return dropout(causal_weights(query, key), dropout_rate) @ value
 
 
