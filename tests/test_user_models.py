@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from dwiml_func import (
     adam,
     adamw,
     chain,
+    ema,
     ensemble_step,
     eval_step,
     init_state,
@@ -327,6 +330,20 @@ def test_a_model_that_keeps_something_between_batches_is_refused(before, name, v
         step(model)
 
 
+def _registers(module: Any) -> None:
+    if not hasattr(module, "running"):
+        module.register_buffer("running", torch.zeros(()))
+    module.running = module.running + 1
+
+
+def test_a_buffer_that_the_forward_registers_is_no_hidden_state() -> None:
+    def read(model: Any, x: Tensor) -> tuple[Tensor, int]:
+        return (model(x) - model.running).square().mean(), len(x)
+
+    with pytest.raises(ValueError, match="keeps something between batches in running"):
+        step(With(_registers), read)
+
+
 def test_a_list_that_feeds_the_next_batch_is_refused() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -379,6 +396,12 @@ def test_caches_and_what_is_kept_for_a_look_are_no_state() -> None:
         digests.append(state_digest(state))
         assert (model.cache, model.log) == ({}, [])
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand], ids=["Python", "numpy"])
+def test_global_generators_of_python_and_numpy_are_refused_whatever_they_give(draw: Callable[[], float]) -> None:
+    with pytest.raises(ValueError, match="draws from the global generator of Python or numpy"):
+        step(mlp(), lambda model, x: (loss(model, x)[0] * (1 if draw() >= 0 else 2), len(x)))
 
 
 @pytest.mark.parametrize("make", [lambda: torch.Generator(), lambda: None], ids=["own", "captured"])
@@ -471,11 +494,48 @@ def test_runs_in_threads_do_not_take_each_others_random_numbers() -> None:
         assert list(pool.map(run, range(3))) == alone
 
 
-def test_sparse_gradients_are_refused() -> None:
+@pytest.mark.parametrize("run", STEPS.values(), ids=STEPS.keys())
+def test_sparse_gradients_are_refused(run: Callable[..., Any]) -> None:
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))
     loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
     with pytest.raises(ValueError, match=r"Expected dense gradients\. Received: a sparse one of 0\.weight"):
-        train_step(init_state(model, sgd(), seed=0), torch.arange(8), loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+        run(init_state(model, sgd(), seed=0), torch.arange(8), loss_fn)
+
+
+def _hook(module: Any, x: Tensor) -> Tensor:
+    out = module.linear(x)
+    if out.requires_grad:
+        out.register_hook(lambda gradient: 2 * gradient)
+    return out
+
+
+def _with_backward_hook() -> nn.Module:
+    model = mlp()
+    model[1].register_full_backward_hook(lambda module, before, after: (2 * before[0],))  # type: ignore[index]
+    return model
+
+
+PASSED_OVER: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
+    "a module's hook": (_with_backward_hook, loss),
+    "a tensor's hook": (lambda: With(lambda module: None), lambda model, x: (_hook(model, x).square().mean(), len(x))),
+    "checkpoints": (lambda: Checkpointed(saves_memory=True), loss),
+}
+
+
+@pytest.mark.parametrize(("make", "compute"), PASSED_OVER.values(), ids=PASSED_OVER.keys())
+def test_an_ensemble_refuses_what_would_not_act_in_its_backward_pass(make, compute) -> None:
+    state = init_state(model := make(), sgd(), seed=0)
+    with pytest.raises(ValueError, match=r"backward hook|Hooks of tensors|activations again"):
+        STEPS["ensemble_step"](state, BATCH, module_loss(model, compute))
+
+
+def test_a_model_is_told_the_same_of_gradients_in_an_ensemble_as_alone() -> None:
+    model = nn.Linear(4, 1)
+    loss_fn = module_loss(model, lambda m, x: (m(x).square().mean() * (3 if m(x).requires_grad else 1), len(x)))
+    ensemble = stack_states([state := init_state(model, sgd(), seed=0)] * 2)
+    _, one = STEPS["train_step"](state, BATCH, loss_fn)
+    _, both = ensemble_step(ensemble, BATCH, loss_fn=loss_fn, optimizer=sgd(), lr=0.1)
+    assert float(both["loss"].total[1]) == pytest.approx(one["loss"].total)  # type: ignore[index]
 
 
 def _random_loss(model: Any, x: Tensor) -> tuple[Tensor, int]:
@@ -499,10 +559,57 @@ def test_an_ensemble_names_the_part_of_a_model_that_cannot_be_mapped() -> None:
             ensemble_step(ensemble, torch.randn(2, 5, 4), loss_fn=loss_fn, optimizer=adam(), lr=0.1)
 
 
+@pytest.mark.parametrize("run", [STEPS[name] for name in ("train_step", "jit_step", "ensemble_step")])
+def test_a_step_with_another_optimizer_than_the_states_is_refused(run: Callable[..., Any]) -> None:
+    model = mlp()
+    optimizers = adam(), sgd(momentum=0.9), chain(accumulate(2), sgd()), ema(sgd(), decay=0.9)
+    for optimizer in optimizers:
+        with pytest.raises(ValueError, match=r"made for another optimizer: of their trees, .* only one"):
+            run(init_state(model, optimizer, seed=0), BATCH, module_loss(model, loss))
+
+
+WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "a criterion": (lambda state, model: module_loss(model, nn.MSELoss()), r"Received: MSELoss\(\)\. Call the model"),
+    "swapped": (lambda state, model: module_loss(loss, model), "Expected a torch.nn.Module. Received: function"),  # type: ignore[arg-type]
+    "a plain loss": (lambda state, model: STEPS["train_step"](state, BATCH, loss), "as module_loss makes one"),
+    "a module as state": (lambda state, model: STEPS["train_step"](model, BATCH, loss), "Expected a TrainState"),
+    "a state as ensemble": (lambda state, model: ensemble_step(state, BATCH, loss_fn=None, optimizer=sgd(), lr=0.1),  # type: ignore[arg-type]
+                            "Expected an EnsembleState"),
+    "parameters as module": (lambda state, model: init_state(state.params, sgd(), seed=0), "Expected a torch.nn.Mod"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "named"), WRONG.values(), ids=WRONG.keys())
+def test_things_in_the_wrong_place_are_named(call, named) -> None:
+    with pytest.raises(TypeError, match=named):
+        call(init_state(model := mlp(), sgd(), seed=0), model)
+
+
+@pytest.mark.parametrize("lr", [-0.1, float("nan"), None, "0.1", [0.1], 0.1j, torch.tensor(float("inf")), adam])
+@pytest.mark.parametrize("run", [train_step, jit_step, ensemble_step])
+def test_a_learning_rate_that_is_none_is_refused_before_the_step(lr: Any, run: Any) -> None:
+    state = init_state(model := mlp(), sgd(), seed=0)
+    options: dict[str, Any] = {"loss_fn": module_loss(model, loss), "optimizer": sgd()}
+    call = jit_step(**options) if run is jit_step else partial(run, **options)
+    with pytest.raises(ValueError, match="Expected a learning rate or a weight decay that is finite and at least 0"):
+        call(*((stack_states([state]),) if run is ensemble_step else (state,)), BATCH, lr=lr)
+
+
+@pytest.mark.parametrize(
+    "run", [partial(step, mlp()), partial(jit_step, loss_fn=module_loss(mlp(), loss), optimizer=sgd())]
+)
+def test_a_policy_that_does_not_exist_is_refused(run: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"Expected non_finite 'raise', 'defer', 'skip' or None\. Received: 'ignore'"):
+        run(non_finite="ignore")
+
+
 RETURNS: dict[str, tuple[dict[str, Any], str]] = {
     "a float loss": ({"loss": 0.5}, r"a loss that is a \(\) tensor"),
     "a vector loss": ({"loss": torch.ones(3, requires_grad=True)}, "a scalar loss"),
+    "a complex loss": ({"loss": torch.ones((), dtype=torch.complex64)}, "a scalar loss.* a complex tensor"),
     "no weight": ({"weight": None}, "a weight that is a number of points"),
+    "a weight below 0": ({"weight": -1}, "finite and at least 0. Received: -1"),
+    "a weight not finite": ({"weight": torch.tensor(torch.inf)}, "finite and at least 0. Received: inf"),
     "a vector metric": ({"aux": {"error": torch.ones(3)}}, r"the auxiliary metric 'error' to be a \(\) tensor"),
     "no buffers": ({"buffers": {}}, "returns all buffers it is given, changed or not. Missing: b"),
 }

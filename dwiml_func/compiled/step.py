@@ -21,7 +21,7 @@ from dwiml_func.compiled.graph import CompiledFunction
 from dwiml_func.compiled.replay import Replays
 from dwiml_func.compiled.step_graph import make_graph, merged
 from dwiml_func.compiled.sums import VectorSums, add_vectors
-from dwiml_func.core.gradients import is_differentiated
+from dwiml_func.core.gradients import check_clip_norm, is_differentiated
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.non_finite import (
@@ -29,12 +29,15 @@ from dwiml_func.core.non_finite import (
     SKIPPED,
     NonFinite,
     check_not_skipped_too_often,
+    check_policy,
     choose_policy,
     raise_if_not_finite,
 )
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, advance, check_not_donated
 from dwiml_func.core.step import train_step
+from dwiml_func.optim.schedules import as_rate
+from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.types import Metrics, Optimizer, Sum
 
 __all__ = ["JitStep", "jit_step"]
@@ -84,6 +87,9 @@ def jit_step(
         >>> state.step, sorted(metrics), step.num_compilations
         (3, ['grad_norm', 'loss', 'unclipped_grad_norm'], 1)
     """
+    check_policy(non_finite)
+    if clip_grad is not None:
+        check_clip_norm(clip_grad)
     eager = partial(
         train_step, loss_fn=loss_fn, optimizer=optimizer, clip_grad=clip_grad, donate=donate, non_finite=non_finite
     )
@@ -135,7 +141,7 @@ class JitStep:
     ) -> tuple[TrainState, Metrics]:
         """Take one optimizer step, see `train_step`."""
         check_not_donated(state)
-        decay = () if weight_decay is None else (weight_decay,)
+        lr, decay = as_rate(lr), () if weight_decay is None else (as_rate(weight_decay),)
         leaves = self._leaves(state, batch, len(decay))
         direct = self._find(leaves, lr, *decay)
         if leaves is None or direct is None:
@@ -195,6 +201,7 @@ class JitStep:
             return eager()
         key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
         check_loss_fn(self.eager.keywords["loss_fn"], state.params, state.buffers, batch, key=key)
+        check_opt_state(self.eager.keywords["optimizer"], state.opt_state, state.params)
         numbers = self._numbers(state, lr, *decay)
         with self._seeded(state.key, state.epoch, state.batch):
             results, heard = self.graph.hear(

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import one_line
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn, uses_reentrant_checkpoints
@@ -96,8 +97,6 @@ def _value_and_grad(
             grads = [tensor.grad for tensor in tensors]
         else:
             grads = torch.autograd.grad(out.loss, tensors, allow_unused=True)
-        if sparse := [n for n, grad in zip(leaves, grads, strict=True) if grad is not None and grad.is_sparse]:
-            raise ValueError(f"Expected dense gradients. Received: a sparse one of {sparse[0]}. Use sparse=False.")
         aux = {
             name: (_detached(mean[0]), _detached(mean[1])) if isinstance(mean, tuple) else _detached(mean)
             for name, mean in out.aux.items()
@@ -115,9 +114,17 @@ def _value_and_grad(
                 out = out._replace(weight=out.loss.detach())
             return out.loss, (out.weight, out.buffers, out.aux)
 
-        grads, (loss, (weight, new_buffers, aux)) = torch.func.grad_and_value(scalar_and_rest, has_aux=True)(
-            dict(params)
-        )
+        try:
+            grads, (loss, (weight, new_buffers, aux)) = torch.func.grad_and_value(scalar_and_rest, has_aux=True)(
+                dict(params)
+            )
+        except RuntimeError as error:
+            if not any(word in str(error) for word in ("torch.func", "functorch")):
+                raise
+            raise ValueError(
+                f"torch.func cannot differentiate the loss: {one_line(error, max_length=120)} Use backend='autograd', "
+                f"and lr and params without a graph, or leave out what torch.func lacks (checkpoints, hooks)."
+            ) from error
         return LossOut(loss, plain_weight[0] if plain_weight else weight, new_buffers, aux), grads
     raise ValueError(f"Expected backend 'autograd' or 'func'. Received: {backend!r}")
 
@@ -147,7 +154,7 @@ def clip_by_global_norm(grads: Grads, max_norm: float) -> tuple[dict[str, Any], 
 
 def check_clip_norm(max_norm: float) -> None:
     """Raise a ValueError unless gradients can be scaled down to this norm."""
-    if not max_norm > 0:
+    if isinstance(max_norm, str) or not max_norm > 0:
         raise ValueError(f"Expected a clipping norm above 0, or None for no clipping. Received: {max_norm}")
 
 

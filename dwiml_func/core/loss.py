@@ -100,6 +100,13 @@ def module_loss(
         >>> loss_fn(dict(model.named_parameters()), {}, batch, key=Key(0), train=False).weight
         4
     """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"Expected a torch.nn.Module. Received: {type(module).__name__}")
+    if not callable(compute_batch_loss) or type(compute_batch_loss).__module__.startswith("torch.nn"):
+        raise TypeError(
+            f"Expected a function compute_batch_loss(model, batch) that returns (loss, weight). Received: "
+            f"{truncated_repr(compute_batch_loss)}. Call the model and a criterion such as torch.nn.MSELoss() in it."
+        )
     views = _Views(module, autocast)
     attributes = _AttributeCheck()
 

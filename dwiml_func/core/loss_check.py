@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import math
+import random
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dwiml_func._checks import listed, truncated_repr
-from dwiml_func._transforms import is_transformed
+from dwiml_func._transforms import is_transformed, read_number
 from dwiml_func.core.loss import LossFn, LossOut, is_same_loss
 from dwiml_func.core.rng import Key
 from dwiml_func.types import Buffers, Params
@@ -42,16 +46,27 @@ def check_loss_fn(
     """
     if is_transformed() or _CHECKED[train].get(id(loss_fn)) is loss_fn:
         return
+    _check_signature(loss_fn, params, buffers, batch, key=key, train=train)
     try:  # a loss may consume or change its batch
         first, second = copy.deepcopy(batch), copy.deepcopy(batch)
     except Exception:  # an iterator, a tensor with a graph: it cannot be given twice
         return
     with torch.set_grad_enabled(train):
         copies = _copies(params, requires_grad=train), _copies(buffers)
+        drawn = _generator_states()
         out = loss_fn(*copies, first, key=key, train=train)
+        draws = _generator_states() != drawn
         check_loss_out(out, buffers)
         if train:
-            is_reentrant = any("CheckpointFunctionBackward" in type(node).__name__ for node in _nodes(out.loss))
+            nodes = list(_nodes(out.loss))
+            is_reentrant = any("CheckpointFunctionBackward" in type(node).__name__ for node in nodes)
+            for node in nodes:
+                if getattr(node, "_saved_sparse", False):  # of an embedding
+                    leaves = [getattr(each, "variable", None) for each, _ in node.next_functions]
+                    sparse = [name for name, own in copies[0].items() if any(own is leaf for leaf in leaves)]
+                    raise ValueError(
+                        f"Expected dense gradients. Received: a sparse one of {listed(sparse)}. Use sparse=False."
+                    )
             if is_reentrant:
                 with contextlib.suppress(TypeError):
                     _REENTRANT[id(loss_fn)] = loss_fn
@@ -63,7 +78,13 @@ def check_loss_fn(
                     f"The loss function writes into {listed(written)} of the state. Expected a loss that leaves "
                     f"parameters and buffers as they are, and returns new buffers."
                 )
-        again = loss_fn(_copies(params), _copies(buffers), second, key=key, train=train).loss
+        drawn = _generator_states()
+        again = loss_fn(_copies(params, requires_grad=train), _copies(buffers), second, key=key, train=train).loss
+    if draws and _generator_states() != drawn:  # twice: other threads draw from them too
+        raise ValueError(
+            "The loss function draws from the global generator of Python or numpy, which no key seeds: a step would "
+            "not be reproducible. Draw from torch's, which module_loss seeds from the key, or from numpy_rng(key)."
+        )
     if not is_same_loss(out.loss, again):
         raise ValueError(
             f"Called twice with the same parameters, batch and key, the loss function gave {out.loss.item():.9g} and "
@@ -82,6 +103,8 @@ def check_loss_out(out: Any, buffers: Mapping[str, Tensor]) -> None:
         raise ValueError(f"Expected a loss that is a () tensor. Received: {truncated_repr(out.loss)}")
     _check_scalar("a scalar loss, a mean over points", out.loss)
     _check_scalar("a weight that is a number of points", out.weight)
+    if not isinstance(weight := read_number(out.weight), Tensor) and not 0 <= weight < math.inf:
+        raise ValueError(f"Expected a weight that is a number of points, finite and at least 0. Received: {weight}")
     for name, mean in out.aux.items():
         for part in mean if isinstance(mean, tuple) else (mean,):
             _check_scalar(f"the auxiliary metric {name!r} to be a () tensor, a mean over points", part)
@@ -91,10 +114,29 @@ def check_loss_out(out: Any, buffers: Mapping[str, Tensor]) -> None:
         )
 
 
+def _check_signature(loss_fn: LossFn, *args: Any, **options: Any) -> None:
+    with contextlib.suppress(ValueError):  # of what is built in, nothing is known
+        try:
+            inspect.signature(loss_fn).bind(*args, **options)
+        except TypeError as error:
+            raise TypeError(
+                f"Expected a loss function (params, buffers, batch, *, key, train), as module_loss makes one. "
+                f"Received: {truncated_repr(loss_fn)} ({error})"
+            ) from None
+
+
+def _generator_states() -> tuple[Any, ...]:
+    """Of the global generators of Python and numpy."""
+    name, numbers, *rest = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), name, np.asarray(numbers).tobytes(), *rest
+
+
 def _check_scalar(expected: str, value: Any) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"Expected {expected}. Received: a tensor of shape {tuple(value.shape)}")
+        if value.is_complex():
+            raise ValueError(f"Expected {expected}. Received: a complex tensor.")
     elif not isinstance(value, int | float) and not hasattr(value, "__float__"):
         raise ValueError(f"Expected {expected}. Received: {truncated_repr(value)}")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     "can_skip",
     "check_finite",
     "check_not_skipped_too_often",
+    "check_policy",
     "choose_policy",
     "defer_check",
     "location",
@@ -66,6 +67,7 @@ class NonFiniteError(ArithmeticError):
 
 def choose_policy(non_finite: NonFinite | None, opt_state: OptState, loss: Tensor) -> NonFinite:
     """What to do with a step that is not finite."""
+    check_policy(non_finite)
     skips = can_skip(opt_state)
     if non_finite == "skip" and not skips:
         raise ValueError(
@@ -77,6 +79,12 @@ def choose_policy(non_finite: NonFinite | None, opt_state: OptState, loss: Tenso
     if skips:
         return "skip"
     return "defer" if loss.device.type != "cpu" or is_transformed() else "raise"
+
+
+def check_policy(non_finite: NonFinite | None) -> None:
+    """Raise ValueError for a policy that does not exist."""
+    if non_finite is not None and non_finite not in get_args(NonFinite):
+        raise ValueError(f"Expected non_finite 'raise', 'defer', 'skip' or None. Received: {non_finite!r}")
 
 
 def raise_if_not_finite(state: TrainState, batch: Any, loss: float, norm: float) -> None:

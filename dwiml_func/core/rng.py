@@ -90,7 +90,7 @@ def fold_in(key: Key, *path: int) -> Key:
         Key(seed=7, path=(1, 2, 3))
     """
     full_path = key.path + path
-    if not (hasattr(key.seed, "__index__") and 0 <= key.seed < _SEED_END):
+    if not (hasattr(key.seed, "__index__") and 0 <= int(key.seed) < _SEED_END):
         raise ValueError(f"Expected a seed that is an integer between 0 and 2**64 - 1. Received: {key.seed!r}")
     if not all(hasattr(element, "__index__") and 0 <= element < _PATH_END for element in full_path):
         raise ValueError(f"Expected path elements that are integers between 0 and 2**32 - 1. Received: {full_path}")

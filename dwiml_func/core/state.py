@@ -148,6 +148,13 @@ def init_state(
         >>> sorted(state.params), sorted(state.buffers), sorted(state.opt_state)
         (['bias', 'weight'], ['num_batches_tracked', 'running_mean', 'running_var'], ['exp_avg', 'exp_avg_sq'])
     """
+    if not isinstance(module, torch.nn.Module):
+        raise TypeError(f"Expected a torch.nn.Module. Received: {type(module).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"Expected a pair of functions init and update, such as adam(). Received: {truncated_repr(optimizer)}. "
+            f"dwiml_func.optim has the optimizers of torch.optim under lower-case names; call them, as in adam()."
+        )
     key = fold_in(seed if isinstance(seed, Key) else Key(seed))  # checked, as Python integers for JSON
     named, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     if lazy := [name for name, tensor in (named | buffers).items() if is_lazy(tensor)]:
@@ -168,17 +175,22 @@ def init_state(
             f"Expected a module with at least one parameter that requires a gradient. "
             f"Received: {type(module).__name__} with {len(frozen)} frozen parameters."
         )
-    if isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(
-            f"Expected a pair of functions init and update, such as dwiml_func.adam(). Received: "
-            f"torch.optim.{type(optimizer).__name__}. dwiml_func.optim has those of torch under lower-case names."
-        )
     others = {name: start(name, b) for name, b in buffers.items()}
     return TrainState(params=trained, buffers=frozen | others, opt_state=optimizer.init(trained), key=key)
 
 
 def _check_given(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     problems = [f"unexpected {name}" for name in given if name not in own]
+    problems += [
+        f"{name} of type {type(tensor).__name__}, expected a tensor"
+        for name, tensor in given.items()
+        if not isinstance(tensor, Tensor)
+    ]
+    problems += [
+        f"{name} is complex, expected real values"
+        for name, tensor in given.items()
+        if name in own and torch.is_complex(torch.as_tensor(tensor)) and not own[name].is_complex()
+    ]
     problems += [
         f"{name} of shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
         for name, tensor in given.items()
@@ -237,6 +249,8 @@ def _donated_message(step: int) -> str:
 
 def check_not_donated(state: TrainState) -> None:
     """Raise a RuntimeError if a state's memory was donated, also through another state that shared its dicts."""
+    if not isinstance(state, TrainState):
+        raise TypeError(f"Expected a TrainState, from init_state or restore. Received: {type(state).__name__}")
     if not state.params:  # `init_state` makes no state without parameters
         raise RuntimeError(_donated_message(state.step))
 

@@ -61,6 +61,8 @@ class StatelessModule:
             if tensor is None
         ]
         self._attributes = Attributes(self._module)
+        hooked = [m for m in self._module.modules() if m._backward_hooks or m._backward_pre_hooks]
+        self._hooked = type(hooked[0]).__name__ if hooked else None
         self.changed: dict[str, Any] = {}
         self._is_held = False
 
@@ -87,6 +89,11 @@ class StatelessModule:
                 f"Unexpected: {listed(tensors.keys() - self._names)}."
             )
         is_plain = not is_transformed()
+        if self._hooked and not is_plain and not torch.compiler.is_compiling():
+            raise ValueError(
+                f"The module {self._hooked} has a backward hook, which torch.func passes over: it would not act in an "
+                f"ensemble, nor with backend='func'. Remove it, or train with train_step and backend='autograd'."
+            )
         versions = [tensors[name]._version for name, _, _ in self._slots] if is_plain else []
         try:
             for name, slot, leaf in self._slots:
@@ -135,6 +142,15 @@ class Attributes:
     def __init__(self, module: nn.Module) -> None:
         self._modules = {name: submodule.__dict__ for name, submodule in module.named_modules()}
         self._names = {path: set(attributes) for path, attributes in self._modules.items()}
+        kinds = ("_parameters", "_buffers", "_modules")
+        self._registered = [
+            (path, own[kind], set(own[kind]))
+            for path, own in self._modules.items()
+            for kind in kinds
+            if isinstance(own[kind], dict)  # TorchScript has another kind, which no forward extends
+        ]
+        self._registries = [each for _, each, _ in self._registered]
+        self._count = sum(map(len, self._registries))
         self._values = [
             (attributes, name, value, _mark(value), f"{path}.{name}".lstrip("."))
             for path, attributes in self._modules.items()
@@ -155,6 +171,10 @@ class Attributes:
             if len(attributes) != len(self._names[path]):
                 for name in attributes.keys() - self._names[path]:
                     changed[f"{path}.{name}".lstrip(".")] = attributes.pop(name)
+        if sum(map(len, self._registries)) != self._count:  # a forward registered a buffer or a layer
+            for path, registry, names in self._registered:
+                for name in registry.keys() - names:
+                    changed[f"{path}.{name}".lstrip(".")] = registry.pop(name)
         return changed
 
     def put(self, values: dict[str, Any]) -> None:

@@ -36,6 +36,8 @@ from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.state import TrainState, advance, check_not_donated
 from dwiml_func.core.weights import with_eval_params
 from dwiml_func.optim.chain import make_optimizer, update_with
+from dwiml_func.optim.schedules import as_rate
+from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.types import Grads, Metrics, Optimizer, Sum
 
 __all__ = ["clip_and_measure", "eval_step", "loss_metrics", "train_step"]
@@ -97,7 +99,9 @@ def train_step(
         (1, ['grad_norm', 'loss', 'unclipped_grad_norm'])
     """
     check_not_donated(state)
-    optimizer = make_optimizer(optimizer, weight_decay)
+    lr, weight_decay = as_rate(lr), None if weight_decay is None else as_rate(weight_decay)
+    own = make_optimizer(optimizer, weight_decay)
+    check_opt_state(optimizer, state.opt_state, state.params)
     key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
     out, grads = gradient_fn(loss_fn, state.params, state.buffers, batch, key=key, backend=backend)
     grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
@@ -115,13 +119,13 @@ def train_step(
     if (
         policy == "defer"
         and donate
-        and can_update_in_place(optimizer, state.opt_state)
+        and can_update_in_place(own, state.opt_state)
         and not is_differentiated(state.params, lr)
     ):
-        params, opt_state = update_in_place(optimizer, grads, state.opt_state, state.params, keep_old=is_bad, **rates)
+        params, opt_state = update_in_place(own, grads, state.opt_state, state.params, keep_old=is_bad, **rates)
     else:
         params, opt_state = update_with(
-            *(optimizer, grads, state.opt_state, state.params),
+            *(own, grads, state.opt_state, state.params),
             **rates,
             donate=donate and policy != "defer",
             weight=out.weight,

@@ -31,6 +31,10 @@ _MASKS: dict[Any, Callable[..., tuple[Tensor, float, bool, bool]]] = {
 _DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.bernoulli}
 
 
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tensor.retain_grad}
+
+
 class per_member_rng(TorchFunctionMode):
     """Give each member of a `vmap` the random numbers of its own key, in a `with` block inside the mapped function.
 
@@ -55,12 +59,27 @@ class per_member_rng(TorchFunctionMode):
             options = {"dtype": x.dtype, "device": x.device}
             mask = self._draw(lambda: _mask(func, x.shape, p, options))
             return x.mul_(mask) if inplace else x * mask
+        if func == _REQUIRES_GRAD:  # torch says False of tensors that vmap maps, and a model may ask
+            return _inner(args[0]).requires_grad
+        if func in _HOOKS:
+            raise ValueError(
+                f"The model calls Tensor.{func.__name__}. Hooks of tensors do not act where all members of an ensemble "
+                f"train at once. Leave it out, or train the members one after the other."
+            )
         if func in _DRAWS and not any(isinstance(value, Tensor | torch.Generator) for value in kwargs.values()):
             return self._draw(lambda *args: func(*args, **kwargs), *args)
         return func(*args, **kwargs)
 
     def _draw(self, draw: Callable[..., Tensor], *args: Any) -> Tensor:
         return _Draw.apply(_Opaque(self._generators, draw), self._index, *args)  # type: ignore[return-value]
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    """A tensor with the dimensions that vmap hides."""
+    functorch = torch._C._functorch  # type: ignore[attr-defined]  # private; torch.func has no public function for it
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _mask(func: Any, shape: torch.Size, p: float, options: Mapping[str, Any]) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from dwiml_func._trees import choose, given
 from dwiml_func.core.gradients import check_clip_norm
@@ -26,6 +27,8 @@ from dwiml_func.ensemble.rng import per_member_rng
 from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.optim.chain import update_with
 from dwiml_func.optim.gates import skipped_too_often
+from dwiml_func.optim.schedules import as_rate
+from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.types import Buffers, Grads, Metrics, Optimizer, OptState, Params, Sum
 
 __all__ = ["ensemble_eval_step", "ensemble_step"]
@@ -77,12 +80,21 @@ def ensemble_step(
         >>> ensemble.step, torch.equal(ensemble.params["weight"][1], model.weight), metrics["loss"].weight
         (1, True, tensor([4., 4.], dtype=torch.float64))
     """
+    if not isinstance(ensemble, EnsembleState):
+        raise TypeError(f"Expected an EnsembleState, from stack_states. Received: {type(ensemble).__name__}")
+    lr, weight_decay = as_rate(lr), None if weight_decay is None else as_rate(weight_decay)
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in ensemble.params.items()}
     with torch.enable_grad():
         losses, metrics, buffers = _evaluate(ensemble, leaves, batch, loss_fn, Stream.TRAIN_STEP)
         if not losses.requires_grad:
             raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
-        tensors = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        try:
+            tensors = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        except CheckpointError as error:
+            raise ValueError(
+                "The model computes activations again in the backward pass (torch.utils.checkpoint), which torch "
+                "cannot do for all members of an ensemble at once. Leave it out, or train them one after the other."
+            ) from error
     grads, norm, clipped_norm = _clipped(dict(zip(leaves, tensors, strict=True)), clip_grad)
     one = torch.ones_like(norm, dtype=torch.float64)
     metrics |= {"unclipped_grad_norm": Sum(norm.double(), one), "grad_norm": Sum(clipped_norm.double(), one)}
@@ -223,6 +235,7 @@ def _updated(
     if isinstance(optimizer, Optimizer) and weight_decay is not None:
         raise ValueError("weight_decay requires an optimizer factory, such as dwiml_func.adam.")
     example = optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)
+    check_opt_state(optimizer, ensemble.opt_state, ensemble.params)
     dense = given(grads)
     if not example.is_elementwise or len(dense) < len(grads) or "missed" in ensemble.opt_state:
         return _updated_by_vmap(ensemble, grads, optimizer, lr=lr, weight_decay=weight_decay, weight=weight)

@@ -6,11 +6,16 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from dwiml_func._checks import truncated_repr
+from dwiml_func._transforms import is_transformed
 from dwiml_func.types import OnPlateau, PerStep, Plateau, Schedule
 
 __all__ = [
     "PerStep",
     "Schedule",
+    "as_rate",
     "constant",
     "cosine",
     "one_cycle",
@@ -234,7 +239,23 @@ def value_at(schedule: float | Schedule, *, epoch: int, step: int, plateau: Plat
 
 def check_rate(lr: Any) -> float:
     """Return a learning rate as a float, also of numpy or a () tensor; ValueError if it is negative or not finite."""
-    rate = float(lr)
+    try:
+        rate = math.nan if isinstance(lr, str) else float(lr)
+    except (TypeError, ValueError, RuntimeError):  # no number at all
+        rate = math.nan
     if not (math.isfinite(rate) and rate >= 0):
-        raise ValueError(f"Expected a learning rate or a weight decay that is finite and at least 0. Received: {lr}")
+        received = truncated_repr(lr)
+        raise ValueError(
+            f"Expected a learning rate or a weight decay that is finite and at least 0. Received: {received}"
+        )
     return rate
+
+
+def as_rate(lr: Any) -> float | Tensor:
+    """A learning rate or a weight decay for one step, checked where its value can be read without waiting."""
+    if not isinstance(lr, Tensor):
+        return check_rate(lr)
+    if lr.device.type == "cpu" and not (lr.requires_grad or is_transformed()):
+        for rate in lr.reshape(-1).tolist():
+            check_rate(rate)
+    return lr
