@@ -13,11 +13,13 @@ import pytest
 import torch
 
 from dwiml_func import TrainState, adam, init_state, module_loss, sgd, train_step
-from dwiml_func.checkpoint.background import AsyncCheckpointer, copy_to_host
+from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer, copy_to_host
 from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.checkpoint import save as save_checkpoint
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.core.metrics import Sum
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.model_store import load_model
@@ -88,6 +90,29 @@ def test_the_record_has_the_devices_of_the_state_and_not_of_its_copy(tmp_path, m
     with AsyncCheckpointer(tmp_path) as checkpointer:
         checkpointer.save(state)
     assert restore(tmp_path, on_host).environment["devices"] == ["meta"]
+
+
+def test_a_step_that_was_not_finite_is_refused_at_once_in_each_process(tmp_path):
+    state = state_at(1).replace(sums={"non_finite": Sum(3.0, 1.0)}, step=5, batch=3)
+    for checkpointer in (AsyncCheckpointer(tmp_path), NoCheckpointer()):
+        with checkpointer, pytest.raises(NonFiniteError, match=r"epoch 2, batch 2 \(step 4\)"):
+            checkpointer.save(state)
+    NoCheckpointer().save(state_at(1))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_fingerprint_of_the_data_is_waited_for_in_the_background_and_recorded(tmp_path):
+    known = threading.Event()
+
+    def fingerprint() -> dict[str, int]:
+        assert known.wait(300)
+        return {"size": 7}
+
+    with AsyncCheckpointer(tmp_path, config={"lr": 0.1}, data=fingerprint) as checkpointer:
+        checkpointer.save(state_at(1))
+        known.set()
+    checkpoint = restore(tmp_path, state_at(0))
+    assert (checkpoint.data, checkpoint.config) == ({"size": 7}, {"lr": 0.1})
 
 
 def test_one_save_at_a_time_in_the_order_of_the_calls(tmp_path, monkeypatch):

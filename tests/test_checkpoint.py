@@ -24,6 +24,7 @@ from dwiml_func.checkpoint.background import AsyncCheckpointer
 from dwiml_func.checkpoint.checkpoint import read, restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Sum
 
@@ -199,6 +200,18 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
     assert list_checkpoints(tmp_path) == ["5", "6"]
     save(tmp_path, linear_state(epoch=6, batch=10, best=Best(0.4, 6)), keep=1)
     assert list_checkpoints(tmp_path) == ["6", "6-10"]
+
+
+def test_the_latest_two_within_the_current_epoch_those_named_and_those_being_read_are_kept(tmp_path):
+    for epoch, batch in [(0, 9), (1, 0), (1, 1), (1, 2), (1, 3)]:
+        save(tmp_path, linear_state(epoch=epoch, batch=batch), keep=1, keep_always=["0-9"])
+    assert list_checkpoints(tmp_path) == ["0-9", "1", "1-2", "1-3"]
+    with kept_checkpoints(tmp_path) as names:
+        assert names == ["0-9", "1", "1-2", "1-3"]
+        save(tmp_path, linear_state(epoch=2), keep=1)
+        assert list_checkpoints(tmp_path) == [*names, "2"]
+    save(tmp_path, linear_state(epoch=3), keep=1)
+    assert list_checkpoints(tmp_path) == ["3"]
 
 
 def test_without_a_best_epoch_only_the_latest_are_kept(tmp_path):

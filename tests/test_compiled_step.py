@@ -176,24 +176,14 @@ def test_a_graph_that_needs_no_gradient_is_made_again_for_another_dtype():
 
 
 def test_errors_of_a_graph_at_work_are_not_taken_for_those_of_its_making():
-    graph = CompiledFunction(lambda batch: _check_twos(batch), dynamic=False, max_compilations=1, backend="eager")
-    assert graph(torch.ones(2)).tolist() == [1.0, 1.0]
-    with pytest.raises(ValueError, match="a two"):
-        graph(torch.full((2,), 2.0))
-    assert graph(torch.ones(2)).tolist() == [1.0, 1.0]
-    assert graph.eager_reason is None
-
-
-@torch.library.custom_op("dwiml_func_tests::refuse_twos", mutates_args=())
-def _check_twos(numbers: Tensor) -> Tensor:
-    if (numbers == 2).any():
-        raise ValueError("a two")
-    return numbers.clone()
-
-
-@_check_twos.register_fake
-def _(numbers: Tensor) -> Tensor:
-    return torch.empty_like(numbers)
+    graph = CompiledFunction(
+        lambda batch: torch.linalg.cholesky(batch), dynamic=False, max_compilations=1, backend="eager"
+    )
+    assert graph(torch.eye(2)).tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive-definite"):
+        graph(-torch.eye(2))
+    assert graph(4 * torch.eye(2)).tolist() == [[2.0, 0.0], [0.0, 2.0]]
+    assert (graph.eager_reason, graph.num_compilations) == (None, 1)
 
 
 def test_a_model_that_cannot_be_compiled_whole_says_where_it_breaks_and_runs_eagerly(caplog):

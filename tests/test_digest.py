@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dwiml_func import Key, TrainState, adam, init_state, sgd
 from dwiml_func.checkpoint.digest import (
+    BitDifference,
     bit_difference,
     is_starting_count,
     leaf_digest,
@@ -25,7 +26,9 @@ from dwiml_func.checkpoint.digest import (
 )
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Sum
+from dwiml_func.core.report import Validation
 from dwiml_func.core.state import mark_donated
+from dwiml_func.types import Plateau
 
 
 def make_state() -> TrainState:
@@ -104,6 +107,12 @@ def test_every_bit_of_every_leaf_counts(name):
         {"best": Best(0.25, 2, 0)},
         {"best": Best(0.25, None, 1)},
         {"best": Best(math.inf, 2, 1)},
+        {"best": Best(0.25, 2, 1, batch=3)},
+        {"plateau": Plateau(num_reductions=1)},
+        {"plateau": Plateau(best=0.5)},
+        {"plateau": Plateau(num_bad=1)},
+        {"plateau": Plateau(cooldown=1)},
+        {"validations": (Validation(10, {"loss": 0.5}, 0.1),)},
     ],
     ids=str,
 )
@@ -161,6 +170,14 @@ def test_the_memory_layout_does_not_count(view: Tensor, copy: Tensor):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_the_device_does_not_count():
     assert leaf_digest(torch.arange(5.0, device="cuda")) == leaf_digest(torch.arange(5.0))
+
+
+def test_the_plateau_and_the_validations_come_back_from_json_as_they_were():
+    plateau = Plateau(num_reductions=3, best=0.5, num_bad=2, cooldown=1)
+    validations = (Validation(10, {"loss": 0.5}, 0.1), Validation(20, {"loss": 0.25, "size": 2.0}, 0.05))
+    state = make_state().replace(plateau=plateau, validations=validations, best=Best(0.25, 4, 1, batch=20))
+    fields = numbers_to_fields(json.loads(json.dumps(state_numbers(state))))
+    assert {name: getattr(state, name) for name in fields} == fields
 
 
 @settings(max_examples=30)
@@ -240,6 +257,25 @@ def test_the_distance_in_ulps_counts_the_numbers_between(a, b, ulps):
     difference = bit_difference(a, b)
     assert difference is not None
     assert difference.ulps == ulps
+
+
+def test_a_difference_tells_how_many_values_where_the_first_and_the_largest():
+    a = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64)
+    b = torch.tensor([[1.0, 2.0, 3.5], [4.0, 5.25, 2.0]], dtype=torch.float64)
+    assert bit_difference(a, b) == BitDifference(6, 3, 4.0, (0, 2), ("3.0", "3.5"), 1 << 50)
+    assert bit_difference(a, a.clone()) is None
+    assert bit_difference(torch.tensor(0.0), torch.tensor(-0.0)) == BitDifference(1, 1, 0.0, (), ("0.0", "-0.0"), 0)
+    nan = torch.tensor([1.0, math.nan])
+    assert bit_difference(nan, nan.clone()) is None
+    found = bit_difference(nan, torch.tensor([1.0, 2.0]))
+    assert found is not None
+    assert (math.isnan(found.largest), found.first, found.values) == (True, (1,), ("nan", "2.0"))
+    found = bit_difference(torch.tensor([1 + 2j, 3 + 4j]), torch.tensor([1 + 2j, 3 + 5j]))
+    assert found is not None
+    assert (found.num_different, found.largest, found.first, found.values) == (1, 1.0, (1, 1), ("4.0", "5.0"))
+    for other in (a[:1], a.float()):
+        with pytest.raises(ValueError, match="of the same shape and dtype"):
+            bit_difference(a, other)
 
 
 def test_a_count_of_a_part_of_a_chain_is_a_starting_count_and_a_parameter_of_its_name_is_not():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -17,12 +18,13 @@ from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, fold_in, numpy_rng, torch_rng
+from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, member_sums, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
-from dwiml_func.optim import chain, skip_not_finite
+from dwiml_func.optim import chain, ema, reduce_on_plateau, skip_not_finite
 from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
 
 OPTIMIZERS = {"sgd": partial(sgd, momentum=0.9), "adam": adam, "adamw": adamw, "radam": radam}
@@ -183,6 +185,61 @@ def test_best_epochs_and_patience_are_each_members_own():
     for number, (end, own) in enumerate(ends):
         assert_close(member(ensemble, number), end)
         assert_same_reports(reports, number, own)
+
+
+def test_an_epoch_of_members_is_that_of_separate_runs_with_every_option_of_the_loop():
+    def always_random(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int, dict[str, Any]]:
+        out = nn.functional.dropout(model(batch[0]), 0.2, True)  # in evaluation too
+        return (out - batch[1]).square().mean(), len(batch[1]), {"size": (out.abs().mean(), 3)}
+
+    loss_fn, optimizer, now, asked = module_loss(mlp(0), always_random), ema(adam(), 0.5), 0.0, []
+
+    def source(name: str, first_epoch: int) -> Any:
+        def batches_of(key: Key, epoch: int, start: int) -> Any:
+            asked.append((name, key, epoch, start))
+            return batches(key, first_epoch + epoch, start)
+
+        return batches_of
+
+    def takes(seconds: float, function: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return function(*args, **options)
+
+        return partial(timed, loss_fn=loss_fn, optimizer=optimizer)
+
+    def run(loop: Any, step: Any, evaluate: Any, state: Any) -> tuple[Any, list[Any], list[Any]]:
+        asked.clear()
+        schedule = reduce_on_plateau(0.03, factor=0.5, patience=0, threshold=0.01)
+        options = {"monitor": "size", "mode": "max", "validate_every": 2, "patience": 2, "patience_delta": 0.01}
+        options |= {"train": source("train", 0), "valid": source("valid", 50), "clock": lambda: now}
+        options |= {"step": takes(60, step), "eval_step": takes(30, evaluate)}
+        epochs = loop(state, learning_rate=schedule, max_epochs=8, **options)
+        ends, reports = zip(*epochs, strict=True)
+        return ends[-1], list(reports), list(asked)
+
+    batch = next(iter(batches(Key(0), 0, 0)))
+    step = partial(train_step, loss_fn=LOSS, optimizer=optimizer, lr=0.03)
+    states = [step(state, batch)[0] for state in starts(SEEDS, optimizer)]
+    ensemble, together, calls = run(
+        train_and_validate_ensemble, ensemble_step, ensemble_eval_step, stack_states(states)
+    )
+    ends = [run(train_and_validate, train_step, eval_step, state) for state in states]
+    assert any(end.plateau.num_reductions for end, *_ in ends)
+    for number, (end, reports, own_calls) in enumerate(ends):
+        assert_close(member(ensemble, number), end)
+        assert member(ensemble, number).plateau[::2] == end.plateau[::2]
+        for one, other in zip((report.members[number] for report in together), reports, strict=False):
+            for name, value in asdict(one).items():
+                expected = asdict(other)[name]
+                if name == "best":
+                    (value, *rest), (expected, *others) = one.best, other.best
+                    assert rest == others
+                is_close = isinstance(expected, float | dict)
+                assert value == (pytest.approx(expected, rel=1e-9) if is_close else expected), name
+        assert [call[2:] for call in calls[: len(own_calls)]] == [call[2:] for call in own_calls]
+    assert {call[1] for call in calls} == {Key(SEEDS[0])}
 
 
 def test_a_member_that_stopped_early_stays_as_it_is_to_the_byte():
@@ -362,6 +419,17 @@ def test_an_ensemble_taken_apart_and_put_together_continues_bitwise(steps):
     assert not end.active[1]
 
 
+def test_an_interrupted_ensemble_is_that_after_its_last_training_batch_and_continues_bitwise():
+    options: dict[str, Any] = {"optimizer": adam(), "lr": 0.02, "max_epochs": 2}
+    whole, _ = together(stack_states(starts()), **options)
+    for number, position in ((2, (0, 2)), (7, (0, 4)), (10, (1, 2))):  # 4 training and 4 validation batches an epoch
+        calls = iter(range(1, 99))
+        with pytest.raises(Interrupted) as stopped:
+            together(stack_states(starts()), interrupt=lambda: next(calls) == number, **options)  # noqa: B023
+        assert (stopped.value.state.epoch, stopped.value.state.batch) == position
+        assert digests(together(stopped.value.state, **options)[0]) == digests(whole)
+
+
 def digests(ensemble: EnsembleState) -> list[str]:
     return [state_digest(member(ensemble, number)) for number in range(len(ensemble))]
 
@@ -410,6 +478,7 @@ def test_members_that_do_not_fit_together_are_refused():
         stack_states([state, state.replace(step=1, batch=1)])
     with pytest.raises(ValueError, match="active with 1 values, one for each state"):
         stack_states([state], active=[True, False])
+    assert stack_states([state.replace(step=3), state], active=[False, False]).step == 3
     ensemble = stack_states([state, state])
     with pytest.raises(IndexError, match="from 0 to 1"):
         member(ensemble, 2)

@@ -123,6 +123,8 @@ def test_a_run_may_start_from_given_parameters_and_wrong_ones_are_named():
     assert not state.params["weight"].requires_grad
     with pytest.raises(ValueError, match=r"unexpected gain; weight of shape \(2,\), expected \(3,\)\.$"):
         init_state(module, adam(), seed=0, params={"weight": torch.ones(2), "gain": torch.ones(3)})
+    with pytest.raises(ValueError, match=r"bias of shape \(3, 1\), expected \(3,\)\.$"):
+        init_state(module, adam(), seed=0, params={"bias": torch.ones(3, 1)})
 
 
 def test_train_init_from_starts_from_the_weights_and_records_their_digest(cli, experiment, tmp_path):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import shutil
 import subprocess
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 
+import numpy as np
 import torch
 
+import dwiml_func
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 
 PACKAGE = Path(__file__).parent.parent / "dwiml_func"
@@ -35,6 +38,32 @@ def test_the_packages_that_compute_are_named_by_what_they_installed():
     packages = environment()["packages"]
     assert packages["torch"] == hashlib.sha256(record.read_text().encode()).hexdigest()
     assert packages["numpy"] != packages["torch"]
+
+
+def test_all_that_bits_depend_on_is_recorded():
+    recorded = environment(["cuda:0", "cpu", "cpu"])
+    assert {name: value for name, value in recorded.items() if name not in ("source", "packages", "git", "cpu")} == {
+        "dwiml_func": dwiml_func.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "orbax-checkpoint": version("orbax-checkpoint"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_threads": torch.get_num_threads(),
+        "devices": ["cpu", "cuda:0"],
+    }
+    if Path("/proc/cpuinfo").is_file() and "model name" in Path("/proc/cpuinfo").read_text():
+        assert f": {recorded['cpu']}\n" in Path("/proc/cpuinfo").read_text()
+
+
+def test_every_difference_is_told_with_both_values_and_only_what_came_later_is_left_out():
+    recorded, now = {"torch": "2.12.0", "cpu": "a", "gone": 1}, {"torch": "2.13.0", "cpu": "a", "new": 2, "git": "c"}
+    assert environment_differences(recorded, now) == [
+        "gone: 1, now None",
+        "new: None, now 2",
+        "torch: '2.12.0', now '2.13.0'",
+    ]
 
 
 def test_a_checkout_is_named_by_its_commit_and_a_change_shows_in_commit_and_source(tmp_path, monkeypatch):

@@ -145,7 +145,8 @@ def train_and_validate_ensemble(
     def epochs(ensemble: EnsembleState) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
         ensemble = _without_patience(ensemble, patience)
         while ensemble.epoch < max_epochs and any(running := ensemble.active.tolist()):
-            earlier_sums, start = member_sums(ensemble.sums, len(ensemble)), clock()
+            earlier_sums = member_sums(ensemble.sums if ensemble.batch else {}, len(ensemble))
+            start = clock()
             first_step = ensemble.step - ensemble.batch
             rates = partial(_rates, each, ensemble.plateau, ensemble.epoch)
             bound: Any = partial(step, lr=_one_or_each(rates(ensemble.step), ensemble))
@@ -185,7 +186,7 @@ def train_and_validate_ensemble(
             }
             best = tuple(reports[n].best if n in reports else best for n, best in enumerate(ensemble.best))
             plateau = tuple(
-                next_plateau(each[n], own, means(reports[n]), monitor="loss", mode="min") if n in reports else own
+                next_plateau(each[n], own, means(reports[n]), monitor=monitor, mode=mode) if n in reports else own
                 for n, own in enumerate(ensemble.plateau)
             )
             ensemble = _without_patience(ensemble.replace(best=best, plateau=plateau), patience)
