@@ -5,7 +5,9 @@ have a mean over seeds that is above the target: one-sided t-test, p < 0.01. Its
 (epochs with their validation, of `logs/metrics.jsonl`), without imports, data and scores. Everything is allowed that
 keeps the promises: the same bits for the same seed, resume after a kill, no data of the people who are held out.
 
-`python benchmarks/speedrun.py --options "--max-epochs 30"` tries other options of `dwiml-func train`.
+`python benchmarks/speedrun.py --options "--max-epochs 30"` tries other options of `dwiml-func train`. Fewer than 10
+seeds make no record: what comes out is called preliminary. On a machine that is shared, compare the processor's seconds,
+which have the evaluation in them; runs that were there have none.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ from verdicts import conclude
 from dwiml_func.cli.main import main as dwiml_func
 from dwiml_func.data.example.dataset import make_example_data
 
-TARGET, LEVEL = 0.60, 0.01
+TARGET, LEVEL, SEEDS = 0.60, 0.01, 10
 PROTOCOLS = ("continue", "free", "core")
 
 
 def main() -> int:
     """Train with each seed and test the scores. Exit code 1 if they are not above the target."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=10, help="number of seeds, from 1 on (default: 10)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"number of seeds, from 1 on (default: {SEEDS})")
     parser.add_argument("--options", default="", help="options of `dwiml-func train` besides the recipe's")
     parser.add_argument("--experiments", type=Path, help="keep the runs in this folder; those that are there are read")
     options = parser.parse_args()
@@ -55,7 +57,9 @@ def main() -> int:
     test: Any = ttest_1samp(means, TARGET, alternative="greater") if len(means) > 1 else None
     p = float("nan") if test is None else float(test.pvalue)
     text = f"{np.mean([seconds for _, seconds, _ in found]):.0f} s of training, {np.mean(means):.3f} valid over"
-    return conclude([(p < LEVEL, f"{text} {len(means)} seeds, p {p:.2g}; must be above {TARGET} with p below {LEVEL}")])
+    kind = "a record" if len(means) >= SEEDS else f"preliminary, no record with fewer than {SEEDS} seeds"
+    text = f"{text} {len(means)} seeds ({kind}), p {p:.2g}; must be above {TARGET} with p below {LEVEL}"
+    return conclude([(p < LEVEL, text)])
 
 
 def measure(folder: Path, seed: int, options: list[str]) -> tuple[list[float], float, float]:

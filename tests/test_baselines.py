@@ -151,6 +151,21 @@ def test_the_basis_of_the_attributes_is_used():
             assert angular_error(result[0], reference[0])[result[1]].max() < 0.01
 
 
+def test_of_an_fodf_the_peak_near_the_previous_direction_is_followed():
+    g, fibres = (
+        half_sphere_directions(300),
+        torch.nn.functional.normalize(torch.tensor([[3.0, 1, 0], [-1, 1, 2]]), dim=1),
+    )
+    lobes = (g @ fibres.numpy().T) ** 8  # of order 8: the fit is exact
+    sh = np.linalg.pinv(sh_matrix(g, 8)) @ (lobes @ [1.0, 0.6])
+    attributes = {"sh_order": 8, "sh_of": "fodf"}
+    for fibre, sign in ((0, 1), (0, -1), (1, 1), (1, -1)):
+        line = np.arange(4.0)[:, None] * (sign * fibres[fibre] + torch.tensor([0.1, 0.2, -0.1])).numpy()
+        result = principal_direction(make_batch([line], torch.tensor(sh, dtype=torch.float32).repeat(3, 1)), attributes)
+        assert result is not None
+        assert angular_error(result[0], sign * fibres[[fibre]].expand(3, 3))[result[1]].max() < 7  # grid, other lobe
+
+
 def test_signal_below_zero_is_no_trouble():
     g = half_sphere_directions(60)
     sh = np.linalg.pinv(sh_matrix(g, 6)) @ (0.5 - 0.8 * g[:, 2] ** 2)  # -0.3 along z

@@ -331,14 +331,14 @@ def test_the_command_says_what_it_wrote(tmp_path, capfd):
 
 
 def test_the_harmonics_of_a_volume_are_kept_and_shown_and_give_a_principal_direction(tmp_path, cli):
-    six = {"files": ["dwi.nii.gz", "fa.nii.gz", "t1.nii.gz"], "sh_order": 2, "sh_basis": "tournier07"}
+    six = {"files": ["dwi.nii.gz", "fa.nii.gz", "t1.nii.gz"], "sh_order": 2, "sh_basis": "tournier07", "sh_of": "fodf"}
     arguments = make_folder(tmp_path, config={**CONFIG, "input": {**CONFIG["input"], **six, "sh_legacy": True}})
     assert cli("create-hdf5", *arguments).code == 0
     with File(tmp_path / "out.hdf5") as file:
-        found = {name: file["s2/input"].attrs[name] for name in ("sh_order", "sh_basis", "sh_legacy")}
-    assert found == {"sh_order": 2, "sh_basis": "tournier07", "sh_legacy": True}
+        found = {name: file["s2/input"].attrs[name] for name in ("sh_order", "sh_basis", "sh_legacy", "sh_of")}
+    assert found == {"sh_order": 2, "sh_basis": "tournier07", "sh_legacy": True, "sh_of": "fodf"}
     shown = cli("info", tmp_path / "out.hdf5").out
-    assert shown.count("spherical harmonics of order 2, basis tournier07, dipy's legacy definition") == 1
+    assert shown.count("spherical harmonics of order 2, basis tournier07, dipy's legacy definition, of an fODF") == 1
     assert PrincipalDirection(open_dataset(tmp_path / "out.hdf5").input_attributes).nb_previous_dirs == 1
 
 

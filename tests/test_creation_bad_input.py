@@ -131,6 +131,7 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
         ({"type": "volume", "files": "a", "sh_order": 2, "sh_basis": "mine"}, "group 'x': sh_basis: .*received 'mine'"),
         ({"type": "volume", "files": "a", "sh_basis": "tournier07"}, "expected sh_order with them, received none"),
         ({"type": "volume", "files": "a", "sh_legacy": True}, "expected sh_order with them, received none"),
+        ({"type": "volume", "files": "a", "sh_order": 2, "sh_of": "odf"}, "group 'x': sh_of: .*received 'odf'"),
         ({"type": "streamlines", "files": "a", "standardization": "all"}, "unknown key 'standardization'"),
         (
             {"type": "streamlines", "files": "a", "connectivity_matrix": "m.npy"},

@@ -153,6 +153,7 @@ def test_the_same_command_again_resumes_a_run_and_sums_up_one_that_has_ended(cli
     before = files(tmp_path / "run")
     other = cli(*command, "--dropout", "0.4", "--rng", "5")
     other.check_refusal("'run' exists in", "with another config", "model.dropout", "dwiml-func resume")
+    cli(*command, "--max-epochs", "99").check_refusal("99 here", "train on: dwiml-func resume", "--new-max-epochs 99")
     assert files(tmp_path / "run") == before
 
 

@@ -17,12 +17,13 @@ __all__ = [
     "sh_matrix",
 ]
 
-HARMONICS = ("sh_order", "sh_basis", "sh_legacy")
+HARMONICS = ("sh_order", "sh_basis", "sh_legacy", "sh_of")
 """The attributes of a volume that say which spherical harmonics its features are."""
 
 DEFAULT_BASIS = "descoteaux07"
 """The basis of harmonics whose attributes name none."""
 _SH_BASES = (DEFAULT_BASIS, "tournier07")
+_SH_OF = ("signal", "fodf")
 
 
 def harmonics_fault(attributes: Mapping[str, Any], num_features: int) -> str | None:
@@ -49,6 +50,9 @@ def harmonics_fault(attributes: Mapping[str, Any], num_features: int) -> str | N
     basis = str(attributes.get("sh_basis", DEFAULT_BASIS))
     if basis not in _SH_BASES:
         return f"attribute 'sh_basis' is {basis!r}. Expected one of {', '.join(_SH_BASES)}"
+    of = str(attributes.get("sh_of", "signal"))
+    if of not in _SH_OF:
+        return f"attribute 'sh_of' is {of!r}. Expected one of {', '.join(_SH_OF)}"
     return None
 
 

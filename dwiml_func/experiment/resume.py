@@ -152,10 +152,16 @@ def _check_same(directory: Path, member: Path, config: RunConfig, *, init_from: 
             origin = Origin(experiment=path, checkpoint="0", digest="", start_digest="", weights_only=True)
         config = replace(config, origin=origin)
     if changes := differences(with_same_results(recorded, config).to_dict(), config.to_dict(), ("there", "here")):
+        only_longer = len(changes) == 1 and config.training.max_epochs > recorded.training.max_epochs
+        how, option = (
+            ("train on", f" --new-max-epochs {config.training.max_epochs}")
+            if only_longer
+            else ("resume it as it is", "")
+        )
         raise ValueError(
             f"Experiment {directory.name!r} exists in {str(directory.parent)!r} with another config "
-            f"({at_most_three(changes)}). Choose another name, or resume it as it is: "
-            f"dwiml-func resume {directory.parent} {directory.name}"
+            f"({at_most_three(changes)}). Choose another name, or {how}: "
+            f"dwiml-func resume {directory.parent} {directory.name}{option}"
         )
 
 

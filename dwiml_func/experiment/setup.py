@@ -114,8 +114,8 @@ def check_monitored(parts: RunParts, *, is_member: bool = False) -> None:
         names |= {"grad_norm", "unclipped_grad_norm"}
     elif monitor in PHASE_METRICS and not is_member:
         return  # known at the first validation
-    elif monitor == WINDOW_LAG and not parts.config.training.skip_window_lag and hasattr(parts.model, "run_step"):
-        if run_windows(parts.config, parts.data.validation, parts.model) is None:
+    elif not is_member and not parts.config.training.skip_window_lag and hasattr(parts.model, "run_step"):
+        if monitor == WINDOW_LAG and run_windows(parts.config, parts.data.validation, parts.model) is None:
             raise ValueError(
                 f"monitor: {monitor} needs validation streamlines with even steps, of {EVERY_MM + AHEAD_MM:g} mm or "
                 "more. The dataset has none. Monitor the loss, or validate on longer streamlines."

@@ -19,6 +19,7 @@ _TEXTS = {
     "sh_basis": "the SH basis",
     "sh_order": "the SH order",
     "sh_legacy": "the legacy form of the SH basis",
+    "sh_of": "what the SH describe",
     "standardization": "the standardization",
 }
 _SHARE = 0.01  # by which voxel sizes may differ

@@ -9,7 +9,12 @@ __all__ = ["missing_text"]
 
 
 def missing_text(path: Path) -> str:
-    """Why a path is not there: "does not exist: PATH", or the link of it, or of a folder above it, that is broken."""
+    """Why a path is not there: "does not exist: PATH", or the link of it, or of a folder above it, that is broken.
+
+    Where there is a folder in place of a file, or the other way round, it says that.
+    """
+    if path.exists():
+        return f"is a {'folder' if path.is_dir() else 'file'}: {path}"
     for folder in (path, *path.parents):
         if folder.is_symlink() and not folder.exists():
             return f"does not exist: {path}. {folder} is a broken link, to {os.readlink(folder)}"

@@ -19,7 +19,8 @@ from dwiml_func.data.streamlines import directions, input_offsets, previous_dire
 
 __all__ = ["angular_error", "keep_straight", "principal_direction"]
 
-_NUM_DIRECTIONS = 100  # where the signal is read for the tensor fit
+_NUM_DIRECTIONS = {"signal": 100, "fodf": 500}  # where it is read: for the tensor fit, or as candidates 6 degrees apart
+_MOST_CLIMBS = 16  # of 6 degrees: no peak is further than 90 degrees away
 _LEAST_SIGNAL = 1e-3  # the logarithm needs a positive signal; noise and SH ringing may give less
 
 
@@ -51,15 +52,17 @@ def keep_straight(batch: StreamlineBatch) -> tuple[Tensor, Tensor]:
 
 
 def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Follow the principal direction of the diffusion tensor at each point, on the side of the previous direction.
+    """Follow the principal direction of the diffusion tensor, or of an fODF, on the side of the previous direction.
 
     The tensor is the log-linear least squares fit (Basser, Mattiello and Le Bihan, 1994) to the interpolated signal,
     read from its SH at 100 directions. The b-value only scales the tensor and is not needed. The SH are assumed to lie
-    along the voxel axes.
+    along the voxel axes. Of an fODF it is the peak, among 500 directions, that is reached by climbing from the
+    previous direction, as in MRtrix's SD_STREAM (Tournier et al., 2012); where there is none, the highest.
 
-    `batch.inputs` are the SH coefficients of the signal divided by the unweighted signal, standardised.
-    `input_attributes` are `sh_order` and optionally `sh_basis` (default "descoteaux07") and `sh_legacy` (False), the
-    same for all subjects, and `standardization_mean` (0) and `standardization_std` (1), or a row of each per subject.
+    `batch.inputs` are the SH coefficients of the signal divided by the unweighted signal, or of an fODF, standardised.
+    `input_attributes` are `sh_order` and optionally `sh_basis` (default "descoteaux07"), `sh_legacy` (False) and
+    `sh_of` ("signal" or "fodf"), the same for all subjects, and `standardization_mean` (0) and `standardization_std`
+    (1), or a row of each per subject.
 
     Returns unit vectors (N, 3) along the voxel axes and which points have one, as `keep_straight`, or None without
     `sh_order`.
@@ -72,7 +75,8 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
     if fault is not None:
         raise ValueError(f"{fault}.")
     order = int(np.asarray(input_attributes["sh_order"]).item())
-    g = half_sphere_directions(_NUM_DIRECTIONS)
+    of = str(input_attributes.get("sh_of", "signal"))
+    g = half_sphere_directions(_NUM_DIRECTIONS[of])
     basis = sh_matrix(
         g,
         order,
@@ -92,17 +96,33 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
 
     std = of_points(input_attributes.get("standardization_std", 1.0))
     mean = of_points(input_attributes.get("standardization_mean", 0.0))
-    signal = (batch.at_directions(batch.inputs) * std + mean) @ tensor(basis).T
+    amplitudes = (batch.at_directions(batch.inputs) * std + mean) @ tensor(basis).T
+    previous, valid = keep_straight(batch)
+    principal = _peak(amplitudes, previous, tensor(g)) if of == "fodf" else _tensor_axis(amplitudes, g)
+    backwards = (principal * previous).sum(dim=1, keepdim=True) < 0
+    return torch.where(backwards, -principal, principal) * valid[:, None], valid
+
+
+def _peak(amplitudes: Tensor, previous: Tensor, g: Tensor) -> Tensor:
+    """The peaks (N, 3) of amplitudes (N, G) at axes (G, 3) that are uphill of previous directions (N, 3)."""
+    neighbours = (g @ g.T).abs().topk(9, dim=1).indices  # an axis and the eight around it
+    nearest = (previous @ g.T).abs().argmax(dim=1)
+    place = torch.where(previous.norm(dim=1) > 0, nearest, amplitudes.argmax(dim=1))
+    for _ in range(_MOST_CLIMBS):
+        around = neighbours[place]
+        place = around.gather(1, amplitudes.gather(1, around).argmax(dim=1, keepdim=True))[:, 0]
+    return g[place]
+
+
+def _tensor_axis(signal: Tensor, g: np.ndarray) -> Tensor:
+    """The first eigenvectors (N, 3) of the tensors fitted to a signal (N, G) at directions (G, 3)."""
     # -log S = g' D g, linear in D's six entries (xx, yy, zz, xy, xz, yz) with b = 1.
     x, y, z = g.T
     design = np.stack([x * x, y * y, z * z, 2 * x * y, 2 * x * z, 2 * y * z], axis=1)
-    entries = -signal.clamp(min=_LEAST_SIGNAL).log() @ tensor(np.linalg.pinv(design)).T
+    fit = torch.as_tensor(np.linalg.pinv(design), dtype=torch.float32, device=signal.device)
+    entries = -signal.clamp(min=_LEAST_SIGNAL).log() @ fit.T
     diffusion = entries[:, [0, 3, 4, 3, 1, 5, 4, 5, 2]].reshape(-1, 3, 3)
-    principal = torch.linalg.eigh(diffusion).eigenvectors[:, :, 2]  # eigenvalues rise
-
-    previous, valid = keep_straight(batch)
-    backwards = (principal * previous).sum(dim=1, keepdim=True) < 0
-    return torch.where(backwards, -principal, principal) * valid[:, None], valid
+    return torch.linalg.eigh(diffusion).eigenvectors[:, :, 2]  # eigenvalues rise
 
 
 def _unit(vectors: Tensor) -> Tensor:

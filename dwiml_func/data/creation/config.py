@@ -51,8 +51,8 @@ _Blocs = Annotated[tuple[int, int, int], BeforeValidator(_as_three)]
 class VolumeGroup:
     """A volume: NIfTI files, joined along their features. The union of `std_mask` says what is measured.
 
-    Features that are coefficients of spherical harmonics have an even `sh_order`, a basis of dipy's, and `sh_legacy`
-    for dipy's legacy definition of that basis.
+    Features that are coefficients of spherical harmonics have an even `sh_order`, a basis of dipy's, `sh_legacy` for
+    dipy's legacy definition of that basis, and `sh_of` for what they describe.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -64,11 +64,12 @@ class VolumeGroup:
     sh_order: int | None = None
     sh_basis: Literal["descoteaux07", "tournier07"] | None = None
     sh_legacy: bool | None = None
+    sh_of: Literal["signal", "fodf"] | None = None
 
     def __post_init__(self) -> None:
         _check_files(self.files)
-        if self.sh_order is None and (self.sh_basis is not None or self.sh_legacy is not None):
-            raise ValueError("sh_basis and sh_legacy: expected sh_order with them, received none")
+        if self.sh_order is None and self.harmonics:
+            raise ValueError(f"{', '.join(self.harmonics)}: expected sh_order with them, received none")
         if self.sh_order is not None and (self.sh_order < 0 or self.sh_order % 2):
             raise ValueError(f"sh_order: expected an even number of at least 0, received {self.sh_order}")
 

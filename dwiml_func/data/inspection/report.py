@@ -80,7 +80,8 @@ def _harmonics(attributes: Mapping[str, Any]) -> str:
     if "sh_order" not in attributes:
         return ""
     named = f"spherical harmonics of order {attributes['sh_order']}, basis {attributes.get('sh_basis', DEFAULT_BASIS)}"
-    return f"{named}, dipy's legacy definition" if attributes.get("sh_legacy", False) else named
+    legacy = ", dipy's legacy definition" if attributes.get("sh_legacy", False) else ""
+    return named + legacy + (", of an fODF" if attributes.get("sh_of") == "fodf" else "")
 
 
 def _axes(summary: VolumeSummary) -> list[str]:
