@@ -6,7 +6,7 @@ have a mean over seeds that is above the target: one-sided t-test, p < 0.01. Its
 keeps the promises: the same bits for the same seed, resume after a kill, no data of the people who are held out.
 
 `python benchmarks/speedrun.py --options "--max-epochs 30"` tries other options of `dwiml-func train`. Fewer than 10
-seeds make no record: what comes out is called preliminary. On a machine that is shared, compare the processor's seconds,
+seeds make no record: what comes out is called preliminary. On a shared machine, compare the seconds of the processor,
 which have the evaluation in them; runs that were there have none.
 """
 
