@@ -18,7 +18,7 @@ from dwiml_func.checkpoint.index import list_checkpoints
 
 pytestmark = pytest.mark.soak
 
-EPOCHS = 30
+EPOCHS = 20
 OPTIONS = (*STOCHASTIC, "--max-epochs", EPOCHS, "--checkpoint-every", "1batches")
 
 
@@ -77,7 +77,7 @@ def _wait(process: Fork, seconds: float) -> None:
         process.wait(seconds)
 
 
-@pytest.mark.parametrize(("seed", "num_kills", "processes"), [(1, 12, 0), (4, 8, 2)], ids=lambda value: str(value))
+@pytest.mark.parametrize(("seed", "num_kills", "processes"), [(1, 8, 0), (4, 5, 2)], ids=lambda value: str(value))
 def test_killed_at_random_moments(
     uninterrupted: Path, tmp_path: Path, seed: int, num_kills: int, processes: int
 ) -> None:
@@ -100,19 +100,19 @@ def test_killed_at_random_moments(
 
 
 def test_an_ensemble_killed_at_random_moments(tmp_path: Path) -> None:
-    options = (*STOCHASTIC, "--max-epochs", 12, "--num-models", 2, "--keep", 1)
+    options = (*STOCHASTIC, "--max-epochs", 8, "--num-models", 2, "--keep", 1)
     (tmp_path / "uninterrupted").mkdir()
     run_command("train", tmp_path / "uninterrupted", "run", DATA, *options)
     rng, directory = random.Random(5), tmp_path / "killed" / "run"
     directory.parent.mkdir()
     num_saving = 0
-    for _ in range(8):
+    for _ in range(5):
         if (directory / "ensemble.json").exists():
             process = start_command("resume", directory.parent, "run")
         else:
             process = start_command("train", directory.parent, "run", DATA, *options, "--checkpoint-every", "1batches")
         num_saving += _kill(process, directory, rng)
-    assert num_saving >= 2, "the kills missed the saves: the test is not worth its name"
+    assert num_saving >= 1, "the kills missed the saves: the test is not worth its name"
     run_command("resume", directory.parent, "run", "--checkpoint-every", "1epoch")
     for number in ("0", "1"):
         member, expected = directory / number, tmp_path / "uninterrupted" / "run" / number

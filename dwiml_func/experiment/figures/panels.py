@@ -73,7 +73,7 @@ class Panel:
 
     def name(self, title: str, unit: str) -> None:
         self._title = title
-        self.axes.set_title(title, loc="left", fontweight="bold")
+        self.axes.set_title(title, loc="left", fontweight="bold", y=1)  # nothing stands above the axes to be avoided
         self.axes.set_ylabel(unit)
 
     def draw(

@@ -112,13 +112,17 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 
 def without_formulas(figure: Figure) -> None:
     """Let names with dollar signs stand as they are; only ticks, of logarithmic axes, hold formulas."""
-    from matplotlib.axis import Tick
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.text import Text
 
-    of_ticks = {id(text) for tick in figure.findobj(Tick) for text in tick.findobj(Text)}
-    for text in figure.findobj(Text):
-        if isinstance(text, Text) and id(text) not in of_ticks:
-            text.set_parse_math(False)
+    children = [child for part in (figure, *figure.axes) for child in part.get_children()]
+    for child in children:
+        if isinstance(child, Axis):
+            child.label.set_parse_math(False)
+        elif not isinstance(child, Axes):
+            for text in child.findobj(Text):
+                text.set_parse_math(False)
 
 
 def check_format(path: str | Path) -> str:
