@@ -103,6 +103,37 @@ def test_the_background_can_be_left_out(cli, tmp_path):
     assert (tmp_path / "m_labels.txt").read_text() == "0 = 0\n1 = 30\n2 = 70\n"
 
 
+# Labels of the voxels along a line, and the rows of its ends by hand; 3 is "not found".
+@pytest.mark.parametrize(
+    ("profile", "ends"),
+    [
+        ([0, 1, 0, 2, 0, 2], (1, 2)),  # what lies between does not count
+        ([1, 0, 0, 1], (1, 1)),
+        ([0, 2, 2, 0, 1, 0], (1, 2)),  # ends beside regions
+        ([1, 1, 2, 2], (3, 3)),  # never leaves the regions
+        ([1, 2, 2, 0], (3, 3)),  # the background only at the end
+        ([1, 2, 0, 0], (3, 3)),  # the regions are neighbours
+        ([1, 1, 2, 0, 0], (1, 2)),
+        ([0, 0, 0], (3, 3)),
+        ([1], (3, 3)),
+    ],
+)
+def test_the_longest_segment_joins_the_first_and_the_last_region(cli, tmp_path, profile, ends):
+    labels = np.zeros((len(profile) + 3, 2, 2), dtype=np.int32)
+    labels[: len(profile)] = np.array(profile)[:, None, None]
+    labels[-3:] = np.array([0, 1, 2])[:, None, None]  # no line comes here
+    line = [[0.4, 0.5, 0.5], [0.6, 0.5, 0.5], [len(profile) - 0.5, 0.7, 0.5]]
+    save_lines(tmp_path / "a.trk", world([line]), affine=AFFINE, shape=labels.shape)
+    options = ["--labels", write_labels(tmp_path / "l.nii.gz", labels), "--use-longest-segment"]
+    figure = ["--figure", tmp_path / "m.png"] if len(profile) == 1 else []
+    assert cli("connectivity", tmp_path / "a.trk", tmp_path / "m.npy", *options, *figure).code == 0
+    expected = np.zeros((4, 4), dtype=np.int64)
+    expected[ends] = 1
+    np.testing.assert_array_equal(np.load(tmp_path / "m.npy"), expected)
+    assert (tmp_path / "m_labels.txt").read_text() == "0 = 0\n1 = 1\n2 = 2\n3 = not found\n"
+    assert (tmp_path / "m.png").exists() == bool(figure)
+
+
 def test_matrices_are_compared(cli, tmp_path):
     counts, real = np.array([[0, 3], [0, 1]]), np.array([[0, 1], [0, 0]])
     np.save(tmp_path / "a.npy", counts)
@@ -129,6 +160,8 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, tmp_path):
         (tractogram, out, "--labels", other): "a grid of 12 x 9 x 6 voxels, expected 4 x 4 x 4",
         (tck, out, "--nb-blocs", 2): "reference: a TCK file has no grid",
         (tractogram, out, "--nb-blocs", 2, "--hide-background", 0): "hide_background: expected with --labels",
+        (tractogram, out, "--nb-blocs", 2, "--use-longest-segment"): "use_longest_segment: expected with --labels",
+        (tractogram, out, "--nb-blocs", 2, "--figure", tmp_path / "m.txt"): "expected a name that ends in .png",
         (tractogram, tmp_path / "new.txt", "--nb-blocs", 2): "Expected TRACTOGRAM and OUT.npy",
         (tmp_path / "no.trk", out, "--nb-blocs", 2): "The file does not exist",
         (tractogram, tmp_path / "two.npy", "--nb-blocs", 2): "The file exists",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 from dwiml_func.cli._output import folders_above
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.tractogram_file import check_name
+from dwiml_func.experiment.figures.plots import check_format
 from dwiml_func.files.atomic import atomic_file, atomic_write
 from dwiml_func.tracking.connectivity import regions_of_blocs
 
-__all__ = ["bloc_image", "check_options", "read_matrix", "write_labels", "write_nifti"]
+__all__ = ["bloc_image", "check_options", "names_of", "read_matrix", "write_labels", "write_nifti"]
 
 _MOST_REGIONS = 20_000  # a matrix of 3.2 GB
 
@@ -46,6 +48,10 @@ def check_options(options: Any) -> None:
     for name, needs in (("hide_background", "labels"), ("reference", "nb_blocs"), ("save_blocs", "nb_blocs")):
         if getattr(options, name) is not None and not getattr(options, needs):
             raise ValueError(f"{name}: expected with --{needs.replace('_', '-')}. Leave it out.")
+    if options.use_longest_segment and options.labels is None:
+        raise ValueError("use_longest_segment: expected with --labels. Leave it out.")
+    if options.figure is not None:
+        check_format(options.figure)
     if options.save_rejected is not None and options.hide_background is None:
         raise ValueError("save_rejected: expected with --hide-background. Leave it out.")
     if options.nb_blocs and given[0].lower().endswith(".tck") and options.reference is None:
@@ -55,7 +61,7 @@ def check_options(options: Any) -> None:
     lines = [out for out in (options.save_biggest, options.save_smallest, options.save_rejected) if out is not None]
     for out in lines:
         check_name(Path(out), with_seeds=False)
-    for out in (given[1], options.save_blocs, *lines):
+    for out in (given[1], options.save_blocs, options.figure, *lines):
         if out is not None and os.path.lexists(out) and not options.overwrite:
             raise FileExistsError(f"The file exists: {out}. Choose another name, or overwrite it with --overwrite.")
 
@@ -82,9 +88,14 @@ def bloc_image(shape: tuple[int, int, int], nb_blocs: tuple[int, int, int]) -> N
     return (regions_of_blocs(centres, shape, nb_blocs) + 1).astype(np.int32)
 
 
-def write_labels(out: str, labels: NDArray[np.int64]) -> None:
+def names_of(labels: NDArray[np.int64]) -> list[str]:
+    """The names of the rows of a matrix of labels."""
+    return list(map(str, np.unique(labels).tolist()))
+
+
+def write_labels(out: str, names: Sequence[str]) -> None:
     """Write which row has which label beside the matrix."""
-    text = "".join(f"{row} = {label}\n" for row, label in enumerate(labels.tolist()))
+    text = "".join(f"{row} = {name}\n" for row, name in enumerate(names))
     with folders_above(out) as path:
         atomic_write(path.with_name(f"{path.stem}_labels.txt"), text)
 

@@ -12,7 +12,14 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from dwiml_func.cli._connectivity import bloc_image, check_options, read_matrix, write_labels, write_nifti
+from dwiml_func.cli._connectivity import (
+    bloc_image,
+    check_options,
+    names_of,
+    read_matrix,
+    write_labels,
+    write_nifti,
+)
 from dwiml_func.cli._messages import pluralize, print_progress
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
@@ -22,6 +29,8 @@ from dwiml_func.data.creation.volumes import load_grid, load_labels
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.data.tractogram_file import new_tractogram
+from dwiml_func.experiment.figures.connectivity import draw_connectivity
+from dwiml_func.experiment.figures.plots import save_figure
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.tracking.connectivity import (
     connection_counts,
@@ -30,6 +39,7 @@ from dwiml_func.tracking.connectivity import (
     mean_square_differences,
     regions_of_blocs,
     regions_of_labels,
+    regions_of_longest_segments,
 )
 
 __all__ = ["Options", "run"]
@@ -54,6 +64,9 @@ class Options(CommandOptions):
     listed in OUT_labels.txt."""
     hide_background: Annotated[int | None, tyro.conf.arg(metavar="LABEL")] = None
     """With --labels: leave out the connections of this label. Its row and column stay, with zeros."""
+    use_longest_segment: bool = False
+    """With --labels: count the first and the last region that a streamline crosses with the background, label 0,
+    between them, in place of those of its ends. Streamlines without such a segment have the last row, "not found"."""
     reference: Annotated[str | None, tyro.conf.arg(metavar="FILE.nii.gz")] = None
     """With --nb-blocs, for TCK, which has no grid: a volume on the streamlines' grid."""
     binary: bool = False
@@ -70,6 +83,8 @@ class Options(CommandOptions):
     """With --nb-blocs: write the blocs as labels, each the number of its row, from 1."""
     remove_invalid: bool = False
     """Leave out streamlines that leave the volume, have NaN points or have no length; otherwise they are an error."""
+    figure: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Draw the matrix, counts on a logarithmic scale, as .png, .svg or .pdf."""
     overwrite: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
     """Replace existing files."""
 
@@ -88,23 +103,29 @@ def run(options: Options) -> int:
     expected = None if where is None else load_grid(SingleFile("", "", Path(where)))
     lines = load_streamlines([path], expected=expected, remove_invalid=options.remove_invalid, note=print_progress)
     assert lines.grid is not None
-    ends = end_points(Streamlines(torch.from_numpy(lines.points), torch.from_numpy(lines.offsets)))
+    streamlines = Streamlines(torch.from_numpy(lines.points), torch.from_numpy(lines.offsets))
     if labels is None:
         x, y, z = options.nb_blocs * (3 if len(options.nb_blocs) == 1 else 1)
-        regions, names = regions_of_blocs(ends, lines.grid.shape, (x, y, z)), np.arange(1, x * y * z + 1)
+        regions = regions_of_blocs(end_points(streamlines), lines.grid.shape, (x, y, z))
+        names = list(map(str, range(1, x * y * z + 1)))
+    elif options.use_longest_segment:
+        regions, names = regions_of_longest_segments(streamlines, labels), [*names_of(labels), "not found"]
     else:
-        regions, names = regions_of_labels(ends, labels), np.unique(labels)
+        regions, names = regions_of_labels(end_points(streamlines), labels), names_of(labels)
     kept = np.ones(len(regions), dtype=bool)
     if options.hide_background is not None:
-        if options.hide_background not in names:
+        if str(options.hide_background) not in names:
             raise ValueError(f"hide_background: expected a label of {options.labels}, received another one.")
-        kept = (names[regions] != options.hide_background).all(axis=1)
+        kept = (regions != names.index(str(options.hide_background))).all(axis=1)
     counts = connection_counts(regions[kept], len(names))
     if real is not None and real.shape != counts.shape:
         raise ValueError(f"{options.real}: expected a matrix of {len(names)} rows, received {len(real)}.")
     _write(options, lines, regions, kept, counts)
     if labels is not None:
         write_labels(options.paths[1], names)
+    if options.figure is not None:
+        with folders_above(options.figure) as path:
+            save_figure(draw_connectivity(counts, names, title=options.paths[0]), path)
     if options.save_blocs is not None:
         x, y, z = options.nb_blocs * (3 if len(options.nb_blocs) == 1 else 1)
         write_nifti(options.save_blocs, bloc_image(lines.grid.shape, (x, y, z)), lines.grid)

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.tracking.overlap import voxels_along
 
 __all__ = [
     "ConnectivityScores",
@@ -17,6 +18,7 @@ __all__ = [
     "mean_square_differences",
     "regions_of_blocs",
     "regions_of_labels",
+    "regions_of_longest_segments",
 ]
 
 
@@ -74,6 +76,49 @@ def regions_of_labels(points: NDArray[np.float64], labels: NDArray[np.int64]) ->
     voxels = np.clip(np.floor(points).astype(np.int64), 0, np.array(labels.shape) - 1)
     rows = np.unique(labels, return_inverse=True)[1].reshape(labels.shape)
     return rows[tuple(np.moveaxis(voxels, -1, 0))].astype(np.int64)
+
+
+def regions_of_longest_segments(lines: Streamlines, labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The rows of the first and the last region that each streamline crosses, with the background, label 0, between.
+
+    Ends beside a region count to it then, and regions that are crossed on the way do not count.
+
+    Args:
+        lines: S streamlines, voxel space, corner origin; points outside count to the nearest voxel.
+        labels: (X, Y, Z) integers, N different ones, above 0 in regions.
+
+    Returns:
+        (S, 2) int64, rows of a connectivity matrix; (N, N) where there is no such segment: a streamline that crosses no
+        region, never leaves them, or ends in the first voxel that it reaches after them.
+
+    Source: scilpy, `scilpy/tractanalysis/connectivity_segmentation.py`, `extract_longest_segments_from_profile`.
+
+    Example:
+        >>> labels = np.array([0, 7, 0, 8, 0, 9])[:, None, None]
+        >>> line = Streamlines.from_list([[[0.5, 0.5, 0.5], [5.5, 0.5, 0.5]]])
+        >>> regions_of_longest_segments(line, labels).tolist()
+        [[1, 3]]
+    """
+    voxels, line = voxels_along(lines, (1.0, 1.0, 1.0))
+    voxels = np.clip(voxels, 0, np.array(labels.shape) - 1)
+    is_other = np.ones(len(line), dtype=bool)  # than the one before it
+    is_other[1:] = (line[1:] != line[:-1]) | (voxels[1:] != voxels[:-1]).any(axis=1)
+    voxels, line = voxels[is_other], line[is_other]
+    found = labels[tuple(voxels.T)]
+    place, regions = np.arange(len(line)), np.flatnonzero(found > 0)
+    first, last, background = (np.full(len(lines), -1) for _ in range(3))
+    first[line[regions[::-1]]] = place[regions[::-1]]  # of equal rows the last is kept
+    last[line[regions]] = place[regions]
+    is_inner = np.zeros(len(line), dtype=bool)
+    is_inner[:-1] = line[1:] == line[:-1]
+    between = np.flatnonzero((found == 0) & is_inner)
+    background[line[between]] = place[between]
+    names = np.unique(labels)
+    rows = np.full((len(lines), 2), len(names))
+    is_joined = (first >= 0) & (background > first) & (last > first + 1)
+    ends = np.stack([first, last], axis=1)[is_joined]
+    rows[is_joined] = np.searchsorted(names, found[ends])
+    return rows
 
 
 def connection_counts(regions: NDArray[np.int64], num_regions: int) -> NDArray[np.int64]:

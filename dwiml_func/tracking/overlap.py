@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dwiml_func.data.resampling import Resampling, resample_points
 from dwiml_func.data.streamlines import Streamlines
 
-__all__ = ["Overlap", "crossed_voxels", "overlap_within", "voxel_overlap"]
+__all__ = ["Overlap", "crossed_voxels", "overlap_within", "voxel_overlap", "voxels_along"]
 
 _DENSE_MM = 0.5  # distances between points of which the nearest counts
 _ROUNDING = 1e-12  # shares of a segment that differ by rounding alone
@@ -87,10 +87,18 @@ def overlap_within(lines: Streamlines, reference: Streamlines, distance: float =
 
 
 def crossed_voxels(lines: Streamlines, voxel_sizes: tuple[float, float, float]) -> NDArray[np.int64]:
-    """Numbers of the voxels that streamlines cross, each once, ascending.
+    """Numbers of the voxels that streamlines cross, each once, ascending; see `voxels_along`."""
+    voxels = voxels_along(lines, voxel_sizes)[0] + (1 << (_AXIS_BITS - 1))
+    return np.unique((voxels[:, 0] << 2 * _AXIS_BITS) + (voxels[:, 1] << _AXIS_BITS) + voxels[:, 2])
+
+
+def voxels_along(
+    lines: Streamlines, voxel_sizes: tuple[float, float, float]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The voxels that streamlines cross, (M, 3), in their order, and the streamline of each, (M,), ascending.
 
     A segment is cut where it crosses a face of a voxel; the middle of each piece tells in which voxel it lies. A voxel
-    that is touched in an edge alone is not crossed.
+    that is touched in an edge alone is not crossed. One follows itself where a point lies in it.
     """
     points = lines.points.double().numpy() / np.array(voxel_sizes)
     starts = np.delete(np.arange(len(points)), lines.offsets.numpy()[1:] - 1)
@@ -108,9 +116,9 @@ def crossed_voxels(lines: Streamlines, voxel_sizes: tuple[float, float, float]) 
     row, cut = row[order], cut[order]
     is_piece = (row[1:] == row[:-1]) & (cut[1:] > cut[:-1] + _ROUNDING)
     middle = ((cut[1:] + cut[:-1]) / 2)[is_piece, None]
-    voxels = np.floor(first[row[:-1][is_piece]] + middle * step[row[:-1][is_piece]]).astype(np.int64)
-    voxels += 1 << (_AXIS_BITS - 1)
-    return np.unique((voxels[:, 0] << 2 * _AXIS_BITS) + (voxels[:, 1] << _AXIS_BITS) + voxels[:, 2])
+    row = row[:-1][is_piece]
+    line = np.searchsorted(lines.offsets.numpy(), starts[row], side="right") - 1
+    return np.floor(first[row] + middle * step[row]).astype(np.int64), line
 
 
 def _dense_points(lines: Streamlines) -> NDArray[np.float64]:
