@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dwiml_func.core.epoch import epoch_fn
+from dwiml_func.compiled.step import jit_step
+from dwiml_func.core.epoch import end_epoch, epoch_fn
 from dwiml_func.core.loss import module_loss
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NonFiniteError
@@ -18,6 +19,8 @@ from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.core.weights import load_into
 from dwiml_func.distributed.sharding import sharded_value_and_grad
+from dwiml_func.ensemble.state import stack_states
+from dwiml_func.ensemble.step import ensemble_step
 from dwiml_func.optim import (
     Optimizer,
     accumulate,
@@ -167,6 +170,13 @@ def test_too_many_skipped_steps_in_a_row_end_the_epoch():
     batches = [batch(0, 5), NAN, NAN, batch(1, 5), NAN, NAN, NAN, batch(2, 5)]
     with pytest.raises(NonFiniteError, match=r"too many steps in a row, up to epoch 1, batch 7 \(step 7\)"):
         epoch_fn(init_state(TwoHeads(), SKIPPING, seed=0), batches, step=step)
+    state = init_state(TwoHeads(), SKIPPING, seed=0)
+    for _ in range(2):  # as where no step reads the numbers
+        state, _ = step(state, NAN)
+    assert end_epoch(state)[1]["skipped"] == (2, 2)
+    state, _ = step(state, NAN)
+    with pytest.raises(NonFiniteError, match="too many steps in a row, up to epoch 1, batch 3"):
+        end_epoch(state)
 
 
 def test_a_loss_alone_that_is_not_finite_is_skipped_too():
@@ -178,6 +188,33 @@ def test_a_loss_alone_that_is_not_finite_is_skipped_too():
     state, sums = train_step(start, batch(0, 5), loss_fn=loss_fn, optimizer=SKIPPING, lr=0.1)
     assert sums["skipped"].total == 1
     assert all(torch.equal(state.params[name], start.params[name]) for name in start.params)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+@pytest.mark.parametrize("kind", ["eager", "compiled", "ensemble"])
+def test_a_skipped_batch_changes_no_buffer(kind):
+    def infinite_for_four(model: nn.Module, x: Tensor) -> tuple[Tensor, int]:
+        return model(x).square().mean() + (math.inf if len(x) == 4 else 0.0), len(x)
+
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
+    options: dict[str, Any] = {"loss_fn": module_loss(model, infinite_for_four), "optimizer": SKIPPING}
+    state: Any = init_state(model, SKIPPING, seed=0)
+    step: Any = {
+        "eager": partial(train_step, **options),
+        "compiled": jit_step(**options, backend="eager"),
+        "ensemble": partial(ensemble_step, **options),
+    }[kind]
+    state = stack_states([state, state]) if kind == "ensemble" else state
+    good, _ = step(state, batch(0, 5), lr=0.1)
+    bad, _ = step(good, batch(1, 4), lr=0.1)
+    assert not torch.equal(good.buffers["0.running_mean"], state.buffers["0.running_mean"])
+    for name in ("params", "buffers"):
+        assert all(torch.equal(getattr(bad, name)[n], tensor) for n, tensor in getattr(good, name).items())
+    skipped, weight = bad.sums["skipped"]
+    assert (torch.as_tensor(skipped).tolist(), torch.as_tensor(weight).tolist()) == (
+        ([1.0, 1.0], [2.0, 2.0]) if kind == "ensemble" else (1.0, 2.0)
+    )
+    assert torch.as_tensor(bad.sums["loss"].weight).eq(5).all()
 
 
 def test_an_optimizer_that_cannot_skip_is_refused_to():

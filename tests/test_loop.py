@@ -159,10 +159,12 @@ def test_interrupt_is_asked_after_each_batch_and_the_state_is_that_of_the_last_t
     whole = [(state_digest(state), report) for state, report in loop(first_state(), max_epochs=2)]
     positions = []
     for number in range(1, 15):  # 4 training and 3 validation batches an epoch
-        seen = []
+        seen, noted = [], []
+        options = {"interrupt": interrupting(number), "on_batch": lambda state, _, noted=noted: noted.append(state)}
         with pytest.raises(Interrupted) as raised:
-            seen.extend(loop(first_state(), max_epochs=2, interrupt=interrupting(number)))
+            seen.extend(loop(first_state(), max_epochs=2, **options))
         state = raised.value.state
+        assert noted[-1] is state
         assert str(raised.value) == f"after batch {state.batch} of epoch {state.epoch + 1}"
         positions.append((state.epoch, state.batch))
         taken = []

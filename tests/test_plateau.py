@@ -35,7 +35,7 @@ from dwiml_func import ensemble_step as ensemble_step_of
 from dwiml_func.checkpoint.digest import numbers_to_fields, state_digest, state_numbers
 from dwiml_func.ensemble.state import member
 from dwiml_func.optim.schedules import value_at
-from dwiml_func.types import Plateau
+from dwiml_func.types import Plateau, Sum
 
 MODEL = torch.nn.Linear(4, 1)
 BATCHES = [torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -108,13 +108,15 @@ def test_the_rate_follows_the_validations_of_the_run() -> None:
 
 
 def test_the_monitored_metric_and_its_mode_decide() -> None:
-    schedule = reduce_on_plateau(0.1, factor=0.5, patience=0)
-    optimizer = torch.optim.SGD([torch.ones(1)], lr=0.1)
-    theirs = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.5, patience=0)
-    for _, report in loop(learning_rate=schedule, monitor="accuracy", mode="max", max_epochs=8):
-        assert report.learning_rate == optimizer.param_groups[0]["lr"]
-        theirs.step(report.valid["accuracy"])
-    assert optimizer.param_groups[0]["lr"] < 0.1
+    accuracies = [0.2, 0.3, 0.25, 0.4, 0.1]  # the loss gets better all the time
+
+    def evaluate(state: Any, batch: Any) -> Any:
+        return {"loss": Sum(9.0 - state.epoch, 1.0), "accuracy": Sum(accuracies[state.epoch - 1], 1.0)}
+
+    options: dict[str, Any] = {"valid": lambda *_: [0], "eval_step": evaluate, "monitor": "accuracy", "max_epochs": 5}
+    for mode, rates in (("max", [0.1, 0.1, 0.1, 0.05, 0.05]), ("min", [0.1, 0.1, 0.05, 0.025, 0.0125])):
+        schedule = reduce_on_plateau(0.1, factor=0.5, patience=0)
+        assert [report.learning_rate for _, report in loop(learning_rate=schedule, mode=mode, **options)] == rates
 
 
 def test_epochs_without_validation_do_not_count() -> None:

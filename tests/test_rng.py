@@ -1,6 +1,8 @@
 """Claims about `dwiml_func.core.rng`: a key's path is hashed, numbers are pinned, global generators are left alone."""
 
 import random
+import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
+from dwiml_func.core import rng
+from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng, watched_generators, without_seeds
 
 SEEDS = st.integers(0, 2**64 - 1)
 PATHS = st.lists(st.integers(0, 2**32 - 1), max_size=4).map(tuple)
@@ -128,6 +131,49 @@ def test_torch_rng_puts_the_generator_back(fails):
     except KeyError:
         assert fails
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_one_thread_at_a_time_seeds_the_generators():
+    is_free = []
+
+    def look() -> None:
+        is_free.append(rng._GLOBAL_GENERATORS.acquire(blocking=False))
+        if is_free[-1]:
+            rng._GLOBAL_GENERATORS.release()
+
+    for block in (torch_rng(Key(1)), watched_generators(), nullcontext()):
+        with block:
+            other = threading.Thread(target=look)
+            other.start()
+            other.join()
+    assert is_free == [False, False, True]
+
+
+def test_watched_generators_tell_whether_something_was_drawn_and_are_put_back():
+    before = torch.get_rng_state()
+    with watched_generators() as has_drawn:
+        assert not has_drawn()
+        torch.rand(1)
+        assert has_drawn()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_seeds_a_thread_draws_from_the_generators_as_they_are():
+    def first() -> list[float]:
+        with torch_rng(Key(1)):
+            return torch.rand(3).tolist()
+
+    expected = first()
+    torch.manual_seed(2)
+    with without_seeds():
+        unseeded = first()
+        in_thread: list[list[float]] = []
+        other = threading.Thread(target=lambda: in_thread.append(first()))
+        other.start()
+        other.join()
+    torch.manual_seed(2)
+    assert unseeded == torch.rand(3).tolist() != expected
+    assert in_thread == [expected] == [first()]
 
 
 def test_torch_rng_nests():

@@ -169,6 +169,14 @@ def test_an_error_in_validation_does_not_cost_the_epoch() -> None:
     with pytest.raises(MemoryError, match="in validation"):
         next(loop(valid=source, eval_step=_fails, keep_unvalidated=False))
 
+    def fails_later(key: Key, epoch: int, start: int) -> list[Tensor]:
+        return BATCHES if epoch == 0 else _fails(None, None)
+
+    epochs = loop(train=fails_later, valid=source, eval_step=EVAL)
+    assert next(epochs)[1].valid
+    with pytest.raises(MemoryError):  # in the training: the epoch before is not yielded again
+        next(epochs)
+
 
 def test_what_is_trained_is_handed_over_before_the_validation() -> None:
     trained = []
@@ -198,6 +206,8 @@ def test_a_rate_by_steps_is_that_of_each_step() -> None:
     reports = [report for _, report in loop(step=step, learning_rate=schedule, max_epochs=2)]
     assert rates == pytest.approx([0.1 * min((number + 1) / 10, 1) for number in range(10)])
     assert [report.learning_rate for report in reports] == [rates[4], rates[9]]
+    _, report = next(loop(learning_rate=per_step(lambda step: [0.2, 0.1, 0.4, 0.25, 0.3][step]), max_epochs=1))
+    assert (report.learning_rate_min, report.learning_rate, report.learning_rate_max) == (0.1, 0.3, 0.4)
 
 
 def test_a_rate_by_steps_resumes_exactly() -> None:

@@ -72,6 +72,7 @@ def metric(values: dict[tuple[int, int], float], name: str = "loss") -> Any:
 def test_they_come_within_an_epoch_and_at_its_end_but_never_twice_for_one_state() -> None:
     seen = [(report.epoch, report.batch, report.num_batches) for _, report in loop()]
     assert seen == [(1, 3, 3), (1, 6, 6), (1, 0, 7), (2, 3, 3), (2, 6, 6), (2, 0, 7)]
+    assert [report.stop for _, report in loop()] == [None] * 5 + ["max_epochs"]
     six = [(report.epoch, report.batch) for _, report in loop(train=lambda key, epoch, start: BATCHES[start:6])]
     assert six == [(1, 3), (1, 0), (2, 3), (2, 0)]  # the sixth batch is the epoch's last
     assert [report.batch for _, report in loop(validate_every="9 batches")] == [0, 0]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dwiml_func import init_state, load_into, module_loss, sgd, train_step
+from dwiml_func.core.state import mark_donated
 
 
 class Tied(nn.Module):
@@ -57,6 +58,15 @@ def test_other_parameters_may_be_written() -> None:
     state = init_state(model, sgd(), seed=0)
     load_into(model, state, params={name: torch.full_like(p, 7) for name, p in state.params.items()})
     assert float(model.weight.detach().sum()) == 14
+
+
+def test_a_state_that_was_donated_is_refused_also_where_another_shares_its_tensors() -> None:
+    state = init_state(nn.Linear(2, 1), sgd(), seed=0)
+    shared = state.replace(epoch=1)
+    mark_donated(state)
+    for each in (state, shared):
+        with pytest.raises(RuntimeError, match="donated to the update after step 0"):
+            load_into(nn.Linear(2, 1), each)
 
 
 @pytest.mark.parametrize(
