@@ -100,6 +100,18 @@ def test_each_epoch_batch_and_kind_has_a_stream_of_its_own():
     assert samples == [rng_of(KEY, *place).random() for place in places]
 
 
+def test_the_kinds_keep_their_numbers_so_that_old_runs_replay():
+    assert {kind.name: kind.value for kind in Kind} == {"SPLIT": 0, "REVERSE": 1, "NOISE_FORWARD": 2, "NOISE_LOSS": 3}
+
+
+def test_whether_a_streamline_splits_and_where_depends_on_no_other_ones_length():
+    """The short ones among them take random numbers too."""
+    lines = [np.arange(30.0)[:, None].repeat(3, axis=1)] * 4
+    whole, mixed = Streamlines.from_list(lines), Streamlines.from_list([lines[0], lines[0][:5], *lines[2:]])
+    cuts = [split_streamlines(each, 1.0, np.random.default_rng(3))[0].lengths.tolist() for each in (whole, mixed)]
+    assert cuts[0][:2] + cuts[0][4:] == cuts[1][:2] + cuts[1][3:]
+
+
 def test_noise_of_targets_that_may_turn_a_step_around_is_described():
     too_large = Augmentation(noise_gaussian_size_forward=0.2, noise_gaussian_size_loss=0.3).too_large_for(1.0)
     assert too_large is not None

@@ -210,6 +210,12 @@ def test_no_two_of_200_seeds_and_50_epochs_have_the_same_plan(spec):
     assert len(plans) == 200 * 50
 
 
+def test_lengths_are_rounded_up_so_that_no_batch_is_above_its_size():
+    index = DatasetIndex(("a",), np.array([3]), np.full(3, 10 / 3 + 2e-7))
+    plan = sample_epoch(index, SamplerSpec(batch_size=10, batch_size_units="length_mm"), KEY, 0)
+    assert [len(plan[number]) for number in range(len(plan))] == [2, 1]
+
+
 def test_lengths_in_mm_do_not_overflow():
     index = DatasetIndex(("a",), np.array([70_000]), np.full(70_000, 150.0))
     plan = sample_epoch(index, SamplerSpec(batch_size=15_000, batch_size_units="length_mm", max_batches=None), KEY, 0)

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_func.data.connectivity import matrix_fault
+from dwiml_func.data.grid import Grid, grid_difference, orientation_difference
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
@@ -124,6 +126,40 @@ FAULTS = {
     "virtual": (virtual_without_source, "is virtual, and its source gone.hdf5 does not exist"),
     "external": (external_without_bytes, "which does not hold its 5184 bytes"),
 }
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "fits"),
+    [
+        *((3, [0, 1, 2, 3], True), (4, [0, 1, 2, 3], True), (2, [0, 1, 2, 3], False), (5, [0, 1, 2, 3], True)),
+        *((2, [0, 7, 9], True), (3, [0, 7, 9], True), (9, [0, 7, 9], True), (8, [0, 7, 9], False)),
+        *((2, [7, 9], True), (3, [7, 9], False), (1, [0, 0], False)),
+    ],
+)
+def test_rows_are_labels_with_the_background_or_without_or_numbers_of_labels(rows, labels, fits):
+    fault = matrix_fault((rows, rows), None, np.array(labels).reshape(-1, 1, 1))
+    assert (fault is None) == fits
+
+
+def test_grids_are_the_same_to_a_thousandth_in_each_element():
+    grid = Grid(np.diag([2.0, 2.0, 2.0, 1.0]), (5, 6, 7))
+    assert (
+        grid_difference(grid, Grid(grid.affine.copy(), (5, 7, 6))) == "a grid of 5 x 6 x 7 voxels, expected 5 x 7 x 6"
+    )
+    for place in ((0, 0), (1, 2), (2, 3)):
+        for change, differs in ((0.9e-3, False), (1.1e-3, True), (-1.1e-3, True)):
+            affine = grid.affine.copy()
+            affine[place] += change
+            assert (grid_difference(Grid(affine, grid.shape), grid) is not None) == differs
+
+
+@pytest.mark.parametrize(("degrees", "differs"), [(0, False), (58, False), (62, True), (180, True)])
+def test_axes_are_the_same_up_to_60_degrees_whatever_the_size_of_voxels(degrees, differs):
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    turned = np.eye(4)
+    turned[:3, :3] = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) * [0.2, 3.0, 1.0]
+    straight = Grid(np.diag([4.0, 0.1, 1.0, 1.0]), (5, 6, 7))
+    assert (orientation_difference(Grid(turned, (5, 6, 7)), straight) is not None) == differs
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -72,6 +72,35 @@ def test_samples_without_batches_and_iterable_datasets_resume_too() -> None:
     assert batches(stream, start=1) == [[4, 5, 6, 7], [8, 9]]
 
 
+def test_items_that_a_dataset_gives_together_are_asked_for_together() -> None:
+    class Together(Noisy):
+        def __getitems__(self, indices: list[int]) -> list[list[float]]:
+            return [[float(sum(indices)), float(torch.rand(())), 0.0, 0.0] for _ in indices]
+
+    (first, *_) = batches(from_loader(lambda: DataLoader(Together(), batch_size=5)))
+    assert first[0] == [10.0] * 5
+
+
+def test_a_loader_keeps_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[DataLoader] = []
+
+    class Recorded(DataLoader):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            made.append(self)
+
+        def __iter__(self) -> Any:
+            return iter([])
+
+    given: dict[str, Any] = {"num_workers": 1, "multiprocessing_context": "spawn", "prefetch_factor": 5, "timeout": 7.0}
+    given |= {"collate_fn": list, "worker_init_fn": print, "pin_memory": True}
+    monkeypatch.setattr("dwiml_func.data.dataloader.DataLoader", Recorded)
+    list(from_loader(lambda: DataLoader(Noisy(), batch_size=2, **given))(Key(7), 0, 0))
+    for name, value in (given | {"multiprocessing_context": made[0].multiprocessing_context}).items():
+        assert getattr(made[0], name) == value
+    assert made[0].multiprocessing_context.get_start_method() == "spawn"  # type: ignore[union-attr]
+
+
 def test_a_loader_in_place_of_a_function_is_refused_with_what_to_write() -> None:
     with pytest.raises(TypeError, match=r"Received: DataLoader\. Give from_loader\(lambda: loader\)\."):
         from_loader(DataLoader(range(4)))  # type: ignore[arg-type]

@@ -153,7 +153,7 @@ def test_what_cannot_be_forked_is_refused_and_leaves_nothing(cli, source):
     cli("fork", source, "a", "--from", "7").check_refusal("No checkpoint '7'", "There are:")
     cli("fork", source, "a", "--from", "../source").check_refusal("No checkpoint '../source'")
     cli("fork", source, "a", "--from", "2").check_refusal(str(source / "checkpoint" / "2"), "corrupt")
-    cli("fork", source, "source", "--from", "1").check_refusal("exists", "Choose another name")
+    cli("fork", source, "source", "--from", "7").check_refusal("exists", "Choose another name")  # before all else
     cli("fork", source, "..", "--from", "1").check_refusal("'..'")
     cli("fork", source.parent / "empty", "a").check_refusal("is not an experiment")
     cli("fork", source.parent / "nowhere", "a").check_refusal("is not an experiment")

@@ -202,6 +202,27 @@ def test_a_hang_up_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, previous)
 
 
+def test_with_an_answer_to_the_second_signal_those_that_do_not_end_a_program_are_ignored_after_the_first():
+    answered: list[signal.Signals] = []
+    own: list[int] = []
+    gentle = (signal.SIGHUP, signal.SIGUSR1)
+    previous = {number: signal.signal(number, lambda received, _: own.append(received)) for number in gentle}
+    try:
+        with stop_on_signals(at_second=answered.append) as stop:
+            for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR1):
+                signal.raise_signal(number)
+            assert (stop.signal, answered, own) == (signal.SIGUSR1, [], [])
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
+            assert answered == [signal.SIGTERM, signal.SIGINT]
+            assert stop.signal == signal.SIGUSR1  # the first is told
+        signal.raise_signal(signal.SIGHUP)
+        assert own == [signal.SIGHUP]
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 class _GroupWithASignalInside:
     """A process of two that gets a signal while the processes tell each other whether they were asked to stop."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from dwiml_func.cli._output import folders_above, new_folder
+from dwiml_func.cli._output import drop_unwritable_output, folders_above, new_folder
 
 DATA = Path(__file__).parent / "data"
 
@@ -53,6 +56,26 @@ def test_an_obstacle_is_named(tmp_path: Path) -> None:
             pass
         with pytest.raises(ValueError, match=f"{name}' is not a folder"), new_folder(str(tmp_path / name / "a" / "b")):
             pass
+
+
+def test_what_a_full_disk_did_not_take_is_dropped_and_comes_out_nowhere_later(tmp_path: Path, monkeypatch) -> None:
+    kept = os.dup(1)
+    try:
+        with Path("/dev/full").open("w") as full:
+            os.dup2(full.fileno(), 1)
+        stream = os.fdopen(1, "w", closefd=False)
+        monkeypatch.setattr(sys, "stdout", stream)
+        print("lost")
+        error = drop_unwritable_output()
+        assert error is not None
+        assert error.errno == errno.ENOSPC
+        with (tmp_path / "later.txt").open("w") as later:
+            os.dup2(later.fileno(), 1)
+        stream.close()
+        assert (tmp_path / "later.txt").read_text() == ""
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @pytest.mark.parametrize("name", ["model", "./a/../b/model"])

@@ -89,6 +89,7 @@ def test_without_bundles_the_scores_that_need_none_are_given(cli, folder: Path, 
     assert found["thresholds"] is None
     assert "valid" not in found["scores"]["all"]
     assert "bundles" not in found["scores"]
+    assert "of_seeds" not in found
     assert 0.1 < found["scores"]["all"]["overlap"] < found["scores"]["all"]["overlap_2mm"] < 1
 
 

@@ -195,7 +195,7 @@ def test_the_ceiling_is_that_of_halves_and_addressed_by_its_key() -> None:
 def test_the_ceiling_is_the_mean_of_both_halves_of_two_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     real, bundles = some_bundles(5)
     lines = Streamlines.from_list(real)
-    calls: list[tuple[set, set, Any]] = []
+    calls: list[tuple[Any, ...]] = []
 
     def recorded(scored: Streamlines, references: Any, **options: Any) -> Any:
         found = score_tractogram(scored, references, **options)

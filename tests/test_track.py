@@ -18,7 +18,13 @@ from nibabel.affines import apply_affine
 from preloaded import finished, start_program
 
 from dwiml_func.cli.track import Options
+from dwiml_func.data.creation.files import SingleFile
+from dwiml_func.data.creation.volumes import load_volume
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.model_store import LoadedModel
+from dwiml_func.experiment.tracking.input import read_nifti_input
 from dwiml_func.experiment.training_facts import volume_facts
+from dwiml_func.models import Learn2Track
 
 LOADERS: Any = nib.streamlines
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -184,6 +190,20 @@ def test_a_model_records_what_it_was_trained_on(model):
 def test_the_standardization_is_told_from_its_means_also_of_several_subjects(mean, kind):
     attributes = {"sh_order": 2} | ({} if mean is None else {"standardization_mean": mean})
     assert volume_facts(attributes).get("standardization") == kind
+
+
+@pytest.mark.parametrize(
+    ("given", "recorded", "expected"),
+    [(None, "all", "all"), ("none", "all", "none"), ("independent", "all", "independent"), (None, None, "none")],
+)
+def test_nifti_files_are_standardised_as_asked_for_or_as_the_models_data(tmp_path, given, recorded, expected):
+    values = np.random.default_rng(0).uniform(1, 2, (4, 4, 4, 2)) * [1, 5]
+    nib.save(nib.Nifti1Image(values.astype(np.float32), np.eye(4)), tmp_path / "a.nii")
+    facts = {} if recorded is None else {"trained_on": {"standardization": recorded}}
+    model = LoadedModel(module=Learn2Track(2), config=RunConfig(hdf5_file=""), facts=facts)
+    found = read_nifti_input([str(tmp_path / "a.nii")], model, standardization=given)
+    source = SingleFile("", "", tmp_path / "a.nii")
+    np.testing.assert_array_equal(found.volume, load_volume([source], standardization=expected).data)
 
 
 def test_a_volume_of_another_kind_is_refused_by_name(cli, model, data, tmp_path):
