@@ -148,6 +148,13 @@ def test_standardised_coordinates_do_not_depend_on_where_the_streamlines_are() -
     at_home = model.encode(points)
     model.standardize(points.flatten(0, 1) * 3 + 50)
     torch.testing.assert_close(model.encode(points * 3 + 50), at_home, rtol=1e-9, atol=1e-9)
+    flat = points.flatten(0, 1)
+    model.standardize(flat)
+    assert model.center.tolist() == pytest.approx(flat.mean(0).tolist())
+    deviation = (flat - flat.mean(0)).flatten().std(correction=0)  # of all coordinates together
+    assert model.scale.item() == pytest.approx(deviation.item())
+    model.standardize(torch.full((5, 3), 7.0))
+    assert (model.center.tolist(), model.scale.item()) == ([7.0] * 3, 1.0)
 
 
 def test_augmentation_acts_and_every_streamline_keeps_its_number_of_points() -> None:

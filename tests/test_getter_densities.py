@@ -71,6 +71,33 @@ def test_normalisation_gives_targets_and_outputs_their_lengths():
     np.testing.assert_allclose(losses(getter, outputs), distances, rtol=1e-10)
 
 
+@pytest.mark.parametrize("key", ["l2-regression", "cosine-plus-l2-regression", "gaussian", "gaussian-mixture"])
+def test_targets_of_a_length_are_compared_in_every_loss_that_knows_lengths(key):
+    getter, outputs = made(key)
+    twice = torch.from_numpy(2 * units(TARGETS))
+    expected = getter.losses(torch.from_numpy(outputs), twice).numpy()
+    np.testing.assert_allclose(losses(made(key, normalize_targets=2.0)[0], outputs), expected, rtol=1e-10)
+
+
+def test_normalised_outputs_with_eos_have_their_length_in_all_four_columns_and_0_is_none():
+    plain, with_eos = (made("l2-regression", add_eos=True, **o)[1] for o in ({}, {"normalize_outputs": 0.5}))
+    np.testing.assert_allclose(with_eos, 0.5 * units(plain), rtol=1e-10)
+    np.testing.assert_array_equal(made("l2-regression", add_eos=True, normalize_outputs=0.0)[1], plain)
+
+
+@pytest.mark.parametrize("key", ["sphere-classification", "smooth-sphere-classification"])
+def test_eos_is_one_class_of_all_whose_label_is_1_at_last_points(key):
+    getter, outputs = made(key, sphere="repulsion100", add_eos=True)
+    is_last = np.arange(40) % 4 == 3
+    targets = TARGETS * ~is_last[:, None]
+    found = getter.losses(*map(torch.from_numpy, (outputs, targets, is_last))).numpy()
+    np.testing.assert_allclose(found[is_last], -log_softmax(outputs)[is_last, -1], rtol=1e-10)
+    # Elsewhere EOS takes its share of the probability, and nothing else changes.
+    without = losses(made(key, sphere="repulsion100")[0], outputs[:, :-1])
+    share = logsumexp(outputs, axis=1) - logsumexp(outputs[:, :-1], axis=1)
+    np.testing.assert_allclose(found[~is_last], (without + share)[~is_last], rtol=1e-9)
+
+
 def test_classification_is_the_cross_entropy_with_the_nearest_point():
     getter, outputs = made("sphere-classification", sphere="repulsion100")
     vertices = sphere_vertices("repulsion100").double().numpy()
@@ -279,6 +306,22 @@ def test_samples_of_a_mixture_come_from_its_parts_by_their_weights(key):
     assert ((drawn @ means.T).max(dim=1).values > 0.9).all()
 
 
+@pytest.mark.parametrize("key", ["gaussian-mixture", "fisher-von-mises-mixture"])
+def test_samples_of_a_mixture_have_the_width_of_their_part_and_do_not_depend_on_which_it_is(key):
+    is_gaussian, means = key == "gaussian-mixture", torch.eye(3)
+    widths = torch.tensor([0.01, 0.03, 0.1])
+    parts = widths.log().repeat_interleave(3) if is_gaussian else widths**-2
+    row = torch.cat([torch.zeros(3), means.flatten(), parts])
+    drawn = make_direction_getter(key, 4).sample(row.expand(6000, -1), Key(7)).double()
+    drawn_from = (drawn @ means.double().T).argmax(dim=1)
+    for part in range(3):
+        away = (drawn[drawn_from == part] - means[part]).numpy() / widths[part].item()
+        across = away[:, [axis for axis in range(3) if axis != part]]  # normal, also on the sphere where it is narrow
+        assert stats.kstest(across[:, 0], "norm").pvalue > LEAST
+        assert stats.kstest(across[:, 1], "norm").pvalue > LEAST
+        assert not is_gaussian or stats.kstest(away[:, part], "norm").pvalue > LEAST
+
+
 @pytest.mark.parametrize("key", [key for key, getter in DIRECTION_GETTERS.items() if getter.is_probabilistic])
 def test_a_row_of_a_sample_depends_on_its_own_row_alone(key):
     getter = make_direction_getter(key, 4, add_eos=True)
@@ -300,10 +343,11 @@ def test_no_uniform_number_gives_a_class_without_probability(uniform):
 def test_deterministic_directions_are_the_means_the_best_parts_or_the_best_classes():
     getter, outputs = made("gaussian")
     np.testing.assert_array_equal(getter.directions(torch.from_numpy(outputs)), outputs[:, :3])
-    getter, outputs = made("fisher-von-mises-mixture")
-    best = outputs[:, :3].argmax(axis=1)
-    expected = np.stack([row[3 + 3 * b : 6 + 3 * b] for row, b in zip(outputs, best, strict=True)])
-    np.testing.assert_array_equal(getter.directions(torch.from_numpy(outputs)), expected)
+    for key in ("gaussian-mixture", "fisher-von-mises-mixture"):
+        getter, outputs = made(key)
+        best = outputs[:, :3].argmax(axis=1)
+        expected = np.stack([row[3 + 3 * b : 6 + 3 * b] for row, b in zip(outputs, best, strict=True)])
+        np.testing.assert_array_equal(getter.directions(torch.from_numpy(outputs)), expected)
     getter, outputs = made("sphere-classification", add_eos=True)
     expected = sphere_vertices().double().numpy()[outputs[:, :-1].argmax(axis=1)]
     np.testing.assert_array_equal(getter.directions(torch.from_numpy(outputs)), expected)

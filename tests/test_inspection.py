@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dwiml_func.cli.main import main
+from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.inspection.groups import StreamlineSummary
 from dwiml_func.data.inspection.inspect import inspect_dataset
@@ -56,8 +57,9 @@ def test_measures_are_those_of_the_streamlines(tmp_path):
         subject = file.create_group("a")
         tables = {"weight": np.ones((2, 1))}
         write_streamlines(
-            subject, "s", points, np.array([0, 3, 5]), affine=affine, dimensions=(9, 9, 9), data_per_streamline=tables
-        )
+            subject, "s", points, np.array([0, 3, 5]), affine=affine, dimensions=(9, 9, 9), data_per_streamline=tables,
+            bundles=Bundles(("AF", "CST"), np.array([1, 0])),
+        )  # fmt: skip
         write_volume(subject, "input", np.zeros((9, 9, 9, 2)), affine)
     inspection = inspect_dataset(tmp_path / "a.hdf5")
     assert inspection.problems == ()
@@ -68,7 +70,23 @@ def test_measures_are_those_of_the_streamlines(tmp_path):
     assert summary.steps is not None
     assert summary.lengths.tolist() == [5, 4]
     assert summary.steps == (3, 9, 3, 2, 4)
-    assert "with data per streamline 'weight'" in format_inspection(inspection)
+    text = format_inspection(inspection)
+    assert "with data per streamline 'weight'" in text
+    assert "with 2 bundles: AF, CST" in text
+    head = next(line for line in text.splitlines() if "length mm: mean" in line)
+    row = next(line for line in text.splitlines() if line.startswith("  a ") and "4.5" in line)
+    assert row[head.index("points") + 5] == "5"  # numbers end where their heads do
+
+
+@pytest.mark.parametrize(("factor", "differs"), [(1.0009, False), (0.998, True), (1.002, True)])
+def test_lengths_in_mm_are_right_to_a_thousandth(tmp_path, factor, differs):
+    with new_dataset(tmp_path / "a.hdf5", training=["a"], groups_config={}, date="") as file:
+        subject, affine = file.create_group("a"), np.diag([50.0, 50, 50, 1])
+        points = np.array([[1.0, 1, 1], [3, 1, 1]])  # 100 mm
+        write_streamlines(subject, "s", points, np.array([0, 2]), affine=affine, dimensions=(4, 4, 4))
+        subject["s/euclidean_lengths"][...] = 100 * factor  # type: ignore[index]
+    problems = [str(problem) for problem in inspect_dataset(tmp_path / "a.hdf5").problems]
+    assert any("have another length in mm" in problem for problem in problems) == differs
 
 
 @pytest.mark.parametrize(("last", "leaves"), [(4.0, 0), (4.0005, 0), (4.002, 1), (-0.0005, 0), (-0.002, 1)])

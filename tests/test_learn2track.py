@@ -203,11 +203,18 @@ def test_dropout_acts_only_in_training() -> None:
     assert not torch.equal(model(batch), model(batch))
 
 
-@pytest.mark.parametrize(("nb_previous_dirs", "acts"), [(0, False), (1, True)])
-def test_the_recurrent_input_is_dropped_only_where_there_are_previous_directions(
-    nb_previous_dirs: int, acts: bool
+@pytest.mark.parametrize(
+    ("options", "acts"),
+    [
+        ({}, False),
+        ({"nb_previous_dirs": 1}, True),
+        ({"input_embedding_key": "nn_embedding", "input_embedded_size": 30}, True),
+    ],
+)
+def test_the_recurrent_input_is_dropped_only_where_there_are_previous_directions_or_an_embedding(
+    options: dict[str, Any], acts: bool
 ) -> None:
-    model = Learn2Track(F, rnn_layer_sizes=(8,), nb_previous_dirs=nb_previous_dirs, dropout=0.5).train()
+    model = Learn2Track(F, rnn_layer_sizes=(8,), dropout=0.5, **options).train()
     batch = _batch()
     assert torch.equal(model(batch), model(batch)) is not acts
 

@@ -60,7 +60,7 @@ def _torch_encoder(model: Transformer, size: int, activation: str, norm_first: b
     layers = getattr(layers, "encoder", layers).layers
     hidden = layers[0].linear1.out_features
     layer = torch.nn.TransformerEncoderLayer(
-        size, 2, hidden, 0.0, activation, batch_first=True, norm_first=norm_first, dtype=torch.float64
+        size, 2, hidden, model.dropout_rate, activation, batch_first=True, norm_first=norm_first, dtype=torch.float64
     )
     encoder = torch.nn.TransformerEncoder(layer, len(layers), enable_nested_tensor=False)
     for theirs, ours in zip(encoder.layers, layers, strict=True):
@@ -73,7 +73,7 @@ def _torch_decoder(model: Transformer, size: int, activation: str, norm_first: b
     layers = layers.decoder.layers
     hidden = layers[0].linear1.out_features
     layer = torch.nn.TransformerDecoderLayer(
-        size, 2, hidden, 0.0, activation, batch_first=True, norm_first=norm_first, dtype=torch.float64
+        size, 2, hidden, model.dropout_rate, activation, batch_first=True, norm_first=norm_first, dtype=torch.float64
     )
     decoder = torch.nn.TransformerDecoder(layer, len(layers))
     for theirs, ours in zip(decoder.layers, layers, strict=True):
@@ -111,13 +111,14 @@ def _by_torch(model: Transformer, batch: StreamlineBatch, activation: str, norm_
     size = x.shape[2]
     causal = torch.ones(longest, longest, dtype=torch.bool).triu(1)
     padding = torch.arange(longest) >= torch.tensor([[len(r)] for r in rows])
-    x = x + _encoding(longest, size)
+    drop = torch.nn.Dropout(model.dropout_rate)
+    x = drop(x + _encoding(longest, size))
     encoder = _torch_encoder(model, size, activation, norm_first)
     y = encoder(x, mask=causal, src_key_padding_mask=padding)
     if target is not None:
         decoder = _torch_decoder(model, size, activation, norm_first)
         y = decoder(
-            target + _encoding(longest, size), y, tgt_mask=causal, memory_mask=causal,
+            drop(target + _encoding(longest, size)), y, tgt_mask=causal, memory_mask=causal,
             tgt_key_padding_mask=padding, memory_key_padding_mask=padding,
         )  # fmt: skip
     return model.direction_getter(y[~padding])
@@ -137,6 +138,53 @@ def test_outputs_and_gradients_are_those_of_torchs_own_layers_with_masks(
     (ours,) = torch.autograd.grad(outputs.square().sum(), [leaf])
     (theirs,) = torch.autograd.grad(expected.square().sum(), [leaf])
     torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+
+
+def _scaled(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """In place of dropout: what it acts on becomes larger."""
+    return x * (1 + p) if training else x
+
+
+def _scaled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, dropout_p: float, _: bool) -> Tensor:
+    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5 + mask).softmax(dim=-1)
+    return _scaled(weights, dropout_p) @ value
+
+
+@by_kind
+@by_norm
+def test_dropout_acts_where_it_does_in_torchs_own_layers_and_on_what_is_read(
+    kind: str, norm_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("layers", "attention", "transformer"):
+        monkeypatch.setattr(f"dwiml_func.models.transformers.{module}.dropout", _scaled)
+    monkeypatch.setattr("torch.nn.functional.dropout", _scaled)
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", _scaled_attention)
+    model = _model(kind, norm_first=norm_first, dropout_rate=0.25).double().train()
+    batch = _batch(dtype=torch.float64)
+    expected = _by_torch(model, batch, "relu", norm_first)
+    torch.testing.assert_close(model(batch), expected, atol=1e-10, rtol=0)
+    assert not torch.allclose(model.eval()(batch), expected, atol=1e-3)
+
+
+@by_kind
+def test_matrices_begin_as_xaviers_or_torchs_and_sizes_have_their_defaults(kind: Any) -> None:
+    options = {"target_embedded_size": 8} if kind == "ttst" else {}
+    model = Transformer(F, model=kind, input_embedded_size=32, nheads=2, n_layers_e=3, **options)
+    layers: Any = model.modified_torch_transformer
+    size = layers.encoder.layers[0].norm1.weight.shape[0] if kind == "tto" else layers.layers[0].norm1.weight.shape[0]
+    assert kind != "tto" or (len(layers.encoder.layers), len(layers.decoder.layers)) == (3, 3)
+    for name, parameter in layers.named_parameters():
+        if name.endswith("in_proj_weight"):  # the three of an attention, each by itself
+            limits = [(part, (6 / (2 * size)) ** 0.5) for part in parameter.chunk(3)]
+        elif name.endswith("weight") and parameter.ndim == 2:
+            of_linear = 1 / parameter.shape[1] ** 0.5
+            limits = [(parameter, (6 / sum(parameter.shape)) ** 0.5 if kind == "tto" else of_linear)]
+            assert "linear1" not in name or parameter.shape == (size // 2, size)
+        else:
+            assert "attn" not in name or not parameter.any()  # biases of attention
+            continue
+        for part, limit in limits:
+            assert 0.9 * limit < part.abs().max().item() <= limit, name
 
 
 @by_kind
