@@ -168,7 +168,7 @@ def test_dropout_acts_where_it_does_in_torchs_own_layers_and_on_what_is_read(
 
 @by_kind
 def test_matrices_begin_as_xaviers_or_torchs_and_sizes_have_their_defaults(kind: Any) -> None:
-    options = {"target_embedded_size": 8} if kind == "ttst" else {}
+    options: dict[str, Any] = {"target_embedded_size": 8} if kind == "ttst" else {}
     model = Transformer(F, model=kind, input_embedded_size=32, nheads=2, n_layers_e=3, **options)
     layers: Any = model.modified_torch_transformer
     size = layers.encoder.layers[0].norm1.weight.shape[0] if kind == "tto" else layers.layers[0].norm1.weight.shape[0]
