@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
-__all__ = ["STRICT", "at_most_three", "check_number", "error_text", "listed", "one_line", "truncated_repr"]
+__all__ = [
+    "STRICT",
+    "at_most_three",
+    "check_number",
+    "check_takes",
+    "error_text",
+    "listed",
+    "one_line",
+    "truncated_repr",
+]
 
 STRICT = {"extra": "forbid", "strict": True}
 """How pydantic reads the dataclasses of a config from JSON: no unknown key, no conversion."""
@@ -33,6 +45,16 @@ def truncated_repr(value: object) -> str:
     except ValueError:  # Python refuses to write out numbers of more than 4300 digits
         return "a number that is too long to show"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check_takes(name: str, form: str, function: Any, *args: Any, **options: Any) -> None:
+    """Raise a TypeError unless a function can be called with such arguments; `form` is what it should look like."""
+    with contextlib.suppress(ValueError):  # of what is built in, nothing is known
+        try:
+            inspect.signature(function).bind(*args, **options)
+        except TypeError as error:
+            received = f"{truncated_repr(function)} ({error})" if callable(function) else type(function).__name__
+            raise TypeError(f"Expected {name}: a function {form}. Received: {received}.") from None
 
 
 def listed(names: Iterable[str]) -> str:

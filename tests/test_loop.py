@@ -460,8 +460,19 @@ def test_what_is_not_finite_ends_the_run_and_the_last_state_is_whole():
         ({"patience_delta": math.nan}, "patience_delta of at least 0. Received: nan"),
         ({"patience_delta": math.inf}, "patience_delta of at least 0. Received: inf"),
         ({"learning_rate": 0.0}, "Expected learning rates that are positive and finite. Received: 0"),
-        ({"learning_rate": -0.1}, "Expected learning rates that are positive and finite. Received: -0.1"),
-        ({"learning_rate": math.nan}, "Expected learning rates that are positive and finite. Received: nan"),
+        (
+            {"learning_rate": -0.1},
+            "that is finite and at least 0. Received: -0.1",
+        ),
+        ({"learning_rate": math.nan}, "that is finite and at least 0. Received: nan"),
+        ({"learning_rate": [0.1, 0.2]}, "that is finite and at least 0. Received: [0.1, 0.2]"),
+        ({"max_epochs": 2.5}, "max_epochs of at least 1. Received: 2.5"),
+        ({"max_epochs": None}, "max_epochs of at least 1; math.inf trains until patience runs out. Received: None"),
+        ({"patience": "3"}, "patience of at least 1, or None. Received: '3'"),
+        (
+            {"validate_every": None},
+            "validate_every of at least 1, or a text such as '500batches'. Received: None",
+        ),
         ({"eval_step": None}, "Expected valid and eval_step together. Received only one of them."),
         ({"valid": None}, "Expected valid and eval_step together. Received only one of them."),
     ],
@@ -471,9 +482,34 @@ def test_a_bad_argument_is_refused_at_the_call(options, message):
         loop(first_state(), **options)
 
 
-def test_batches_in_place_of_a_function_are_refused_before_a_step_is_taken():
-    with pytest.raises(TypeError, match=r"Received: list\. Make one of a torch DataLoader by from_loader"):
-        next(loop(first_state(), train=[torch.ones(2)]))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": [torch.ones(2)]}, "such as from_loader(lambda: loader). Received: list."),
+        ({"valid": [torch.ones(2)]}, "Expected valid: a function (key, epoch, start_batch)"),
+        ({"step": train_step}, "Expected step: a function (state, batch, *, lr)"),
+        ({"step": lambda state, batch: None}, "(got an unexpected keyword argument 'lr')"),
+        ({"eval_step": 3}, "Expected eval_step: a function (state, batch)"),
+        ({"on_batch": lambda state: None}, "Expected on_batch: a function (state, sums)"),
+        ({"interrupt": True}, "Expected interrupt: a function (). Received: bool."),
+    ],
+)
+def test_a_function_that_the_loop_could_not_call_is_refused_at_the_call(options, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        loop(first_state(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_step": lambda state, batch: 0.5}, "such as {'loss': Sum(total, weight)}. Received: 0.5"),
+        ({"eval_step": lambda state, batch: {"loss": 0.5}}, "Received: {'loss': 0.5}"),
+        ({"step": lambda state, batch, lr: (state.replace(batch=state.batch + 1), {})}, "Received: one without"),
+    ],
+)
+def test_a_step_without_sums_is_refused(options, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        list(loop(first_state(), **options))
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -0.1])

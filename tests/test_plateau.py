@@ -173,14 +173,19 @@ def test_without_validation_the_training_decides() -> None:
     assert state.plateau == Plateau(1, losses[0], 0, 0)
 
 
-def test_each_member_of_an_ensemble_has_its_own() -> None:
-    loss_fn = module_loss(MODEL, lambda model, x: ((model(x) - 1).square().mean(), len(x)))
+@pytest.mark.parametrize(("monitor", "reduced"), [("loss", {"threshold": 0.999}), ("constant", {})])
+def test_each_member_of_an_ensemble_has_its_own(monitor: str, reduced: Any) -> None:
+    def compute(model: Any, x: torch.Tensor) -> Any:
+        return (model(x) - 1).square().mean(), len(x), {"constant": 1.0}
+
+    loss_fn = module_loss(MODEL, compute)
     *_, (ensemble, report) = train_and_validate_ensemble(
         stack_states([start(), start()]),
         train=source,
         step=partial(ensemble_step_of, loss_fn=loss_fn, optimizer=sgd()),
-        learning_rate=[reduce_on_plateau(0.1, **NOTHING_IMPROVES), reduce_on_plateau(0.1)],
+        learning_rate=[reduce_on_plateau(0.1, factor=0.5, patience=0, **reduced), reduce_on_plateau(0.1)],
         max_epochs=3,
+        monitor=monitor,
     )
     assert [own.learning_rate for own in report.members.values()] == [0.05, 0.1]
     assert [member(ensemble, number).plateau.num_reductions for number in (0, 1)] == [2, 0]

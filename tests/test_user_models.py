@@ -588,11 +588,11 @@ def test_things_in_the_wrong_place_are_named(call, named) -> None:
 @pytest.mark.parametrize("lr", [-0.1, float("nan"), None, "0.1", [0.1], 0.1j, torch.tensor(float("inf")), adam])
 @pytest.mark.parametrize("run", [train_step, jit_step, ensemble_step])
 def test_a_learning_rate_that_is_none_is_refused_before_the_step(lr: Any, run: Any) -> None:
-    state = init_state(model := mlp(), sgd(), seed=0)
+    state: Any = init_state(model := mlp(), sgd(), seed=0)
     options: dict[str, Any] = {"loss_fn": module_loss(model, loss), "optimizer": sgd()}
-    call = jit_step(**options) if run is jit_step else partial(run, **options)
+    call: Any = jit_step(**options) if run is jit_step else partial(run, **options)
     with pytest.raises(ValueError, match="Expected a learning rate or a weight decay that is finite and at least 0"):
-        call(*((stack_states([state]),) if run is ensemble_step else (state,)), BATCH, lr=lr)
+        call(stack_states([state]) if run is ensemble_step else state, BATCH, lr=lr)
 
 
 @pytest.mark.parametrize(

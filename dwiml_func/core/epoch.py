@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from dwiml_func._checks import truncated_repr
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import NON_FINITE, SKIPPED, check_finite, check_not_skipped_too_often
 from dwiml_func.core.state import TrainState
@@ -159,6 +160,11 @@ def eval_epoch_fn(
     sums: dict[str, Sum] = {}
     for index, batch in enumerate(batches):
         metrics = step(state.replace(batch=index), batch)
+        if not isinstance(metrics, Mapping) or not all(isinstance(each, Sum) for each in metrics.values()):
+            raise TypeError(
+                f"Expected an eval_step that returns a dict of sums, such as {{'loss': Sum(total, weight)}}. "
+                f"Received: {truncated_repr(metrics)}"
+            )
         sums = add_metrics(sums, metrics)
         if on_batch is not None:
             on_batch(state, metrics)

@@ -18,7 +18,7 @@ from dwiml_func.core.rates import Step
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Batches, Interrupted, Track, epoch_events
 from dwiml_func.core.state import TrainState
-from dwiml_func.optim.schedules import constant
+from dwiml_func.optim.schedules import check_rate, constant
 from dwiml_func.types import OnPlateau, PerStep, Schedule
 
 __all__ = ["train_and_validate"]
@@ -105,9 +105,13 @@ def train_and_validate(
         "patience": patience,
         "patience_delta": patience_delta,
     }
-    check_options(valid=valid, eval_step=eval_step, **judging)
+    check_options(
+        train=train, step=step, valid=valid, eval_step=eval_step, on_batch=on_batch, interrupt=interrupt, **judging
+    )
+    if max_epochs is None:
+        raise ValueError("Expected max_epochs of at least 1; math.inf trains until patience runs out. Received: None")
     if not (callable(learning_rate) or isinstance(learning_rate, PerStep | OnPlateau)):
-        learning_rate = constant(float(learning_rate))  # refused at the call, not in the first epoch
+        learning_rate = constant(check_rate(learning_rate))  # refused at the call, not in the first epoch
     trained: tuple[TrainState, EpochReport] | None = None  # what is being validated
 
     def on_trained(state: TrainState, report: EpochReport) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import math
 import random
 import weakref
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import listed, truncated_repr
+from dwiml_func._checks import check_takes, listed, truncated_repr
 from dwiml_func._transforms import is_transformed, read_number
 from dwiml_func.core.loss import LossFn, LossOut, is_same_loss
 from dwiml_func.core.rng import Key
@@ -46,7 +45,8 @@ def check_loss_fn(
     """
     if is_transformed() or _CHECKED[train].get(id(loss_fn)) is loss_fn:
         return
-    _check_signature(loss_fn, params, buffers, batch, key=key, train=train)
+    form = "(params, buffers, batch, *, key, train), as module_loss makes one"
+    check_takes("loss_fn", form, loss_fn, params, buffers, batch, key=key, train=train)
     try:  # a loss may consume or change its batch
         first, second = copy.deepcopy(batch), copy.deepcopy(batch)
     except Exception:  # an iterator, a tensor with a graph: it cannot be given twice
@@ -112,17 +112,6 @@ def check_loss_out(out: Any, buffers: Mapping[str, Tensor]) -> None:
         raise ValueError(
             f"Expected a loss function that returns all buffers it is given, changed or not. Missing: {listed(missing)}"
         )
-
-
-def _check_signature(loss_fn: LossFn, *args: Any, **options: Any) -> None:
-    with contextlib.suppress(ValueError):  # of what is built in, nothing is known
-        try:
-            inspect.signature(loss_fn).bind(*args, **options)
-        except TypeError as error:
-            raise TypeError(
-                f"Expected a loss function (params, buffers, batch, *, key, train), as module_loss makes one. "
-                f"Received: {truncated_repr(loss_fn)} ({error})"
-            ) from None
 
 
 def _generator_states() -> tuple[Any, ...]:

@@ -129,6 +129,8 @@ def judge_epoch(
     validation within the epoch is reported.
     """
     train_means, valid_means = read_means(train_sums), read_means(valid_sums)
+    if "loss" not in train_sums:
+        raise ValueError("Expected a step that adds its sums to state.sums, loss among them. Received: one without.")
     num_points = float(train_sums["loss"].weight)
     means = valid_means if has_validation else train_means
     if means:

@@ -104,7 +104,8 @@ def run_epoch(
         (1, 3, True)
     """
     check_options(
-        valid=valid, eval_step=eval_step, mode=mode, validate_every=validate_every, max_epochs=max_epochs,
+        train=train, step=step, valid=valid, eval_step=eval_step, on_batch=on_batch, interrupt=interrupt, mode=mode,
+        validate_every=validate_every, max_epochs=max_epochs,
         patience=patience, patience_delta=patience_delta,
     )  # fmt: skip
     events = epoch_events(
@@ -228,11 +229,6 @@ def _is_due(every: Interval, state: TrainState) -> bool:
 
 def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
     """The remaining batches of the current epoch; ValueError where the source plainly ignores where it should start."""
-    if not callable(train):
-        raise TypeError(
-            f"Expected train: a function (key, epoch, start_batch) that returns batches. Received: "
-            f"{type(train).__name__}. Make one of a torch DataLoader by from_loader(lambda: loader)."
-        )
     batches = train(state.key, state.epoch, state.batch)
     if state.batch > 0 and isinstance(batches, Sized):
         whole = train(state.key, state.epoch, 0)

@@ -114,7 +114,8 @@ def train_and_validate_ensemble(
         2 True
     """
     check_options(
-        valid=valid, eval_step=eval_step, mode=mode, validate_every=validate_every, max_epochs=max_epochs,
+        train=train, step=step, valid=valid, eval_step=eval_step, on_batch=on_batch, interrupt=interrupt, mode=mode,
+        validate_every=validate_every, max_epochs=max_epochs,
         patience=patience, patience_delta=patience_delta,
     )  # fmt: skip
     every = validation_interval(validate_every)
