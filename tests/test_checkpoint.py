@@ -202,7 +202,7 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
     assert list_checkpoints(tmp_path) == ["6", "6-10"]
 
 
-def test_the_latest_two_within_the_current_epoch_those_named_and_those_being_read_are_kept(tmp_path):
+def test_the_latest_two_within_the_current_epoch_those_named_and_those_being_read_are_kept(tmp_path, monkeypatch):
     for epoch, batch in [(0, 9), (1, 0), (1, 1), (1, 2), (1, 3)]:
         save(tmp_path, linear_state(epoch=epoch, batch=batch), keep=1, keep_always=["0-9"])
     assert list_checkpoints(tmp_path) == ["0-9", "1", "1-2", "1-3"]
@@ -212,6 +212,10 @@ def test_the_latest_two_within_the_current_epoch_those_named_and_those_being_rea
         assert list_checkpoints(tmp_path) == [*names, "2"]
     save(tmp_path, linear_state(epoch=3), keep=1)
     assert list_checkpoints(tmp_path) == ["3"]
+    seen = iter([["2", "3"], ["3"], ["3"], ["3"]])  # one is removed between the look and the lock
+    monkeypatch.setattr("dwiml_func.checkpoint.retention.list_checkpoints", lambda directory: next(seen))
+    with kept_checkpoints(tmp_path) as names:
+        assert names == ["3"]
 
 
 def test_without_a_best_epoch_only_the_latest_are_kept(tmp_path):

@@ -17,7 +17,7 @@ from reproduction_cases import DATA, STOCHASTIC, differences, files, results, tr
 
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.distributed.process_group import ProcessLostError, join_process_group, rank_zero_first
+from dwiml_func.distributed.process_group import ProcessLostError, join_process_group
 
 pytestmark = pytest.mark.soak
 
@@ -123,12 +123,6 @@ def test_processes_that_cannot_share_the_shards_are_refused(tmp_path: Path) -> N
         assert rank.returncode == 2
         assert "2 processes cannot share 3 shards a batch evenly. Expected 1, 3 of processes" in rank.err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_without_torchrun_a_process_is_alone() -> None:
-    with join_process_group(environment={"RANK": "0", "WORLD_SIZE": "1"}) as process_group:
-        assert (process_group.rank, process_group.size) == (0, 1)
-        assert rank_zero_first(process_group, lambda: "called") == "called"
 
 
 RESTARTED = """

@@ -27,6 +27,13 @@ from dwiml_func import (
     value_and_grad,
 )
 from dwiml_func.checkpoint.digest import state_digest
+from dwiml_func.distributed.process_group import (
+    ProcessLostError,
+    _Group,
+    join_process_group,
+    rank_in,
+    rank_zero_first,
+)
 from dwiml_func.distributed.sharding import (
     SINGLE_PROCESS,
     ProcessGroup,
@@ -235,3 +242,47 @@ def test_a_number_of_processes_that_does_not_fit_is_refused() -> None:
         sharded_loss(lambda *_, **__: LossOut(torch.zeros(()), 0, {}, {}))(
             {}, {}, [torch.ones(1)], key=Key(0), train=False
         )
+
+
+def test_without_torchrun_a_process_is_alone() -> None:
+    for environment in ({}, {"RANK": "0", "WORLD_SIZE": "1"}):
+        with join_process_group(environment=environment) as process_group:
+            assert (process_group.rank, process_group.size) == (0, 1)
+            assert rank_zero_first(process_group, lambda: "called") == "called"
+    assert (rank_in({}), rank_in({"RANK": "3", "LOCAL_RANK": "1"})) == (0, 3)
+
+
+def test_the_first_process_goes_first_and_all_wait_for_all() -> None:
+    called, has_left = [], threading.Event()
+
+    def function(rank: int) -> int:
+        called.append(rank)
+        if rank == 2:
+            assert not has_left.wait(0.05)  # no process leaves before the last has called
+        return rank
+
+    def work(group: ProcessGroup) -> tuple[int, int]:
+        result = rank_zero_first(group, partial(function, group.rank))
+        has_left.set()
+        return result, len(called)
+
+    assert Threads(3).run(work) == [(0, 3), (1, 3), (2, 3)]
+    assert called[0] == 0
+
+
+def test_what_is_gathered_is_contiguous_and_a_process_that_was_lost_is_said_to_be(monkeypatch: Any) -> None:
+    def all_gather(gathered: list[Tensor], tensor: Tensor) -> None:
+        assert tensor.is_contiguous()
+        for rank, own in enumerate(gathered):
+            own.copy_(tensor + rank)
+
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    group, numbers = _Group(1, 2), torch.arange(6.0).reshape(2, 3).t()
+    assert [own.tolist() for own in group.gather(numbers)] == [numbers.tolist(), (numbers + 1).tolist()]
+
+    def lost(*_: Any) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("torch.distributed.all_gather", lost)
+    with pytest.raises(ProcessLostError, match="Another of the 2 processes of this run has ended"):
+        group.gather(numbers)

@@ -10,12 +10,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.compiled._torch_private import missing
 from dwiml_func.compiled.step import jit_step
+from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loss import LossOut
+from dwiml_func.core.report import Validation
+from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import train_step
 from dwiml_func.ensemble import EnsembleState, ensemble_eval_step, ensemble_step, member, stack_states
 from dwiml_func.optim import adam, chain, ema, sgd, skip_not_finite
-from dwiml_func.types import Params, Sum
+from dwiml_func.types import Params, Plateau, Sum
 
 every_composed = pytest.mark.parametrize("name", COMPOSED)
 
@@ -41,18 +44,27 @@ def test_a_state_is_a_tree_of_its_tensors():
     assert len(leaves) == len(state_leaves(state)) + 1
     again = tree_unflatten(leaves, structure)
     assert state_digest(again) == state_digest(state)
+    numbers = {"epoch": 1, "batch": 2, "best": Best(0.5, 1, 2), "plateau": Plateau(1), "key": Key(5, (1,))}
+    numbers["validations"] = (Validation(2, {"loss": 0.5}, 0.1),)
+    moved = tree_map(lambda tensor: tensor, state.replace(**numbers))
+    assert {name: getattr(moved, name) for name in numbers} == numbers
     doubled = tree_map(lambda tensor: tensor * 2, state)
     assert (doubled.step, doubled.sums) == (3, {"a": (1.0, torch.tensor(2.0)), "b": (2.0, 3.0)})
     assert torch.equal(doubled.params["stem.bias"], state.params["stem.bias"] * 2)
     assert state_digest(state.to("cpu")) == state_digest(state)
+    assert all(tensor is state.params[name] for name, tensor in state.to("cpu").params.items())
+    assert {tensor.device.type for tensor in state_leaves(state.to("meta")).values()} == {"meta"}
     assert {leaf.device.type for leaf in tree_leaves(state.to("meta"))} == {"meta"}
 
 
 def test_an_ensemble_is_a_tree_of_its_tensors():
-    ensemble = stack_states([start("chain", seed) for seed in range(3)])
+    position = {"step": 9, "epoch": 1, "batch": 2}
+    states = [start("chain", n).replace(best=Best(0.5, n), plateau=Plateau(n), **position) for n in range(3)]
+    ensemble = stack_states(states)
     again = tree_map(torch.clone, ensemble)
     assert isinstance(again, EnsembleState)
-    assert [state_digest(member(again, n)) for n in range(3)] == [state_digest(member(ensemble, n)) for n in range(3)]
+    assert [state_digest(member(again, n)) for n in range(3)] == [state_digest(state) for state in states]
+    assert {name: getattr(again, name) for name in position} == position
     assert {leaf.device.type for leaf in tree_leaves(ensemble.to("meta"))} == {"meta"}
 
 
