@@ -115,6 +115,13 @@ def test_the_fingerprint_of_the_data_is_waited_for_in_the_background_and_recorde
     assert (checkpoint.data, checkpoint.config) == ({"size": 7}, {"lr": 0.1})
 
 
+def test_it_keeps_what_it_is_told_to_keep(tmp_path):
+    with AsyncCheckpointer(tmp_path, keep=1, keep_always=["0"]) as checkpointer:
+        for epoch in range(3):
+            checkpointer.save(state_at(epoch))
+    assert list_checkpoints(tmp_path) == ["0", "2"]
+
+
 def test_one_save_at_a_time_in_the_order_of_the_calls(tmp_path, monkeypatch):
     seen: list[tuple[str, int]] = []
 
