@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from creation_cases import AFFINE, CONFIG, SHAPE, make_folder, save_lines, save_volume, some_lines
 from nibabel.affines import apply_affine
+from nibabel.streamlines import trk
 
 from dwiml_func.cli.main import main
 
@@ -340,6 +342,79 @@ def test_colours_are_refused(folder, refused):
     assert re.search(place("input", "dwi.nii.gz") + "a volume of colours", refused())
 
 
+def header_field(name: str, value: Any) -> Callable[[Path], None]:
+    """Set a field of the header of a NIfTI or TRK file."""
+
+    def change(path: Path) -> None:
+        is_trk, is_gz = path.suffix == ".trk", path.suffix == ".gz"
+        content = bytearray(gzip.decompress(path.read_bytes()) if is_gz else path.read_bytes())
+        kind = trk.header_2_dtype if is_trk else nib.nifti1.header_dtype  # type: ignore[attr-defined]
+        header: Any = np.frombuffer(content[: kind.itemsize], kind.newbyteorder("<")).copy()
+        header[name] = value
+        content[: kind.itemsize] = header.tobytes()
+        path.write_bytes(gzip.compress(content) if is_gz else content)
+
+    return change
+
+
+def trx_header(**fields: Any) -> Callable[[Path], None]:
+    return trx_members(lambda members: {"header.json": json.dumps(json.loads(members["header.json"]) | fields)})
+
+
+def trx_members(change: Callable[[dict[str, bytes]], dict[str, Any]]) -> Callable[[Path], None]:
+    """Write a TRX again with changed members; None leaves one out."""
+
+    def write(path: Path) -> None:
+        with zipfile.ZipFile(path) as packed:
+            members = {member: packed.read(member) for member in packed.namelist()}
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as packed:
+            for member, content in (members | change(members)).items():
+                if content is not None:
+                    packed.writestr(member, content)
+
+    return write
+
+
+def rename_positions(members: dict[str, bytes]) -> dict[str, Any]:
+    name = next(name for name in members if name.startswith("positions"))
+    return {name: None, "positions.3.int32": np.zeros(len(members[name]) // 4, np.int32).tobytes()}
+
+
+def outside_the_mask(path: Path) -> None:
+    """Too large for float32, where nobody looks: fine in float64, and infinite in the dataset."""
+    data = np.random.default_rng(0).normal(size=(*SHAPE, 4))
+    data[-1, -1, -1, -1] = 1e300
+    save_volume(path, data)
+
+
+HOSTILE = {
+    "units": ("dwi.nii.gz", header_field("xyzt_units", 3), "the header gives lengths in micrometres. Expected mm"),
+    "offset": ("dwi.nii.gz", header_field("vox_offset", -4), "cannot be read as NIfTI .vox offset -4 too low"),
+    "huge": ("dwi.nii.gz", header_field("dim", [4, 9999, 9999, 9999, 4, 1, 1, 1]), r"it unpacks to \d+ bytes, from"),
+    "too large": ("dwi.nii.gz", outside_the_mask, "1 of 6480 values are NaN or infinite"),
+    "magic": ("a.trk", header_field("magic_number", b"TRICK"), "does not begin with the 1000 bytes of a header"),
+    "no size": ("a.trk", header_field("voxel_sizes", 0), "header has voxels of .0.0, 0.0, 0.0. mm, and an affine"),
+    "other size": ("a.trk", header_field("voxel_sizes", [2, 1.5, 3.1]), "header has voxels of .2.0, 1.5, 3.0999"),
+    "no affine": ("a.trk", header_field("voxel_to_rasmm", 0), "header has no vox_to_ras"),
+    "properties": ("a.trk", header_field("nb_properties_per_streamline", 32767), "cannot be read as TRK"),
+    "part": ("a.trx", trx_header(DIMENSIONS=[12.5, 10, 9]), "grid has 12.5 x 10.0 x 9.0 voxels"),
+    "four": ("a.trx", trx_header(DIMENSIONS=[12, 10, 9, 4]), "DIMENSIONS of .12, 10, 9, 4., expected three numbers"),
+    "half": ("a.trx", trx_header(NB_STREAMLINES=5.5), "of 5.5 streamlines, expected whole numbers"),
+    "nothing": ("a.trx", trx_members(lambda members: {"header.json": "[]"}), "no VOXEL_TO_RASMM, DIMENSIONS, NB_"),
+    "whole mm": ("a.trx", trx_members(rename_positions), "positions.3.int32: expected float numbers"),
+    "bomb": ("a.trx", trx_members(lambda members: {"dpv/x.uint8": bytes(1 << 27)}), r"it unpacks to \d+ bytes, from"),
+    "after": ("a.trx", lambda path: path.write_bytes(path.read_bytes() + b"1234"), "continues after the end"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_file_that_contradicts_itself_is_named(folder, refused, case):
+    name, change, told = HOSTILE[case]
+    files_of_all_kinds(folder)
+    change(folder / "subjects" / "s2" / name)
+    assert re.search(rf"file [^ ]*/{re.escape(name)}: .*{told}", refused())
+
+
 def test_a_broken_link_is_called_one(folder, refused):
     path = folder / "subjects" / "s2" / "dwi.nii.gz"
     path.unlink()
@@ -351,6 +426,13 @@ def test_a_broken_link_is_called_one(folder, refused):
     path.unlink()
     save_volume(path, np.ones((*SHAPE, 4), np.float32) * np.arange(1, 5, dtype=np.float32))
     assert re.search(place("streamlines", "bundles/b.trk") + ".* is a broken link, to gone.trk", refused())
+
+
+def test_one_folder_under_two_names_is_named(folder, refused):
+    """Else a subject would be in training and in validation."""
+    shutil.rmtree(folder / "subjects" / "s2")
+    (folder / "subjects" / "s2").symlink_to("s1")
+    assert "Subjects 's1' and 's2' are one folder. Expected each subject once" in refused()
 
 
 def test_one_file_under_two_names_is_named(folder, refused):

@@ -23,12 +23,16 @@ class Grid(NamedTuple):
 
 def grid_of(affine: ArrayLike, shape: ArrayLike) -> Grid:
     """The grid of a file's header: an affine and at least (X, Y, Z). ValueError where it is not one of space."""
-    matrix = np.asarray(affine, dtype=np.float64)
+    stored = np.asarray(affine)
+    matrix = stored.astype(np.float64) if stored.dtype.kind in "iuf" else np.empty(0)
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix[:3, :3])) < 1e-12:
         raise ValueError("the header's affine does not turn voxels into mm")
-    x, y, z = (int(size) for size in np.asarray(shape).reshape(-1)[:3])
-    if min(x, y, z) < 1:
-        raise ValueError(f"the header's grid has {x} x {y} x {z} voxels")
+    if not np.allclose(matrix[3], (0, 0, 0, 1)):
+        raise ValueError(f"the header's affine has the last row {matrix[3].tolist()}, expected 0 0 0 1")
+    sizes = np.asarray(shape).reshape(-1)[:3]
+    if sizes.dtype.kind not in "iuf" or len(sizes) < 3 or not ((sizes >= 1) & (sizes == np.rint(sizes))).all():
+        raise ValueError(f"the header's grid has {' x '.join(map(str, sizes.tolist()))} voxels")
+    x, y, z = map(int, sizes)
     return Grid(matrix, (x, y, z))
 
 

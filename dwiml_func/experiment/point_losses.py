@@ -14,7 +14,7 @@ from torch import Tensor
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.layout import read_resampling
-from dwiml_func.data.hdf5.problems import open_hdf5
+from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.loader import BatchRequest, load_batch
 from dwiml_func.data.neighborhood import direction_units
 from dwiml_func.data.resampling import Resampling
@@ -85,7 +85,7 @@ def of_one_subject(
 def resampling_of(path: str) -> Resampling:
     """How the streamlines of a dataset were sampled when it was made."""
     with open_hdf5(Path(path)) as file:
-        return read_resampling(file)
+        return raise_first(read_resampling(file), path)
 
 
 def point_losses(model: LoadedModel, dataset: StreamlineDataset, *, batch_size: int = 100) -> PointLosses:

@@ -1,11 +1,19 @@
-"""Archives of `torch.save`: zip files whose content is as large as they are."""
+"""Files that unpack to far more than they hold, refused before they take memory."""
 
 from __future__ import annotations
 
 import zipfile
 from pathlib import Path
 
-__all__ = ["check_archive"]
+__all__ = ["check_archive", "is_bomb"]
+
+_FREE_BYTES = 1 << 26
+_MOST_TIMES = 100  # volumes and streamlines shrink to a tenth; gzip can store zeros in a thousandth
+
+
+def is_bomb(unpacked: int, stored: int) -> bool:
+    """Whether a file of `stored` bytes unpacks to so much that no data of this kind would."""
+    return unpacked > max(_FREE_BYTES, _MOST_TIMES * stored)
 
 
 def check_archive(path: str | Path) -> None:

@@ -66,6 +66,7 @@ def check_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tuple[
     if not folder.is_dir():
         raise FileNotFoundError(f"The folder of subjects {missing_text(folder)}")
     subset_of: dict[str, str] = {}
+    folders: dict[Path, str] = {}
     for subset, names in subsets.items():
         for name in names:
             if subset_of.get(name) == subset:
@@ -77,6 +78,9 @@ def check_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tuple[
             if "/" in name or name in (".", ".."):
                 raise ValueError(f"Subject {name!r} of the {subset} subset: expected the name of a folder in {folder}")
             subset_of[name] = subset
+            first = folders.setdefault((folder / name).resolve(), name)
+            if first != name:
+                raise ValueError(f"Subjects {first!r} and {name!r} are one folder. Expected each subject once")
     if not subset_of:
         raise ValueError(f"No subjects: the {', '.join(subsets)} subsets are all empty. List at least one subject")
     missing = [name for name in subset_of if not (folder / name).is_dir()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,7 +103,8 @@ def _read(source: Source) -> Tractogram:
     if suffix not in readers:
         raise ValueError(f"{source}: expected a tractogram, .trk, .tck or .trx")
     try:
-        return readers[suffix](source)
+        with np.errstate(all="ignore"):  # what comes of a corrupt header is told below
+            return readers[suffix](source)
     except Exception as error:  # the readers raise of many kinds about corrupt files
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{source}: cannot be read as {suffix[1:].upper()} ({reason})") from error
@@ -120,6 +122,8 @@ def _with_keys(source: Source, tractogram: Tractogram, dps_keys: Sequence[str]) 
 def _read_nibabel(source: Source) -> Tractogram:
     import nibabel as nib
 
+    if source.path.suffix.lower() == ".trk":
+        _check_trk_header(source.path)
     # Reading to the end overwrites the number in the header by what was found, however early the file ends.
     header = nib.streamlines.load(source.path, lazy_load=True).header
     file = nib.streamlines.load(source.path)
@@ -131,6 +135,24 @@ def _read_nibabel(source: Source) -> Tractogram:
         raise ValueError(f"the header promises {declared or found} streamlines, the file continues after them")
     grid = grid_of(file.header["voxel_to_rasmm"], file.header["dimensions"]) if is_trk else None
     return _flat(file.streamlines, file.tractogram.data_per_streamline, grid)
+
+
+def _check_trk_header(path: Path) -> None:
+    """What nibabel takes as it is, or replaces by the identity."""
+    from nibabel.streamlines.trk import header_2_dtype
+
+    with path.open("rb") as file:
+        content = file.read(header_2_dtype.itemsize)
+    if len(content) < header_2_dtype.itemsize or not content.startswith(b"TRACK"):
+        raise ValueError("it does not begin with the 1000 bytes of a header of TRACK")
+    header: Any = np.frombuffer(content, header_2_dtype.newbyteorder("<"))[0]
+    if header["hdr_size"] != header_2_dtype.itemsize:
+        header = np.frombuffer(content, header_2_dtype.newbyteorder(">"))[0]
+    affine, sizes = header["voxel_to_rasmm"].astype(np.float64), header["voxel_sizes"].astype(np.float64)
+    if affine[3, 3] == 0:
+        raise ValueError("its header has no vox_to_ras, which says where the voxels lie")
+    if not np.allclose(np.sqrt((affine[:3, :3] ** 2).sum(axis=0)), sizes, rtol=1e-2):
+        raise ValueError(f"its header has voxels of {sizes.tolist()} mm, and an affine of others: {affine.tolist()}")
 
 
 def _trk_size(header: Any, file: Any) -> int:
@@ -169,7 +191,8 @@ def _valid_only(
 ) -> Tractogram:
     num = len(tractogram.offsets) - 1
     streamline = np.repeat(np.arange(num), np.diff(tractogram.offsets))
-    voxel = to_voxel(tractogram.points, grid.affine)
+    with np.errstate(all="ignore"):
+        voxel = to_voxel(tractogram.points, grid.affine)
     not_finite = ~np.isfinite(voxel).all(axis=1)
     leaves = ((voxel < -_EDGE) | (voxel > np.array(grid.shape) + _EDGE)).any(axis=1)
     moves = np.zeros(len(voxel), dtype=bool)

@@ -7,20 +7,24 @@ each array, and the header's numbers must be those of the arrays.
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dwiml_func.data.grid import Grid, grid_of
+from dwiml_func.files.archive import is_bomb
 
 __all__ = ["Trx", "read_trx"]
 
 _KINDS = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 _MOST_HEADER_BYTES = 1 << 24
+_IN_HEADER = ("VOXEL_TO_RASMM", "DIMENSIONS", "NB_VERTICES", "NB_STREAMLINES")
+_END_BYTES = 22  # of the record that ends a zip archive, without its comment
 
 
 class Trx(NamedTuple):
@@ -45,21 +49,39 @@ def read_trx(path: Path) -> Trx:
         files = {str(file.relative_to(path)): file for file in sorted(path.rglob("*")) if file.is_file()}
         archive = _Archive({name: f.stat().st_size for name, f in files.items()}, lambda name: files[name].read_bytes())
         return _read(archive)
-    with zipfile.ZipFile(path) as packed:
+    with path.open("rb") as file, zipfile.ZipFile(file) as packed:
+        _check_end(file, len(packed.comment))
         members = {info.filename: info.file_size for info in packed.infolist() if not info.is_dir()}
+        if is_bomb(sum(members.values()), path.stat().st_size):
+            raise ValueError(f"it unpacks to {sum(members.values())} bytes, from {path.stat().st_size}")
         return _read(_Archive(members, packed.read))
+
+
+def _check_end(file: BinaryIO, num_comment_bytes: int) -> None:
+    """The record that ends an archive is at the end of the file."""
+    file.seek(-_END_BYTES - num_comment_bytes, os.SEEK_END)
+    if file.read(4) != b"PK\5\6":
+        raise ValueError("the file continues after the end of the archive")
 
 
 def _read(archive: _Archive) -> Trx:
     if archive.sizes.get("header.json", _MOST_HEADER_BYTES) >= _MOST_HEADER_BYTES:
         raise ValueError("no header.json of less than 16 MB")
     header = json.loads(archive.read("header.json"))
+    missing = [name for name in _IN_HEADER if not isinstance(header, dict) or name not in header]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)} in header.json")
+    if np.shape(header["DIMENSIONS"]) != (3,):
+        raise ValueError(f"DIMENSIONS of {header['DIMENSIONS']}, expected three numbers")
     grid = grid_of(header["VOXEL_TO_RASMM"], header["DIMENSIONS"])
-    num_points, num_streamlines = int(header["NB_VERTICES"]), int(header["NB_STREAMLINES"])
+    num_points, num_streamlines = (header[name] for name in ("NB_VERTICES", "NB_STREAMLINES"))
+    if type(num_points) is not int or type(num_streamlines) is not int:
+        raise ValueError(f"{num_points!r} points of {num_streamlines!r} streamlines, expected whole numbers")
     tables = _members(archive.sizes, "dps/")
     if num_streamlines == 0 and num_points == 0:
         return Trx(np.empty((0, 3)), np.zeros(1, np.int64), {}, grid)
-    points = _array(archive, _only(archive, "positions"), num_points, "NB_VERTICES", columns=3)
+    positions = _only(archive, "positions", "float")
+    points = _array(archive, positions, num_points, "NB_VERTICES", columns=3)
     offsets = _offsets(archive, num_streamlines, num_points)
     per_streamline = {_name_of(member): _array(archive, member, num_streamlines, "NB_STREAMLINES") for member in tables}
     return Trx(points, offsets, per_streamline, grid)
@@ -67,7 +89,7 @@ def _read(archive: _Archive) -> Trx:
 
 def _offsets(archive: _Archive, num_streamlines: int, num_points: int) -> NDArray[np.int64]:
     """The (S + 1,) offsets; older files leave out the last, which is the number of points."""
-    member = _only(archive, "offsets")
+    member = _only(archive, "offsets", "int")
     size = np.dtype(_kind_of(member)).itemsize
     has_last = archive.sizes[member] != num_streamlines * size
     stored = _array(archive, member, num_streamlines + has_last, "NB_STREAMLINES, and one more,")[:, 0]
@@ -89,10 +111,12 @@ def _array(archive: _Archive, member: str, rows: int, promised: str, *, columns:
     return np.frombuffer(archive.read(member), kind).reshape(rows, named).astype(kind.newbyteorder("="))
 
 
-def _only(archive: _Archive, name: str) -> str:
+def _only(archive: _Archive, name: str, kind: str) -> str:
     found = [member for member in archive.sizes if member.split(".")[0] == name]
     if len(found) != 1:
         raise ValueError(f"{len(found)} arrays of {name}. Expected one")
+    if kind not in _kind_of(found[0]):
+        raise ValueError(f"{found[0]}: expected {kind} numbers")
     return found[0]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.creation.files import Source
 from dwiml_func.data.grid import Grid, grid_difference, grid_of
+from dwiml_func.files.archive import is_bomb
 
 __all__ = ["Volume", "load_grid", "load_labels", "load_volume", "standardize"]
 
@@ -54,7 +57,8 @@ def load_volume(
     measured: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
     for source, image, end, width in zip(files, images, np.cumsum(widths), widths, strict=True):
         part = data[..., end - width : end]
-        part[...] = _read(source, image, data.dtype).reshape(part.shape)
+        with np.errstate(over="ignore"):  # told below
+            part[...] = _read(source, image, data.dtype).reshape(part.shape)
         _check_finite(source, part)
         if forbid_masks and len(image.shape) == 3 and ((part == 0) | (part == part.max())).all():
             raise ValueError(
@@ -70,7 +74,10 @@ def load_volume(
         mean, std = (np.concatenate(values) for values in zip(*measured, strict=True))
     else:
         mean, std = standardize(data, mask, independent=standardization == "independent", source=files[0])
-    return Volume(data.astype(np.float32, copy=False), grid, mean, std)
+    with np.errstate(over="ignore"):  # values outside the mask may be too large
+        standardized = data.astype(np.float32, copy=False)
+    _check_finite(files[0], standardized)
+    return Volume(standardized, grid, mean, std)
 
 
 def load_grid(source: Source) -> Grid:
@@ -129,7 +136,11 @@ def _open(source: Source) -> Any:
     if not source.path.name.endswith((".nii", ".nii.gz")):
         raise ValueError(f"{source}: expected a NIfTI file, .nii or .nii.gz")
     try:
-        image: Any = nib.load(source.path)
+        with _without_log():
+            image: Any = nib.load(source.path)
+            transforms = (image.get_sform(coded=True), image.get_qform(coded=True))
+            grids = [grid_of(affine, image.shape) for affine, code in transforms if code > 0]
+            unit = {1: "metres", 3: "micrometres"}.get(int(image.header["xyzt_units"]) & 7)
     except Exception as error:  # nibabel raises of many kinds about corrupt files
         raise ValueError(f"{source}: cannot be read as NIfTI ({_reason(error)})") from error
     if len(image.shape) not in (3, 4) or 0 in image.shape:
@@ -137,7 +148,26 @@ def _open(source: Source) -> Any:
     if image.get_data_dtype().kind not in "biuf":
         kind = {"c": "complex numbers", "V": "colours"}.get(image.get_data_dtype().kind, str(image.get_data_dtype()))
         raise ValueError(f"{source}: a volume of {kind}. Expected real numbers: save magnitude or real part")
+    if len(grids) == 2 and grid_difference(*grids):
+        logging.getLogger(__name__).warning("%s: its sform and its qform place voxels differently. Used: sform", source)
+    if unit is not None:
+        raise ValueError(f"{source}: the header gives lengths in {unit}. Expected mm: correct xyzt_units or the affine")
+    stored = source.path.stat().st_size
+    num_bytes = int(np.prod(image.shape, dtype=object)) * image.get_data_dtype().itemsize
+    if is_bomb(num_bytes, stored):
+        raise ValueError(f"{source}: it unpacks to {num_bytes} bytes, from {stored}. Store it without compression")
     return image
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """nibabel logs what it corrects in a header, and then may raise the same; so one sentence is enough."""
+    logger = logging.getLogger("nibabel.global")
+    was_off, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_off
 
 
 def _fits_float32(image: Any) -> bool:
@@ -150,7 +180,8 @@ def _read(source: Source, image: Any, dtype: Any) -> NDArray[Any]:
     """All values, as `dtype` or (None) as stored. The file is read to its end, where gzip has its checksum."""
     try:
         with gzip.open(source.path) if source.path.name.endswith(".gz") else source.path.open("rb") as file:
-            whole: Any = type(image).from_stream(file).dataobj
+            with _without_log():
+                whole: Any = type(image).from_stream(file).dataobj
             data = whole.get_unscaled() if dtype is None and (whole.slope, whole.inter) == (1.0, 0.0) else whole
             data = np.asanyarray(data, dtype=dtype)
             file.seek(int(whole.offset) + int(np.prod(image.shape)) * image.get_data_dtype().itemsize)

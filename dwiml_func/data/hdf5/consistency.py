@@ -25,6 +25,8 @@ def subjects_of(file: h5py.File, subset: str, *, required: bool = False) -> Chec
     names = [names] if isinstance(names, str) else names
     subjects = tuple(str(name) for name in names) if isinstance(names, list) else ()  # no names: an array of floats
     for name, number in Counter(subjects).items():
+        if "/" in name or name in ("", ".", ".."):  # HDF5 would take it for a path, perhaps to another subject
+            yield Problem(f"subject {name!r}", f"expected a name without '/' in the {subset} subset")
         if number > 1:
             yield Problem(f"subject {name!r}", f"listed twice in the {subset} subset")
     if required and not subjects:
@@ -74,7 +76,7 @@ def same_volumes(group: str, first: str, expected: Volume, subject: str, volume:
             yield Problem(where, f"attribute {name!r} is {received}, but that of subject {first!r} is {wanted}")
 
 
-def connectivity_fits(group: h5py.Group, shape: Sequence[int] | None, *, read_labels: bool) -> Checked[None]:
+def connectivity_fits(group: h5py.Group, shape: Sequence[int] | None) -> Checked[None]:
     """A connectivity matrix, if there is one, fits its blocs or labels, and the labels the grid."""
     if "connectivity_matrix" not in group:
         return
@@ -84,16 +86,22 @@ def connectivity_fits(group: h5py.Group, shape: Sequence[int] | None, *, read_la
     blocs, labels = None, None
     if "connectivity_nb_blocs" in group.attrs:
         received = np.atleast_1d(np.asarray((yield from attribute_of(group, "connectivity_nb_blocs"))))
-        if received.dtype.kind not in "iu" or received.shape != (3,):
-            yield Problem(location(group), f"attribute 'connectivity_nb_blocs' is {received.tolist()}. Expected three")
+        if received.dtype.kind not in "iu" or received.shape != (3,) or received.min() < 1:
+            sentence = f"attribute 'connectivity_nb_blocs' is {received.tolist()}. Expected three numbers from 1"
+            yield Problem(location(group), sentence)
             return
         blocs = received.tolist()
     if "connectivity_label_volume" in group:
-        labels = yield from dataset_of(group, "connectivity_label_volume", "fiu")
-        if labels is not None and shape is not None and labels.shape != tuple(shape):
-            yield Problem(location(group), f"labels of shape {labels.shape}. Expected {tuple(shape)}, the grid's")
+        stored = yield from dataset_of(group, "connectivity_label_volume", "fiu")
+        if stored is not None and shape is not None and stored.shape != tuple(shape):
+            yield Problem(location(group), f"labels of shape {stored.shape}. Expected {tuple(shape)}, the grid's")
             return
-    values = None if labels is None or not read_labels else np.asarray(labels[()]).astype(np.int64)
-    fault = matrix_fault(matrix.shape, blocs, values)
+        labels = None if stored is None else np.asarray(stored[()])
+        if labels is not None and not ((labels >= 0) & (labels < 1 << 63) & (labels == np.rint(labels))).all():
+            yield Problem(location(group), "labels that are no whole numbers of at least 0")
+            return
+    if not np.isfinite(matrix[()]).all():
+        yield Problem(location(group), "connectivity: the matrix holds NaN or infinite values")
+    fault = matrix_fault(matrix.shape, blocs, None if labels is None else labels.astype(np.int64))
     if fault is not None:
         yield Problem(location(group), f"connectivity: {fault}")

@@ -76,14 +76,17 @@ def group_of(subject: h5py.Group, name: str, kind: str) -> Checked[h5py.Group]:
     )
 
 
-def read_resampling(file: h5py.File) -> Resampling:
+def read_resampling(file: h5py.File) -> Checked[Resampling]:
     """How the streamlines were sampled when the file was made; dwi_ml writes "Not defined by user" for no option."""
     found = {}
     for name in ("step_size", "nb_points", "compress"):
         value = scalar(file.attrs.get(name))
         if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
             found[name] = value
-    return Resampling(**found) if len(found) == 1 else Resampling()
+    try:
+        return Resampling(**found) if len(found) == 1 else Resampling()
+    except ValueError as error:
+        yield Problem("", f"attribute {error}")
 
 
 def volume_shape(group: h5py.Group) -> Checked[tuple[int, int, int, int]]:
@@ -129,15 +132,22 @@ def same_grid(group: h5py.Group, grid: Grid, first: str, expected: Grid) -> Chec
         yield Problem(location(group), f"{difference}, as group {first!r} has")
 
 
-def voxel_sizes_of(group: h5py.Group) -> Checked[NDArray[np.float32]]:
-    """(3,) mm."""
+def voxel_sizes_of(group: h5py.Group, grid: Grid | None) -> Checked[NDArray[np.float32]]:
+    """(3,) mm, those of the grid's affine."""
     received = yield from attribute_of(group, "voxel_sizes")
     if received is None:
         return None
     sizes = np.asarray(received)
-    if sizes.dtype.kind in "fiu" and sizes.shape == (3,) and (np.isfinite(sizes) & (sizes > 0)).all():
+    if sizes.dtype.kind not in "fiu" or sizes.shape != (3,) or not (np.isfinite(sizes) & (sizes > 0)).all():
+        yield Problem(location(group), f"attribute 'voxel_sizes' is {sizes.tolist()}. Expected three lengths in mm")
+        return None
+    of_affine = sizes if grid is None else np.sqrt((grid.affine[:3, :3] ** 2).sum(axis=0))
+    if np.allclose(sizes, of_affine, rtol=1e-2):
         return sizes.astype(np.float32)
-    yield Problem(location(group), f"attribute 'voxel_sizes' is {sizes.tolist()}. Expected three lengths in mm")
+    sentence = (
+        f"attribute 'voxel_sizes' is {sizes.tolist()}, but the affine has voxels of {of_affine.round(3).tolist()} mm"
+    )
+    yield Problem(location(group), sentence)
 
 
 class Table(NamedTuple):

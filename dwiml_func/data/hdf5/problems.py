@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
+from dwiml_func.files.archive import is_bomb
 from dwiml_func.files.paths import missing_text
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def to_python(value: object) -> object:
     """An attribute as plain Python, or as an array of numbers."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
-    if isinstance(value, np.ndarray) and value.dtype.kind in "SO":
+    if isinstance(value, np.ndarray) and value.dtype.kind in "SOU":
         return [to_python(element) for element in value.tolist()]
     return value.item() if isinstance(value, np.generic) else value
 
@@ -131,17 +132,28 @@ def dataset_of(group: h5py.Group, name: str, kinds: str) -> Checked[h5py.Dataset
     """A dataset of numbers, not read. `kinds` are numpy's: f float, i and u integers."""
     import h5py
 
-    dataset: Any = group.get(name)
+    try:
+        dataset: Any = group.get(name)
+    except KeyError:  # links in a circle
+        dataset = None
     if not isinstance(dataset, h5py.Dataset):
-        yield Problem(location(group), f"no dataset {name!r}. Present: {present(group)}")
+        fault = f"no dataset {name!r}. Present: {present(group)}"
+        link: Any = group.get(name, getlink=True)
+        if isinstance(link, h5py.SoftLink | h5py.ExternalLink):
+            to = f"{getattr(link, 'filename', '')} {link.path}".strip()
+            fault = f"dataset {name!r} is a broken link, to {to}"
+        yield Problem(location(group), fault)
+        return None
+    if dataset.shape is None:
+        yield Problem(location(group), f"dataset {name!r} is empty: it has no shape")
         return None
     if dataset.dtype.kind not in kinds:
         expected = "numbers" if "f" in kinds else "integers"
         yield Problem(location(group), f"dataset {name!r} is of dtype {dataset.dtype}. Expected {expected}")
         return None
-    unwritten = _unwritten(dataset)
-    if unwritten is not None:
-        yield Problem(location(group), f"dataset {name!r} of shape {dataset.shape} {unwritten}")
+    fault = _unwritten(dataset) or _too_large(dataset)
+    if fault is not None:
+        yield Problem(location(group), f"dataset {name!r} of shape {dataset.shape} {fault}")
         return None
     return dataset
 
@@ -153,9 +165,14 @@ def _unwritten(dataset: Any) -> str | None:
         return None
     if dataset.is_virtual:
         sources = dataset.virtual_sources()
-        names = dict.fromkeys(source.file_name for source in sources if source.file_name != ".")
-        missing = [name for name in names if not ((folder / name).is_file() or Path(name).is_file())]
-        return f"is virtual, and its source {missing[0]} does not exist" if missing else None
+        mapped = sum(source.vspace.get_select_npoints() for source in sources)
+        if mapped < dataset.size:
+            return f"is virtual, and its sources have {mapped} of its {dataset.size} values"
+        for name, path in dict.fromkeys((source.dset_name, source.file_name) for source in sources):
+            fault = _source_fault(dataset, path, name)
+            if fault is not None:
+                return f"is virtual, and its source {fault}"
+        return None
     if dataset.external is not None:
         for name, offset, size in dataset.external:
             file = folder / name
@@ -170,6 +187,37 @@ def _unwritten(dataset: Any) -> str | None:
     if dataset.nbytes > stored:  # a corrupt shape could make reading it endless
         return f"has {stored} of its {dataset.nbytes} bytes: the others were never written"
     return None
+
+
+def _source_fault(dataset: Any, path: str, name: str) -> str | None:
+    """Why a virtual dataset would have zeros for what it takes from a dataset of another file, or of its own."""
+    import h5py
+
+    found = dataset.file.filename if path == "." else _source_file(dataset, path)
+    if found is None:
+        return f"{path} does not exist"
+    with h5py.File(found, "r") as file:
+        source: Any = file.get(name)
+        if not isinstance(source, h5py.Dataset) or source == dataset:
+            return f"{path} has no dataset {name!r} of its own"
+        fault = None if source.is_virtual else _unwritten(source)
+        return None if fault is None else f"{name!r} in {path} {fault}"
+
+
+def _source_file(dataset: Any, name: str) -> Path | None:
+    paths = (Path(dataset.file.filename).parent / name, Path(name))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _too_large(dataset: Any) -> str | None:
+    """Data of many more bytes than the files that hold them, in words."""
+    names = [] if dataset.external is None else [name for name, _, _ in dataset.external]
+    names += [source.file_name for source in dataset.virtual_sources()] if dataset.is_virtual else []
+    files = {Path(dataset.file.filename), *filter(None, (_source_file(dataset, name) for name in names))}
+    stored = sum(file.stat().st_size for file in files)
+    if not is_bomb(dataset.nbytes, stored):
+        return None
+    return f"unpacks to {dataset.nbytes} bytes, from {stored} bytes on disk. Store it without compression"
 
 
 def attribute_of(group: h5py.Group, name: str) -> Checked[object]:

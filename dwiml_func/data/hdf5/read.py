@@ -135,11 +135,11 @@ def open_dataset(
         subsets = _subsets(file)
         raise_first(disjoint_subsets(subsets), path)
         read = partial(_read_subject, file, input_group_name=input_group_name, streamlines=streamline_group_name)
-        parts = [read(subject, read_labels=not lazy) for subject in subjects]
+        parts = [read(subject) for subject in subjects]
         # All subjects are compared with one: those of other subsets then agree with these too.
         first = next(iter([*subsets["training"], *subjects]), "")
         if parts and first in file:
-            expected = parts[0] if first == subjects[0] else read(first, read_labels=False)
+            expected = parts[0] if first == subjects[0] else read(first)
             for subject, part in zip(subjects, parts, strict=True):
                 raise_first(same_volumes(input_group_name, first, expected.common, subject, part.common), path)
         index = _index(subjects, parts)
@@ -165,7 +165,7 @@ def open_dataset(
             streamlines=streamlines,
             voxel_sizes=torch.from_numpy(np.array([part.voxel_sizes for part in parts], np.float32).reshape(-1, 3)),
             input_attributes=_attributes([part.attributes for part in parts]),
-            resampling=read_resampling(file),
+            resampling=raise_first(read_resampling(file), path),
             bundles=_all_bundles(parts),
         )
 
@@ -203,9 +203,7 @@ class _Subject(NamedTuple):
         return Volume(self.shape[3], self.grid, self.attributes)
 
 
-def _read_subject(
-    file: h5py.File, subject: str, *, input_group_name: str, streamlines: str, read_labels: bool
-) -> _Subject:
+def _read_subject(file: h5py.File, subject: str, *, input_group_name: str, streamlines: str) -> _Subject:
     path = file.filename
     parent = raise_first(subject_group(file, subject), path)
     volume = raise_first(group_of(parent, input_group_name, "volume"), path)
@@ -214,8 +212,8 @@ def _read_subject(
     grid = raise_first(read_grid(volume, shape[:3]), path)
     attributes = raise_first(volume_attributes(volume, shape[3]), path)
     raise_first(same_grid(lines, raise_first(streamline_grid(lines), path), input_group_name, grid), path)
-    sizes = raise_first(voxel_sizes_of(lines), path)
-    raise_first(connectivity_fits(lines, shape[:3], read_labels=read_labels), path)
+    sizes = raise_first(voxel_sizes_of(lines, grid), path)
+    raise_first(connectivity_fits(lines, shape[:3]), path)
     table = raise_first(read_table(lines), path)
     lengths_mm = raise_first(read_lengths_mm(lines, len(table.lengths)), path)
     bundles = raise_first(read_bundles(lines, len(table.lengths)), path)

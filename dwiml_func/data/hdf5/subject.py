@@ -49,7 +49,7 @@ def read_subject_streamlines(
             raise ValueError(f"{path}: Expected a subject among {present(file)}. Received: {truncated_repr(subject)}.")
         group = raise_first(group_of(raise_first(subject_group(file, subject), path), group_name, "streamlines"), path)
         grid = raise_first(streamline_grid(group), path)
-        x, y, z = raise_first(voxel_sizes_of(group), path).tolist()
+        x, y, z = raise_first(voxel_sizes_of(group, grid), path).tolist()
         table = raise_first(read_table(group), path)
         if len(table.lengths) == 0:
             raise ValueError(f"{path}: subject {subject!r}, group {group_name!r}: no streamlines.")

@@ -84,8 +84,8 @@ def inspect_volume(group: h5py.Group) -> Checked[VolumeSummary]:
 def inspect_streamlines(group: h5py.Group) -> Checked[StreamlineSummary]:
     """Read a subject's streamlines and measure them."""
     grid = yield from streamline_grid(group)
-    yield from voxel_sizes_of(group)
-    yield from connectivity_fits(group, None if grid is None else grid.shape, read_labels=True)
+    yield from voxel_sizes_of(group, grid)
+    yield from connectivity_fits(group, None if grid is None else grid.shape)
     extras = _extras(group)
     table = yield from read_table(group)
     if table is None:

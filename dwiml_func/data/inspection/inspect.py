@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.consistency import Volume, disjoint_subsets, same_volumes, subjects_of
-from dwiml_func.data.hdf5.layout import Subset, same_grid, subject_group
+from dwiml_func.data.hdf5.layout import Subset, read_resampling, same_grid, subject_group
 from dwiml_func.data.hdf5.problems import Checked, Problem, collect, corrupt_file, open_hdf5, scalar, to_python
 from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary, inspect_streamlines, inspect_volume
 
@@ -53,6 +53,7 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
                 name: str(scalar(value) if name in _ONE_VALUE else to_python(value))
                 for name, value in file.attrs.items()
             }
+            collect(read_resampling(file), problems)
             in_file = [str(name) for name in file]
             subsets = collect(_inspect_subsets(file, in_file), problems) or {}
             listed = [name for names in subsets.values() for name in names]
@@ -89,6 +90,8 @@ def _inspect_subject(file: h5py.File, name: str) -> Checked[Summaries]:
     summaries: dict[str, VolumeSummary | StreamlineSummary] = {}
     parent = yield from subject_group(file, name)
     first: tuple[str, Grid] | None = None
+    if parent is not None and len(parent) == 0:
+        yield Problem(f"subject {name!r}", "no groups")
     for group_name in () if parent is None else map(str, parent):
         try:
             group = parent.get(group_name)  # type: ignore[union-attr]
