@@ -132,14 +132,17 @@ def dataset_of(group: h5py.Group, name: str, kinds: str) -> Checked[h5py.Dataset
     """A dataset of numbers, not read. `kinds` are numpy's: f float, i and u integers."""
     import h5py
 
+    link: Any = group.get(name, getlink=True)
+    is_link = isinstance(link, h5py.SoftLink | h5py.ExternalLink)
     try:
         dataset: Any = group.get(name)
-    except KeyError:  # links in a circle
+    except (KeyError, OSError, RuntimeError):  # links in a circle
+        if not is_link:
+            raise
         dataset = None
     if not isinstance(dataset, h5py.Dataset):
         fault = f"no dataset {name!r}. Present: {present(group)}"
-        link: Any = group.get(name, getlink=True)
-        if isinstance(link, h5py.SoftLink | h5py.ExternalLink):
+        if is_link:
             to = f"{getattr(link, 'filename', '')} {link.path}".strip()
             fault = f"dataset {name!r} is a broken link, to {to}"
         yield Problem(location(group), fault)
