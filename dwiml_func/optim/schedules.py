@@ -16,6 +16,7 @@ __all__ = [
     "PerStep",
     "Schedule",
     "as_rate",
+    "check_rate",
     "constant",
     "cosine",
     "one_cycle",
