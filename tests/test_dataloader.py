@@ -13,6 +13,7 @@ from dataloader_cases import Noisy
 from torch.utils.data import DataLoader, IterableDataset
 
 from dwiml_func import Key, Stream, from_loader
+from dwiml_func.data.workers import process_context
 
 
 class Stream10(IterableDataset):
@@ -42,7 +43,9 @@ def test_a_batch_depends_on_key_epoch_and_number_alone() -> None:
 def test_workers_give_the_same_batches_from_any_start() -> None:
     options: dict[str, Any] = {"batch_size": 3, "shuffle": True}
     whole = batches(from_loader(lambda: DataLoader(Noisy(), **options)))
-    source = from_loader(lambda: DataLoader(Noisy(), num_workers=2, multiprocessing_context="spawn", **options))
+    source = from_loader(
+        lambda: DataLoader(Noisy(), num_workers=2, multiprocessing_context=process_context("torch"), **options)
+    )
     assert batches(source) == whole
     assert batches(source, start=2) == whole[2:]
 

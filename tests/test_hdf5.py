@@ -209,6 +209,8 @@ def test_corruption_that_shows_only_when_data_are_read(tmp_path):
         file.seek(address + 10)
         file.write(b"\xff\xff")
     assert "truncated or corrupt" in one_line_error(path)
+    with pytest.raises(ValueError, match=f"truncated or corrupt: {re.escape(str(path))}"):
+        open_dataset(path, lazy=True).volumes[0]
 
 
 @pytest.mark.parametrize("empty", [np.array([]), None])

@@ -194,23 +194,6 @@ def test_a_file_that_was_replaced_is_refused(edited, fresh_store):
         dataset.streamlines.select([0])
 
 
-def test_corruption_that_shows_only_when_data_are_read_is_one_line(tmp_path):
-    path = tmp_path / "corrupt.hdf5"
-    with h5py.File(PHANTOM) as source, h5py.File(path, "w") as target:
-        contents: Any = source
-        target.attrs["training_subjs"] = ["subj0"]
-        contents.copy("subj0/streamlines", target.create_group("subj0"))
-        group = target.create_group("subj0/input")
-        group.attrs.update(contents["subj0/input"].attrs)
-        data = group.create_dataset("data", data=contents["subj0/input/data"][()], fletcher32=True, chunks=True)
-        address = data.id.get_chunk_info(0).byte_offset
-    with path.open("r+b") as file:
-        file.seek(address + 10)
-        file.write(b"\xff\xff")
-    with pytest.raises(ValueError, match=f"truncated or corrupt: {re.escape(str(path))}"):
-        open_dataset(path, lazy=True).volumes[0]
-
-
 def test_batches_that_need_more_volumes_than_the_cache_holds_have_the_same_bytes():
     request = BatchRequest(np.array([90, 3, 48, 47]), None, 0, 0)
     found, expected = (

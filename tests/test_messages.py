@@ -65,12 +65,13 @@ def test_messages_restores_the_loggers() -> None:
 def test_an_output_without_unicode_shows_everything(tmp_path: Path) -> None:
     (tmp_path / "r\u00e9sum\u00e9").mkdir()
     (tmp_path / "r\u00e9sum\u00e9" / "config.json").write_text("{}")
-    for arguments, printed in ((["--help"], "send-to-comet"), (["runs", str(tmp_path)], r"r\xe9sum\xe9")):
-        command = [sys.executable, "-m", "dwiml_func", *arguments]
-        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert printed in done.stdout
+    program = "import sys; from dwiml_func.cli.main import main; main(sys.argv[1:]); main(['--help'])"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-c", program, "runs", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"r\xe9sum\xe9" in done.stdout
+    assert "send-to-comet" in done.stdout
 
 
 def test_an_output_that_is_closed_ends_a_command_without_a_traceback() -> None:

@@ -87,24 +87,26 @@ def check_same_end(directory: Path, whole: Path) -> None:
     ] == [{row["name"]: row["sha256"] for row in theirs["leaves"]}] * 2
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_run_that_was_stopped_and_resumed_ends_bitwise_as_a_whole_one(whole, tmp_path, stop):
-    first = run_preloaded(*train_command(tmp_path, "run", stop))
-    assert f"Finished after {stop} epoch" in first.out
-    assert latest_digest(tmp_path / "run") != latest_digest(whole.directory)
-    second = run_preloaded("resume", tmp_path, "run", "--new-max-epochs", 4)
+def test_a_run_that_was_stopped_and_resumed_after_each_epoch_ends_bitwise_as_a_whole_one(whole, tmp_path):
+    parts = [run_preloaded(*train_command(tmp_path, "run", 1))]
+    assert "Finished after 1 epoch" in parts[0].out
+    for stop in (2, 3, 4):
+        assert latest_digest(tmp_path / "run") != latest_digest(whole.directory)
+        parts.append(run_preloaded("resume", tmp_path, "run", "--new-max-epochs", stop))
 
     check_same_end(tmp_path / "run", whole.directory)
     assert (tmp_path / "run" / "config.json").read_bytes() == (whole.directory / "config.json").read_bytes()
     histories = [read_manifest(path / "checkpoint" / "4")["history"] for path in (tmp_path / "run", whole.directory)]
-    assert histories[0][stop - 1].pop("stop") == "max_epochs"  # that is how it was stopped
-    assert histories[1][stop - 1].pop("stop") is None
+    assert [[report.pop("stop") for report in history] for history in histories] == [
+        ["max_epochs"] * 4,  # that is how it was stopped
+        [None, None, None, "max_epochs"],
+    ]
     assert without_durations(histories[0]) == without_durations(histories[1])
 
-    lines = epoch_lines(first.out) + epoch_lines(second.out)
-    assert [line.replace(f"/{stop} ", "/4 ") for line in lines] == epoch_lines(whole.out)
-    assert first.err == second.err == ""
-    summaries = [text.split("\n\n")[1].splitlines()[1:] for text in (second.out, whole.out)]
+    lines = [line.replace(f"/{stop} ", "/4 ") for stop, part in enumerate(parts, 1) for line in epoch_lines(part.out)]
+    assert lines == epoch_lines(whole.out)
+    assert [part.err for part in parts] == [""] * 4
+    summaries = [text.split("\n\n")[1].splitlines()[1:] for text in (parts[-1].out, whole.out)]
     assert summaries[0] == summaries[1]
 
 
