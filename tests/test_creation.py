@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from creation_cases import AFFINE, CONFIG, SHAPE, make_folder, make_subject, save_lines, save_volume, some_lines
+from experiment_cases import trained
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import aff2axcodes
 
@@ -20,6 +21,7 @@ from dwiml_func.data.creation.config import check_groups_config
 from dwiml_func.data.creation.create import create_dataset
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
 from dwiml_func.data.resampling import Resampling
+from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
 from dwiml_func.tracking import PrincipalDirection
 
 File: Any = h5py.File
@@ -298,8 +300,11 @@ def test_a_real_scan_with_streamlines_tracked_on_it_goes_there_and_back(tmp_path
         attributes = file["s1/input"].attrs
         back = file["s1/input/data"][:] * attributes["standardization_std"] + attributes["standardization_mean"]
     np.testing.assert_allclose(back, data, atol=1e-2)
-    options = ["--max-epochs", "2", "--max-batches-per-epoch-training", "5", "--rnn-layer-sizes", "16"]
-    assert main(["train", str(tmp_path), "run", paths[2], *options]) == 0
+    batches, training = BatchConfig(max_batches_per_epoch_training=5), TrainingConfig(max_epochs=2)
+    trained(
+        tmp_path,
+        RunConfig(hdf5_file=paths[2], model=ModelConfig(rnn_layer_sizes=(16,)), batches=batches, training=training),
+    )
     assert np.isfinite(np.load(tmp_path / "run" / "logs" / "train_loss_monitor_per_epoch.npy")).all()
     assert torch.isfinite(dataset.streamlines.points).all()
 

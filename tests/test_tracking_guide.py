@@ -8,20 +8,25 @@ import shutil
 from pathlib import Path
 
 import pytest
+from experiment_cases import trained
+
+from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "tracking.md").read_text()
 
 
 @pytest.fixture
-def folder(cli, example_hdf5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(example_hdf5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the example data and a model that was trained on it for a moment."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments").mkdir()
     shutil.copy(example_hdf5, "experiments/example_data.hdf5")
-    short = ("--max-epochs", 1, "--rnn-layer-sizes", 8, "--skip-window-lag")
-    short += ("--max-batches-per-epoch-training", 20, "--max-batches-per-epoch-validation", 1, "--learning-rate", 0.01)
-    result = cli("train", "experiments", "first_run", "experiments/example_data.hdf5", *short)
-    assert result.code == 0, result.err
+    batches = BatchConfig(max_batches_per_epoch_training=20, max_batches_per_epoch_validation=1)
+    training = TrainingConfig(max_epochs=1, learning_rate=("0.01",), skip_window_lag=True)
+    data, model = "experiments/example_data.hdf5", ModelConfig(rnn_layer_sizes=(8,))
+    trained(
+        Path("experiments"), RunConfig(hdf5_file=data, model=model, batches=batches, training=training), "first_run"
+    )
     return tmp_path
 
 
