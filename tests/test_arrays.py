@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -297,6 +298,16 @@ def test_a_write_that_fails_leaves_what_was_there(saved, corrupt, monkeypatch, b
             save_leaves(corrupt.parent / "new", {"a": torch.ones(1)}, {})
     assert [entry.name for entry in corrupt.parent.iterdir()] == ["copy"]
     assert same(load_leaves(corrupt), load_leaves(saved))
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_that_cannot_reserve_space_is_written_to(tmp_path, monkeypatch, number):
+    def cannot(*_: object) -> None:
+        raise OSError(number, "cannot")
+
+    monkeypatch.setattr("os.posix_fallocate", cannot)
+    save_leaves(tmp_path / "a", {}, {"fact": 1})
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["manifest.json"]
 
 
 def test_facts_that_are_no_json_leave_nothing(tmp_path):

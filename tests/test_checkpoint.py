@@ -24,6 +24,7 @@ from dwiml_func.checkpoint.background import AsyncCheckpointer
 from dwiml_func.checkpoint.checkpoint import read, restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.manifest import manifest_checksum
 from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import Sum
@@ -180,6 +181,16 @@ def test_a_checkpoint_read_twice_is_equal_and_its_repr_names_no_function(tmp_pat
     assert "function" not in repr(read(tmp_path))
 
 
+def test_a_restored_state_has_the_devices_and_the_order_of_what_it_is_restored_into(tmp_path):
+    state = linear_state()
+    save(tmp_path, state.replace(opt_state={**state.opt_state, "missed": {"bias": torch.tensor(1)}}))
+    like = state.replace(params=dict(reversed(state.params.items()))).to("meta")
+    restored = restore(tmp_path, like).state
+    assert {leaf.device.type for leaf in state_leaves(restored).values()} == {"meta"}
+    assert list(restored.params) == list(like.params) == ["bias", "weight"]
+    assert list(restored.opt_state) == [*like.opt_state, "missed"]
+
+
 def test_names_sort_by_number(tmp_path):
     for epoch, batch in [(0, 0), (0, 1), (3, 0), (3, 9), (3, 50), (4, 0), (9, 0), (10, 0)]:
         save(tmp_path, linear_state(epoch=epoch, batch=batch), keep=None)
@@ -325,6 +336,16 @@ def test_a_later_format_is_refused(tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 3}))
     with pytest.raises(CheckpointError, match=r"has format 3\. Expected format 2"):
         restore(tmp_path, linear_state())
+
+
+def test_later_checkpoints_of_another_version_are_not_saved_over(tmp_path):
+    file = save(tmp_path, linear_state(epoch=5)) / "manifest.json"
+    manifest = {name: value for name, value in json.loads(file.read_text()).items() if name != "checksum"}
+    manifest["format"] = 3
+    file.write_text(json.dumps(manifest | {"checksum": manifest_checksum(manifest)}))
+    with pytest.raises(CheckpointError, match=r"which holds 5\."):
+        save(tmp_path, linear_state(epoch=2))
+    assert list_checkpoints(tmp_path) == ["5"]
 
 
 @pytest.mark.parametrize("broken", ["os.fsync", "pathlib.Path.write_text"])
