@@ -162,7 +162,11 @@ def test_each_shard_draws_by_its_number() -> None:
             return LossOut((params["w"] * model(batch)).mean(), 1, buffers, {})
 
     sharded_value_and_grad()(loss_fn, {"w": torch.ones(())}, {}, [rows] * 3, key=Key(5, (2, 0, 7)))
-    assert seen[-3:] == [Key(5, (2, 0, 7, number)) for number in range(3)]  # the first shard is tried before
+    expected = [Key(5, (2, 0, 7, number)) for number in range(3)]
+    assert seen[-3:] == expected  # the first shard is tried before
+    seen.clear()
+    sharded_loss(loss_fn)({"w": torch.ones(())}, {}, [rows, None, rows], key=Key(5, (2, 0, 7)), train=False)
+    assert seen == expected
 
 
 def test_evaluation_gives_the_means_of_the_whole_batch_on_any_number_of_processes() -> None:

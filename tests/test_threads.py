@@ -195,6 +195,14 @@ def test_the_functions_run_side_by_side_in_order_and_with_the_callers_grad_mode(
         assert ShardThreads(2).run([partial(meet, 1), partial(meet, 2)]) == [(1, False, 1), (2, False, 1)]
 
 
+def test_each_operation_of_a_thread_runs_on_one_thread():
+    torch.set_num_threads(2)
+    try:
+        assert ShardThreads(2).run([torch.get_num_threads] * 4) == [1] * 4
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_an_error_in_a_shard_is_that_of_one_thread():
     def loss_fn(params: Any, buffers: Any, batch: Tensor, *, key: Key, train: bool) -> LossOut:
         if len(batch) == 2:

@@ -105,7 +105,7 @@ def sharded_value_and_grad(
     ) -> tuple[LossOut, dict[str, Any]]:
         def evaluate(shard: Any, number: int, is_empty: bool) -> _Part:
             out, grads = gradient_fn(loss_fn, params, buffers, shard, key=fold_in(key, number), backend=backend)
-            used = [float(grads[name] is not None and not is_empty) for name in params]
+            used = [float(grads[name] is not None) for name in params]
             dense = {n: torch.zeros_like(p) if grads[n] is None else grads[n] for n, p in params.items()}
             return _part(out, buffers, dense, is_empty, used)
 
