@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dwiml_func.core.checked_step import StepMismatchError, checked_step
 from dwiml_func.core.early_stopping import Best, should_stop, update_best
 from dwiml_func.core.epoch import end_epoch, epoch_fn, eval_epoch_fn, train_steps
-from dwiml_func.core.gradients import clip_by_global_norm, value_and_grad
+from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossFn, LossOut, module_loss
 from dwiml_func.core.metrics import Metrics, Sum, read_means
@@ -34,7 +34,9 @@ from dwiml_func.optim import (
     add_decayed_weights,
     by_name,
     chain,
+    clip_by_global_norm,
     clip_by_value,
+    clip_grad_norm,
     constant,
     cosine,
     ema,
@@ -96,6 +98,7 @@ __all__ = [
     "checked_step",
     "clip_by_global_norm",
     "clip_by_value",
+    "clip_grad_norm",
     "constant",
     "cosine",
     "ema",

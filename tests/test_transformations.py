@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from dwiml_func.optim import (
     clip_by_global_norm,
     clip_by_value,
     ema,
+    lookahead,
     rmsprop,
     schedule_free_sgd,
     sgd,
@@ -341,8 +343,12 @@ def test_a_chain_changes_nothing_that_came_in():
 def test_links_in_the_wrong_place_are_refused():
     with pytest.raises(TypeError, match=r"Expected an optimizer as the last link of a chain. Received: no links"):
         chain()
-    with pytest.raises(TypeError, match=r"Expected an optimizer as the last link of a chain. Received: Transform"):
-        chain(sgd(), clip_by_value(1.0))
+    wrong: list[Any] = [lambda: chain(sgd(), clip_by_value(1.0)), partial(chain, sgd), partial(ema, 0.9)]
+    for make in (*wrong, partial(lookahead, adam)):
+        with pytest.raises(TypeError, match=r"Expected an optimizer .*, such as adam\(\)\. Received: .*call them"):
+            make()
+    with pytest.raises(TypeError, match=r"options by pattern, as in by_name\(adamw, .* Received: Optimizer"):
+        by_name(adam(), {"*": {"lr": 0.1}})  # type: ignore[arg-type]
     with pytest.raises(
         TypeError, match=r"Received: Optimizer.* as link 1 of 2. An optimizer can only be the last link"
     ):
@@ -357,6 +363,8 @@ def test_links_in_the_wrong_place_are_refused():
         (clip_by_value, NAN, "Expected max_value above 0. Received: max_value=nan"),
         (add_decayed_weights, -0.1, "Expected weight_decay with .*Received: weight_decay=-0.1"),
         (accumulate, 0, "Expected num_steps of at least 1. Received: 0"),
+        (accumulate, 1.5, "Expected num_steps of at least 1. Received: 1.5"),
+        (skip_not_finite, "2", "Expected max_in_a_row of at least 1. Received: '2'"),
         (skip_not_finite, 0, "Expected max_in_a_row of at least 1. Received: 0"),
     ],
 )

@@ -21,7 +21,7 @@ from dwiml_func.compiled.graph import CompiledFunction
 from dwiml_func.compiled.replay import Replays
 from dwiml_func.compiled.step_graph import make_graph, merged
 from dwiml_func.compiled.sums import VectorSums, add_vectors
-from dwiml_func.core.gradients import check_clip_norm, is_differentiated
+from dwiml_func.core.gradients import is_differentiated
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.non_finite import (
@@ -38,6 +38,7 @@ from dwiml_func.core.state import TrainState, advance, check_not_donated
 from dwiml_func.core.step import train_step
 from dwiml_func.optim.schedules import as_rate
 from dwiml_func.optim.state_check import check_opt_state
+from dwiml_func.optim.transformations import check_clip_norm
 from dwiml_func.types import Metrics, Optimizer, Sum
 
 __all__ = ["JitStep", "jit_step"]

@@ -1,4 +1,4 @@
-"""Gradients by either of torch's two autodiff backends, and clipping by the global norm."""
+"""Gradients by either of torch's two autodiff backends."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from dwiml_func._transforms import is_transformed
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn, uses_reentrant_checkpoints
 from dwiml_func.core.rng import Key
-from dwiml_func.optim.transformations import clip_grad_norm, global_norm
-from dwiml_func.types import Buffers, Grads, Params
+from dwiml_func.optim.transformations import global_norm
+from dwiml_func.types import Buffers, Params
 
 __all__ = [
     "AutodiffBackend",
     "ValueAndGrad",
-    "check_clip_norm",
-    "clip_by_global_norm",
     "global_norm",
     "is_differentiated",
     "value_and_grad",
@@ -127,35 +125,6 @@ def _value_and_grad(
             ) from error
         return LossOut(loss, plain_weight[0] if plain_weight else weight, new_buffers, aux), grads
     raise ValueError(f"Expected backend 'autograd' or 'func'. Received: {backend!r}")
-
-
-def clip_by_global_norm(grads: Grads, max_norm: float) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Scale gradients down to a global norm of at most `max_norm`.
-
-    Args:
-        grads: tensors by name; they are not changed. None stays None.
-        max_norm: the largest norm allowed, > 0.
-
-    Returns:
-        The scaled gradients (new tensors), the norm before and the norm after. The factor is
-        min(1, max_norm / (norm + 1e-6)), bitwise identical to `torch.nn.utils.clip_grad_norm_`.
-
-    Raises:
-        ValueError: `max_norm` is not above 0; a negative value would flip the gradient's sign.
-
-    Example:
-        >>> grads, before, after = clip_by_global_norm({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0)
-        >>> float(before), round(float(after), 3)
-        (5.0, 1.0)
-    """
-    check_clip_norm(max_norm)
-    return clip_grad_norm(grads, max_norm)
-
-
-def check_clip_norm(max_norm: float) -> None:
-    """Raise a ValueError unless gradients can be scaled down to this norm."""
-    if isinstance(max_norm, str) or not max_norm > 0:
-        raise ValueError(f"Expected a clipping norm above 0, or None for no clipping. Received: {max_norm}")
 
 
 def is_differentiated(params: Params, lr: float | Tensor = 0.0) -> bool:

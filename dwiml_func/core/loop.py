@@ -17,7 +17,7 @@ from dwiml_func.core.loop_options import check_options
 from dwiml_func.core.rates import Step
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Batches, Interrupted, Track, epoch_events
-from dwiml_func.core.state import TrainState
+from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.optim.schedules import check_rate, constant
 from dwiml_func.types import OnPlateau, PerStep, Schedule
 
@@ -105,6 +105,7 @@ def train_and_validate(
         "patience": patience,
         "patience_delta": patience_delta,
     }
+    check_not_donated(state)
     check_options(
         train=train, step=step, valid=valid, eval_step=eval_step, on_batch=on_batch, interrupt=interrupt, **judging
     )
@@ -151,6 +152,8 @@ def train_and_validate(
                     raise
                 trained = None
                 answer = yield state, report
-                state = answer or state
+                if answer is not None:
+                    check_not_donated(answer)
+                    state = answer
 
     return reports(state)

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from dwiml_func._transforms import is_transformed
+from dwiml_func._transforms import is_transformed, read_number
 from dwiml_func.core.state import TrainState
 from dwiml_func.optim.gates import skipped_too_often
 from dwiml_func.types import Grads, OptState, Sum
@@ -87,13 +87,14 @@ def check_policy(non_finite: NonFinite | None) -> None:
         raise ValueError(f"Expected non_finite 'raise', 'defer', 'skip' or None. Received: {non_finite!r}")
 
 
-def raise_if_not_finite(state: TrainState, batch: Any, loss: float, norm: float) -> None:
+def raise_if_not_finite(state: TrainState, batch: Any, loss: float, norm: float, *, weight: float | Tensor = 1) -> None:
     """Raise a NonFiniteError if the loss or the gradient norm of the next step of `state` is not finite."""
     for name, value in (("loss", loss), ("gradient norm", norm)):
         if not math.isfinite(value):
             raise NonFiniteError(
                 f"The {name} is {value} in {location(state.epoch, state.batch, state.step)}{_ids(batch)}. "
-                "The step was not taken. Check these inputs, lower the learning rate or clip the gradient.",
+                + ("The step was not taken. " if read_number(weight) else "The batch has no points. ")
+                + "Check these inputs, lower the learning rate or clip the gradient.",
                 at=(state.epoch + 1, state.batch + 1),
             )
 

@@ -18,7 +18,7 @@ from dwiml_func.core.loop_options import check_options
 from dwiml_func.core.rates import Step, epoch_rates, next_plateau, with_rate
 from dwiml_func.core.report import EpochReport, Validation, judge_epoch
 from dwiml_func.core.rng import Key
-from dwiml_func.core.state import TrainState
+from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.types import Metrics, Schedule
 
 __all__ = ["Batches", "Interrupted", "Track", "epoch_events", "run_epoch"]
@@ -103,6 +103,7 @@ def run_epoch(
         >>> state.epoch, state.step, report.is_best
         (1, 3, True)
     """
+    check_not_donated(state)
     check_options(
         train=train, step=step, valid=valid, eval_step=eval_step, on_batch=on_batch, interrupt=interrupt, mode=mode,
         validate_every=validate_every, max_epochs=max_epochs,
@@ -232,6 +233,11 @@ def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
     batches = train(state.key, state.epoch, state.batch)
     if state.batch > 0 and isinstance(batches, Sized):
         whole = train(state.key, state.epoch, 0)
+        if isinstance(whole, Sized) and state.batch > len(whole):
+            raise ValueError(
+                f"Expected a state within the {len(whole)} batches of epoch {state.epoch + 1}. Received: one after "
+                f"{state.batch}. Give the source the batch size that the run was started with."
+            )
         if isinstance(whole, Sized) and len(batches) != (left := max(len(whole) - state.batch, 0)):
             raise ValueError(
                 f"Expected the last {left} of the {len(whole)} batches of epoch {state.epoch + 1}, since {state.batch} "

@@ -19,6 +19,7 @@ from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.report import Validation
 from dwiml_func.core.rng import Key, fold_in
+from dwiml_func.optim.chain import check_optimizer
 from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Plateau, Sum
 
 __all__ = [
@@ -150,11 +151,7 @@ def init_state(
     """
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"Expected a torch.nn.Module. Received: {type(module).__name__}")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"Expected a pair of functions init and update, such as adam(). Received: {truncated_repr(optimizer)}. "
-            f"dwiml_func.optim has the optimizers of torch.optim under lower-case names; call them, as in adam()."
-        )
+    check_optimizer("of functions init and update", optimizer)
     key = fold_in(seed if isinstance(seed, Key) else Key(seed))  # checked, as Python integers for JSON
     named, buffers = dict(module.named_parameters()), dict(module.named_buffers())
     if lazy := [name for name, tensor in (named | buffers).items() if is_lazy(tensor)]:

@@ -13,7 +13,6 @@ from dwiml_func._trees import choose
 from dwiml_func.core.gradients import (
     AutodiffBackend,
     ValueAndGrad,
-    clip_by_global_norm,
     global_norm,
     is_differentiated,
     value_and_grad,
@@ -38,6 +37,7 @@ from dwiml_func.core.weights import with_eval_params
 from dwiml_func.optim.chain import make_optimizer, update_with
 from dwiml_func.optim.schedules import as_rate
 from dwiml_func.optim.state_check import check_opt_state
+from dwiml_func.optim.transformations import clip_grad_norm
 from dwiml_func.types import Grads, Metrics, Optimizer, Sum
 
 __all__ = ["clip_and_measure", "eval_step", "loss_metrics", "train_step"]
@@ -109,7 +109,7 @@ def train_step(
     policy = choose_policy(non_finite, state.opt_state, out.loss)
     is_bad: Any = False
     if policy == "raise":
-        raise_if_not_finite(state, batch, out.loss.item(), norm.item())
+        raise_if_not_finite(state, batch, out.loss.item(), norm.item(), weight=out.weight)
     elif policy == "skip":
         is_bad = read_number(~(torch.isfinite(out.loss) & torch.isfinite(norm)))
         grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, metrics)
@@ -172,7 +172,7 @@ def clip_and_measure(out: LossOut, grads: Grads, clip_grad: float | None) -> tup
     if clip_grad is None:
         norm = clipped_norm = global_norm(grads)
     else:
-        grads, norm, clipped_norm = clip_by_global_norm(grads, clip_grad)
+        grads, norm, clipped_norm = clip_grad_norm(grads, clip_grad)
     metrics = loss_metrics(out)
     metrics["unclipped_grad_norm"] = weighted_sum(norm, 1)
     metrics["grad_norm"] = weighted_sum(clipped_norm, 1)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from dwiml_func._trees import choose, given
-from dwiml_func.core.gradients import check_clip_norm
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import add_metrics
@@ -29,6 +28,7 @@ from dwiml_func.optim.chain import update_with
 from dwiml_func.optim.gates import skipped_too_often
 from dwiml_func.optim.schedules import as_rate
 from dwiml_func.optim.state_check import check_opt_state
+from dwiml_func.optim.transformations import check_clip_norm
 from dwiml_func.types import Buffers, Grads, Metrics, Optimizer, OptState, Params, Sum
 
 __all__ = ["ensemble_eval_step", "ensemble_step"]
@@ -212,7 +212,7 @@ def _explained(error: Exception) -> Exception:
 
 
 def _clipped(grads: Grads, clip_grad: float | None) -> tuple[Grads, Tensor, Tensor]:
-    """`clip_by_global_norm` of each member: the gradients, the norms (K,) before and after."""
+    """`clip_grad_norm` of each member: the gradients, the norms (K,) before and after."""
     norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in given(grads).values()]
     norm = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     if clip_grad is None:

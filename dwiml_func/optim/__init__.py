@@ -20,7 +20,7 @@ from dwiml_func.optim.schedules import (
     warm_up,
     warmup_stable_decay,
 )
-from dwiml_func.optim.transformations import add_decayed_weights, clip_by_global_norm, clip_by_value
+from dwiml_func.optim.transformations import add_decayed_weights, clip_by_global_norm, clip_by_value, clip_grad_norm
 from dwiml_func.types import Gate, Optimizer, Schedule, Transform
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "chain",
     "clip_by_global_norm",
     "clip_by_value",
+    "clip_grad_norm",
     "constant",
     "cosine",
     "ema",

@@ -16,6 +16,7 @@ from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 __all__ = [
     "Kernel",
     "apply_kernel",
+    "check_count",
     "check_options",
     "is_not_zero",
     "lerp",
@@ -158,6 +159,12 @@ def lerp(run: Arithmetic, start: Tensors, end: Tensors, weight: Number, *, reuse
 def is_not_zero(number: Number) -> bool:
     """Whether a term with this factor must be computed."""
     return isinstance(number, Tensor) or number != 0
+
+
+def check_count(name: str, value: int, *, at_least: int = 1) -> None:
+    """Raise ValueError for what is no integer of at least 1."""
+    if not hasattr(value, "__index__") or value < at_least:
+        raise ValueError(f"Expected {name} of at least {at_least}. Received: {value!r}")
 
 
 def check_options(**values: Number) -> None:

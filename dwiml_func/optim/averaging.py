@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dwiml_func.optim._foreach import arithmetic_for
-from dwiml_func.optim._kernel import lerp
+from dwiml_func.optim._kernel import check_count, lerp
+from dwiml_func.optim.chain import check_optimizer
 from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["ema", "lookahead"]
@@ -43,6 +44,7 @@ def ema(optimizer: Optimizer, decay: float = 0.999) -> Optimizer:
         >>> params["w"], optimizer.eval_params(state, params)["w"]  # (0.25 * 1 + 0.5 * 2) / 0.75
         (tensor([2.]), tensor([1.6667]))
     """
+    check_optimizer("within ema", optimizer)
     if not 0 <= decay < 1:
         raise ValueError(f"Expected decay with 0 <= value < 1. Received: decay={decay}")
 
@@ -98,8 +100,8 @@ def lookahead(optimizer: Optimizer, num_steps: int = 5, alpha: float = 0.5) -> O
         tensor([1.])
         tensor([1.])
     """
-    if num_steps < 1:
-        raise ValueError(f"Expected num_steps of at least 1. Received: {num_steps}")
+    check_optimizer("within lookahead", optimizer)
+    check_count("num_steps", num_steps)
     if not 0 < alpha <= 1:
         raise ValueError(f"Expected alpha with 0 < alpha <= 1. Received: alpha={alpha}")
     if optimizer.eval_params is not None:

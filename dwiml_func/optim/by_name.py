@@ -58,6 +58,12 @@ def by_name(
         >>> sorted(state)
         ['0', '1', 'defaults']
     """
+    if not isinstance(options, Mapping) or not callable(make):
+        raise TypeError(
+            f"Expected a function that makes an optimizer, and options by pattern, as in "
+            f"by_name(adamw, {{'*.bias': dict(weight_decay=0)}}). Received: "
+            f"{truncated_repr(options if callable(make) else make)}"
+        )
     patterns = tuple(options)
     groups: list[_Group | None] = []
     for number, (pattern, own) in enumerate(options.items()):

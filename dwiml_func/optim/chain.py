@@ -11,7 +11,7 @@ from dwiml_func._checks import truncated_repr
 from dwiml_func._trees import choose
 from dwiml_func.types import Grads, Number, Optimizer, OptState, Params, Transform
 
-__all__ = ["chain", "make_optimizer", "update_with"]
+__all__ = ["chain", "check_optimizer", "make_optimizer", "update_with"]
 
 
 def chain(*links: Transform | Optimizer) -> Optimizer:
@@ -42,10 +42,9 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         tensor([1., 1.])
         tensor([0.5000, 0.5000])
     """
-    if not links or not isinstance(links[-1], Optimizer):
-        received = truncated_repr(links[-1]) if links else "no links"
-        raise TypeError(f"Expected an optimizer as the last link of a chain. Received: {received}")
-    optimizer = links[-1]
+    if not links:
+        raise TypeError("Expected an optimizer as the last link of a chain. Received: no links")
+    optimizer = check_optimizer("as the last link of a chain", links[-1])
     transforms: dict[str, Transform] = {}
     for number, link in enumerate(links[:-1]):
         if not isinstance(link, Transform):
@@ -102,6 +101,16 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         return optimizer.eval_params(opt_state.get("optimizer", {}), params)
 
     return Optimizer(init, update, eval_params if optimizer.eval_params else None, uses_weight=True)
+
+
+def check_optimizer(where: str, optimizer: Any) -> Optimizer:
+    """The optimizer, if it is one, and not its factory or one of torch.optim."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"Expected an optimizer {where}, such as adam(). Received: {truncated_repr(optimizer)}. Those of "
+            f"torch.optim are functions of dwiml_func.optim; call them, as in adam()."
+        )
+    return optimizer
 
 
 def make_optimizer(optimizer: Optimizer | Callable[..., Optimizer], weight_decay: Number | None) -> Optimizer:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dwiml_func._transforms import is_transformed, read_number
 from dwiml_func._trees import choose, given
 from dwiml_func.optim._foreach import arithmetic_for
-from dwiml_func.optim._kernel import scalar
+from dwiml_func.optim._kernel import check_count, scalar
 from dwiml_func.types import Gate, Grads, Number, OptState, Params, Transform
 
 __all__ = ["accumulate", "skip_not_finite", "skipped_too_often"]
@@ -49,8 +49,7 @@ def accumulate(num_steps: int) -> Transform:
         tensor([0.])
         tensor([-2.])
     """
-    if num_steps < 1:
-        raise ValueError(f"Expected num_steps of at least 1. Received: {num_steps}")
+    check_count("num_steps", num_steps)
 
     def init(params: Params) -> OptState:
         points = scalar(next(iter(params.values())), 0.0, torch.float64)
@@ -127,8 +126,7 @@ def skip_not_finite(max_in_a_row: int) -> Transform:
         >>> params["w"], state["0"]["in_a_row"], skipped_too_often(state)
         (tensor([1.]), tensor(1), False)
     """
-    if max_in_a_row < 1:
-        raise ValueError(f"Expected max_in_a_row of at least 1. Received: {max_in_a_row}")
+    check_count("max_in_a_row", max_in_a_row)
 
     def init(params: Params) -> OptState:
         like = next(iter(params.values()))

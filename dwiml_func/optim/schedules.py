@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func._transforms import is_transformed
+from dwiml_func.optim._kernel import check_count
 from dwiml_func.types import OnPlateau, PerStep, Plateau, Schedule
 
 __all__ = [
@@ -70,7 +71,7 @@ def per_epoch(values: Sequence[float]) -> Callable[[int], float]:
     return lambda epoch: rates[min(epoch, len(rates) - 1)]
 
 
-def per_step(schedule: Callable[[int], float]) -> PerStep:
+def per_step(schedule: float | Callable[[int], float]) -> PerStep:
     """Count optimizer steps instead of epochs.
 
     Args:
@@ -85,7 +86,7 @@ def per_step(schedule: Callable[[int], float]) -> PerStep:
         >>> round(schedule.rate(550), 6)
         0.042178
     """
-    return PerStep(schedule)
+    return PerStep(_as_function("per_step", schedule))
 
 
 def cosine(initial: float, *, length: int, final: float = 0.0) -> Callable[[int], float]:
@@ -111,11 +112,11 @@ def cosine(initial: float, *, length: int, final: float = 0.0) -> Callable[[int]
     return lambda count: _half_cosine(initial, final, min(count / length, 1.0))
 
 
-def warm_up(schedule: Callable[[int], float], *, length: int) -> Callable[[int], float]:
+def warm_up(schedule: float | Callable[[int], float], *, length: int) -> Callable[[int], float]:
     """Grow linearly to the wrapped schedule's values at the start.
 
     Args:
-        schedule: what to follow; its count 0 is the first of the warm-up.
+        schedule: what to follow, also a number; its count 0 is the first of the warm-up.
         length: epochs of warm-up; epoch i has (i + 1) / (length + 1) of the wrapped rate. With `per_step`, steps.
 
     Returns:
@@ -123,13 +124,15 @@ def warm_up(schedule: Callable[[int], float], *, length: int) -> Callable[[int],
 
     Raises:
         ValueError: `length` is negative.
+        TypeError: `schedule` is by step already.
 
     Example:
         >>> [round(warm_up(constant(0.3), length=2)(epoch), 6) for epoch in range(4)]
         [0.1, 0.2, 0.3, 0.3]
     """
     _check_lengths(length=length)
-    return lambda count: schedule(count) * min((count + 1) / (length + 1), 1.0)
+    follow = _as_function("warm_up", schedule)
+    return lambda count: follow(count) * min((count + 1) / (length + 1), 1.0)
 
 
 def warmup_stable_decay(
@@ -216,10 +219,20 @@ def _half_cosine(start: float, end: float, done: float) -> float:
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+def _as_function(name: str, schedule: float | Schedule) -> Callable[[int], float]:
+    """A schedule as a function of a count; a number is the same everywhere."""
+    if isinstance(schedule, PerStep | OnPlateau):
+        kind = "per_step" if isinstance(schedule, PerStep) else "reduce_on_plateau"
+        raise TypeError(
+            f"Expected {name} of a number or a function of a count. Received: a schedule of {kind}, which belongs "
+            f"outside, as in reduce_on_plateau(per_step(warm_up(cosine(0.1, length=1000), length=100)))."
+        )
+    return schedule if callable(schedule) else constant(check_rate(schedule))
+
+
 def _check_lengths(*, at_least: int = 0, **lengths: int) -> None:
     for name, length in lengths.items():
-        if length < at_least:
-            raise ValueError(f"Expected {name} of at least {at_least}. Received: {length}")
+        check_count(name, length, at_least=at_least)
 
 
 def _check_rates(*rates: float) -> None:

@@ -14,7 +14,14 @@ from dwiml_func.optim._kernel import check_options, is_not_zero
 from dwiml_func.optim.names import check_patterns, first_matches
 from dwiml_func.types import Grads, Number, OptState, Params, Transform
 
-__all__ = ["add_decayed_weights", "clip_by_global_norm", "clip_by_value", "clip_grad_norm", "global_norm"]
+__all__ = [
+    "add_decayed_weights",
+    "check_clip_norm",
+    "clip_by_global_norm",
+    "clip_by_value",
+    "clip_grad_norm",
+    "global_norm",
+]
 
 
 def clip_by_global_norm(max_norm: Number) -> Transform:
@@ -132,14 +139,34 @@ def global_norm(grads: Grads) -> Tensor:
 
 
 def clip_grad_norm(grads: Grads, max_norm: Number) -> tuple[dict[str, Any], Tensor, Tensor]:
-    """Scale gradients down to a global norm of at most `max_norm`: (the gradients, the norm before, the norm after).
+    """Scale gradients that are given down to a global norm of at most `max_norm`; `clip_by_global_norm` is its link.
 
-    The arithmetic is that of `torch.nn.utils.clip_grad_norm_`: the factor is min(1, max_norm / (norm + 1e-6)).
+    Args:
+        grads: tensors by name; they are not changed. None stays None.
+        max_norm: the largest norm allowed, > 0.
+
+    Returns:
+        The scaled gradients (new tensors), the norm before and the norm after. The factor is
+        min(1, max_norm / (norm + 1e-6)), bitwise identical to `torch.nn.utils.clip_grad_norm_`.
+
+    Raises:
+        ValueError: `max_norm` is not above 0; a negative value would flip the gradient's sign.
+
+    Example:
+        >>> grads, before, after = clip_grad_norm({"w": torch.tensor([3.0, 4.0])}, max_norm=1.0)
+        >>> float(before), round(float(after), 3)
+        (5.0, 1.0)
     """
-    _check_above_zero("max_norm", max_norm)
+    check_clip_norm(max_norm)
     used, norm = given(grads), global_norm(grads)
     clipped, factor = _clipped(used, norm, max_norm)
     return {**grads, **clipped}, norm, norm * factor
+
+
+def check_clip_norm(max_norm: Number) -> None:
+    """Raise a ValueError unless gradients can be scaled down to this norm."""
+    if not isinstance(max_norm, Tensor) and (isinstance(max_norm, str) or not max_norm > 0):
+        raise ValueError(f"Expected a clipping norm above 0, or None for no clipping. Received: {max_norm}")
 
 
 def _clipped(grads: Params, norm: Tensor, max_norm: Number) -> tuple[dict[str, Tensor], Tensor]:
@@ -163,5 +190,5 @@ def _stateless(change: Callable[[Params, Params], Params]) -> Transform:
 
 
 def _check_above_zero(name: str, value: Number) -> None:
-    if not isinstance(value, Tensor) and not value > 0:  # a negative one would flip the gradient's sign
+    if isinstance(value, str) or not (isinstance(value, Tensor) or value > 0):  # a negative one would flip the sign
         raise ValueError(f"Expected {name} above 0. Received: {name}={value}")
