@@ -14,6 +14,7 @@ import pytest
 from experiment_cases import PHANTOM
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
+from matplotlib.image import imread
 
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
@@ -58,7 +59,7 @@ def test_real_streamlines_are_above_tracked_ones_in_the_colours_of_bundles_and_w
     free = ShownLines(walks(6, 1), np.array([0, 1, 1, 1, 0, 0]), np.array([True, True, False, True, False, False]))
     found = evaluation({"free": free})
     assert found.lines is not None
-    figure = draw_tracked(found, found.lines, title="a title")
+    figure = draw_tracked(found.scores["model"], found.lines, title="a title")
     real_row, free_row = figure.axes[:3], figure.axes[3:]
     assert len(free_row) == 3
     for panel, (_, right, up) in zip(real_row, VIEWS, strict=True):
@@ -92,7 +93,7 @@ def test_a_row_of_a_model_that_tracked_nothing_says_so() -> None:
     none = ShownLines(Streamlines.from_list([]), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))
     found = evaluation({"core": none})
     assert found.lines is not None
-    figure = draw_tracked(found, found.lines, title="")
+    figure = draw_tracked(found.scores["model"], found.lines, title="")
     assert [text.get_text() for panel in figure.axes[3:] for text in panel.texts] == ["none"]
     assert sum(len(lines) for panel in figure.axes[3:] for lines in drawn(panel).values()) == 0
 
@@ -106,7 +107,7 @@ def test_of_many_bundles_the_largest_have_their_own_colours() -> None:
     names = ("a_bundle_of_a_very_long_name_on_the_left", *"bcdefghi")
     shown = ShownLines(walks(9, 0), np.arange(9), np.ones(9, dtype=bool))
     found = evaluation({}, names)
-    (legend,) = draw_tracked(found, TrackedLines(names, shown, {}), title="").legends
+    (legend,) = draw_tracked(found.scores["model"], TrackedLines(names, shown, {}), title="").legends
     assert [text.get_text() for text in legend.get_texts()] == [
         *("a_bundle_of_a...n_the_left", *"bcdef", "3 other bundles", "not valid"),
     ]
@@ -227,6 +228,18 @@ def test_plot_draws_the_drift_that_is_recorded(cli: Any, run: Path, tmp_path: Pa
         (run / "tracking.json").write_text(f'{{"drift": {{"gone_mm": [1], "lag_mm": {lags}}}}}')
         cli("plot", run, "--drift").check_refusal("tracking.json")
     cli("plot", tmp_path / "none", "--drift").check_refusal("is not an experiment")
+
+
+def test_plot_draws_the_recorded_streamlines_again(cli: Any, run: Path) -> None:
+    figure = run / "plots" / "tracking.png"
+    before = imread(figure)
+    figure.unlink()
+    assert cli("plot", run, "--tracking").out == f"{figure}\n"
+    assert np.abs(imread(figure) - before).mean() < 1e-3  # the recorded points are rounded to 0.01 mm
+    cli("plot", run, "--tracking", "--csv", "a.csv").check_refusal("--tracking: expected no --panels")
+    cli("plot", run, run, "--tracking").check_refusal("--tracking: expected one experiment", "2 experiments")
+    (run / "plots" / "tracking.npz").unlink()
+    cli("plot", run, "--tracking").check_refusal("plots/tracking.npz of one epoch", "--write")
 
 
 def test_figures_that_cannot_be_drawn_are_a_warning(cli: Any, run: Path) -> None:

@@ -24,7 +24,12 @@ from dwiml_func.experiment.figures.plots import (
     write_table,
 )
 from dwiml_func.experiment.figures.run_panels import PanelName
-from dwiml_func.experiment.figures.tracking import draw_drifts, drift_figure_path
+from dwiml_func.experiment.figures.tracking import (
+    draw_drifts,
+    draw_recorded_lines,
+    drift_figure_path,
+    tracked_figure_path,
+)
 from dwiml_func.experiment.folder import ENSEMBLE_FILE, check_no_links, is_ensemble, is_run, member_folders
 
 if TYPE_CHECKING:
@@ -54,7 +59,8 @@ class Options(CommandOptions):
     has no finished epoch, and files, such as a dataset beside experiments, are passed over there."""
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The figure's file, ending in .png, .svg or .pdf; missing folders are made. None: plots/training.png of the
-    experiment, or, for several, runs.png in the current folder; with --drift drift.png in both."""
+    experiment, or, for several, runs.png in the current folder; with --drift drift.png in both; with --tracking
+    plots/tracking.png."""
     panels: tuple[PanelName, ...] = ()
     """Which panels to draw. (default: all that the runs have values for; with --graph none)"""
     graph: Annotated[
@@ -73,6 +79,9 @@ class Options(CommandOptions):
     drift: bool = False
     """Plot how far the best models drift from real streamlines when they track, beside the baselines, from the
     tracking.json of experiments whose data have bundles."""
+    tracking: bool = False
+    """Draw the streamlines that the best model of one experiment tracked at its end again, beside the real ones, from
+    its tracking.json and plots/tracking.npz."""
 
 
 def run(options: Options) -> int:
@@ -86,17 +95,23 @@ def run(options: Options) -> int:
         _log.warning("Passed over, as they hold no experiment: %s.", ", ".join(map(str, others)))
         given = [path for path in given if path not in others]
     directories = [folder for path in given for folder in _experiments(path) or [path]]
-    if options.drift and (options.panels or options.graph or options.csv or options.correlate):
-        raise ValueError("--drift: expected no --panels, --graph, --csv or --correlate beside it.")
+    for name, is_given in (("drift", options.drift), ("tracking", options.tracking)):
+        if is_given and (options.panels or options.graph or options.csv or options.correlate):
+            raise ValueError(f"--{name}: expected no --panels, --graph, --csv or --correlate beside it.")
+    if options.tracking and (options.drift or len(directories) != 1):
+        received = "--drift" if options.drift else f"{len(directories)} experiments"
+        raise ValueError(f"--tracking: expected one experiment, and no --drift beside it. Received: {received}.")
     if options.correlate and (options.panels or options.graph or options.csv):
         raise ValueError("--correlate: expected no --panels, --graph or --csv beside it.")
     path_in, name = (drift_figure_path, "drift.png") if options.drift else (run_figure_path, "runs.png")
+    if options.tracking:
+        path_in, name = tracked_figure_path, "tracking.png"
     name = "correlation.png" if options.correlate else name
     out = Path(name if options.out is None else options.out)
     check_format(out)
     graphs = [parse_graph(words) for words in options.graph]
-    if options.drift:
-        figure, rows = draw_drifts(directories), []
+    if options.drift or options.tracking:
+        figure, rows = draw_drifts(directories) if options.drift else draw_recorded_lines(directories[0]), []
     elif options.correlate:
         figure, rows = _correlation(directories, options.correlate), []
     else:

@@ -21,8 +21,15 @@ from dwiml_func.experiment.figures.streamline_views import (
 )
 from dwiml_func.experiment.folder import is_run, read_config
 from dwiml_func.experiment.tracking.evaluation import ORACLE, ShownLines, TrackedLines, TrackingEvaluation
-from dwiml_func.experiment.tracking.recorded import Drift, has_tracking_evaluation, read_drift
-from dwiml_func.experiment.tracking.tracked_lines import write_tracked_lines
+from dwiml_func.experiment.tracking.recorded import (
+    Drift,
+    has_tracking_evaluation,
+    read_drift,
+    read_scores,
+    read_tracking,
+)
+from dwiml_func.experiment.tracking.tracked_lines import read_tracked_lines, write_tracked_lines
+from dwiml_func.tracking.protocols import ProtocolScores
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,9 +38,11 @@ __all__ = [
     "NOT_VALID",
     "draw_drift",
     "draw_drifts",
+    "draw_recorded_lines",
     "draw_tracked",
     "drift_figure_path",
     "save_tracking_figures",
+    "tracked_figure_path",
     "tracking_figures",
 ]
 
@@ -50,16 +59,15 @@ _MOST_LETTERS = 45  # of a label of which two stand side by side
 _log = logging.getLogger(__name__)
 
 
-def draw_tracked(evaluation: TrackingEvaluation, lines: TrackedLines, *, title: str) -> Figure:
+def draw_tracked(by_protocol: Mapping[Any, ProtocolScores], lines: TrackedLines, *, title: str) -> Figure:
     """Real streamlines in the top row, below them those of each protocol, in colours of bundles; what is not valid is
     black, above the others."""
     from matplotlib.lines import Line2D
 
-    found = evaluation.scores["model"]
-    num_real = found["continue"].num_started if "continue" in found else None
+    num_real = by_protocol["continue"].num_started if "continue" in by_protocol else None
     rows: list[tuple[str, ShownLines]] = [(f"real streamlines{_some(lines.real, num_real)}", lines.real)]
     for protocol, shown in lines.tracked.items():
-        scores = found[protocol]
+        scores = by_protocol[protocol]
         share = f"{100 * scores.valid:.0f} % of {scores.num_streamlines} valid{_some(shown, scores.num_streamlines)}"
         rows.append((f"tracked, {_GIVEN[protocol]}: {share}", shown))
     colours = bundle_colours(np.bincount(lines.real.bundle, minlength=len(lines.names)).tolist())
@@ -168,26 +176,50 @@ def drift_figure_path(directory: Path) -> Path:
     return directory / "plots" / "drift.png"
 
 
+def draw_recorded_lines(directory: Path) -> Figure:
+    """The tracked streamlines of an experiment again, as it has recorded them."""
+    if not is_run(directory):
+        read_config(directory)  # which says what it is
+    tracking, lines = read_tracking(directory), read_tracked_lines(directory)
+    if tracking is None or lines is None or lines.epoch != tracking.epoch:
+        raise ValueError(
+            f"Expected an experiment with tracking.json and plots/tracking.npz of one epoch. Received: {directory}. "
+            f"Make them with dwiml-func evaluate {directory} --write, from data with bundles."
+        )
+    by_protocol = {name: ProtocolScores(**found) for name, found in read_scores(directory)["model"].items()}
+    title = _title(directory, tracking.epoch, tracking.subset, tracking.subject, tracking.step_size)
+    return draw_tracked(by_protocol, lines.lines, title=title)
+
+
+def tracked_figure_path(directory: Path) -> Path:
+    """Where an experiment has the figure of its tracked streamlines."""
+    return directory / "plots" / "tracking.png"
+
+
+def _title(directory: Path, epoch: int, subset: str, subject: str, step_size: float) -> str:
+    name = directory.resolve().name
+    return f"{name}: best model (epoch {epoch}), {subset} subject {subject}, steps of {step_size:g} mm"
+
+
 def tracking_figures(directory: Path) -> tuple[Path, ...]:
     """Where an experiment has its figures of tracking; none where it has no evaluation of tracking."""
     return _paths(directory) if has_tracking_evaluation(directory) else ()
 
 
 def _paths(directory: Path) -> tuple[Path, Path]:
-    return directory / "plots" / "tracking.png", drift_figure_path(directory)
+    return tracked_figure_path(directory), drift_figure_path(directory)
 
 
 def save_tracking_figures(directory: Path, evaluation: TrackingEvaluation, *, epoch: int) -> None:
     """Draw `plots/tracking.png` and `plots/drift.png` of an experiment, and write the streamlines of the first into
     `plots/tracking.npz`; an error is only a warning."""
     tracked, drifted = _paths(directory)
-    where = f"{evaluation.subset} subject {evaluation.subject}, steps of {evaluation.step_size:g} mm"
     try:
         tracked.parent.mkdir(exist_ok=True)
         if evaluation.lines is not None:
             write_tracked_lines(directory, evaluation.lines, epoch=epoch)
-            title = f"{directory.resolve().name}: best model (epoch {epoch}), {where}"
-            save_figure(draw_tracked(evaluation, evaluation.lines, title=title), tracked)
+            title = _title(directory, epoch, evaluation.subset, evaluation.subject, evaluation.step_size)
+            save_figure(draw_tracked(evaluation.scores["model"], evaluation.lines, title=title), tracked)
         if evaluation.drift is not None:
             save_figure(draw_drift({"model": evaluation.drift}), drifted)
     except Exception as error:
