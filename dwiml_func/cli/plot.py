@@ -59,8 +59,8 @@ class Options(CommandOptions):
     has no finished epoch, and files, such as a dataset beside experiments, are passed over there."""
     out: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """The figure's file, ending in .png, .svg or .pdf; missing folders are made. None: plots/training.png of the
-    experiment, or, for several, runs.png in the current folder; with --drift drift.png in both; with --tracking
-    plots/tracking.png."""
+    experiment, or, for several, runs.png in the current folder; with --drift drift.png in both; for the streamlines
+    of --tracking plots/tracking.png."""
     panels: tuple[PanelName, ...] = ()
     """Which panels to draw. (default: all that the runs have values for; with --graph none)"""
     graph: Annotated[
