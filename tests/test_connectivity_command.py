@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from creation_cases import AFFINE, save_lines
 from dipy.tracking.utils import connectivity_matrix
 from nibabel.affines import apply_affine
+from trx.trx_file_memmap import load as trx_load
 
 from dwiml_func.cli._connectivity import read_matrix
 from dwiml_func.data.connectivity import matrix_fault
@@ -198,6 +200,31 @@ def test_groups_of_a_dataset_are_extracted(cli, tmp_path):
     for (subject, name, out, *more), text in cases.items():
         cli("extract", PHANTOM, subject, name, tmp_path / out, *more).check_refusal(text)
         assert not (tmp_path / out).exists()
+
+
+def test_data_per_streamline_are_extracted(cli, tmp_path):
+    data = Path(shutil.copy(PHANTOM, tmp_path / "data.hdf5"))
+    with h5py.File(data, "r+") as file:
+        group: Any = file["subj0/streamlines"]
+        num = len(group["lengths"])
+        tables = {"weight": np.arange(num)[:, None] / 4, "a/colour": np.arange(3 * num).reshape(num, 3)}
+        for key, values in tables.items():
+            group.require_group("data_per_streamline")[key] = values
+        group["bundle_ids"], group.attrs["bundle_names"] = np.arange(num) % 2, ["CST", "AF"]
+    expected = {"weight": tables["weight"], "a_colour": tables["a/colour"], "bundle_ids": np.arange(num)[:, None] % 2}
+    for kind in ("trk", "trx", "tck"):
+        assert cli("extract", data, "subj0", "streamlines", tmp_path / f"a.{kind}").code == 0
+    trk = nib.streamlines.load(tmp_path / "a.trk").tractogram
+    trx: Any = trx_load(str(tmp_path / "a.trx"))
+    for found in (trk.data_per_streamline, trx.data_per_streamline):
+        assert set(found) == set(expected)
+        for key, values in expected.items():
+            np.testing.assert_array_equal(np.asarray(found[key]), values)
+    trx.close()
+    with h5py.File(data, "r+") as file:
+        file["subj0/streamlines/data_per_streamline/name"] = np.zeros(3)
+    cli("extract", data, "subj0", "streamlines", tmp_path / "b.trk").check_refusal("data per streamline 'name'")
+    assert not (tmp_path / "b.trk").exists()
 
 
 def test_a_matrix_of_labels_goes_into_a_dataset_and_out_again(cli, tmp_path):

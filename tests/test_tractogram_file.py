@@ -21,16 +21,17 @@ LENGTHS = np.array([3, 1, 7, 2])
 OFFSETS = np.concatenate([[0], np.cumsum(LENGTHS)])
 POINTS = np.random.default_rng(1).uniform(0, 30, size=(13, 3)).astype(np.float32)
 SEEDS = np.random.default_rng(2).uniform(0, 30, size=(4, 3)).astype(np.float32)
+COLUMNS = {"seeds": 3}
 WORLD = (POINTS.astype(np.float64) - 0.5) @ AFFINE[:3, :3].T + AFFINE[:3, 3]
 LOADERS: Any = nib.streamlines
 
 
 def write(path: Path, *, pieces: tuple[int, ...] = (0, 4), with_seeds: bool = False, **options: Any) -> None:
-    with new_tractogram(path, GRID, with_seeds=with_seeds, **options) as file:
+    with new_tractogram(path, GRID, columns=COLUMNS if with_seeds else None, **options) as file:
         for start, end in pairwise(pieces):
             rows = slice(OFFSETS[start], OFFSETS[end])
             offsets = OFFSETS[start : end + 1] - OFFSETS[start]
-            file.write(POINTS[rows], offsets, SEEDS[start:end] if with_seeds else None)
+            file.write(POINTS[rows], offsets, {"seeds": SEEDS[start:end] - 0.5} if with_seeds else None)
 
 
 @pytest.mark.parametrize("kind", ["trk", "tck"])
@@ -129,11 +130,14 @@ def test_a_failure_leaves_no_file_or_the_one_that_stood_there(tmp_path, kind):
 
 
 def test_names_and_files_that_cannot_be_written_are_refused(tmp_path):
-    for name, with_seeds, message in (
-        ("a.vtk", False, r"Expected a tractogram .trk, .tck, .trx"),
-        ("a.tck", True, "A TCK file has no room for seeds"),
-    ):
-        with pytest.raises(ValueError, match=message), new_tractogram(tmp_path / name, GRID, with_seeds=with_seeds):
+    cases: tuple[tuple[str, dict[str, int], str], ...] = (
+        ("a.vtk", {}, r"Expected a tractogram .trk, .tck, .trx"),
+        ("a.tck", COLUMNS, "a TCK file has no room for data per streamline: 'seeds'"),
+        ("a.trk", {"n" * 19: 3}, "a TRK file has room for 10 tables"),
+        ("a.trk", {str(number): 1 for number in range(11)}, "a TRK file has room for 10 tables"),
+    )
+    for name, columns, message in cases:
+        with pytest.raises(ValueError, match=message), new_tractogram(tmp_path / name, GRID, columns=columns):
             pass
     write(tmp_path / "a.trk")
     with pytest.raises(FileExistsError, match="The file exists"), new_tractogram(tmp_path / "a.trk", GRID):

@@ -60,7 +60,7 @@ def check_options(options: Any) -> None:
         raise ValueError(f"save_blocs: expected a NIfTI file, .nii or .nii.gz. Received: {options.save_blocs}.")
     lines = [out for out in (options.save_biggest, options.save_smallest, options.save_rejected) if out is not None]
     for out in lines:
-        check_name(Path(out), with_seeds=False)
+        check_name(Path(out), columns={})
     for out in (given[1], options.save_blocs, options.figure, *lines):
         if out is not None and os.path.lexists(out) and not options.overwrite:
             raise FileExistsError(f"The file exists: {out}. Choose another name, or overwrite it with --overwrite.")

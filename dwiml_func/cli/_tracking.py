@@ -17,7 +17,7 @@ from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.training_facts import TRAINED_ON
 from dwiml_func.tracking.track import Tracked
 
-__all__ = ["check_options", "header_facts", "with_progress"]
+__all__ = ["check_options", "header_facts", "seed_columns", "with_progress"]
 
 _WITHOUT_EFFECT = ("model_dir", "paths", "processes", "simultaneous_tracking", "overwrite", "verbose", "quiet")
 """Options that lines do not depend on, or that the header has in another form."""
@@ -48,7 +48,7 @@ def check_options(options: Any) -> str:
     if not options.input and options.subject is None:
         raise ValueError("subject: expected the name of a subject of the dataset. Received none. Give --subject.")
     out = options.paths[-1]
-    check_name(Path(out), with_seeds=options.save_seeds)
+    check_name(Path(out), columns=seed_columns(options.save_seeds))
     if Path(out).exists() and not options.overwrite:
         raise FileExistsError(f"The file exists: {out}. Choose another name, or overwrite it with --overwrite.")
     return out
@@ -88,3 +88,8 @@ def with_progress(results: Iterator[Tracked], num_seeds: int) -> Iterator[Tracke
         for tracked in results:
             bar.update(tracked.num_done - bar.n)
             yield tracked
+
+
+def seed_columns(save_seeds: bool) -> dict[str, int]:
+    """The columns of data per streamline of a tracking."""
+    return {"seeds": 3} if save_seeds else {}

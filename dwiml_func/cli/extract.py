@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from dwiml_func.cli._connectivity import write_nifti
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.data.hdf5.layout import read_grid, read_volume, subject_group
 from dwiml_func.data.hdf5.problems import open_hdf5, present, raise_first, scalar
-from dwiml_func.data.hdf5.subject import read_subject_streamlines
+from dwiml_func.data.hdf5.subject import SubjectStreamlines, read_subject_streamlines
 from dwiml_func.data.tractogram_file import FORMATS, new_tractogram
 from dwiml_func.files.atomic import atomic_write
 
@@ -25,8 +26,8 @@ __all__ = ["Options", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
-    """Write a group of a dataset's subject as a file of its own: a volume as NIfTI, streamlines as TRK, TCK or TRX,
-    without data per streamline.
+    """Write a group of a dataset's subject as a file of its own: a volume as NIfTI, streamlines as TRK, TCK or TRX.
+    TRK and TRX hold their data per streamline too, as float32, and "bundle_ids" where the dataset has bundles.
 
     Example: dwiml-func extract data.hdf5 sub_5 streamlines sub_5.trk
     """
@@ -78,10 +79,25 @@ def run(options: Options) -> int:
     if kind == "streamlines" and not options.save_connectivity:
         _check_ending(options.out, tuple(FORMATS), f"the streamlines {name!r}")
         found = read_subject_streamlines(path, options.subject, name)
-        with folders_above(options.out) as out, new_tractogram(out, found.grid, overwrite=options.overwrite) as lines:
-            lines.write(found.streamlines.points.numpy(), found.streamlines.offsets.numpy())
+        tables = {} if options.out.lower().endswith(".tck") else _tables(found)
+        writing = {"columns": {key: values.shape[1] for key, values in tables.items()}, "overwrite": options.overwrite}
+        with folders_above(options.out) as out, new_tractogram(out, found.grid, **writing) as lines:
+            lines.write(found.streamlines.points.numpy(), found.streamlines.offsets.numpy(), tables)
     print(options.out)
     return 0
+
+
+def _tables(found: SubjectStreamlines) -> dict[str, NDArray]:
+    """Data per streamline under names that a file in a TRX archive can have."""
+    tables = {} if found.bundles is None else {"bundle_ids": found.bundles.ids[:, None]}
+    for key, values in found.tables.items():
+        if values.ndim != 2 or len(values) != len(found.streamlines) or values.dtype.kind not in "biuf":
+            raise ValueError(
+                f"data per streamline {key!r}: expected numbers of shape ({len(found.streamlines)}, values). Received: "
+                f"{values.dtype} of shape {values.shape}."
+            )
+        tables[key.replace("/", "_").replace(".", "_")] = values
+    return tables
 
 
 def _check_ending(out: str, endings: tuple[str, ...], what: str) -> None:

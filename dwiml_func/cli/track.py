@@ -16,7 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.cli._tracking import check_options, header_facts, with_progress
+from dwiml_func.cli._tracking import check_options, header_facts, seed_columns, with_progress
 from dwiml_func.core.matmul_precision import set_matmul_precision
 from dwiml_func.core.rng import Key
 from dwiml_func.data.creation.config import Standardization
@@ -169,7 +169,11 @@ def run(options: Options) -> int:
         num_blocks=-(-options.simultaneous_tracking // NUM_ROWS[device.type]),
     )
     num_lines, total_length = 0, 0.0
-    writing = {"facts": header_facts(options, model), "with_seeds": options.save_seeds, "overwrite": options.overwrite}
+    writing = {
+        "facts": header_facts(options, model),
+        "columns": seed_columns(options.save_seeds),
+        "overwrite": options.overwrite,
+    }
     with folders_above(out) as path, new_tractogram(path, found.grid, **writing) as file:
         for tracked in with_progress(results, len(seeds)):
             lines = tracked.streamlines
@@ -179,7 +183,8 @@ def run(options: Options) -> int:
                 total_length += float(lengths_mm(in_mm, lines.offsets.numpy()).sum())
             if options.compress is not None:
                 lines = resample_streamlines(lines, sizes, Resampling(compress=options.compress))
-            own = seeds[tracked.seeds - first].numpy() if options.save_seeds else None
+            # As scilpy has them: the origin at the first voxel's centre.
+            own = {"seeds": seeds[tracked.seeds - first].numpy() - 0.5} if options.save_seeds else None
             file.write(lines.points.numpy(), lines.offsets.numpy(), own)
             num_lines += len(lines)
     if num_lines == 0:

@@ -23,6 +23,7 @@ from dwiml_func.files.atomic import atomic_file, remove_leftovers
 
 __all__ = ["FORMATS", "TractogramFile", "check_name", "new_tractogram", "write_trk"]
 
+_MOST_TABLES = 10  # of a TRK's header
 Points = NDArray[np.float32]
 Offsets = NDArray[np.int64]
 
@@ -30,8 +31,8 @@ Offsets = NDArray[np.int64]
 class TractogramFile(Protocol):
     """A tractogram that is being written."""
 
-    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None) -> None:
-        """Append lines: points (P, 3), voxel space, corner origin, offsets (S + 1,); with seeds (S, 3), likewise."""
+    def write(self, points: Points, offsets: Offsets, tables: Mapping[str, NDArray] | None = None) -> None:
+        """Append lines: points (P, 3), voxel space, corner origin, offsets (S + 1,), and data per streamline (S, K)."""
         ...
 
 
@@ -41,23 +42,24 @@ def new_tractogram(
     grid: Grid,
     *,
     facts: Mapping[str, str] | None = None,
-    with_seeds: bool = False,
+    columns: Mapping[str, int] | None = None,
     overwrite: bool = False,
 ) -> Iterator[TractogramFile]:
     """Write a tractogram inside a `with` block; it appears under its name once the block ends without an error.
 
-    `facts` are texts for the header; TRK has no room for them. `with_seeds` stores seeds as data per streamline
-    "seeds", voxel space with the origin at the first voxel's centre, as scilpy does; TCK has no room for them.
+    `facts` are texts for the header; TRK has no room for them. `columns` are those of data per streamline, by name,
+    which are stored as float32; TCK has no room for them.
     """
     path = Path(path)
-    kind = check_name(path, with_seeds=with_seeds)
+    columns = dict(columns or {})
+    kind = check_name(path, columns=columns)
     if path.is_dir():
         raise IsADirectoryError(f"Expected a file name for the tractogram. Received a folder: {path}.")
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"The file exists: {path}. Choose another name, or overwrite it with --overwrite.")
     remove_leftovers(path.parent, path.name)
     with atomic_file(path) as file:
-        tractogram = FORMATS[kind](file, grid, dict(facts or {}), with_seeds)
+        tractogram = FORMATS[kind](file, grid, dict(facts or {}), columns)
         try:
             yield tractogram
             tractogram.finish()
@@ -71,18 +73,29 @@ def write_trk(path: str | Path, grid: Grid, points: Points, offsets: Offsets, da
     Data that are called "color", of three columns from 0 to 255, are the colours that viewers show.
     """
     with atomic_file(path) as file:
-        trk = _Trk(file, grid, {}, False, {name: values.shape[1] for name, values in data.items()})
+        trk = _Trk(file, grid, {}, {}, {name: values.shape[1] for name, values in data.items()})
         trk.write(points, offsets, data=np.concatenate(list(data.values()), axis=1))
         trk.finish()
 
 
-def check_name(path: Path, *, with_seeds: bool) -> str:
-    """The kind of file that a name asks for; ValueError where there is none, or none that can hold seeds."""
+def check_name(path: Path, *, columns: Mapping[str, int]) -> str:
+    """The kind of file that a name asks for; ValueError where there is none, or none that can hold these data."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"Expected a tractogram {', '.join(FORMATS)}. Received: {str(path)!r}.")
-    if with_seeds and path.suffix.lower() == ".tck":
-        raise ValueError("A TCK file has no room for seeds. Write a TRK or TRX file, or leave --save-seeds out.")
-    return path.suffix.lower()
+    kind, names = path.suffix.lower(), ", ".join(map(repr, columns))
+    if columns and kind == ".tck":
+        raise ValueError(f"{path}: a TCK file has no room for data per streamline: {names}. Write a TRK or TRX file.")
+    if kind == ".trk" and (len(columns) > _MOST_TABLES or any(_is_long(name, num) for name, num in columns.items())):
+        raise ValueError(
+            f"{path}: a TRK file has room for {_MOST_TABLES} tables of data per streamline of at most 255 "
+            f"columns, with names of at most 16 ASCII letters. Received: {names}. Write a TRX file."
+        )
+    return kind
+
+
+def _is_long(name: str, num: int) -> bool:
+    """Whether the 20 bytes of a TRK's header have no room for a name and its number of columns."""
+    return not name.isascii() or num > 255 or len(name) + (0 if num == 1 else 1 + len(str(num))) > 20
 
 
 class _Trk:
@@ -93,7 +106,7 @@ class _Trk:
         file: BinaryIO,
         grid: Grid,
         facts: dict[str, str],
-        with_seeds: bool,
+        columns: Mapping[str, int],
         data_columns: Mapping[str, int] | None = None,
     ) -> None:
         from nibabel.affines import voxel_sizes
@@ -108,28 +121,35 @@ class _Trk:
             header[name] = value
         header["dimensions"], header["voxel_sizes"], header["voxel_to_rasmm"] = grid.shape, self._sizes, grid.affine
         header["voxel_order"] = "".join(aff2axcodes(grid.affine))
-        if with_seeds:
-            header["nb_properties_per_streamline"] = 3
-            header["property_name"][0] = encode_value_in_name(3, "seeds")
-        for number, (name, columns) in enumerate((data_columns or {}).items()):
-            header["nb_scalars_per_point"] += columns
-            header["scalar_name"][number] = encode_value_in_name(columns, name)
+        self._columns = columns
+        header["nb_properties_per_streamline"] = sum(columns.values())
+        for number, (name, num) in enumerate(columns.items()):
+            header["property_name"][number] = encode_value_in_name(num, name)
+        for number, (name, num) in enumerate((data_columns or {}).items()):
+            header["nb_scalars_per_point"] += num
+            header["scalar_name"][number] = encode_value_in_name(num, name)
         self._header = header
         file.write(header.tobytes())
 
-    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None, data: Points | None = None) -> None:
+    def write(
+        self,
+        points: Points,
+        offsets: Offsets,
+        tables: Mapping[str, NDArray] | None = None,
+        data: Points | None = None,
+    ) -> None:
         rows = (points * self._sizes).astype("<f4")
         if data is not None:
             rows = np.concatenate([rows, data.astype("<f4")], axis=1)
-        lengths, num_properties, width = np.diff(offsets), 0 if seeds is None else 3, rows.shape[1]
+        lengths, num_properties, width = np.diff(offsets), sum(self._columns.values()), rows.shape[1]
         starts = width * offsets[:-1] + np.arange(len(lengths)) * (1 + num_properties)
         words = np.empty(rows.size + len(lengths) * (1 + num_properties), "<f4")
         is_point = np.ones(len(words), bool)
         words[starts] = lengths.astype("<i4").view("<f4")
         is_point[starts] = False
-        if seeds is not None:
-            places = (starts + 1 + width * lengths)[:, None] + np.arange(3)
-            words[places] = seeds - 0.5
+        if tables:
+            places = (starts + 1 + width * lengths)[:, None] + np.arange(num_properties)
+            words[places] = np.concatenate([tables[name] for name in self._columns], axis=1)
             is_point[places] = False
         words[is_point] = rows.reshape(-1)
         self._file.write(words.tobytes())
@@ -147,11 +167,11 @@ class _Trk:
 class _Tck:
     """Points in RAS mm; a NaN after each line, an infinity after the last."""
 
-    def __init__(self, file: BinaryIO, grid: Grid, facts: dict[str, str], with_seeds: bool) -> None:
+    def __init__(self, file: BinaryIO, grid: Grid, facts: dict[str, str], columns: Mapping[str, int]) -> None:
         self._file, self._grid, self._facts, self._count = file, grid, facts, 0
         self._write_header()
 
-    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None) -> None:
+    def write(self, points: Points, offsets: Offsets, tables: Mapping[str, NDArray] | None = None) -> None:
         lengths = np.diff(offsets)
         rows = np.full((len(points) + len(lengths), 3), np.nan, "<f4")
         line = np.repeat(np.arange(len(lengths)), lengths)
@@ -179,18 +199,19 @@ class _Tck:
 class _Trx:
     """A ZIP archive of plain arrays, in RAS mm; lines wait in temporary files until all are there."""
 
-    def __init__(self, file: BinaryIO, grid: Grid, facts: dict[str, str], with_seeds: bool) -> None:
+    def __init__(self, file: BinaryIO, grid: Grid, facts: dict[str, str], columns: Mapping[str, int]) -> None:
         self._file, self._grid, self._facts = file, grid, facts
         self._count, self._num_points = 0, 0
-        names = ["positions.3.float32", "offsets.uint64", *["dps/seeds.3.float32"] * with_seeds]
+        self._tables = {name: f"dps/{name}.{num}.float32" for name, num in columns.items()}
+        names = ["positions.3.float32", "offsets.uint64", *self._tables.values()]
         folder = Path(file.name).parent
         self._parts = {name: tempfile.TemporaryFile(dir=folder) for name in names}  # noqa: SIM115 (see close)
 
-    def write(self, points: Points, offsets: Offsets, seeds: Points | None = None) -> None:
+    def write(self, points: Points, offsets: Offsets, tables: Mapping[str, NDArray] | None = None) -> None:
         self._parts["positions.3.float32"].write(_to_world(points, self._grid).tobytes())
         self._parts["offsets.uint64"].write((offsets[:-1] + self._num_points).astype("<u8").tobytes())
-        if seeds is not None:
-            self._parts["dps/seeds.3.float32"].write((seeds - 0.5).astype("<f4").tobytes())
+        for name, values in (tables or {}).items():
+            self._parts[self._tables[name]].write(values.astype("<f4").tobytes())
         self._count += len(offsets) - 1
         self._num_points += len(points)
 

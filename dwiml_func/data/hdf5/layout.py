@@ -6,7 +6,7 @@ File attributes name the subjects of each subset. Each subject is a group that h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ __all__ = [
     "Subset",
     "Table",
     "group_of",
+    "per_streamline",
     "read_bundles",
     "read_grid",
     "read_lengths_mm",
@@ -235,6 +236,21 @@ def read_bundles(group: h5py.Group, num_streamlines: int) -> Checked[Bundles]:
     unknown = (ids < 0) | (ids >= len(names))
     fault = f"are of a bundle that is none of the {len(names)} named"
     return None if (yield from streamlines_that(group, unknown, fault)) else Bundles(names, ids)
+
+
+def per_streamline(group: Any) -> dict[str, Any]:
+    """Data per streamline by name; a name with '/' is a group in a group."""
+    found: dict[str, Any] = {}
+
+    def visit(prefix: str, parent: Any) -> None:
+        for name, item in parent.items():
+            if hasattr(item, "items"):
+                visit(f"{prefix}{name}/", item)
+            else:
+                found[prefix + name] = item
+
+    visit("", group.get("data_per_streamline") or {})
+    return found
 
 
 def streamlines_that(group: h5py.Group, wrong: NDArray[np.bool_], have_a_fault: str) -> Checked[bool]:

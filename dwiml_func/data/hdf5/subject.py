@@ -8,12 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.layout import (
     group_of,
+    per_streamline,
     read_bundles,
     read_points,
     read_table,
@@ -28,12 +30,16 @@ __all__ = ["SubjectStreamlines", "read_subject_streamlines"]
 
 
 class SubjectStreamlines(NamedTuple):
-    """A subject's streamlines in voxel space, corner origin; bundles are None where the file does not say them."""
+    """A subject's streamlines in voxel space, corner origin; bundles are None where the file does not say them.
+
+    Tables are data per streamline by name, (S, K).
+    """
 
     streamlines: Streamlines
     grid: Grid
     voxel_sizes: tuple[float, float, float]
     bundles: Bundles | None
+    tables: dict[str, NDArray]
 
 
 def read_subject_streamlines(
@@ -54,7 +60,8 @@ def read_subject_streamlines(
         if len(table.lengths) == 0:
             raise ValueError(f"{path}: subject {subject!r}, group {group_name!r}: no streamlines.")
         bundles = raise_first(read_bundles(group, len(table.lengths)), path)
+        tables = {name: np.asarray(values) for name, values in per_streamline(group).items()}
         points = torch.from_numpy(np.ascontiguousarray(raise_first(read_points(group, table), path)))
     return SubjectStreamlines(
-        Streamlines(points, offsets_of(torch.from_numpy(table.lengths))), grid, (x, y, z), bundles
+        Streamlines(points, offsets_of(torch.from_numpy(table.lengths))), grid, (x, y, z), bundles, tables
     )

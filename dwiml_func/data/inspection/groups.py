@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.consistency import connectivity_fits, volume_attributes
 from dwiml_func.data.hdf5.layout import (
+    per_streamline,
     read_bundles,
     read_grid,
     read_lengths_mm,
@@ -95,7 +96,7 @@ def inspect_streamlines(group: h5py.Group) -> Checked[StreamlineSummary]:
     if num == 0:
         yield Problem(location(group), "no streamlines")
         return unknown
-    for key, values in _per_streamline(group).items():
+    for key, values in per_streamline(group).items():
         if getattr(values, "ndim", 0) != 2 or len(values) != num:
             shape = getattr(values, "shape", "()")
             yield Problem(location(group), f"data per streamline {key!r} of shape {shape}. Expected ({num}, values)")
@@ -125,23 +126,8 @@ def inspect_streamlines(group: h5py.Group) -> Checked[StreamlineSummary]:
     return unknown._replace(lengths=lengths, steps=measured)
 
 
-def _per_streamline(group: Any) -> dict[str, Any]:
-    """Data per streamline by name; a name with '/' is a group in a group."""
-    found: dict[str, Any] = {}
-
-    def visit(prefix: str, parent: Any) -> None:
-        for name, item in parent.items():
-            if hasattr(item, "items"):
-                visit(f"{prefix}{name}/", item)
-            else:
-                found[prefix + name] = item
-
-    visit("", group.get("data_per_streamline") or {})
-    return found
-
-
 def _extras(group: Any) -> tuple[str, ...]:
-    names = [f"data per streamline {key!r}" for key in _per_streamline(group)]
+    names = [f"data per streamline {key!r}" for key in per_streamline(group)]
     if "connectivity_matrix" in group:
         kind = str(group.attrs.get("connectivity_matrix_type", "of no type")).replace("_", " ")
         names.append(f"connectivity matrix {kind}")
