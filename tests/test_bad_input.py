@@ -199,6 +199,10 @@ def test_a_link_to_nothing_is_a_file_that_exists(cli, tmp_path):
     (tmp_path / "data.hdf5").symlink_to("nowhere")
     cli("example-data", tmp_path / "data.hdf5").check_refusal("The file exists")
     assert (tmp_path / "data.hdf5").is_symlink()
+    for target in ("nowhere", "run"):  # the second is a circle
+        (tmp_path / "run").unlink(missing_ok=True)
+        (tmp_path / "run").symlink_to(target)
+        cli("train", tmp_path, "run", PHANTOM).check_refusal("broken link, to " + target)
 
 
 @pytest.mark.parametrize("options", [["--num-models", 10**9], ["--num-models", 5000, "--sweep", "learning-rate=1,2,3"]])
@@ -266,6 +270,14 @@ def test_a_corrupt_config_is_refused_on_resume(cli, experiments, content, named)
         str(experiments / "run" / "config.json"), *named
     )
     assert contents(experiments) == before
+
+
+def test_a_config_that_a_windows_editor_wrote_is_read(cli, experiments):
+    """It writes a byte order mark."""
+    path = experiments / "run" / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert cli("digest", experiments / "run").code == 0
+    cli("resume", experiments, "run").check_refusal("No epoch is left to train")
 
 
 def test_a_run_whose_checkpoints_are_all_corrupt_is_refused_on_resume_and_by_digest(cli, experiments):

@@ -29,6 +29,7 @@ from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+SH = {"sh_order": 2, "sh_basis": "descoteaux07"}
 NAMES = ["subset", "loss", "num_points", "num_streamlines", "angular_error", "compared", "window_lag"]
 
 
@@ -131,7 +132,7 @@ def turns(tmp_path: Path) -> Path:
     with new_dataset(path, training=["p1"], validation=["p2"], groups_config={}, date="x") as file:
         for subject in ("p1", "p2"):
             group = file.create_group(subject)
-            write_volume(group, "input", volume, np.diag([*sizes, 1]), attributes={"sh_order": 2})
+            write_volume(group, "input", volume, np.diag([*sizes, 1]), attributes=SH)
             points = np.concatenate([line / sizes + 0.5] * 4)
             lines = {"affine": np.diag([*sizes, 1]), "dimensions": (12, 12, 6)}
             write_streamlines(group, "streamlines", points, np.arange(5) * 3, **lines)
@@ -147,6 +148,17 @@ def test_angles_are_those_of_space_where_voxels_are_no_cubes(cli, turns, tmp_pat
     assert compared["principal_direction"] == pytest.approx(0, abs=1)  # the fibre of the signal is the second step
     summary = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert summary["keep_straight"] == pytest.approx(60, abs=1e-3)
+    file_type: Any = h5py.File
+    with file_type(turns, "r+") as file:
+        for name in ("input", "streamlines"):
+            file[f"p2/{name}"].attrs["affine"] = np.diag([1.0, 1, 5, 1])
+        file["p2/streamlines"].attrs["voxel_sizes"] = [1.0, 1, 5]
+    told = cli("evaluate", tmp_path / "run", turns)
+    assert (told.code, "turns.hdf5: expected voxels of 1 x 1 x 4 mm, as in the model's" in told.err) == (0, True)
+    with file_type(turns, "r+") as file:
+        for subject in file:
+            file[f"{subject}/input"].attrs["sh_basis"] = "tournier07"
+    cli("evaluate", tmp_path / "run", turns).check_refusal("turns.hdf5", "expected the SH basis 'descoteaux07'")
 
 
 @pytest.mark.parametrize("key", GETTERS)

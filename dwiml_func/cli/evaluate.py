@@ -22,6 +22,7 @@ from dwiml_func.experiment.folder import is_ensemble, member_folders, read_confi
 from dwiml_func.experiment.model_store import find_model, load_model
 from dwiml_func.experiment.reconstruction import Reconstruction, reconstruction_of_subset
 from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.training_facts import TRAINED_ON, check_dataset
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.files.lock import experiment_lock
 
@@ -70,14 +71,17 @@ def run(options: Options) -> int:
     if options.write:
         return _write(Path(options.model_dir), options.hdf5_file)
     model = load_model(find_model(options.model_dir))
+    path = options.hdf5_file or read_config(Path(options.model_dir)).hdf5_file
     dataset = open_dataset(
-        options.hdf5_file or read_config(Path(options.model_dir)).hdf5_file,
+        path,
         options.subset,
         input_group_name=options.input_group_name or model.config.data.input_group_name,
         streamline_group_name=options.streamline_group_name or model.config.data.streamline_group_name,
         lazy=options.lazy,
         cache_size=options.cache_size,
     )
+    if len(dataset.index.subjects) > 0:
+        check_dataset(model.facts.get(TRAINED_ON, {}), dataset, source=path)
     if model.config.model.model == "autoencoder":
         result = reconstruction_of_subset(model, dataset, batch_size=options.batch_size)
     else:

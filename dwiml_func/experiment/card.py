@@ -54,7 +54,7 @@ def model_card(directory: str | Path) -> str:
     for name, title in _FILES.items():
         path = directory / name
         if path.is_file():
-            sections[title] = _numbers(parse_json(path.read_text(), source=str(path)))
+            sections[title] = _numbers(parse_json(path.read_bytes(), source=str(path)))
     sections["Computed by"] = dict(latest.environment)
     sections["Record"] = {
         "state": latest.digest,

@@ -18,6 +18,7 @@ from dwiml_func.checkpoint.index import is_checkpoint_name, list_checkpoints
 from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
 from dwiml_func.files.json import parse_json, read_config_file
+from dwiml_func.files.paths import missing_text
 
 __all__ = [
     "ENSEMBLE_FILE",
@@ -81,6 +82,8 @@ def check_new_experiment(experiments_path: str | Path, experiment_name: str) -> 
             f"Experiment {experiment_name!r} exists in {str(experiments_path)!r}. "
             f"Choose another name, or resume it: dwiml-func resume {experiments_path} {experiment_name}"
         )
+    if directory.is_symlink():
+        raise FileNotFoundError(f"The experiment {missing_text(directory)}. Choose another name, or remove the link.")
     return directory
 
 

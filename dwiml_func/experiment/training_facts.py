@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from dwiml_func.data.dataset import StreamlineDataset
 
-__all__ = ["TRAINED_ON", "check_same_kind", "training_facts", "volume_facts"]
+__all__ = ["TRAINED_ON", "check_dataset", "check_same_kind", "training_facts", "volume_facts"]
 
 TRAINED_ON = "trained_on"
 """The key of the facts in `model.json`; models of earlier versions, and of dwi_ml, do not have it."""
@@ -47,6 +48,17 @@ def volume_facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
         width = np.atleast_1d(np.asarray(mean)).shape[-1]  # there may be a row for each subject
         facts["standardization"] = "all" if width == 1 else "independent"
     return facts
+
+
+def check_dataset(trained_on: Mapping[str, Any], dataset: StreamlineDataset, *, source: str) -> None:
+    """Raise ValueError for a dataset with volumes of another kind than in the training; warn of other voxel sizes."""
+    facts = training_facts(dataset)
+    check_same_kind({name: trained_on[name] for name in _TEXTS if name in trained_on}, facts, (), source=source)
+    try:
+        for sizes in facts["voxel_sizes"]:
+            check_same_kind(trained_on, {}, sizes, source=source)
+    except ValueError as error:
+        logging.getLogger(__name__).warning("%s", error)
 
 
 def check_same_kind(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -22,7 +23,7 @@ def read_config_file(path: Path, *, source: str) -> bytes:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise ValueError(f"{source}: this file is larger than any config.")
-    return content
+    return content.removeprefix(codecs.BOM_UTF8)  # Windows editors write it
 
 
 def parse_json(text: str | bytes, *, source: str) -> Any:

@@ -61,8 +61,8 @@ def experiment_lock(directory: str | Path, *, wait: bool = False) -> Iterator[No
                 "%s is on a file system without locks. Do not start a second process in it.", directory
             )
         if is_locked(directory):  # else the file, if any, is a marker of filelock's own, which it removes itself
-            path.write_text(f"process {os.getpid()} on {platform.node()}")
             stack.callback(_remove_own, path, path.lstat())  # while it is locked; filelock notices that it has gone
+            path.write_text(f"process {os.getpid()} on {platform.node()}")
         yield
 
 
