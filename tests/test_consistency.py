@@ -16,6 +16,7 @@ import torch
 
 from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.grid import Grid, grid_difference, orientation_difference
+from dwiml_func.data.hdf5.layout import read_resampling
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
@@ -199,6 +200,36 @@ FAULTS = {
 def test_rows_are_labels_with_the_background_or_without_or_numbers_of_labels(rows, labels, fits):
     fault = matrix_fault((rows, rows), None, np.array(labels).reshape(-1, 1, 1))
     assert (fault is None) == fits
+
+
+@pytest.mark.parametrize(
+    ("attributes", "resampling"),
+    [
+        ({"step_size": 0.5, "nb_points": "Not defined by user"}, Resampling(step_size=0.5)),
+        ({"compress": [0.1]}, Resampling(compress=0.1)),
+        ({"nb_points": 20}, Resampling(nb_points=20)),
+        ({"step_size": 0.5, "nb_points": 20}, Resampling()),  # who knows which of them
+        ({"step_size": 0.0, "compress": True}, Resampling()),
+    ],
+)
+def test_a_file_says_how_it_was_sampled_in_one_way(tmp_path, attributes, resampling):
+    with File(tmp_path / "a.hdf5", "w") as file:
+        file.attrs.update(attributes)
+        assert read_resampling(file) == resampling
+
+
+@pytest.mark.parametrize(("num", "fits"), [(16, True), (17, False)])
+def test_streamlines_may_share_points_up_to_16_times(data, num, fits):
+    with File(data, "r+") as file:
+        group = file["a/streamlines"]
+        for name, values in (("offsets", np.zeros(num, int)), ("lengths", np.full(num, 12))):  # all of the 12 points
+            del group[name]
+            group[name] = values
+    if fits:
+        assert open_dataset(data).index.num_streamlines.tolist() == [16, 4]
+        return
+    with pytest.raises(ValueError, match=r"204 points of overlapping .* the 12 points stored.* at most 16 times"):
+        open_dataset(data)
 
 
 def test_grids_are_the_same_to_a_thousandth_in_each_element():

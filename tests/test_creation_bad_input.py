@@ -200,8 +200,10 @@ def test_volumes_of_one_group_lie_on_one_grid(folder, refused, change):
     assert re.search(place("input", "fa.nii.gz") + words, refused())
 
 
-@pytest.mark.parametrize("standardization", ["none", "all"])
-def test_a_mask_is_no_input(folder, refused, standardization):
+@pytest.mark.parametrize(("standardization", "value"), [("none", 1), ("none", 255), ("all", 1)])
+def test_a_mask_is_no_input(folder, refused, standardization, value):
+    mask: Any = nib.load(folder / "subjects" / "s1" / "mask.nii.gz")
+    save_volume(folder / "subjects" / "s1" / "mask.nii.gz", (value * (mask.get_fdata() > 0)).astype(np.uint8))
     set_config(folder, input={"type": "volume", "files": "mask.nii.gz", "standardization": standardization})
     assert re.search(place("input", "mask.nii.gz", "s1") + "a 3-D mask", refused())
 

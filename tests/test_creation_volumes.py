@@ -84,6 +84,17 @@ def test_a_constant_feature_is_shifted_and_not_blown_up():
     assert (data[mask][:, 1] == 0).all()
 
 
+@pytest.mark.parametrize("independent", [False, True])
+@pytest.mark.parametrize("value", [0.1, 1.1, 3.3])
+def test_one_value_is_constant_although_its_mean_is_rounded(value, independent):
+    data = np.full((10, 10, 10, 1), value)
+    assert standardize(data, None, independent=independent, source=Source("s", "g", Path("f")))[1] == 1
+    assert np.abs(data).max() < 1e-14
+    neighbours = np.ones((10, 10, 10, 1), np.float32)
+    neighbours[::2] = np.nextafter(np.float32(1), np.float32(2))
+    assert standardize(neighbours, None, independent=independent, source=Source("s", "g", Path("f")))[1] == 1
+
+
 def test_means_of_large_values_are_exact():
     data = np.full((60, 60, 60, 1), 16_777_216, np.float32)
     data[::2] += 4

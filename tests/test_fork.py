@@ -16,6 +16,7 @@ import torch
 from experiment_cases import latest_digest
 from reproduction_cases import DATA, STOCHASTIC, differences, results
 
+from dwiml_func import init_state, sgd
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.checkpoint import read, restore
 from dwiml_func.checkpoint.index import list_checkpoints
@@ -23,9 +24,9 @@ from dwiml_func.cli.main import main
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key
-from dwiml_func.experiment.config import Origin
+from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import read_config
-from dwiml_func.experiment.fork import create_fork, prepare_fork
+from dwiml_func.experiment.fork import _best, create_fork, prepare_fork
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.files.fingerprint import fingerprint
@@ -205,6 +206,31 @@ def test_the_best_epoch_is_reset_with_another_loss(cli, source):
     assert history(other)[2].best == Best(history(other)[2].monitored, 3, 0)
     assert load_model(other / "best_model").facts["epoch"] == history(other)[-1].best.epoch
     assert cli("verify", other, "--epoch", "3").code == 0
+
+
+def test_the_options_that_keep_the_meaning_of_the_monitored_loss(tmp_path):
+    """Those of loading, and of a validated training those that act on training batches alone; of the training all but
+    what is monitored."""
+    config, best = RunConfig(hdf5_file=""), Best(0.5, 1, 0)
+    state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0).replace(epoch=1, best=best)
+    names = ("model", "data", "batches", "training")
+    parts = {name: [f"{name}.{option}" for option in dataclasses.asdict(getattr(config, name))] for name in names}
+
+    def kept(is_validated: bool) -> set[str]:
+        every = [option for options in parts.values() for option in options]
+        return {
+            option for option in every if _best(tmp_path, state, state, {option}, is_validated=is_validated)[1] is None
+        }
+
+    always = {"data.lazy", "data.cache_size", "batches.processes"}
+    always |= {*parts["training"]} - {"training.monitor", "training.monitor_mode"}
+    assert kept(False) == always
+    assert kept(True) - always == {
+        *("model.dropout", "model.dropout_rate", "model.dg_dropout"),
+        *("batches.batch_size_training", "batches.max_batches_per_epoch_training"),
+        *("batches.noise_gaussian_size_forward", "batches.noise_gaussian_size_loss"),
+        *("batches.split_ratio", "batches.reverse_ratio"),
+    }
 
 
 def test_the_best_epoch_is_reset_where_its_model_is_gone(cli, stopped_early, tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
 from dwiml_func.cli.main import COMMANDS
+from dwiml_func.data.example.settings import ExampleSettings
 
 
 def options_in(text: str) -> list[str]:
@@ -24,6 +27,33 @@ def test_every_option_has_a_text_and_a_default(cli, command: str) -> None:
     for option in options:
         words = " ".join(option.split())
         assert re.search(r" [A-Z\"][^.]{9,}.*[.:] \((default: .*|required)\)", words), words
+
+
+DEFAULTS: dict[str, dict[str, object]] = {  # of commands' own options, where they are not None, off or nothing
+    "train": {"num_models": 1},
+    "example-data": {"settings": ExampleSettings()},
+    "create-hdf5": {"enforce_files_presence": True},
+    "evaluate": {"subset": "validation", "batch_size": 100, "cache_size": "2GB", "num_threads": 1},
+    "visualize-loss": {"best_and_worst": 10.0, "displacement": 1, "colormap": "viridis", "batch_size": 100}
+    | {"num_threads": 1},
+    "score": {"streamline_group": "streamlines"},
+    "attention": {"ids": (0,), "colormap": "viridis"},
+    "benchmark": {"out": "benchmark", "setting": "small"},
+    "track": {"algo": "det", "mask_interp": "nearest", "min_length": 10.0, "max_length": 300.0, "theta": 90.0}
+    | {"rng_seed": 1234, "processes": 1, "simultaneous_tracking": 1},
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_defaults_of_commands(command: str) -> None:
+    module = importlib.import_module(f"dwiml_func.cli.{command.replace('-', '_')}")
+    defaults = {field.name: field.default for field in dataclasses.fields(module.Options)}
+    given = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
+    own = {name: value for name, value in given.items() if value not in (None, False, ())}
+    assert own == DEFAULTS.get(command, {})
+    assert ExampleSettings() == ExampleSettings(
+        snr=20.0, nb_directions=60, distractors=0, crossings=0, test_subject="sub_5"
+    )
 
 
 def test_the_help_of_train_is_grouped_by_the_parts_of_the_config(cli) -> None:

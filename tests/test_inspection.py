@@ -78,6 +78,12 @@ def test_measures_are_those_of_the_streamlines(tmp_path):
     assert row[head.index("points") + 5] == "5"  # numbers end where their heads do
 
 
+@pytest.mark.parametrize(("step_size", "differs"), [(0.62, False), (0.65, True), (0.43, False), (0.42, True)])
+def test_steps_are_those_of_the_file_to_a_fifth(edited, step_size, differs):
+    problems = inspect_dataset(edited(attribute("/", "step_size", step_size))).problems  # of 0.508 mm
+    assert any("a median step of" in str(problem) for problem in problems) == differs
+
+
 @pytest.mark.parametrize(("factor", "differs"), [(1.0009, False), (0.998, True), (1.002, True)])
 def test_lengths_in_mm_are_right_to_a_thousandth(tmp_path, factor, differs):
     with new_dataset(tmp_path / "a.hdf5", training=["a"], groups_config={}, date="") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import signal
@@ -17,7 +16,6 @@ import pytest
 from nibabel.affines import apply_affine
 from preloaded import finished, start_program
 
-from dwiml_func.cli.track import Options
 from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.experiment.config import RunConfig
@@ -291,14 +289,3 @@ def test_the_next_run_removes_what_a_killed_one_left(track, tmp_path):
     leftover.write_bytes(b"part")
     track()
     assert [path.name for path in tmp_path.iterdir()] == ["a.trk"]
-
-
-def test_the_defaults_of_tracking_options():
-    defaults = {field.name: field.default for field in dataclasses.fields(Options)}
-    spec = {"min_length": 10.0, "max_length": 300.0, "theta": 90.0, "algo": "det", "track_forward_only": False}
-    run = {"rng_seed": 1234, "skip": 0, "processes": 1, "use_gpu": False, "simultaneous_tracking": 1}
-    others = {"mask_interp": "nearest", "discard_last_point": False, "save_seeds": False}
-    expected = spec | run | others
-    assert {name: defaults[name] for name in expected} == expected
-    given = {name: defaults[name] for name in ("step_size", "data_interp", "npv", "nt", "eos_stop", "compress")}
-    assert set(given.values()) == {None}

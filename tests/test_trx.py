@@ -53,6 +53,8 @@ def test_an_unpacked_tractogram_of_any_kind_is_read(tmp_path, kind, has_last, of
     points = np.random.default_rng(0).uniform(0, 9, (7, 3)).astype(kind)
     (tmp_path / "header.json").write_text(header(7, 2))
     (tmp_path / f"positions.3.{kind}").write_bytes(points.tobytes())
+    (tmp_path / "dps" / "of_another_program").mkdir(parents=True)
+    (tmp_path / "dps" / "of_another_program" / "notes.txt").write_bytes(b"passed over")
     offsets = np.array([0, 3, 7], offset_kind)
     (tmp_path / f"offsets.{offset_kind}").write_bytes(offsets[: 2 + has_last].tobytes())
     trx = read_trx(tmp_path)
@@ -77,6 +79,8 @@ def header(num_points: int, num_streamlines: int) -> str:
         ({"header.json": None}, "no header.json"),
         ({"offsets.uint64": np.array([0, 3, 6], "u8").tobytes()}, "do not rise from 0 to the 7 points"),
         ({"offsets.uint64": np.array([0, 8, 7], "u8").tobytes()}, "do not rise"),
+        ({"offsets.uint64": np.array([1, 3, 7], "u8").tobytes()}, "do not rise from 0"),
+        ({"positions.3.float32": None, "positions.2.float32": bytes(56)}, "positions.2.float32 holds 56 bytes"),
         ({"offsets.uint64": None}, "0 arrays of offsets"),
         ({"offsets.uint32": b""}, "2 arrays of offsets"),
         ({"positions.3.float32": None}, "0 arrays of positions"),

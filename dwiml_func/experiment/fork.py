@@ -31,7 +31,8 @@ __all__ = ["Fork", "create_fork", "prepare_fork"]
 _SAME_RESULTS = {"data.lazy", "data.cache_size", "batches.processes"}
 _VALIDATION_ONLY = {"batches.batch_size_validation", "batches.max_batches_per_epoch_validation"}
 _TRAINING_ONLY = {
-    *("model.dropout", "model.dg_dropout", "batches.batch_size_training", "batches.max_batches_per_epoch_training"),
+    *("model.dropout", "model.dropout_rate", "model.dg_dropout"),
+    *("batches.batch_size_training", "batches.max_batches_per_epoch_training"),
     *("batches.noise_gaussian_size_forward", "batches.noise_gaussian_size_loss"),
     *("batches.split_ratio", "batches.reverse_ratio"),
 }

@@ -110,7 +110,7 @@ def standardize(
     """Subtract a mean from all voxels, and divide them by a standard deviation, in place; returns both, () or (F,).
 
     Both are measured inside the mask, or else in voxels whose features are all other than zero, and all arithmetic is
-    in float64. A feature whose standard deviation is no more than the rounding of its largest value is constant, and
+    in float64. A feature of one value, or whose standard deviation is no more than the rounding of its largest, is
     only shifted. Source: dwi_ml, `standardize_data` (general/data/processing/dwi/dwi.py), which instead divides by 1e-6
     at least: maps in small units (m2/s) would stay all but zero.
     """
@@ -124,7 +124,8 @@ def standardize(
     scaled = np.ldexp(measured.astype(np.float64), -exponent)
     mean = np.ldexp(scaled.mean(axis=axis), exponent)
     std = np.ldexp(scaled.std(axis=axis), exponent)
-    std = np.where(std <= np.finfo(data.dtype).eps / 2 * largest, 1.0, std)
+    is_one_value = measured.max(axis=axis) == measured.min(axis=axis)  # whose mean may be rounded
+    std = np.where(is_one_value | (std <= np.finfo(data.dtype).eps / 2 * largest), 1.0, std)
     for slab in data:  # no float64 copy of the whole
         slab[...] = (slab.astype(np.float64) - mean) / std
     return mean, std
