@@ -19,6 +19,7 @@ from scipy.spatial.distance import cdist
 from dwiml_func import Key
 from dwiml_func.benchmark import tasks
 from dwiml_func.benchmark.leaderboard import as_markdown, leaderboard
+from dwiml_func.benchmark.settings import DATA, SETTINGS, BenchmarkSetting, data_of
 from dwiml_func.benchmark.tasks import CEILING
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.example import dataset as example
@@ -141,6 +142,46 @@ def test_the_coverage_is_the_share_of_the_way_from_the_principal_direction_to_th
     assert mine["spread"]["seeds"]["core"] == round(float(np.std([0.5, 0.6], ddof=1)), 6)
     assert (mine["num_people"], mine["num_seeds"], mine["ceiling_valid"]) == (2, 2, 0.9)
     assert "| mine | 58 % | 0.550 ± 0.141 ± 0.071 |" in as_markdown([oracle, mine, principal])
+
+
+def test_rows_come_by_data_and_coverage_and_a_person_counts_once_however_many_seeds_it_has() -> None:
+    people = ("sub_1", "sub_2", "sub_3")
+    scores = [made_up(ORACLE, person, 0.8) for person in people]
+    scores += [made_up(PRINCIPAL_DIRECTION, person, 0.2) for person in people]
+    scores += [{**made_up(CEILING, p, 0), "valid": valid} for p, valid in zip(people, (0.9, 0.7, 0.1), strict=True)]
+    scores += [made_up("mine", "sub_1", 0.5, seed=seed) for seed in (1, 2, 3)] + [made_up("mine", "sub_2", 0.7, seed=2)]
+    scores += [made_up("another", "sub_3", 0.5, seed=1), made_up("better", "sub_3", 0.6, seed=1)]
+    of_example = [{**each, "data": "example"} for each in scores if each["tracker"] not in (ORACLE, CEILING)]
+    rows = leaderboard([*of_example, *scores])
+    assert [(row["data"], row["tracker"]) for row in rows] == [
+        *(("crossings", name) for name in (ORACLE, "better", "mine", "another", PRINCIPAL_DIRECTION)),
+        *(("example", name) for name in ("another", "better", "mine", PRINCIPAL_DIRECTION)),  # of no coverage
+    ]
+    mine = rows[2]
+    assert mine["coverage"]["all"] == round((0.6 - 0.2) / 0.6, 6)
+    assert mine["valid"]["all"] == 0.55  # over people and seeds, of which one has more
+    assert (mine["num_people"], mine["num_seeds"], mine["ceiling_valid"], mine["lag_80_mm"]) == (2, 3, 0.8, 4.0)
+    assert [row["coverage"]["all"] for row in rows[5:]] == [None] * 4
+    assert rows[5]["ceiling_valid"] is None
+
+
+def test_the_settings_are_those_of_the_table() -> None:
+    kinds = {name: (each.crossings, each.distractors, each.snr, each.nb_directions) for name, each in DATA.items()}
+    assert kinds == {
+        "crossings": (3, 1, 20.0, 60),
+        "crossings-snr10": (3, 1, 10.0, 60),
+        "crossings-snr30": (3, 1, 30.0, 60),
+        "crossings-6dir": (3, 1, 20.0, 6),
+        "example": (0, 0, 20.0, 60),
+    }
+    people = ("sub_1", "sub_2", "sub_3", "sub_4", "sub_5")
+    assert {
+        "small": BenchmarkSetting(data=("crossings",), people=people, seeds=(1, 2, 3)),
+        "full": BenchmarkSetting(data=tuple(kinds), people=people, seeds=(1, 2, 3)),
+    } == SETTINGS
+    assert data_of("crossings-snr10", "sub_2") == ExampleSettings(
+        crossings=3, distractors=1, snr=10.0, test_subject="sub_2"
+    )
 
 
 def test_a_setting_that_does_not_tell_trackers_apart_gives_no_coverage() -> None:

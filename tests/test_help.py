@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_every_option_has_a_text_and_a_default(cli, command: str) -> None:
         assert re.search(r" [A-Z\"][^.]{9,}.*[.:] \((default: .*|required)\)", words), words
 
 
-DEFAULTS: dict[str, dict[str, object]] = {  # of commands' own options, where they are not None, off or nothing
+DEFAULTS: dict[str, dict[str, Any]] = {  # of commands' own options, where they are not None, off or nothing
     "train": {"num_models": 1},
     "example-data": {"settings": ExampleSettings()},
     "create-hdf5": {"enforce_files_presence": True},
