@@ -17,6 +17,7 @@ import torch
 from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.grid import Grid, grid_difference, orientation_difference
 from dwiml_func.data.hdf5.layout import read_resampling
+from dwiml_func.data.hdf5.problems import raise_first
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
@@ -215,7 +216,7 @@ def test_rows_are_labels_with_the_background_or_without_or_numbers_of_labels(row
 def test_a_file_says_how_it_was_sampled_in_one_way(tmp_path, attributes, resampling):
     with File(tmp_path / "a.hdf5", "w") as file:
         file.attrs.update(attributes)
-        assert read_resampling(file) == resampling
+        assert raise_first(read_resampling(file), "a.hdf5") == resampling
 
 
 @pytest.mark.parametrize(("num", "fits"), [(16, True), (17, False)])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from experiment_cases import latest_digest
 from reproduction_cases import DATA, STOCHASTIC, differences, results
+from torch.utils._pytree import tree_leaves, tree_structure
 
 from dwiml_func import init_state, sgd
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
@@ -206,6 +207,34 @@ def test_the_best_epoch_is_reset_with_another_loss(cli, source):
     assert history(other)[2].best == Best(history(other)[2].monitored, 3, 0)
     assert load_model(other / "best_model").facts["epoch"] == history(other)[-1].best.epoch
     assert cli("verify", other, "--epoch", "3").code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "resets"),
+    [
+        ({"optimizer": "SGD"}, True),
+        ({"rule": ("*bias*: lr=0.1",)}, True),
+        ({"accumulate": 2}, True),
+        ({"ema": 0.5}, True),
+        ({"skip_not_finite": 1}, True),
+        ({"weight_decay": 0.5, "clip_grad": 1.0, "learning_rate": ("0.5",)}, False),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_options_of_which_the_optimizer_state_is_made_reset_it(stopped_early, change, resets):
+    source = stopped_early / "run"
+    recorded = read_config(source)
+    training = dataclasses.replace(recorded.training, patience=9, **change)
+    found = prepare_fork(source, dataclasses.replace(recorded, training=training))
+    fresh = found.parts.optimizer.init(found.state.params)
+    assert tree_structure(found.state.opt_state) == tree_structure(fresh)
+    assert any("the optimizer state is reset" in note for note in found.notes) == resets
+    assert (found.state.step == 0) == resets
+    same = [
+        torch.equal(*map(torch.as_tensor, pair))
+        for pair in zip(*map(tree_leaves, (found.state.opt_state, fresh)), strict=True)
+    ]
+    assert all(same) == resets
 
 
 def test_the_options_that_keep_the_meaning_of_the_monitored_loss(tmp_path):
