@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.experiment.config import ModelConfig, RunConfig
-from dwiml_func.experiment.model_store import load_model, save_model
+from dwiml_func.experiment.model_store import check_memory, load_model, save_model
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import Learn2Track
 
@@ -128,3 +130,13 @@ def test_a_model_of_another_class_is_refused(saved):
 def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No model\.json in "):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("missing", "fits"), [(0, True), (1, False)])
+def test_a_model_needs_16_bytes_of_memory_for_each_parameter(monkeypatch, missing, fits):
+    """Itself, its gradient and two tensors of the optimizer, in float32."""
+    num = sum(parameter.numel() for parameter in build_model(CONFIG, nb_features=6).parameters())
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 16 * num - missing}
+    monkeypatch.setattr(os, "sysconf", memory.__getitem__)
+    with nullcontext() if fits else pytest.raises(ValueError, match=f"it has {num:.3g} parameters"):
+        check_memory(CONFIG, nb_features=6)

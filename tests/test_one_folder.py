@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from experiment_cases import CONFIG, contents
@@ -55,6 +56,19 @@ def test_a_run_whose_folder_is_lost_stops_with_an_error_and_writes_nothing_more(
     with pytest.raises(FolderLostError, match="moved, removed or taken over"):
         train()
     assert {"": b""} | contents(tmp_path) == after
+
+
+def test_a_folder_that_is_lost_while_a_checkpoint_is_written_gets_no_model_and_no_logs(tmp_path, monkeypatch):
+    folder = create_experiment(tmp_path, "run", LONG)
+
+    def save_and_lose(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
+        take_over(folder)
+
+    monkeypatch.setattr("dwiml_func.checkpoint.background.save", save_and_lose)
+    with pytest.raises(FolderLostError, match="moved, removed or taken over"):
+        list(run_experiment(folder, prepare(LONG), write=lambda *reports: pytest.fail("logs were written")))
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.json"]
 
 
 @pytest.mark.parametrize("lost", ["run", "run/1"])

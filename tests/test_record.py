@@ -22,7 +22,7 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.logs import run_parameters, write_parameters
-from dwiml_func.experiment.record import check_same_config
+from dwiml_func.experiment.record import check_same_config, may_change
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 
@@ -49,6 +49,18 @@ def deciding(config: RunConfig) -> dict[str, Any]:
     for part, name in (("data", "lazy"), ("data", "cache_size"), ("batches", "processes")):
         values[part].pop(name)
     return values
+
+
+@pytest.mark.parametrize("has_shards", [False, True])
+def test_the_options_of_which_a_resume_may_give_others(has_shards):
+    config = CONFIG.to_dict()
+    parts = ("data", "batches", "model", "training", "checkpoints", "logging")
+    names = {f"{part}.{option}" for part in parts for option in config[part]}
+    free = {f"{part}.{option}" for part in ("checkpoints", "logging") for option in config[part]}
+    free |= {"training.max_epochs", "training.patience", "training.skip_batches"}
+    free |= {"batches.processes", "data.lazy", "data.cache_size"}
+    found = {name for name in names if may_change(name, has_shards=has_shards)}
+    assert found == free | ({"training.num_threads"} if has_shards else set())
 
 
 def told(

@@ -121,6 +121,12 @@ def test_values_are_read_as_the_options_are() -> None:
     ]
 
 
+def test_a_sweep_has_at_most_10_000_members() -> None:
+    config, sweep = RunConfig(hdf5_file="a"), ["dropout=" + ",".join(f"0.{number:04}" for number in range(73))]
+    with pytest.raises(ValueError, match="at most 10000 members"):
+        sweep_configs(config, num_models=137, sweep=sweep)  # 73 x 137
+
+
 def test_a_sweep_of_a_single_value_has_it(tmp_path: Path, cli) -> None:
     dry = cli("train", tmp_path, "one", PHANTOM, *OPTIONS, "--sweep", "weight-decay=0.25", "--dry-run")
     assert json.loads(dry.out)["training"]["weight_decay"] == 0.25

@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.tracking.input import read_nifti_input
-from dwiml_func.experiment.training_facts import volume_facts
+from dwiml_func.experiment.training_facts import check_same_kind, volume_facts
 from dwiml_func.models import Learn2Track
 
 LOADERS: Any = nib.streamlines
@@ -202,6 +203,13 @@ def test_nifti_files_are_standardised_as_asked_for_or_as_the_models_data(tmp_pat
     found = read_nifti_input([str(tmp_path / "a.nii")], model, standardization=given)
     source = SingleFile("", "", tmp_path / "a.nii")
     np.testing.assert_array_equal(found.volume, load_volume([source], standardization=expected).data)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(1.981, True), (1.979, False), (3.029, True), (3.031, False)])
+def test_voxels_are_as_large_as_those_of_the_training_to_a_hundredth(size, fits):
+    trained_on = {"voxel_sizes": [[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]}  # the smallest and the largest
+    with nullcontext() if fits else pytest.raises(ValueError, match="expected voxels of 2 x 2 x 2 to 3 x 3 x 3"):
+        check_same_kind(trained_on, {}, (2.5, size, 2.5), source="a.nii")
 
 
 def test_a_volume_of_another_kind_is_refused_by_name(cli, model, data, tmp_path):

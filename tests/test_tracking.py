@@ -232,6 +232,17 @@ def test_the_second_half_starts_with_the_memory_of_the_first_turned_round():
     np.testing.assert_allclose(slopes[4:], [0.05, 0.06, 0.07, 0.08], rtol=1e-3)
 
 
+def test_a_model_may_remember_nothing():
+    class Forgetful(SteeredModel):
+        def run_step(self, inputs, dirs, state=None):
+            assert state is None
+            return super().run_step(inputs, dirs)[0], None
+
+    model, space = Forgetful(AXIS_X.field), positions(10, 9, 9)
+    (line,), (expected,) = (tracked_lines([3.25, 4.5, 4.5], each, space).values() for each in (model, AXIS_X))
+    assert torch.equal(line, expected)
+
+
 def test_a_step_leaves_the_state_before_it_as_it_was():
     space, spec = positions(9, 9, 9), TrackingSpec(step_size=1)
     state = init_track_state(AXIS_X, space, spec, key=Key(1), num_rows=4)
