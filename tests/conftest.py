@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import settings
 torch.set_num_threads(1)  # bits depend on the number of threads
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start find the package compiled
 MEMORY = Path("/dev/shm")  # a disk needs a tenth of a second for each checkpoint, as its files are synced
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
@@ -25,6 +27,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """With `-n`, each worker takes neighbouring tests, so that few fixtures of modules are made twice."""
     if config.getoption("numprocesses", None) and config.getoption("dist", None) == "no":
         config.option.dist = "worksteal"
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage rarely, and never in the modules of all tests: it would take a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 100)
 
 
 @dataclasses.dataclass(frozen=True)
