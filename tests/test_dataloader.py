@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from dataloader_cases import Noisy
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 
-from dwiml_func import Key, Stream, from_loader
+from dwiml_func import Key, Stream, from_loader, init_state, module_loss, run_epoch, sgd, train_step
+from dwiml_func.checkpoint import state_digest
 from dwiml_func.data.workers import process_context
+
+
+class NoisyStream(IterableDataset):
+    def __iter__(self) -> Iterator[list[float]]:
+        return (Noisy()[index] for index in range(10))
 
 
 class Stream10(IterableDataset):
@@ -73,6 +80,30 @@ def test_samples_without_batches_and_iterable_datasets_resume_too() -> None:
     assert batches(single, start=2) == batches(single)[2:]
     stream = from_loader(lambda: DataLoader(Stream10(), batch_size=4))
     assert batches(stream, start=1) == [[4, 5, 6, 7], [8, 9]]
+    noisy = from_loader(lambda: DataLoader(NoisyStream(), batch_size=4))
+    assert batches(noisy, start=1) == batches(noisy)[1:] != batches(noisy, epoch=1)[1:]
+
+
+def test_a_loop_resumes_within_an_epoch_of_a_loader_without_length() -> None:
+    model = torch.nn.Linear(4, 1)
+    loss_fn = module_loss(model, lambda model, x: (model(torch.stack(x, 1).float()).square().mean(), len(x[0])))
+    source = from_loader(lambda: DataLoader(NoisyStream(), batch_size=4))
+    options: Any = {
+        "train": source,
+        "step": partial(train_step, loss_fn=loss_fn, optimizer=sgd()),
+        "learning_rate": 0.1,
+    }
+    seen: list[Any] = []
+    whole, _ = run_epoch(init_state(model, sgd(), seed=0), on_batch=lambda state, sums: seen.append(state), **options)
+    assert state_digest(run_epoch(seen[0], **options)[0]) == state_digest(whole)
+
+
+def test_samplers_follow_the_key_and_the_epoch_whatever_state_they_keep() -> None:
+    shared = RandomSampler(range(20), generator=torch.Generator())
+    for sampler in (shared, DistributedSampler(range(20), num_replicas=1, rank=0)):  # type: ignore[arg-type]
+        source = from_loader(lambda sampler=sampler: DataLoader(range(20), batch_size=4, sampler=sampler))  # type: ignore[arg-type]
+        assert batches(source) == batches(source) != batches(source, epoch=1)
+        assert batches(source, start=2) == batches(source)[2:]
 
 
 def test_items_that_a_dataset_gives_together_are_asked_for_together() -> None:
@@ -102,6 +133,11 @@ def test_a_loader_keeps_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (given | {"multiprocessing_context": made[0].multiprocessing_context}).items():
         assert getattr(made[0], name) == value
     assert made[0].multiprocessing_context.get_start_method() == "spawn"  # type: ignore[union-attr]
+
+
+def test_what_makes_no_loader_is_refused() -> None:
+    with pytest.raises(TypeError, match="that makes a DataLoader. It made: list"):
+        batches(from_loader(lambda: [1]))  # type: ignore[arg-type, return-value]
 
 
 def test_a_loader_in_place_of_a_function_is_refused_with_what_to_write() -> None:

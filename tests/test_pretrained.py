@@ -102,7 +102,12 @@ def test_what_is_no_state_dict_is_refused_and_nothing_is_executed(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("no model")
-    for name, text in (("module", "state_dict()"), ("list", "expected a state dict"), ("text", "state_dict()")):
+    torch.save({"weight": 1j * torch.ones(2, 2)}, tmp_path / "complex.pt")
+    cases = (
+        ("complex", "weight would lose its imaginary part"),
+        ("module", "hold a whole module, or other Python objects. W"),
+    )
+    for name, text in (*cases, ("module", "state_dict()"), ("list", "expected a state dict"), ("text", "state_dict()")):
         with pytest.raises(ValueError) as raised:  # noqa: PT011
             load_pretrained(nn.Linear(2, 2), tmp_path / f"{name}.pt")
         assert text in str(raised.value)
@@ -125,6 +130,8 @@ def test_a_run_may_start_from_given_parameters_and_wrong_ones_are_named():
         init_state(module, adam(), seed=0, params={"weight": torch.ones(2), "gain": torch.ones(3)})
     with pytest.raises(ValueError, match=r"bias of shape \(3, 1\), expected \(3,\)\.$"):
         init_state(module, adam(), seed=0, params={"bias": torch.ones(3, 1)})
+    with pytest.raises(ValueError, match=r"weight of type list, expected a tensor; bias is complex, expected real"):
+        init_state(module, adam(), seed=0, params={"weight": [1.0] * 3, "bias": 1j * torch.ones(3)})  # type: ignore[dict-item]
 
 
 def test_train_init_from_starts_from_the_weights_and_records_their_digest(cli, experiment, tmp_path):

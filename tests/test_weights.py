@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dwiml_func import init_state, load_into, module_loss, sgd, train_step
+from dwiml_func import ema, init_state, load_into, module_loss, sgd, train_step
 from dwiml_func.core.state import mark_donated
 
 
@@ -67,6 +67,14 @@ def test_a_state_that_was_donated_is_refused_also_where_another_shares_its_tenso
     for each in (state, shared):
         with pytest.raises(RuntimeError, match="donated to the update after step 0"):
             load_into(nn.Linear(2, 1), each)
+
+
+def test_a_module_without_memory_and_an_optimizer_without_an_average_are_refused() -> None:
+    state = init_state(nn.Linear(2, 1), sgd(), seed=0)
+    with pytest.raises(ValueError, match="weight is on the meta device, where nothing can be written"):
+        load_into(nn.Linear(2, 1).to("meta"), state)
+    with pytest.raises(ValueError, match="made for another optimizer: of their trees, average is in only one"):
+        load_into(nn.Linear(2, 1), state, optimizer=ema(sgd()))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.checkpoint.retention import check_keep, remove_old
 from dwiml_func.core.non_finite import check_finite
 from dwiml_func.core.report import EpochReport
-from dwiml_func.core.state import TrainState
+from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.files.atomic import make_directory
 from dwiml_func.files.json import to_json_data
 
@@ -270,6 +270,7 @@ def save(
     """
     if keep is not None:
         check_keep(keep)
+    check_not_donated(state)
     check_finite(state)
     leaf_digests = {name: leaf_digest(leaf) for name, leaf in state_leaves(state).items()}
     digest = combine_digests(leaf_digests, state_numbers(state)) if state.batch == 0 else None

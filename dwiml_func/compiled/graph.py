@@ -163,4 +163,6 @@ def _shortened(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     places = [line for line in lines if line.startswith('File "')]
     location = f" ({places[-1]})" if places else ""
+    if len(lines) > 1 and lines[0].startswith("backend="):  # torch's "backend='...' raised:"
+        lines = lines[1:]
     return f"{lines[0] if lines else type(error).__name__}{location}"

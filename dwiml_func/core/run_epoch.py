@@ -231,19 +231,27 @@ def _is_due(every: Interval, state: TrainState) -> bool:
 def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
     """The remaining batches of the current epoch; ValueError where the source plainly ignores where it should start."""
     batches = train(state.key, state.epoch, state.batch)
-    if state.batch > 0 and isinstance(batches, Sized):
-        whole = train(state.key, state.epoch, 0)
-        if isinstance(whole, Sized) and state.batch > len(whole):
+    if state.batch > 0 and (num_left := _length(batches)) is not None:
+        num_all = _length(train(state.key, state.epoch, 0))
+        if num_all is not None and state.batch > num_all:
             raise ValueError(
-                f"Expected a state within the {len(whole)} batches of epoch {state.epoch + 1}. Received: one after "
+                f"Expected a state within the {num_all} batches of epoch {state.epoch + 1}. Received: one after "
                 f"{state.batch}. Give the source the batch size that the run was started with."
             )
-        if isinstance(whole, Sized) and len(batches) != (left := max(len(whole) - state.batch, 0)):
+        if num_all is not None and num_left != num_all - state.batch:
             raise ValueError(
-                f"Expected the last {left} of the {len(whole)} batches of epoch {state.epoch + 1}, since {state.batch} "
-                f"are done. Received: {len(batches)} batches. The source must begin at `start_batch`."
+                f"Expected the last {num_all - state.batch} of the {num_all} batches of epoch {state.epoch + 1}, since "
+                f"{state.batch} are done. Received: {num_left} batches. The source must begin at `start_batch`."
             )
     return batches
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    """The number of batches; None where it is not known, as with an `IterableDataset`."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except TypeError:
+        return None
 
 
 def _untracked(batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterable[Any]:

@@ -178,21 +178,13 @@ def init_state(
 
 def _check_given(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     problems = [f"unexpected {name}" for name in given if name not in own]
-    problems += [
-        f"{name} of type {type(tensor).__name__}, expected a tensor"
-        for name, tensor in given.items()
-        if not isinstance(tensor, Tensor)
-    ]
-    problems += [
-        f"{name} is complex, expected real values"
-        for name, tensor in given.items()
-        if name in own and torch.is_complex(torch.as_tensor(tensor)) and not own[name].is_complex()
-    ]
-    problems += [
-        f"{name} of shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-        for name, tensor in given.items()
-        if name in own and tensor.shape != own[name].shape
-    ]
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            problems.append(f"{name} of type {type(tensor).__name__}, expected a tensor")
+        elif name in own and tensor.shape != own[name].shape:
+            problems.append(f"{name} of shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+        elif name in own and tensor.is_complex() and not own[name].is_complex():
+            problems.append(f"{name} is complex, expected real values")
     if problems:
         raise ValueError(f"The given params do not fit the module: {at_most_three(problems)}.")
     return given

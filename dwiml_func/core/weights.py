@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.state import TrainState, check_not_donated
+from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.types import Optimizer
 
 __all__ = ["load_into", "with_eval_params"]
@@ -17,6 +18,7 @@ def with_eval_params(state: TrainState, optimizer: Optimizer | None) -> TrainSta
     """The state with the parameters that its optimizer evaluates with, such as an average, in place of its own."""
     if optimizer is None or optimizer.eval_params is None:
         return state
+    check_opt_state(optimizer, state.opt_state, state.params)
     return state.replace(params=optimizer.eval_params(state.opt_state, state.params))
 
 
@@ -72,6 +74,8 @@ def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> It
     for name, tensor in own.items():
         if name not in tensors:
             yield f"the state has no {name}"
+        elif tensor.is_meta:
+            yield f"{name} is on the meta device, where nothing can be written (see module.to_empty)"
         elif tensors[name].shape != tensor.shape:
             yield f"{name} has shape {tuple(tensors[name].shape)} in the state and {tuple(tensor.shape)} in the module"
         elif tensors[name].dtype != tensor.dtype:

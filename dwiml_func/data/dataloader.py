@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng, torch_rng
 
 __all__ = ["from_loader"]
 
+_END = object()
+
 
 def from_loader(
     make_loader: Callable[[], DataLoader[Any]], *, stream: int = Stream.TRAIN_PLAN
@@ -23,8 +25,9 @@ def from_loader(
     """Make a source of batches from a torch `DataLoader`, for `train_and_validate`.
 
     Batch i of epoch e is a function of the run's key, e and i alone, with any number of workers: the order (shuffling
-    samplers included) is drawn from the key and the epoch. What the dataset draws for a batch from torch's, numpy's or
-    Python's global generators is drawn from the key, the epoch and the batch. So a run resumes in mid-epoch without
+    samplers included) is drawn from the key and the epoch, which samplers and
+    datasets with a method `set_epoch` are told. What the dataset draws for a batch from torch's, numpy's or Python's
+    global generators is drawn from the key, the epoch and the batch. So a run resumes in mid-epoch without
     loading the batches before. A loader of an `IterableDataset` has no positions: there, a resume loads the
     batches before and drops them.
 
@@ -53,7 +56,13 @@ def from_loader(
         )
 
     def source(key: Key, epoch: int, start_batch: int) -> _Batches:
-        return _Batches(make_loader(), fold_in(key, stream, epoch), start_batch)
+        loader = make_loader()
+        if not hasattr(loader, "batch_sampler"):
+            raise TypeError(f"Expected a function that makes a DataLoader. It made: {type(loader).__name__}.")
+        for part in (loader.sampler, loader.batch_sampler, loader.dataset):  # as DistributedSampler has it
+            if callable(set_epoch := getattr(part, "set_epoch", None)):
+                set_epoch(epoch)
+        return _Batches(loader, fold_in(key, stream, epoch), start_batch)
 
     return source
 
@@ -70,10 +79,11 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         loader = self._loader
         with _seeded(self._key):
-            if loader.generator is not None:
-                loader.generator.manual_seed(int(numpy_rng(self._key).integers(2**63)))
+            for generator in (loader.generator, getattr(loader.sampler, "generator", None)):
+                if generator is not None:
+                    generator.manual_seed(int(numpy_rng(self._key).integers(2**63)))
             if isinstance(loader.dataset, IterableDataset):
-                return islice(iter(loader), self._start, None)
+                return islice(_seeded_each(iter(loader), self._key), self._start, None)
             batches = loader.batch_sampler
             order = list(loader.sampler if batches is None else batches)
         numbered = list(enumerate(order))[self._start :]
@@ -89,6 +99,16 @@ class _Batches:
                 **{name: getattr(loader, name) for name in options},
             )
         )
+
+
+def _seeded_each(batches: Iterator[Any], key: Key) -> Iterator[Any]:
+    """Batches in order, each made with the random numbers of its position."""
+    for number in count():
+        with _seeded(fold_in(key, number)):
+            batch = next(batches, _END)
+        if batch is _END:
+            return
+        yield batch
 
 
 class _Keyed(Dataset[Any]):

@@ -98,6 +98,14 @@ def load_pretrained(module: torch.nn.Module, path: str | Path) -> PretrainedRepo
         },
         digest=combine_digests({name: leaf_digest(tensor) for name, tensor in loaded.items()}, {}),
     )
+    for name, tensor in loaded.items():
+        if own[name].is_meta or (tensor.is_complex() and not own[name].is_complex()):
+            why = (
+                "is on the meta device: call module.to_empty first"
+                if own[name].is_meta
+                else "would lose its imaginary part"
+            )
+            raise ValueError(f"Nothing was loaded from {path}: {name} {why}.")
     if not loaded:
         raise ValueError(f"Nothing in {path} fits the module {type(module).__name__} by name and shape: {report}.")
     with torch.no_grad():
@@ -130,9 +138,11 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        # torch's text about an unsafe file says how to load it all the same
+        why = "" if isinstance(error, pickle.UnpicklingError) else f": {one_line(error, max_length=200)}"
         raise ValueError(
-            f"{path} is no state dict that torch can read safely: {one_line(error, max_length=200)} "
-            f"Write it with torch.save(module.state_dict(), ...)."
+            f"{path} is no state dict that torch can read safely{why}. It may hold a whole module, or other Python "
+            f"objects. Write it with torch.save(module.state_dict(), ...)."
         ) from None
     for name in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
