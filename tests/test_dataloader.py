@@ -136,7 +136,7 @@ def test_a_loader_keeps_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_makes_no_loader_is_refused() -> None:
-    with pytest.raises(TypeError, match="that makes a DataLoader. It made: list"):
+    with pytest.raises(TypeError, match=r"that makes a DataLoader\. It made: list"):
         batches(from_loader(lambda: [1]))  # type: ignore[arg-type, return-value]
 
 
