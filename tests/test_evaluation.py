@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import Streamlines, directions
-from dwiml_func.experiment.evaluation import evaluate_directions
+from dwiml_func.experiment.evaluation import evaluate_directions, is_evaluated
 from dwiml_func.models.baselines import angular_error, principal_direction
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -116,6 +119,18 @@ def test_predictions_need_no_gradient(dataset):
         return predicted
 
     evaluate_directions(predict, [load(dataset, np.arange(3))], {})
+
+
+def test_an_evaluation_is_of_as_many_epochs_and_of_the_best_of_them(stopped_early, tmp_path):
+    run = Path(shutil.copytree(stopped_early / "run", tmp_path / "run"))
+    checkpoint = newest(run)
+    assert checkpoint is not None
+    history = checkpoint.history  # of 3 epochs; the second one is the best, also of 2
+    assert [is_evaluated(run, history[:num]) for num in (1, 2, 3)] == [False, False, True]
+    values = json.loads((run / "evaluation.json").read_text())
+    del values["num_epochs"]  # as of earlier versions
+    (run / "evaluation.json").write_text(json.dumps(values))
+    assert [is_evaluated(run, history[:num]) for num in (1, 2, 3)] == [False, True, True]
 
 
 def test_no_point_gives_nan():

@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, Browser, browser
 from experiment_cases import CONFIG, latest_digest
+from report_cases import report
 
 from dwiml_func.checkpoint.checkpoint import read
+from dwiml_func.core.early_stopping import Best
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.page.lines import MOST_POINTS, viewer_data
-from dwiml_func.experiment.page.page import run_page
+from dwiml_func.experiment.page.page import _epochs, run_page
 from dwiml_func.experiment.page.scores import score_sections
 from dwiml_func.experiment.page.viewer import viewer
 from dwiml_func.experiment.tracking.evaluation import (
@@ -124,6 +126,8 @@ def test_a_page_says_what_the_run_recorded(made: Made) -> None:
     rows = ("model|0.25 (0.26)|0.25 (0.26)|", "principal direction|0.50 (0.51)|", "beside the other half|0.88 (0.90)|")
     for row in rows:
         assert row in texts["scores"]
+    assert texts["scores"].index("principal direction|") < texts["scores"].index("oracle (")
+    assert texts["scores"].index("oracle (") < texts["scores"].index("beside the other half|")
     best = checkpoint.history[1]
     assert f"loss|{best.train['loss']:.6g}|{best.valid['loss']:.6g}|" in texts["best"]
     assert "training.patience|1|none|" in texts["config"]
@@ -217,6 +221,14 @@ def test_corrupt_files_of_tracking_are_named(experiments, content) -> None:
     assert "tracking.npz is corrupt" in text_of(viewer(directory, 2))
     (directory / "tracking.json").write_bytes(content)
     assert "tracking.json is corrupt" in text_of(next(score_sections(directory, history)))
+
+
+@pytest.mark.parametrize(("num", "num_rows"), [(200, 200), (201, 102), (399, 201)])
+def test_the_table_of_a_long_run_has_some_epochs_the_best_and_the_last(num, num_rows) -> None:
+    history = [report(epoch, best=Best(0.5, 152, 0)) for epoch in range(1, num + 1)]
+    rows = [row[0].text or "" for row in _epochs(history).iter("tr")][1:]
+    assert len(rows) == num_rows
+    assert {"1", "152", str(num)} <= {row.split()[0].strip(",") for row in rows}
 
 
 def test_tracked_lines_come_back_as_written(tmp_path) -> None:

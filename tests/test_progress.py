@@ -89,7 +89,7 @@ def test_a_terminal_shows_a_bar_with_the_loss_and_then_clears_it(state):
 
 def test_the_speed_is_that_of_the_points_since_the_loss_was_last_read(state):
     """Also after a resume within the epoch, whose earlier batches count for the loss but not for the speed."""
-    times = iter([0.0, 0.25, 0.5, 2.25])
+    times = iter([0.0, 0.25, 0.5, 0.75])
     progress, shown = Progress(max_epochs=1, clock=lambda: next(times)), []
     points, loss = 1000.0, 0.5
     with terminal():
@@ -98,8 +98,8 @@ def test_the_speed_is_that_of_the_points_since_the_loss_was_last_read(state):
             now = state.replace(sums={"loss": Sum(loss * points, points)})
             progress.on_batch(now, {"loss": Sum(0.0, 50.0)})
             shown.append(progress._batches.postfix)
-    # 50 points in the first quarter of a second; not read again; 100 points in two seconds
-    assert shown == ["loss 0.2500, 200 points/s", "loss 0.2500, 200 points/s", "loss 0.0625, 50 points/s"]
+    # 50 points in the first quarter of a second; not read again; 100 points in half a second
+    assert shown == ["loss 0.2500, 200 points/s", "loss 0.2500, 200 points/s", "loss 0.0625, 200 points/s"]
 
 
 class Unreadable:
@@ -123,6 +123,17 @@ def test_off_a_terminal_no_sum_is_read(state):
     unreadable: Any = state.replace(sums={"loss": Sum(Unreadable(), Unreadable())})  # type: ignore[arg-type]
     for _ in progress.track([1], "training", epoch=0, start_batch=0):
         progress.on_batch(unreadable, {})
+
+
+def test_a_validation_within_an_epoch_does_not_move_the_bar_of_epochs(capsys):
+    with terminal(), Progress(max_epochs=4) as progress:
+        assert list(progress.track([1], "training", epoch=0, start_batch=0)) == [1]
+        places = []
+        for each in (report(1, batch=1), report(1), report(2, batch=1), report(2)):
+            progress(each)
+            places.append(progress._epochs.n)
+    assert places == [0, 1, 1, 2]
+    assert "Epoch 1/4, batch 1  training loss" in capsys.readouterr().out
 
 
 def test_the_bar_of_epochs_is_above_that_of_batches_and_shows_the_remaining_time(state):

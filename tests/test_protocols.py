@@ -138,6 +138,10 @@ def test_the_principal_direction_is_that_of_the_baseline_on_the_side_of_the_line
     dirs = -at_seed + 0.1 * torch.randn(20, 3, generator=generator)
     turned, _ = tracker.run_step(inputs, dirs)
     torch.testing.assert_close(turned, -at_seed)
+    scale = torch.linspace(0.5, 2.0, 28)
+    by_subject = {"sh_order": 6, "standardization_std": torch.stack([scale, torch.ones(28)]).numpy()}
+    of_first, _ = PrincipalDirection(by_subject).run_step(inputs / scale, torch.zeros(20, 3))
+    torch.testing.assert_close((of_first * at_seed).sum(dim=1).abs(), torch.ones(20))
 
 
 def test_the_summary_says_all_shares_beside_the_ceiling() -> None:

@@ -115,6 +115,16 @@ def test_a_model_reads_lines_of_any_length_and_goes_on_as_it_does_with_each_alon
         np.testing.assert_allclose(mine, line_alone, atol=1e-4)
 
 
+@pytest.mark.parametrize("step", [0.5, 4.0])
+def test_lines_go_on_for_the_whole_distance_whatever_the_step(step: float) -> None:
+    points = np.stack([20 + step * np.arange(12), np.full(12, 20.0), np.full(12, 20.0)], axis=1) / SIZES
+    space = positions(90, 40, 20, voxel_sizes=SIZES)
+    given = Streamlines.from_list([points, points[:3]])
+    spec = TrackingSpec(step_size=step)
+    added = continue_lines(given, model=StraightModel(), space=space, spec=spec, distance=40)
+    assert added.lengths.tolist() == [40 / step + 1] * 2
+
+
 @pytest.mark.parametrize("step", [0.5, 1.0, 2.0])
 def test_windows_are_those_of_a_loop_over_lines_both_ways(step: float) -> None:
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ from dwiml_func.checkpoint.checkpoint import restore_or, save
 from dwiml_func.core.report import EpochReport
 from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy
-from dwiml_func.writers.writer import Writer, fan_out, from_history
+from dwiml_func.writers.writer import Writer, fan_out, from_history, whole_epochs
 
 
 class Failing:
@@ -87,6 +87,11 @@ def test_a_repeated_epoch_replaces_its_report_and_all_after_it():
     history = [report(epoch, num_batches=epoch) for epoch in (1, 2, 3)]
     assert kept((*history,), (report(2, num_batches=20),)) == [[1, 2, 3], [1, 20]]
     assert kept((*history,), (*history[:2],)) == [[1, 2, 3], [1, 2]]
+
+
+def test_a_report_within_an_epoch_counts_where_the_run_has_ended_there():
+    within, ended = report(2, batch=3), report(2, batch=3, stop="patience")
+    assert whole_epochs([report(1), within, ended, report(2)]) == (report(1), ended, report(2))
 
 
 def test_a_missing_report_is_an_error_and_nothing_is_written():
