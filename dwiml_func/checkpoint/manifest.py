@@ -211,7 +211,10 @@ def _schema() -> Any:
     )
 
 
+_DTYPES = {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}
+
+
 def _check_dtype(name: str) -> str:
-    if name not in {str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)}:
+    if name not in _DTYPES:
         raise ValueError(f"expected a dtype of torch, received {truncated_repr(name)}")
     return name
