@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from preloaded import finished, start_command
 
 from dwiml_func.cli.main import COMMANDS
 from dwiml_func.experiment.config import RunConfig
@@ -218,15 +219,15 @@ def test_an_unknown_command_is_refused(cli, arguments):
 def test_a_real_process_refuses_in_one_line_too(folder, tmp_path):
     truncate(Path(shutil.copy(PHANTOM, tmp_path / "data.hdf5")))
     before = contents(folder)
-    command = [sys.executable, "-m", "dwiml_func", "train", folder, "new", tmp_path / "data.hdf5"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    arguments = ["train", folder, "new", tmp_path / "data.hdf5"]
+    done = subprocess.run([sys.executable, "-m", "dwiml_func", *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert "data.hdf5" in line
-    done = subprocess.run([*command, "--optimizer", "Foo"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "invalid choice 'Foo' for argument '--optimizer'" in done.stderr
-    assert "Traceback" not in done.stderr
+    other = finished(start_command(*arguments, "--optimizer", "Foo"))
+    assert (other.returncode, other.out) == (2, "")
+    assert "invalid choice 'Foo' for argument '--optimizer'" in other.err
+    assert "Traceback" not in other.err
     assert contents(folder) == before
 
 
