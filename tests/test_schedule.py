@@ -1,6 +1,7 @@
 """Claims about `dwiml_func.optim.schedules`: the notation reads what it should, and refuses the rest by name."""
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -210,6 +211,28 @@ def test_one_cycle_is_that_of_torch(options):
         if count < 39:
             reference.step()
     assert schedule(1000) == schedule(39)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "named"),
+    [
+        (warmup_stable_decay, {"warmup": -1}, "warmup of at least 0. Received: -1"),
+        (warmup_stable_decay, {"decay": -2}, "decay of at least 0. Received: -2"),
+        (warmup_stable_decay, {"peak": -0.1}, "finite and at least 0. Received: -0.1"),
+        (warmup_stable_decay, {"final": math.nan}, "finite and at least 0. Received: nan"),
+        (one_cycle, {"length": 1}, "length of at least 2. Received: 1"),
+        (one_cycle, {"peak": math.inf}, "finite and at least 0. Received: inf"),
+        (one_cycle, {"warmup_share": 0.0}, "0 < warmup_share < 1 and divisors above 0. Received: 0.0, 25.0 and"),
+        (one_cycle, {"warmup_share": 1.0}, "0 < warmup_share < 1 and divisors above 0. Received: 1.0, 25.0 and"),
+        (one_cycle, {"initial_divisor": 0.0}, "divisors above 0. Received: 0.3, 0.0 and"),
+        (one_cycle, {"final_divisor": -1.0}, "divisors above 0. Received: 0.3, 25.0 and -1.0"),
+    ],
+)
+def test_other_schedules_out_of_range_are_refused(make, options, named):
+    valid = {"length": 9} if make is one_cycle else {"warmup": 1, "stable": 1, "decay": 1}
+    with pytest.raises(ValueError, match=re.escape(named)):
+        make(**{"peak": 0.1} | valid | options)
+    assert make(**{"peak": 0.0} | valid)(0) == 0.0
 
 
 def test_a_schedule_by_steps_counts_steps():

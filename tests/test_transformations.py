@@ -30,6 +30,7 @@ from dwiml_func.optim import (
     clip_by_value,
     ema,
     lookahead,
+    muon,
     rmsprop,
     schedule_free_sgd,
     sgd,
@@ -125,6 +126,27 @@ def test_micro_batches_of_unequal_size_give_the_mean_of_the_whole_batch(as_tenso
         expected, whole_state = whole.update(grads, whole_state, expected, lr=0.1, step=update)
         torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(opt_state["optimizer"], whole_state, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        chain,
+        lambda inner: ema(inner, 0.0),
+        lambda inner: lookahead(inner, num_steps=1, alpha=1.0),
+        lambda inner: by_name(lambda: inner, {}),
+        lambda inner: muon(others=inner),
+    ],
+    ids=["chain", "ema", "lookahead", "by_name", "muon"],
+)
+def test_what_is_around_an_accumulation_hands_on_the_number_of_points(around):
+    optimizer, params = around(chain(accumulate(2), sgd())), {"w": torch.zeros(1)}
+    assert optimizer.uses_weight
+    state = optimizer.init(params)
+    for step, (grad, num_points) in enumerate([(1.0, 30), (5.0, 10)]):
+        grads = {"w": torch.tensor([grad])}
+        params, state = optimizer.update(grads, state, params, lr=1.0, step=step, weight=num_points)
+    assert params["w"].tolist() == [-2.0]  # (30 + 50) / 40
 
 
 def test_accumulating_one_micro_batch_changes_nothing():
