@@ -11,7 +11,7 @@ from test_compiled_step import make_model, run, same_states, some_batch, squared
 from test_compiled_step import make_steps as make_steps_with
 from test_composed_steps import COMPOSED
 
-from dwiml_func import adam, epoch_fn, radam, sgd
+from dwiml_func import adam, adamw, epoch_fn, jit_step, module_loss, radam, sgd, train_step
 from dwiml_func.compiled._torch_private import missing
 from dwiml_func.core.non_finite import NonFiniteError
 
@@ -119,6 +119,17 @@ def test_a_batch_that_skips_too_often_ends_a_run():
             epoch_fn(start, batches, step=step)
         messages.append(str(error.value))
     assert messages[0] == messages[1]
+
+
+def test_a_run_of_direct_calls_takes_the_weight_decay_of_its_step():
+    start, *_ = make_steps(optimizer=adamw())
+    options = {"loss_fn": module_loss(make_model(), squared_error), "optimizer": adamw}
+    batches, steps = [some_batch(number) for number in range(6)], (jit_step(**options, backend="eager"), train_step)
+    ends = [
+        epoch_fn(start, batches, step=partial(step, **bound, lr=0.1, weight_decay=2.0))[0]
+        for step, bound in zip(steps, ({}, options), strict=True)
+    ]
+    torch.testing.assert_close(ends[0].params, ends[1].params)
 
 
 def test_a_step_keeps_no_state_and_no_batch():

@@ -12,6 +12,8 @@ from test_compiled_step import same_states, some_batch, squared_error
 from dwiml_func import adam, epoch_fn, init_state, jit_step, module_loss, radam, train_step
 from dwiml_func.compiled._torch_private import missing
 from dwiml_func.compiled.replay import Replays
+from dwiml_func.compiled.sums import VectorSums, add_vectors
+from dwiml_func.core.metrics import Sum, add_metrics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
@@ -84,6 +86,18 @@ def test_no_number_is_read_in_a_step_with_a_deferred_check(monkeypatch):
         state = take_steps(compiled, state, batches[3:])
     assert float(state.sums["loss"].weight) == float(reference[1]["loss"].weight) == 48
     assert float(state.sums["non_finite"].weight) == 0
+
+
+def test_sums_of_the_same_names_are_added_as_one_vector_also_to_those_that_were_restored():
+    new = VectorSums(("a", "b"), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    restored = {"a": Sum(10.0, 1.0), "b": Sum(torch.tensor(20.0), 2)}
+    for sums in (restored, VectorSums(("a", "b"), torch.tensor([10.0, 1.0, 20.0, 2.0], dtype=torch.float64))):
+        total = add_vectors(sums, new)
+        assert isinstance(total, VectorSums)
+        assert {name: (float(s.total), float(s.weight)) for name, s in total.items()} == {"a": (11, 3), "b": (23, 6)}
+    assert add_vectors({}, new) is new
+    for others in ({"b": Sum(20.0, 2.0), "a": Sum(10.0, 1.0)}, {"c": Sum(5.0, 5.0)}):
+        assert add_vectors(others, new) == add_metrics(others, new)
 
 
 @pytest.mark.cuda

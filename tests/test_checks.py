@@ -1,0 +1,98 @@
+"""Claims about `dwiml_func._checks` and `dwiml_func.files.json`: numbers in range, texts of one line, strict JSON."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import AfterValidator, TypeAdapter, ValidationError
+
+from dwiml_func._checks import at_most_three, check_number, error_text, listed, one_line, truncated_repr
+from dwiml_func.files.json import null_if_not_finite, parse_json, read_config_file, to_json_data
+
+
+@pytest.mark.parametrize(
+    ("value", "bounds", "named"),
+    [
+        (0, {"at_least": 1}, "at least 1 and below 2147483648"),
+        (0.0, {"above": 0}, "above 0"),
+        (1.0, {"at_least": 0, "below": 1}, "at least 0 and below 1"),
+        (math.nan, {"at_least": 0}, "at least 0"),
+        (math.inf, {"at_least": 0}, "at least 0"),
+        (-math.inf, {"below": 1}, "below 1"),
+        (1 << 31, {"at_least": 1}, "at least 1 and below 2147483648"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_its_bounds(value: float, bounds: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=rf"^size: expected a finite number {named}, received {value}\.$"):
+        check_number("size", value, **bounds)
+
+
+def test_the_bounds_themselves_are_in_or_out() -> None:
+    check_number("size", 1, at_least=1)
+    check_number("size", (1 << 31) - 1, at_least=1)
+    check_number("size", 1e300, at_least=1)
+    check_number("size", 1e-300, above=0)
+    check_number("size", math.nextafter(1, 0), below=1)
+
+
+def test_texts_are_cut_and_on_one_line() -> None:
+    assert truncated_repr("a" * 58) == f"'{'a' * 58}'"  # 60 characters
+    assert truncated_repr("a" * 59) == f"'{'a' * 56}..."
+    assert truncated_repr(10**5000) == "a number that is too long to show"
+    assert one_line(" a\n\tb\x1b[1m é ") == "a b\\x1b[1m é"
+    assert [one_line("abcdef", max_length=length) for length in (6, 5)] == ["abcdef", "ab..."]
+    assert at_most_three(["c", "b", "a"]) == "c; b; a"
+    assert at_most_three(["d", "c", "b", "a", "e"]) == "d; c; b and 2 more"
+    assert (listed(["b", "a"]), listed([]), listed("dcba")) == ("a, b", "none", "a, b, c and 1 more")
+
+
+def test_the_text_of_an_error_names_the_place_and_what_was_received() -> None:
+    def refuse(value: int) -> int:
+        raise ValueError(f"expected an even number, received {value}.")
+
+    even = Annotated[int, AfterValidator(refuse)]
+    for kind, value, text in (
+        (dict[str, int], {"a": "x"}, "a: input should be a valid integer, received 'x'"),
+        (int, "x", "input should be a valid integer, received 'x'"),
+        (dict[str, even], {"size": 3}, "size: expected an even number, received 3"),
+    ):
+        with pytest.raises(ValidationError) as error:
+            TypeAdapter(kind).validate_python(value, strict=True)
+        assert error_text(error.value) == text
+    with pytest.raises(ValidationError) as error:
+        TypeAdapter(list[int]).validate_python(list("abcde"))
+    assert error_text(error.value).endswith(" and 2 more")
+    assert error_text(OSError("no\nspace.")) == "no space"
+
+
+def test_json_is_read_strictly(tmp_path: Path) -> None:
+    assert parse_json('{"a": [1, 2.5, null]}', source="a.json") == {"a": [1, 2.5, None]}
+    for text, named in (
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', r"^a\.json: duplicate key 'c'\.$"),
+        ("{", r"^a\.json is not JSON: .*\.$"),
+        ("[" * 100_000, r"^a\.json is not JSON: "),
+    ):
+        with pytest.raises(ValueError, match=named):
+            parse_json(text, source="a.json")
+    file = tmp_path / "a.json"
+    file.write_bytes(b" " * (1 << 20))
+    assert len(read_config_file(file, source="a.json")) == 1 << 20
+    file.write_bytes(b" " * ((1 << 20) + 1))
+    with pytest.raises(ValueError, match=r"^a\.json: this file is larger than any config\.$"):
+        read_config_file(file, source="a.json")
+
+
+def test_data_become_plain_json_data_and_what_is_none_is_named() -> None:
+    data = {"a": np.float32(0.5), 3: (torch.tensor(2), np.arange(2)), "path": Path("b"), "no": None, "yes": True}
+    assert repr(to_json_data(data)) == "{'a': 0.5, 3: [2, [0, 1]], 'path': 'b', 'no': None, 'yes': True}"
+    with pytest.raises(TypeError, match=r"^config\.a\.1: expected numbers, texts, lists and dicts\. Received: object "):
+        to_json_data({"a": [0, object()]}, "config")
+    with pytest.raises(TypeError, match=r"^config: expected texts as keys\. Received: \[1\]"):
+        to_json_data({(1,): 0}, "config")
+    values = {"a": [math.nan, (1.5, math.inf)], "b": {"c": -math.inf, "d": 1, "e": "nan"}}
+    assert null_if_not_finite(values) == {"a": [None, [1.5, None]], "b": {"c": None, "d": 1, "e": "nan"}}
