@@ -66,3 +66,11 @@ def test_another_loss_is_refused() -> None:
     losses = [module_loss(torch.nn.Linear(2, 1), lambda model, x: (model(x).mean(), len(x))) for _ in range(2)]
     with pytest.raises(ValueError, match="the loss that was compiled"):
         JitGradient(losses[0])(losses[1], {}, {}, torch.ones(3, 2), key=Key(0))
+
+
+def test_a_loss_is_tried_before_it_is_compiled() -> None:
+    forgotten = torch.nn.Parameter(torch.ones(()))
+    loss_fn = module_loss(torch.nn.Linear(2, 1), lambda model, x: (model(x).mean() * forgotten, len(x)))
+    params = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+    with pytest.raises(ValueError, match="are not in the state"):
+        JitGradient(loss_fn, backend="eager")(loss_fn, params, {}, torch.ones(3, 2), key=Key(0))

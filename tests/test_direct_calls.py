@@ -72,17 +72,23 @@ def test_calls_that_are_not_alike_go_through_torch_compile_and_are_right():
         "other strides": (inputs.t().contiguous().t(), targets),
         "watched": (inputs, targets),
         "other settings": (inputs, targets),
+        "deterministic": (inputs, targets),
     }
     for number, (name, batch) in enumerate(others.items(), start=1):
         mode = torch.overrides.BaseTorchFunctionMode() if name == "watched" else nullcontext()
+        torch.use_deterministic_algorithms(name == "deterministic")
         with mode, torch.autocast("cpu", enabled=name == "other settings"):
             actual, _ = compiled(state, batch, lr=0.1)
             expected, _ = eager(state, batch, lr=0.1)
         torch.testing.assert_close(actual.params, expected.params)
         assert len(calls) == number, name
+        torch.use_deterministic_algorithms(False)
     compiled(state, (inputs, targets), lr=0.1)  # the last settings stay
     compiled(state, (inputs, targets), lr=0.1)
     assert len(calls) == len(others) + 1
+    strided = state.replace(params={name: param.t().contiguous().t() for name, param in state.params.items()})
+    compiled(strided, (inputs, targets), lr=0.1)
+    assert len(calls) == len(others) + 2
 
 
 def test_an_autocast_that_the_first_calls_did_not_see_is_not_passed_by():
@@ -130,6 +136,17 @@ def test_a_run_of_direct_calls_takes_the_weight_decay_of_its_step():
         for step, bound in zip(steps, ({}, options), strict=True)
     ]
     torch.testing.assert_close(ends[0].params, ends[1].params)
+
+
+def test_a_tensor_that_a_batch_holds_twice_does_not_stand_for_two():
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1].sum(1, keepdim=True)).square().mean(), len(batch[0])
+
+    start, compiled, eager = make_steps(compute_batch_loss=loss)
+    (one, _), (other, _) = some_batch(1), some_batch(2)
+    for batch in (*[(one, one)] * 4, (one, other)):
+        actual, _ = compiled(start, batch, lr=0.1)
+    torch.testing.assert_close(actual.params, eager(start, (one, other), lr=0.1)[0].params)
 
 
 def test_a_step_keeps_no_state_and_no_batch():
