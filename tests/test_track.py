@@ -27,6 +27,9 @@ from dwiml_func.models import Learn2Track
 
 LOADERS: Any = nib.streamlines
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
+OBLIQUE = np.eye(4)  # turned by 20 degrees, and moved
+OBLIQUE[:2, :2] = [[np.cos(0.35), -np.sin(0.35)], [np.sin(0.35), np.cos(0.35)]]
+OBLIQUE[:3, 3] = 5, -3, 2
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +158,19 @@ def test_nifti_files_give_the_lines_of_the_dataset(cli, track, model, data, tmp_
             values: Any = file[f"subj2/{group}/data"]
             affine: Any = file[f"subj2/{group}"].attrs["affine"]
             nib.save(nib.Nifti1Image(np.squeeze(values[()]), affine), tmp_path / f"{group}.nii.gz")
-    files = ("--input", tmp_path / "input.nii.gz", "--tracking-mask", tmp_path / "wm_mask.nii.gz")
-    options = ("--min-length", 2, "--max-length", 20, "--theta", 180, "--nt", 30)
-    result = cli("track", model, tmp_path / "b.trk", *files, *options, "--standardization", "none")
-    assert result.code == 0, result.err
-    assert lines(LOADERS.load(tmp_path / "b.trk")) == lines(track())
+            nib.save(nib.Nifti1Image(np.squeeze(values[()]), OBLIQUE @ affine), tmp_path / f"oblique_{group}.nii.gz")
+    options = ("--min-length", 2, "--max-length", 20, "--theta", 180, "--nt", 30, "--standardization", "none")
+    for prefix, kind in (("", "trk"), ("oblique_", "tck")):
+        files = ("--input", tmp_path / f"{prefix}input.nii.gz", "--tracking-mask", tmp_path / f"{prefix}wm_mask.nii.gz")
+        result = cli("track", model, tmp_path / f"{prefix}b.{kind}", *files, *options)
+        assert result.code == 0, result.err
+    expected = track()
+    assert lines(LOADERS.load(tmp_path / "b.trk")) == lines(expected)
+    turned = LOADERS.load(tmp_path / "oblique_b.tck").streamlines
+    np.testing.assert_array_equal([len(line) for line in turned], [len(line) for line in expected.streamlines])
+    np.testing.assert_allclose(
+        np.concatenate(list(turned)), apply_affine(OBLIQUE, np.concatenate(list(expected.streamlines))), atol=1e-4
+    )
 
 
 def test_nothing_long_enough_makes_an_empty_file_and_a_warning(cli, model, data, tmp_path):
