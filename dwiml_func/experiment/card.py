@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,14 @@ from dwiml_func.experiment.audit.consistency import record_digest
 from dwiml_func.experiment.audit.replay import recorded_epochs
 from dwiml_func.experiment.comparison.compare import differing
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.evaluation import read_evaluation
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import MANIFEST
+from dwiml_func.experiment.tracking.recorded import RecordedTracking, read_tracking
 from dwiml_func.experiment.training_facts import TRAINED_ON
 from dwiml_func.files.fingerprint import content
-from dwiml_func.files.json import parse_json
 
 __all__ = ["model_card"]
-
-_FILES = {"evaluation.json": "Evaluation", "tracking.json": "Tracking"}
 
 
 def model_card(directory: str | Path) -> str:
@@ -51,10 +51,9 @@ def model_card(directory: str | Path) -> str:
         "Recipe (other options have their defaults)": options,
         f"Scores of epoch {best.epoch}, the best of {max(reports)} by {config.training.monitor}": scores,
     }
-    for name, title in _FILES.items():
-        path = directory / name
-        if path.is_file():
-            sections[title] = _numbers(parse_json(path.read_bytes(), source=str(path)))
+    if angles := read_evaluation(directory):
+        sections["Angular error of the best model and of baselines, degrees"] = asdict(angles)
+    tracking = read_tracking(directory)
     sections["Computed by"] = dict(latest.environment)
     sections["Record"] = {
         "state": latest.digest,
@@ -62,6 +61,8 @@ def model_card(directory: str | Path) -> str:
         "to check": "dwiml-func verify EXPERIMENT_DIR --all",
     }
     parts = [f"# {directory.resolve().name}", *(_table(title, rows) for title, rows in sections.items() if rows)]
+    if tracking is not None:
+        parts.insert(-2, _tracking_table(tracking))
     return "\n\n".join(parts)
 
 
@@ -75,12 +76,16 @@ def _cell(text: str) -> str:
     return text.strip('"').replace("|", "\\|")
 
 
-def _numbers(data: Any) -> dict[str, Any]:
-    """The numbers and texts of a JSON object, and those within; lists are left out."""
-    found = {}
-    for name, value in data.items() if isinstance(data, Mapping) else ():
-        if isinstance(value, Mapping):
-            found[name] = _numbers(value)
-        elif not isinstance(value, list):
-            found[name] = value
-    return found
+def _tracking_table(found: RecordedTracking) -> str:
+    """Who tracks how well, by protocol: shares of valid streamlines, and of those that join both ends."""
+    ceiling = {} if found.ceiling is None else {"half of the real streamlines": {"continue": found.ceiling}}
+    protocols = list(found.shares["model"])
+    cells = [
+        [who, *("{:.3f} ({:.3f})".format(*by[name]) if name in by else "" for name in protocols)]
+        for who, by in {**found.shares, **ceiling}.items()
+    ]
+    rows = [["valid (both ends)", *protocols], ["---"] * (len(protocols) + 1), *cells]
+    title = (
+        f"## Tracking of epoch {found.epoch}, {found.subset} subject {found.subject}, steps of {found.step_size:g} mm"
+    )
+    return "\n".join([title, "", *(f"| {' | '.join(row)} |" for row in rows)])

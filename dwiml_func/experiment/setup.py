@@ -107,12 +107,14 @@ def check_monitored(parts: RunParts, *, is_member: bool = False) -> None:
     if monitor == "loss":
         return
     state = parts.first_state()
+    if is_member and monitor in (WINDOW_LAG, *PHASE_METRICS):
+        raise ValueError(f"monitor: {monitor} is measured in single runs. Received: an ensemble. Monitor the loss.")
     names = {"loss"}
     for batch in islice(parts.evaluation(state.key, 0, 0), 1):
         names |= set(read_means(eval_step(state, batch, loss_fn=parts.loss_fn)))
     if parts.valid is None:
         names |= {"grad_norm", "unclipped_grad_norm"}
-    elif monitor in PHASE_METRICS and not is_member:
+    elif monitor in PHASE_METRICS:
         return  # known at the first validation
     elif not is_member and not parts.config.training.skip_window_lag and hasattr(parts.model, "run_step"):
         if monitor == WINDOW_LAG and run_windows(parts.config, parts.data.validation, parts.model) is None:

@@ -122,7 +122,19 @@ class Panel:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=(1, 2, 5, 10), min_n_ticks=1))
         self.scale(limits)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(framealpha=0.8, edgecolor="none")  # curves show through, and do not cross the words
+            legend = axes.legend(framealpha=0.8, edgecolor="none")  # curves show through, and do not cross the words
+            box = legend.get_window_extent()
+            curves = [line.get_transform().transform_path(line.get_path()) for line in axes.get_lines()]
+            if limits is None and any(curve.intersects_bbox(box, filled=False) for curve in curves):
+                legend.set_loc("upper right")
+                self._make_room(box.height / axes.bbox.height + 0.04)
+
+    def _make_room(self, share: float) -> None:
+        """Leave this share of the height empty at the top."""
+        axes = self.axes
+        to_scale, back = axes.transScale, axes.transScale.inverted()
+        (_, low), (_, high) = to_scale.transform([(1, value) for value in axes.get_ylim()])
+        axes.set_ylim(top=back.transform((1, low + (high - low) / max(1 - share, 0.4)))[1])
 
     def scale(self, limits: tuple[float, float] | None = None) -> None:
         """The scale of y: logarithmic where the values span more than a decade, else from 0 where none is negative."""

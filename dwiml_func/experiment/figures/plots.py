@@ -17,7 +17,7 @@ from dwiml_func.experiment.comparison.run_labels import loss_kind, run_labels, r
 from dwiml_func.experiment.evaluation import read_evaluation
 from dwiml_func.experiment.figures.graphs import Graph, GraphDrawing, graph_drawings
 from dwiml_func.experiment.figures.panels import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
-from dwiml_func.experiment.figures.run_panels import PanelName, panel_drawings
+from dwiml_func.experiment.figures.run_panels import PANELS, PanelName, panel_drawings
 from dwiml_func.experiment.folder import recorded_config
 from dwiml_func.experiment.tracking.recorded import read_scores
 from dwiml_func.files.atomic import atomic_write
@@ -60,14 +60,13 @@ def draw_runs(
     runs = [run for run in runs if run.history]
     if not runs:
         raise ValueError("Expected a run with a finished epoch. Received none.")
-    drawings = [] if graphs and not panels else panel_drawings(runs)
+    drawings = [] if graphs and not panels else panel_drawings(runs, panels)
     if missing := [name for name in panels if name not in {drawing.name for drawing in drawings}]:
-        found = dict.fromkeys(drawing.name for drawing in drawings)
+        found = dict.fromkeys(drawing.name for drawing in panel_drawings(runs, PANELS))
         raise ValueError(
             f"--panels: expected some of {', '.join(found)}, of which these runs have values. Received: "
             f"{', '.join(missing)}."
         )
-    drawings = [drawing for drawing in drawings if not panels or drawing.name in panels]
     all_graphs = [drawing for graph in graphs for drawing in graph_drawings(graph, runs)]
     legend = 0.15 + 0.22 * len(runs) if len(runs) > 1 else 0.0  # its height in inches
     figure, axes = _grid(len(drawings) + len(all_graphs), legend)

@@ -15,11 +15,11 @@ from dwiml_func.experiment.figures.panels import COLOURS, GREY, Panel, PlottedRu
 from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG
 from dwiml_func.models.autoencoder.autoencoder import RECONSTRUCTION_ERROR
 
-__all__ = ["PanelDrawing", "PanelName", "draw_rates", "panel_drawings"]
+__all__ = ["PANELS", "PanelDrawing", "PanelName", "draw_rates", "panel_drawings"]
 
 PanelName = Literal["loss", "angle", "lag", "monitored", "gradient", "rate", "speed", "tracking"]
 """What `--panels` names."""
-_PANELS: tuple[PanelName, ...] = get_args(PanelName)
+PANELS: tuple[PanelName, ...] = get_args(PanelName)
 
 _BLUE, _ORANGE, _BLACK = COLOURS[0], COLOURS[1], COLOURS[-1]
 _TRAINING = {"linestyle": "--", "linewidth": 1.5}
@@ -40,9 +40,14 @@ class PanelDrawing(NamedTuple):
     draw: Callable[[Panel, dict[int, PlottedRun]], None]
 
 
-def panel_drawings(runs: Sequence[PlottedRun]) -> list[PanelDrawing]:
-    """The panels that these runs have something for, in their order. Losses that cannot be compared have one each."""
-    return [drawing for name in _PANELS for drawing in _drawings_of(name, dict(enumerate(runs))) if drawing.runs]
+def panel_drawings(runs: Sequence[PlottedRun], names: Sequence[PanelName] = ()) -> list[PanelDrawing]:
+    """The panels that these runs have something for, in their order. Losses that cannot be compared have one each.
+
+    Without `names` they are all, but for the tracking of a run alone.
+    """
+    names = names or [name for name in PANELS if name != "tracking" or len(runs) > 1]
+    each = dict(enumerate(runs))
+    return [drawing for name in PANELS if name in names for drawing in _drawings_of(name, each) if drawing.runs]
 
 
 def _drawings_of(name: PanelName, runs: dict[int, PlottedRun]) -> Iterator[PanelDrawing]:
@@ -72,7 +77,7 @@ def _drawings_of(name: PanelName, runs: dict[int, PlottedRun]) -> Iterator[Panel
             yield PanelDrawing(name, timed, partial(_each, draw=_speeds))
         case "tracking":
             scored = {n: run for n, run in runs.items() if run.tracking.get("model")}
-            yield PanelDrawing(name, scored if len(runs) > 1 else {}, _shares)
+            yield PanelDrawing(name, scored, _shares)
 
 
 def _each(panel: Panel, runs: dict[int, PlottedRun], *, draw: Callable[[Panel, PlottedRun, int], None]) -> None:
