@@ -476,5 +476,7 @@ def test_a_correlation_is_that_of_scipy_over_epochs_and_over_runs(cli, experimen
     assert spearman(values, others) == pytest.approx(stats.spearmanr(values, others)[0], abs=1e-15)
     assert pearson(values, others) == pytest.approx(stats.pearsonr(values, others)[0], abs=1e-15)
     cli("plot", experiments, "--correlate", "loss", "nothing").check_refusal("--correlate", "'nothing'")
+    cli("plot", experiments, "--correlate", "loss").check_refusal("--correlate: expected NAME NAME. Received: loss.")
+    cli("plot", experiments, "--csv", tmp_path, "--out", out).check_refusal("Expected a file name. Received a folder")
     cli("plot", experiments, "--correlate", "loss", "dg-key").check_refusal("two numbers of the same runs")
     cli("plot", experiments, "--correlate", "loss", "lr", "--csv", "a").check_refusal("--correlate: expected no")

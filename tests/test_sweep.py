@@ -140,6 +140,7 @@ def test_a_sweep_of_a_single_value_has_it(tmp_path: Path, cli) -> None:
         (["dropout=0.1,"], ["NAME=VALUE,VALUE,...", "'dropout=0.1,'"]),
         (["dropout=0.1", "dropout=0.2"], ["each NAME once"]),
         (["dropout=0.1,0.1"], ["different values"]),
+        (["rng=1,1"], ["different values"]),
         (["dg-key=cosine"], ["dg-key", "cannot read 'cosine'"]),
         (["patience=0,1"], ["patience=0"]),
         (["dg-key=gaussian", "add-entropy-to-gauss=x"], ["add-entropy-to-gauss", "'x'"]),

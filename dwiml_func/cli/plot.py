@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from dwiml_func._checks import one_line
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
@@ -30,7 +33,16 @@ from dwiml_func.experiment.figures.tracking import (
     drift_figure_path,
     tracked_figure_path,
 )
-from dwiml_func.experiment.folder import ENSEMBLE_FILE, check_no_links, is_ensemble, is_run, member_folders
+from dwiml_func.experiment.folder import (
+    ENSEMBLE_FILE,
+    check_no_links,
+    is_ensemble,
+    is_run,
+    is_sweep,
+    member_folders,
+    named_in_order,
+    read_config,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,9 +85,10 @@ class Options(CommandOptions):
     times, after the EXPERIMENT_DIRs. (default: none)"""
     csv: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Also write all values that are drawn as CSV, a row for each: run, panel, curve, epoch, value."""
-    correlate: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="NAME NAME")] = None
+    correlate: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME NAME")] = ()
     """Plot two values of the runs against each other, and print their correlation over the epochs of each run, over
-    those of all, and over the best epochs of the runs. Names are those of runs --show: logs, scores or options."""
+    those of all, and over the best epochs of the runs. Names are those of runs --show: logs, scores or options.
+    (default: none)"""
     drift: bool = False
     """Plot how far the best models drift from real streamlines when they track, beside the baselines, from the
     tracking.json of experiments whose data have bundles."""
@@ -101,6 +114,8 @@ def run(options: Options) -> int:
     if options.tracking and (options.drift or len(directories) != 1):
         received = "--drift" if options.drift else f"{len(directories)} experiments"
         raise ValueError(f"--tracking: expected one experiment, and no --drift beside it. Received: {received}.")
+    if len(options.correlate) not in (0, 2):
+        raise ValueError(f"--correlate: expected NAME NAME. Received: {' '.join(options.correlate)}.")
     if options.correlate and (options.panels or options.graph or options.csv):
         raise ValueError("--correlate: expected no --panels, --graph or --csv beside it.")
     path_in, name = (drift_figure_path, "drift.png") if options.drift else (run_figure_path, "runs.png")
@@ -120,17 +135,16 @@ def run(options: Options) -> int:
     if options.out is None and not is_chosen and len(given) == 1 and (is_run(given[0]) or is_ensemble(given[0])):
         check_no_links(given[0])
         out = path_in(given[0])
-    with folders_above(out):
-        save_figure(figure, out)
-    print(out)
     if options.csv is not None:
         with folders_above(table := Path(options.csv)):
             write_table(rows, table)
-        print(table)
+    with folders_above(out):
+        save_figure(figure, out)
+    print(out, *filter(None, [options.csv]), sep="\n")
     return 0
 
 
-def _correlation(directories: list[Path], names: tuple[str, str]) -> Figure:
+def _correlation(directories: list[Path], names: Sequence[str]) -> Figure:
     """Print the correlation, and draw it."""
     runs = read_runs(directories)
     found = correlate([run_overview(folder, run.name) for folder, run in zip(directories, runs, strict=True)], names)
@@ -146,6 +160,19 @@ def _experiments(path: Path) -> list[Path]:
         return member_folders(path)
     if is_run(path):
         return [path]
-    inner = [folder for folder in sorted(path.iterdir()) if folder.is_dir()] if path.is_dir() else []
-    found = [run for folder in inner if is_ensemble(folder) or is_run(folder) for run in _experiments(folder)]
-    return [run for run in found if (checkpoint := newest(run)) is not None and checkpoint.history]
+    inner = [folder for folder in named_in_order(path) if folder.is_dir()] if path.is_dir() else []
+    holds_runs = (is_ensemble, is_run, is_sweep)
+    found = [run for folder in inner if any(test(folder) for test in holds_runs) for run in _experiments(folder)]
+    return [run for run in found if _has_epochs(run)]
+
+
+@functools.cache
+def _has_epochs(run: Path) -> bool:
+    """Whether a run has something to show; a warning where it is corrupt."""
+    try:
+        read_config(run)
+        checkpoint = newest(run)
+    except ValueError as error:
+        _log.warning("Passed over %s. %s", run, one_line(error))
+        return False
+    return checkpoint is not None and bool(checkpoint.history)

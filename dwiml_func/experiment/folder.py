@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "is_run",
     "is_sweep",
     "member_folders",
+    "named_in_order",
     "read_config",
     "read_ended",
     "recorded_config",
@@ -151,6 +153,12 @@ def is_ensemble(directory: Path) -> bool:
 def is_sweep(directory: Path) -> bool:
     """Whether a directory is that of a sweep."""
     return (directory / SWEEP_FILE).is_file()
+
+
+def named_in_order(directory: Path) -> list[Path]:
+    """What is in a directory, by name; numbers within names are ordered by value."""
+    pieces = {path: re.split(r"(\d+)", path.name, flags=re.ASCII) for path in directory.iterdir()}
+    return sorted(pieces, key=lambda path: [(int(piece) if piece.isdecimal() else -1, piece) for piece in pieces[path]])
 
 
 def member_folders(directory: Path) -> list[Path]:

@@ -71,9 +71,12 @@ def _combinations(
     swept: dict[str, list[str]] = {}
     for text in sweep:
         name, (_, equals, values) = _option(text), text.partition("=")
-        if not equals or name in swept or not all(values.split(",")):
-            raise ValueError(f"--sweep: expected NAME=VALUE,VALUE,... with each NAME once. Received: {text!r}.")
-        swept[name] = values.split(",")
+        each = values.split(",")
+        if not equals or name in swept or not all(each) or len({*each}) < len(each):
+            raise ValueError(
+                f"--sweep: expected NAME=VALUE,VALUE,... with each NAME once, and different values. Received: {text!r}."
+            )
+        swept[name] = each
     count = math.prod([num_models, *(len(values) for values in swept.values())])
     if count > _MAX_MEMBERS:
         raise ValueError(f"A sweep has at most {_MAX_MEMBERS} members, each with its folder. Received: {count}.")

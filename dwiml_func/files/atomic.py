@@ -76,6 +76,8 @@ def atomic_file(path: str | Path, *, flush: bool = True) -> Iterator[BinaryIO]:
     What stands at `path` is replaced then. Without `flush` the function does not wait for the disk.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"Expected a file name. Received a folder: {path}")
     temporary = _beside(path, _TEMPORARY)
     try:
         with temporary.open("x+b") as file:

@@ -34,7 +34,7 @@ class Pairs(NamedTuple):
 class Correlation(NamedTuple):
     """The pairs of all runs; `mixes_losses` where one value is a loss whose kinds cannot be compared."""
 
-    names: tuple[str, str]
+    names: Sequence[str]
     pairs: list[Pairs]
     mixes_losses: bool
 
@@ -55,7 +55,7 @@ class Correlation(NamedTuple):
         return "\n".join([f"{'run':<{width}}  values       r    rank", *rows])
 
 
-def correlate(runs: Sequence[RunOverview], names: tuple[str, str]) -> Correlation:
+def correlate(runs: Sequence[RunOverview], names: Sequence[str]) -> Correlation:
     """Pair two values, named as for `runs --show`. ValueError where no run has one of them, or they are no numbers."""
     check_names(runs, names, option="--correlate")
     pairs = []

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import one_line, truncated_repr
 from dwiml_func.core.report import EpochReport
 from dwiml_func.writers.jsonl import epoch_row
 from dwiml_func.writers.npy import epoch_arrays
@@ -59,5 +59,7 @@ def check_known(name: str, known: Collection[str], *, what: str, hint: str = "")
     if name in known:
         return
     near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.5)
-    listed = f"Did you mean {' or '.join(near)}?" if near else f"Known are {', '.join(known)}."
+    listed = (
+        f"Did you mean {' or '.join(near)}?" if near else f"Known are {one_line(', '.join(known), max_length=200)}."
+    )
     raise ValueError(f"{what}. Received: {truncated_repr(name)}. {listed}{hint}")

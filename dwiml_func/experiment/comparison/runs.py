@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.report import EpochReport
-from dwiml_func.experiment.folder import is_ensemble, is_run, is_sweep, member_folders, read_config
+from dwiml_func.experiment.folder import is_ensemble, is_run, is_sweep, member_folders, named_in_order, read_config
 from dwiml_func.experiment.tracking.recorded import read_scores
 from dwiml_func.experiment.training_config import WINDOW_LAG, TrainingConfig
 from dwiml_func.files.lock import is_locked
@@ -73,11 +73,11 @@ def list_runs(experiments_path: str | Path) -> list[RunOverview]:
     if not folder.is_dir():
         raise FileNotFoundError(f"Experiments path {str(experiments_path)!r} is not a folder.")
     runs: list[tuple[str | None, Path]] = []
-    for path in sorted(folder.iterdir(), key=lambda path: (int(path.name) if path.name.isdecimal() else -1, path.name)):
+    for path in named_in_order(folder):
         if is_ensemble(path):
             runs += ((path.name, member) for member in member_folders(path))
         elif is_sweep(path):
-            runs += ((path.name, member) for member in sorted(path.iterdir()) if is_run(member))
+            runs += ((path.name, member) for member in named_in_order(path) if is_run(member))
         elif is_run(path):
             runs.append((None, path))
     names = [path.name if group is None else f"{group}/{path.name}" for group, path in runs]
