@@ -41,7 +41,7 @@ from dwiml_func.experiment.folder import (
     is_sweep,
     member_folders,
     named_in_order,
-    read_config,
+    recorded_config,
 )
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _experiments(path: Path) -> list[Path]:
 def _has_epochs(run: Path) -> bool:
     """Whether a run has something to show; a warning where it is corrupt."""
     try:
-        read_config(run)
+        recorded_config(run)
         checkpoint = newest(run)
     except ValueError as error:
         _log.warning("Passed over %s. %s", run, one_line(error))
