@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from forgeries import FORGERIES, PHANTOM, forged, train
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
-from dwiml_func.experiment.audit.audit import audit_experiment, sample_epochs
+from dwiml_func.cli.verify import format_audit
+from dwiml_func.experiment.audit.audit import Audit, Span, audit_experiment, sample_epochs
 from dwiml_func.experiment.audit.consistency import record_digest
 from dwiml_func.experiment.audit.ensemble import audit_ensemble
 from dwiml_func.experiment.audit.processes import in_processes
@@ -165,6 +167,29 @@ def test_epochs_that_a_member_trained_by_itself_are_named(cli, ensemble, tmp_pat
     assert outcome.code == 0
     assert "2 of 3 epochs trained again" in outcome.out
     assert "Not audited: epoch 3: member 1 trained by itself there." in outcome.out
+
+
+def test_the_text_of_a_sample_counts_the_epochs_that_were_chosen_and_shortens_many_problems():
+    audit = Audit(
+        recorded=tuple(range(1, 41)), replayed=(1, 2, 3, 9, 20), num_chosen=3,
+        spans=(Span(first=1, last=3), Span(first=9, last=9)),
+        problems=(), context=(), left_out=("epoch 41: why",), record="ab",
+    )  # fmt: skip
+    lines = format_audit(audit, "run").splitlines()
+    assert lines[0] == "run: 5 of 40 epochs trained again, bitwise identical to the record."
+    assert lines[1] == "Not audited: epoch 41: why"
+    assert lines[2].startswith("Epochs 1 to 3 have no checkpoint between them")
+    assert lines[3].endswith("at most (1 - f)^3: 0.97 for 1%, 0.86 for 5%, 0.73 for 10%, 0.12 for 50%.")
+    assert lines[4:] == ["Record ab"]
+    many = replace(audit, problems=tuple(f"problem {number}" for number in range(15)), context=("other torch",))
+    lines = format_audit(many, "run").splitlines()
+    assert lines[0].endswith("some differ.")
+    assert lines[1:15] == [
+        *(f"  problem {number}" for number in range(12)),
+        "  and 3 further differences",
+        "  other torch",
+    ]
+    assert not any("(1 - f)" in line for line in lines)
 
 
 def test_options_that_do_not_fit_are_refused(cli, run):

@@ -48,6 +48,14 @@ def test_a_file_of_the_reference_is_told_and_has_no_problem(capfd):
     assert re.search(r"^ +all +144 +6,234 ", text, re.MULTILINE)
     assert text.endswith("No problem found.\n")
     assert max(map(len, text.splitlines())) <= 120
+    assert all(line == line.rstrip() for line in text.splitlines())
+    ends = {
+        line.split()[0]: line.split()[-2:] for line in text.splitlines() if re.match(r" +(subj\d|all) .*\.\d{3}$", line)
+    }
+    least, greatest = zip(*(ends[f"subj{number}"] for number in range(3)), strict=True)
+    assert ends["all"] == [min(least), max(greatest)]
+    assert len(set(least)) > 1
+    assert len(set(greatest)) > 1
 
 
 def test_measures_are_those_of_the_streamlines(tmp_path):
