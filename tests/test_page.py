@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import CHROMIUM, Browser, browser
 from experiment_cases import CONFIG, latest_digest
+from nibabel.affines import apply_affine
 from report_cases import report
 
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.core.early_stopping import Best
+from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
 from dwiml_func.experiment.folder import create_experiment, read_config
@@ -30,6 +33,7 @@ from dwiml_func.experiment.tracking.evaluation import (
     ShownLines,
     TrackedLines,
     TrackingEvaluation,
+    _shown,
     write_tracking_evaluation,
 )
 from dwiml_func.experiment.tracking.recorded import Drift
@@ -229,6 +233,21 @@ def test_the_table_of_a_long_run_has_some_epochs_the_best_and_the_last(num, num_
     rows = [row[0].text or "" for row in _epochs(history).iter("tr")][1:]
     assert len(rows) == num_rows
     assert {"1", "152", str(num)} <= {row.split()[0].strip(",") for row in rows}
+
+
+def test_of_many_streamlines_300_are_kept_evenly_and_in_ras_mm() -> None:
+    sizes, voxels = np.array([2.0, 1.0, 3.0]), np.random.default_rng(0).uniform(0, 9, (700, 4, 3))
+    affine = np.array([[0.0, -1, 0, 5], [2, 0, 0, -7], [0, 0, 3, 11], [0, 0, 0, 1]])
+    numbers, grid = np.arange(700), Grid(affine, (9, 9, 9))
+    shown = _shown(
+        Streamlines.from_list(voxels * sizes), numbers, numbers % 2 == 0, grid, torch.tensor(sizes, dtype=torch.float32)
+    )
+    rows = shown.bundle
+    assert (len(rows), rows[0], rows[-1]) == (300, 0, 699)
+    assert set(np.diff(rows)) == {2, 3}
+    np.testing.assert_array_equal(shown.valid, rows % 2 == 0)
+    in_ras = apply_affine(affine, voxels[rows] - 0.5)  # the affine is of voxel centres
+    np.testing.assert_allclose(shown.lines.points, in_ras.reshape(-1, 3), atol=1e-4)
 
 
 def test_tracked_lines_come_back_as_written(tmp_path) -> None:
