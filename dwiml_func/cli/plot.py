@@ -170,8 +170,8 @@ def _experiments(path: Path) -> list[Path]:
 def _has_epochs(run: Path) -> bool:
     """Whether a run has something to show; a warning where it is corrupt."""
     try:
-        recorded_config(run)
         checkpoint = newest(run)
+        recorded_config(run, checkpoint)
     except ValueError as error:
         _log.warning("Passed over %s. %s", run, one_line(error))
         return False
