@@ -1,16 +1,17 @@
-"""The sums of an epoch as one vector on the device: one addition a step, and nothing is read."""
+"""The numbers of a step and the sums of an epoch, each as one vector on the device: nothing is read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.types import Metrics, Sum
 
-__all__ = ["VectorSums", "add_vectors"]
+__all__ = ["VectorSums", "add_vectors", "vector_of"]
 
 
 class VectorSums(dict[str, Sum]):
@@ -36,3 +37,15 @@ def add_vectors(sums: Mapping[str, Sum], new: VectorSums) -> Metrics:
             return add_metrics(sums, new)
         return VectorSums(tuple(new), torch.stack(parts) + new.vector)
     return VectorSums(tuple(new), sums.vector + new.vector)
+
+
+def vector_of(device: torch.device, *numbers: float | Tensor) -> Tensor:
+    """Numbers in double precision, in order."""
+    known = [0.0 if isinstance(number, Tensor) else number for number in numbers]
+    vector = torch.from_numpy(np.array(known, dtype=np.float64))  # three times faster than torch.tensor
+    if device.type != "cpu":  # from pinned memory, so that the host does not wait
+        vector = (vector.pin_memory() if device.type == "cuda" else vector).to(device, non_blocking=True)
+    for place, number in enumerate(numbers):
+        if isinstance(number, Tensor):
+            vector[place] = number
+    return vector
