@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import map_coordinates
 
-from dwiml_func.data.interpolation import Interpolation, interpolate
+from dwiml_func.data.interpolation import FlatVolumes, Interpolation, interpolate
 
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(1, 5), st.integers(1, 3))
 
@@ -189,3 +189,15 @@ def test_a_device_gets_the_numbers_of_a_grid_once(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr(torch, "tensor")
     for mode in get_args(Interpolation):
         assert interpolate(volume, points, mode=mode).shape == (7, 2)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "trilinear", "trilinear-corner"])
+def test_points_of_several_volumes_are_read_together_each_in_its_own(mode):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((3, 4, 5, 2), (6, 2, 3, 2), (1, 1, 1, 2))
+    volumes = [torch.randn(shape, generator=generator) for shape in shapes]
+    points, subject = torch.rand(60, 3, generator=generator) * 8 - 1, torch.arange(60) % 3
+    found = FlatVolumes.of(volumes, shapes, torch.device("cpu")).read(points, subject, mode=mode)
+    for number, volume in enumerate(volumes):
+        own = subject == number
+        torch.testing.assert_close(found[own], interpolate(volume, points[own], mode=mode), rtol=0, atol=0)

@@ -6,13 +6,14 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from experiment_cases import latest_digest
 
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli._run_options import RunOptions, example_options, kept_example_options
-from dwiml_func.experiment.config import Origin, config_from_json
+from dwiml_func.experiment.config import BatchConfig, ModelConfig, Origin, TrainingConfig, config_from_json
 from dwiml_func.experiment.folder import read_config
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -147,3 +148,40 @@ def test_a_config_that_cannot_be_used_is_refused(cli, folder: Path, text: str, n
     cli("train", folder, "new", PHANTOM, "--config", path).check_refusal("--config", named)
     cli("train", folder, "new", PHANTOM, "--config", folder).check_refusal("--config", "not a file")
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model", "own"),
+    [
+        (
+            ("sphere-classification",),
+            {"nb_previous_dirs": 1, "use_skip_connection": True},
+            {"max_epochs": 30, "learning_rate": ("0.005*20 0.001",)},
+        ),
+        (
+            ("cosine-regression", "autoencoder"),
+            {"model": "autoencoder", "first_channels": 16},
+            {"learning_rate": ("cosine 0.001 60",)},
+        ),
+        (
+            ("gaussian", "ttst", "loss"),
+            {"model": "ttst", "input_embedded_size": 64, "target_embedded_size": 64, "n_layers_e": 3},
+            {"learning_rate": ("0.002*24 0.001*14 0.0005*10 0.0002*8 0.0001",), "ema": 0.998, "clip_grad": 1.0},
+        ),
+    ],
+    ids=["sphere", "autoencoder", "ttst"],
+)
+def test_other_models_have_recipes_of_their_own_on_the_example_data(
+    arguments: tuple[str, ...], model: dict[str, Any], own: dict[str, Any]
+) -> None:
+    """Beside the command that is printed for the first run."""
+    own = {"max_epochs": 60, "weight_decay": 0.0} | own
+    batches: dict[str, Any] = {"batch_size_training": 10}
+    if arguments[1:] != ("autoencoder",):
+        batches |= {"step_size": 2.0, "reverse_ratio": 0.5}
+    if arguments[0] == "sphere-classification":
+        own |= {"clip_grad": 1.0, "monitor": "tracking_window_lag"}
+    elif arguments[1:] != ("autoencoder",):
+        batches["noise_gaussian_size_forward"] = 1.0
+    expected = RunOptions(training=TrainingConfig(**own), model=ModelConfig(**model), batches=BatchConfig(**batches))
+    assert example_options(*arguments) == expected
