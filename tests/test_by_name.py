@@ -8,6 +8,7 @@ import torch
 from optimizer_cases import addresses, assert_same_bits, evaluated, gradient, run_torch, run_updates, some_tensors
 
 from dwiml_func.optim import adam, adamw, by_name, chain, clip_by_global_norm, ema, muon, nadam, rmsprop, sgd
+from dwiml_func.optim.names import first_matches
 
 FACTORIES = {
     "sgd": (partial(sgd, momentum=0.9), partial(torch.optim.SGD, momentum=0.9)),
@@ -71,6 +72,12 @@ def test_the_first_pattern_that_matches_counts():
         optimizer = by_name(sgd, options)
         new, _ = optimizer.update(grads, optimizer.init(params), params, lr=1.0, step=0)
         assert (float(new["a.bias"]), float(new["a.weight"])) == expected
+
+
+def test_the_names_of_one_model_are_not_taken_for_those_of_another():
+    assert first_matches(("x*",), ("x1", "y1")) == (0, None)
+    assert first_matches(("x*",), ("y1", "x1")) == (None, 0)
+    assert first_matches(("y*", "*"), ("x1", "y1")) == (1, 0)
 
 
 def test_case_counts_in_patterns():

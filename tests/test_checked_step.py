@@ -15,6 +15,7 @@ from torch import Tensor
 from dwiml_func import adam, init_state, jit_step, module_loss, train_step, value_and_grad
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.core.checked_step import StepMismatchError, checked_step
+from dwiml_func.core.metrics import Sum
 from dwiml_func.experiment.config import CheckpointConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.run import run_experiment
@@ -151,3 +152,13 @@ def test_a_run_that_stops_saves_the_state_before_the_step_and_resumes_to_the_sam
     assert calls == 4
     assert cli("resume", tmp_path, "run").code == 0
     assert latest_digest(directory) == latest_digest(trained(tmp_path, CONFIG, "plain"))
+
+
+def test_metrics_are_compared_too():
+    values = iter(range(9))
+
+    def step(state: Any, batch: Any, *, lr: float) -> Any:
+        return state.replace(step=state.step + 1, batch=state.batch + 1), {"loss": Sum(float(next(values)), 1.0)}
+
+    with pytest.raises(StepMismatchError, match=r"differ in metrics/loss/0, twice in a row"):
+        checked_step(step, every=1)(init_state(torch.nn.Linear(1, 1), adam(), seed=0), None, lr=0.1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dwiml_func.checkpoint.digest import leaf_digest, state_digest, state_leaves
 from dwiml_func.core.checked_step import checked_step
+from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.metrics import read_means
@@ -373,6 +374,10 @@ def test_an_ensemble_of_members_that_all_failed_ends():
     _, reports = together(ensemble, optimizer=sgd(), lr=0.1)
     assert [sorted(report.failed) for report in reports] == [[0, 1]]
     assert reports[0].members == {}
+    ended = stack_states([state.replace(best=Best(1.0, 1, 3))] * 2)
+    step = partial(ensemble_step, loss_fn=LOSS, optimizer=sgd())
+    loop = partial(train_and_validate_ensemble, train=batches, step=step, learning_rate=0.1, max_epochs=9)
+    assert list(loop(ended, patience=3)) == []
 
 
 @pytest.mark.parametrize("steps", [4, 6], ids=["at an epoch's end", "within an epoch"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.rng import Key, torch_rng
 
@@ -220,10 +221,22 @@ def test_an_error_inside_leaves_no_trace(batch):
 
 def test_further_means_may_be_numbers(batch):
     def with_numbers(model, batch):
-        return *squared_error(model, batch)[:2], {"share": 0.25, "own": (0.5, 3)}
+        return *squared_error(model, batch)[:2], {"share": 0.1, "own": (0.5, 3)}
 
     out = module_loss(nn.Linear(4, 3), with_numbers)(*named(nn.Linear(4, 3)), batch, key=Key(0), train=True)
-    assert out.aux == {"share": torch.tensor(0.25), "own": (torch.tensor(0.5), torch.tensor(3.0))}
+    share = torch.tensor(0.1, dtype=torch.float64)  # as exact as the number
+    assert out.aux == {"share": share, "own": (torch.tensor(0.5), torch.tensor(3.0))}
+
+
+@pytest.mark.parametrize("name", ["w", "count"])
+def test_a_loss_that_writes_into_the_state_is_refused(name):
+    def loss_fn(params, buffers, batch, *, key, train):
+        with torch.no_grad():
+            ({**params, **buffers}[name]).add_(1)
+        return LossOut(params["w"].clone().sum(), 1, buffers, {})
+
+    with pytest.raises(ValueError, match=f"writes into {name} of the state"):
+        value_and_grad(loss_fn, {"w": torch.ones(1)}, {"count": torch.zeros(1)}, None, key=Key(0))
 
 
 @pytest.mark.parametrize("result", [torch.zeros(()), (torch.zeros(()),), (1, 2, {}, 4), None, [1, 2]])

@@ -21,6 +21,7 @@ from dwiml_func import (
     init_state,
     module_loss,
     per_step,
+    reduce_on_plateau,
     run_epoch,
     sgd,
     stack_states,
@@ -34,6 +35,7 @@ from dwiml_func import (
 from dwiml_func import ensemble_step as ensemble_step_of
 from dwiml_func.checkpoint import state_digest
 from dwiml_func.core.rates import epoch_rates
+from dwiml_func.core.report import Validation
 from dwiml_func.types import Plateau
 
 MODEL = torch.nn.Linear(4, 1)
@@ -271,3 +273,7 @@ def test_one_rate_is_reported_for_an_epoch_whose_rate_is_the_same_at_each_step()
     assert epoch_rates(0.1, first_step=5, step=9, epoch=1, plateau=Plateau()) == [0.1]
     by_step = epoch_rates(per_step(float), first_step=5, step=9, epoch=1, plateau=Plateau())
     assert by_step == [5.0, 6.0, 7.0, 8.0]
+    validated = [Validation(1, {}, 0.5), Validation(2, {}, 0.25)]
+    follows = reduce_on_plateau(per_step(float))
+    position: dict[str, Any] = {"first_step": 5, "step": 9, "epoch": 0, "plateau": Plateau()}
+    assert epoch_rates(follows, validations=validated, **position) == [0.5, 0.25, 7.0, 8.0]

@@ -95,7 +95,7 @@ def _different(one: Any, other: Any) -> list[str]:
     on_device = [flag for flag in flags if isinstance(flag, Tensor)]
     read = iter(torch.stack(on_device).tolist() if on_device else [])
     return [
-        name.replace("']['", "/").strip("[']")
+        name.replace("'][", "/").replace("'", "").strip("[]")
         for (name, _, _), flag in zip(pairs, flags, strict=True)
         if (next(read) if isinstance(flag, Tensor) else flag)
     ]
