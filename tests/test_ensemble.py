@@ -25,7 +25,7 @@ from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, member_sums, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
-from dwiml_func.optim import chain, ema, reduce_on_plateau, skip_not_finite
+from dwiml_func.optim import chain, ema, per_step, reduce_on_plateau, skip_not_finite
 from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
 
 OPTIMIZERS = {"sgd": partial(sgd, momentum=0.9), "adam": adam, "adamw": adamw, "radam": radam}
@@ -212,7 +212,8 @@ def test_an_epoch_of_members_is_that_of_separate_runs_with_every_option_of_the_l
 
     def run(loop: Any, step: Any, evaluate: Any, state: Any) -> tuple[Any, list[Any], list[Any]]:
         asked.clear()
-        schedule = reduce_on_plateau(0.03, factor=0.5, patience=0, threshold=0.01)
+        by_step = per_step(lambda step: 0.03 / (1 + step / 50))
+        schedule = reduce_on_plateau(by_step, factor=0.5, patience=0, threshold=0.01)
         options = {"monitor": "size", "mode": "max", "validate_every": 2, "patience": 2, "patience_delta": 0.01}
         options |= {"train": source("train", 0), "valid": source("valid", 50), "clock": lambda: now}
         options |= {"step": takes(60, step), "eval_step": takes(30, evaluate)}
