@@ -73,3 +73,9 @@ def test_weights_of_a_row_sum_to_one_over_the_rows_up_to_it() -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(6, dtype=torch.float64))
     assert torch.equal(weights, weights.tril())
     assert (weights[torch.ones(6, 6).tril().bool()] > 0).all()
+
+
+def test_a_bucket_of_a_traced_graph_has_at_least_the_two_rows_that_it_promises() -> None:
+    padded, places = torch.ops.dwiml_func.one_bucket(offsets_of(torch.tensor([1, 0, 1])), 2)
+    assert padded.tolist() == [[0, 0], [1, 1], [1, 1]]
+    assert places.tolist() == [0, 4]

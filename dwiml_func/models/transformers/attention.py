@@ -20,6 +20,7 @@ from dwiml_func.models.transformers.causal import causal_attention, causal_weigh
 
 __all__ = ["Sequences", "sequences_of"]
 
+_TRACED_ROWS = 2  # least padded length under torch.compile, which cannot tell whether an unknown 1 is broadcast
 _SHORTEST = 0.8  # of a bucket's sequences, relative to the longest: padding then costs a fifth at most
 
 
@@ -129,7 +130,7 @@ def _one_bucket(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """All sequences in one bucket, as an operator: the longest is not known when a graph is traced."""
     lengths = offsets.diff().clamp(min=1)
     starts = offsets[:-1].clamp(max=max(num_rows - 1, 0))
-    longest = int(lengths.max())
+    longest = max(_TRACED_ROWS, int(lengths.max()))
     steps = torch.arange(longest, device=offsets.device)
     rows = starts[:, None] + torch.minimum(steps, lengths[:, None] - 1)
     return rows, (steps < offsets.diff()[:, None]).flatten().nonzero()[:, 0]
@@ -137,7 +138,7 @@ def _one_bucket(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 @_one_bucket.register_fake
 def _(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    longest = torch.library.get_ctx().new_dynamic_size(min=1)
+    longest = torch.library.get_ctx().new_dynamic_size(min=_TRACED_ROWS)
     padded = offsets.new_empty(offsets.shape[0] - 1, longest)
     return padded, offsets.new_empty(num_rows)
 
