@@ -163,6 +163,7 @@ def test_rows_come_by_data_and_coverage_and_a_person_counts_once_however_many_se
     assert (mine["num_people"], mine["num_seeds"], mine["ceiling_valid"], mine["lag_80_mm"]) == (2, 3, 0.8, 4.0)
     assert [row["coverage"]["all"] for row in rows[5:]] == [None] * 4
     assert rows[5]["ceiling_valid"] is None
+    assert [row["spread"]["seeds"] is None for row in rows[:3]] == [True, True, False]  # "better" has one seed
 
 
 def test_the_settings_are_those_of_the_table() -> None:

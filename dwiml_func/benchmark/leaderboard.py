@@ -123,7 +123,9 @@ def _row(data: str, tracker: str, scores: list[_Scores], baselines: Mapping[str,
         "valid": {name: _rounded(np.nanmean(table)) for name, table in valid.items()},
         "spread": {
             "people": {name: _spread(np.nanmean(table, axis=1)) for name, table in valid.items()},
-            "seeds": {name: _spread(np.nanmean(table, axis=0)) for name, table in valid.items()} if seeds else None,
+            "seeds": {name: _spread(np.nanmean(table, axis=0)) for name, table in valid.items()}
+            if len(seeds) > 1
+            else None,
         },
         "lag_80_mm": _rounded(np.mean(lags)) if has_lags else None,
         "ceiling_valid": _rounded(np.mean(ceilings)) if ceilings and None not in ceilings else None,
