@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 __all__ = [
+    "GREATEST",
+    "LEAST",
     "STRICT",
     "at_most_three",
     "check_number",
@@ -22,13 +24,16 @@ __all__ = [
 STRICT = {"extra": "forbid", "strict": True}
 """How pydantic reads the dataclasses of a config from JSON: no unknown key, no conversion."""
 
+LEAST, GREATEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The positive numbers that float32 holds in full precision."""
+
 _COUNT_END = 1 << 31  # torch accepts no larger counts
 
 
 def check_number(
     name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> None:
-    """Raise a ValueError if an option is out of range or not finite, or an integer of 2**31 or more."""
+    """Raise a ValueError if an option is out of range or not finite, an integer of 2**31 or more, or no float32."""
     if isinstance(value, int) and below == math.inf:
         below = _COUNT_END
     if not (at_least <= value < below and value > above):  # false also for not-a-number
@@ -36,6 +41,8 @@ def check_number(
         bounds += [f"above {above}"] if above > -math.inf else []
         bounds += [f"below {below}"] if below < math.inf else []
         raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}, received {truncated_repr(value)}.")
+    if value != 0 and not LEAST <= abs(value) <= GREATEST:
+        raise ValueError(f"{name}: expected a number that float32 can hold. Received: {truncated_repr(value)}.")
 
 
 def truncated_repr(value: object) -> str:

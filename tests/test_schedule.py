@@ -24,7 +24,7 @@ from dwiml_func.optim.schedules import (
 )
 from dwiml_func.types import OnPlateau, Plateau
 
-RATES = st.floats(min_value=1e-300, max_value=1e10, exclude_min=True)
+RATES = st.floats(min_value=2.0**-126, max_value=1e10, exclude_min=True)
 TERMS = st.lists(st.tuples(RATES, st.integers(1, 20)), max_size=5)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import check_number
 from dwiml_func.core.rng import Key, fold_in, numpy_rng
 from dwiml_func.data.streamlines import Streamlines
 
@@ -59,8 +60,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name in ("noise_gaussian_size_forward", "noise_gaussian_size_loss"):
-            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
-                raise ValueError(f"{name}: expected a finite number of at least 0 voxels. Received: {value}")
+            check_number(name, getattr(self, name), at_least=0)
         for name in ("split_ratio", "reverse_ratio"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name}: expected a share between 0 and 1. Received: {value}")

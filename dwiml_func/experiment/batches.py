@@ -22,7 +22,7 @@ from dwiml_func.data.loader import BatchRequest, LoaderSpec, epoch_batches, load
 from dwiml_func.data.neighborhood import check_cubic_voxels
 from dwiml_func.data.padding import length_step, with_padded_length
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
-from dwiml_func.data.resampling import Resampling
+from dwiml_func.data.resampling import Resampling, steps_for
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.files.fingerprint import size_and_time
@@ -167,6 +167,8 @@ def check_usable(dataset: StreamlineDataset, config: RunConfig) -> None:
             f"{dataset.path}: batches in length_mm need the lengths of the {dataset.subset} streamlines "
             "(euclidean_lengths), and there are none. Create the dataset again, or count batches in nb_streamlines"
         )
+    if config.batches.step_size is not None and dataset.index.lengths_mm is not None:
+        steps_for(dataset.index.lengths_mm, config.batches.step_size)
     if config.data.neighborhood is not None:
         check_cubic_voxels(dataset.voxel_sizes, dataset.index.subjects)
     if dataset.resampling.compress is not None and config.batches.resampling == Resampling():

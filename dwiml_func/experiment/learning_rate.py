@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import GREATEST, LEAST, truncated_repr
 from dwiml_func.optim.plateau import reduce_on_plateau
 from dwiml_func.optim.schedules import (
     constant,
@@ -88,7 +88,7 @@ def parse_rates(terms: list[str], given: str) -> tuple[float, ...]:
             raise ValueError(f"{given}: cannot read {truncated_repr(term)}. {expected}") from None
         if not star and not is_last:
             raise ValueError(f"{given}: {truncated_repr(term)} has no number of epochs. {expected}")
-        if not (math.isfinite(value) and value > 0):
+        if not LEAST <= value <= GREATEST:
             raise ValueError(f"{given}: {truncated_repr(term)} is not a positive finite rate. {expected}")
         if not 1 <= count <= _MAX_LENGTH:
             raise ValueError(
@@ -125,7 +125,7 @@ def _numbers(name: str, words: list[str], given: str) -> list[float]:
         least, is_rate = _LEAST.get(own), own in ("RATE", "PEAK")
         try:
             number = float(word) if least is None else int(word)
-            fits = math.isfinite(number) and (number > 0 if is_rate else number >= (least or 0))
+            fits = LEAST <= number <= GREATEST if is_rate else math.isfinite(number) and number >= (least or 0)
         except ValueError:
             number, fits = 0.0, False
         if not fits:

@@ -128,7 +128,7 @@ class TrainingConfig:
         if self.rule == ("none",):
             object.__setattr__(self, "rule", ())
         check_number("num_threads", self.num_threads, at_least=1, below=1 << 12)
-        check_number("num_shards", self.num_shards, at_least=1)
+        check_number("num_shards", self.num_shards, at_least=1, below=1 << 16)
         check_number("tracking_phase_frequency", self.tracking_phase_frequency, at_least=1)
         check_number("tracking_phase_nb_segments_init", self.tracking_phase_nb_segments_init, at_least=1)
         if self.add_a_tracking_validation_phase and self.tracking_mask is None:
