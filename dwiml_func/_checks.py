@@ -24,8 +24,11 @@ __all__ = [
 STRICT = {"extra": "forbid", "strict": True}
 """How pydantic reads the dataclasses of a config from JSON: no unknown key, no conversion."""
 
-LEAST, GREATEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
-"""The positive numbers that float32 holds in full precision."""
+LEAST = 2.0**-126
+"""The least positive number that float32 holds in full precision."""
+
+GREATEST = (2 - 2.0**-23) * 2.0**127
+"""The greatest number that float32 holds."""
 
 _COUNT_END = 1 << 31  # torch accepts no larger counts
 

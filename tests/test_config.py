@@ -24,9 +24,9 @@ from dwiml_func.experiment.config import (
 from dwiml_func.experiment.optimizers import OPTIMIZERS
 
 COUNTS = st.integers(1, 2**31 - 1)
-FRACTIONS = st.floats(0, 1, exclude_max=True)
-FLOATS = st.floats(0, allow_infinity=False)
-RATES = st.floats(0, 1e300, exclude_min=True).map(repr)
+FRACTIONS = st.floats(0, 1, exclude_max=True, allow_subnormal=False, width=32)
+FLOATS = st.floats(0, allow_infinity=False, allow_subnormal=False, width=32)
+RATES = st.floats(2.0**-126, 2.0**127).map(repr)
 CONFIGS = st.builds(
     RunConfig,
     hdf5_file=st.text(),
@@ -60,11 +60,11 @@ CONFIGS = st.builds(
         optimizer=st.sampled_from(list(OPTIMIZERS)),
         rule=st.sampled_from([(), ("*bias*: weight_decay=0",), ("rnn*: frozen", "*: lr=0.5")]),
         accumulate=COUNTS,
-        ema=st.none() | st.floats(0, 1, exclude_max=True),
+        ema=st.none() | FRACTIONS,
         skip_not_finite=st.none() | COUNTS,
         learning_rate=st.tuples(st.tuples(RATES, st.integers(1, 9)).map(lambda term: f"{term[0]}*{term[1]}"), RATES),
         weight_decay=FLOATS,
-        clip_grad=st.none() | st.floats(0, exclude_min=True, allow_infinity=False),
+        clip_grad=st.none() | st.floats(2.0**-126, 2.0**127),
         rng=st.integers(0, 2**64 - 1),
         use_gpu=st.booleans(),
         compile=st.booleans(),
@@ -250,7 +250,7 @@ def test_a_number_of_any_length_is_refused_in_one_line():
 
 
 def test_numbers_at_the_edges_are_taken():
-    TrainingConfig(max_epochs=1, patience=1, patience_delta=0, weight_decay=0, clip_grad=5e-324, rng=2**64 - 1)
+    TrainingConfig(max_epochs=1, patience=1, patience_delta=0, weight_decay=0, clip_grad=2.0**-126, rng=2**64 - 1)
     TrainingConfig(rng=0, max_epochs=2**31 - 1)
     run_with(dropout=0.0, rnn_layer_sizes=(1,))
     BatchConfig(batch_size_training=1, processes=0)
