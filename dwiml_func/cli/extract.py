@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from dwiml_func.cli._connectivity import write_nifti
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.data.hdf5.layout import read_grid, read_volume, subject_group
+from dwiml_func.data.hdf5.grid import read_grid
+from dwiml_func.data.hdf5.layout import read_volume, subject_group
 from dwiml_func.data.hdf5.problems import open_hdf5, present, raise_first, scalar
 from dwiml_func.data.hdf5.subject import SubjectStreamlines, read_subject_streamlines
 from dwiml_func.data.tractogram_file import FORMATS, new_tractogram

@@ -76,6 +76,7 @@ def jit_step(
         call is one of `train_step`. So is a call that is differentiated or mapped.
 
     Example:
+        >>> import torch
         >>> from dwiml_func import init_state, module_loss, sgd
         >>> model = torch.nn.Linear(2, 1)
         >>> loss_fn = module_loss(model, lambda model, x: ((model(x) - 1.0).square().mean(), len(x)))

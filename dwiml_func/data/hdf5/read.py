@@ -23,22 +23,19 @@ from dwiml_func.data.hdf5.consistency import (
     subjects_of,
     volume_attributes,
 )
+from dwiml_func.data.hdf5.grid import read_grid, same_grid, streamline_grid, voxel_sizes_of
 from dwiml_func.data.hdf5.layout import (
     Subset,
     Table,
     group_of,
     read_bundles,
-    read_grid,
     read_lengths_mm,
     read_points,
     read_resampling,
     read_table,
     read_volume,
-    same_grid,
-    streamline_grid,
     subject_group,
     volume_shape,
-    voxel_sizes_of,
 )
 from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first

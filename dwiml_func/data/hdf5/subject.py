@@ -13,16 +13,8 @@ from numpy.typing import NDArray
 from dwiml_func._checks import truncated_repr
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.hdf5.layout import (
-    group_of,
-    per_streamline,
-    read_bundles,
-    read_points,
-    read_table,
-    streamline_grid,
-    subject_group,
-    voxel_sizes_of,
-)
+from dwiml_func.data.hdf5.grid import streamline_grid, voxel_sizes_of
+from dwiml_func.data.hdf5.layout import group_of, per_streamline, read_bundles, read_points, read_table, subject_group
 from dwiml_func.data.hdf5.problems import open_hdf5, present, raise_first
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 

@@ -13,18 +13,16 @@ from numpy.typing import NDArray
 
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.consistency import connectivity_fits, volume_attributes
+from dwiml_func.data.hdf5.grid import read_grid, streamline_grid, voxel_sizes_of
 from dwiml_func.data.hdf5.layout import (
     per_streamline,
     read_bundles,
-    read_grid,
     read_lengths_mm,
     read_points,
     read_table,
     read_volume,
-    streamline_grid,
     streamlines_that,
     volume_shape,
-    voxel_sizes_of,
 )
 from dwiml_func.data.hdf5.problems import Checked, Problem, location, scalar
 from dwiml_func.data.resampling import lengths_mm

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, get_args
 
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.consistency import Volume, disjoint_subsets, same_volumes, subjects_of
-from dwiml_func.data.hdf5.layout import Subset, read_resampling, same_grid, subject_group
+from dwiml_func.data.hdf5.grid import same_grid
+from dwiml_func.data.hdf5.layout import Subset, read_resampling, subject_group
 from dwiml_func.data.hdf5.problems import Checked, Problem, collect, corrupt_file, open_hdf5, scalar, to_python
 from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary, inspect_streamlines, inspect_volume
 

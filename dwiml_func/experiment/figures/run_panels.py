@@ -20,6 +20,7 @@ __all__ = ["PANELS", "PanelDrawing", "PanelName", "draw_rates", "panel_drawings"
 PanelName = Literal["loss", "angle", "lag", "monitored", "gradient", "rate", "speed", "tracking"]
 """What `--panels` names."""
 PANELS: tuple[PanelName, ...] = get_args(PanelName)
+"""All of them, in the order of a figure."""
 
 _BLUE, _ORANGE, _BLACK = COLOURS[0], COLOURS[1], COLOURS[-1]
 _TRAINING = {"linestyle": "--", "linewidth": 1.5}

@@ -12,7 +12,8 @@ from dwiml_func.core.rng import Key
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.hdf5.layout import group_of, read_volume, streamline_grid, subject_group
+from dwiml_func.data.hdf5.grid import streamline_grid
+from dwiml_func.data.hdf5.layout import group_of, read_volume, subject_group
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.streamlines import Streamlines

@@ -14,7 +14,8 @@ from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.data.grid import Grid, grid_difference
-from dwiml_func.data.hdf5.layout import group_of, read_grid, read_volume
+from dwiml_func.data.hdf5.grid import read_grid
+from dwiml_func.data.hdf5.layout import group_of, read_volume
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first, to_python
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.training_facts import TRAINED_ON, check_same_kind, volume_facts
