@@ -27,6 +27,7 @@ gate, place, number, arguments = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys
 count = 0
 os.setsid()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so would a job of nohup
 
 def gated(function):
     def call(*args, **kwargs):
