@@ -51,7 +51,7 @@ def check_number(
 def truncated_repr(value: object) -> str:
     """The repr of a value on one line, cut to 60 characters."""
     try:
-        text = " ".join(repr(value).split())
+        text = " ".join(map(str.strip, repr(value).splitlines()))
     except ValueError:  # Python refuses to write out numbers of more than 4300 digits
         return "a number that is too long to show"
     return text if len(text) <= 60 else text[:57] + "..."

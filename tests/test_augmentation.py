@@ -122,7 +122,7 @@ def test_noise_of_targets_that_may_turn_a_step_around_is_described():
 @pytest.mark.parametrize("name", ["noise_gaussian_size_forward", "noise_gaussian_size_loss"])
 @pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
 def test_a_noise_that_is_no_size_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: .* Received: {value}$"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected a finite number at least 0, received {value}\.$"):
         Augmentation(**{name: value})
 
 

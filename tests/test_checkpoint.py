@@ -184,7 +184,7 @@ def test_a_checkpoint_read_twice_is_equal_and_its_repr_names_no_function(tmp_pat
 def test_a_restored_state_has_the_devices_and_the_order_of_what_it_is_restored_into(tmp_path):
     state = linear_state()
     save(tmp_path, state.replace(opt_state={**state.opt_state, "missed": {"bias": torch.tensor(1)}}))
-    like = state.replace(params=dict(reversed(state.params.items()))).to("meta")
+    like = state.replace(params=dict(list(state.params.items())[::-1])).to("meta")
     restored = restore(tmp_path, like).state
     assert {leaf.device.type for leaf in state_leaves(restored).values()} == {"meta"}
     assert list(restored.params) == list(like.params) == ["bias", "weight"]

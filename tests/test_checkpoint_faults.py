@@ -360,7 +360,8 @@ def test_when_the_folder_of_checkpoints_is_closed_the_run_stops_with_an_error_an
         last = list_checkpoints(tmp_path / "run")[-1]
         code, _, err = process.end(through_gate=True)
     assert code == 2
-    assert f"[Errno 13] Permission denied: '{checkpoint}/" in err  # and of a second save that failed too
+    assert "Permission denied" in err
+    assert f"{checkpoint}/" in err  # of the next save, or of one that was on its way, whose error is orbax's
     assert "Traceback" not in err
     assert last in ("1", "1-1")
     assert list_checkpoints(tmp_path / "run")[-1] == last

@@ -11,7 +11,16 @@ import pytest
 import torch
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
-from dwiml_func._checks import at_most_three, check_number, error_text, listed, one_line, truncated_repr
+from dwiml_func._checks import (
+    GREATEST,
+    LEAST,
+    at_most_three,
+    check_number,
+    error_text,
+    listed,
+    one_line,
+    truncated_repr,
+)
 from dwiml_func.files.json import null_if_not_finite, parse_json, read_config_file, to_json_data
 
 
@@ -35,8 +44,11 @@ def test_a_number_out_of_range_is_refused_with_its_bounds(value: float, bounds: 
 def test_the_bounds_themselves_are_in_or_out() -> None:
     check_number("size", 1, at_least=1)
     check_number("size", (1 << 31) - 1, at_least=1)
-    check_number("size", 1e300, at_least=1)
-    check_number("size", 1e-300, above=0)
+    check_number("size", GREATEST, at_least=1)
+    check_number("size", LEAST, above=0)
+    for beyond in (1e39, 1e-39):
+        with pytest.raises(ValueError, match=f"^size: expected a number that float32 can hold. Received: {beyond}"):
+            check_number("size", beyond, above=0)
     check_number("size", math.nextafter(1, 0), below=1)
 
 

@@ -221,7 +221,11 @@ def test_harmonics_fit_the_features(folder, refused):
 @pytest.mark.parametrize("shape", [SHAPE[:2], (*SHAPE, 2, 2)])
 def test_a_volume_has_three_or_four_axes(folder, refused, shape):
     save_volume(folder / "subjects" / "s2" / "dwi.nii.gz", np.ones(shape, np.float32))
-    assert re.search(place("input", "dwi.nii.gz") + r"a volume of shape \(", refused())
+    assert re.search(
+        place("input", "dwi.nii.gz")
+        + r"(a volume of shape \(12, 10, 9, 2, 2\)|.*grid has 12 x 10 voxels, expected three)",
+        refused(),
+    )
 
 
 def test_an_empty_mask_is_refused(folder, refused):
@@ -454,7 +458,7 @@ def test_a_file_of_another_kind_is_named(folder, refused):
 @pytest.mark.parametrize("suffix", [".trk", ".trx"])
 @pytest.mark.parametrize("change", ["shape", "affine"])
 def test_a_tractogram_of_another_space_is_named(folder, refused, suffix, change):
-    shape, affine = ((12, 10, 10), AFFINE) if change == "shape" else (SHAPE, AFFINE + np.eye(4)[:, [3, 0, 1, 2]] * 0.01)
+    shape, affine = ((12, 10, 10), AFFINE) if change == "shape" else (SHAPE, AFFINE + np.eye(4, k=1) * 0.01)
     save_lines(folder / "subjects" / "s2" / "bundles" / f"a{suffix}", some_lines(5), affine=affine, shape=shape)
     set_config(folder, streamlines={"type": "streamlines", "files": ["bundles/*"]})
     words = "a grid of 12 x 10 x 10 voxels, expected 12 x 10 x 9" if change == "shape" else "the affine .*expected"

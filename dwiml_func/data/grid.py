@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Grid", "grid_difference", "grid_of", "orientation_difference", "to_voxel"]
+__all__ = ["Grid", "grid_difference", "grid_of", "orientation_difference", "orientation_of", "to_voxel"]
 
 _TOLERANCE = 1e-3  # of an affine's elements: what `open_dataset`, and dipy's is_header_compatible, let pass
 
@@ -31,7 +31,7 @@ def grid_of(affine: ArrayLike, shape: ArrayLike) -> Grid:
         raise ValueError(f"the header's affine has the last row {matrix[3].tolist()}, expected 0 0 0 1")
     sizes = np.asarray(shape).reshape(-1)[:3]
     if sizes.dtype.kind not in "iuf" or len(sizes) < 3 or not ((sizes >= 1) & (sizes == np.rint(sizes))).all():
-        raise ValueError(f"the header's grid has {' x '.join(map(str, sizes.tolist()))} voxels")
+        raise ValueError(f"the header's grid has {' x '.join(map(str, sizes.tolist()))} voxels, expected three sizes")
     x, y, z = map(int, sizes)
     return Grid(matrix, (x, y, z))
 
@@ -53,10 +53,15 @@ def orientation_difference(received: Grid, expected: Grid) -> str | None:
     first, second = (grid.affine[:3, :3] / np.linalg.norm(grid.affine[:3, :3], axis=0) for grid in (received, expected))
     if (np.einsum("ij,ij->j", first, second) > _SAME_AXIS).all():
         return None
+    codes = (orientation_of(grid.affine) for grid in (received, expected))
+    return "the orientation {} of the voxel axes, expected {}".format(*codes)
+
+
+def orientation_of(affine: ArrayLike) -> str:
+    """Where the voxel axes of an affine point, such as "RAS", as nibabel's `aff2axcodes` tells it."""
     from nibabel.orientations import aff2axcodes
 
-    codes = ("".join(str(code) for code in aff2axcodes(grid.affine)) for grid in (received, expected))
-    return "the orientation {} of the voxel axes, expected {}".format(*codes)
+    return "".join(map(str, aff2axcodes(np.asarray(affine))))
 
 
 def to_voxel(points: NDArray[np.float64], affine: NDArray[np.float64]) -> NDArray[np.float64]:

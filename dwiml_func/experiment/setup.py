@@ -107,7 +107,7 @@ def check_monitored(parts: RunParts, *, is_member: bool = False) -> None:
     if monitor == "loss":
         return
     state = parts.first_state()
-    if is_member and monitor in (WINDOW_LAG, *PHASE_METRICS):
+    if is_member and monitor in PHASE_METRICS:
         raise ValueError(f"monitor: {monitor} is measured in single runs. Received: an ensemble. Monitor the loss.")
     names = {"loss"}
     for batch in islice(parts.evaluation(state.key, 0, 0), 1):
@@ -116,7 +116,7 @@ def check_monitored(parts: RunParts, *, is_member: bool = False) -> None:
         names |= {"grad_norm", "unclipped_grad_norm"}
     elif monitor in PHASE_METRICS:
         return  # known at the first validation
-    elif not is_member and not parts.config.training.skip_window_lag and hasattr(parts.model, "run_step"):
+    elif not parts.config.training.skip_window_lag and hasattr(parts.model, "run_step"):
         if monitor == WINDOW_LAG and run_windows(parts.config, parts.data.validation, parts.model) is None:
             raise ValueError(
                 f"monitor: {monitor} needs validation streamlines with even steps, of {EVERY_MM + AHEAD_MM:g} mm or "

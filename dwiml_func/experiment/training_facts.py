@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dwiml_func.data.dataset import StreamlineDataset
+from dwiml_func.data.grid import orientation_of
 
 __all__ = ["TRAINED_ON", "check_dataset", "check_same_kind", "training_facts", "volume_facts"]
 
@@ -22,6 +23,7 @@ _TEXTS = {
     "sh_legacy": "the legacy form of the SH basis",
     "sh_of": "what the SH describe",
     "standardization": "the standardization",
+    "orientation": "the orientation of the voxel axes",
 }
 _SHARE = 0.01  # by which voxel sizes may differ
 
@@ -29,10 +31,13 @@ _SHARE = 0.01  # by which voxel sizes may differ
 def training_facts(dataset: StreamlineDataset) -> dict[str, Any]:
     """JSON data about a training set: `volume_facts`, voxel sizes, and the step in mm of its streamlines.
 
+    orientation: where the voxel axes point, such as "RAS"; directions are along them.
     voxel_sizes: the smallest and the largest of all subjects, mm along the three axes.
     """
     facts, sizes = volume_facts(dataset.input_attributes), dataset.voxel_sizes.double().numpy()
     facts["voxel_sizes"] = [np.round(sizes.min(axis=0), 4).tolist(), np.round(sizes.max(axis=0), 4).tolist()]
+    if dataset.affine is not None:
+        facts["orientation"] = orientation_of(dataset.affine)
     facts["step_size"] = dataset.resampling.step_size
     return facts
 

@@ -160,6 +160,7 @@ def open_dataset(
             index=index,
             volumes=volumes,
             streamlines=streamlines,
+            affine=parts[0].grid.affine if parts else None,
             voxel_sizes=torch.from_numpy(np.array([part.voxel_sizes for part in parts], np.float32).reshape(-1, 3)),
             input_attributes=_attributes([part.attributes for part in parts]),
             resampling=raise_first(read_resampling(file), path),

@@ -13,7 +13,7 @@ from torch import Tensor
 from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
-from dwiml_func.data.grid import Grid, grid_difference
+from dwiml_func.data.grid import Grid, grid_difference, orientation_of
 from dwiml_func.data.hdf5.grid import read_grid
 from dwiml_func.data.hdf5.layout import group_of, read_volume
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first, to_python
@@ -123,4 +123,5 @@ def _check_fits(found: TrackingInput, model: LoadedModel, attributes: Mapping[st
             f"{found.source}: expected a volume with {expected} features, as the model's. Received: {received}. "
             "Track in the kind of volume that it was trained on."
         )
-    check_same_kind(model.facts.get(TRAINED_ON, {}), volume_facts(attributes), found.voxel_sizes, source=found.source)
+    facts = volume_facts(attributes) | {"orientation": orientation_of(found.grid.affine)}
+    check_same_kind(model.facts.get(TRAINED_ON, {}), facts, found.voxel_sizes, source=found.source)
