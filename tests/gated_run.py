@@ -100,6 +100,13 @@ class Gated:
         """Wait for a line of standard error that has the text; `end` returns what follows it."""
         self._num_read += self._end_of_line(text, lambda: self._process.err[self._num_read :])
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what the process does in its background."""
+        while not condition():
+            assert self._process.poll() is None, f"the process ended: {self._process.err}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(0.01)
+
     def end(self, *, through_gate: bool = False) -> tuple[int, str, str]:
         """Let it through the gate, or not, and wait for its end.
 

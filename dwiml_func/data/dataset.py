@@ -127,8 +127,8 @@ class StreamlineDataset:
         streamlines: of all subjects, in the index's order; voxel space, corner origin. `Streamlines` in memory, or
             `dwiml_func.data.hdf5.lazy.LazyStreamlines`.
         voxel_sizes: (num_subjects, 3) float32, mm.
-        affine: (4, 4) float64, of the first subject's volume, from voxel centres to RAS mm; the axes of all point alike.
-            None where it is not known.
+        affine: (4, 4) float64, of the first subject's volume, from voxel centres to RAS mm; the axes of all point
+            alike. None where it is not known.
         input_attributes: attributes of the first subject's input group, as plain Python values or numpy arrays. Where
             subjects were standardised by different values, standardization_mean and standardization_std are arrays
             (num_subjects, 1 or F).
