@@ -204,7 +204,7 @@ def mlp(non_finite: Any = "defer", donate: bool = False) -> tuple[Any, Any]:
 
 
 def test_a_nan_under_the_deferred_check_ends_the_epoch_and_training_resumes_without_it() -> None:
-    """The state stays as it was before the bad batch, from which the training goes on without it."""
+    """The state stays as it was before the bad batch, from which the training continues without it."""
     good = [torch.randn(6, 4, generator=torch.Generator().manual_seed(n)).to(DEVICE) for n in range(4)]
     bad = good[1].clone()
     bad[2, 3] = float("nan")

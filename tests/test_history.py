@@ -84,7 +84,7 @@ def test_within_an_epoch_no_report_gets_the_digest_of_the_state():
 
 
 def test_an_epoch_that_came_out_otherwise_does_not_get_the_digest_of_the_earlier_one():
-    """As after going on from an older checkpoint with other options."""
+    """As after resuming from an older checkpoint with other options."""
     earlier = (report(1, "a"), report(2, "b"), report(3, "c"))
     again = (report(1), report(2, learning_rate=0.2), report(3))
     assert digests(fill_digests(again, earlier, 9, None)) == ["a", None, "c"]

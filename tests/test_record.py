@@ -66,7 +66,7 @@ def test_the_options_of_which_a_resume_may_give_others(has_shards):
 def told(
     directory: Path, content: bytes, recorded: Checkpoint | None, caplog: pytest.LogCaptureFixture
 ) -> tuple[bool, RunConfig | None]:
-    """Whether a resume refuses a config or warns of it, and the config with which it would go on."""
+    """Whether a resume refuses a config or warns of it, and the config with which it would continue."""
     (directory / "config.json").write_bytes(content)
     caplog.clear()
     try:

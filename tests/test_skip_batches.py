@@ -1,4 +1,4 @@
-"""Claims about batches that are left out: after a loss that is not finite, one command goes on without the batch."""
+"""Claims about batches that are left out: after a loss that is not finite, one command resumes without the batch."""
 
 from __future__ import annotations
 

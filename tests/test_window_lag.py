@@ -86,7 +86,7 @@ def test_a_model_that_ends_at_once_lags_by_the_whole_way_and_one_that_is_right_n
 
 
 def alone(model: Learn2Track, given: np.ndarray, space: TrackingSpace, num: int, step: float) -> np.ndarray:
-    """Read one line and go on from its end, a step at a time."""
+    """Read one line and continue from its end, a step at a time."""
     sizes, points = torch.tensor(space.voxel_sizes), torch.tensor(given)
     state, dirs, outputs = None, torch.zeros(1, 3), torch.zeros(1, 3)
     for before, point in zip([points[0], *points[:-1]], points, strict=True):

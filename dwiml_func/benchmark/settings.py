@@ -39,7 +39,7 @@ SETTINGS: dict[SettingName, BenchmarkSetting] = {
     "small": BenchmarkSetting(data=("crossings",)),
     "full": BenchmarkSetting(data=tuple(DATA)),
 }
-"""Small takes 27 minutes of one core, full five times as long."""
+"""Small takes about 27 minutes of one core, full five times as long."""
 
 
 def data_of(name: str, person: str) -> ExampleSettings:

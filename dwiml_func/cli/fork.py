@@ -44,7 +44,7 @@ class Options(CommandOptions, TimeLimit, RunOptions):
     """Another dataset. None: that of the source."""
     accept: tuple[str, ...] = ()
     """Names of options, such as dropout, whose values were changed in the source's config.json since its latest
-    checkpoint, and with which to go on."""
+    checkpoint, and with which to continue."""
 
     @classmethod
     def parse(cls, arguments: Sequence[str], program: str) -> Self:

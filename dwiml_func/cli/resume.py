@@ -58,7 +58,7 @@ class Options(CommandOptions, TimeLimit):
     option --skip-batches of the run."""
     accept: tuple[str, ...] = ()
     """Names of options, such as dropout, whose values were changed in config.json since the latest checkpoint, and with
-    which to go on."""
+    which to continue."""
 
 
 def run(options: Options) -> int:

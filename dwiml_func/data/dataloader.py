@@ -25,11 +25,10 @@ def from_loader(
     """Make a source of batches from a torch `DataLoader`, for `train_and_validate`.
 
     Batch i of epoch e is a function of the run's key, e and i alone, with any number of workers: the order (shuffling
-    samplers included) is drawn from the key and the epoch, which samplers and
-    datasets with a method `set_epoch` are told. What the dataset draws for a batch from torch's, numpy's or Python's
-    global generators is drawn from the key, the epoch and the batch. So a run resumes in mid-epoch without
-    loading the batches before. A loader of an `IterableDataset` has no positions: there, a resume loads the
-    batches before and drops them.
+    samplers included) is drawn from the key and the epoch, which samplers and datasets with a method `set_epoch` are
+    told. What the dataset draws for a batch from torch's, numpy's or Python's global generators is drawn from the key,
+    the epoch and the batch. So a run resumes in mid-epoch without loading the batches before. A loader of an
+    `IterableDataset` has no positions: there, a resume loads the batches before and drops them.
 
     Args:
         make_loader: makes a fresh loader, e.g. `lambda: DataLoader(dataset, batch_size=32, shuffle=True)`. It is called

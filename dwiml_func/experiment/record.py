@@ -70,7 +70,7 @@ def check_same_data(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 
 def warn_of_other_environment(checkpoint: Checkpoint, like: TrainState) -> None:
-    """Warn where other versions or another machine than those of the checkpoint would go on."""
+    """Warn where other versions or another machine than those of the checkpoint would continue."""
     now = environment({str(leaf.device) for leaf in state_leaves(like).values()})
     recorded = {name: value for name, value in checkpoint.environment.items() if name in _DECIDE_BITS}
     changes = environment_differences(recorded, {name: now[name] for name in recorded})

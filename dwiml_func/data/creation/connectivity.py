@@ -36,7 +36,7 @@ def load_connectivity(group: StreamlineGroup, found: GroupFiles, expected: Grid 
         with source.path.open("rb") as file:
             values = np.load(file, allow_pickle=False)
             if file.read(1):
-                raise ValueError("the file goes on after the values that its header promises")
+                raise ValueError("the file continues after the values that its header promises")
     except Exception as error:  # numpy raises of many kinds about corrupt files
         reason = " ".join(str(error).split())
         raise ValueError(f"{source}: cannot be read as a matrix in .npy ({reason})") from error

@@ -161,7 +161,7 @@ def _only(members: Sequence[_Member], epoch: int) -> int | None:
 
 
 def _ends(members: Sequence[_Member]) -> set[int]:
-    """The epochs after which all members that went on have a checkpoint."""
+    """The epochs after which all members that continued have a checkpoint."""
     names = [{int(name) for name in list_checkpoints(each.folder) if "-" not in name} for each in members]
     return {
         end
