@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,23 @@ def test_a_benchmark_that_was_stopped_continues_with_the_same_command_and_ends_i
     assert cli(*command(other)).code == 0
     for name in ("leaderboard.jsonl", "leaderboard.md"):
         assert (out / name).read_bytes() == (other / name).read_bytes()
+
+    # Scores of another recipe under the same name are not taken for those asked for; nor are altered ones.
+    cli(*command(other), "--max-epochs", 1).check_refusal("max_epochs", "--name")
+    path = other / "scores" / "crossings" / "tiny" / "sub_5_seed_1.json"
+    whole_scores = path.read_text()
+    valid = json.loads(whole_scores)["scores"]["core"]["valid"]
+    for damaged, named in (
+        (whole_scores.replace(f'"valid": {valid},', '"valid": 0.987,'), "corrupt"),
+        (whole_scores[:-40], "not JSON"),
+        (json.dumps({"data": "crossings", "tracker": "tiny", "person": "sub_5", "seed": 2}), "corrupt"),
+    ):
+        assert damaged != whole_scores
+        path.write_text(damaged)
+        cli(*command(other)).check_refusal(str(path), named)
+    path.unlink()
+    os.mkfifo(path)
+    cli(*command(other)).check_refusal(str(path), "pipe")
 
     # An experiment of anyone, trained on the benchmark's data, gets a row; the others stay.
     added = cli("benchmark", out, "--people", "sub_5", "--model", out / directory, "--name", "mine")

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwiml_func.benchmark.settings import DATA
-from dwiml_func.benchmark.tasks import CEILING, scores_path
+from dwiml_func.benchmark.tasks import CEILING, read_scores
 from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION
 from dwiml_func.files.atomic import atomic_write
-from dwiml_func.files.json import null_if_not_finite, parse_json
+from dwiml_func.files.json import null_if_not_finite
 
-__all__ = ["PROTOCOLS", "as_markdown", "leaderboard", "read_scores", "write_leaderboard"]
+__all__ = ["PROTOCOLS", "as_markdown", "leaderboard", "write_leaderboard"]
 
 PROTOCOLS = ("continue", "free", "core")
 """What a tracker is given; see `dwiml_func.tracking.protocols`."""
@@ -32,12 +32,6 @@ _DIGITS = 6
 _BASELINES = (CEILING, ORACLE, PRINCIPAL_DIRECTION, KEEP_STRAIGHT)
 
 _Scores = Mapping[str, Any]
-
-
-def read_scores(out: Path) -> list[dict[str, Any]]:
-    """All scores of a benchmark's folder, in the order of their paths."""
-    paths = sorted(scores_path(out).glob("*/*/*.json"))
-    return [parse_json(path.read_bytes(), source=str(path)) for path in paths]
 
 
 def leaderboard(scores: Iterable[_Scores]) -> list[dict[str, Any]]:
@@ -57,7 +51,10 @@ def leaderboard(scores: Iterable[_Scores]) -> list[dict[str, Any]]:
 
 def write_leaderboard(out: Path) -> list[dict[str, Any]]:
     """Write `leaderboard.jsonl` and `leaderboard.md` from the scores in a folder; returns the rows."""
-    rows = leaderboard(read_scores(out))
+    try:
+        rows = leaderboard(read_scores(out))
+    except (KeyError, TypeError, IndexError) as error:  # scores without a checksum: of an earlier version, or edited
+        raise ValueError(f"{out / 'scores'}: expected scores of a benchmark. Received: without {error}.") from None
     lines = [json.dumps(null_if_not_finite(row)) for row in rows]
     atomic_write(out / "leaderboard.jsonl", "".join(f"{line}\n" for line in lines))
     atomic_write(out / "leaderboard.md", as_markdown(rows))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from dwiml_func.benchmark.leaderboard import write_leaderboard
 from dwiml_func.benchmark.settings import DATA, BenchmarkSetting
-from dwiml_func.benchmark.tasks import CEILING, Task, data_path, do, is_done, score_experiment
+from dwiml_func.benchmark.tasks import CEILING, Task, check_done, data_path, do, is_done, score_experiment
 from dwiml_func.data.example.bundles import SUBJECTS
 from dwiml_func.experiment.audit.processes import in_processes
 from dwiml_func.experiment.config import RunConfig
@@ -49,6 +50,8 @@ def run_benchmark(
             for person in setting.people
         ],
     )
+    for task in chain(*stages):
+        check_done(out, task)
     for tasks in stages:
         left = [task for task in tasks if not is_done(out, task)]
         for task in left:

@@ -15,6 +15,7 @@ from dwiml_func.benchmark.settings import DATA, data_of
 from dwiml_func.core.rng import Key
 from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.data.hdf5.read import open_dataset
+from dwiml_func.experiment.comparison.compare import differences
 from dwiml_func.experiment.config import BatchConfig, RunConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.model_store import find_model, load_model
@@ -22,15 +23,16 @@ from dwiml_func.experiment.resume import check_same_run, resume_experiment
 from dwiml_func.experiment.run import run_experiment, set_num_threads
 from dwiml_func.experiment.tracking.case import TrackingCase, tracking_case
 from dwiml_func.files.atomic import atomic_write, make_directory, remove_leftovers
-from dwiml_func.files.json import null_if_not_finite
+from dwiml_func.files.json import check_checksum, null_if_not_finite, parse_json, read_config_file, with_checksum
 from dwiml_func.files.lock import experiment_lock
 
-__all__ = ["CEILING", "Task", "data_path", "do", "is_done", "score_experiment", "score_path", "scores_path"]
+__all__ = ["CEILING", "Task", "check_done", "data_path", "do", "is_done", "read_scores", "score_experiment"]
 
 CEILING = "half of the real streamlines"
 """Whose score is the ceiling, and whose task scores all baselines."""
 
 _BASELINE_CONFIG = RunConfig(hdf5_file="", batches=BatchConfig(step_size=2.0))  # a voxel, as our recipe's
+_NO_RECIPE = ("hdf5_file", "checkpoints", "logging")
 _KEY = Key(0)  # of the seeds of tracking: the same for all who track
 
 
@@ -51,21 +53,28 @@ def data_path(out: Path, data: str, person: str) -> Path:
     return out / "data" / data / f"{person}.hdf5"
 
 
-def scores_path(out: Path) -> Path:
-    """The folder of all scores."""
-    return out / "scores"
+def read_scores(out: Path) -> list[dict[str, Any]]:
+    """All scores of a benchmark's folder, in the order of their paths; ValueError for those that are corrupt."""
+    return [_read(path) for path in sorted((out / "scores").glob("*/*/*.json"))]
 
 
-def score_path(out: Path, data: str, name: str, person: str, seed: int | None = None) -> Path:
-    """The scores of who tracked in a person."""
-    return scores_path(out) / data / name / (f"{person}.json" if seed is None else f"{person}_seed_{seed}.json")
+def check_done(out: Path, task: Task) -> None:
+    """Raise ValueError where the scores of a task are there, but of other data or of another config."""
+    if task.name is None or not is_done(out, task):
+        return
+    path = _score_path(out, task.data, task.name, task.person, task.seed)
+    wanted = {**_who(task.data, task.person, task.name, task.seed), "config": task.config and _recipe(task.config)}
+    found = _read(path)
+    different = differences({name: found.get(name) for name in wanted}, wanted, ("scored", "asked for"))
+    if different:
+        raise ValueError(f"{path} has other scores: {'; '.join(different)}. Choose another --name, or another folder.")
 
 
 def is_done(out: Path, task: Task) -> bool:
     """Whether the file of a task is there."""
     if task.name is None:
         return data_path(out, task.data, task.person).exists()
-    return score_path(out, task.data, task.name, task.person, task.seed).exists()
+    return _score_path(out, task.data, task.name, task.person, task.seed).exists()
 
 
 def do(out: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, None]]:
@@ -85,17 +94,13 @@ def score_experiment(out: Path, directory: Path, *, data: str, person: str, name
     """Write how an experiment's best model tracks in the person whom its dataset leaves out."""
     case = _case(out, data, person, config)
     model = load_model(find_model(directory)).module
-    recipe = config.to_dict()
-    for varies in ("hdf5_file", "checkpoints", "logging"):
-        recipe.pop(varies, None)
-    recipe["training"] = {key: value for key, value in recipe["training"].items() if key != "rng"}
     seed = config.training.rng
     _write(
-        score_path(out, data, name, person, seed),
+        _score_path(out, data, name, person, seed),
         {
             **_who(data, person, name, seed),
             "scores": _scores(case, model, case.space),
-            "config": recipe,
+            "config": _recipe(config),
         },
     )
 
@@ -137,11 +142,11 @@ def _score_baselines(out: Path, task: Task) -> None:
     assert task.name is not None
     case = _case(out, task.data, task.person, _BASELINE_CONFIG)
     for name, (tracker, space) in case.baselines().items():
-        path = score_path(out, task.data, name, task.person)
+        path = _score_path(out, task.data, name, task.person)
         _write(path, {**_who(task.data, task.person, name, None), "scores": _scores(case, tracker, space)})
     ceiling = case.ceiling()
     _write(
-        score_path(out, task.data, task.name, task.person),
+        _score_path(out, task.data, task.name, task.person),
         {
             **_who(task.data, task.person, task.name, None),
             "valid": None if ceiling is None else ceiling.all.valid,
@@ -160,6 +165,13 @@ def _case(out: Path, data: str, person: str, config: RunConfig) -> TrackingCase:
     return case
 
 
+def _recipe(config: RunConfig) -> dict[str, Any]:
+    """A config without what differs between the data and seeds of a model."""
+    recipe = {name: value for name, value in config.to_dict().items() if name not in _NO_RECIPE}
+    recipe["training"] = {name: value for name, value in recipe["training"].items() if name != "rng"}
+    return recipe
+
+
 def _scores(case: TrackingCase, tracker: Any, space: Any) -> dict[str, Any]:
     return {protocol: lines.scores._asdict() for protocol, lines in case.track(tracker, space, key=_KEY).items()}
 
@@ -174,6 +186,21 @@ def _data_options(data: str) -> dict[str, Any]:
     return options
 
 
+def _score_path(out: Path, data: str, name: str, person: str, seed: int | None = None) -> Path:
+    """The scores of who tracked in a person."""
+    return out / "scores" / data / name / (f"{person}.json" if seed is None else f"{person}_seed_{seed}.json")
+
+
 def _write(path: Path, values: dict[str, Any]) -> None:
     make_directory(path.parent)
-    atomic_write(path, json.dumps(null_if_not_finite(values), indent=2) + "\n")
+    atomic_write(path, json.dumps(with_checksum(null_if_not_finite(values)), indent=2) + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Scores as they were written; a file that was moved, or whose entries are missing, is not that of its place."""
+    content = check_checksum(parse_json(read_config_file(path, source=str(path)), source=str(path)), source=str(path))
+    place = [content.get(name) for name in ("data", "tracker")]
+    name = f"{content.get('person')}" + ("" if content.get("seed") is None else f"_seed_{content['seed']}")
+    if [*place, name] != [path.parent.parent.name, path.parent.name, path.stem]:
+        raise ValueError(f"{path} is corrupt: its scores are of {place}, {name}. Remove it, and they are made again.")
+    return content

@@ -6,7 +6,6 @@ stopped. So each member can be evaluated, compared and resumed like any other ex
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint
 from dwiml_func.checkpoint.index import is_checkpoint_name, list_checkpoints
 from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
-from dwiml_func.files.json import parse_json, read_config_file
+from dwiml_func.files.json import check_checksum, parse_json, read_config_file, with_checksum
 from dwiml_func.files.paths import missing_text
 
 __all__ = [
@@ -174,10 +173,8 @@ def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
     """
     path = directory / ENSEMBLE_FILE
     content = parse_json(read_config_file(path, source=str(path)), source=f"{path} is corrupt: it")
-    checksum = content.pop("checksum", None) if isinstance(content, dict) else None
-    if checksum not in (None, _checksum(content)):
-        raise ValueError(f"{path} is corrupt: it does not hold what was written.")
-    num_members, ended = (content.get("num_members"), content.get("ended")) if isinstance(content, dict) else (0, 0)
+    content = check_checksum(content, source=str(path))
+    num_members, ended = content.get("num_members"), content.get("ended")
     numbers = {str(number) for number in range(len(member_folders(directory)))}
     if (
         not isinstance(ended, dict)
@@ -197,8 +194,4 @@ def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
 def write_ended(directory: Path, num_members: int, ended: dict[int, str]) -> None:
     """Write what `read_ended` reads; the checkpoints must be on the disk before."""
     content = {"num_members": num_members, "ended": {str(number): name for number, name in ended.items()}}
-    atomic_write(directory / ENSEMBLE_FILE, json.dumps({**content, "checksum": _checksum(content)}) + "\n")
-
-
-def _checksum(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    atomic_write(directory / ENSEMBLE_FILE, json.dumps(with_checksum(content)) + "\n")

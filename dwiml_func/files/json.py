@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import json
 import math
 import os
@@ -12,13 +13,15 @@ from typing import Any
 
 from dwiml_func._checks import truncated_repr
 
-__all__ = ["null_if_not_finite", "parse_json", "read_config_file", "to_json_data"]
+__all__ = ["check_checksum", "null_if_not_finite", "parse_json", "read_config_file", "to_json_data", "with_checksum"]
 
 _MAX_BYTES = 1 << 20
 
 
 def read_config_file(path: Path, *, source: str) -> bytes:
     """Read a config file, called `source` in errors; ValueError if it is larger than 1 MiB."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{source}: Expected a file. Received: a folder, a pipe or a device.")
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
@@ -34,6 +37,22 @@ def parse_json(text: str | bytes, *, source: str) -> Any:
         raise ValueError(f"{source}: duplicate key {error}.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not JSON: {error}.") from None
+
+
+def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON data with their SHA-256, for a file whose numbers nobody else checks."""
+    return {**content, "checksum": _checksum(content)}
+
+
+def check_checksum(content: Any, *, source: str) -> dict[str, Any]:
+    """What was given to `with_checksum`, or an object written before there was one; ValueError for all else."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} is corrupt. Expected a JSON object. Received: {truncated_repr(content)}.")
+    content = dict(content)
+    checksum = content.pop("checksum", None)
+    if checksum not in (None, _checksum(content)):
+        raise ValueError(f"{source} is corrupt: it does not hold what was written.")
+    return content
 
 
 def to_json_data(data: Any, name: str = "data") -> Any:
@@ -66,6 +85,10 @@ def null_if_not_finite(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [null_if_not_finite(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _key(key: Any, name: str) -> Any:
