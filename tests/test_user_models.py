@@ -127,26 +127,35 @@ def test_a_parameter_that_one_batch_does_not_use_is_fine() -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, saves_memory: bool) -> None:
+    def __init__(self, saves_memory: bool, **options: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 4))
-        self.head, self.saves_memory = nn.Linear(4, 1), saves_memory
+        self.head, self.saves_memory, self.options = nn.Linear(4, 1), saves_memory, {"use_reentrant": False, **options}
 
     def forward(self, x: Tensor) -> Tensor:
-        body: Any = checkpoint(self.body, x, use_reentrant=False) if self.saves_memory else self.body(x)
+        body: Any = checkpoint(self.body, x, **self.options) if self.saves_memory else self.body(x)
         return self.head(body)
 
 
 def test_activation_checkpointing_computes_again_with_the_states_tensors() -> None:
     digests = []
-    for saves_memory in (False, True):
+    for saves_memory, make in ((False, train_step), (True, train_step), (True, jit_step)):
         model = Checkpointed(saves_memory)
-        loss_fn, state = module_loss(model, loss), init_state(model, adam(), seed=0)
+        options: dict[str, Any] = {"loss_fn": module_loss(model, loss), "optimizer": adam()}
+        run = jit_step(**options, backend="eager") if make is jit_step else partial(train_step, **options)
+        state = init_state(model, adam(), seed=0)
         for _ in range(5):
-            state, _ = train_step(state, BATCH, loss_fn=loss_fn, optimizer=adam(), lr=0.1)
+            state, _ = run(state, BATCH, lr=0.1)
         digests.append(state_digest(state))
-    assert digests[0] == digests[1]
+    assert digests[1:] == digests[:1] * 2
+
+
+@pytest.mark.parametrize("name", ["train_step", "jit_step"])
+def test_a_gradient_of_other_random_numbers_than_the_loss_is_refused(name: str) -> None:
+    state = init_state(model := Checkpointed(True, preserve_rng_state=False), sgd(), seed=0)
+    with pytest.raises(ValueError, match=r"draws random numbers of its own.* preserve_rng_state=True"):
+        STEPS[name](state, BATCH, module_loss(model, loss))
 
 
 class Reentrant(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor
 from dwiml_func._checks import check_takes, listed, truncated_repr
 from dwiml_func._transforms import is_transformed, read_number
 from dwiml_func.core.loss import LossFn, LossOut, is_same_loss
-from dwiml_func.core.rng import Key
+from dwiml_func.core.rng import Key, watched_generators
 from dwiml_func.types import Buffers, Params
 
 __all__ = ["check_loss_fn", "check_loss_out", "uses_reentrant_checkpoints"]
@@ -54,23 +54,12 @@ def check_loss_fn(
     with torch.set_grad_enabled(train):
         copies = _copies(params, requires_grad=train), _copies(buffers)
         drawn = _generator_states()
-        out = loss_fn(*copies, first, key=key, train=train)
-        draws = _generator_states() != drawn
-        check_loss_out(out, buffers)
-        if train:
-            nodes = list(_nodes(out.loss))
-            is_reentrant = any("CheckpointFunctionBackward" in type(node).__name__ for node in nodes)
-            for node in nodes:
-                if getattr(node, "_saved_sparse", False):  # of an embedding
-                    leaves = [getattr(each, "variable", None) for each, _ in node.next_functions]
-                    sparse = [name for name, own in copies[0].items() if any(own is leaf for leaf in leaves)]
-                    raise ValueError(
-                        f"Expected dense gradients. Received: a sparse one of {listed(sparse)}. Use sparse=False."
-                    )
-            if is_reentrant:
-                with contextlib.suppress(TypeError):
-                    _REENTRANT[id(loss_fn)] = loss_fn
-            _check_leaves(out.loss, copies[0], is_reentrant=is_reentrant)
+        with getattr(loss_fn, "hold", contextlib.nullcontext)():
+            out = loss_fn(*copies, first, key=key, train=train)
+            draws = _generator_states() != drawn
+            check_loss_out(out, buffers)
+            if train:
+                _check_backward(loss_fn, out.loss, copies[0])
         for before, after in ((params, copies[0]), (buffers, copies[1])):
             written = [name for name in before if not _is_equal(before[name], after[name])]
             if written:
@@ -136,6 +125,27 @@ def uses_reentrant_checkpoints(loss_fn: LossFn) -> bool:
     They put gradients into `.grad` while they are computed again, and `torch.autograd.grad` passes them over.
     """
     return bool(_REENTRANT) and _REENTRANT.get(id(loss_fn)) is loss_fn
+
+
+def _check_backward(loss_fn: LossFn, loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
+    nodes = list(_nodes(loss))
+    is_reentrant = any("CheckpointFunctionBackward" in type(node).__name__ for node in nodes)
+    for node in nodes:
+        if getattr(node, "_saved_sparse", False):  # of an embedding
+            own = [getattr(each, "variable", None) for each, _ in node.next_functions]
+            sparse = [name for name, leaf in leaves.items() if any(leaf is each for each in own)]
+            raise ValueError(f"Expected dense gradients. Received: a sparse one of {listed(sparse)}. Use sparse=False.")
+    if is_reentrant:
+        with contextlib.suppress(TypeError):
+            _REENTRANT[id(loss_fn)] = loss_fn
+    _check_leaves(loss, leaves, is_reentrant=is_reentrant)
+    with watched_generators() as has_drawn:
+        loss.backward(inputs=None if is_reentrant else list(leaves.values()))
+        if has_drawn():
+            raise ValueError(
+                "The gradient of the loss draws random numbers of its own, so it is that of another loss. Give "
+                "torch.utils.checkpoint preserve_rng_state=True, and keep what a forward has drawn for its backward."
+            )
 
 
 def _check_leaves(loss: Tensor, leaves: Mapping[str, Tensor], *, is_reentrant: bool) -> None:
