@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from report_cases import report
 
-from dwiml_func import adam, init_state, module_loss, per_step, train_and_validate, train_step, warm_up
+from dwiml_func import adam, eval_step, init_state, module_loss, per_step, train_and_validate, train_step, warm_up
 from dwiml_func.checkpoint import list_checkpoints
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.cli.main import main
@@ -107,16 +108,24 @@ def test_a_script_logs_the_batch_and_its_rate_and_slashes_stay(tmp_path):
 
     schedule = per_step(warm_up(constant(0.1), length=7))
     write = fan_out(jsonl(tmp_path), npy(tmp_path), tensorboard(tmp_path))
-    for _, one in train_and_validate(
+    validated = []
+    for state, one in train_and_validate(
         init_state(model, adam(), seed=0),
         train=lambda key, epoch, start: [torch.full((4, 2), float(number)) for number in range(start, 5)],
         step=step,
+        valid=lambda *_: [torch.ones(4, 2)],
+        eval_step=partial(eval_step, loss_fn=loss_fn),
+        validate_every="3batches",
         learning_rate=schedule,
         max_epochs=2,
         on_batch=log_steps(write, every=3, learning_rate=schedule),
     ):
         write(one)
-    logged = read_scalars(tmp_path)
+        if one.batch:
+            validated.append((state.step, one.valid["loss"]))
+    assert [(row["step"], row["valid_loss"]) for row in read_scalars(tmp_path) if "valid_loss" in row] == validated
+    assert displayed(tmp_path)["valid_loss"] == [(step, pytest.approx(loss)) for step, loss in validated]
+    logged = [row for row in read_scalars(tmp_path) if "loss" in row]
     assert [row["step"] for row in logged] == [3, 6, 9]
     assert [row["loss"] for row in logged] == [seen[2], seen[5], seen[8]]
     assert [row["learning_rate"] for row in logged] == [schedule.rate(number) for number in (2, 5, 8)]
@@ -149,12 +158,20 @@ def test_tensorboard_counts_no_step_twice_after_a_kill(tmp_path):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
-    assert main(["train", str(folder), "run", str(PHANTOM), *OPTIONS]) == 0
+    assert main(["train", str(folder), "run", str(PHANTOM), *OPTIONS, "--validate-every", "3batches"]) == 0
     return folder
 
 
 def test_the_command_line_logs_loss_norms_and_rate_of_every_second_batch(folder):
     logged, last = read_scalars(folder / "run"), read(folder / "run").state
+    validated = [(row["step"], row["valid_loss"]) for row in logged if "valid_loss" in row]
+    assert len(validated) > 2
+    ends = [report.num_batches for report in read(folder / "run").history]
+    within = [v for report in read(folder / "run").history for v in report.validations]
+    assert [mean for _, mean in validated] == [v.means["loss"] for v in within]
+    starts = [sum(ends[:number]) for number in range(len(ends))]
+    assert [step for step, _ in validated] == [start + batch for start in starts for batch in range(3, ends[0], 3)]
+    logged = [row for row in logged if "loss" in row]
     assert [row["step"] for row in logged] == list(range(2, last.step + 1, 2))
     schedule = warm_up(cosine(0.01, length=20), length=3)
     assert [row["learning_rate"] for row in logged] == [schedule(row["step"] - 1) for row in logged]
@@ -165,7 +182,7 @@ def test_the_command_line_logs_loss_norms_and_rate_of_every_second_batch(folder)
 def test_a_resumed_run_has_the_rows_of_an_uninterrupted_one(folder, cli, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     for saved in list_checkpoints(tmp_path / "run"):
-        if saved not in ("1", "1-2"):
+        if saved not in ("1", "1-2", "1-3"):
             shutil.rmtree(tmp_path / "run" / "checkpoint" / saved)
     path = tmp_path / "run" / "logs" / "steps.jsonl"
     path.write_text(path.read_text() + '{"step": 1000, "loss": 0}\n{"st')

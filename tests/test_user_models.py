@@ -127,11 +127,12 @@ def test_a_parameter_that_one_batch_does_not_use_is_fine() -> None:
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, saves_memory: bool, **options: bool) -> None:
+    def __init__(self, saves_memory: bool, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.body = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 4))
-        self.head, self.saves_memory, self.options = nn.Linear(4, 1), saves_memory, {"use_reentrant": False, **options}
+        self.head, self.saves_memory = nn.Linear(4, 1), saves_memory
+        self.options: dict[str, Any] = {"use_reentrant": False, **options}
 
     def forward(self, x: Tensor) -> Tensor:
         body: Any = checkpoint(self.body, x, **self.options) if self.saves_memory else self.body(x)

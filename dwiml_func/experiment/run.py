@@ -72,12 +72,13 @@ def run_experiment(
     set_num_threads(training.num_operation_threads)
     _check_same_start(parts, state)
     write = experiment_writer(directory, config) if write is None else fan_out(write)
+    on_report = None
     if parts.process_group.rank == 0:
         write_parameters(directory, config, nb_features=parts.nb_features, now=datetime.now())
         if config.logging.log_every is not None:
             write.write_scalars(state.step, {})
             log = log_steps(write, every=config.logging.log_every, learning_rate=training.schedule)
-            on_batch = partial(_both, log, on_batch)
+            on_batch, on_report = partial(_both, log, on_batch), log
         if history:
             write(*history)
 
@@ -128,6 +129,7 @@ def run_experiment(
                 must_save=lambda report: report.is_best or report.stop is not None or report.batch > 0,
                 interval=config.checkpoints.save_interval,
                 on_batch=on_batch,
+                on_report=on_report,
                 stop=stop,
                 directory=directory,
             )
@@ -145,6 +147,7 @@ def train_and_save(
     must_save: Callable[[Report], bool],
     interval: Interval,
     on_batch: Callable[[Any, Metrics], object] | None = None,
+    on_report: Callable[[Any, Report], object] | None = None,
     stop: StopRequest,
     directory: Path,
 ) -> Iterator[Report]:
@@ -174,6 +177,8 @@ def train_and_save(
     try:
         for done, report in loop(state, on_batch=after_batch, interrupt=stop.agreed):
             unsaved, reports = done, (*reports, report)
+            if on_report is not None:  # before a save: a resume does not repeat it
+                on_report(done, report)
             if interval.due_after_epoch(done.epoch) or must_save(report):
                 save_now(done)
             yield report

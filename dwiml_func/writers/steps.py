@@ -9,6 +9,7 @@ from typing import Any
 
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NON_FINITE
+from dwiml_func.core.report import EpochReport, Validation
 from dwiml_func.core.state import TrainState
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite
@@ -21,11 +22,12 @@ __all__ = ["ScalarLines", "log_steps", "read_scalars", "step_scalars"]
 
 def log_steps(
     write: StepWriter, *, every: int, learning_rate: float | Schedule | None = None
-) -> Callable[[TrainState, Metrics], None]:
+) -> Callable[[TrainState, Metrics | EpochReport], None]:
     """Log the values of every so many steps, for `train_and_validate(on_batch=...)`.
 
     A value is that of one batch, not a mean since the last row, so a run that is resumed within an epoch writes the
-    rows of a run that was never stopped. Steps that are not logged do not wait for the device.
+    rows of a run that was never stopped. Steps that are not logged do not wait for the device. The means of validations
+    within an epoch are logged with the step before them, as `valid_loss` and so on.
 
     Args:
         write: a writer with `write_scalars`, such as `jsonl(directory)` or a `fan_out(...)`.
@@ -33,7 +35,8 @@ def log_steps(
         learning_rate: that of the run, to log it too.
 
     Returns:
-        A function of the state after a batch and the batch's sums.
+        A function of the state after a batch and the batch's sums. It logs a validation with the next batch; called
+        with the state and the report of a validation, it logs that at once, so that no kill and no end comes before.
 
     Raises:
         ValueError: `every` is below 1.
@@ -63,10 +66,18 @@ def log_steps(
     if every < 1:
         raise ValueError(f"Expected a number of steps of at least 1 between two rows. Received: {every}")
 
-    def on_batch(state: TrainState, metrics: Metrics) -> None:
-        if state.step % every == 0:
+    seen: tuple[Validation, ...] | None = None  # validations that are logged; those of a resumed state are
+
+    def on_batch(state: TrainState, values: Metrics | EpochReport) -> None:
+        nonlocal seen
+        if state.validations and state.validations != seen and (seen is not None or isinstance(values, EpochReport)):
+            last = state.validations[-1]
+            step = state.step - state.batch + last.batch
+            write.write_scalars(step, {f"valid_{name}": mean for name, mean in last.means.items()})
+        seen = state.validations
+        if not isinstance(values, EpochReport) and state.step % every == 0:
             position: dict[str, Any] = {"epoch": state.epoch, "step": state.step - 1, "plateau": state.plateau}
-            write.write_scalars(state.step, step_scalars(metrics, learning_rate, **position))
+            write.write_scalars(state.step, step_scalars(values, learning_rate, **position))
 
     return on_batch
 
@@ -89,24 +100,25 @@ class ScalarLines:
         self._last: int | None = None  # the last step in the file, once this has read it
 
     def __call__(self, step: int, values: Mapping[str, Number]) -> None:
-        """Append the values of a step. What the file has of later steps is removed; without values, nothing else."""
-        if self._last is None or self._last >= step:
-            self._cut(step - 1 if values else step)
+        """Add the values of a step. What the file has of later steps is removed; without values, nothing else."""
+        row = null_if_not_finite({"step": step, **{name: float(value) for name, value in values.items()}})
+        last, self._last = self._last, None  # after an error the file is read again
         if values:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            row = null_if_not_finite({"step": step, **{name: float(value) for name, value in values.items()}})
-            last, self._last = self._last, None  # after an error the file is read again
+        if last is None or last >= step:
+            kept = {own["step"]: own for own in _read(self._path) if own["step"] <= step}
+            if values:
+                kept[step] = kept.get(step, {}) | row
+            content = "".join(json.dumps(own, allow_nan=False) + "\n" for own in kept.values())
+            if content if not self._path.exists() else self._path.read_text(encoding="utf-8") != content:
+                atomic_write(self._path, content, flush=False)
+            self._last = max(kept, default=-1)
+        elif values:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
-            self._last = step if last is None else max(last, step)
-
-    def _cut(self, step: int) -> None:
-        rows = _read(self._path)
-        kept = [row for row in rows if row["step"] <= step]
-        content = "".join(json.dumps(row) + "\n" for row in kept)
-        if self._path.exists() and self._path.read_text(encoding="utf-8") != content:
-            atomic_write(self._path, content, flush=False)
-        self._last = kept[-1]["step"] if kept else -1
+            self._last = step
+        else:
+            self._last = last
 
 
 def read_scalars(directory: str | Path) -> list[dict[str, Any]]:

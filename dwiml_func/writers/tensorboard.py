@@ -95,10 +95,11 @@ class _StepEvents:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: Any = None
-        self._last = -1
+        self._last, self._tags = -1, set[str]()
 
     def __call__(self, step: int, values: Mapping[str, Number]) -> None:
-        if self._writer is None or step <= self._last:
+        tags = self._tags if step == self._last else set()
+        if self._writer is None or step < self._last or not values or tags & values.keys():
             if not values and not self._folder.exists():
                 return
             if self._writer is not None:
@@ -109,7 +110,7 @@ class _StepEvents:
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()
-        self._last = step if values else -1
+        self._last, self._tags = step if values else -1, {*tags, *values}
 
 
 def _summary_writer() -> Any:

@@ -32,9 +32,9 @@ class Writer(Protocol):
 class StepWriter(Writer, Protocol):
     """A writer that also takes values of single steps: `write.write_scalars(step, {"loss": 0.5})`.
 
-    Values of a step that was written before replace those and all after it, so that nothing is counted twice after a
-    resume. `write.write_scalars(state.step, {})`, in a run that is resumed from `state`, removes what was written after
-    it.
+    Values of a step that was written before replace those of the same names, and all after it, so that nothing is
+    counted twice after a resume. `write.write_scalars(state.step, {})`, in a run that is resumed from `state`, removes
+    what was written after it.
 
     Example:
         >>> import tempfile
