@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from dwiml_func.core.rng import Key, numpy_rng
 from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
+from dwiml_func.data.example.scanner import scan
 from dwiml_func.data.example.settings import DEFAULT_SETTINGS, ExampleSettings
 from dwiml_func.data.example.signal import ISOTROPIC, Fibres, acquire, simulate
 from dwiml_func.data.example.unlabelled import mean_line, unlabelled_bundles
@@ -135,4 +137,56 @@ def test_the_people_of_the_subsets_are_all_five_and_the_one_that_was_asked_for_t
 )
 def test_what_cannot_be_simulated_is_refused(cli: Any, tmp_path: Path, arguments: tuple[str, ...], named: str) -> None:
     cli("example-data", tmp_path / "x.hdf5", *arguments).check_refusal(named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def scanned(
+    snr: float, axis: tuple[float, float, float] = (1.0, 0.0, 0.0)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Unweighted and weighted magnitudes of a block with one fibre in its left half, and where that half is."""
+    shape = (8, 8, 3)
+    white = np.zeros(shape, dtype=bool)
+    white[:4] = True
+    voxels = np.flatnonzero(white)
+    fibres = Fibres(voxels, np.tile(axis, (len(voxels), 1, 1)), np.full((len(voxels), 1), 0.9))
+    unweighted, weighted = scan(
+        fibres,
+        np.ones(shape, dtype=bool),
+        numpy_rng(Key(5)),
+        snr=snr,
+        nb_directions=60,
+        nb_unweighted=30,
+        b_value=B,
+        voxel_mm=2.0,
+    )
+    inside = np.zeros(shape, dtype=bool)
+    inside[1:3, 2:6] = True  # away from edges, which ring
+    return unweighted, weighted, inside.reshape(-1)
+
+
+# trxscan gathers directions in bins of a hemisphere, some degrees wide: the axes of the grid have their own.
+@pytest.mark.parametrize(
+    ("axis", "within_deg"), [((1.0, 0.0, 0.0), 0.1), ((0.0, 0.0, 1.0), 0.1), ((0.6, 0.0, 0.8), 5.0)]
+)
+def test_a_scanned_fibre_attenuates_most_along_itself(axis: tuple[float, float, float], within_deg: float) -> None:
+    _, weighted, inside = scanned(float("inf"), axis)
+    gradients = half_sphere_directions(60)
+    squares = np.stack([gradients[:, i] * gradients[:, j] for i in range(3) for j in range(3)], axis=1)
+    tensor = np.linalg.lstsq(squares, -np.log(weighted[inside].mean(axis=0)), rcond=None)[0].reshape(3, 3)
+    principal = np.linalg.eigh(tensor)[1][:, -1]
+    assert np.degrees(np.arccos(min(1.0, abs(principal @ axis)))) < within_deg
+
+
+def test_a_scan_has_the_snr_asked_and_the_same_bytes() -> None:
+    unweighted, _, inside = scanned(20.0)
+    sigma = unweighted[inside].std(axis=1, ddof=1)
+    measured = unweighted[inside].mean() / np.sqrt((sigma**2).mean())
+    assert abs(measured / 20 - 1) < 5 / np.sqrt(2 * 29 * inside.sum())  # five standard errors
+    again, _, _ = scanned(20.0)
+    np.testing.assert_array_equal(again, unweighted)
+
+
+def test_a_simulator_that_is_not_installed_is_named(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trxscan", None)
+    cli("example-data", tmp_path / "x.hdf5", "--simulator", "trxscan").check_refusal("pip install trxscan")
     assert list(tmp_path.iterdir()) == []

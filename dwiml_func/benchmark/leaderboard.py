@@ -66,7 +66,7 @@ def as_markdown(rows: Sequence[_Scores]) -> str:
     parts = []
     for data in dict.fromkeys(row["data"] for row in rows):
         own = [row for row in rows if row["data"] == data]
-        options = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in own[0]["data_options"].items())
+        options = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in own[0]["data_options"].items())
         ceiling = own[0]["ceiling_valid"]
         text = "" if ceiling is None else f"; half of the real streamlines beside the other half: {ceiling:.2f} valid"
         parts += [

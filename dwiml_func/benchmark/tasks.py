@@ -14,6 +14,7 @@ from typing import Any
 from dwiml_func.benchmark.settings import DATA, data_of
 from dwiml_func.core.rng import Key
 from dwiml_func.data.example.dataset import make_example_data
+from dwiml_func.data.example.settings import DEFAULT_SETTINGS
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.comparison.compare import differences
 from dwiml_func.experiment.config import BatchConfig, RunConfig
@@ -183,6 +184,8 @@ def _who(data: str, person: str, name: str, seed: int | None) -> dict[str, Any]:
 def _data_options(data: str) -> dict[str, Any]:
     options = asdict(DATA[data])
     del options["test_subject"]
+    if options["simulator"] == DEFAULT_SETTINGS.simulator:
+        del options["simulator"]
     return options
 
 

@@ -152,7 +152,7 @@ def _report(error: BaseException, sender: str, *, is_training: bool) -> int:
         case BrokenPipeError():
             drop_unwritable_output()
             return _CLOSED_PIPE
-        case ValueError() | OSError():
+        case ValueError() | OSError() | ModuleNotFoundError():
             logging.getLogger(__name__).debug("", exc_info=error)
             return _fail(f"{sender}: {one_line(error)}", 2)
         case KeyboardInterrupt():

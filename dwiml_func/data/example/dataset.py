@@ -15,7 +15,7 @@ from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
 from dwiml_func.data.example.settings import DEFAULT_SETTINGS, ExampleSettings
-from dwiml_func.data.example.signal import SHELL, paint, simulate
+from dwiml_func.data.example.signal import SHELL, VOXEL_MM, paint, simulate
 from dwiml_func.data.example.unlabelled import unlabelled_bundles
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
@@ -23,7 +23,6 @@ from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_vol
 __all__ = ["make_example_data"]
 
 _STEP_MM = 1.0
-_VOXEL_MM = 2.0
 _KEY = fold_in(Key(0), Stream.EXAMPLE_DATA)
 _UNLABELLED = len(SUBJECTS)  # of the stream's random numbers, after the noise of each person
 
@@ -116,14 +115,14 @@ def _write_subject(group: h5py.Group, row: int, settings: ExampleSettings) -> No
 
 def _grid(points: np.ndarray) -> Grid:
     """The smallest grid of whole voxels that holds the points and the shell around them, its corner on even mm."""
-    first = np.floor(points.min(axis=0) / _VOXEL_MM).astype(int) - SHELL
-    last = np.floor(points.max(axis=0) / _VOXEL_MM).astype(int) + SHELL
-    affine = np.diag([_VOXEL_MM, _VOXEL_MM, _VOXEL_MM, 1.0])
-    affine[:3, 3] = (first + 0.5) * _VOXEL_MM  # the centre of voxel 0
+    first = np.floor(points.min(axis=0) / VOXEL_MM).astype(int) - SHELL
+    last = np.floor(points.max(axis=0) / VOXEL_MM).astype(int) + SHELL
+    affine = np.diag([VOXEL_MM, VOXEL_MM, VOXEL_MM, 1.0])
+    affine[:3, 3] = (first + 0.5) * VOXEL_MM  # the centre of voxel 0
     x, y, z = (last - first + 1).tolist()
     return Grid(affine, (x, y, z))
 
 
 def _to_voxel(points: np.ndarray, grid: Grid) -> np.ndarray:
     """RAS mm -> voxel space, corner origin: half a voxel more than the affine's inverse, whose integers are centres."""
-    return (points - grid.affine[:3, 3]) / _VOXEL_MM + 0.5
+    return (points - grid.affine[:3, 3]) / VOXEL_MM + 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dwiml_func._checks import check_number
 from dwiml_func.data.example.bundles import SUBJECTS
@@ -26,6 +27,9 @@ class ExampleSettings:
     crossings: int = 0
     """Number of unlabelled bundles that cross each labelled one, at 60 to 90 degrees and as dense: a diffusion tensor
     cannot tell them apart."""
+    simulator: Literal["tensors", "trxscan"] = "tensors"
+    """What computes the signal. tensors: one for each fibre, in a second. trxscan: an EPI acquisition with distortion,
+    ringing and decay; it needs the package trxscan and about a minute."""
     test_subject: str = SUBJECTS[-1]
     """The person of the testing subset: sub_1 to sub_5. The one before it validates (before sub_1: sub_5), the others
     train."""

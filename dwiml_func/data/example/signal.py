@@ -7,11 +7,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dwiml_func.data.example.scanner import scan
 from dwiml_func.data.example.settings import ExampleSettings
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.spherical_harmonics import half_sphere_directions, multi_tensor_signal, sh_matrix
 
-__all__ = ["ISOTROPIC", "SHELL", "Fibres", "acquire", "paint", "simulate"]
+__all__ = ["ISOTROPIC", "SHELL", "VOXEL_MM", "Fibres", "acquire", "paint", "simulate"]
+
+VOXEL_MM = 2.0
+"""Side of a voxel."""
 
 SHELL = 3
 """Voxels around the streamlines that hold tissue; beyond it the signal is 0, as outside a brain mask."""
@@ -109,7 +113,19 @@ def simulate(fibres: Fibres, mask: np.ndarray, settings: ExampleSettings, rng: n
 
     # The mask is one voxel around the streamlines already.
     tissue = np.asarray(binary_dilation(mask, np.ones((3, 3, 3)), iterations=SHELL - 1), dtype=bool)
-    unweighted, weighted = acquire(fibres, tissue, settings, rng)
+    if settings.simulator == "trxscan":
+        unweighted, weighted = scan(
+            fibres,
+            tissue,
+            rng,
+            snr=settings.snr,
+            nb_directions=settings.nb_directions,
+            nb_unweighted=_NUM_B0,
+            b_value=_B_VALUE,
+            voxel_mm=VOXEL_MM,
+        )
+    else:
+        unweighted, weighted = acquire(fibres, tissue, settings, rng)
     matrix = sh_matrix(half_sphere_directions(settings.nb_directions), settings.sh_order)
     # Rounded: LAPACK's results differ by rounding between numbers of threads.
     fit = np.linalg.pinv(matrix).round(12)
