@@ -7,7 +7,6 @@ runs: the requirements are those of one H100 or H200, and are skipped.
 from __future__ import annotations
 
 import argparse
-import inspect
 import itertools
 import platform
 import sys
@@ -35,7 +34,7 @@ from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.dataset import DatasetIndex
 from dwiml_func.data.device_data import copy_to_device, make_on_device, plan_batch
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.data.padding import length_step, with_padded_length
+from dwiml_func.data.padding import length_step, with_fixed_shape, with_padded_length
 from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import cut_batch
@@ -47,7 +46,7 @@ EAGER, CAPTURED = "ours, eager", "ours, captured"
 PACKED, PADDED = "packed cuDNN, usual loop", "padded cuDNN, usual loop"
 FEATURES, LR = 48, 1e-3
 AUGMENTATION = Augmentation(reverse_ratio=0.5, split_ratio=0.2, noise_gaussian_size_forward=0.1)
-HAS_GRAPHS = "cuda_graphs" in inspect.signature(jit_step).parameters
+MAX_GRAPHS, CAPTURES = 64, 60  # steps before the measurement, in which graphs are captured
 
 
 class Case(NamedTuple):
@@ -123,7 +122,7 @@ def describe(device: torch.device) -> None:
         found = torch.cuda.get_device_properties(device)
         versions = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
         print(f"{found.name}, {found.total_memory / 2**30:.0f} GiB, {versions}")
-    print("float32 products in float32, but where tf32 is written; CUDA graphs:", "yes" if HAS_GRAPHS else "no")
+    print("float32 products in float32, but where tf32 is written")
 
 
 def cases(tiny: bool) -> dict[str, Case]:
@@ -167,10 +166,12 @@ def make_dataset(num_streamlines: int, tiny: bool) -> StreamlineDataset:
 
 
 class Plans:
-    """Endless plans of batches at random, padded and in pinned memory."""
+    """Endless plans of batches at random, padded and in pinned memory; with `fill` of a few shapes."""
 
-    def __init__(self, case: Case, dataset: StreamlineDataset, plan: Callable[..., StreamlineBatch], pin: bool) -> None:
-        self._case, self._dataset, self._plan, self._pin = case, dataset, plan, pin
+    def __init__(
+        self, case: Case, dataset: StreamlineDataset, plan: Callable[..., StreamlineBatch], *, pin: bool, fill: bool
+    ) -> None:
+        self._case, self._dataset, self._plan, self._pin, self._fill = case, dataset, plan, pin, fill
         self._step = length_step([dataset], Resampling())
 
     def __len__(self) -> int:
@@ -181,6 +182,7 @@ class Plans:
         for number in itertools.count():
             ids = rng.permutation(self._dataset.index.num_total)[: self._case.num_streamlines]
             batch = with_padded_length(self._plan(BatchRequest(ids, Key(1), 0, number)), self._step)
+            batch = with_fixed_shape(batch) if self._fill else batch
             yield batch.pin_memory() if self._pin else batch
 
 
@@ -195,16 +197,17 @@ def measure_case(case: Case, device: torch.device, tiny: bool) -> dict[str, Meas
     loss_fn = module_loss(model, compute_batch_loss, autocast=autocast)
     data = copy_to_device(dataset, spec, device)
 
-    def batches() -> Iterator[StreamlineBatch]:
-        plans: Any = Plans(case, dataset, partial(plan_batch, data=data, spec=spec), device.type == "cuda")
+    def batches(fill: bool) -> Iterator[StreamlineBatch]:
+        plan = partial(plan_batch, data=data, spec=spec)
+        plans: Any = Plans(case, dataset, plan, pin=device.type == "cuda", fill=fill)
 
         def move(plan: Any) -> Any:
             return make_on_device(plan.to(device, non_blocking=True), data=data, spec=spec)
 
         return iter(MovedAhead(Prefetched(plans), move, device))
 
-    def ours(step: Callable[..., Any]) -> Callable[[], None]:
-        state, source = init_state(model, adam(), seed=1), batches()
+    def ours(step: Callable[..., Any], *, fill: bool = False) -> Callable[[], None]:
+        state, source = init_state(model, adam(), seed=1), batches(fill)
 
         def run() -> None:
             nonlocal state
@@ -214,9 +217,8 @@ def measure_case(case: Case, device: torch.device, tiny: bool) -> dict[str, Meas
 
     options: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": adam(), "donate": True, "non_finite": "defer"}
     variants = {EAGER: ours(partial(train_step, **options))}
-    if HAS_GRAPHS and device.type == "cuda":
-        captured: Any = jit_step
-        variants[CAPTURED] = ours(captured(**options, cuda_graphs=True))
+    captured = jit_step(**options, cuda_graphs=True, max_compilations=MAX_GRAPHS)
+    variants[CAPTURED] = captured_before(ours(captured, fill=True), captured, tiny)
     if case.rnn_key is not None:
         batch = with_padded_length(
             load_batch(BatchRequest(np.arange(case.num_streamlines), Key(1), 0, 0), dataset=dataset, spec=LoaderSpec()),
@@ -225,6 +227,15 @@ def measure_case(case: Case, device: torch.device, tiny: bool) -> dict[str, Meas
         variants[PACKED] = usual_loop(case, batch, packed=True)
         variants[PADDED] = usual_loop(case, batch, packed=False)
     return measure(variants, device, tiny)
+
+
+def captured_before(run: Callable[[], None], step: Any, tiny: bool) -> Callable[[], None]:
+    """The function, called until its graphs are captured."""
+    for _ in range(3 if tiny else CAPTURES):
+        run()
+    if step.cuda_graphs_reason is not None:
+        print(f"without CUDA graphs: {step.cuda_graphs_reason}")
+    return run
 
 
 def usual_loop(case: Case, batch: StreamlineBatch, *, packed: bool) -> Callable[[], None]:
@@ -295,9 +306,8 @@ def measure_mlp(device: torch.device, tiny: bool) -> dict[str, Measured]:
         return run
 
     variants = {"bare torch.optim.Adam loop": usual, EAGER: ours(partial(train_step, **options))}
-    if HAS_GRAPHS and device.type == "cuda":
-        captured: Any = jit_step
-        variants[CAPTURED] = ours(captured(**options, cuda_graphs=True))
+    captured = jit_step(**options, cuda_graphs=True)
+    variants[CAPTURED] = captured_before(ours(captured), captured, tiny)
     return measure(variants, device, tiny)
 
 

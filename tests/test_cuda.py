@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ import pytest
 import torch
 from experiment_cases import CONFIG, latest_digest
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dwiml_func._transforms import is_transformed
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.compiled import replay
 from dwiml_func.core.loss import module_loss
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NonFiniteError
@@ -36,9 +38,9 @@ from dwiml_func.core.rng import Key
 from dwiml_func.core.run_epoch import run_epoch
 from dwiml_func.core.state import init_state
 from dwiml_func.core.step import train_step
-from dwiml_func.experiment import setup
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.setup import RunParts, make_parts, prepare
+from dwiml_func.experiment.setup import RunParts, prepare
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.models import Learn2Track
 from dwiml_func.models.config import ModelConfig
 from dwiml_func.models.rnn import stacked
@@ -288,15 +290,19 @@ def test_lines_tracked_on_the_device_are_those_of_the_cpu_to_rounding() -> None:
 
 
 @only_on_gpu
+@pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("name", ["lstm", "gru", "tts", "tto"])
-def test_a_step_and_the_batch_before_it_wait_for_the_device_not_once(name: str) -> None:
-    parts = prepare(config_of(MODELS[name]))
+def test_a_step_and_the_batch_before_it_wait_for_the_device_not_once(name: str, is_compiled: bool) -> None:
+    parts = prepare(config_of(MODELS[name], compile=is_compiled))
     state = parts.first_state()
+    for _ in range(3):  # the first ones check the loss, make cuDNN's plans, and capture
+        for batch in islice(parts.train(state.key, 0, 0), 3):
+            state, _ = parts.step(state, batch, lr=1e-3)
     batches = iter(parts.train(state.key, 0, 0))
-    state, _ = parts.step(state, next(batches), lr=1e-3)  # the first one checks the loss, and makes cuDNN's plans
+    first = next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in islice(batches, 2):
+        for batch in (first, *islice(batches, 2)):
             state, _ = parts.step(state, batch, lr=1e-3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -331,21 +337,38 @@ def test_a_deferred_donating_step_needs_the_memory_of_a_plain_loop_and_of_one_co
     assert peaks[1] <= peaks[0] + 1.1 * num_bytes
 
 
-@only_on_gpu
-def test_a_graph_replay_agrees_with_the_eager_step_to_the_bit_where_the_step_can_be_captured() -> None:
-    import inspect
-
-    from dwiml_func import jit_step
-
-    if "cuda_graphs" not in inspect.signature(jit_step).parameters:
-        pytest.skip("jit_step has no CUDA graphs")
-    config = config_of(replace(MODELS["lstm"], dropout=0.25))
-    parts, states = make_parts(config, setup.open_data(config)), []
-    captured: Any = jit_step
-    for step in (parts.step, captured(loss_fn=parts.loss_fn, optimizer=parts.optimizer, cuda_graphs=True)):
+@pytest.mark.parametrize("name", ["lstm", "gru", "tts", "tto", "autoencoder"])
+def test_a_compiled_run_replays_graphs_with_the_bits_of_its_steps_without(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a schedule and dropout, on batches of which none is like the other. On the CPU a replay runs the step."""
+    if not ON_GPU:
+        monkeypatch.setattr(TrainingConfig, "captures", property(lambda config: config.compile))
+    model = MODELS[name]
+    drops = {} if name == "autoencoder" else {"dropout_rate" if name.startswith("t") else "dropout": 0.25}
+    states = []
+    for is_captured in (True, False):
+        parts = prepare(config_of(replace(model, **drops), compile=True))
+        step: Any = parts.step
+        if not ON_GPU:
+            step._replays._capture = lambda step: step
+        step._replays._is_stopped = not is_captured
         state = parts.first_state()
-        for number, batch in enumerate(islice(parts.train(state.key, 0, 0), 4)):
+        for number, batch in enumerate(chain(*(islice(parts.train(state.key, epoch, 0), 3) for epoch in range(3)))):
             state, _ = step(state, batch, lr=1e-3 / (1 + number))
         states.append(state)
-    for name, tensor in states[0].params.items():
-        assert torch.equal(tensor, states[1].params[name])
+        assert step.cuda_graphs_reason is None
+        assert (step.num_cuda_graphs > 0) == is_captured
+    for kind in ("params", "opt_state"):
+        for ours, theirs in zip(*(tree_leaves(getattr(state, kind)) for state in states), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_a_captured_step_has_the_losses_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        monkeypatch.setattr(TrainingConfig, "captures", property(lambda config: config.compile))
+        monkeypatch.setattr(replay.OnCuda, "__call__", lambda self, step: step)
+    for name in ("lstm", "gru"):
+        ours = first_losses(prepare(config_of(MODELS[name], compile=True)), num=5)
+        expected = first_losses(prepare(config_of(MODELS[name], on_device=False)), num=5)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)

@@ -14,7 +14,9 @@ import pytest
 import torch
 from experiment_cases import CONFIG
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import module_loss
 from dwiml_func.core.state import init_state
 from dwiml_func.core.step import train_step
@@ -22,7 +24,7 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.data.padding import NUM_LENGTHS, length_step, with_padded_length
+from dwiml_func.data.padding import NUM_LENGTHS, length_step, with_fixed_shape, with_padded_length
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.experiment.batches import make_batches, open_data
@@ -62,9 +64,11 @@ def _dataset() -> StreamlineDataset:
 
 def _results(model: Any, batch: StreamlineBatch) -> list[Tensor]:
     model.zero_grad()
-    loss, *_ = compute_batch_loss(model, batch)
+    loss, weight, aux = compute_batch_loss(model, batch)
     loss.backward()
-    return [model(batch), loss, *(parameter.grad for parameter in model.parameters())]
+    outputs = model(batch) if batch.is_real is None else model(batch)[batch.is_real]
+    numbers = [torch.as_tensor(number) for number in tree_leaves((weight, aux))]
+    return [outputs, loss, *numbers, *(parameter.grad for parameter in model.parameters())]
 
 
 def test_rows_lie_time_step_by_time_step_and_padding_is_zero() -> None:
@@ -110,7 +114,7 @@ def test_torchs_padded_layers_give_the_outputs_and_gradients_of_our_packed_ones(
 @pytest.mark.parametrize("add_eos", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_padded_batch_gives_the_loss_and_gradients_of_a_packed_one(name: str, add_eos: bool) -> None:
-    batch = _batch(add_eos=add_eos)
+    batch = _batch(add_eos=add_eos, num=17)
     model: Any = MODELS[name](batch.inputs.shape[1])
     if add_eos:
         model.direction_getter = Learn2Track(
@@ -119,8 +123,12 @@ def test_a_padded_batch_gives_the_loss_and_gradients_of_a_packed_one(name: str, 
     padded = with_padded_length(batch, 5)
     assert padded.padded_length is not None
     assert 0 <= padded.padded_length - int(batch.input_offsets.diff().max()) < 5
-    for ours, theirs in zip(_results(model, padded), _results(model, batch), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    filled = with_fixed_shape(padded)
+    assert filled.num_points == padded.padded_length * len(filled)
+    assert (len(batch), len(filled)) == (17, 18)
+    for other in (padded, filled):
+        for ours, theirs in zip(_results(model, other), _results(model, batch), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["lstm", "tto"])
@@ -132,10 +140,18 @@ def test_a_step_on_a_padded_batch_waits_for_no_device(name: str, monkeypatch: py
     offsets, numbers = _offsets(tuple(length + 1 for length in LENGTHS)), torch.arange(len(LENGTHS))
     points, inputs = torch.zeros(int(offsets[-1]), 3), torch.zeros(sum(LENGTHS), 6)
     batch = StreamlineBatch(points=points, offsets=offsets, subject=numbers, ids=numbers, inputs=inputs)
-    batch = with_padded_length(batch, 5).to("meta")
+    batch = with_padded_length(batch, 5)
+    filled, batch = with_fixed_shape(batch).to("meta"), batch.to("meta")
     model = MODELS[name](batch.inputs.shape[1]).to("meta")
-    step = partial(train_step, loss_fn=module_loss(model, compute_batch_loss), optimizer=adam(), lr=1e-3)
+    fixed = {"loss_fn": module_loss(model, compute_batch_loss), "optimizer": adam(), "clip_grad": 1.0}
+    captured = jit_step(**fixed, donate=True, cuda_graphs=True)
+    assert captured._replays is not None
+    captured._replays._capture = lambda step: step
     state = init_state(model, adam(), seed=0)
+    for _ in range(4):
+        state, _ = captured(state, filled, lr=1e-3)
+    assert (captured.num_cuda_graphs, captured.cuda_graphs_reason) == (1, None)
+    step = partial(train_step, **fixed, lr=1e-3)
     state, metrics = step(state, batch)
     total: Any = metrics["loss"].total
     assert total.device.type == "meta"

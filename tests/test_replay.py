@@ -9,23 +9,20 @@ import torch
 from test_compiled_step import make_steps as make_steps_with
 from test_compiled_step import same_states, some_batch, squared_error
 
-from dwiml_func import adam, epoch_fn, init_state, jit_step, module_loss, radam, train_step
+from dwiml_func import adam, epoch_fn, fold_in, init_state, jit_step, module_loss, radam, torch_rng, train_step
 from dwiml_func.compiled._torch_private import missing
-from dwiml_func.compiled.replay import Replays
 from dwiml_func.compiled.sums import VectorSums, add_vectors
 from dwiml_func.core.metrics import Sum, add_metrics
+from dwiml_func.optim import chain, clip_by_value
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
-    pytest.mark.skipif(bool(missing("eager")), reason="this torch cannot compile steps: see test_torch_private.py"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 make_steps = partial(make_steps_with, backend="eager")
 
 
 def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(
-        torch.nn.Linear(3, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 1)
+        torch.nn.Linear(3, 6, bias=False), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 1)
     )
 
 
@@ -39,42 +36,83 @@ def take_steps(step, state, batches):
     return state
 
 
+def captured_step(max_graphs, capture, **options):
+    step = jit_step(**options, cuda_graphs=True, max_compilations=max_graphs)
+    assert step._replays is not None
+    step._replays._capture = capture
+    return step
+
+
 @pytest.mark.parametrize("non_finite", ["raise", "defer"])
-def test_a_replayed_step_follows_schedule_dropout_and_buffers_to_the_bit(non_finite):
-    options = {"optimizer": radam(), "donate": True, "non_finite": non_finite, "max_compilations": 4}
-    batches = [some_batch(number, size) for number, size in enumerate([8, 8, 8, 4, 8, 4, 4, 8])]
-    start, compiled, _ = make_steps(make_model(), **options)
-    state = take_steps(compiled, copy.deepcopy(start), batches)
-    captured = []
-    compiled._replays = Replays(max_graphs=2, capture=lambda step: captured.append(step) or step)
-    replayed = take_steps(compiled, copy.deepcopy(start), batches)
+@pytest.mark.parametrize("optimizer", [radam(), chain(clip_by_value(0.5), adam())])
+def test_a_replayed_step_follows_schedule_dropout_and_buffers_to_the_bit(non_finite, optimizer):
+    fixed = {"loss_fn": module_loss(make_model(), squared_error), "optimizer": optimizer, "non_finite": non_finite}
+    batches = [some_batch(number, size) for number, size in enumerate([8, 8, 8, 8, 4, 8, 4, 4, 8, 4, 2])]
+    start = init_state(make_model(), optimizer, seed=3)
+
+    def captured(step):
+        number = len(calls)
+        calls.append(0)
+
+        def replay():
+            calls[number] += 1
+            step()
+
+        return replay
+
+    calls: list[int] = []
+    kept_out = captured_step(1, captured, **fixed, donate=True)
+    assert kept_out._replays is not None
+    kept_out._replays._is_stopped = True  # no graph at all
+    state = take_steps(kept_out, copy.deepcopy(start), batches)
+    eager = take_steps(partial(train_step, **fixed), start, batches)
+    assert calls == []
+    for ours, theirs in ((state.params, eager.params), (state.buffers, eager.buffers)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    replays = captured_step(2, captured, **fixed, donate=True)
+    replayed = take_steps(replays, copy.deepcopy(start), batches)
     assert same_states(replayed, state)
     assert [*map(float, replayed.sums["loss"])] == [*map(float, state.sums["loss"])]
-    assert (len(captured), compiled.num_cuda_graphs, compiled.cuda_graphs_reason) == (2, 2, None)
+    assert (calls, replays.num_cuda_graphs, replays.cuda_graphs_reason) == ([4, 2], 2, None)
     kept = copy.deepcopy(replayed)
-    other = take_steps(compiled, copy.deepcopy(start), batches)  # a run of its own tensors: a third graph
+    other = take_steps(replays, copy.deepcopy(start), batches)  # a run of its own tensors: new graphs
     assert same_states(other, state)
     assert same_states(replayed, kept)
-    assert compiled.cuda_graphs_reason == "more than 2 graphs would be needed"
+    assert (calls, replays.num_cuda_graphs) == ([4, 2, 6, 4], 4)
+    take_steps(replays, other, [some_batch(n, 2) for n in range(2)])
+    assert replays.cuda_graphs_reason == "more than 2 would be needed"
+    take_steps(replays, take_steps(replays, copy.deepcopy(start), batches), batches[:1])
+    assert calls[-2] > 6  # the graphs that there are go on
 
 
 def test_what_cannot_be_captured_says_why_once_and_runs(caplog):
     def refuse(step):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    start, compiled, eager = make_steps(donate=True)
-    compiled._replays = Replays(max_graphs=2, capture=refuse)
-    with caplog.at_level(logging.WARNING):
-        state = take_steps(compiled, copy.deepcopy(start), [some_batch(1)] * 5)
-    messages = [record.message for record in caplog.records if record.name == "dwiml_func.compiled.replay"]
-    assert messages == [
-        "Training steps run without CUDA graphs from now on: operation not permitted when stream is capturing"
-    ]
-    torch.testing.assert_close(state.params, take_steps(eager, start, [some_batch(1)] * 5).params)
+    def with_key(params, buffers, batch, *, key, train):
+        with torch_rng(fold_in(key, 1)):
+            return loss_fn(params, buffers, batch, key=key, train=train)
+
+    loss_fn = module_loss(make_model(), squared_error)
+    start = init_state(make_model(), adam(), seed=3)
+    for loss, capture, message in (
+        (loss_fn, refuse, "operation not permitted when stream is capturing"),
+        (with_key, lambda step: step, "a key cannot be used in a compiled step"),
+    ):
+        fixed = {"loss_fn": loss, "optimizer": adam(), "donate": True}
+        step = captured_step(2, capture, **fixed)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            state = take_steps(step, copy.deepcopy(start), [some_batch(1)] * 5)
+        messages = [record.message for record in caplog.records if record.name == "dwiml_func.compiled.replay"]
+        assert messages == [f"Training steps run without CUDA graphs from now on: {message}"]
+        expected = take_steps(partial(train_step, **fixed), copy.deepcopy(start), [some_batch(1)] * 5)
+        torch.testing.assert_close(state.params, expected.params)
     with pytest.raises(ValueError, match="Expected donate=True with cuda_graphs=True"):
-        jit_step(loss_fn=module_loss(make_model(), squared_error), optimizer=adam(), cuda_graphs=True)
+        jit_step(loss_fn=loss_fn, optimizer=adam(), cuda_graphs=True)
 
 
+@pytest.mark.skipif(bool(missing("eager")), reason="this torch cannot compile steps: see test_torch_private.py")
 def test_no_number_is_read_in_a_step_with_a_deferred_check(monkeypatch):
     start, compiled, eager = make_steps(donate=True, non_finite="defer")
     batches = [some_batch(number) for number in range(6)]
@@ -102,16 +140,19 @@ def test_sums_of_the_same_names_are_added_as_one_vector_also_to_those_that_were_
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
-def test_on_a_gpu_replays_have_the_bits_of_compiled_steps_and_never_wait():
+@pytest.mark.parametrize("optimizer", [radam(), chain(clip_by_value(0.5), adam())])
+def test_on_a_gpu_replays_have_the_bits_of_steps_without_a_graph_and_never_wait(optimizer):
     def device(batch):
         return tuple(tensor.cuda() for tensor in batch)
 
-    fixed = {"loss_fn": module_loss(make_model(), squared_error), "optimizer": adam(), "donate": True}
+    fixed = {"loss_fn": module_loss(make_model(), squared_error), "optimizer": optimizer, "donate": True}
     batches = [device(some_batch(number)) for number in range(8)]
     ends = []
     for is_captured in (False, True):
-        step = jit_step(**fixed, cuda_graphs=is_captured)
-        state = init_state(make_model(), adam(), seed=0).to("cuda")
+        step = jit_step(**fixed, cuda_graphs=True)
+        assert step._replays is not None
+        step._replays._is_stopped = not is_captured
+        state = init_state(make_model(), optimizer, seed=0).to("cuda")
         state = take_steps(step, state, batches[:4])
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -121,5 +162,17 @@ def test_on_a_gpu_replays_have_the_bits_of_compiled_steps_and_never_wait():
         ends.append(state.to("cpu"))
         assert (step.num_cuda_graphs, step.cuda_graphs_reason) == (int(is_captured), None)
     assert same_states(*ends)
-    on_cpu = partial(train_step, **fixed)
-    assert torch.isfinite(next(iter(on_cpu(ends[0], some_batch(1), lr=0.1)[0].params.values()))).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_on_a_gpu_a_loss_that_waits_is_found_before_its_capture_and_trains_on():
+    def waits(model, batch):
+        loss, weight = squared_error(model, batch)[:2]
+        return loss * (2.0 if loss.item() > 0 else 1.0), weight
+
+    step = jit_step(loss_fn=module_loss(make_model(), waits), optimizer=adam(), donate=True, cuda_graphs=True)
+    batch = tuple(tensor.cuda() for tensor in some_batch(1))
+    state = take_steps(step, init_state(make_model(), adam(), seed=0).to("cuda"), [batch] * 5)
+    assert (state.step, step.num_cuda_graphs) == (5, 0)
+    assert "synchronizing" in str(step.cuda_graphs_reason)

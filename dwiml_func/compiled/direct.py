@@ -8,7 +8,7 @@ settings of torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -81,13 +81,13 @@ class Leaves(NamedTuple):
     structures: tuple[Any, Any, Any]
     kind: Any
 
-    def rebuild(self, leaves: Iterable[Tensor]) -> list[Any]:
+    def rebuild(self, leaves: Iterable[Tensor]) -> tuple[Any, Any, Any]:
         """Parameters, buffers and optimizer state from the leaves of a state of this structure."""
-        tensors = iter(leaves)
-        return [rebuild(structure, tensors) for structure in self.structures]
+        tensors, (params, buffers, opt_state) = iter(leaves), self.structures
+        return rebuild(params, tensors), rebuild(buffers, tensors), rebuild(opt_state, tensors)
 
 
-def leaves_of(batch: Any, state: tuple[Any, Any, Any], more: Any) -> Leaves | None:
+def leaves_of(batch: Any, state: Sequence[Any], more: Any) -> Leaves | None:
     """The leaves of a batch and of (params, buffers, opt_state); None where they hold what is unknown here.
 
     `more` is what else must be the same for calls of one kind.

@@ -66,9 +66,10 @@ def jit_step(
         backend: a backend of torch.compile.
         options: settings of inductor, as for torch.compile. `{"cpp_wrapper": True}` makes the steps of small models
             faster still, and takes longer to compile.
-        cuda_graphs: capture the step as a CUDA graph for each combination of shapes that comes again, up to
-            `max_compilations`; needs `donate`. Later steps are one replay, on the first state's tensors, buffers
-            included. Where that cannot be, the step warns once, with the reason (`cuda_graphs_reason`).
+        cuda_graphs: capture the step as it is, without torch.compile, as a CUDA graph for each combination of shapes
+            that comes for the third time, up to `max_compilations`; needs `donate`. Later steps are one replay, on the
+            first state's tensors, buffers included. Steps with and without a graph are bitwise identical. Where there
+            can be none, the step warns once, with the reason (`cuda_graphs_reason`).
 
     Returns:
         The step. It compiles at its first call, and for a batch that fits no graph yet. If the step cannot be compiled
@@ -95,18 +96,18 @@ def jit_step(
     )
     if cuda_graphs and not donate:
         raise ValueError("Expected donate=True with cuda_graphs=True: a graph writes into the tensors of its state.")
-    replays = Replays(max_graphs=max_compilations) if cuda_graphs else None
     settings: dict[str, Any] = {"max_compilations": max_compilations, "backend": backend, "options": options}
-    return JitStep(eager, replays=replays, dynamic=dynamic, **settings)
+    return JitStep(eager, cuda_graphs=cuda_graphs, dynamic=dynamic, **settings)
 
 
 class JitStep:
     """A compiled step of `jit_step`: `step(state, batch, lr=lr)`. `eager` is the step without its `graph`."""
 
-    def __init__(self, eager: partial[Any], *, replays: Replays | None = None, **settings: Any) -> None:
+    def __init__(self, eager: partial[Any], *, cuda_graphs: bool = False, **settings: Any) -> None:
         self.eager = eager
-        self._replays = replays
-        self.graph = CompiledFunction(make_graph(**eager.keywords), **settings)
+        function = make_graph(**eager.keywords)
+        self._replays = Replays(function, max_graphs=settings["max_compilations"]) if cuda_graphs else None
+        self.graph = CompiledFunction(function, **settings)
         self._direct = DirectCalls()
         self._donate, self._non_finite = eager.keywords["donate"], eager.keywords["non_finite"]
         self._is_stochastic = getattr(eager.keywords["loss_fn"], "stochastic", True)
@@ -148,10 +149,7 @@ class JitStep:
             return self._step(state, batch, leaves, lr, decay)
         numbers = self._numbers(state, lr, *decay)
         with self._seeded(state.key, state.epoch, state.batch):
-            if self._replays is None:
-                new, values = direct(leaves.batch, leaves.state, numbers)
-            else:
-                new, values = self._replays(direct, leaves, numbers)
+            new, values = direct(leaves.batch, leaves.state, numbers)
         params, buffers, opt_state = state.params, state.buffers, state.opt_state
         if direct.new_state is not None:
             params, buffers, opt_state = leaves.rebuild(new)
@@ -179,7 +177,7 @@ class JitStep:
                 check_not_skipped_too_often(state)
             leaves = self._leaves(state, batch, len(numbers) - 1) if len(numbers) == len(given) else None
             direct = self._find(leaves)
-            is_read = direct is not None and direct.policy != "defer" and self._replays is None
+            is_read = direct is not None and direct.policy != "defer"
             if leaves is None or direct is None or not is_read or leaves.state[0].device.type != "cpu":
                 batch = next(rest, END)
             else:
@@ -195,7 +193,7 @@ class JitStep:
         lr: float | Tensor,
         decay: tuple[float | Tensor, ...],
     ) -> tuple[TrainState, Metrics]:
-        """A step through torch.compile, or an eager one."""
+        """A step through torch.compile or a CUDA graph, or an eager one."""
         eager = partial(self.eager, state, batch, lr=lr, weight_decay=decay[0] if decay else None)
         if self.eager_reason is not None or any(is_differentiated(state.params, number) for number in (lr, *decay)):
             return eager()
@@ -204,19 +202,21 @@ class JitStep:
         check_opt_state(self.eager.keywords["optimizer"], state.opt_state, state.params)
         numbers = self._numbers(state, lr, *decay)
         with self._seeded(state.key, state.epoch, state.batch):
-            results, heard = self.graph.hear(
-                batch, params=state.params, buffers=state.buffers, opt_state=state.opt_state, numbers=numbers
-            )
+            if self._replays is not None:
+                results, heard = self._replays(batch, leaves, numbers), None
+            else:
+                parts = {"params": state.params, "buffers": state.buffers, "opt_state": state.opt_state}
+                results, heard = self.graph.hear(batch, **parts, numbers=numbers)
         if results is None:
             return eager()
         params, buffers, opt_state, names, values = results
-        if self._donate and _is_elementwise(self.eager.keywords["optimizer"]):  # the graph wrote into these tensors
+        is_compiled = self._replays is None
+        if (
+            is_compiled and self._donate and _is_elementwise(self.eager.keywords["optimizer"])
+        ):  # the graph wrote into these tensors
             params, opt_state = merged(state.params, params), merged(state.opt_state, opt_state)
         policy = choose_policy(self._non_finite, state.opt_state, values)
-        new = leaves_of(batch, (params, buffers, opt_state), len(decay))
-        if self._replays is not None and new is not None:
-            self._replays.follow(new.state)
-        if leaves is not None and new is not None and heard is not None:
+        if leaves is not None and heard is not None and (new := leaves_of(batch, (params, buffers, opt_state), None)):
             self._direct.learn(leaves, new, numbers, heard, values=values, names=names, policy=policy)
         return self._finish(state, batch, params, buffers, opt_state, names, values, policy)
 
@@ -225,7 +225,7 @@ class JitStep:
 
     def _find(self, leaves: Leaves | None, *numbers: float | Tensor) -> DirectCall | None:
         """The graph for these leaves, where it can be called directly."""
-        if leaves is None or self.graph.eager_reason is not None:
+        if leaves is None or self._replays is not None or self.graph.eager_reason is not None:
             return None
         if any(isinstance(number, Tensor) and number.requires_grad for number in numbers):
             return None

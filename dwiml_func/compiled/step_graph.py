@@ -11,6 +11,7 @@ from torch import Tensor
 from dwiml_func._trees import choose
 from dwiml_func.compiled.graph import NO_KEY, as_float64
 from dwiml_func.core.gradients import value_and_grad
+from dwiml_func.core.in_place import can_update_in_place, update_in_place
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.non_finite import NonFinite, can_skip, skip_metrics, spoil
 from dwiml_func.core.step import clip_and_measure
@@ -27,7 +28,11 @@ def make_graph(
     donate: bool,
     non_finite: NonFinite | None,
 ) -> Callable[..., tuple[Any, ...]]:
-    """The function that `torch.compile` gets: a whole step from tensors to tensors."""
+    """A whole step from tensors to tensors, which `torch.compile` or a CUDA graph gets.
+
+    With `donate` it writes into the tensors of parameters and optimizer state where it can. Under `torch.compile` it
+    returns None for these, see `_write`.
+    """
 
     def graph(
         batch: Any,
@@ -45,23 +50,30 @@ def make_graph(
             is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
             in_float64 = {name: Sum(*(as_float64(part, out.loss) for part in own)) for name, own in metrics.items()}
             grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, in_float64)
-        weight = as_float64(out.weight, out.loss) if own.uses_weight else 1
-        new_params, new_opt_state = update_with(
-            *(own, grads, opt_state, params), lr=lr, step=step, donate=False, weight=weight
-        )
-
         # Tensors that are not finite are never committed. The caller checks `values` afterwards.
         is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
         keep_old = is_bad | (blocked > 0)
         keep_own = blocked > 0 if skips else keep_old
-        new_params = choose(keep_own, params, new_params)
-        new_opt_state = choose(keep_own, opt_state, new_opt_state)
+        is_compiled = torch.compiler.is_compiling()
+        if donate and not is_compiled and can_update_in_place(own, opt_state):
+            new_params, new_opt_state = update_in_place(
+                *(own, grads, opt_state, params), keep_old=keep_own, lr=lr, step=step
+            )
+        else:
+            weight = as_float64(out.weight, out.loss) if own.uses_weight else 1
+            new_params, new_opt_state = update_with(
+                *(own, grads, opt_state, params), lr=lr, step=step, donate=False, weight=weight
+            )
+            new_params = choose(keep_own, params, new_params)
+            new_opt_state = choose(keep_own, opt_state, new_opt_state)
         new_buffers = choose(keep_old, buffers, out.buffers)
         sums = [number for sum_ in metrics.values() for number in sum_]
         first_bad = as_float64(is_bad & (blocked == 0), out.loss)
         scalars = (out.loss, norm, first_bad * step, first_bad, *sums)
         values = torch.stack([as_float64(value, out.loss) for value in scalars])
-        if donate and own.is_elementwise:  # others have counts, for which torch would compile twice, see `_write`
+        if (
+            donate and is_compiled and own.is_elementwise
+        ):  # others have counts, for which torch would compile twice, see `_write`
             written, written_state = _write(params, new_params), _write(opt_state, new_opt_state)
             return written, new_buffers, written_state, tuple(metrics), values
         return new_params, new_buffers, new_opt_state, tuple(metrics), values

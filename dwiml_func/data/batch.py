@@ -29,6 +29,8 @@ class StreamlineBatch:
             learn where streamlines end (EOS), see `LoaderSpec.add_eos`.
         noisy_points, noisy_targets: (P, 3) float32, the points with the noise that the model shall see, and with that
             of the targets; None where there is none.
+        is_real: (N,) bool, in a batch filled up to a shape that many batches have (see `with_fixed_shape`): which rows
+            of `inputs` are streamlines; only these count in a mean over points. None: all.
         padded_length: to how many rows a model may pad the inputs of each streamline, none of which has more: known to
             the host, so that no accelerator is asked for it. None: models find out how long the streamlines are.
 
@@ -51,6 +53,7 @@ class StreamlineBatch:
     inputs: Tensor
     noisy_points: Tensor | None = None
     noisy_targets: Tensor | None = None
+    is_real: Tensor | None = None
     padded_length: int | None = None
 
     def __repr__(self) -> str:
@@ -64,7 +67,7 @@ class StreamlineBatch:
 
     @property
     def num_points(self) -> int:
-        """N, the rows of `inputs`, which is the weight of the batch in every mean over points."""
+        """N, the rows of `inputs`, which without `is_real` is the weight of the batch in every mean over points."""
         return len(self.inputs)
 
     @property
@@ -82,9 +85,19 @@ class StreamlineBatch:
         """(N,) bool, which rows of `inputs` are the last of their streamline; None where the last have no row."""
         if not self.has_last_points:
             return None
+        if self.is_real is not None:  # all streamlines have as many rows
+            is_real = self.is_real.unflatten(0, (len(self), -1))
+            return (is_real & ~torch.nn.functional.pad(is_real[:, 1:], (0, 1))).flatten()
         is_last = torch.zeros(len(self.points), dtype=torch.bool, device=self.points.device)
         is_last[self.offsets[1:] - 1] = True
         return is_last
+
+    @property
+    def has_direction(self) -> Tensor | None:
+        """(P - S,) bool, which rows of `at_directions` are of streamlines; None for all."""
+        if self.is_real is None or not self.has_last_points:
+            return self.is_real
+        return self.is_real.unflatten(0, (len(self), -1))[:, 1:].flatten()
 
     @property
     def input_offsets(self) -> Tensor:

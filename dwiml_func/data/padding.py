@@ -11,13 +11,15 @@ from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.resampling import Resampling, steps_for
 from dwiml_func.data.shards import ShardedBatch
 
-__all__ = ["NUM_LENGTHS", "length_step", "with_padded_length"]
+__all__ = ["NUM_LENGTHS", "length_step", "with_fixed_shape", "with_padded_length"]
 
 NUM_LENGTHS = 8
 """Into how many steps the longest streamline is divided. Padding adds one step at most."""
@@ -52,3 +54,49 @@ def with_padded_length(batch: Batch, step: int, max_len: int | None = None) -> B
     longest = int(batch.input_offsets.diff().max())
     length = max(-(-longest // step), 1) * step
     return replace(batch, padded_length=length if max_len is None else min(length, max(longest, max_len)))
+
+
+def with_fixed_shape(batch: StreamlineBatch) -> StreamlineBatch:
+    """A batch on the host with a `padded_length`, filled up to a shape that many batches have, for CUDA graphs.
+
+    All streamlines get that many rows of inputs, by their last points again, and the last streamline comes again until
+    their number has at most four binary digits that are not zero. `is_real` marks the rows that count. Results are
+    those of the batch as it was, to rounding.
+    """
+    assert batch.padded_length is not None
+    length, num = batch.padded_length, _rounded(len(batch))
+    points_each = length if batch.has_last_points else length + 1
+    rows, _ = _padded_rows(batch.offsets, points_each, num)
+    input_rows, is_real = _padded_rows(batch.input_offsets, length, num)
+    last = torch.arange(num).clamp(max=len(batch) - 1)
+
+    def at(values: Tensor | None, places: Tensor) -> Tensor | None:
+        return None if values is None else values.index_select(0, places)
+
+    return replace(
+        batch,
+        points=batch.points.index_select(0, rows),
+        offsets=torch.arange(num + 1) * points_each,
+        subject=batch.subject.index_select(0, last),
+        ids=batch.ids.index_select(0, last),
+        inputs=batch.inputs.index_select(0, input_rows),
+        noisy_points=at(batch.noisy_points, rows),
+        noisy_targets=at(batch.noisy_targets, rows),
+        is_real=is_real,
+    )
+
+
+def _rounded(number: int) -> int:
+    """The least number of at least this one that is a multiple of an eighth of the power of two below it."""
+    unit = max(1 << (number.bit_length() - 4), 1) if number >= 8 else 1
+    return -(-number // unit) * unit
+
+
+def _padded_rows(offsets: Tensor, length: int, num: int) -> tuple[Tensor, Tensor]:
+    """The flat row of each padded one, and which are real: (num * length,) each."""
+    steps, lengths = torch.arange(length), offsets.diff()[:, None]
+    rows = (offsets[:-1, None] + torch.minimum(steps, lengths - 1)).clamp(min=0)
+    is_real = steps < lengths
+    rest = num - len(rows)
+    rows = torch.cat([rows, rows[-1:].expand(rest, -1)])
+    return rows.flatten(), torch.cat([is_real, is_real.new_zeros(rest, length)]).flatten()

@@ -20,7 +20,7 @@ from dwiml_func.data.device_data import DeviceData, copy_to_device, device_bytes
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
 from dwiml_func.data.neighborhood import check_cubic_voxels
-from dwiml_func.data.padding import length_step, with_padded_length
+from dwiml_func.data.padding import length_step, with_fixed_shape, with_padded_length
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling, steps_for
 from dwiml_func.data.shards import cut_batch
@@ -135,7 +135,10 @@ def _preparation(config: RunConfig, data: RunData, device: torch.device) -> Call
     if padding == "off" or (padding == "auto" and device.type == "cpu"):
         return None
     step = length_step((data.training, data.validation), config.batches.resampling)
-    return partial(with_padded_length, step=step, max_len=config.model.max_len)
+    prepare = partial(with_padded_length, step=step, max_len=config.model.max_len)
+    if config.training.captures and config.model.model != "autoencoder":  # whose batches have few shapes anyway
+        return lambda batch: with_fixed_shape(prepare(batch))
+    return prepare
 
 
 def sampled_batch(dataset: StreamlineDataset, config: RunConfig) -> StreamlineBatch:

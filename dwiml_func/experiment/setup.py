@@ -56,6 +56,7 @@ __all__ = [
     "prepare",
 ]
 
+_MAX_GRAPHS = 64  # of the training step on a GPU: 8 lengths, times numbers of streamlines after splitting
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16}
 
 
@@ -196,8 +197,9 @@ def make_steps(
 ) -> tuple[Step, EvalStep]:
     """Make the training and the validation step. The training step reuses the memory of the states it is given.
 
-    With `compile` the step is compiled for `first_batch()`, a batch or a shard. With shards, the gradient of a shard is
-    compiled: all processes then run the same code, so any number of processes gives bitwise identical results.
+    With `compile` the step is compiled for `first_batch()`, a batch or a shard; on a GPU it is captured as CUDA graphs
+    instead. With shards, the gradient of a shard is compiled: all processes then run the same code, so any number of
+    processes gives bitwise identical results.
     """
     bound: dict[str, Any] = {
         "loss_fn": loss_fn,
@@ -209,6 +211,8 @@ def make_steps(
         evaluate = partial(eval_step, loss_fn=loss_fn, optimizer=optimizer)
         if not training.compile:
             return partial(train_step, **bound), evaluate
+        if training.captures:
+            return jit_step(**bound, cuda_graphs=True, max_compilations=_MAX_GRAPHS), evaluate
         step = jit_step(**bound, dynamic=True)
         return WarmUpStep(step, eager=step.eager, graph=step.graph, first_batch=first_batch), evaluate
     num_threads = 1 if training.use_gpu or training.compile else training.num_threads

@@ -80,8 +80,8 @@ class TrainingConfig:
     """Number of CPU threads of the computation. Of a run with shards they compute shards side by side, and any number
     gives bitwise identical results; without shards, other numbers give other bits."""
     compile: bool = False
-    """Compile the training step with torch.compile. Results are reproducible, but not bitwise identical to those
-    without it."""
+    """Compile the training step with torch.compile; on a GPU, replay it as CUDA graphs. Results are reproducible, but
+    not bitwise identical to those without it."""
     precision: Literal["float32", "bf16"] = "float32"
     """Precision of the model's matrix products and convolutions in training and validation; bf16 is autocast to
     bfloat16. Parameters, gradients, optimizer state, losses and the final model stay in float32."""
@@ -150,6 +150,11 @@ class TrainingConfig:
     def num_operation_threads(self) -> int:
         """Number of threads of one operation; of a run with shards, threads share the shards instead."""
         return self.num_threads if self.num_shards == 1 else 1
+
+    @property
+    def captures(self) -> bool:
+        """Whether training steps are CUDA graphs, which need batches of few shapes."""
+        return self.compile and self.use_gpu and self.num_shards == 1
 
     @property
     def step_clip_grad(self) -> float | None:

@@ -218,7 +218,7 @@ class Learn2Track(TractographyModel):
         return dirs / dirs.norm(dim=-1, keepdim=True).clamp(min=_LEAST_LENGTH)
 
 
-def compute_batch_loss(model: TractographyModel, batch: StreamlineBatch) -> tuple[Tensor, int, dict[str, Any]]:
+def compute_batch_loss(model: TractographyModel, batch: StreamlineBatch) -> tuple[Tensor, int | Tensor, dict[str, Any]]:
     """The loss of a batch, in the form that `module_loss` takes.
 
     Args:
@@ -228,7 +228,8 @@ def compute_batch_loss(model: TractographyModel, batch: StreamlineBatch) -> tupl
     Returns:
         The mean over the N points of the direction getter's loss; its weight N; and `{"angular_error": ...}`, the mean
         angle in degrees between predicted and true directions at the P - S points that have a next direction, without
-        gradient. With EOS, where N is P, it is a pair: the mean, and its own weight P - S.
+        gradient. With EOS, where N is P, it is a pair: the mean, and its own weight P - S. Where the batch has
+        `is_real`, only real points count, and weights are () int64 tensors.
 
     Example:
         >>> one = torch.zeros(1, dtype=torch.int64)
@@ -242,7 +243,16 @@ def compute_batch_loss(model: TractographyModel, batch: StreamlineBatch) -> tupl
     outputs = model(batch)
     getter = model.direction_getter
     true_directions = directions(batch.target_points, batch.offsets)
-    loss, weight = getter.loss(outputs, batch.at_inputs(true_directions), batch.is_last)
+    losses = getter.losses(outputs, batch.at_inputs(true_directions), batch.is_last)
+    loss, weight = _mean(losses, batch.is_real)
     predicted = getter.directions(batch.at_directions(outputs.detach()))
-    error = angular_error(predicted, true_directions).mean()
-    return loss, weight, {"angular_error": (error, batch.num_directions) if batch.has_last_points else error}
+    error = _mean(angular_error(predicted, true_directions), batch.has_direction)
+    return loss, weight, {"angular_error": error if batch.has_last_points else error[0]}
+
+
+def _mean(values: Tensor, is_real: Tensor | None) -> tuple[Tensor, int | Tensor]:
+    """The mean of values (N,) at rows that are real, and the number of these."""
+    if is_real is None:
+        return values.mean(), len(values)
+    weight = is_real.sum()
+    return torch.where(is_real, values, 0.0).sum() / weight, weight
