@@ -301,12 +301,15 @@ def test_augmentation_needs_a_key(dataset):
         epoch_batches(dataset, SPEC, EVERYTHING, key=KEY, epoch=0)
 
 
-@pytest.mark.parametrize("resampling", [Resampling(), Resampling(step_size=1.0), Resampling(nb_points=10)])
+@pytest.mark.parametrize("resampling", [Resampling(), Resampling(step_size=1.0), Resampling(nb_points=10), None])
 def test_noise_larger_than_half_a_step_warns(dataset, resampling):
-    step = {None: 0.5, 1.0: 1.0}[resampling.step_size]
-    if resampling.nb_points:
-        assert dataset.index.lengths_mm is not None
-        step = dataset.index.lengths_mm.mean() / 9
+    assert dataset.index.lengths_mm is not None
+    mean = dataset.index.lengths_mm.mean()
+    if resampling is None:  # nor has the file a step
+        dataset, resampling = dataclasses.replace(dataset, resampling=Resampling()), Resampling()
+        step = mean / (len(dataset.streamlines.points) / len(dataset.streamlines) - 1)
+    else:
+        step = {None: 0.5, 1.0: 1.0}[resampling.step_size] if resampling.nb_points is None else mean / 9
     for size, large in ((0.24 * step, False), (0.26 * step, True)):
         spec = LoaderSpec(resampling=resampling, augmentation=Augmentation(noise_gaussian_size_loss=size))
         with warnings.catch_warnings(record=True) as caught:

@@ -129,6 +129,8 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_similar_names():
     message = r"Received: 'rnn.wieght\*'. The parameters are rnn.weight_[ih]h, rnn.weight_[ih]h and 1 more"
     with pytest.raises(ValueError, match=message):
         by_name(sgd, {"*.bias": {}, "rnn.wieght*": {}}).init(params)
+    with pytest.raises(ValueError, match=r"Received: 'xyz'. The parameters are a0, a1, a2 and 1 more\."):
+        by_name(sgd, {"xyz": {}}).init({f"a{number}": torch.ones(1) for number in range(4)})
 
 
 def test_options_that_the_optimizer_does_not_know_are_refused_at_once():

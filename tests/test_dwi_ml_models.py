@@ -285,7 +285,8 @@ def test_code_in_a_model_state_is_not_run(cli, tmp_path):
 def test_an_exported_model_has_the_step_of_the_dataset_that_it_was_trained_on(cli, stopped_early, tmp_path):
     assert cli("export-dwi-ml", stopped_early / "run", tmp_path / "exported").code == 0
     (path,) = (tmp_path / "exported").rglob("parameters.json")
-    assert json.loads(path.read_text())["step_size"] == 0.5
+    parameters = json.loads(path.read_text())
+    assert (parameters["step_size"], parameters["experiment_name"]) == (0.5, "run")
 
 
 def test_a_model_for_dwi_ml_has_what_its_tracker_needs_as_in_the_guide(cli, tmp_path, monkeypatch):

@@ -356,6 +356,9 @@ def test_a_member_whose_loss_alone_is_not_finite_skips_the_step_where_it_may():
     assert ensemble.params["w"].tolist() == [[0.5], [1.0]]
     assert ensemble.opt_state["0"]["skipped"].tolist() == [0, 1]
     assert [sums["skipped"] for sums in member_sums(metrics, 2)] == [(0, 1), (1, 1)]
+    stopped = ensemble.replace(active=torch.tensor([False, True]))
+    _, metrics = ensemble_step(stopped, None, loss_fn=loss_fn, optimizer=optimizer, lr=0.5)
+    assert [sums["skipped"] for sums in member_sums(metrics, 2)] == [(0, 0), (1, 1)]
 
 
 def test_a_loss_that_is_no_scalar_for_a_later_batch_is_refused():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dwiml_func.core.gradients import global_norm, value_and_grad
 from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.optim import clip_grad_norm
 
@@ -167,6 +168,16 @@ def test_a_loss_without_the_parameters_is_refused(backend):
 
     with pytest.raises(ValueError, match="Expected a loss that depends on the parameters"):
         value_and_grad(loss_fn, {"w": torch.ones(2)}, {}, None, key=Key(0), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ENGINES)
+def test_a_loss_may_be_a_parameter_itself(backend):
+    def loss_fn(params, buffers, batch, *, key, train):
+        return LossOut(params["w"], 1, buffers, {})
+
+    params = {"w": torch.tensor(2.0)}
+    check_loss_fn(loss_fn, params, {}, None, key=Key(0), train=True)
+    assert value_and_grad(loss_fn, params, {}, None, key=Key(0), backend=backend)[1] == {"w": 1.0}
 
 
 def test_an_unknown_engine_is_refused():

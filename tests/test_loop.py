@@ -402,6 +402,8 @@ def test_the_patience_delta_is_used():
     losses = [1.0, 0.95, 0.89, 0.5]
     reports = [r for _, r in loop(scripted_state(), patience=5, patience_delta=0.1, **scripted(losses))]
     assert [report.best.epoch for report in reports] == [1, 1, 3, 4]
+    reports = [r for _, r in loop(scripted_state(), patience_delta=0.0, **scripted([1.0, 1.0, 0.99]))]
+    assert [report.best.epoch for report in reports] == [1, 1, 3]
 
 
 def test_patience_goes_on_counting_after_a_resume():

@@ -1,6 +1,7 @@
 """Claims about `dwiml_func.core.loss`: the model behaves like the module, and nothing of a call is left in either."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dwiml_func.core.gradients import value_and_grad
-from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.loss import LossOut, is_same_loss, module_loss
 from dwiml_func.core.rng import Key, torch_rng
 
 
@@ -123,6 +124,14 @@ def test_a_buffer_that_the_model_assigns_is_returned_and_not_kept(batch):
     assert [out.buffers["count"].item() for out in outs] == [1, 1]
     assert loss_fn(params, outs[0].buffers, batch, key=Key(0), train=True).buffers["count"].item() == 2
     assert buffers["count"].item() == model.count.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "is_same"),
+    [(1.0, 1.0, True), (1.0, 1.0 + 1e-12, False), (0.0, 1e-12, False), (math.nan, math.nan, True), (1.0, math.nan, False)],
+)
+def test_losses_are_the_same_if_bitwise_equal_or_both_nan(old, new, is_same):
+    assert is_same_loss(*(torch.tensor(loss, dtype=torch.float64) for loss in (old, new))) == is_same
 
 
 def test_returned_buffers_carry_no_graph(batch):

@@ -409,7 +409,7 @@ def test_on_an_accelerator_no_step_waits_for_a_value(optimizer):
         (None, r"\(step 1\)\. "),
         (torch.tensor([3]), r"\(step 1\), ids 3\. "),
         (range(8), r", ids 0, 1, 2, 3, 4, 5, 6, 7\. "),
-        (torch.arange(20), r", ids 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. \(20 in all\)\. "),
+        (torch.arange(9), r", ids 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. \(9 in all\)\. "),
     ],
 )
 def test_many_ids_are_shortened_and_none_are_needed(ids, text):

@@ -14,6 +14,7 @@ from dwiml_func.models import Learn2Track
 from dwiml_func.models.direction_getters import CosineRegression
 from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, init_track_state, track, track_step
 from dwiml_func.tracking.processes import track_in_processes
+from dwiml_func.tracking.step import next_steps
 from dwiml_func.tracking.state import with_lines
 
 ALONG_X = FieldModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
@@ -107,6 +108,13 @@ def test_angles_are_those_in_mm():
         ).values()
         ends[theta] = len(line)
     assert ends == {40: 4, 50: 13}
+
+
+def test_at_180_degrees_no_rounding_ends_a_line_that_turns_back():
+    direction = torch.randn(1000, 3, generator=torch.Generator().manual_seed(0))
+    for theta, is_valid in ((180, True), (179, False)):
+        spec = TrackingSpec(step_size=1.0, theta=theta)
+        assert (next_steps(direction, -0.7 * direction, positions(9, 9, 9), spec)[1] == is_valid).all()
 
 
 @pytest.mark.parametrize("forward_only", [True, False])

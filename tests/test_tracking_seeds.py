@@ -35,6 +35,7 @@ def test_a_row_of_random_numbers_depends_on_its_address_alone():
     whole = uniforms(Key(3), rows, steps)
     assert torch.equal(uniforms(Key(3), rows[17:18], steps[17:18]), whole[17:18])
     assert len(whole.unique()) == 1200  # no number twice
+    assert (whole * 2**32 % 1 == 0.5).all()  # the middle of an interval: neither 0 nor 1
     assert not torch.equal(uniforms(Key(4), rows, steps), whole)
     assert stats.kstest(whole.flatten().numpy(), "uniform").pvalue > 1e-3
 

@@ -153,7 +153,7 @@ def _check_leaves(loss: Tensor, leaves: Mapping[str, Tensor], *, is_reentrant: b
         raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
     if is_reentrant:  # what such a block uses is known only when it is computed again
         return
-    reached = {id(tensor): tensor for tensor in _reached_leaves(loss)}
+    reached = {id(leaf): leaf for node in _nodes(loss) if (leaf := getattr(node, "variable", None)) is not None}
     own = {id(tensor) for tensor in leaves.values()}
     if not reached.keys() & own:
         raise ValueError(
@@ -170,18 +170,9 @@ def _check_leaves(loss: Tensor, leaves: Mapping[str, Tensor], *, is_reentrant: b
         )
 
 
-def _reached_leaves(loss: Tensor) -> Iterator[Tensor]:
-    """The leaf tensors that a gradient of the loss would reach."""
-    if loss.grad_fn is None:
-        yield loss
-    for node in _nodes(loss):
-        if (leaf := getattr(node, "variable", None)) is not None:
-            yield leaf
-
-
 def _nodes(loss: Tensor) -> Iterator[Any]:
-    """The nodes of the loss's graph."""
-    waiting: list[Any] = [] if loss.grad_fn is None else [loss.grad_fn]
+    """The nodes of the loss's graph; a parameter alone has one."""
+    waiting: list[Any] = [torch.autograd.graph.get_gradient_edge(loss).node] if loss.requires_grad else []
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

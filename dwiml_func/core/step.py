@@ -132,7 +132,7 @@ def train_step(
         )
         if policy == "defer":
             params, opt_state = choose(is_bad, state.params, params), choose(is_bad, state.opt_state, opt_state)
-    buffers = out.buffers if policy == "raise" else choose(is_bad, state.buffers, out.buffers)
+    buffers = choose(is_bad, state.buffers, out.buffers)
     return advance(state, params, buffers, opt_state, metrics, donate=donate), metrics
 
 

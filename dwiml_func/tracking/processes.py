@@ -93,15 +93,14 @@ def _merged(pipes: list[Connection], owned: list[Tensor], numbers: Tensor) -> It
         received = _receive(pipes[behind])
         num_done[behind] = received[3]
         waiting.append(received[:3])
-        num_complete = min(map(first_missing, range(len(pipes))))
-        if num_complete > num_yielded:
-            seeds, lengths, points = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-            lines, order = Streamlines(points, offsets_of(lengths)), seeds.argsort()
-            is_ready = seeds[order] <= numbers[num_complete - 1]
-            later = lines.select(order[~is_ready])
-            waiting = [(seeds[order[~is_ready]], later.lengths, later.points)]
-            num_yielded = num_complete
-            yield Tracked(seeds[order[is_ready]], lines.select(order[is_ready]), num_yielded)
+        num_complete = min(map(first_missing, range(len(pipes))))  # more than before: the one behind has moved on
+        seeds, lengths, points = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+        lines, order = Streamlines(points, offsets_of(lengths)), seeds.argsort()
+        is_ready = seeds[order] <= numbers[num_complete - 1]
+        later = lines.select(order[~is_ready])
+        waiting = [(seeds[order[~is_ready]], later.lengths, later.points)]
+        num_yielded = num_complete
+        yield Tracked(seeds[order[is_ready]], lines.select(order[is_ready]), num_yielded)
 
 
 def _receive(pipe: Connection) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -135,12 +135,9 @@ class LazyStreamlines:
         # In the order of the file, and each subject's group is looked up once.
         order = np.lexsort([starts, subjects]).tolist()
         with _store.open(self._version) as file:
-            subject, read = -1, None
+            readers = {subject: self._reader(file, subject, points) for subject in np.unique(subjects).tolist()}
             for i in order:
-                if read is None or subjects[i] != subject:
-                    subject = int(subjects[i])
-                    read = self._reader(file, subject, points)
-                read(int(starts[i]), sizes[i], rows[i])
+                readers[subjects[i]](int(starts[i]), sizes[i], rows[i])
             if not np.isfinite(points).all():
                 self._raise_not_finite(file, numbers, subjects, offsets.numpy(), points)
         return Streamlines(torch.from_numpy(points), offsets)
