@@ -128,7 +128,7 @@ def test_a_buffer_that_the_model_assigns_is_returned_and_not_kept(batch):
 
 @pytest.mark.parametrize(
     ("old", "new", "is_same"),
-    [(1.0, 1.0, True), (1.0, 1.0 + 1e-12, False), (0.0, 1e-12, False), (math.nan, math.nan, True), (1.0, math.nan, False)],
+    [(1.0, 1.0, True), (1, 1 + 1e-12, False), (0.0, 1e-12, False), (math.nan, math.nan, True), (1.0, math.nan, False)],
 )
 def test_losses_are_the_same_if_bitwise_equal_or_both_nan(old, new, is_same):
     assert is_same_loss(*(torch.tensor(loss, dtype=torch.float64) for loss in (old, new))) == is_same

@@ -14,8 +14,8 @@ from dwiml_func.models import Learn2Track
 from dwiml_func.models.direction_getters import CosineRegression
 from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, init_track_state, track, track_step
 from dwiml_func.tracking.processes import track_in_processes
-from dwiml_func.tracking.step import next_steps
 from dwiml_func.tracking.state import with_lines
+from dwiml_func.tracking.step import next_steps
 
 ALONG_X = FieldModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
 AXIS_X = SteeredModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
