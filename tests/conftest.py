@@ -6,7 +6,8 @@ import dataclasses
 import gc
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from hypothesis import settings
 torch.set_num_threads(1)  # bits depend on the number of threads
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start find the package compiled
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start find the package compiled,
+sys.dont_write_bytecode = False  # and the next run of the tests finds them compiled
 MEMORY = Path("/dev/shm")  # a disk needs a tenth of a second for each checkpoint, as its files are synced
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
@@ -33,6 +35,25 @@ def pytest_collection_finish() -> None:
     """Look for garbage rarely, and never in the modules of all tests: it would take a tenth of the time."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs end with blank pictures, as matplotlib needs a third of a tiny run's time to turn its figure into pixels.
+
+    It does so in tests of figures, for commands such as `plot`, and in processes that start as a user starts them.
+    """
+    if request.module.__name__ in ("test_plots", "test_tracking_figures"):
+        yield
+        return
+    from dwiml_func.experiment.figures.plots import check_format
+    from dwiml_func.files.atomic import atomic_write
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("plots", "tracking"):
+            name = f"dwiml_func.experiment.figures.{module}.save_figure"
+            patch.setattr(name, lambda figure, path: atomic_write(Path(path), f"blank {check_format(path)}"))
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,9 +34,13 @@ __all__ = [
 COMMAND = "import sys; from dwiml_func.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 SERVER = """
-import gc, json, os, sys
-import matplotlib.backends.backend_agg, matplotlib.figure, orbax.checkpoint
+import atexit, gc, json, os, sys, threading
+import h5py, matplotlib.figure, orbax.checkpoint
 import dwiml_func.cli.fork, dwiml_func.cli.resume, dwiml_func.cli.train
+from dwiml_func.experiment.figures import plots, tracking
+from dwiml_func.files.atomic import atomic_write
+
+plots.save_figure = tracking.save_figure = lambda figure, path: atomic_write(path, "blank")  # as in conftest.py
 
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
 gc.collect()
@@ -60,7 +64,19 @@ for line in sys.stdin:
     break
 else:
     sys.exit()
-exec(compile(order["program"], "<program>", "exec"), {"__name__": "__main__"})
+code = 1
+try:
+    exec(compile(order["program"], "<program>", "exec"), {"__name__": "__main__"})
+    code = 0
+except SystemExit as ended:
+    code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+except BaseException:
+    sys.excepthook(*sys.exc_info())
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)  # the interpreter would take down all its modules one by one, for a quarter of a second
 """
 
 

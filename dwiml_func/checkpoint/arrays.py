@@ -200,8 +200,7 @@ def _reserve(directory: Path, num_bytes: int) -> None:
 
 def _layout(leaf: Tensor) -> dict[str, list[int]]:
     """The order of the dimensions in memory, where they are not contiguous: kernels are chosen by it."""
-    order = list(leaf.dim_order())
-    return {} if order == list(range(leaf.dim())) else {"dim_order": order}
+    return {} if leaf.is_contiguous() else {"dim_order": list(leaf.dim_order())}
 
 
 def _dtype(row: Mapping[str, Any]) -> torch.dtype:

@@ -183,4 +183,4 @@ def _copy(tensor: Tensor, into: Tensor | None) -> Tensor:
 
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.dtype, tensor.dim_order()
+    return tensor.shape, tensor.dtype, tensor.stride()

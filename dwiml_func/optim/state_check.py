@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
-import torch
-
 from dwiml_func._checks import listed
 from dwiml_func._transforms import is_transformed
 from dwiml_func.types import Optimizer, OptState, Params
@@ -27,7 +25,7 @@ def check_opt_state(optimizer: Optimizer | Callable[..., Optimizer], opt_state: 
         return
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)
     try:
-        expected = set(_paths(made.init({n: torch.empty_like(p, device="meta") for n, p in params.items()})))
+        expected = set(_paths(made.init({n: p.detach()[:0] if p.dim() else p for n, p in params.items()})))
     except (RuntimeError, NotImplementedError):  # an optimizer that reads values
         return
     if differing := expected ^ set(_paths(opt_state)):
