@@ -43,7 +43,7 @@ def _blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
 
     It does so in tests of figures, for commands such as `plot`, and in processes that start as a user starts them.
     """
-    if request.module.__name__ in ("test_plots", "test_tracking_figures"):
+    if request.path.stem in ("test_plots", "test_tracking_figures"):
         yield
         return
     from dwiml_func.experiment.figures.plots import check_format

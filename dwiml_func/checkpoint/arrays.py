@@ -200,7 +200,9 @@ def _reserve(directory: Path, num_bytes: int) -> None:
 
 def _layout(leaf: Tensor) -> dict[str, list[int]]:
     """The order of the dimensions in memory, where they are not contiguous: kernels are chosen by it."""
-    return {} if leaf.is_contiguous() else {"dim_order": list(leaf.dim_order())}
+    dims = list(range(leaf.dim()))
+    order = sorted(dims, key=leaf.stride, reverse=True)  # not `dim_order`, with which torch imports sympy
+    return {} if order == dims else {"dim_order": order}
 
 
 def _dtype(row: Mapping[str, Any]) -> torch.dtype:
