@@ -109,8 +109,9 @@ def first_losses(parts: RunParts, num: int = 3) -> list[float]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_model_trains_with_the_losses_of_the_cpu(name: str) -> None:
+def test_every_model_trains_with_the_losses_of_the_cpu_and_the_same_bits_again(name: str) -> None:
     ours = first_losses(prepare(config_of(MODELS[name])))
+    assert first_losses(prepare(config_of(MODELS[name]))) == ours
     np.testing.assert_allclose(ours, first_losses(prepare(config_of(MODELS[name], on_device=False))), rtol=1e-5)
 
 
@@ -119,6 +120,7 @@ def test_every_model_trains_with_the_losses_of_the_cpu(name: str) -> None:
 )
 def test_shards_bf16_clipping_and_batches_that_are_copied_train_alike(changes: dict[str, Any]) -> None:
     ours, expected = first_losses(prepare(config_of(**changes))), first_losses(prepare(config_of(on_device=False)))
+    assert first_losses(prepare(config_of(**changes))) == ours
     np.testing.assert_allclose(ours, expected, rtol=2e-2 if "precision" in changes or "clip_grad" in changes else 1e-5)
 
 
@@ -372,3 +374,16 @@ def test_a_captured_step_has_the_losses_of_the_cpu(monkeypatch: pytest.MonkeyPat
         ours = first_losses(prepare(config_of(MODELS[name], compile=True)), num=5)
         expected = first_losses(prepare(config_of(MODELS[name], on_device=False)), num=5)
         np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_a_compiled_run_that_is_resumed_ends_in_the_digest_of_one_that_is_not(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not ON_GPU:
+        monkeypatch.setattr(TrainingConfig, "captures", property(lambda config: config.compile))
+        monkeypatch.setattr(replay.OnCuda, "__call__", lambda self, step: step)
+    train(cli, tmp_path, "whole", "--compile")
+    train(cli, tmp_path, "run", "--compile", "--max-epochs", "1")
+    outcome = cli("resume", tmp_path, "run", "--new-max-epochs", "3")
+    assert outcome.code == 0, outcome.err
+    assert latest_digest(tmp_path / "run") == latest_digest(tmp_path / "whole")

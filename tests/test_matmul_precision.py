@@ -16,8 +16,9 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
-    before = torch.backends.cudnn.allow_tf32
+    before, was_deterministic = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
     yield
+    torch.backends.cudnn.deterministic = was_deterministic
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = before
 
@@ -29,6 +30,7 @@ def test_products_and_cudnn_get_the_same_precision(precision: MatmulPrecision, t
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cudnn.allow_tf32 == tf32
     assert torch.backends.cuda.matmul.allow_tf32 == tf32
+    assert torch.backends.cudnn.deterministic
 
 
 def test_a_run_sets_and_records_its_precision_and_tf32_is_off_by_default(cli, tmp_path) -> None:

@@ -110,7 +110,9 @@ def _schedule_free(
     ) -> tuple[dict[str, Tensor], OptState]:
         old_max, old_sum = read_number(opt_state["lr_max"]), read_number(opt_state["weight_sum"])
         if isinstance(lr, Tensor) or isinstance(old_max, Tensor):
-            lr_max = torch.maximum(*(torch.as_tensor(x).to(opt_state["lr_max"]) for x in (lr, old_max)))
+            like = opt_state["lr_max"]  # a number is not copied to the device, which would wait
+            now, before = (x.to(like) if isinstance(x, Tensor) else like.new_full((), x) for x in (lr, old_max))
+            lr_max = torch.maximum(now, before)
             weight_sum = opt_state["weight_sum"] + lr_max**2
             share = torch.where(weight_sum > 0, lr_max**2 / torch.where(weight_sum > 0, weight_sum, 1.0), 0.0)
         else:
