@@ -74,8 +74,11 @@ except BaseException:
     sys.excepthook(*sys.exc_info())
 threading._shutdown()
 atexit._run_exitfuncs()
-sys.stdout.flush()
-sys.stderr.flush()
+for stream in filter(None, (sys.stdout, sys.stderr)):
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        code = 120  # the interpreter's own
 os._exit(code)  # the interpreter would take down all its modules one by one, for a quarter of a second
 """
 
