@@ -80,6 +80,12 @@ def test_a_bad_option_is_refused_by_name_and_value(cli, folder, options, named):
     assert contents(folder) == before
 
 
+def test_a_dropout_without_a_place_to_act_is_named(cli, folder):
+    for layers, given, is_named in (("4", (), True), ("4 4", (), False), ("4", ("--nb-previous-dirs", "1"), False)):
+        options = ("--dry-run", "--dropout", "0.2", "--rnn-layer-sizes", *layers.split(), *given)
+        assert ("--dropout changes nothing" in cli("train", folder, "new", PHANTOM, *options).err) is is_named
+
+
 def test_a_dry_run_of_bad_data_prints_no_config(cli, folder):
     cli("train", folder, "new", PHANTOM, "--dry-run", "--input-group-name", "signal").check_refusal("'signal'")
 

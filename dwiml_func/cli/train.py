@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -137,6 +138,11 @@ def run(options: Options) -> int:
     is_mapped = is_ensemble_sweep(options.sweep)
     members, swept = (member_configs(config, **how), {}) if is_mapped else ([], sweep_configs(config, **how))
     config = members[0] if len(members) == 1 else config
+    if any(each.model.drops_nothing for each in (config, *members, *swept.values())):
+        logging.getLogger(__name__).warning(
+            "--dropout changes nothing in a model of one recurrent layer without embedding and previous directions: "
+            "it acts between layers and on the input of the first. Use two layers or --nb-previous-dirs."
+        )
     is_again = rank_in() == 0 and directory.exists()  # the same command again, as a scheduler gives it
     if options.init_from is not None and (swept or len(members) > 1):
         raise ValueError("--init-from: expected one model to train. Leave out --num-models and --sweep.")

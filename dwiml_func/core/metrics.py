@@ -56,6 +56,6 @@ def read_means(metrics: Metrics) -> dict[str, float]:
 
 def _float64(value: float | Tensor) -> float | Tensor:
     if isinstance(value, Tensor):
-        readable = value.device.type == "cpu" and not is_transformed()
+        readable = not is_transformed() and value.is_cpu
         return float(value.item()) if readable else value.detach().to(torch.float64)
     return float(value)

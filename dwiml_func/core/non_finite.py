@@ -128,7 +128,7 @@ def can_skip(opt_state: OptState) -> bool:
     """Whether the state is that of an optimizer with `skip_not_finite`."""
     if "max_in_a_row" in opt_state:
         return True
-    return any(can_skip(part) for part in opt_state.values() if isinstance(part, Mapping))
+    return any(can_skip(part) for part in opt_state.values() if not isinstance(part, Tensor))
 
 
 def spoil(grads: Grads, is_bad: bool | Tensor) -> Grads:

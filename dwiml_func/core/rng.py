@@ -35,7 +35,6 @@ _GLOBAL_GENERATORS = threading.RLock()  # one thread at a time draws from them
 os.register_at_fork(after_in_child=_GLOBAL_GENERATORS._at_fork_reinit)  # type: ignore[attr-defined]
 _THREAD = threading.local()
 _SEED_END = 1 << 64  # torch's generators take seeds below this
-_PATH_END = 1 << 32  # SeedSequence cuts larger elements into 32-bit words, so (2**32,) would equal (0, 1)
 
 
 class Key(NamedTuple):
@@ -90,10 +89,7 @@ def fold_in(key: Key, *path: int) -> Key:
         Key(seed=7, path=(1, 2, 3))
     """
     full_path = key.path + path
-    if not (hasattr(key.seed, "__index__") and 0 <= int(key.seed) < _SEED_END):
-        raise ValueError(f"Expected a seed that is an integer between 0 and 2**64 - 1. Received: {key.seed!r}")
-    if not all(hasattr(element, "__index__") and 0 <= element < _PATH_END for element in full_path):
-        raise ValueError(f"Expected path elements that are integers between 0 and 2**32 - 1. Received: {full_path}")
+    _pack(key.seed, full_path)
     return Key(int(key.seed), tuple(map(int, full_path)))
 
 
@@ -175,15 +171,24 @@ def watched_generators() -> Iterator[Callable[[], bool]]:
 
 def key_hash(key: Key) -> int:
     """64 bits that depend on every bit of a key."""
-    key = fold_in(key)  # checks the range
-    packed = struct.pack(f"<Q{len(key.path)}I", key.seed, *key.path)
     # SeedSequence would do, but takes 60 microseconds inside a training step where this takes two.
-    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(_pack(key.seed, key.path), digest_size=8).digest(), "little")
+
+
+def _pack(seed: int, path: tuple[int, ...]) -> bytes:
+    """A key as bytes: 64 bits of the seed and, like SeedSequence, 32 of each element. ValueError out of that range."""
+    try:
+        return struct.pack(f"<Q{len(path)}I", seed, *path)
+    except (struct.error, TypeError, OverflowError):
+        pass
+    if not (hasattr(seed, "__index__") and 0 <= int(seed) < _SEED_END):
+        raise ValueError(f"Expected a seed that is an integer between 0 and 2**64 - 1. Received: {seed!r}")
+    raise ValueError(f"Expected path elements that are integers between 0 and 2**32 - 1. Received: {path}")
 
 
 def default_generators() -> list[torch.Generator]:
     """The generators that torch uses by default: the CPU's and, once CUDA is in use, those of its devices."""
     generators = [torch.default_generator]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         generators.extend(torch.cuda.default_generators)
     return generators

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
+from operator import call, is_
 from typing import Any
 
 import torch
@@ -54,6 +56,8 @@ class StatelessModule:
         self._originals = [slot[leaf] for _, slot, leaf in self._slots]
         self._names = {name for name, _, _ in self._slots}
         self.buffer_names = {name for name, _ in self._module.named_buffers()}
+        self._of_parameters = [each for each in self._slots if each[0] not in self.buffer_names]
+        self._of_buffers = [each for each in self._slots if each[0] in self.buffer_names]
         self._none_slots = [
             (submodule._buffers, leaf)
             for submodule in self._module.modules()
@@ -94,14 +98,14 @@ class StatelessModule:
                 f"The module {self._hooked} has a backward hook, which torch.func passes over: it would not act in an "
                 f"ensemble, nor with backend='func'. Remove it, or train with train_step and backend='autograd'."
             )
-        versions = [tensors[name]._version for name, _, _ in self._slots] if is_plain else []
+        versions = [tensors[name]._version for name, _, _ in self._of_parameters] if is_plain else []
         try:
             for name, slot, leaf in self._slots:
                 slot[leaf] = tensors[name]
             result = function(self._module, batch)
             if is_plain:
                 self._check_unwritten(tensors, versions)
-            for name, slot, leaf in self._slots:
+            for name, slot, leaf in self._of_buffers:
                 tensors[name] = slot[leaf]  # a module may assign a buffer instead of changing it in place
             if filled := [leaf for slot, leaf in self._none_slots if slot[leaf] is not None]:
                 raise ValueError(
@@ -121,8 +125,8 @@ class StatelessModule:
         return self(*call)
 
     def _check_unwritten(self, tensors: dict[str, Tensor], versions: list[int]) -> None:
-        for (name, slot, leaf), version in zip(self._slots, versions, strict=True):
-            if name not in self.buffer_names and (tensors[name]._version != version or slot[leaf] is not tensors[name]):
+        for (name, slot, leaf), version in zip(self._of_parameters, versions, strict=True):
+            if (tensor := tensors[name])._version != version or slot[leaf] is not tensor:
                 raise ValueError(
                     f"The model's forward writes into the parameter {name}. Expected a forward that leaves parameters "
                     f"as they are: compute the changed value and use it, or constrain parameters by a transformation "
@@ -151,21 +155,30 @@ class Attributes:
         ]
         self._registries = [each for _, each, _ in self._registered]
         self._count = sum(map(len, self._registries))
-        self._values = [
-            (attributes, name, value, _mark(value), f"{path}.{name}".lstrip("."))
+        self._places = [
+            (attributes, name, f"{path}.{name}".lstrip("."))
             for path, attributes in self._modules.items()
-            for name, value in attributes.items()
+            for name in attributes
             if name not in _INTERNAL
+        ]
+        self._values = [attributes[name] for attributes, name, _ in self._places]
+        self._getters = [partial(attributes.get, name, ABSENT) for attributes, name, _ in self._places]
+        self._marks = [
+            (path, value, mark)
+            for (*_, path), value in zip(self._places, self._values, strict=True)
+            if (mark := _mark(value)) is not None
         ]
 
     def restore(self) -> dict[str, Any]:
         """Put every attribute back; return what those that had changed were."""
         changed: dict[str, Any] = {}
-        for attributes, name, value, mark, path in self._values:
-            found = attributes.get(name, ABSENT)
-            if found is not value:
-                changed[path], attributes[name] = found, value
-            elif mark is not None and not mark.holds(value):
+        found = list(map(call, self._getters))
+        if not all(map(is_, found, self._values)):
+            for (attributes, name, path), new, value in zip(self._places, found, self._values, strict=True):
+                if new is not value:
+                    changed[path], attributes[name] = new, value
+        for path, value, mark in self._marks:
+            if path not in changed and not mark.holds(value):
                 changed[path] = mark.undo(value)
         for path, attributes in self._modules.items():
             if len(attributes) != len(self._names[path]):

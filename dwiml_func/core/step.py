@@ -169,19 +169,19 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn, optimizer: Opti
 
 def clip_and_measure(out: LossOut, grads: Grads, clip_grad: float | None) -> tuple[Grads, Tensor, dict[str, Sum]]:
     """Clip gradients to a global norm; return them, their norm before clipping, and the batch's sums."""
+    metrics = loss_metrics(out)
     if clip_grad is None:
-        norm = clipped_norm = global_norm(grads)
+        norm = global_norm(grads)
+        metrics["unclipped_grad_norm"] = metrics["grad_norm"] = weighted_sum(norm, 1)
     else:
         grads, norm, clipped_norm = clip_grad_norm(grads, clip_grad)
-    metrics = loss_metrics(out)
-    metrics["unclipped_grad_norm"] = weighted_sum(norm, 1)
-    metrics["grad_norm"] = weighted_sum(clipped_norm, 1)
+        metrics["unclipped_grad_norm"], metrics["grad_norm"] = weighted_sum(norm, 1), weighted_sum(clipped_norm, 1)
     return grads, norm, metrics
 
 
 def loss_metrics(out: LossOut) -> dict[str, Sum]:
     """The sums of a loss and of its auxiliary metrics."""
-    if taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm", NON_FINITE, SKIPPED}:
+    if out.aux and (taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm", NON_FINITE, SKIPPED}):
         raise ValueError(f"`aux` uses the reserved metric name {', '.join(map(repr, sorted(taken)))}.")
     means = {"loss": out.loss, **out.aux}
     return {name: weighted_sum(*(m if isinstance(m, tuple) else (m, out.weight))) for name, m in means.items()}

@@ -134,6 +134,12 @@ class ModelConfig(AutoencoderOptions, TransformerOptions, _Learn2TrackOptions):
         return self.input_embedding_key or ("no_embedding" if self.model == "learn2track" else "nn_embedding")
 
     @property
+    def drops_nothing(self) -> bool:
+        """Whether `dropout` has no place to act: between recurrent layers, or on what an embedding gives."""
+        has_place = self.nb_previous_dirs > 0 or self.embedding_key != "no_embedding" or len(self.rnn_layer_sizes) > 1
+        return self.dropout > 0 and not has_place
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of the model, except `nb_features`, `neighborhood` and `nb_points`, which others decide."""
         if self.model == "autoencoder":
