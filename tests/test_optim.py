@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dwiml_func.optim._foreach import _one_by_one, arithmetic_for
 from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
 
 SHAPES = {"weight": (3, 2), "bias": (3,), "scale": ()}
@@ -376,3 +377,20 @@ def test_a_gradient_of_zero_can_be_differentiated_through(make):
     tiny = torch.tensor([1e-13, 0.0], dtype=torch.float64)  # far below eps
     expected = (step(grad + tiny) - step(grad - tiny))[0] / 2e-13
     torch.testing.assert_close(slope, expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_operations_with_tensors_for_numbers_have_the_bits_of_single_ones(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y, z = ([torch.randn(s, generator=generator).to(dtype) for s in [(), (3,), (5, 7)]] for _ in range(3))
+    number = torch.tensor(0.123456789, dtype=torch.float64)
+    fused = arithmetic_for(x, number)
+    for name, others, factors in (
+        *(("mul", [number], {}), ("div", [number], {}), ("mul", [y], {})),
+        *(("add", [y], {"alpha": -number}), ("addcdiv", [y, z], {"value": number})),
+    ):
+        ours = fused(name, x, *others, **factors)
+        assert fused is not _one_by_one
+        for mine, theirs in zip(ours, _one_by_one(name, x, *others, **factors), strict=True):
+            assert mine.dtype == theirs.dtype
+            assert torch.equal(mine, theirs)

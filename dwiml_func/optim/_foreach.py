@@ -35,18 +35,22 @@ class Arithmetic(Protocol):
 def arithmetic_for(tensors: Iterable[Tensor], *numbers: Number) -> Arithmetic:
     """Choose the arithmetic for all tensors, and all numbers that are not constants, of a calculation.
 
-    Fused and in place for plain tensors and numbers. Under a transform, or where a tensor has a graph or a number is a
-    tensor: tensor by tensor, never in place, and differentiable with respect to the numbers too.
+    Fused and in place for plain tensors and numbers; fused too where a number is a plain tensor. Under a transform, or
+    where a tensor or a number has a graph: tensor by tensor, never in place, and differentiable with respect to the
+    numbers too.
     """
     if is_transformed():
         return _one_by_one
+    run: Arithmetic = _fused
     for number in numbers:
         if isinstance(number, Tensor):
-            return _one_by_one
+            if number.requires_grad:
+                return _one_by_one
+            run = _fused_with_tensors
     for tensor in tensors:  # a loop: a generator costs a small model's step more
         if tensor.requires_grad:
             return _one_by_one
-    return _fused
+    return run
 
 
 def _fused(name: str, tensors: Tensors, *others: Any, reuse: bool = False, **factors: Any) -> Tensors:
@@ -61,6 +65,24 @@ def _fused(name: str, tensors: Tensors, *others: Any, reuse: bool = False, **fac
         getattr(torch, f"_foreach_{name}_")(tensors, *others, **factors)
         return tensors
     return getattr(torch, f"_foreach_{name}")(tensors, *others, **factors)
+
+
+def _fused_with_tensors(name: str, tensors: Tensors, *others: Any, reuse: bool = False, **factors: Any) -> Tensors:
+    """What `_one_by_one` computes, in few kernels of a GPU."""
+    numbers = [number for number in (*others, *factors.values()) if isinstance(number, Tensor)]
+    if not numbers:
+        return _fused(name, tensors, *others, reuse=reuse, **factors)
+    lists = [tensors, *(other for other in others if isinstance(other, list | tuple))]
+    dtypes = {tensor.dtype for own in lists for tensor in own}
+    if len(numbers) == len(dtypes) == 1 and numbers[0].dim() == 0:
+        number = _like(numbers[0], tensors[0])
+        if name in ("mul", "div") and not factors:
+            return getattr(torch, f"_foreach_{name}")(tensors, number)
+        if name == "add" and len(lists) == 2:
+            return torch._foreach_add(tensors, torch._foreach_mul(others[0], number))
+        if name == "addcdiv" and len(lists) == 3:
+            return torch._foreach_add(tensors, torch._foreach_mul(torch._foreach_div(*others), number))
+    return _one_by_one(name, tensors, *others, **factors)
 
 
 def _one_by_one(name: str, tensors: Tensors, *others: Any, reuse: bool = False, **factors: Any) -> Tensors:
