@@ -2,6 +2,7 @@
 
 from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -385,10 +386,11 @@ def test_fused_operations_with_tensors_for_numbers_have_the_bits_of_single_ones(
     x, y, z = ([torch.randn(s, generator=generator).to(dtype) for s in [(), (3,), (5, 7)]] for _ in range(3))
     number = torch.tensor(0.123456789, dtype=torch.float64)
     fused = arithmetic_for(x, number)
-    for name, others, factors in (
+    cases: Any = (
         *(("mul", [number], {}), ("div", [number], {}), ("mul", [y], {})),
         *(("add", [y], {"alpha": -number}), ("addcdiv", [y, z], {"value": number})),
-    ):
+    )
+    for name, others, factors in cases:
         ours = fused(name, x, *others, **factors)
         assert fused is not _one_by_one
         for mine, theirs in zip(ours, _one_by_one(name, x, *others, **factors), strict=True):
