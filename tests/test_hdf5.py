@@ -4,8 +4,6 @@ import math
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -160,11 +158,6 @@ def test_a_subject_may_have_no_streamlines_unless_none_has(edited):
     assert open_dataset(path).index.num_streamlines.tolist() == [0, 48]
     path = edited(lambda file: empty(file, "subj0", "subj1"))
     assert "no streamlines in group 'streamlines'" in one_line_error(path)
-
-
-def test_importing_the_data_path_does_not_import_h5py():
-    code = "import sys, dwiml_func.data; sys.exit('h5py' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 # --- what is refused, each in one line that names the file ---

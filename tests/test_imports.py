@@ -16,6 +16,7 @@ HEAVY = {"jax", "orbax", "comet_ml", "dipy", "h5py", "nibabel", "matplotlib", "s
 OUTER = ("data", "models", "writers", "cli", "experiment")
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """Absolute names of all modules that a file imports anywhere, inside functions too."""
     names: set[str] = set()
@@ -29,29 +30,32 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
+STATEMENTS = ("import dwiml_func", "from dwiml_func import *", "import dwiml_func.writers", "import dwiml_func.data")
+
+
 @cache
-def fresh_modules(statement: str) -> dict[str, list[str]]:
-    """What is in `sys.modules` after torch, and after a statement, in a new interpreter."""
-    code = (
-        "import json, sys, torch; before = sorted(sys.modules); "
-        f"{statement}; print(json.dumps({{'torch': before, 'all': sorted(sys.modules)}}))"
-    )
+def fresh_modules() -> dict[str, list[str]]:
+    """What is in `sys.modules` after torch, and after each of these statements, one after the other."""
+    code = "import json, sys\nloaded = {}\n"
+    for statement in ("import torch", *STATEMENTS):
+        code += f"{statement}\nloaded[{statement!r}] = sorted(sys.modules)\n"
+    code += "print(json.dumps(loaded))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("statement", ["import dwiml_func", "from dwiml_func import *", "import dwiml_func.writers"])
+@pytest.mark.parametrize("statement", STATEMENTS)
 def test_the_package_loads_nothing_heavy(statement):
-    loaded = fresh_modules(statement)
-    packages = {name.partition(".")[0] for name in set(loaded["all"]) - set(loaded["torch"])}
+    loaded = fresh_modules()
+    packages = {name.partition(".")[0] for name in set(loaded[statement]) - set(loaded["import torch"])}
     assert "dwiml_func" in packages
     assert not packages & HEAVY
-    with_torch = {name.partition(".")[0] for name in loaded["all"]}
+    with_torch = {name.partition(".")[0] for name in loaded[statement]}
     assert not with_torch & (HEAVY - {"tqdm"})  # torch itself takes tqdm where it is installed
 
 
 def test_the_package_loads_the_core_only():
-    loaded = fresh_modules("import dwiml_func")["all"]
+    loaded = fresh_modules()["import dwiml_func"]
     outer = [name for name in loaded if name.startswith(tuple(f"dwiml_func.{package}" for package in OUTER))]
     assert not outer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from preloaded import finished, run_ranks, start_ranks
+from preloaded import Fork, finished, run_ranks, start_ranks
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
 
 from dwiml_func.checkpoint.checkpoint import read
@@ -23,6 +22,7 @@ pytestmark = pytest.mark.soak
 
 SHARDS = ("--num-shards", 4)
 EPOCHS = 2
+ENDLESS = (*STOCHASTIC, "--max-epochs", 1000, *SHARDS, "--checkpoint-every", "1batches")
 
 
 def _torchrun(num_processes: int, *arguments: object) -> list[str]:
@@ -36,26 +36,17 @@ def _run(num_processes: int, *arguments: object) -> subprocess.CompletedProcess[
 
 def _start(num_processes: int, folder: Path) -> subprocess.Popen[str]:
     """A run that saves after every batch, once it is past its first epoch. It does not end by itself."""
-    options = (*STOCHASTIC, "--max-epochs", 1000, *SHARDS, "--checkpoint-every", "1batches")
-    arguments = _torchrun(num_processes, "train", folder, "run", DATA, *options)
+    arguments = _torchrun(num_processes, "train", folder, "run", DATA, *ENDLESS)
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not any(name.startswith("1-") for name in list_checkpoints(folder / "run")):
-        _wait(process, 0.01)  # between two looks at the disk
+    _wait_for_second_epoch(process, folder / "run")
     assert process.poll() is None, process.communicate()
     return process
 
 
-def _wait(process: subprocess.Popen[str], seconds: float) -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-
-
-def _ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
-    """Process numbers by rank."""
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    environments = {child: Path(f"/proc/{child}/environ").read_bytes().split(b"\0") for child in children}
-    rows = ((variable.partition(b"="), child) for child, rows in environments.items() for variable in rows)
-    return {int(value): int(child) for (name, _, value), child in rows if name == b"RANK"}
+def _wait_for_second_epoch(process: subprocess.Popen[str] | Fork, directory: Path) -> None:
+    while process.poll() is None and not any(name.startswith("1-") for name in list_checkpoints(directory)):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.01)  # between two looks at the disk
 
 
 def _resumed_as_alone(num_processes: int, folder: Path) -> Sequence[str]:
@@ -108,12 +99,13 @@ def test_stopped_with_two_and_resumed_with_four_processes(tmp_path: Path) -> Non
 
 
 def test_a_process_that_is_killed_ends_the_others_and_the_run_can_be_resumed(tmp_path: Path) -> None:
-    with _start(2, tmp_path) as process:
-        os.kill(_ranks_of(process)[1], signal.SIGKILL)  # not the first, which saves
-        _, err = process.communicate(timeout=300)  # the process group itself waits for half an hour
-    assert process.returncode != 0
-    assert "Another of the 2 processes of this run has ended" in err
-    assert "dwiml_func/cli" not in err  # no traceback of ours; torchrun prints its own
+    first, second = start_ranks(2, "train", tmp_path, "run", DATA, *ENDLESS)
+    _wait_for_second_epoch(first, tmp_path / "run")
+    second.kill()  # not the first, which saves
+    assert finished(first).returncode == 1  # the process group itself waits for half an hour
+    assert finished(second).returncode == -signal.SIGKILL
+    assert "Another of the 2 processes of this run has ended" in first.err
+    assert "Traceback" not in first.err
     assert _resumed_as_alone(1, tmp_path) == []
 
 
