@@ -246,8 +246,8 @@ def test_a_disk_that_fills_up_costs_nothing_that_was_there(two_epochs, tmp_path,
 @pytest.mark.parametrize("limit", [1, 100, 500, 1000])
 def test_a_disk_that_fills_up_in_the_middle_costs_nothing_either(two_epochs, tmp_path, limit):
     directory = Path(shutil.copytree(two_epochs, tmp_path / "run"))
-    done = save_on_full_disk(directory, limit, "unreserved")  # orbax's own threads tell of it at length
-    assert done.returncode == 0
+    done = save_on_full_disk(directory, limit, "unreserved")
+    assert (done.returncode, done.err) == (0, "")  # orbax's own threads would tell of it at length
     (line,) = done.out.splitlines()
     assert line.startswith("[Errno 27] ")
     assert f"{directory}/checkpoint/3" in line or f"{directory}/checkpoint/.dwiml-tmp-3." in line

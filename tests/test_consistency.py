@@ -67,6 +67,14 @@ def add_matrix(rows: int, **regions: Any) -> Callable[[Any], None]:
     return change
 
 
+def hard_link(name: str, to: str) -> Callable[[Any], None]:
+    def change(file: Any) -> None:
+        del file[name]
+        file[name] = file[to]
+
+    return change
+
+
 def fewer_features(file: Any) -> None:
     del file["c/input"]
     write_volume(file["c"], "input", np.ones((*SHAPE, 5)), np.eye(4))
@@ -140,6 +148,11 @@ def delete_and_leave(name: str, dtype: str, shape: tuple[int, ...]) -> Callable[
 LABELS = np.arange(216).reshape(SHAPE) % 5  # 1 to 4
 FAULTS = {
     "twice": (attribute("/", "validation_subjs", ["c", "a"]), "subject 'a': in two subsets, training and validation"),
+    "linked": (hard_link("c", "b"), "subject 'c': in validation, has the same streamlines as 'b', in training"),
+    "linked streamlines": (
+        hard_link("c/streamlines/data", "a/streamlines/data"),
+        "subject 'c': in validation, has the same streamlines as 'a', in training",
+    ),
     "tested": (attribute("/", "testing_subjs", ["b"]), "subject 'b': in two subsets, training and testing"),
     "features": (fewer_features, "subject 'c', group 'input': 5 features, but subject 'a' has 6"),
     "flipped": (
@@ -367,6 +380,9 @@ def test_data_per_streamline_may_have_a_slash_in_its_name(cli, tmp_path):
     with File(path, "a") as file:
         del file["a/streamlines/data_per_streamline/sift2/weight"]
         file["a/streamlines/data_per_streamline/sift2/weight"] = np.ones((3, 1))
+        tables = file["a/streamlines/data_per_streamline"]
+        tables["sift2/round"] = tables["sift2"]  # links in a circle
+        tables["again"] = h5py.SoftLink("/a/streamlines/data_per_streamline")
     assert "data per streamline 'sift2/weight' of shape (3, 1)" in cli("info", path).out
 
 

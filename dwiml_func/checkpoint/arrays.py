@@ -15,10 +15,12 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
@@ -37,6 +39,7 @@ __all__ = ["CheckpointError", "CorruptError", "load_leaves", "read_manifest", "s
 _MAX_ERROR = 300  # orbax and tensorstore write long ones
 _SETTLE_SECONDS = 0.1
 _MOST_COMPRESSED = 64  # times; present versions do not compress
+_quiet_lock = threading.RLock()
 
 
 def save_leaves(
@@ -118,7 +121,7 @@ def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
     try:  # without compression, which takes most of the time and saves a tenth of the bytes of trained floats
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
             checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(arrays)))
     except OSError:
         raise
@@ -167,8 +170,16 @@ def _read_arrays(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[str, np
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep off the terminal what orbax logs about a corrupt file, and what its threads and tasks still raise then."""
+    _quiet_lock.acquire()  # hooks that two threads swap would be put back in the wrong order
     logs = [log for log in map(logging.getLogger, ("absl", "asyncio")) if not log.disabled]
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    excepthook = sys.excepthook
+
+    def pass_over_closed_loops(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if str(error) != "Event loop is closed":  # tensorstore's threads print it
+            excepthook(kind, error, trace)
+
+    sys.excepthook = pass_over_closed_loops
     for log in logs:
         log.disabled = True
     try:
@@ -178,9 +189,10 @@ def _quiet() -> Iterator[None]:
         gc.collect()  # asyncio logs the errors of abandoned tasks when they are collected
         raise
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook, sys.excepthook = hook, excepthook
         for log in logs:
             log.disabled = False
+        _quiet_lock.release()
 
 
 def _reserve(directory: Path, num_bytes: int) -> None:

@@ -16,7 +16,15 @@ from dwiml_func.data.spherical_harmonics import HARMONICS, harmonics_fault
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["Volume", "connectivity_fits", "disjoint_subsets", "same_volumes", "subjects_of", "volume_attributes"]
+__all__ = [
+    "Volume",
+    "connectivity_fits",
+    "disjoint_subsets",
+    "same_volumes",
+    "separate_streamlines",
+    "subjects_of",
+    "volume_attributes",
+]
 
 
 def subjects_of(file: h5py.File, subset: str, *, required: bool = False) -> Checked[tuple[str, ...]]:
@@ -42,6 +50,22 @@ def disjoint_subsets(subsets: Mapping[str, Sequence[str]]) -> Checked[None]:
             first = subset_of.setdefault(name, subset)
             if first != subset:
                 yield Problem(f"subject {name!r}", f"in two subsets, {first} and {subset}")
+
+
+def separate_streamlines(file: h5py.File, subsets: Mapping[str, Sequence[str]], group_name: str) -> Checked[None]:
+    """No link leads from two subsets to the same stored streamlines: they would be one subject under two names."""
+    import h5py
+
+    found: dict[tuple[int, int], tuple[str, str]] = {}
+    for subset, names in subsets.items():
+        for name in dict.fromkeys(names):
+            try:
+                stored = h5py.h5o.get_info(file.id, f"{name}/{group_name}/data".encode())
+            except (KeyError, OSError, RuntimeError):  # told where it is read
+                continue
+            other, first = found.setdefault((stored.fileno, stored.addr), (name, subset))
+            if first != subset:
+                yield Problem(f"subject {name!r}", f"in {subset}, has the same streamlines as {other!r}, in {first}")
 
 
 class Volume(NamedTuple):

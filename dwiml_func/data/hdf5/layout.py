@@ -194,17 +194,17 @@ def read_bundles(group: h5py.Group, num_streamlines: int) -> Checked[Bundles]:
 
 
 def per_streamline(group: Any) -> dict[str, Any]:
-    """Data per streamline by name; a name with '/' is a group in a group."""
+    """Data per streamline by name; a name with '/' is a group in a group, which is read once however links lead."""
     found: dict[str, Any] = {}
-
-    def visit(prefix: str, parent: Any) -> None:
+    waiting, seen = [("", group.get("data_per_streamline") or {})], set()
+    while waiting:
+        prefix, parent = waiting.pop()
         for name, item in parent.items():
-            if hasattr(item, "items"):
-                visit(f"{prefix}{name}/", item)
-            else:
+            if not hasattr(item, "items"):
                 found[prefix + name] = item
-
-    visit("", group.get("data_per_streamline") or {})
+            elif item.id not in seen:
+                seen.add(item.id)
+                waiting.append((f"{prefix}{name}/", item))
     return found
 
 

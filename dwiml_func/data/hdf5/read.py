@@ -20,6 +20,7 @@ from dwiml_func.data.hdf5.consistency import (
     connectivity_fits,
     disjoint_subsets,
     same_volumes,
+    separate_streamlines,
     subjects_of,
     volume_attributes,
 )
@@ -131,6 +132,7 @@ def open_dataset(
         subjects = raise_first(subjects_of(file, subset, required=subset == "training"), path)
         subsets = _subsets(file)
         raise_first(disjoint_subsets(subsets), path)
+        raise_first(separate_streamlines(file, subsets, streamline_group_name), path)
         read = partial(_read_subject, file, input_group_name=input_group_name, streamlines=streamline_group_name)
         parts = [read(subject) for subject in subjects]
         # All subjects are compared with one: those of other subsets then agree with these too.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.hdf5.consistency import Volume, disjoint_subsets, same_volumes, subjects_of
+from dwiml_func.data.hdf5.consistency import Volume, disjoint_subsets, same_volumes, separate_streamlines, subjects_of
 from dwiml_func.data.hdf5.grid import same_grid
 from dwiml_func.data.hdf5.layout import Subset, read_resampling, subject_group
 from dwiml_func.data.hdf5.problems import Checked, Problem, collect, corrupt_file, open_hdf5, scalar, to_python
@@ -63,6 +63,8 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
         subjects = {
             name: collect(_inspect_subject(file, name), problems) or {} for name in dict.fromkeys([*listed, *in_file])
         }
+        for group in dict.fromkeys(name for groups in subjects.values() for name in groups):
+            collect(separate_streamlines(file, subsets, group), problems)
     collect(_compare_subjects(subjects), problems)
     collect(_check_step(attributes, subjects), problems)
     return Inspection(
