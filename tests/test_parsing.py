@@ -25,7 +25,7 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
         (["--keep", "every:0"], ["keep: expected a number of at least 1, all, or every:K", "Received: every:0"]),
         (["--optimizer", "adam"], ["invalid choice 'adam' for argument '--optimizer'", "'Adam', 'AdamW'"]),
         (["--patience"], ["Missing value for argument '--patience'"]),
-        (["more"], ["Unrecognized options: more"]),
+        (["more"], ["Received also: more", "--input-group-name"]),
         (["--config"], ["Missing value for argument '--config'"]),
     ],
     ids=lambda value: " ".join(value)[:20],

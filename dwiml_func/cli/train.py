@@ -88,6 +88,12 @@ class Options(CommandOptions, TimeLimit, RunOptions):
         One reading is enough, unless options stand before the positional arguments: then only it tells whether a file
         was given.
         """
+        leading = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+        if len(leading) > 3:
+            raise ValueError(
+                "Expected EXPERIMENTS_PATH EXPERIMENT_NAME HDF5_FILE and options. Received also: "
+                f"{' '.join(leading[3:])}. Name groups by --input-group-name and --streamline-group-name."
+            )
         early, _ = tyro.cli(_Early, args=list(arguments), prog=program, return_unknown_args=True, add_help=False)
 
         def read(base: RunOptions, *, is_silent: bool = False) -> Self:
@@ -101,7 +107,7 @@ class Options(CommandOptions, TimeLimit, RunOptions):
             )
             return parse(cls, arguments, program, default=default, is_silent=is_silent)
 
-        if len(list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))) < 3:
+        if len(leading) < 3:
             with contextlib.suppress(ValueError, OSError, SystemExit):  # an error shows again below
                 options = read(example_options(early.dg_key, early.model, early.monitor), is_silent=True)
                 if options.hdf5_file is None:

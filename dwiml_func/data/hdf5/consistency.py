@@ -54,13 +54,13 @@ def disjoint_subsets(subsets: Mapping[str, Sequence[str]]) -> Checked[None]:
 
 def separate_streamlines(file: h5py.File, subsets: Mapping[str, Sequence[str]], group_name: str) -> Checked[None]:
     """No link leads from two subsets to the same stored streamlines: they would be one subject under two names."""
-    import h5py
+    from h5py import h5o
 
     found: dict[tuple[int, int], tuple[str, str]] = {}
     for subset, names in subsets.items():
         for name in dict.fromkeys(names):
             try:
-                stored = h5py.h5o.get_info(file.id, f"{name}/{group_name}/data".encode())
+                stored = h5o.get_info(file.id, f"{name}/{group_name}/data".encode())
             except (KeyError, OSError, RuntimeError):  # told where it is read
                 continue
             other, first = found.setdefault((stored.fileno, stored.addr), (name, subset))

@@ -58,7 +58,9 @@ def check_known(name: str, known: Collection[str], *, what: str, hint: str = "")
     """Raise ValueError for a name that is not known, with those that are near."""
     if name in known:
         return
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=3, cutoff=0.5)
+    plain = name.replace("-", "_")
+    with_word = [each for each in known if plain in each.split("_")]
+    near = with_word[:3] or difflib.get_close_matches(plain, known, n=3, cutoff=0.5)
     listed = (
         f"Did you mean {' or '.join(near)}?" if near else f"Known are {one_line(', '.join(known), max_length=200)}."
     )
