@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -266,7 +267,7 @@ def test_a_figure_that_cannot_be_drawn_is_a_warning(experiments: Path, caplog: p
     assert str(run) in record.getMessage()
 
 
-def test_the_evaluation_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_the_evaluation_comes_back_as_it_was_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for evaluation in (EVALUATION, dataclasses.replace(EVALUATION, principal_direction=None)):
         write_evaluation(tmp_path, evaluation, epoch=3, subset="validation")
         assert read_evaluation(tmp_path) == evaluation
@@ -275,9 +276,17 @@ def test_the_evaluation_comes_back_as_it_was_written(tmp_path: Path) -> None:
     found = read_evaluation(tmp_path)
     assert found is not None
     assert math.isnan(found.model)
-    for corrupt in (b"", b"[]", b"{}", b'{"model": "9"}', b"\xff"):
-        (tmp_path / "evaluation.json").write_bytes(corrupt)
+    path = tmp_path / "evaluation.json"
+    write_evaluation(tmp_path, EVALUATION, epoch=3, subset="validation")
+    altered = path.read_bytes().replace(b'"epoch": 3', b'"epoch": 7')
+    for corrupt in (b"", b"[]", b'{"model": "9"}', b"\xff", altered):
+        path.write_bytes(corrupt)
+        caplog.clear()
         assert read_evaluation(tmp_path) is None
+        assert corrupt == b'{"model": "9"}' or f"{path} is corrupt" in caplog.text
+    path.unlink()
+    os.mkfifo(path)
+    assert read_evaluation(tmp_path) is None
 
 
 def test_losses_that_cannot_be_compared_are_on_axes_of_their_own() -> None:

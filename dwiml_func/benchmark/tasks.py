@@ -24,7 +24,7 @@ from dwiml_func.experiment.resume import check_same_run, resume_experiment
 from dwiml_func.experiment.run import run_experiment, set_num_threads
 from dwiml_func.experiment.tracking.case import TrackingCase, tracking_case
 from dwiml_func.files.atomic import atomic_write, make_directory, remove_leftovers
-from dwiml_func.files.json import check_checksum, null_if_not_finite, parse_json, read_config_file, with_checksum
+from dwiml_func.files.json import null_if_not_finite, read_record, with_checksum
 from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["CEILING", "Task", "check_done", "data_path", "do", "is_done", "read_scores", "score_experiment"]
@@ -201,7 +201,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """Scores as they were written; a file that was moved, or whose entries are missing, is not that of its place."""
-    content = check_checksum(parse_json(read_config_file(path, source=str(path)), source=str(path)), source=str(path))
+    content = read_record(path) or {}
     place = [content.get(name) for name in ("data", "tracker")]
     name = f"{content.get('person')}" + ("" if content.get("seed") is None else f"_seed_{content['seed']}")
     if [*place, name] != [path.parent.parent.name, path.parent.name, path.stem]:

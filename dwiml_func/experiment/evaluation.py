@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import one_line
 from dwiml_func.core.metrics import add_metrics, read_means, weighted_sum
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key
@@ -31,7 +33,7 @@ from dwiml_func.experiment.reconstruction import read_reconstruction
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.tracking.window_lag import measure_window_lag, run_windows, space_of_subject
 from dwiml_func.files.atomic import atomic_write
-from dwiml_func.files.json import null_if_not_finite
+from dwiml_func.files.json import null_if_not_finite, read_record, with_checksum
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 from dwiml_func.types import Metrics
 
@@ -179,26 +181,31 @@ def write_evaluation(
     """Write the evaluation of a run's best model, of a best epoch of `num_epochs`, on the "validation" or "training"
     subset."""
     values = {"epoch": epoch, "num_epochs": num_epochs, "subset": subset, **null_if_not_finite(asdict(evaluation))}
-    atomic_write(Path(directory) / _NAME, json.dumps(values, indent=2) + "\n")
+    atomic_write(Path(directory) / _NAME, json.dumps(with_checksum(values), indent=2) + "\n")
 
 
 def is_evaluated(directory: str | Path, history: Sequence[EpochReport]) -> bool:
     """Whether the folder has the evaluation of the best model after these epochs."""
     if read_evaluation(directory) is None and read_reconstruction(directory) is None:
         return False
-    values = json.loads((Path(directory) / _NAME).read_bytes())
+    values = read_record(Path(directory) / _NAME) or {}
     num_epochs = values.get("num_epochs", history[-1].epoch)  # earlier versions did not write it
     return (values.get("epoch"), num_epochs) == (history[-1].best.epoch, history[-1].epoch)
 
 
 def read_evaluation(directory: str | Path) -> Evaluation | None:
-    """The recorded evaluation; None if there is none or the file is corrupt."""
+    """The recorded evaluation; None if there is none or the file is corrupt, which is warned of."""
     import pydantic
 
     try:
-        values = json.loads((Path(directory) / _NAME).read_bytes())
+        values = read_record(Path(directory) / _NAME)
+        if values is None:
+            return None
         angles = {name: math.nan if values[name] is None else values[name] for name in ("model", "keep_straight")}
         known = {name: values[name] for name in ("principal_direction", "num_points", "num_streamlines")}
         return pydantic.TypeAdapter(Evaluation).validate_json(json.dumps({**angles, **known}), strict=True)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
+    except (OSError, ValueError) as error:
+        logging.getLogger(__name__).warning("%s Make it again with dwiml-func evaluate --write.", one_line(error))
+    except (LookupError, TypeError):  # that of an autoencoder
+        pass
+    return None

@@ -17,7 +17,7 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint
 from dwiml_func.checkpoint.index import is_checkpoint_name, list_checkpoints
 from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
-from dwiml_func.files.json import check_checksum, parse_json, read_config_file, with_checksum
+from dwiml_func.files.json import read_config_file, read_record, with_checksum
 from dwiml_func.files.paths import missing_text
 
 __all__ = [
@@ -172,8 +172,7 @@ def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
     ValueError where the file does not hold what was written, or its numbers cannot be those of the folder.
     """
     path = directory / ENSEMBLE_FILE
-    content = parse_json(read_config_file(path, source=str(path)), source=f"{path} is corrupt: it")
-    content = check_checksum(content, source=str(path))
+    content = read_record(path) or {}
     num_members, ended = content.get("num_members"), content.get("ended")
     numbers = {str(number) for number in range(len(member_folders(directory)))}
     if (

@@ -23,7 +23,7 @@ from dwiml_func.experiment.batches import loader_spec, sampled_batch
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.files.atomic import atomic_write
-from dwiml_func.files.json import null_if_not_finite
+from dwiml_func.files.json import null_if_not_finite, read_record, with_checksum
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 
 __all__ = [
@@ -94,7 +94,7 @@ def write_reconstruction(
 ) -> None:
     """Write how a run's best model, of a best epoch of `num_epochs`, reconstructs the streamlines of a subset."""
     values = {"epoch": epoch, "num_epochs": num_epochs, "subset": subset, **null_if_not_finite(asdict(evaluation))}
-    atomic_write(Path(directory) / _NAME, json.dumps(values, indent=2) + "\n")
+    atomic_write(Path(directory) / _NAME, json.dumps(with_checksum(values), indent=2) + "\n")
 
 
 def read_reconstruction(directory: str | Path) -> Reconstruction | None:
@@ -102,7 +102,7 @@ def read_reconstruction(directory: str | Path) -> Reconstruction | None:
     import pydantic
 
     try:
-        values = json.loads((Path(directory) / _NAME).read_bytes())
+        values = read_record(Path(directory) / _NAME) or {}
         known: dict[str, Any] = {name: values[name] for name in Reconstruction.__slots__}
         return pydantic.TypeAdapter(Reconstruction).validate_json(json.dumps(known), strict=True)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

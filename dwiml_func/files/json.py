@@ -13,7 +13,7 @@ from typing import Any
 
 from dwiml_func._checks import truncated_repr
 
-__all__ = ["check_checksum", "null_if_not_finite", "parse_json", "read_config_file", "to_json_data", "with_checksum"]
+__all__ = ["null_if_not_finite", "parse_json", "read_config_file", "read_record", "to_json_data", "with_checksum"]
 
 _MAX_BYTES = 1 << 20
 
@@ -44,14 +44,18 @@ def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, "checksum": _checksum(content)}
 
 
-def check_checksum(content: Any, *, source: str) -> dict[str, Any]:
-    """What was given to `with_checksum`, or an object written before there was one; ValueError for all else."""
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Read what was written `with_checksum`, or before there was one; None without a file, ValueError if corrupt."""
+    try:
+        text = read_config_file(path, source=str(path))
+    except FileNotFoundError:
+        return None
+    content = parse_json(text, source=f"{path} is corrupt: it")
     if not isinstance(content, dict):
-        raise ValueError(f"{source} is corrupt. Expected a JSON object. Received: {truncated_repr(content)}.")
-    content = dict(content)
+        raise ValueError(f"{path} is corrupt. Expected a JSON object. Received: {truncated_repr(content)}.")
     checksum = content.pop("checksum", None)
     if checksum not in (None, _checksum(content)):
-        raise ValueError(f"{source} is corrupt: it does not hold what was written.")
+        raise ValueError(f"{path} is corrupt: it does not hold what was written.")
     return content
 
 

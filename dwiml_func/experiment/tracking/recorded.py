@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from dwiml_func._checks import one_line
+from dwiml_func.files.json import read_record
 
 __all__ = [
     "TRACKING_FILE",
@@ -61,7 +64,7 @@ def read_tracking(directory: str | Path) -> RecordedTracking | None:
     if not path.is_file():
         return None
     try:
-        values = json.loads(path.read_bytes())
+        values = read_record(path) or {}
         scores = values["scores"]
         facts = {name: values[name] for name in ("epoch", "subject", "subset", "step_size", "has_mask")}
         shares = {
@@ -93,7 +96,8 @@ def _part(directory: str | Path, name: str, type_: Any) -> Any:
     import pydantic
 
     try:
-        recorded = json.loads((Path(directory) / TRACKING_FILE).read_bytes())[name]
-        return pydantic.TypeAdapter(type_).validate_python(recorded)
-    except _UNREADABLE:
+        recorded = read_record(Path(directory) / TRACKING_FILE)
+        return None if recorded is None else pydantic.TypeAdapter(type_).validate_python(recorded[name])
+    except _UNREADABLE as error:
+        logging.getLogger(__name__).warning("%s", one_line(error))
         return None
