@@ -54,7 +54,7 @@ def disjoint_subsets(subsets: Mapping[str, Sequence[str]]) -> Checked[None]:
 
 def separate_streamlines(file: h5py.File, subsets: Mapping[str, Sequence[str]], group_name: str) -> Checked[None]:
     """No link leads from two subsets to the same stored streamlines: they would be one subject under two names."""
-    from h5py import h5o
+    from h5py import h5o  # pyright: ignore[reportAttributeAccessIssue]
 
     found: dict[tuple[int, int], tuple[str, str]] = {}
     for subset, names in subsets.items():
