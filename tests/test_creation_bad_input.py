@@ -311,6 +311,17 @@ def test_the_header_has_the_number_of_streamlines(folder, refused, cli, name, de
             assert len(file["s2/streamlines/lengths"]) == 15
 
 
+def test_points_between_the_header_of_a_tck_and_its_offset_are_told(folder, refused):
+    files_of_all_kinds(folder)
+    path = folder / "subjects" / "s2" / "a.tck"
+    header, end, points = path.read_bytes().partition(b"\nEND\n")
+    offset = re.search(rb"file: \. ([0-9]+)", header)
+    assert offset is not None
+    later = b"file: . %d" % (int(offset[1]) + 12)  # past the first point
+    path.write_bytes(header.replace(offset[0], later) + end + points)
+    assert re.search(place("streamlines", "a.tck") + "cannot be read as TCK .*begin at byte", refused())
+
+
 @pytest.mark.parametrize("name", ["dwi.nii.gz", "mask.nii.gz", "labels.nii.gz", "a.trx"])
 def test_a_file_whose_checksum_does_not_hold_is_named(folder, refused, name):
     """One bit of the compressed bytes, in places drawn from a seed; and of the checksum itself."""

@@ -8,7 +8,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from creation_cases import SHAPE, make_subject, save_volume
+from creation_cases import AFFINE, SHAPE, make_subject, save_volume
 
 from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.creation.files import Source
@@ -93,6 +93,16 @@ def test_one_value_is_constant_although_its_mean_is_rounded(value, independent):
     neighbours = np.ones((10, 10, 10, 1), np.float32)
     neighbours[::2] = np.nextafter(np.float32(1), np.float32(2))
     assert standardize(neighbours, None, independent=independent, source=Source("s", "g", Path("f")))[1] == 1
+
+
+@pytest.mark.parametrize("turned", [np.diag([1.0, 1, 1, 1]), np.diag([-1.0, 1, 1, 1])])
+def test_where_sform_and_qform_differ_the_sform_is_used_and_it_is_said(subject, caplog, turned):
+    image: Any = nib.Nifti1Image(raw(subject, "t1.nii.gz")[..., 0].astype(np.float32), AFFINE)
+    image.set_qform(AFFINE @ turned, 1)
+    nib.save(image, subject / "t1.nii.gz")
+    np.testing.assert_allclose(load(subject, ["t1.nii.gz"], "none").grid.affine, AFFINE, atol=1e-5)
+    told = f"{subject / 't1.nii.gz'}: its sform and its qform place voxels differently. Used: sform"
+    assert (told in caplog.text) == (turned[0, 0] < 0)
 
 
 def test_means_of_large_values_are_exact():

@@ -138,6 +138,7 @@ def attribute(place: str, name: str, value: object) -> Callable[[Any], object]:
         (attribute("/", "training_subjs", ["subj0", "subj1", "x"]), "subject 'x': listed, but not in the file"),
         (attribute("/", "training_subjs", ["subj0", "subj1", "subj0"]), "subject 'subj0': listed twice"),
         (attribute("/", "testing_subjs", ["subj0"]), "subject 'subj0': in two subsets, training and testing"),
+        (lambda file: file["subj1"].clear(), "subject 'subj1': no groups"),
         (lambda file: file.pop("subj1/input"), "subject 'subj1': no group 'input'"),
         (attribute("subj1/input", "type", "image"), "subject 'subj1', group 'input': type 'image'. Expected"),
         (set_value("subj1/input/data", (0, 0, 0, 0), np.nan), "group 'input': 1 of 82944 values are NaN"),

@@ -57,6 +57,15 @@ def test_a_lazy_dataset_says_and_gives_the_same_as_one_in_memory():
     assert all(map(torch.equal, there.volumes, here.volumes))
 
 
+def test_a_user_block_before_the_data_moves_no_point(tmp_path):
+    path = tmp_path / "block.hdf5"
+    with h5py.File(PHANTOM) as source, h5py.File(path, "w", userblock_size=1024) as file:
+        file.attrs.update(source.attrs)
+        for name in source:
+            source.copy(name, file)
+    assert torch.equal(open_dataset(path, lazy=True).streamlines.points, open_dataset(PHANTOM).streamlines.points)
+
+
 def test_the_lengths_in_mm_are_those_of_the_points():
     dataset = open_dataset(PHANTOM)
     lengths = [line.diff(dim=0).norm(dim=1).sum().item() for line in dataset.streamlines.to_list()]  # voxels of 1 mm

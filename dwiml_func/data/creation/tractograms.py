@@ -133,6 +133,8 @@ def _read_nibabel(source: Source) -> Tractogram:
         raise ValueError(f"the header promises {declared} streamlines, the file holds {found}")
     if is_trk and _trk_size(header, file) != source.path.stat().st_size:
         raise ValueError(f"the header promises {declared or found} streamlines, the file continues after them")
+    if not is_trk:
+        _check_tck_offset(source.path, header["_offset_data"])
     grid = grid_of(file.header["voxel_to_rasmm"], file.header["dimensions"]) if is_trk else None
     return _flat(file.streamlines, file.tractogram.data_per_streamline, grid)
 
@@ -153,6 +155,14 @@ def _check_trk_header(path: Path) -> None:
         raise ValueError("its header has no vox_to_ras, which says where the voxels lie")
     if not np.allclose(np.sqrt((affine[:3, :3] ** 2).sum(axis=0)), sizes, rtol=1e-2):
         raise ValueError(f"its header has voxels of {sizes.tolist()} mm, and an affine of others: {affine.tolist()}")
+
+
+def _check_tck_offset(path: Path, offset: int) -> None:
+    """Between the header and where it says that the points begin is nothing but padding."""
+    with path.open("rb") as file:
+        _, _, between = file.read(offset).partition(b"\nEND\n")
+    if between.strip(b"\0 \r\n"):
+        raise ValueError(f"its header says that the points begin at byte {offset}, and there are others before")
 
 
 def _trk_size(header: Any, file: Any) -> int:

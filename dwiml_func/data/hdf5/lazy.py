@@ -168,7 +168,6 @@ def _address_of(file: h5py.File, points: Any) -> int | None:
     """Where a dataset begins in the file, if it lies there as the bytes of a float32 array; else None."""
     plain = (
         file.driver == "sec2"
-        and file.userblock_size == 0
         and points.file.filename == file.filename
         and points.external is None
         and points.dtype == np.float32

@@ -96,8 +96,11 @@ def _part(directory: str | Path, name: str, type_: Any) -> Any:
     import pydantic
 
     try:
-        recorded = read_record(Path(directory) / TRACKING_FILE)
-        return None if recorded is None else pydantic.TypeAdapter(type_).validate_python(recorded[name])
-    except _UNREADABLE as error:
+        recorded = read_record(Path(directory) / TRACKING_FILE) or {}
+    except (OSError, ValueError) as error:
         logging.getLogger(__name__).warning("%s", one_line(error))
+        return None
+    try:
+        return pydantic.TypeAdapter(type_).validate_python(recorded[name])
+    except _UNREADABLE:
         return None
