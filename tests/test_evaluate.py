@@ -47,6 +47,7 @@ def test_json_is_one_object_with_the_means_over_all_points(cli, stopped_early):
         "principal_direction",
         "num_points",
         "num_streamlines",
+        "first_points",
     ]
 
     model = load_model(stopped_early / "run" / "best_model")

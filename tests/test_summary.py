@@ -38,7 +38,8 @@ def test_the_summary_equals_an_independent_computation(cli, experiments):
         return float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).mean())
 
     with torch.no_grad():
-        model = mean_error(load_model(experiments / "run" / "best_model").module(batch))
+        predicted = load_model(experiments / "run" / "best_model").module(batch)
+    model, at_first = mean_error(predicted), mean_error(predicted, first)
     straight = mean_error(torch.cat([targets[:1], targets[:-1]]))
     principal = principal_direction(batch, {"sh_order": 2})
     assert principal is not None
@@ -51,9 +52,15 @@ def test_the_summary_equals_an_independent_computation(cli, experiments):
     assert f"Best epoch 2: training loss {best['train']['loss']:.4f}, " in text
     assert f"validation loss {best['valid']['loss']:.4f}\n" in text
     assert f"on the validation subjects,\nat the {counted.sum()} points of 48 streamlines" in text
-    shown = {name: float(value) for name, value in re.findall(r"^  ([a-z ]+?) +([\d.]+) deg", text, re.MULTILINE)}
+    shown = {name: float(value) for name, value in re.findall(r"^  ([a-z, ]+?) +([\d.]+) deg", text, re.MULTILINE)}
     assert shown == pytest.approx(
-        {"model": model, "principal direction": along, "keep going straight": straight}, abs=0.006
+        {
+            "model": model,
+            "principal direction": along,
+            "keep going straight": straight,
+            "model, first points": at_first,
+        },
+        abs=0.006,
     )
     gains = [float(gain) for gain in re.findall(r"the model is ([\d.]+) deg (?:better|worse)", text)]
     assert gains == pytest.approx([abs(along - model), abs(straight - model)], abs=0.006)
@@ -92,13 +99,17 @@ def evaluation(**changes: Any) -> Evaluation:
 def test_the_summary_says_when_the_window_lag_would_have_chosen_another_epoch():
     from dwiml_func.core.early_stopping import Best
 
-    def with_lag(epoch: int, lag: float) -> EpochReport:
-        return report(epoch=epoch, best=Best(0.5, 2), valid={"loss": 0.5, "tracking_window_lag": lag})
+    def with_lag(epoch: int, lag: float, loss: float = 0.5) -> EpochReport:
+        return report(epoch=epoch, best=Best(0.5, 2), valid={"loss": loss, "tracking_window_lag": lag})
 
-    other = format_summary([with_lag(1, 3.0), with_lag(2, 4.5)], evaluation(), subset="validation")
+    other = format_summary([with_lag(1, 3.0, 0.6), with_lag(2, 4.5)], evaluation(), subset="validation")
     assert "Window lag of epoch 2: 4.50 mm" in other
-    assert "The least window lag is that of epoch 1: 3.00 mm, 1.50 mm less" in other
-    same = format_summary([with_lag(1, 3.0), with_lag(2, 2.0)], evaluation(), subset="validation")
+    assert "The least window lag is that of epoch 1, window lag 3.00 mm, 1.50 mm less" in other
+    assert "validation loss is" not in other
+    by_loss = format_summary([with_lag(1, 6.0, 0.4), with_lag(2, 4.5)], evaluation(), subset="validation")
+    assert "The least validation loss is that of epoch 1, window lag 6.00 mm, 1.50 mm more" in by_loss
+    assert "least window lag" not in by_loss
+    same = format_summary([with_lag(1, 3.0, 0.6), with_lag(2, 2.0)], evaluation(), subset="validation")
     assert "Window lag of epoch 2: 2.00 mm" in same
     assert "least window lag" not in same
     assert "indow lag" not in format_summary([report(), report(epoch=2)], evaluation(), subset="training")

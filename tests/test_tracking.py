@@ -155,13 +155,13 @@ def test_a_mask_is_read_at_the_nearest_voxel_or_between_the_centres():
     mask[:5] = 1  # nearest: up to 5.0; trilinear: 0.5 is reached at 5.0 too, from 1 at 4.5 to 0 at 5.5
     mask[5] = 0.8  # nearest: up to 6.0; trilinear: 0.5 at 5.5 + 0.3 / 0.8
     ends = {}
-    for interpolation in ("nearest", "trilinear"):
+    for interpolation in ("nearest", "trilinear", "trilinear-corner"):
         space = positions(10, 9, 9, mask=TrackingMask(values=mask, interpolation=interpolation))
         (line,) = tracked_lines(
             [2.0, 4.5, 4.5], ALONG_X, space, step_size=0.01, track_forward_only=True, discard_last_point=True
         ).values()
         ends[interpolation] = float(line[-1, 0])
-    assert ends == pytest.approx({"nearest": 6.0, "trilinear": 5.875}, abs=0.02)
+    assert ends == pytest.approx({"nearest": 6.0, "trilinear": 5.875, "trilinear-corner": 5.375}, abs=0.02)
     assert TrackingMask(values=mask).interpolation == "nearest"
 
 

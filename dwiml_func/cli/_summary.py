@@ -62,6 +62,8 @@ def format_summary(
             gain = value - evaluation.model
             verdict = f"the model is {abs(gain):.2f} deg {'better' if gain > 0 else 'worse'}"
             lines.append(f"  {name}  {value:6.2f} deg  ({verdict})")
+    if evaluation.first_points is not None:
+        lines.append(f"  model, first points  {evaluation.first_points:6.2f} deg  (nothing says which way to go)")
     return "\n".join(lines) + _WHY_STRAIGHT_IS_GOOD * (evaluation.keep_straight < evaluation.model)
 
 
@@ -84,16 +86,19 @@ def format_reconstruction(evaluation: Reconstruction, *, subset: str) -> str:
 
 
 def _window_lags(history: Sequence[EpochReport], best: EpochReport) -> list[str]:
-    """The window lag of the best epoch, and of the epoch that has the least, where that is another one."""
+    """The window lag of the best epoch, and of those that the least lag or loss would have chosen instead."""
     lags = {report.epoch: lag for report in history if (lag := report.valid.get(WINDOW_LAG)) is not None}
     if best.epoch not in lags:
         return []
     how = "up to 60 mm of a streamline are read, 20 mm predicted"
     lines = [f"Window lag of epoch {best.epoch}: {lags[best.epoch]:.2f} mm ({how})"]
-    least = min(lags, key=lambda epoch: (lags[epoch], epoch))
-    if least != best.epoch:
-        difference = lags[best.epoch] - lags[least]
-        lines.append(f"The least window lag is that of epoch {least}: {lags[least]:.2f} mm, {difference:.2f} mm less")
+    losses = {report.epoch: report.valid["loss"] for report in history if "loss" in report.valid}
+    for name, values in (("window lag", lags), ("validation loss", losses)):
+        least = min(values, key=lambda epoch: (values[epoch], epoch), default=best.epoch)
+        if least != best.epoch and least in lags:
+            difference = lags[least] - lags[best.epoch]
+            change = f"{abs(difference):.2f} mm {'more' if difference > 0 else 'less'}"
+            lines.append(f"The least {name} is that of epoch {least}, window lag {lags[least]:.2f} mm, {change}")
     return lines
 
 

@@ -28,22 +28,13 @@ from dwiml_func.experiment.tracking.input import TrackingInput, read_dataset_inp
 from dwiml_func.experiment.training_facts import TRAINED_ON
 from dwiml_func.tracking.processes import track_in_processes
 from dwiml_func.tracking.seeds import load_seeds, seeds_in_mask
-from dwiml_func.tracking.space import MaskInterpolation, TrackingMask, TrackingSpace
+from dwiml_func.tracking.space import TrackingMask, TrackingSpace
 from dwiml_func.tracking.spec import Algorithm, TrackingSpec
 from dwiml_func.tracking.track import NUM_ROWS, check_tracking
 
 __all__ = ["Options", "run"]
 
 _log = logging.getLogger(__name__)
-_WITHOUT_EFFECT = (
-    "model_dir",
-    "paths",
-    "processes",
-    "simultaneous_tracking",
-    "overwrite",
-    "verbose",
-    "quiet",
-)  # on the lines
 
 _Compress = Annotated[
     float | None,
@@ -97,8 +88,8 @@ class Options(CommandOptions):
     """Distance between two points. None: that of the streamlines of the model's training."""
     track_forward_only: bool = False
     """Follow each seed in one direction only."""
-    mask_interp: MaskInterpolation = "nearest"
-    """How to read the tracking mask between the centres of its voxels."""
+    mask_interp: Interpolation = "nearest"
+    """How to read the tracking mask between the centres of its voxels; dwi_ml's trilinear is trilinear-corner."""
     data_interp: Interpolation | None = None
     """How to read the input volume. None: as in the model's training."""
     npv: int | None = None

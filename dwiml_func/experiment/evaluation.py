@@ -56,7 +56,8 @@ class Evaluation:
     """Mean angular errors in degrees, all at the same points: those that have a previous and a next direction.
 
     `keep_straight` predicts the previous direction, `principal_direction` follows the diffusion tensor; the latter is
-    None when the input volume is not known to hold spherical harmonics of the signal.
+    None when the input volume is not known to hold spherical harmonics of the signal. `first_points` is the model's
+    error at the first points, which have no previous direction; None if it is not known.
     """
 
     model: float
@@ -64,6 +65,7 @@ class Evaluation:
     principal_direction: float | None
     num_points: int
     num_streamlines: int
+    first_points: float | None = None
 
 
 def evaluate_directions(
@@ -80,6 +82,7 @@ def evaluate_directions(
     """
     totals = {"model": 0.0, "keep_straight": 0.0, "principal_direction": 0.0}
     num_points, num_streamlines, has_principal = 0, 0, True
+    first_total, num_first = 0.0, 0
     for batch in batches:
         targets = directions(batch.points, batch.offsets)
         straight, valid = keep_straight(batch)
@@ -93,7 +96,8 @@ def evaluate_directions(
             predictions["principal_direction"] = principal[0]
         for name, predicted in predictions.items():
             totals[name] += angular_error(predicted[valid], targets[valid]).sum(dtype=torch.float64).item()
-        num_points += int(valid.sum())
+        first_total += angular_error(predictions["model"][~valid], targets[~valid]).sum(dtype=torch.float64).item()
+        num_points, num_first = num_points + int(valid.sum()), num_first + int((~valid).sum())
         num_streamlines += len(batch)
     means = {name: total / num_points if num_points else float("nan") for name, total in totals.items()}
     return Evaluation(
@@ -102,6 +106,7 @@ def evaluate_directions(
         principal_direction=means["principal_direction"] if has_principal else None,
         num_points=num_points,
         num_streamlines=num_streamlines,
+        first_points=first_total / num_first if num_first else None,
     )
 
 
@@ -203,6 +208,7 @@ def read_evaluation(directory: str | Path) -> Evaluation | None:
             return None
         angles = {name: math.nan if values[name] is None else values[name] for name in ("model", "keep_straight")}
         known = {name: values[name] for name in ("principal_direction", "num_points", "num_streamlines")}
+        known["first_points"] = values.get("first_points")  # earlier versions did not write it
         return pydantic.TypeAdapter(Evaluation).validate_json(json.dumps({**angles, **known}), strict=True)
     except (OSError, ValueError) as error:
         logging.getLogger(__name__).warning("%s Make it again with dwiml-func evaluate --write.", one_line(error))

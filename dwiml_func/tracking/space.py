@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -11,10 +11,7 @@ from torch import Tensor
 from dwiml_func.data.interpolation import Interpolation, interpolate
 from dwiml_func.data.neighborhood import Neighborhood, check_cubic_voxels, interpolate_neighborhood
 
-__all__ = ["MaskInterpolation", "TrackingMask", "TrackingSpace"]
-
-MaskInterpolation = Literal["nearest", "trilinear"]
-"""How a mask is read between the centres of its voxels."""
+__all__ = ["TrackingMask", "TrackingSpace"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -23,7 +20,7 @@ class TrackingMask:
 
     Args:
         values: (X, Y, Z) float or bool, kept as float32; a line stays where the mask is at least 0.5.
-        interpolation: "nearest" takes the value of the voxel around a point, "trilinear" that between voxel centres.
+        interpolation: how it is read between voxel centres, see `dwiml_func.data.interpolate`.
 
     Raises:
         ValueError: there is no such interpolation.
@@ -35,11 +32,12 @@ class TrackingMask:
     """
 
     values: Tensor
-    interpolation: MaskInterpolation = "nearest"
+    interpolation: Interpolation = "nearest"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in get_args(MaskInterpolation):
-            raise ValueError(f"mask_interp: expected nearest or trilinear, received {self.interpolation!r}.")
+        if self.interpolation not in get_args(Interpolation):
+            modes = ", ".join(get_args(Interpolation))
+            raise ValueError(f"mask_interp: expected one of {modes}, received {self.interpolation!r}.")
         object.__setattr__(self, "values", self.values.float())  # once, not at every step
 
 
