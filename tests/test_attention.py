@@ -51,11 +51,11 @@ def test_the_weights_are_those_of_torchs_own_attention_and_change_no_output(kind
 
 
 def test_summaries_follow_their_definitions() -> None:
-    weights = torch.tensor([[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.5, 0.1, 0.4]])
+    weights = torch.tensor([[1.0, 0.0, 0.0], [0.75, 0.25, 0.0], [0.5, 0.1, 0.4]])
     summary = summary_of(weights)
-    torch.testing.assert_close(summary.mean_attention, torch.tensor([1.75 / 3, 0.85 / 2, 0.4]))
-    torch.testing.assert_close(summary.importance, torch.tensor([1 / 3, 1 / 2, 1.0]))
-    torch.testing.assert_close(summary.looked_far, torch.tensor([0.0, 0.0, 1.0]))
+    torch.testing.assert_close(summary.mean_attention, torch.tensor([2.25 / 3, 0.35 / 2, 0.4]))
+    torch.testing.assert_close(summary.importance, torch.tensor([2 / 3, 0.0, 1.0]))
+    torch.testing.assert_close(summary.looked_far, torch.tensor([0.0, 1.0, 1.0]))
 
 
 def test_the_command_writes_matrices_and_coloured_tractograms(cli, tmp_path: Path) -> None:

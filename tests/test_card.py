@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from experiment_cases import CONFIG, latest_digest
+from test_page import add_tracking
 
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.experiment.folder import create_experiment, read_config
@@ -32,6 +33,21 @@ def test_a_card_names_model_data_recipe_scores_and_versions(cli, experiments):
     ]:
         assert row in lines
     assert "## Scores of epoch 2, the best of 3 by loss" in lines
+    assert not any(line.startswith("## Tracking") for line in lines)
+    add_tracking(directory)
+    assert (
+        """
+## Tracking of epoch 2, validation subject anna, steps of 2 mm
+
+| valid (both ends) | continue | core |
+| --- | --- | --- |
+| model | 0.250 (0.260) | 0.250 (0.260) |
+| principal direction | 0.500 (0.510) | 0.500 (0.510) |
+| nearest real direction | 0.750 (0.760) | 0.750 (0.760) |
+| half of the real streamlines | 0.875 (0.900) |  |
+"""
+        in cli("card", directory).out
+    )
     assert not any("--max-epochs" in line or "dropout" in line for line in lines)  # defaults are left out
 
 

@@ -17,6 +17,7 @@ DRAWS = {
     "channels": lambda x: F.dropout1d(x, 0.5) + F.dropout2d(x[None, :, :, None], 0.5)[0, :, :, 0],
     "module": nn.Sequential(nn.Dropout(0.5), nn.ReLU(), nn.Dropout1d(0.3)),
     "torch.dropout": lambda x: torch.dropout(x, 0.4, True),
+    "not in place": lambda x: F.dropout3d(y := x[None, :, :, None, None] * 1.0) * 0 + y,
     "uniform": lambda x: x * torch.rand_like(x) + torch.rand(4),
     "normal": lambda x: x + torch.randn_like(x) + torch.randn((3, 4)),
     "integers": lambda x: x + torch.randint(0, 100, (3, 4)) + torch.randperm(4),

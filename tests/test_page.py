@@ -230,7 +230,10 @@ def test_corrupt_files_of_tracking_are_named(experiments, content) -> None:
 @pytest.mark.parametrize(("num", "num_rows"), [(200, 200), (201, 102), (399, 201)])
 def test_the_table_of_a_long_run_has_some_epochs_the_best_and_the_last(num, num_rows) -> None:
     history = [report(epoch, best=Best(0.5, 152, 0)) for epoch in range(1, num + 1)]
-    rows = [row[0].text or "" for row in _epochs(history).iter("tr")][1:]
+    table = list(_epochs(history).iter("tr"))
+    rows = [row[0].text or "" for row in table[1:]]
+    names = ("training loss", "validation loss", "training angular_error", "validation angular_error")
+    assert [cell.text for cell in table[0]][:6] == ["epoch", *names, "training unclipped_grad_norm"]
     assert len(rows) == num_rows
     assert {"1", "152", str(num)} <= {row.split()[0].strip(",") for row in rows}
 

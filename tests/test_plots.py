@@ -152,6 +152,11 @@ def test_a_single_epoch_shows_as_points() -> None:
         assert [tick for tick in axes.get_xticks() if axes.get_xlim()[0] < tick < axes.get_xlim()[1]] == [1]
 
 
+def test_the_axis_of_losses_down_to_zero_begins_there() -> None:
+    reports = tuple(dataclasses.replace(each, train={"loss": each.epoch - 1.0}, valid={}) for each in history(3))
+    assert plot_runs([PlottedRun(label="a", history=reports)]).axes[0].get_ylim()[0] == 0
+
+
 def test_what_is_not_finite_is_a_gap_and_a_point_between_gaps_is_marked() -> None:
     reports = list(history(60))
     for epoch in (20, 22):
@@ -237,11 +242,19 @@ def test_plot_takes_a_folder_of_experiments_and_passes_over_what_is_none(
     (experiments / "data.hdf5").touch()
     (experiments / "notes").mkdir()
     (experiments / "again").symlink_to(experiments / "run")
-    assert cli("plot", experiments).out == "runs.png\n"
-    outcome = cli("plot", *sorted(experiments.iterdir()))
+    (experiments / "swept").mkdir()
+    (experiments / "swept" / "sweep.json").touch()
+    (experiments / "swept" / "a").symlink_to(experiments / "run")
+    (experiments / "bad").mkdir()
+    (experiments / "bad" / "checkpoint").symlink_to(experiments / "run" / "checkpoint")
+    (experiments / "bad" / "config.json").write_text("{")
+    outcome = cli("plot", experiments)
+    assert outcome.out == "runs.png\n"
+    assert f"Passed over {experiments / 'bad'}. " in outcome.err
+    outcome = cli("plot", *(path for path in sorted(experiments.iterdir()) if path.name != "bad"))
     assert "Passed over, as they hold no experiment" in outcome.err
     assert outcome.err.count("data.hdf5") == outcome.err.count("notes") == 1
-    assert drawn == [["again", "run"]] * 2
+    assert drawn == [["again", "run", "a"]] * 2
 
 
 def test_plot_refuses_what_it_cannot_draw(cli, experiments: Path, tmp_path: Path) -> None:
@@ -406,7 +419,7 @@ def test_a_graph_of_losses_is_one_for_each_kind_and_passes_over_runs_without_the
     ("graph", "named"),
     [
         (["Loss"], ['expected "TITLE" LOG']),
-        (["Loss", "1", "2"], ['expected "TITLE" LOG']),
+        (["Loss", "2", "1"], ['expected "TITLE" LOG']),
         (["Loss", "loss", "3"], ['expected "TITLE" LOG']),
         (["Loss", "loss", "3", "2"], ["YMIN below YMAX"]),
         (["Loss", "diff(loss)"], ["expected diff(LOG, LOG)"]),

@@ -1,5 +1,6 @@
 """Claims about `dwiml_func.core.rng`: a key's path is hashed, numbers are pinned, global generators are left alone."""
 
+import os
 import random
 import threading
 from contextlib import nullcontext
@@ -131,6 +132,26 @@ def test_torch_rng_puts_the_generator_back(fails):
     except KeyError:
         assert fails
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_seeds_generators_that_a_thread_of_its_parent_holds():
+    is_held, is_over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with torch_rng(Key(1)):
+            is_held.set()
+            is_over.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if rng._GLOBAL_GENERATORS.acquire(blocking=False) else 3)
+    is_over.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_one_thread_at_a_time_seeds_the_generators():

@@ -247,7 +247,7 @@ IN_WORDS = [
     ("0.1*3 0.01 steps", per_step(per_epoch([0.1, 0.1, 0.1, 0.01]))),
     ("warmup 4 0.1", warm_up(constant(0.1), length=4)),
     ("warmup 2 0.1*3 0.01 steps", per_step(warm_up(per_epoch([0.1, 0.1, 0.1, 0.01]), length=2))),
-    ("cosine 0.1 20", cosine(0.1, length=20)),
+    ("cosine 0.1 20 epochs", cosine(0.1, length=20)),
     ("cosine 1e-1 20 0.001 epoch", cosine(0.1, length=20, final=0.001)),
     ("warmup 5 cosine 0.1 20 steps", per_step(warm_up(cosine(0.1, length=20), length=5))),
     ("wsd 0.1 2 5 4", warmup_stable_decay(0.1, warmup=2, stable=5, decay=4)),

@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
 from dwiml_func.experiment.figures.streamline_views import VIEWS, bundle_colours
-from dwiml_func.experiment.figures.tracking import NOT_VALID, draw_drift, draw_tracked
+from dwiml_func.experiment.figures.tracking import NOT_VALID, draw_drift, draw_drifts, draw_tracked
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.tracking.evaluation import ORACLE, ShownLines, TrackedLines, TrackingEvaluation
 from dwiml_func.experiment.tracking.recorded import Drift, read_drift
@@ -129,6 +129,9 @@ def test_the_drift_is_drawn_by_the_distance_gone_and_what_is_not_known_is_a_gap(
     assert axes.get_lines()[0].get_xdata().tolist() == [0, 2, 4]  # pyright: ignore
     assert axes.get_ylim() == (0, 2.5)  # what never turns leaves the figure
     assert len({line.get_color() for line in axes.get_lines()}) == 4
+    lines = draw_drift({str(number): first for number in range(9)}).axes[0].get_lines()
+    colours = [line.get_color() for line in lines[:9]]
+    assert colours == [*COLOURS[:-1], *COLOURS[:-1]][:9]  # without black, which others have
 
 
 def test_a_legend_names_models_whose_names_begin_with_an_underscore() -> None:
@@ -224,6 +227,10 @@ def test_plot_draws_the_drift_that_is_recorded(cli: Any, run: Path, tmp_path: Pa
     shutil.copytree(run, tmp_path / "other")
     monkeypatch.chdir(tmp_path)
     assert cli("plot", run, tmp_path / "other", "--drift").out == "drift.png\n"
+    shutil.copytree(run, tmp_path / "again" / run.name)
+    lines = draw_drifts([run, tmp_path / "again" / run.name, tmp_path / "other"]).axes[0].get_lines()
+    labels = [str(line.get_label()).partition(" (")[0] for line in lines]
+    assert labels[:3] == [run.name, str(tmp_path / "again" / run.name), "other"]
     for lags in ('"far"', '{"model": [1, 2]}', '{"keep going straight": [1]}'):
         (run / "tracking.json").write_text(f'{{"drift": {{"gone_mm": [1], "lag_mm": {lags}}}}}')
         cli("plot", run, "--drift").check_refusal("tracking.json")

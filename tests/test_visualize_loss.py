@@ -111,6 +111,7 @@ def test_a_zigzag_goes_one_step_along_the_prediction_and_back(shown: Path, stopp
     num_true = sum(map(len, lines[:2]))
     assert {tuple(row) for row in colours[:num_true]} == {(213, 94, 0)}
     assert tuple(colours[num_true]) == (68, 1, 84)
+    assert tuple(colours[-1]) == (253, 231, 37)
 
 
 def test_steps_are_in_mm_where_voxels_are_no_cubes() -> None:
@@ -175,6 +176,8 @@ def test_histograms_count_all_points_and_streamlines() -> None:
     assert figure.axes[1].get_yscale() == "log"
     assert figure.axes[0].get_legend_handles_labels()[1] == ["mean 0.45"]
     assert figure.axes[3].get_xlim() == (0.0, 0.9)
+    low, high = draw_losses(three_lines(eos=False), 0.5, 0.5, "cividis", title="").axes[3].get_xlim()
+    assert low < 0.5 < high
 
 
 def test_the_probability_of_eos_is_shown_by_thirds_and_at_last_points() -> None:
@@ -199,7 +202,7 @@ def test_a_model_with_eos_has_a_loss_at_last_points_too(cli: Any, tmp_path: Path
     options = ("--rnn-layer-sizes", 4, "--max-epochs", 1, "--batch-size-training", 96, "--add-eos")
     assert cli("train", tmp_path, "run", PHANTOM, *options).code == 0
     arguments = ("visualize-loss", tmp_path / "run", PHANTOM)
-    done = cli(*arguments, tmp_path / "a", "--subject", "subj0", "--displacement", 0)
+    done = cli(*arguments, tmp_path / "a", "--subject", "subj0", "--displacement", 0, "--best-and-worst", 1)
     assert (done.code, done.err) == (0, "")
     assert "48 streamlines of subj0, 2255 points" in done.out
     assert "Error of EOS by point" in done.out

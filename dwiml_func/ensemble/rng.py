@@ -20,12 +20,14 @@ from dwiml_func.core.rng import Key, default_generators, fold_in, torch_rng
 
 __all__ = ["per_member_rng"]
 
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> tuple:
+    return input, p, training, inplace
+
+
 # Each multiplies its input by a mask that depends on the input's shape alone.
 _MASKS: dict[Any, Callable[..., tuple[Tensor, float, bool, bool]]] = {
-    F.dropout: lambda input, p=0.5, training=True, inplace=False: (input, p, training, inplace),
-    F.dropout1d: lambda input, p=0.5, training=True, inplace=False: (input, p, training, inplace),
-    F.dropout2d: lambda input, p=0.5, training=True, inplace=False: (input, p, training, inplace),
-    F.dropout3d: lambda input, p=0.5, training=True, inplace=False: (input, p, training, inplace),
+    **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d), _dropout),
     torch.dropout: lambda input, p, train: (input, p, train, False),
 }
 _DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.rand_like, torch.randn_like, torch.bernoulli}

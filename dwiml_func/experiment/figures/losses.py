@@ -44,7 +44,7 @@ def draw_losses(losses: PointLosses, low: float, high: float, colormap: Colormap
     _histogram(panels[0], losses.loss, "Loss by point", "points")
     _histogram(panels[1], losses.loss, "Loss by point, counts on a logarithmic scale", "points", is_log=True)
     _histogram(panels[2], by_streamline, "Mean loss by streamline", "streamlines")
-    scale = ScalarMappable(Normalize(low, high if high > low else low + 1.0), colormap)
+    scale = ScalarMappable(Normalize(low, high), colormap)
     bar = figure.colorbar(scale, cax=panels[3], orientation="horizontal", extend="both")
     bar.set_label("loss, in the colours of the tractograms")
     figure.suptitle(title, x=0.01, ha="left")
