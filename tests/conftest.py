@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib
 import os
 import shutil
 import sys
@@ -49,6 +50,8 @@ def _blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     from dwiml_func.experiment.figures.plots import check_format
     from dwiml_func.files.atomic import atomic_write
 
+    for command in ("attention", "connectivity", "info", "visualize_loss"):  # they keep the function that they import
+        importlib.import_module(f"dwiml_func.cli.{command}")
     with pytest.MonkeyPatch.context() as patch:
         for module in ("plots", "tracking"):
             name = f"dwiml_func.experiment.figures.{module}.save_figure"
