@@ -3,6 +3,7 @@
 import os
 import random
 import threading
+import warnings
 from contextlib import nullcontext
 
 import numpy as np
@@ -134,7 +135,6 @@ def test_torch_rng_puts_the_generator_back(fails):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_process_seeds_generators_that_a_thread_of_its_parent_holds():
     is_held, is_over = threading.Event(), threading.Event()
 
@@ -146,7 +146,8 @@ def test_a_forked_process_seeds_generators_that_a_thread_of_its_parent_holds():
     thread = threading.Thread(target=hold)
     thread.start()
     is_held.wait()
-    child = os.fork()
+    with warnings.catch_warnings(action="ignore"):  # of jax, if it is there: it has threads
+        child = os.fork()
     if child == 0:
         os._exit(0 if rng._GLOBAL_GENERATORS.acquire(blocking=False) else 3)
     is_over.set()
