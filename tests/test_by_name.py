@@ -124,6 +124,11 @@ def test_it_can_be_the_other_optimizer_of_muon():
     assert torch.equal(new["a.bias"], some_tensors(0)["a.bias"])
 
 
+def test_patterns_that_freeze_everything_are_an_error():
+    with pytest.raises(ValueError, match="patterns that freeze all of them"):
+        by_name(adam, {"*weight": None, "*bias": None}).init({"weight": torch.ones(1), "bias": torch.ones(1)})
+
+
 def test_a_pattern_that_matches_nothing_is_an_error_with_similar_names():
     params = {"rnn.weight_hh": torch.ones(1), "rnn.weight_ih": torch.ones(1), "head.bias": torch.ones(1)}
     message = r"Received: 'rnn.wieght\*'. The parameters are rnn.weight_[ih]h, rnn.weight_[ih]h and 1 more"

@@ -193,6 +193,22 @@ def test_track_is_given_every_part_of_an_epoch_and_its_batches_are_those_that_ar
         next(nothing)
 
 
+def test_a_generator_that_ignores_where_it_should_start_is_refused() -> None:
+    middle = first_state().replace(batch=2)
+    sources = {"all": lambda *_: (b for b in DATA.split(4)), "equal": lambda *_: (b * 0 for b in DATA.split(4))}
+    with pytest.raises(ValueError, match=r"from batch 3 on. Received: them from the first on"):
+        next(loop(middle, train=sources["all"]))
+    next(loop(middle, train=sources["equal"]))  # cannot be told
+    next(loop(middle, train=lambda key, epoch, start: (b for b in DATA.split(4)[start:])))
+
+
+def test_a_loop_is_no_graph_of_all_its_epochs() -> None:
+    state = first_state()
+    state = state.replace(params={name: torch.nn.Parameter(p) for name, p in state.params.items()})
+    with pytest.raises(ValueError, match="require no gradient: all epochs would be one graph"):
+        next(loop(state))
+
+
 # Validation
 
 

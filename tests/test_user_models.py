@@ -578,6 +578,17 @@ def test_a_step_with_another_optimizer_than_the_states_is_refused(run: Callable[
             run(init_state(model, optimizer, seed=0), BATCH, module_loss(model, loss))
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_inference_mode_is_for_evaluation_only(name: str) -> None:
+    state = init_state(model := nn.Sequential(nn.BatchNorm1d(4), mlp()), sgd(), seed=0)
+    loss_fn, other = module_loss(model, loss), module_loss(model, loss)
+    expected = eval_step(state, BATCH, loss_fn=loss_fn)
+    with torch.inference_mode():
+        assert eval_step(state, BATCH, loss_fn=loss_fn) == eval_step(state, BATCH, loss_fn=other) == expected
+        with pytest.raises(ValueError, match=r"needs gradients, which torch.inference_mode switches off"):
+            STEPS[name](state, BATCH, loss_fn)
+
+
 WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "a criterion": (lambda state, model: module_loss(model, nn.MSELoss()), r"Received: MSELoss\(\)\. Call the model"),
     "swapped": (lambda state, model: module_loss(loss, model), "Expected a torch.nn.Module. Received: function"),  # type: ignore[arg-type]

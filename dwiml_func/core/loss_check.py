@@ -43,7 +43,11 @@ def check_loss_fn(
         ValueError: it does not return a valid `LossOut`; it does not use the parameters that it is given; it uses
             others that require a gradient; it writes into parameters or buffers; or a second call gives another loss.
     """
-    if is_transformed() or _CHECKED[train].get(id(loss_fn)) is loss_fn:
+    if is_transformed():
+        return
+    if train and torch.is_inference_mode_enabled():
+        raise ValueError("A training step needs gradients, which torch.inference_mode switches off. Leave that block.")
+    if _CHECKED[train].get(id(loss_fn)) is loss_fn:
         return
     form = "(params, buffers, batch, *, key, train), as module_loss makes one"
     check_takes("loss_fn", form, loss_fn, params, buffers, batch, key=key, train=train)

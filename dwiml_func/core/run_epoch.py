@@ -8,11 +8,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Sized
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_structure
+
+from dwiml_func._transforms import is_transformed
 from dwiml_func.core.early_stopping import Mode, should_stop
-from dwiml_func.core.epoch import EvalStep, OnBatch, checked_result, end_epoch, epoch_sums, eval_epoch_fn
+from dwiml_func.core.epoch import (
+    EvalStep,
+    OnBatch,
+    checked_result,
+    end_epoch,
+    epoch_sums,
+    eval_epoch_fn,
+)
+from dwiml_func.core.gradients import is_differentiated
 from dwiml_func.core.interval import Interval, validation_interval
 from dwiml_func.core.loop_options import check_options
 from dwiml_func.core.rates import Step, epoch_rates, next_plateau, with_rate
@@ -146,6 +159,11 @@ def epoch_events(
 
     A state that is sent back takes the place of the one that was yielded. It ends early where patience runs out.
     """
+    if is_differentiated(state.params) and not is_transformed():
+        raise ValueError(
+            "Expected parameters that require no gradient: all epochs would be one graph. Detach them: "
+            "state.replace(params={name: p.detach() for name, p in state.params.items()})."
+        )
     track, every = track or _untracked, validation_interval(validate_every)
     bound = with_rate(step, learning_rate, state)
     last, earlier_sums, start = state, state.sums, clock()  # `last`: after the last training batch
@@ -231,6 +249,8 @@ def _is_due(every: Interval, state: TrainState) -> bool:
 def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
     """The remaining batches of the current epoch; ValueError where the source plainly ignores where it should start."""
     batches = train(state.key, state.epoch, state.batch)
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"Expected a source train that returns batches. Received: {type(batches).__name__}")
     if state.batch > 0 and (num_left := _length(batches)) is not None:
         num_all = _length(train(state.key, state.epoch, 0))
         if num_all is not None and state.batch > num_all:
@@ -243,7 +263,32 @@ def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
                 f"Expected the last {num_all - state.batch} of the {num_all} batches of epoch {state.epoch + 1}, since "
                 f"{state.batch} are done. Received: {num_left} batches. The source must begin at `start_batch`."
             )
+    if state.batch > 0 and isinstance(batches, Generator):
+        return _checked_start(train, state, batches)
     return batches
+
+
+def _checked_start(train: Batches, state: TrainState, batches: Generator[Any]) -> Iterable[Any]:
+    """The batches of a generator, which has no length, compared with those from the epoch's start on."""
+    again = train(state.key, state.epoch, 0)
+    if again is batches or not isinstance(again, Generator):
+        return batches
+    first = list(islice(batches, 1))
+    start = next(again, None)
+    if first and _is_same(first[0], start) and not _is_same(start, next(islice(again, state.batch - 1, None), None)):
+        raise ValueError(
+            f"Expected the batches of epoch {state.epoch + 1} from batch {state.batch + 1} on. Received: them from the "
+            f"first on. The source must begin at `start_batch`."
+        )
+    return chain(first, batches)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether two batches, trees of tensors, are equal."""
+    pairs = zip(tree_leaves(one), tree_leaves(other), strict=False)
+    return tree_structure(one) == tree_structure(other) and all(
+        isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs
+    )
 
 
 def _length(batches: Iterable[Any]) -> int | None:

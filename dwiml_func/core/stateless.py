@@ -98,12 +98,13 @@ class StatelessModule:
                 f"The module {self._hooked} has a backward hook, which torch.func passes over: it would not act in an "
                 f"ensemble, nor with backend='func'. Remove it, or train with train_step and backend='autograd'."
             )
-        versions = [tensors[name]._version for name, _, _ in self._of_parameters] if is_plain else []
+        has_versions = is_plain and not torch.is_inference_mode_enabled()
+        versions = [tensors[name]._version for name, _, _ in self._of_parameters] if has_versions else []
         try:
             for name, slot, leaf in self._slots:
                 slot[leaf] = tensors[name]
             result = function(self._module, batch)
-            if is_plain:
+            if has_versions:
                 self._check_unwritten(tensors, versions)
             for name, slot, leaf in self._of_buffers:
                 tensors[name] = slot[leaf]  # a module may assign a buffer instead of changing it in place

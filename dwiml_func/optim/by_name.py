@@ -43,7 +43,7 @@ def by_name(
 
     Raises:
         TypeError: `make` does not know an option, or options are neither a mapping nor None.
-        ValueError: a value is out of range; at `init`, a pattern matches no parameter.
+        ValueError: a value is out of range; at `init`, a pattern matches no parameter, or all are frozen.
 
     Example:
         >>> import torch
@@ -83,6 +83,8 @@ def by_name(
 
     def init(params: Params) -> OptState:
         check_patterns(patterns, params)
+        if params and not split(params):
+            raise ValueError("Expected a parameter that is trained. Received: patterns that freeze all of them.")
         states = {group.key: group.optimizer.init(part) for group, part in split(params)}
         return {key: state for key, state in states.items() if state}
 
