@@ -43,6 +43,7 @@ class OnCuda:
 
     def __init__(self) -> None:
         self._options: dict[str, Any] = {}
+        self._newest: Any = None  # a pool whose graphs are all gone cannot be used again
 
     def __call__(self, step: Callable[[], None]) -> Callable[[], object]:
         """Record a CUDA graph. It does not run yet."""
@@ -54,6 +55,7 @@ class OnCuda:
         # Other threads may pin memory meanwhile, which "global" would forbid them.
         with torch.cuda.graph(graph, capture_error_mode="thread_local", **self._options):
             step()
+        self._newest = graph
         return graph.replay
 
 

@@ -198,8 +198,8 @@ def make_steps(
     """Make the training and the validation step. The training step reuses the memory of the states it is given.
 
     With `compile` the step is compiled for `first_batch()`, a batch or a shard; on a GPU it is captured as CUDA graphs
-    instead. With shards, the gradient of a shard is compiled: all processes then run the same code, so any number of
-    processes gives bitwise identical results.
+    instead. With shards, the gradient of a shard is compiled, on a CPU: all processes then run the same code, so any
+    number of processes gives bitwise identical results.
     """
     bound: dict[str, Any] = {
         "loss_fn": loss_fn,
@@ -220,7 +220,7 @@ def make_steps(
     evaluate = partial(eval_step, loss_fn=loss, optimizer=optimizer)
     gradient_fn = sharded_value_and_grad(process_group, num_threads=num_threads)
     eager = partial(train_step, **bound, gradient_fn=gradient_fn)
-    if not training.compile:
+    if not training.compile or training.use_gpu:  # compiled gradients are made of the CPU's recurrent layers
         return eager, evaluate
     gradient = JitGradient(loss_fn, dynamic=True)
     compiled = partial(train_step, **bound, gradient_fn=sharded_value_and_grad(process_group, gradient))
