@@ -35,7 +35,6 @@ from dwiml_func.experiment.figures.panels import COLOURS, PlottedRun
 from dwiml_func.experiment.figures.plots import (
     draw_experiments,
     draw_runs,
-    plot_runs,
     read_runs,
     save_figure,
     save_run_figure,
@@ -87,7 +86,7 @@ def plotted(label: str, **changes: Any) -> PlottedRun:
 
 def test_one_run_has_five_axes_with_titles_units_and_data() -> None:
     run = PlottedRun(label="first_run", history=history(5), evaluation=EVALUATION)
-    figure = plot_runs([run])
+    figure = draw_runs([run])[0]
     loss, angle, norm, rate, speed = figure.axes
     assert [axes.get_title(loc="left") for axes in figure.axes] == [
         *("Loss", "Angular error", "Gradient", "Learning rate", "Speed of training")
@@ -127,7 +126,7 @@ def test_several_runs_have_a_colour_each_and_one_legend() -> None:
         PlottedRun(label=label, history=history(3 + n, factor=n + 1.0), evaluation=EVALUATION)
         for n, label in enumerate(labels)
     ]
-    figure = plot_runs(runs)
+    figure = draw_runs(runs)[0]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == labels
     colours = [line.get_color() for line in legend.get_lines()]
@@ -144,7 +143,7 @@ def test_several_runs_have_a_colour_each_and_one_legend() -> None:
 
 
 def test_a_single_epoch_shows_as_points() -> None:
-    figure = plot_runs([PlottedRun(label="a", history=history(1))])
+    figure = draw_runs([PlottedRun(label="a", history=history(1))])[0]
     for axes in figure.axes:
         for line in axes.get_lines():
             assert line.get_marker() in ("o", "D")
@@ -163,7 +162,7 @@ def test_what_is_not_finite_is_a_gap_and_a_point_between_gaps_is_marked() -> Non
         reports[epoch - 1] = dataclasses.replace(
             reports[epoch - 1], valid={"loss": math.inf if epoch == 20 else math.nan}
         )
-    axes = plot_runs([PlottedRun(label="a", history=tuple(reports))]).axes[0]
+    axes = draw_runs([PlottedRun(label="a", history=tuple(reports))])[0].axes[0]
     validation = axes.get_lines()[1]
     assert np.flatnonzero(np.isnan(validation.get_ydata())).tolist() == [19, 21]
     assert np.flatnonzero(np.asarray(validation.get_markevery())).tolist() == [20]
@@ -171,12 +170,12 @@ def test_what_is_not_finite_is_a_gap_and_a_point_between_gaps_is_marked() -> Non
 
 def test_what_a_run_lacks_is_left_out() -> None:
     bare = tuple(dataclasses.replace(report, train={"loss": -0.5}, valid={}) for report in history(3))
-    figure = plot_runs([PlottedRun(label="a", history=bare)])
+    figure = draw_runs([PlottedRun(label="a", history=bare)])[0]
     loss, *_ = figure.axes
     assert titles(figure) == ["Loss", "Learning rate", "Speed of training"]  # no panel is empty
     assert "validation" not in lines(loss)
     assert loss.get_yscale() == "linear"
-    unclipped = plot_runs([PlottedRun(label="a", history=history(3, clip=2.0))]).axes[2]
+    unclipped = draw_runs([PlottedRun(label="a", history=history(3, clip=2.0))])[0].axes[2]
     assert list(lines(unclipped)) == ["not clipped"]
 
 
@@ -376,7 +375,7 @@ def test_panels_leave_no_place_empty(number: int) -> None:
 
 def test_panels_are_chosen_by_name(cli, experiments: Path, tmp_path: Path) -> None:
     run = experiments / "run"
-    assert titles(plot_runs(read_runs([run]), panels=["rate", "loss"])) == ["Loss", "Learning rate"]
+    assert titles(draw_runs(read_runs([run]), panels=["rate", "loss"])[0]) == ["Loss", "Learning rate"]
     assert cli("plot", run, "--panels", "loss", "rate", "--out", tmp_path / "a.png").code == 0
     cli("plot", run, "--panels", "monitored").check_refusal(
         "--panels: expected some of loss, angle, gradient", "monitored"
@@ -403,7 +402,7 @@ def test_graphs_draw_logs_by_name_and_what_is_computed_of_them(cli, experiments:
         ("Gap", "sum(loss, sum(lr, lr))"): {r.epoch: r.valid["loss"] + 2 * r.learning_rate for r in reports},
         ("dwi_ml's name", "valid_local_loss_monitor_per_epoch.npy"): {r.epoch: r.valid["loss"] for r in reports},
     }
-    axes = plot_runs(read_runs([run]), graphs=[parse_graph(other[1:])]).axes
+    axes = draw_runs(read_runs([run]), graphs=[parse_graph(other[1:])])[0].axes
     assert [(each.get_title(loc="left"), each.get_ylim()) for each in axes] == [("dwi_ml's name", (0.0, 2.5))]
 
 
@@ -451,7 +450,7 @@ def test_how_the_best_models_of_several_runs_track_is_drawn_in_bars() -> None:
     axes: Any = figure.axes[-1]
     assert sorted(bar.get_height() for bar in axes.patches) == [0.125, 0.25, 0.5]
     assert len({bar.get_facecolor() for bar in axes.patches}) == 2
-    assert not any(title.startswith("Tracking") for title in titles(plot_runs(runs[:1])))
+    assert not any(title.startswith("Tracking") for title in titles(draw_runs(runs[:1])[0]))
 
 
 @pytest.mark.parametrize("name", ["a$b_{$", "$x$"])
@@ -459,7 +458,7 @@ def test_names_are_no_formulas_and_powers_of_ten_are(tmp_path: Path, name: str) 
     import matplotlib
 
     runs = [PlottedRun(label=label, history=history(2)) for label in (name, "other")]
-    figure = plot_runs(runs)
+    figure = draw_runs(runs)[0]
     axes = figure.add_subplot()
     axes.set_yscale("log")
     axes.set_ylim(1, 1000)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.cli._tracking_summary import format_tracking
+from dwiml_func.cli._summary import format_tracking
 from dwiml_func.core.rng import Key
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.streamlines import Streamlines

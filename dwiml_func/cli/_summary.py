@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
 from dwiml_func.experiment.reconstruction import Reconstruction
+from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG
+from dwiml_func.tracking.protocols import LAG_MM, ProtocolScores
 
-__all__ = ["NO_PRINCIPAL_DIRECTION", "format_reconstruction", "format_summary"]
+__all__ = ["NO_PRINCIPAL_DIRECTION", "format_reconstruction", "format_summary", "format_tracking"]
 
 NO_PRINCIPAL_DIRECTION = "unknown: the input has no attribute sh_order (order of its spherical harmonics)"
 """Printed instead of a number without a principal direction to compare with."""
@@ -18,6 +21,13 @@ NO_PRINCIPAL_DIRECTION = "unknown: the input has no attribute sh_order (order of
 _WHY_STRAIGHT_IS_GOOD = """
 Keep going straight repeats the direction of the previous step. Its error is the turn between two steps, which is small
 for short steps; a tracker that did this would never turn."""
+
+_GIVEN = {
+    "continue": "the first 6 mm of each real streamline are given",
+    "free": "1000 seeds anywhere in the mask",
+    "core": "500 seeds on real streamlines",
+}
+_CELL_WIDTH = 15
 
 
 def format_summary(
@@ -104,3 +114,41 @@ def _window_lags(history: Sequence[EpochReport], best: EpochReport) -> list[str]
 
 def _duration(minutes: float) -> str:
     return f"{60 * minutes:.1f} seconds" if minutes < 1 else f"{minutes:.1f} minutes"
+
+
+def format_tracking(evaluation: TrackingEvaluation) -> str:
+    """Shares of valid streamlines by protocol, beside the ceiling and the baselines; and the lag."""
+    protocols = list(evaluation.scores["model"])
+    where = " within the mask" if evaluation.has_mask else ""
+    lines = [
+        f"Tracking on {evaluation.subset} subject {evaluation.subject}, steps of {evaluation.step_size:g} mm{where}:",
+        "share of streamlines that run from end to end of a bundle, along it (in brackets: from end to end)",
+        _tracking_row("", [str(protocol) for protocol in protocols]),
+    ]
+    lines += [
+        _tracking_row(name, [_share(evaluation.scores[name][protocol]) for protocol in protocols])
+        for name in ("model", "principal direction", "keep going straight")
+        if name in evaluation.scores
+    ]
+    if ORACLE in evaluation.scores:
+        cells = [_share(evaluation.scores[ORACLE][protocol]) for protocol in protocols]
+        lines.append(_tracking_row("oracle", cells) + "  follows the nearest real direction")
+    if evaluation.ceiling_valid is not None:
+        real = f"{evaluation.ceiling_valid:.2f} ({evaluation.ceiling_both_ends:.2f})"
+        lines.append(_tracking_row("real streamlines", [real]) + "  half of them beside the other half")
+    lines += [f"  {protocol}: {_GIVEN[protocol]}" for protocol in protocols]
+    lag = evaluation.scores["model"]["continue"].lag_mm or ()
+    known = [(way, value) for way, value in zip(LAG_MM, lag, strict=False) if math.isfinite(value)]
+    if known:
+        ways = ", ".join(f"{way:g}" for way, _ in known)
+        values = ", ".join(f"{value:.1f}" for _, value in known)
+        lines.append(f"Mean distance from the real streamline after {ways} mm: {values} mm")
+    return "\n".join(lines)
+
+
+def _tracking_row(name: str, cells: list[str]) -> str:
+    return (f"  {name:<19}" + "".join(f"  {cell:<{_CELL_WIDTH}}" for cell in cells)).rstrip()
+
+
+def _share(scores: ProtocolScores) -> str:
+    return f"{scores.valid:.2f} ({scores.both_ends:.2f})"

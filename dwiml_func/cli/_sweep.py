@@ -12,7 +12,7 @@ import torch
 from dwiml_func._checks import one_line
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._messages import pluralize, print_progress
-from dwiml_func.cli._one_run import train_one
+from dwiml_func.cli._training import train_one
 from dwiml_func.cli.runs import format_runs
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.non_finite import NonFiniteError

@@ -1,4 +1,4 @@
-"""What `train`, `resume` and `fork` share: training with progress bars, and a summary at the end."""
+"""What `train`, `resume`, `fork` and sweeps share: training one run with progress bars, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import torch
 import tyro
 
 from dwiml_func._checks import truncated_repr
@@ -22,21 +24,26 @@ from dwiml_func.checkpoint.history import one_an_epoch
 from dwiml_func.checkpoint.index import position_name
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
-from dwiml_func.cli._summary import format_summary
-from dwiml_func.cli._tracking_summary import format_tracking
+from dwiml_func.cli._summary import format_summary, format_tracking
 from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import direction_units
+from dwiml_func.distributed.process_group import rank_zero_first
+from dwiml_func.distributed.sharding import ProcessGroup
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.finish import finish_run
+from dwiml_func.experiment.folder import create_experiment
+from dwiml_func.experiment.init_from import create_initialized, initialize_from
+from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
-from dwiml_func.experiment.setup import RunParts
+from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.signals import stop_on_signals
-from dwiml_func.files.lock import same_folder
+from dwiml_func.files.lock import experiment_lock, same_folder
 from dwiml_func.writers.progress import Progress
 
-__all__ = ["TimeLimit", "describe_run", "describe_start", "print_end", "train_with_progress"]
+__all__ = ["TimeLimit", "describe_run", "describe_start", "print_end", "train_one", "train_with_progress"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,6 +68,45 @@ def _seconds(duration: str) -> float:
             f"Received: {truncated_repr(duration)}."
         )
     return sum(int(number or 0) * unit for number, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
+
+
+def train_one(
+    path: str | Path,
+    name: str,
+    config: RunConfig,
+    process_group: ProcessGroup,
+    *,
+    deadline: float | None = None,
+    init_from: str | None = None,
+) -> None:
+    """Train the experiment of a name, in processes that have joined; resume it where the same command began it."""
+    directory = Path(path) / name
+    is_again = process_group.rank == 0 and directory.exists()
+    if any(process_group.gather(torch.tensor([int(is_again)]))):
+        _resume_again(directory, config, process_group, deadline)
+        return
+    parts, state = prepare(config, process_group), None
+    if init_from is not None:
+        parts, state, report = initialize_from(parts, init_from)
+        print_progress(f"{init_from}: {report}")
+    if process_group.rank > 0:  # the first process writes
+        train_with_progress(directory, parts, state, (), deadline=deadline)
+        return
+    with experiment_lock(path, wait=True):
+        if state is None:
+            create_experiment(path, name, config)
+        else:
+            create_initialized(path, name, parts, state)
+    with experiment_lock(directory):
+        train_with_progress(directory, parts, state, (), deadline=deadline)
+
+
+def _resume_again(directory: Path, config: RunConfig, process_group: ProcessGroup, deadline: float | None) -> None:
+    """Resume the run that the same command has begun; one that has ended is evaluated and summarized."""
+    print_progress(f"{directory} exists, with this config: resuming it.")
+    resume = partial(resume_experiment, directory, given=config, process_group=process_group, may_have_ended=True)
+    with experiment_lock(directory) if process_group.rank == 0 else contextlib.nullcontext():
+        train_with_progress(directory, *rank_zero_first(process_group, resume), deadline=deadline)
 
 
 def train_with_progress(

@@ -17,7 +17,6 @@ import tyro
 
 from dwiml_func.cli._ensemble import describe_members, resume_members, train_members
 from dwiml_func.cli._messages import print_progress
-from dwiml_func.cli._one_run import train_one
 from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import (
     RunOptions,
@@ -28,7 +27,7 @@ from dwiml_func.cli._run_options import (
     read_config_part,
 )
 from dwiml_func.cli._sweep import check_sweep, describe_sweep, train_sweep
-from dwiml_func.cli._training import TimeLimit, describe_run
+from dwiml_func.cli._training import TimeLimit, describe_run, train_one
 from dwiml_func.distributed.process_group import join_process_group, rank_in
 from dwiml_func.experiment.config import ModelConfig
 from dwiml_func.experiment.folder import experiment_directory

@@ -10,7 +10,7 @@ import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.experiment.comparison.run_labels import loss_kind, run_labels, run_names
@@ -30,7 +30,6 @@ __all__ = [
     "check_format",
     "draw_experiments",
     "draw_runs",
-    "plot_runs",
     "read_runs",
     "run_figure_path",
     "save_figure",
@@ -41,11 +40,6 @@ __all__ = [
 
 _FORMATS = ("png", "svg", "pdf")
 _log = logging.getLogger(__name__)
-
-
-def plot_runs(runs: Sequence[PlottedRun], **chosen: Any) -> Figure:
-    """Draw runs over each other, as `draw_runs` does."""
-    return draw_runs(runs, **chosen)[0]
 
 
 def draw_runs(
@@ -186,7 +180,7 @@ def read_runs(directories: Sequence[str | Path]) -> list[PlottedRun]:
 
 def draw_experiments(directories: Sequence[str | Path]) -> Figure:
     """Draw experiments over each other."""
-    return plot_runs(read_runs(directories))
+    return draw_runs(read_runs(directories))[0]
 
 
 def run_figure_path(directory: Path) -> Path:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, unit_vectors
+from dwiml_func.models.direction_getters._parts import TwoLayerNetwork, unit_vectors
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
 __all__ = ["LARGEST_KAPPA", "FisherVonMises", "fisher_von_mises_log_density", "sample_fisher_von_mises"]

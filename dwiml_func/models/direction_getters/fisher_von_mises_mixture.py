@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import check_number
-from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, unit_vectors
-from dwiml_func.models.direction_getters._mixture import component, mixture_log_density, sample_classes
+from dwiml_func.models.direction_getters._parts import (
+    TwoLayerNetwork,
+    component,
+    mixture_log_density,
+    sample_classes,
+    unit_vectors,
+)
 from dwiml_func.models.direction_getters.base import DirectionGetter
 from dwiml_func.models.direction_getters.fisher_von_mises import (
     LARGEST_KAPPA,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import check_number
-from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, check_length, with_length
+from dwiml_func.models.direction_getters._parts import TwoLayerNetwork, check_length, with_length
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
 __all__ = ["Gaussian", "bounded_log_sigmas", "gaussian_log_density", "sample_gaussian"]

@@ -6,8 +6,14 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import check_number
-from dwiml_func.models.direction_getters._layers import TwoLayerNetwork, check_length, with_length
-from dwiml_func.models.direction_getters._mixture import component, mixture_log_density, sample_classes
+from dwiml_func.models.direction_getters._parts import (
+    TwoLayerNetwork,
+    check_length,
+    component,
+    mixture_log_density,
+    sample_classes,
+    with_length,
+)
 from dwiml_func.models.direction_getters.base import DirectionGetter
 from dwiml_func.models.direction_getters.gaussian import gaussian_log_density, sample_gaussian
 

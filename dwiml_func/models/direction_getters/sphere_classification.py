@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
-from dwiml_func.models.direction_getters._layers import TwoLayerNetwork
-from dwiml_func.models.direction_getters._mixture import sample_classes
+from dwiml_func.models.direction_getters._parts import TwoLayerNetwork, sample_classes
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
 __all__ = ["SmoothSphereClassification", "SphereClassification", "nearest_vertices", "sphere_vertices"]
