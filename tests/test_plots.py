@@ -153,7 +153,7 @@ def test_a_single_epoch_shows_as_points() -> None:
 
 def test_the_axis_of_losses_down_to_zero_begins_there() -> None:
     reports = tuple(dataclasses.replace(each, train={"loss": each.epoch - 1.0}, valid={}) for each in history(3))
-    assert plot_runs([PlottedRun(label="a", history=reports)]).axes[0].get_ylim()[0] == 0
+    assert draw_runs([PlottedRun(label="a", history=reports)])[0].axes[0].get_ylim()[0] == 0
 
 
 def test_what_is_not_finite_is_a_gap_and_a_point_between_gaps_is_marked() -> None:
