@@ -157,7 +157,13 @@ def without_seeds() -> Iterator[None]:
 
 @contextmanager
 def watched_generators() -> Iterator[Callable[[], bool]]:
-    """Let no other thread seed torch's generators; yields whether one has been drawn from. Restores their states."""
+    """Let no other thread seed torch's generators; yields whether one has been drawn from. Restores their states.
+
+    Within `without_seeds` another thread watches them, and this one would wait for it for ever.
+    """
+    if getattr(_THREAD, "has_no_seeds", False):
+        yield lambda: False
+        return
     generators = default_generators()
     with _GLOBAL_GENERATORS:
         states = [generator.get_state() for generator in generators]
