@@ -13,7 +13,7 @@ from optimizer_cases import (
     some_tensors,
 )
 
-from dwiml_func.optim import accumulate, adam, chain, ema, lookahead, schedule_free_sgd, sgd
+from dwiml_func.optim import accumulate, adam, by_name, chain, ema, lookahead, schedule_free_sgd, sgd
 
 F64 = torch.float64
 
@@ -45,11 +45,35 @@ def test_a_decay_of_0_evaluates_with_the_parameters():
 
 def test_an_average_is_of_what_its_optimizer_evaluates_with():
     inner = schedule_free_sgd()
-    optimizer = ema(inner, 0.5)
-    params, opt_state = run_updates(optimizer, num_steps=1, dtype=F64)
+    optimizer = ema(inner, 0.0)  # the latest of the averages
+    params, opt_state = run_updates(optimizer, num_steps=3, dtype=F64)
+    assert not torch.allclose(evaluated(inner, opt_state["optimizer"], params)["scale"], params["scale"])
     torch.testing.assert_close(
         evaluated(optimizer, opt_state, params), evaluated(inner, opt_state["optimizer"], params)
     )
+
+
+@pytest.mark.parametrize("wrap", [ema, lookahead, lambda inner: by_name(lambda: inner, {"none|*": {}})])
+def test_what_wraps_an_accumulation_hands_it_the_weights_of_the_batches(wrap):
+    optimizer, start = wrap(chain(accumulate(2), sgd())), some_tensors(0, F64)
+    assert (optimizer.uses_weight, wrap(sgd()).uses_weight) == (True, False)
+    params, state = start, optimizer.init(start)
+    for step, weight in enumerate((1, 3)):
+        params, state = optimizer.update(gradient(step, F64), state, params, lr=0.1, step=step, weight=weight)
+    for name, first in gradient(0, F64).items():
+        torch.testing.assert_close(params[name], start[name] - 0.1 * (first + 3 * gradient(1, F64)[name]) / 4)
+
+
+def test_steps_that_are_tensors_restart_where_numbers_do_also_in_donated_memory():
+    ends = []
+    for kind in (int, torch.tensor):
+        optimizer, params = lookahead(sgd(), num_steps=2, alpha=0.5), some_tensors(0, F64)
+        state = optimizer.init(params)
+        for step in range(5):
+            options = {"lr": 0.1, "step": kind(step), "donate": True}
+            params, state = optimizer.update(gradient(step, F64), state, params, **options)
+        ends.append({**params, **{f"slow {name}": slow for name, slow in state["slow"].items()}})
+    assert_same_bits(*ends)
 
 
 def test_behind_accumulation_an_average_counts_updates_and_not_micro_batches():

@@ -109,6 +109,9 @@ def test_only_every_nth_step_is_computed_twice():
     step = Faulty("moment", random.Random(1), ())
     trained_state(checked_step(step, every=4), num_steps=9)
     assert step.calls == 9 + 3  # the first, the fifth and the ninth
+    later = init_state(MODEL, adam(), seed=0).replace(epoch=1, batch=1, step=4)  # the fifth of the run
+    checked_step(step, every=4)(later, BATCH, lr=0.01)
+    assert step.calls == 9 + 3 + 2
     with pytest.raises(ValueError, match="Expected to check every step, or every so many"):
         checked_step(step, every=0)
 
@@ -154,11 +157,15 @@ def test_a_run_that_stops_saves_the_state_before_the_step_and_resumes_to_the_sam
     assert latest_digest(directory) == latest_digest(trained(tmp_path, CONFIG, "plain"))
 
 
-def test_metrics_are_compared_too():
+@pytest.mark.parametrize("place", ["metrics/loss/0", "buffers/mean"])
+def test_metrics_and_buffers_are_compared_too(place):
     values = iter(range(9))
 
     def step(state: Any, batch: Any, *, lr: float) -> Any:
-        return state.replace(step=state.step + 1, batch=state.batch + 1), {"loss": Sum(float(next(values)), 1.0)}
+        value = float(next(values))
+        loss, mean = (value, 0.0) if place.startswith("metrics") else (0.0, value)
+        new = state.replace(step=state.step + 1, batch=state.batch + 1, buffers={"mean": torch.tensor(mean)})
+        return new, {"loss": Sum(loss, 1.0)}
 
-    with pytest.raises(StepMismatchError, match=r"differ in metrics/loss/0, twice in a row"):
+    with pytest.raises(StepMismatchError, match=rf"differ in {place}, twice in a row"):
         checked_step(step, every=1)(init_state(torch.nn.Linear(1, 1), adam(), seed=0), None, lr=0.1)

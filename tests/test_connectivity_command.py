@@ -68,6 +68,7 @@ def test_streamlines_of_entries_and_blocs_are_written(cli, tmp_path):
         assert len(found) == len(expected)
         for line, other in zip(found, world(expected), strict=True):
             np.testing.assert_allclose(line, other, atol=1e-4)
+    assert (tmp_path / "blocs.nii.gz").read_bytes()[4:8] == bytes(4)  # no time: the same bytes each time
     image: Any = nib.load(tmp_path / "blocs.nii.gz")
     values = np.asarray(image.dataobj)
     assert np.unique(values).tolist() == list(range(1, 9))

@@ -16,6 +16,7 @@ from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, init_
 from dwiml_func.tracking.processes import track_in_processes
 from dwiml_func.tracking.state import with_lines
 from dwiml_func.tracking.step import next_steps
+from dwiml_func.tracking.track import check_tracking
 
 ALONG_X = FieldModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
 AXIS_X = SteeredModel(lambda p: torch.tensor([1.0, 0, 0]).expand(len(p), 3))
@@ -240,6 +241,20 @@ def test_the_second_half_starts_with_the_memory_of_the_first_turned_round():
     np.testing.assert_allclose(slopes[4:], [0.05, 0.06, 0.07, 0.08], rtol=1e-3)
 
 
+def test_the_second_half_starts_without_the_previous_directions_of_the_first():
+    class Seeing(SteeredModel):
+        nb_previous_dirs, seen = 2, []
+
+        def run_step(self, inputs, dirs, state=None):
+            self.seen.append(dirs[0].tolist())
+            return super().run_step(inputs, dirs[:, :3], state)
+
+    tracked_lines([3.25, 4.5, 4.5], Seeing(AXIS_X.field), positions(10, 9, 9), num_rows=4)
+    (none, ahead, back), seen = ([0, 0, 0], [1, 0, 0], [-1, 0, 0]), Seeing.seen[1:]  # after that of the first state
+    assert seen[:3] == [none + none, ahead + none, ahead + ahead]
+    assert seen[6:10] == [ahead + ahead, none + none, back + none, back + back]  # turned after seven points
+
+
 def test_a_model_may_remember_nothing():
     class Forgetful(SteeredModel):
         def run_step(self, inputs, dirs, state=None):
@@ -345,6 +360,15 @@ def test_seeds_of_another_shape_are_refused(shape):
     spec = TrackingSpec(step_size=1.0)
     with pytest.raises(ValueError, match=r"Expected seeds of shape \(N, 3\)"):
         list(track(torch.ones(shape), model=ALONG_X, space=positions(10, 9, 9), spec=spec, key=Key(5)))
+
+
+def test_lines_are_as_long_as_the_model_reads_and_no_longer():
+    model, spec = FieldModel(circle), TrackingSpec(step_size=1.0, min_length=0.0, max_length=8.0)
+    model.max_len = 8  # the last of nine points is not read
+    check_tracking(torch.full((1, 3), 4.5), model, positions(9, 9, 9), spec)
+    model.max_len = 7
+    with pytest.raises(ValueError, match="max_length: the model reads lines of at most 7 points"):
+        check_tracking(torch.full((1, 3), 4.5), model, positions(9, 9, 9), spec)
 
 
 def test_one_process_keeps_the_numbers_of_the_seeds():

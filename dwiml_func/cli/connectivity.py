@@ -150,7 +150,7 @@ def _write(
         entries["save_biggest"] = np.unravel_index(counts.argmax(), counts.shape)
         smallest = np.where(counts > 0, counts, counts.max() + 1).argmin()
         entries["save_smallest"] = np.unravel_index(smallest, counts.shape)
-    chosen = {name: kept & (low == row) & (high == column) for name, (row, column) in entries.items()}
+    chosen = {name: (low == row) & (high == column) for name, (row, column) in entries.items()}
     chosen["save_rejected"] = ~kept
     for name in ("save_biggest", "save_smallest", "save_rejected"):
         out = getattr(options, name)
