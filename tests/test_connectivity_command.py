@@ -56,6 +56,11 @@ def test_blocs_are_counted_as_by_hand(cli, tmp_path, suffix):
     binary = cli("connectivity", tractogram, tmp_path / "b.npy", "--nb-blocs", 2, 2, 2, "--binary", *grid)
     assert binary.code == 0
     np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), expected > 0)
+    outside = save(tmp_path / f"outside.{suffix}", [*LINES, [A, [30, 1, 1]]])
+    command = ("connectivity", outside, tmp_path / "o.npy", "--nb-blocs", 2, *grid)
+    assert cli(*command).code == 2
+    assert cli(*command, "--remove-invalid").code == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), expected)
 
 
 def test_streamlines_of_entries_and_blocs_are_written(cli, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -363,7 +364,7 @@ def test_seeds_of_another_shape_are_refused(shape):
 
 
 def test_lines_are_as_long_as_the_model_reads_and_no_longer():
-    model, spec = FieldModel(circle), TrackingSpec(step_size=1.0, min_length=0.0, max_length=8.0)
+    spec, model = TrackingSpec(step_size=1.0, min_length=0.0, max_length=8.0), cast(Any, FieldModel(circle))
     model.max_len = 8  # the last of nine points is not read
     check_tracking(torch.full((1, 3), 4.5), model, positions(9, 9, 9), spec)
     model.max_len = 7
