@@ -112,6 +112,7 @@ def main() -> int:
     options = parser.parse_args()
     rng, until = random.Random(options.seed), time.monotonic() + options.seconds
     counts = {name: [0, 0, 0] for name in options.kinds}  # kills, runs, runs with another end
+    start_command("--version").wait(300)  # else the first duration has that of all imports in it, and no kill would hit
     with tempfile.TemporaryDirectory() as temporary:
         wholes, durations = {}, {}
         for name in options.kinds:
