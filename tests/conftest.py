@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,20 +42,27 @@ def pytest_collection_finish() -> None:
 def _blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Runs end with blank pictures, as matplotlib needs a third of a tiny run's time to turn its figure into pixels.
 
-    It does so in tests of figures, for commands such as `plot`, and in processes that start as a user starts them.
+    It does so in tests of figures, for commands such as `plot`, and in all processes that tests start.
     """
-    if request.path.stem in ("test_plots", "test_tracking_figures"):
+    if request.path.stem in ("test_autoencoder", "test_plots", "test_tracking_figures"):
         yield
         return
-    from dwiml_func.experiment.figures.plots import check_format
+    from dwiml_func.experiment import finish
+    from dwiml_func.experiment.figures import plots, tracking
     from dwiml_func.files.atomic import atomic_write
 
-    for command in ("attention", "connectivity", "info", "visualize_loss"):  # they keep the function that they import
-        importlib.import_module(f"dwiml_func.cli.{command}")
+    def with_blanks(save: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any, **options: Any) -> None:
+            with pytest.MonkeyPatch.context() as patch:
+                for module in (plots, tracking):
+                    patch.setattr(module, "save_figure", lambda figure, path: atomic_write(Path(path), "blank"))
+                save(*args, **options)
+
+        return call
+
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("plots", "tracking"):
-            name = f"dwiml_func.experiment.figures.{module}.save_figure"
-            patch.setattr(name, lambda figure, path: atomic_write(Path(path), f"blank {check_format(path)}"))
+        for name in ("save_run_figure", "save_tracking_figures"):
+            patch.setattr(finish, name, with_blanks(getattr(finish, name)))
         yield
 
 
