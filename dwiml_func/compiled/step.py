@@ -175,7 +175,8 @@ class JitStep:
             state, metrics = self(state, batch, lr=lr, weight_decay=weight_decay)
             if isinstance(is_bad := metrics.get(SKIPPED, Sum(0.0, 0.0)).total, float) and is_bad:
                 check_not_skipped_too_often(state)
-            leaves = self._leaves(state, batch, len(numbers) - 1) if len(numbers) == len(given) else None
+            can_be_alike = self._replays is None and len(numbers) == len(given)
+            leaves = self._leaves(state, batch, len(numbers) - 1) if can_be_alike else None
             direct = self._find(leaves)
             is_read = direct is not None and direct.policy != "defer"
             if leaves is None or direct is None or not is_read or leaves.state[0].device.type != "cpu":
@@ -210,10 +211,8 @@ class JitStep:
         if results is None:
             return eager()
         params, buffers, opt_state, names, values = results
-        is_compiled = self._replays is None
-        if (
-            is_compiled and self._donate and _is_elementwise(self.eager.keywords["optimizer"])
-        ):  # the graph wrote into these tensors
+        if self._replays is None and self._donate and _is_elementwise(self.eager.keywords["optimizer"]):
+            # The graph wrote into these tensors.
             params, opt_state = merged(state.params, params), merged(state.opt_state, opt_state)
         policy = choose_policy(self._non_finite, state.opt_state, values)
         if leaves is not None and heard is not None and (new := leaves_of(batch, (params, buffers, opt_state), None)):

@@ -71,9 +71,8 @@ def make_graph(
         first_bad = as_float64(is_bad & (blocked == 0), out.loss)
         scalars = (out.loss, norm, first_bad * step, first_bad, *sums)
         values = torch.stack([as_float64(value, out.loss) for value in scalars])
-        if (
-            donate and is_compiled and own.is_elementwise
-        ):  # others have counts, for which torch would compile twice, see `_write`
+        if donate and is_compiled and own.is_elementwise:
+            # Others have counts, for which torch would compile twice, see `_write`.
             written, written_state = _write(params, new_params), _write(opt_state, new_opt_state)
             return written, new_buffers, written_state, tuple(metrics), values
         return new_params, new_buffers, new_opt_state, tuple(metrics), values
