@@ -31,10 +31,11 @@ from dwiml_func.experiment.data_hash import HASH_PATIENCE, data_in_background
 from dwiml_func.experiment.folder import write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.optimizers import make_optimizer
-from dwiml_func.experiment.run import set_num_threads, train_and_save
+from dwiml_func.experiment.run import set_num_threads
 from dwiml_func.experiment.setup import RunParts, check_monitored, make_parts
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.experiment.tracking.window_lag import with_window_lag
+from dwiml_func.experiment.train_and_save import train_and_save
 from dwiml_func.files.lock import same_folder
 from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import step_scalars
