@@ -11,12 +11,13 @@ from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
+from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import EvalStep, OnBatch
 from dwiml_func.core.loop_options import check_options
 from dwiml_func.core.rates import Step
 from dwiml_func.core.report import EpochReport
-from dwiml_func.core.run_epoch import Batches, Interrupted, Track, epoch_events
+from dwiml_func.core.run_epoch import Interrupted, Track, epoch_events
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.optim.schedules import check_rate, constant
 from dwiml_func.types import OnPlateau, PerStep, Schedule

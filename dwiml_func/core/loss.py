@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dwiml_func._checks import listed, truncated_repr
 from dwiml_func._transforms import is_transformed
+from dwiml_func.core.attributes import ABSENT, IN_PLACE
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.core.stateless import ABSENT, IN_PLACE, StatelessModule, copy_structure
+from dwiml_func.core.stateless import StatelessModule, copy_structure
 from dwiml_func.types import Buffers, Params
 
 __all__ = [

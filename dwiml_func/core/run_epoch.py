@@ -6,16 +6,13 @@ It is a fold of a step over batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Sized
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_structure
-
 from dwiml_func._transforms import is_transformed
+from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import (
     EvalStep,
@@ -30,14 +27,10 @@ from dwiml_func.core.interval import Interval, validation_interval
 from dwiml_func.core.loop_options import check_options
 from dwiml_func.core.rates import Step, epoch_rates, next_plateau, with_rate
 from dwiml_func.core.report import EpochReport, Validation, judge_epoch
-from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.types import Metrics, Schedule
 
-__all__ = ["Batches", "Interrupted", "Track", "epoch_events", "run_epoch"]
-
-Batches = Callable[[Key, int, int], Iterable[Any]]
-"""`batches(key, epoch, start_batch)`: the batches of an epoch from `start_batch` on, a pure function of the three."""
+__all__ = ["Interrupted", "Track", "epoch_events", "run_epoch"]
 
 OnReport = Callable[[TrainState, EpochReport], object]
 
@@ -244,59 +237,6 @@ def _is_due(every: Interval, state: TrainState) -> bool:
     """Whether a validation is due after the last batch; a resumed run may have done it before."""
     is_done = any(validation.batch == state.batch for validation in state.validations)
     return state.batch > 0 and not is_done and every.due_within_epoch(batch=state.batch)
-
-
-def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
-    """The remaining batches of the current epoch; ValueError where the source plainly ignores where it should start."""
-    batches = train(state.key, state.epoch, state.batch)
-    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
-        raise TypeError(f"Expected a source train that returns batches. Received: {type(batches).__name__}")
-    if state.batch > 0 and (num_left := _length(batches)) is not None:
-        num_all = _length(train(state.key, state.epoch, 0))
-        if num_all is not None and state.batch > num_all:
-            raise ValueError(
-                f"Expected a state within the {num_all} batches of epoch {state.epoch + 1}. Received: one after "
-                f"{state.batch}. Give the source the batch size that the run was started with."
-            )
-        if num_all is not None and num_left != num_all - state.batch:
-            raise ValueError(
-                f"Expected the last {num_all - state.batch} of the {num_all} batches of epoch {state.epoch + 1}, since "
-                f"{state.batch} are done. Received: {num_left} batches. The source must begin at `start_batch`."
-            )
-    if state.batch > 0 and isinstance(batches, Generator):
-        return _checked_start(train, state, batches)
-    return batches
-
-
-def _checked_start(train: Batches, state: TrainState, batches: Generator[Any]) -> Iterable[Any]:
-    """The batches of a generator, which has no length, compared with those from the epoch's start on."""
-    again = train(state.key, state.epoch, 0)
-    if again is batches or not isinstance(again, Generator):
-        return batches
-    first = list(islice(batches, 1))
-    start = next(again, None)
-    if first and _is_same(first[0], start) and not _is_same(start, next(islice(again, state.batch - 1, None), None)):
-        raise ValueError(
-            f"Expected the batches of epoch {state.epoch + 1} from batch {state.batch + 1} on. Received: them from the "
-            f"first on. The source must begin at `start_batch`."
-        )
-    return chain(first, batches)
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Whether two batches, trees of tensors, are equal."""
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=False)
-    return tree_structure(one) == tree_structure(other) and all(
-        isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs
-    )
-
-
-def _length(batches: Iterable[Any]) -> int | None:
-    """The number of batches; None where it is not known, as with an `IterableDataset`."""
-    try:
-        return len(batches) if isinstance(batches, Sized) else None
-    except TypeError:
-        return None
 
 
 def _untracked(batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterable[Any]:

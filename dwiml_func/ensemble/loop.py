@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import check_has_batch
 from dwiml_func.core.interval import validation_interval
@@ -19,7 +20,7 @@ from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import location
 from dwiml_func.core.rates import counts_steps, epoch_rates, next_plateau
 from dwiml_func.core.report import EpochReport, judge_epoch
-from dwiml_func.core.run_epoch import Batches, Interrupted
+from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.ensemble.state import EnsembleState, member_sums
 from dwiml_func.optim.schedules import value_at
 from dwiml_func.types import Metrics, Plateau, Schedule, Sum

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.rng import Key, Stream, fold_in
-from dwiml_func.core.run_epoch import Batches
 from dwiml_func.data.ahead import MovedAhead
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset

@@ -15,12 +15,12 @@ from dwiml_func.checkpoint.digest import state_digest, state_leaves, state_numbe
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.checkpoint.provenance import environment, environment_differences
+from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.early_stopping import Mode
 from dwiml_func.core.epoch import EvalStep
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.rates import Step
 from dwiml_func.core.report import EpochReport
-from dwiml_func.core.run_epoch import Batches
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.comparison.compare import differences, leaf_problems, report_differences, report_values
 from dwiml_func.types import Schedule

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.epoch import EvalStep
 from dwiml_func.core.metrics import weighted_sum
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng
-from dwiml_func.core.run_epoch import Batches
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.weights import load_into
 from dwiml_func.data.creation.connectivity import Connectivity, read_connectivity

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.metrics import weighted_sum
 from dwiml_func.core.rng import Key, Stream, fold_in
-from dwiml_func.core.run_epoch import Batches
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.weights import load_into
 from dwiml_func.data.dataset import StreamlineDataset
