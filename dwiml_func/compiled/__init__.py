@@ -1,4 +1,4 @@
-"""Training steps that `torch.compile` turns into one graph."""
+"""Training steps compiled whole: by `torch.compile` as one graph (`graph`), or captured as CUDA graphs (`replay`)."""
 
 from dwiml_func.compiled.step import jit_step
 

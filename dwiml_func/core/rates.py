@@ -44,7 +44,7 @@ def with_weight_decay(step: Callable[..., Any], weight_decay: float | Schedule) 
 
     Returns:
         A step for `train_and_validate`: `step(state, batch, lr=...)`. Its sums hold the `weight_decay` that it used, so
-        reports, logs and pictures show it, as the mean over an epoch's steps.
+        reports, logs and figures show it, as the mean over an epoch's steps.
 
     Raises:
         ValueError: the schedule is one of `reduce_on_plateau`, which only learning rates follow.

@@ -1,4 +1,7 @@
-"""Optimizers as pairs of pure functions, transformations of gradients, and schedules of the learning rate."""
+"""Optimizers as pairs of pure functions, transformations of gradients, and schedules of the learning rate.
+
+To add an optimizer, write its formula as `lion` does; `dwiml_func.experiment.optimizers` names it for `--optimizer`.
+"""
 
 from dwiml_func.optim.averaging import ema, lookahead
 from dwiml_func.optim.by_name import by_name

@@ -1,4 +1,4 @@
-"""One step of all lines."""
+"""One step of all lines: the direction that each takes, and all rules by which a line ends."""
 
 from __future__ import annotations
 

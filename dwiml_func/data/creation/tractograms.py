@@ -1,4 +1,7 @@
-"""From TRK, TCK and TRX files to the streamlines of one group of one subject, on the grid of its volumes."""
+"""From TRK, TCK and TRX files to the streamlines of one group of one subject, on the grid of its volumes.
+
+`dwiml_func.data.tractogram_file` writes these formats.
+"""
 
 from __future__ import annotations
 

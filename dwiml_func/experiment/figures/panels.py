@@ -1,4 +1,7 @@
-"""A panel of a figure of runs: axes on which each run has its colour, and all that was drawn there as rows."""
+"""A panel of a figure of runs: axes on which each run has its colour, and all that was drawn there as rows.
+
+`run_panels` has the panels themselves.
+"""
 
 from __future__ import annotations
 
