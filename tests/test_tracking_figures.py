@@ -262,7 +262,12 @@ def test_a_transformer_that_reads_less_than_300_mm_is_scored_on_lines_that_it_ca
     """The longest line of a tracking has 300 mm by default, 600 points of these data."""
     options = ("--model", "tts", "--max-len", "65", "--nheads", "2", "--n-layers-e", "1", "--max-epochs", "1")
     options += ("--input-embedding-key", "nn_embedding", "--input-embedded-size", "4", "--batch-size-training", "96")
-    outcome = cli("train", tmp_path, "run", with_bundles(tmp_path), *options)
+    options += ("--neighborhood-type", "axes", "--neighborhood-radius", "1", "--neighborhood-resolution", "1")
+    data = with_bundles(tmp_path)
+    with h5py.File(data, "r+") as file:
+        for subject in file.values():
+            subject["input"].attrs["sh_order"] = 2  # with a neighbourhood, the principal direction is that at the point
+    outcome = cli("train", tmp_path, "run", data, *options)
     assert (outcome.code, outcome.err) == (0, "")
     assert "Tracking on validation subject subj2" in outcome.out
-    assert (tmp_path / "run" / "tracking.json").is_file()
+    assert "principal direction" in json.loads((tmp_path / "run" / "tracking.json").read_text())["scores"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -60,7 +61,8 @@ class TrackingCase(NamedTuple):
         """Who tracks beside a model, and in what; without spherical harmonics there is no principal direction."""
         trackers: dict[str, tuple[Any, TrackingSpace]] = {KEEP_STRAIGHT: (KeepStraight(), self.space)}
         if "sh_order" in self.attributes:
-            trackers[PRINCIPAL_DIRECTION] = (PrincipalDirection(self.attributes), self.space)
+            at_the_point = replace(self.space, neighborhood=None)
+            trackers[PRINCIPAL_DIRECTION] = (PrincipalDirection(self.attributes), at_the_point)
         trackers[ORACLE] = (NearestDirection(self.real, self.space.voxel_sizes), position_space(self.space))
         return trackers
 
