@@ -14,14 +14,7 @@ from typing import Any, Protocol
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
-from dwiml_func.core.epoch import (
-    EvalStep,
-    OnBatch,
-    checked_result,
-    end_epoch,
-    epoch_sums,
-    eval_epoch_fn,
-)
+from dwiml_func.core.epoch import EvalStep, OnBatch, checked_result, end_epoch, epoch_sums, eval_epoch_fn
 from dwiml_func.core.gradients import is_differentiated
 from dwiml_func.core.interval import Interval, validation_interval
 from dwiml_func.core.loop_options import check_options
@@ -173,7 +166,7 @@ def epoch_events(
         earlier_sums=earlier_sums,
     )
 
-    def after_eval_batch(*_: object) -> None:
+    def check_interrupt(*_: object) -> None:
         if interrupt is not None and interrupt():
             raise Interrupted(last)
 
@@ -204,7 +197,7 @@ def epoch_events(
                 on_trained(state, own(valid_sums={}, minutes=(train_minutes, in_validation / 60)))
             batches = track(valid(state.key, epoch, 0), "validation", epoch=epoch, start_batch=0)
             at_end = state.replace(epoch=epoch + 1, batch=0, sums={}, validations=())
-            valid_sums = eval_epoch_fn(at_end, batches, step=eval_step, on_batch=after_eval_batch)
+            valid_sums = eval_epoch_fn(at_end, batches, step=eval_step, on_batch=check_interrupt)
         minutes = (train_minutes, (in_validation + clock() - trained_at) / 60)
         return own(valid_sums=valid_sums, minutes=minutes)
 
@@ -226,7 +219,7 @@ def epoch_events(
         last = state
         if on_batch is not None:
             on_batch(state, metrics)
-        after_eval_batch()
+        check_interrupt()
     validations = state.validations
     state, sums = end_epoch(state)
     report = validated(state, sums, validations)
