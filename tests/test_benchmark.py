@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -12,14 +13,16 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from dipy.tracking.distances import bundles_distances_mdf
 from dipy.tracking.streamline import set_number_of_points
 from experiment_cases import latest_digest
 from scipy.spatial.distance import cdist
 
 from dwiml_func import Key
-from dwiml_func.benchmark import tasks
+from dwiml_func.benchmark import run, tasks
 from dwiml_func.benchmark.leaderboard import as_markdown, leaderboard
+from dwiml_func.benchmark.mrtrix import MRTRIX, has_mrtrix, mrtrix_trackers
 from dwiml_func.benchmark.settings import DATA, SETTINGS, BenchmarkSetting, data_of
 from dwiml_func.benchmark.tasks import CEILING
 from dwiml_func.data.bundles import Bundles
@@ -27,9 +30,11 @@ from dwiml_func.data.example import dataset as example
 from dwiml_func.data.example.settings import ExampleSettings
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset
+from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import BatchConfig, RunConfig
 from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION, TrackingCase, tracking_case
 from dwiml_func.tracking import protocols
+from dwiml_func.tracking.protocols import Tracker
 
 CONFIG = RunConfig(hdf5_file="", batches=BatchConfig(step_size=2.0))
 TINY = {
@@ -54,6 +59,12 @@ def case(crossings: Path) -> TrackingCase:
     case = tracking_case(open_dataset(crossings), CONFIG)
     assert case is not None
     return case
+
+
+@pytest.fixture(autouse=True)
+def no_mrtrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row would be there on some machines only, and takes a minute."""
+    monkeypatch.setattr(run, "has_mrtrix", lambda: False)
 
 
 @pytest.fixture
@@ -223,6 +234,53 @@ def command(out: Path) -> tuple[Any, ...]:
     return ("benchmark", out, "--people", "sub_5", "--seeds", 1, "--model", out.parent / "tiny.json", "-j", 1)
 
 
+@pytest.mark.skipif(not has_mrtrix(), reason="MRtrix is not installed")
+def test_mrtrix_follows_the_fibres_from_the_places_given(
+    case: TrackingCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocols, "NUM_FREE", 20)
+    monkeypatch.setattr(protocols, "NUM_CORE", 40)
+    few = case._replace(real=case.real.select(torch.arange(0, 150, 5)), bundles=every_fifth(case.bundles))
+    straight = few.track(*case.baselines()[KEEP_STRAIGHT], key=Key(0))
+    trackers = mrtrix_trackers(case, tmp_path, nb_directions=60)
+    assert list(trackers) == list(MRTRIX)
+    for tracker in trackers.values():
+        found = few.ask(checked(tracker), key=Key(0))
+        lags = [lines["continue"].scores.lag_mm for lines in (found, straight)]
+        assert lags[0] is not None
+        assert lags[1] is not None
+        assert lags[0][1] < 0.9 * lags[1][1]
+        assert found["core"].scores.both_ends > straight["core"].scores.both_ends
+
+
+def checked(tracker: Tracker) -> Tracker:
+    """The same, and its lines begin where they should."""
+
+    def ahead(given: Streamlines, distance: float) -> Streamlines:
+        added = tracker.ahead(given, distance)
+        ends = given.points[given.offsets[1:] - 1]
+        assert torch.equal(added.points[added.offsets[:-1]], ends)  # begins where the given part ends, and goes on in
+        straight = ends - given.points[given.offsets[1:] - 2]  # its direction: no step bends by 90 degrees
+        goes_on = added.lengths > 1
+        first = added.points[added.offsets[:-1][goes_on] + 1] - ends[goes_on]
+        assert bool(((first * straight[goes_on]).sum(dim=1) > 0).all())
+        assert int(goes_on.sum()) > 25  # of 30
+        return added
+
+    def from_seeds(seeds: torch.Tensor) -> Streamlines:
+        lines = tracker.from_seeds(seeds)
+        nearest = torch.cdist(seeds, lines.points).numpy()
+        passed = [nearest[:, first:last].min() for first, last in itertools.pairwise(lines.offsets.tolist())]
+        assert max(passed) < 0.3  # voxel: each line passes one of the seeds, between two of its points
+        return lines
+
+    return Tracker(ahead, from_seeds)
+
+
+def every_fifth(bundles: Bundles) -> Bundles:
+    return Bundles(bundles.names, bundles.ids[::5])
+
+
 def rows_of(out: Path) -> dict[str, dict[str, Any]]:
     rows = [json.loads(line) for line in (out / "leaderboard.jsonl").read_text().splitlines()]
     return {row["tracker"]: row for row in rows}
@@ -240,10 +298,10 @@ def test_a_benchmark_that_was_stopped_continues_with_the_same_command_and_ends_i
     assert rows["tiny"]["config"]["batches"]["step_size"] == 2.0  # what a part of a config leaves out is the recipe's
     assert "hdf5_file" not in rows["tiny"]["config"]
 
-    run = tasks.run_experiment
+    run_experiment = tasks.run_experiment
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        yield next(run(*arguments, **options))
+        yield next(run_experiment(*arguments, **options))
         raise KeyboardInterrupt
 
     def trains(*_: Any, **__: Any) -> Any:
@@ -254,7 +312,7 @@ def test_a_benchmark_that_was_stopped_continues_with_the_same_command_and_ends_i
     monkeypatch.setattr(tasks, "run_experiment", interrupted)
     assert cli(*command(other)).code == 130
     assert not (other / "leaderboard.jsonl").exists()
-    monkeypatch.setattr(tasks, "run_experiment", run)
+    monkeypatch.setattr(tasks, "run_experiment", run_experiment)
     assert cli(*command(other)).code == 0
     directory = Path("experiments", "crossings", "tiny", "sub_5_seed_1")
     assert latest_digest(out / directory) == latest_digest(other / directory)

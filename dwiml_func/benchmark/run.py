@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.benchmark.leaderboard import write_leaderboard
+from dwiml_func.benchmark.mrtrix import MRTRIX, has_mrtrix
 from dwiml_func.benchmark.settings import DATA, BenchmarkSetting
 from dwiml_func.benchmark.tasks import CEILING, Task, check_done, data_path, do, is_done, score_experiment
 from dwiml_func.data.example.bundles import SUBJECTS
@@ -19,7 +20,7 @@ from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL
 
 __all__ = ["add_experiment", "check_name", "run_benchmark"]
 
-_TAKEN = (CEILING, ORACLE, PRINCIPAL_DIRECTION, KEEP_STRAIGHT)
+_TAKEN = (CEILING, *MRTRIX, ORACLE, PRINCIPAL_DIRECTION, KEEP_STRAIGHT)
 _NAME = re.compile(r"[\w][\w .+-]{0,79}", re.ASCII)
 
 
@@ -42,6 +43,7 @@ def run_benchmark(
     stages = (
         [Task(data=data, person=person) for data, person in cells],
         [Task(data=data, person=person, name=CEILING) for data, person in cells],
+        [Task(data=data, person=person, name=[*MRTRIX][-1]) for data, person in cells] if has_mrtrix() else [],
         [
             Task(data=data, person=person, name=name, seed=seed, config=config)
             for name, config in recipes.items()
@@ -94,4 +96,6 @@ def _describe(task: Task) -> str:
     where = f"{task.data}, {task.person} left out"
     if task.name is None:
         return f"data {where}"
+    if task.name in MRTRIX:
+        return f"{' and '.join(MRTRIX)}, {where}"
     return f"baselines of {where}" if task.seed is None else f"{task.name}, seed {task.seed}, {where}"

@@ -6,11 +6,13 @@ What is there is not made again, so a benchmark that was killed is continued by 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dwiml_func.benchmark.mrtrix import MRTRIX, mrtrix_trackers
 from dwiml_func.benchmark.settings import DATA, data_of
 from dwiml_func.core.rng import Key
 from dwiml_func.data.example.dataset import make_example_data
@@ -26,6 +28,7 @@ from dwiml_func.experiment.tracking.case import TrackingCase, tracking_case
 from dwiml_func.files.atomic import atomic_write, make_directory, remove_leftovers
 from dwiml_func.files.json import null_if_not_finite, read_record, with_checksum
 from dwiml_func.files.lock import experiment_lock
+from dwiml_func.tracking.protocols import Protocol, ProtocolLines
 
 __all__ = ["CEILING", "Task", "check_done", "data_path", "do", "is_done", "read_scores", "score_experiment"]
 
@@ -40,7 +43,7 @@ _KEY = Key(0)  # of the seeds of tracking: the same for all who track
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """A piece of work: the data in which a person is left out; or with a `seed` a training of `config` as `name`, and
-    how it tracks in that person; or, as `name` without a seed, how the baselines do."""
+    how it tracks in that person; or, as `name` without a seed, how the baselines or MRtrix do."""
 
     data: str
     person: str
@@ -84,6 +87,8 @@ def do(out: Path, tasks: Sequence[Task]) -> Iterator[tuple[Task, None]]:
     for task in tasks:
         if task.name is None:
             _make_data(out, task)
+        elif task.name in MRTRIX:
+            _score_mrtrix(out, task)
         elif task.config is None:
             _score_baselines(out, task)
         else:
@@ -156,6 +161,17 @@ def _score_baselines(out: Path, task: Task) -> None:
     )
 
 
+def _score_mrtrix(out: Path, task: Task) -> None:
+    """Each algorithm has its own file; that of the task is the last."""
+    case = _case(out, task.data, task.person, _BASELINE_CONFIG)
+    with tempfile.TemporaryDirectory() as folder:
+        trackers = mrtrix_trackers(case, Path(folder), nb_directions=DATA[task.data].nb_directions)
+        for name, tracker in trackers.items():
+            scores = _by_protocol(case.ask(tracker, key=_KEY))
+            path = _score_path(out, task.data, name, task.person)
+            _write(path, {**_who(task.data, task.person, name, None), "scores": scores})
+
+
 def _case(out: Path, data: str, person: str, config: RunConfig) -> TrackingCase:
     path = data_path(out, data, person)
     groups = config.data.input_group_name, config.data.streamline_group_name
@@ -174,7 +190,11 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
 
 
 def _scores(case: TrackingCase, tracker: Any, space: Any) -> dict[str, Any]:
-    return {protocol: lines.scores._asdict() for protocol, lines in case.track(tracker, space, key=_KEY).items()}
+    return _by_protocol(case.track(tracker, space, key=_KEY))
+
+
+def _by_protocol(tracked: Mapping[Protocol, ProtocolLines]) -> dict[str, Any]:
+    return {protocol: lines.scores._asdict() for protocol, lines in tracked.items()}
 
 
 def _who(data: str, person: str, name: str, seed: int | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -27,7 +27,17 @@ from dwiml_func.tracking.state import StepModel
 from dwiml_func.tracking.track import track
 from dwiml_func.tracking.window_lag import continue_lines
 
-__all__ = ["DRIFT_MM", "LAG_MM", "Protocol", "ProtocolLines", "ProtocolScores", "score_protocols", "track_protocols"]
+__all__ = [
+    "DRIFT_MM",
+    "LAG_MM",
+    "Protocol",
+    "ProtocolLines",
+    "ProtocolScores",
+    "Tracker",
+    "ask_tracker",
+    "score_protocols",
+    "track_protocols",
+]
 
 Protocol = Literal["continue", "free", "core"]
 """What a model is given; see the module."""
@@ -92,6 +102,17 @@ class ProtocolLines(NamedTuple):
         return ProtocolScores(self.num_started, num, valid, both_ends, lag)
 
 
+class Tracker(NamedTuple):
+    """Who tracks, in voxel space, corner origin.
+
+    ahead: what is added to each given line within so many mm, from its last point on.
+    from_seeds: the streamlines both ways from seeds (S, 3), in the order of these, without those that are too short.
+    """
+
+    ahead: Callable[[Streamlines, float], Streamlines]
+    from_seeds: Callable[[Tensor], Streamlines]
+
+
 def score_protocols(
     model: StepModel,
     real: Streamlines,
@@ -150,32 +171,60 @@ def track_protocols(
         >>> track_protocols(model, real, bundles, references, **where)["core"].num_started  # doctest: +SKIP
         500
     """
+    both_ways = replace(spec, track_forward_only=False)
+
+    def ahead(given: Streamlines, distance: float) -> Streamlines:
+        if (max_len := getattr(model, "max_len", None)) is not None:  # a transformer reads the given points too
+            distance = min(distance, max(max_len - int(given.lengths.max()), 1) * spec.step_size)
+        return continue_lines(given, model=model, space=space, spec=spec, distance=distance)
+
+    def from_seeds(seeds: Tensor) -> Streamlines:
+        parts = [part.streamlines for part in track(seeds, model=model, space=space, spec=both_ways, key=key)]
+        return Streamlines(
+            torch.cat([part.points for part in parts]), offsets_of(torch.cat([part.lengths for part in parts]))
+        )
+
+    return ask_tracker(
+        Tracker(ahead, from_seeds),
+        real,
+        bundles,
+        references,
+        space=space,
+        max_length=spec.max_length,
+        seeding_mask=seeding_mask,
+        key=key,
+    )
+
+
+def ask_tracker(
+    tracker: Tracker,
+    real: Streamlines,
+    bundles: Bundles,
+    references: Sequence[ReferenceBundle],
+    *,
+    space: TrackingSpace,
+    max_length: float,
+    seeding_mask: Tensor | None,
+    key: Key,
+) -> dict[Protocol, ProtocolLines]:
+    """`track_protocols` for whoever tracks, a program of others too; lines continue for `max_length` mm at most."""
     sizes = torch.tensor(space.voxel_sizes)
     names = [reference.name for reference in references]
     expected = np.array([names.index(bundles.names[number]) for number in bundles.ids])
     given, ahead = _split(real, sizes, GIVEN_MM)
-    ahead_mm = spec.max_length
-    if (max_len := getattr(model, "max_len", None)) is not None:  # a transformer reads the given points too
-        ahead_mm = min(ahead_mm, max(max_len - int(given.lengths.max()), 1) * spec.step_size)
-    added = continue_lines(given, model=model, space=space, spec=spec, distance=ahead_mm)
+    added = tracker.ahead(given, max_length)
     lag = lags(_in_mm(added, sizes), _in_mm(ahead, sizes), DRIFT_MM)
     with np.errstate(invalid="ignore"):
         drift = np.nansum(lag, axis=0) / np.isfinite(lag).sum(axis=0)
     whole = _in_mm(_joined(given, added), sizes)
     found = score_lines(whole, references, expected=expected)
     tracked: dict[Protocol, ProtocolLines] = {"continue": ProtocolLines(len(real), whole, found, tuple(drift.tolist()))}
-    both_ways = replace(spec, track_forward_only=False)
     seeds: dict[Protocol, Tensor] = {}
     if seeding_mask is not None:
         seeds["free"] = seeds_in_mask(seeding_mask, nt=NUM_FREE, key=key)
     seeds["core"] = _seeds_near(real.points, space, key)
     for protocol, where in seeds.items():
-        parts = list(track(where, model=model, space=space, spec=both_ways, key=key))
-        lines = Streamlines(
-            torch.cat([part.streamlines.points for part in parts]),
-            offsets_of(torch.cat([part.streamlines.lengths for part in parts])),
-        )
-        lines = _in_mm(lines, sizes)
+        lines = _in_mm(tracker.from_seeds(where), sizes)
         tracked[protocol] = ProtocolLines(len(where), lines, score_lines(lines, references), None)
     return tracked
 

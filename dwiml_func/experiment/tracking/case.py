@@ -21,7 +21,7 @@ from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
 from dwiml_func.tracking.nearest_direction import NearestDirection, position_space
-from dwiml_func.tracking.protocols import Protocol, ProtocolLines, track_protocols
+from dwiml_func.tracking.protocols import Protocol, ProtocolLines, Tracker, ask_tracker, track_protocols
 from dwiml_func.tracking.scores import ReferenceBundle, TractogramScores, ceiling_scores, reference_bundles
 from dwiml_func.tracking.space import TrackingMask, TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
@@ -75,6 +75,19 @@ class TrackingCase(NamedTuple):
             self.references,
             space=space,
             spec=self.spec,
+            seeding_mask=self.mask,
+            key=key,
+        )
+
+    def ask(self, tracker: Tracker, *, key: Key) -> dict[Protocol, ProtocolLines]:
+        """Let a program of others track by the three protocols."""
+        return ask_tracker(
+            tracker,
+            self.real,
+            self.bundles,
+            self.references,
+            space=self.space,
+            max_length=self.spec.max_length,
             seeding_mask=self.mask,
             key=key,
         )
