@@ -234,6 +234,7 @@ def command(out: Path) -> tuple[Any, ...]:
     return ("benchmark", out, "--people", "sub_5", "--seeds", 1, "--model", out.parent / "tiny.json", "-j", 1)
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not has_mrtrix(), reason="MRtrix is not installed")
 def test_mrtrix_follows_the_fibres_from_the_places_given(
     case: TrackingCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
