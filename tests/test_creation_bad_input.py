@@ -122,6 +122,8 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
         ({"type": "volume"}, "group 'x': files: expected, but missing"),
         ({"type": "volume", "files": []}, "group 'x': files: expected at least one file"),
         ({"type": "volume", "files": "a", "colour": 1}, "group 'x': unknown key 'colour'. Known: type, files"),
+        ({"type": "volume", "files": ["a", "../s1/a"]}, "group 'x': .*'../s1/a': expected a path below"),
+        ({"type": "streamlines", "files": "/data/a.trk"}, "group 'x': .*'/data/a.trk': expected a path below"),
         ({"type": "volume", "files": 3}, "group 'x': files: .*received 3"),
         ({"type": "volume", "files": [3]}, "group 'x': files.0: .*received 3"),
         ({"type": "volume", "files": "a", "standardization": "some"}, "group 'x': standardization: .*received 'some'"),

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, TypeAdapter, ValidationError
@@ -148,6 +148,9 @@ def check_groups_config(content: object, *, source: str = "config") -> GroupsCon
 def _check_files(files: tuple[str, ...]) -> None:
     if not files or not all(files):
         raise ValueError("files: expected at least one file, received none")
+    for name in files:
+        if ".." in PurePath(name).parts or PurePath(name).is_absolute():  # all subjects would get the same data
+            raise ValueError(f"files: {name!r}: expected a path below each subject's folder")
 
 
 def _describe(problem: Mapping[str, Any]) -> str:
