@@ -101,7 +101,9 @@ def run(options: Options) -> int:
     labels = None if options.labels is None else load_labels(SingleFile("", "", Path(options.labels)), None)
     where = options.labels or options.reference
     expected = None if where is None else load_grid(SingleFile("", "", Path(where)))
-    lines = load_streamlines([path], expected=expected, remove_invalid=options.remove_invalid, note=print_progress)
+    lines = load_streamlines(
+        [path], expected=expected, remove_invalid=options.remove_invalid, allow_empty=True, note=print_progress
+    )
     assert lines.grid is not None
     streamlines = Streamlines(torch.from_numpy(lines.points), torch.from_numpy(lines.offsets))
     if labels is None:

@@ -87,7 +87,7 @@ def run(options: Options) -> int:
         raise FileNotFoundError(f"The tractogram does not exist: {options.tractogram}")
     source = Source(options.subject, options.streamline_group, Path(options.tractogram))
     tracked = load_streamlines(
-        [source], expected=real.grid, remove_invalid=options.remove_invalid, note=lambda line: print_progress(line)
+        [source], expected=real.grid, remove_invalid=options.remove_invalid, allow_empty=True, note=print_progress
     )
     sizes = torch.tensor(real.voxel_sizes)
     lines = Streamlines(torch.from_numpy(tracked.points).float() * sizes, torch.from_numpy(tracked.offsets))

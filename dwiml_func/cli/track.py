@@ -241,7 +241,7 @@ def _seeds(options: Options, found: TrackingInput) -> tuple[Tensor, int]:
         npv = 1 if options.npv is None and options.nt is None else options.npv
         seeds = seeds_in_mask(mask, npv=npv, nt=options.nt, key=Key(options.rng_seed))[options.skip :]
     if len(seeds) == 0:
-        raise ValueError(f"skip: {options.skip} of as many seeds or fewer leaves none. Ask for more seeds.")
+        raise ValueError(f"Expected a seed or more. Received: none, after --skip {options.skip}. Ask for more seeds.")
     return seeds, options.skip
 
 
