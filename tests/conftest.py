@@ -7,9 +7,8 @@ import gc
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,34 +35,6 @@ def pytest_collection_finish() -> None:
     """Look for garbage rarely, and never in the modules of all tests: it would take a tenth of the time."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 100)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _blank_figures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Runs end with blank pictures, as matplotlib needs a third of a tiny run's time to turn its figure into pixels.
-
-    It does so in tests of figures, for commands such as `plot`, and in all processes that tests start.
-    """
-    if request.path.stem in ("test_autoencoder", "test_plots", "test_tracking_figures"):
-        yield
-        return
-    from dwiml_func.experiment import finish
-    from dwiml_func.experiment.figures import plots, tracking
-    from dwiml_func.files.atomic import atomic_write
-
-    def with_blanks(save: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any, **options: Any) -> None:
-            with pytest.MonkeyPatch.context() as patch:
-                for module in (plots, tracking):
-                    patch.setattr(module, "save_figure", lambda figure, path: atomic_write(Path(path), "blank"))
-                save(*args, **options)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("save_run_figure", "save_tracking_figures"):
-            patch.setattr(finish, name, with_blanks(getattr(finish, name)))
-        yield
 
 
 @dataclasses.dataclass(frozen=True)
