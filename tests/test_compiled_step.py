@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -140,6 +141,41 @@ def test_without_dynamic_shapes_each_shape_has_its_graph_up_to_a_limit(caplog):
     assert len([record for record in caplog.records if record.name == "dwiml_func.compiled.graph"]) == 1
     expected, _ = run(eager, start, 9, sizes=(8, 4, 8, 2))
     torch.testing.assert_close(actual.params, expected.params)
+
+
+@dataclass(frozen=True)
+class Annealed:
+    pair: tuple[Tensor, Tensor]
+    strength: float
+    cycle: int
+    is_last: bool = False
+
+
+def annealed_error(model, batch):
+    inputs, targets = batch.pair
+    penalty = sum(parameter.square().sum() for parameter in model.parameters())
+    error = (model(inputs) - targets).square().mean()
+    return error + batch.strength * penalty / (batch.cycle + 1) + 0.1 * batch.is_last, len(inputs)
+
+
+def repeated_error(model, batch):
+    inputs, targets = batch.pair
+    for _ in range(batch.cycle):
+        inputs = torch.tanh(inputs)
+    return batch.strength * (model(inputs) - targets).square().mean(), len(inputs)
+
+
+@pytest.mark.parametrize(("loss", "num_graphs"), [(annealed_error, 2), (repeated_error, 6)])
+def test_numbers_of_a_batch_that_change_get_one_graph_unless_the_code_needs_them_themselves(loss, num_graphs, caplog):
+    state, compiled, eager = make_steps(compute_batch_loss=loss, optimizer=sgd(), backend="eager", donate=False)
+    for number in range(6):
+        batch = Annealed(some_batch(number), 0.3 / (number + 1), number % 5)
+        expected, _ = eager(state, batch, lr=0.1)
+        state, _ = compiled(state, batch, lr=0.1)
+        for name, param in expected.params.items():
+            torch.testing.assert_close(state.params[name], param, rtol=1e-6, atol=1e-7)
+    assert (compiled.num_compilations, compiled.eager_reason) == (num_graphs, None)
+    assert [record for record in caplog.records if record.name.startswith("dwiml_func")] == []
 
 
 def test_a_batch_of_another_first_size_finds_its_dynamic_graph_at_once_and_leaves_nothing_behind(monkeypatch):

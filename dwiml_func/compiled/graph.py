@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ class CompiledFunction:
 
     The function's arguments are called `batch`, `params`, `buffers`, `opt_state` or `numbers`. With `dynamic` the first
     size of each tensor in a batch may vary within one graph. A batch that needs more than `max_compilations` graphs
-    turns compilation off.
+    turns compilation off. Numbers in a batch are constants of a graph until one changes: from then on they are tensors
+    to the function, unless it cannot take them so, as where it loops so many times.
 
     Attributes:
         num_compilations: graphs compiled so far.
@@ -55,6 +57,8 @@ class CompiledFunction:
         self._graph: Callable[..., Any] | None = None
         self._is_compiling = False
         self._shapes_seen: set[Any] = set()
+        self._numbers: tuple[float, ...] | None = None  # of the first batch
+        self._numbers_are: Literal["constant", "tensors", "unchanged"] = "unchanged"
 
     def __call__(self, batch: Any, **others: Any) -> Any:
         """Run the graph, after compiling it for a batch that fits no graph yet.
@@ -74,6 +78,14 @@ class CompiledFunction:
     def _run(self, batch: Any, **others: Any) -> Any:
         if self.eager_reason is not None:
             return None
+        given = batch
+        if self._numbers_are != "constant" and (numbers := tuple(_numbers(batch))):
+            if self._numbers is None:
+                self._numbers = numbers
+            elif numbers != self._numbers:
+                self._numbers_are = "tensors"
+            if self._numbers_are == "tensors":
+                batch = _with_tensors(batch)
         first = 1 if self._dynamic else 0  # of the sizes that distinguish batches
         shapes = tuple(tensor.shape[first:] for tensor in _tensors(batch))
         if self._graph is not None and shapes in self._shapes_seen:
@@ -83,7 +95,11 @@ class CompiledFunction:
                 if not private.is_about_tracing(error):
                     raise
                 # No graph fits these tensors: their shapes are known, but not their dtypes or strides.
-        results = self._compile_and_run(batch, others)
+        try:
+            results = self._compile_and_run(batch, others)
+        except _NumbersNeeded:
+            self._numbers_are = "constant"
+            return self._run(given, **others)
         if results is not None:
             self._shapes_seen.add(shapes)
         return results
@@ -104,6 +120,8 @@ class CompiledFunction:
                 self._is_compiling = True
                 return self._graph(batch=batch, **others)
         except Exception as error:
+            if self._numbers_are == "tensors" and private.is_about_tracing(error):
+                raise _NumbersNeeded from None
             return self._run_eagerly(_shortened(error))
         finally:
             self._is_compiling = False
@@ -140,15 +158,46 @@ def as_float64(value: float | Tensor, like: Tensor) -> Tensor:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
+    else:
+        for part in _parts(value):
             yield from _tensors(part)
-    elif isinstance(value, tuple | list):
-        for part in value:
-            yield from _tensors(part)
-    elif is_dataclass(value):
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, tuple | list):
+        return value
+    return [getattr(value, field.name) for field in fields(value)] if is_dataclass(value) else ()
+
+
+class _NumbersNeeded(Exception):
+    """A function cannot be traced with tensors for the numbers of its batch."""
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+    else:
+        for part in _parts(value):
+            yield from _numbers(part)
+
+
+def _with_tensors(value: Any) -> Any:
+    """A batch whose numbers are () tensors on the CPU, int64 and float64."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+    if isinstance(value, Mapping):
+        return {name: _with_tensors(part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        parts = [_with_tensors(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if is_dataclass(value) and not isinstance(value, type):
+        copied = copy.copy(value)
         for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+            object.__setattr__(copied, field.name, _with_tensors(getattr(value, field.name)))  # it may be frozen
+        return copied
+    return value
 
 
 class _NoKey:

@@ -59,7 +59,8 @@ def jit_step(
 
     Args:
         loss_fn, optimizer, clip_grad, donate, non_finite: as for `train_step`, with the random numbers of an eager
-            step. The loss is traced, so it may neither read values of tensors nor use its key.
+            step. The loss is traced, so it may neither read values of tensors nor use its key. A batch's numbers that
+            change from batch to batch are () tensors to it, so that they do not compile anew.
         dynamic: whether the first size of each tensor in a batch may vary from batch to batch within one graph. False
             compiles a graph for each combination of shapes.
         max_compilations: largest number of graphs; a batch that needs one more turns compilation off.
