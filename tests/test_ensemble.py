@@ -188,6 +188,21 @@ def test_best_epochs_and_patience_are_each_members_own():
         assert_same_reports(reports, number, own)
 
 
+def test_a_generator_of_batches_that_begins_anew_is_refused_in_an_ensemble_too():
+    step = partial(ensemble_step, loss_fn=LOSS, optimizer=adam())
+    ensemble = stack_states(starts())
+    for batch in list(batches(Key(0), 0, 0))[:2]:
+        ensemble, _ = step(ensemble, batch, lr=0.03)
+
+    def begins_anew(key: Key, epoch: int, start_batch: int) -> Iterable[Any]:
+        yield from batches(key, epoch, 0)
+
+    with pytest.raises(ValueError, match="Received: them from the first on"):
+        next(
+            iter(train_and_validate_ensemble(ensemble, train=begins_anew, step=step, learning_rate=0.03, max_epochs=1))
+        )
+
+
 def test_an_epoch_of_members_is_that_of_separate_runs_with_every_option_of_the_loop():
     def always_random(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int, dict[str, Any]]:
         out = nn.functional.dropout(model(batch[0]), 0.2, True)  # in evaluation too

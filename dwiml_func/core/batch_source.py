@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_structure
 
 from dwiml_func.core.rng import Key
-from dwiml_func.core.state import TrainState
 
 __all__ = ["Batches", "checked_batches"]
 
@@ -19,38 +18,39 @@ Batches = Callable[[Key, int, int], Iterable[Any]]
 """`batches(key, epoch, start_batch)`: the batches of an epoch from `start_batch` on, a pure function of the three."""
 
 
-def checked_batches(train: Batches, state: TrainState) -> Iterable[Any]:
-    """The remaining batches of the current epoch; ValueError where the source plainly ignores where it should start."""
-    batches = train(state.key, state.epoch, state.batch)
+def checked_batches(source: Batches, key: Key, epoch: int, start_batch: int) -> Iterable[Any]:
+    """The remaining batches of an epoch; ValueError where the source plainly ignores where it should start."""
+    batches = source(key, epoch, start_batch)
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise TypeError(f"Expected a source train that returns batches. Received: {type(batches).__name__}")
-    if state.batch > 0 and (num_left := _length(batches)) is not None:
-        num_all = _length(train(state.key, state.epoch, 0))
-        if num_all is not None and state.batch > num_all:
+    if start_batch == 0:
+        return batches
+    if (num_left := _length(batches)) is not None:
+        num_all = _length(source(key, epoch, 0))
+        if num_all is not None and start_batch > num_all:
             raise ValueError(
-                f"Expected a state within the {num_all} batches of epoch {state.epoch + 1}. Received: one after "
-                f"{state.batch}. Give the source the batch size that the run was started with."
+                f"Expected a state within the {num_all} batches of epoch {epoch + 1}. Received: one after "
+                f"{start_batch}. Give the source the batch size that the run was started with."
             )
-        if num_all is not None and num_left != num_all - state.batch:
+        if num_all is not None and num_left != num_all - start_batch:
             raise ValueError(
-                f"Expected the last {num_all - state.batch} of the {num_all} batches of epoch {state.epoch + 1}, since "
-                f"{state.batch} are done. Received: {num_left} batches. The source must begin at `start_batch`."
+                f"Expected the last {num_all - start_batch} of the {num_all} batches of epoch {epoch + 1}, since "
+                f"{start_batch} are done. Received: {num_left} batches. The source must begin at `start_batch`."
             )
-    if state.batch > 0 and isinstance(batches, Generator):
-        return _checked_start(train, state, batches)
+    if isinstance(batches, Generator):
+        return _checked_start(batches, source(key, epoch, 0), epoch, start_batch)
     return batches
 
 
-def _checked_start(train: Batches, state: TrainState, batches: Generator[Any]) -> Iterable[Any]:
+def _checked_start(batches: Generator[Any], again: Iterable[Any], epoch: int, start_batch: int) -> Iterable[Any]:
     """The batches of a generator, which has no length, compared with those from the epoch's start on."""
-    again = train(state.key, state.epoch, 0)
     if again is batches or not isinstance(again, Generator):
         return batches
     first = list(islice(batches, 1))
     start = next(again, None)
-    if first and _is_same(first[0], start) and not _is_same(start, next(islice(again, state.batch - 1, None), None)):
+    if first and _is_same(first[0], start) and not _is_same(start, next(islice(again, start_batch - 1, None), None)):
         raise ValueError(
-            f"Expected the batches of epoch {state.epoch + 1} from batch {state.batch + 1} on. Received: them from the "
+            f"Expected the batches of epoch {epoch + 1} from batch {start_batch + 1} on. Received: them from the "
             f"first on. The source must begin at `start_batch`."
         )
     return chain(first, batches)

@@ -206,7 +206,8 @@ def epoch_events(
         plateau = next_plateau(learning_rate, state.plateau, means, monitor=monitor, mode=mode)
         return state.replace(best=report.best, plateau=plateau)
 
-    for batch in track(checked_batches(train, state), "training", epoch=epoch, start_batch=state.batch):
+    left = checked_batches(train, state.key, state.epoch, state.batch)
+    for batch in track(left, "training", epoch=epoch, start_batch=state.batch):
         if valid is not None and _is_due(every, state):  # only now: at the last batch it is that of the epoch's end
             before = clock()
             report = validated(state, epoch_sums(state), state.validations)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dwiml_func.core.batch_source import Batches
+from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import check_has_batch
 from dwiml_func.core.interval import validation_interval
@@ -203,7 +203,7 @@ def _train(
     step: Callable[[EnsembleState, Any], tuple[EnsembleState, Metrics]],
     on_batch: OnBatch,
 ) -> EnsembleState:
-    for batch in train(ensemble.keys[0], ensemble.epoch, ensemble.batch):
+    for batch in checked_batches(train, ensemble.keys[0], ensemble.epoch, ensemble.batch):
         ensemble, metrics = step(ensemble, batch)
         on_batch(ensemble, metrics)
     check_has_batch(ensemble)
