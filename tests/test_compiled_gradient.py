@@ -45,7 +45,7 @@ def test_a_loss_that_cannot_be_traced_is_evaluated_eagerly(caplog: pytest.LogCap
         expected, expected_grads = value_and_grad(loss_fn, params, {}, x, key=Key(0))
         assert torch.equal(out.loss, expected.loss)
         assert torch.equal(grads["weight"], expected_grads["weight"])
-    assert len([record for record in caplog.records if record.name == "dwiml_func.compiled.graph"]) == 1
+    assert len([record for record in caplog.records if record.name == "dwiml_func.compiled.function"]) == 1
 
 
 def test_a_gradient_that_is_differentiated_again_keeps_the_graph_around_it() -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
 from dwiml_func.compiled._torch_private import missing
-from dwiml_func.compiled.graph import CompiledFunction
+from dwiml_func.compiled.function import CompiledFunction
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut
 from dwiml_func.core.non_finite import NonFiniteError
@@ -138,7 +138,7 @@ def test_without_dynamic_shapes_each_shape_has_its_graph_up_to_a_limit(caplog):
         actual, _ = run(compiled, start, 9, sizes=(8, 4, 8, 2))
     assert compiled.num_compilations == 2
     assert compiled.eager_reason is not None
-    assert len([record for record in caplog.records if record.name == "dwiml_func.compiled.graph"]) == 1
+    assert len([record for record in caplog.records if record.name == "dwiml_func.compiled.function"]) == 1
     expected, _ = run(eager, start, 9, sizes=(8, 4, 8, 2))
     torch.testing.assert_close(actual.params, expected.params)
 
@@ -230,7 +230,7 @@ def test_a_model_that_cannot_be_compiled_whole_says_where_it_breaks_and_runs_eag
     start, compiled, eager = make_steps(compute_batch_loss=reads_a_value)
     with caplog.at_level(logging.WARNING):
         actual, _ = run(compiled, start, 4)
-    [record] = (record for record in caplog.records if record.name == "dwiml_func.compiled.graph")
+    [record] = (record for record in caplog.records if record.name == "dwiml_func.compiled.function")
     assert "without compilation" in record.message
     assert "test_compiled_step.py" in record.message
     assert "\n" not in record.message

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from dwiml_func._transforms import is_transformed
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.compiled import replay
+from dwiml_func.compiled import cuda_graphs
 from dwiml_func.core.loss import module_loss
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NonFiniteError
@@ -369,7 +369,7 @@ def test_a_compiled_run_replays_graphs_with_the_bits_of_its_steps_without(
 def test_a_captured_step_has_the_losses_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
         monkeypatch.setattr(TrainingConfig, "captures", property(lambda config: config.compile))
-        monkeypatch.setattr(replay.OnCuda, "__call__", lambda self, step: step)
+        monkeypatch.setattr(cuda_graphs.OnCuda, "__call__", lambda self, step: step)
     for name in ("lstm", "gru"):
         ours = first_losses(prepare(config_of(MODELS[name], compile=True)), num=5)
         expected = first_losses(prepare(config_of(MODELS[name], on_device=False)), num=5)
@@ -381,7 +381,7 @@ def test_a_compiled_run_that_is_resumed_ends_in_the_digest_of_one_that_is_not(
 ) -> None:
     if not ON_GPU:
         monkeypatch.setattr(TrainingConfig, "captures", property(lambda config: config.compile))
-        monkeypatch.setattr(replay.OnCuda, "__call__", lambda self, step: step)
+        monkeypatch.setattr(cuda_graphs.OnCuda, "__call__", lambda self, step: step)
     train(cli, tmp_path, "whole", "--compile")
     train(cli, tmp_path, "run", "--compile", "--max-epochs", "1")
     outcome = cli("resume", tmp_path, "run", "--new-max-epochs", "3")

@@ -33,7 +33,7 @@ def test_a_torch_without_the_private_switches_runs_eager_steps_and_says_why(monk
     start, compiled, eager = make_steps(dynamic=True, backend="inductor")
     with caplog.at_level(logging.WARNING):
         actual, _ = run(compiled, start, 3)
-    [record] = (record for record in caplog.records if record.name == "dwiml_func.compiled.graph")
+    [record] = (record for record in caplog.records if record.name == "dwiml_func.compiled.function")
     assert f"jit_step needs torch 2.13, {torch.__version__} lacks" in record.message
     assert all(name in record.message for name in lacks)
     assert compiled.num_compilations == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dwiml_func.compiled.graph import NO_KEY, CompiledFunction, as_float64
+from dwiml_func.compiled.function import NO_KEY, CompiledFunction, as_float64
 from dwiml_func.core.gradients import AutodiffBackend, is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dwiml_func.compiled.cuda_graphs import Replays
 from dwiml_func.compiled.direct import DirectCall, DirectCalls, Leaves, leaves_of
 from dwiml_func.compiled.fold import END, fold_alike
-from dwiml_func.compiled.graph import CompiledFunction
-from dwiml_func.compiled.replay import Replays
+from dwiml_func.compiled.function import CompiledFunction
 from dwiml_func.compiled.step_graph import make_graph, merged
 from dwiml_func.compiled.sums import VectorSums, add_vectors, vector_of
 from dwiml_func.core.gradients import is_differentiated

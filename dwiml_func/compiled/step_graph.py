@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func._trees import choose
-from dwiml_func.compiled.graph import NO_KEY, as_float64
+from dwiml_func.compiled.function import NO_KEY, as_float64
 from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.in_place import can_update_in_place, update_in_place
 from dwiml_func.core.loss import LossFn

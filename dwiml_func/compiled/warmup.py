@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dwiml_func.compiled.graph import CompiledFunction
+from dwiml_func.compiled.function import CompiledFunction
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.state import TrainState
 from dwiml_func.types import Metrics

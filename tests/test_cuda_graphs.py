@@ -104,7 +104,7 @@ def test_what_cannot_be_captured_says_why_once_and_runs(caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             state = take_steps(step, copy.deepcopy(start), [some_batch(1)] * 5)
-        messages = [record.message for record in caplog.records if record.name == "dwiml_func.compiled.replay"]
+        messages = [record.message for record in caplog.records if record.name == "dwiml_func.compiled.cuda_graphs"]
         assert messages == [f"Training steps run without CUDA graphs from now on: {message}"]
         expected = take_steps(partial(train_step, **fixed), copy.deepcopy(start), [some_batch(1)] * 5)
         torch.testing.assert_close(state.params, expected.params)
