@@ -207,5 +207,7 @@ def test_each_member_of_an_ensemble_has_its_own(monitor: str, reduced: Any) -> N
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         reduce_on_plateau(0.1, **options)
+    with pytest.raises(ValueError, match="follows a plateau already"):
+        reduce_on_plateau(reduce_on_plateau(0.1))
     with pytest.raises(ValueError, match="positive and finite"):
         reduce_on_plateau(-0.1)

@@ -83,6 +83,10 @@ def reduce_on_plateau(
             return Plateau(plateau.num_reductions + 1, best, 0, cooldown)
         return Plateau(plateau.num_reductions, best, num_bad, cools)
 
+    if isinstance(schedule, OnPlateau):
+        raise ValueError(
+            "Expected a rate, or a schedule by epoch or by step. Received: one that follows a plateau already"
+        )
     if not (callable(schedule) or isinstance(schedule, PerStep)):
         schedule = constant(float(schedule))
     return OnPlateau(schedule, reduce, update)
