@@ -9,7 +9,19 @@ import torch
 from test_compiled_step import make_steps as make_steps_with
 from test_compiled_step import same_states, some_batch, squared_error
 
-from dwiml_func import adam, epoch_fn, fold_in, init_state, jit_step, module_loss, radam, torch_rng, train_step
+from dwiml_func import (
+    adam,
+    ema,
+    epoch_fn,
+    fold_in,
+    init_state,
+    jit_step,
+    module_loss,
+    radam,
+    sgd,
+    torch_rng,
+    train_step,
+)
 from dwiml_func.compiled._torch_private import missing
 from dwiml_func.compiled.sums import VectorSums, add_vectors
 from dwiml_func.core.metrics import Sum, add_metrics
@@ -44,7 +56,7 @@ def captured_step(max_graphs, capture, **options):
 
 
 @pytest.mark.parametrize("non_finite", ["raise", "defer"])
-@pytest.mark.parametrize("optimizer", [radam(), chain(clip_by_value(0.5), adam())])
+@pytest.mark.parametrize("optimizer", [radam(), chain(clip_by_value(0.5), adam()), ema(sgd(), 0.9)])
 def test_a_replayed_step_follows_schedule_dropout_and_buffers_to_the_bit(non_finite, optimizer):
     fixed = {"loss_fn": module_loss(make_model(), squared_error), "optimizer": optimizer, "non_finite": non_finite}
     batches = [some_batch(number, size) for number, size in enumerate([8, 8, 8, 8, 4, 8, 4, 4, 8, 4, 2])]
@@ -140,7 +152,7 @@ def test_sums_of_the_same_names_are_added_as_one_vector_also_to_those_that_were_
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
-@pytest.mark.parametrize("optimizer", [radam(), chain(clip_by_value(0.5), adam())])
+@pytest.mark.parametrize("optimizer", [radam(), chain(clip_by_value(0.5), adam()), ema(sgd(), 0.9)])
 def test_on_a_gpu_replays_have_the_bits_of_steps_without_a_graph_and_never_wait(optimizer):
     def device(batch):
         return tuple(tensor.cuda() for tensor in batch)
