@@ -3,10 +3,14 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import random
+import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -106,6 +110,21 @@ def test_workers_change_neither_a_byte_nor_a_global_random_state(dataset):
     assert global_random_states() == states
     assert len(helped) == 4
     assert helped == alone[1:]
+
+
+def test_workers_end_when_the_process_that_iterates_is_killed():
+    script = """if __name__ == "__main__":
+        from dwiml_func.data.workers import WorkerLoader
+        batches = iter(WorkerLoader(range(100), num_workers=1, preload="math"))
+        print(next(batches).item(), flush=True)
+        input()
+    """
+    with subprocess.Popen([sys.executable, "-c", script], stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "0\n"
+        process.kill()
+        rest, _ = process.communicate(timeout=60)  # the pipe has an end once no worker and no server holds it
+        assert (rest, process.returncode) == ("", -signal.SIGKILL)
 
 
 def test_starting_later_gives_the_rest_of_the_epoch(dataset):

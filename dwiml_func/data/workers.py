@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.context
+import os
 import signal
+import threading
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
@@ -21,7 +23,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class WorkerLoader(DataLoader[T_co]):
     """A DataLoader whose workers ignore Ctrl-C and SIGTERM: the process that iterates decides when they end.
 
-    The server that forks them ignores the signals too, from its start on. `preload` is a module that it imports first.
+    If it is killed, they end too. The server that forks them ignores the signals as well, from its start on. `preload`
+    is a module that it imports first.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class WorkerLoader(DataLoader[T_co]):
             multiprocessing_context=process_context(preload) if num_workers > 0 else None,
             # iter() takes a seed for the workers from torch's global generator unless it is given one.
             generator=torch.Generator(),
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_begin,
             **options,
         )
 
@@ -48,10 +51,19 @@ class WorkerLoader(DataLoader[T_co]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)  # signals that arrived meanwhile are handled now
 
 
-def _ignore_signals(_: int) -> None:
-    """For workers of a server that other code has started."""
+def _begin(_: int) -> None:
+    """What a worker does first. Its server, if other code has started that, has left it the signals."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """torch's workers watch their server instead, which lives as long as they do."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def process_context(preload: str) -> multiprocessing.context.BaseContext:
