@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from creation_cases import make_folder
 from experiment_cases import latest_digest
 from preloaded import finished, run_command, run_program, start_command
 
@@ -132,6 +133,7 @@ def test_the_commands_that_reproduce_and_verify_run_as_they_stand(tmp_path: Path
 def test_the_commands_that_go_on_and_that_start_several_processes_run_as_they_stand(tmp_path: Path) -> None:
     (go_on,) = (block for block in _blocks("", "The first run") if block.startswith("dwiml-func resume"))
     (several,) = _blocks("", "Train with several processes")
+    assert " ".join(several.split()) in " ".join((ROOT / "README.md").read_text().split())  # it has the same
     experiments = tmp_path / "experiments"
     experiments.mkdir()
     shutil.copy(PHANTOM, experiments / "example_data.hdf5")
@@ -140,6 +142,19 @@ def test_the_commands_that_go_on_and_that_start_several_processes_run_as_they_st
     assert "Finished after 2 epochs" in run_command(*arguments, folder=tmp_path)
     launcher = [sys.executable, "-m", "torch.distributed.run", *shlex.split(several)[1:], "--max-epochs", "1", *SHORT]
     assert "Finished after 1 epoch" in _run(*launcher, folder=tmp_path)
+
+
+def test_the_commands_for_data_of_ones_own_run_as_they_stand(tmp_path: Path) -> None:
+    (commands,) = _blocks("", "Your data")
+    make_folder(tmp_path)
+    for name in ("training", "validation"):
+        (tmp_path / f"{name[:5]}.txt").rename(tmp_path / f"{name}.txt")
+    (tmp_path / "experiments").mkdir()
+    for line in commands.splitlines():
+        more = ("--max-epochs", "1", "--rnn-layer-sizes", "4", *SHORT) if " train " in line else ()
+        printed = run_command(*shlex.split(line)[1:], *more, folder=tmp_path)
+    assert "Finished after 1 epoch" in printed
+    assert (tmp_path / "data.png").stat().st_size > 10_000
 
 
 def test_the_example_of_a_creation_config_can_be_read(tmp_path: Path) -> None:
