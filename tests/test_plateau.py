@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -208,6 +208,6 @@ def test_numbers_out_of_range_are_refused(options: dict[str, Any], named: str) -
     with pytest.raises(ValueError, match=named):
         reduce_on_plateau(0.1, **options)
     with pytest.raises(ValueError, match="follows a plateau already"):
-        reduce_on_plateau(reduce_on_plateau(0.1))
+        reduce_on_plateau(cast("Any", reduce_on_plateau(0.1)))
     with pytest.raises(ValueError, match="positive and finite"):
         reduce_on_plateau(-0.1)

@@ -150,6 +150,7 @@ def test_the_commands_for_data_of_ones_own_run_as_they_stand(tmp_path: Path) -> 
     for name in ("training", "validation"):
         (tmp_path / f"{name[:5]}.txt").rename(tmp_path / f"{name}.txt")
     (tmp_path / "experiments").mkdir()
+    printed = ""
     for line in commands.splitlines():
         more = ("--max-epochs", "1", "--rnn-layer-sizes", "4", *SHORT) if " train " in line else ()
         printed = run_command(*shlex.split(line)[1:], *more, folder=tmp_path)
