@@ -2,8 +2,8 @@
 
 Its fibre orientations come from constrained spherical deconvolution (Tournier et al., NeuroImage 2007) of the signal
 that a model reads, with a response estimated from it (Tournier et al., NMR in Biomedicine 2013). It tracks by iFOD2
-(probabilistic; Tournier et al., ISMRM 2010) and by SD_STREAM (deterministic; Tournier et al., Int J Imaging Syst Techn
-2012). All options are MRtrix's defaults, but for the lengths and the mask of the benchmark.
+(probabilistic; Tournier et al., ISMRM 2010) and by SD_STREAM (deterministic; Tournier et al., International Journal of
+Imaging Systems and Technology 2012). All options are MRtrix's defaults, but for the benchmark's lengths and mask.
 """
 
 from __future__ import annotations
