@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.cli.verify import format_audit
+from dwiml_func.data.example.bundles import load_bundles
 from dwiml_func.experiment.audit.audit import Audit, Span, audit_experiment, sample_epochs
 from dwiml_func.experiment.audit.consistency import record_digest
 from dwiml_func.experiment.audit.ensemble import audit_ensemble
@@ -204,3 +206,10 @@ def test_a_process_that_fails_ends_the_audit_with_its_error(run, tmp_path):
         audit_experiment(run, num_processes=2, hdf5_file=missing)
     with pytest.raises(RuntimeError, match=r"A process failed:\nTraceback"):
         list(in_processes(read_config, (), ["/no/such/run"], 1))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"^Expected a subject among sub_1, .* Received: 'sub_9'$"):  # the user's
+        list(in_processes(_bundles, (), ["sub_9"], 1))
+
+
+def _bundles(subjects: list[str]) -> Iterator[tuple[str, int]]:
+    for subject in subjects:
+        yield subject, len(load_bundles(subject))

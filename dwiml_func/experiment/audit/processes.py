@@ -25,8 +25,8 @@ def in_processes(
 ) -> Iterator[tuple[Item, Found]]:
     """Yield what `work(*arguments, items)` yields in processes that each have a share of neighbours, in any order.
 
-    `meanwhile` is called once they have started, before anything is yielded. RuntimeError where a process failed or was
-    killed. No process outlives the iteration.
+    `meanwhile` is called once they have started, before anything is yielded. ValueError where `work` raised one, or an
+    OSError; RuntimeError where a process failed otherwise or was killed. No process outlives the iteration.
     """
     context: Any = process_context(work.__module__)
     processes, pipes = [], []
@@ -61,13 +61,15 @@ def _receive(pipe: Connection) -> Any:
         received = pipe.recv()
     except EOFError:
         raise RuntimeError("A process was killed. Is the memory full? Use fewer processes.") from None
+    if isinstance(received, ValueError):
+        raise received
     if isinstance(received, str):
         raise RuntimeError(f"A process failed:\n{received}")
     return received
 
 
 def _send(pipe: Connection, work: Callable[..., Iterator[Any]], arguments: tuple[Any, ...], items: Any) -> None:
-    """Of one process: send each result, None at the end, and the text of an error."""
+    """Of one process: send each result, None at the end, and an error or its text."""
     with suppress(BrokenPipeError, KeyboardInterrupt):  # the reader ended, and reports it
         try:
             for found in work(*arguments, items):
@@ -75,5 +77,7 @@ def _send(pipe: Connection, work: Callable[..., Iterator[Any]], arguments: tuple
             pipe.send(None)
         except (BrokenPipeError, KeyboardInterrupt):
             raise
+        except (ValueError, OSError, ModuleNotFoundError) as error:  # what a user can mend is no traceback
+            pipe.send(ValueError(str(error)))
         except Exception:
             pipe.send(traceback.format_exc())
