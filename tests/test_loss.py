@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dwiml_func.core.attributes import is_same_loss
 from dwiml_func.core.gradients import value_and_grad
-from dwiml_func.core.loss import LossOut, is_same_loss, module_loss
+from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.rng import Key, torch_rng
 
 

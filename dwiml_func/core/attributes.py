@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from operator import call, is_
 from typing import Any
@@ -10,7 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ABSENT", "IN_PLACE", "Attributes"]
+from dwiml_func._checks import listed
+from dwiml_func._transforms import is_transformed
+from dwiml_func.core.rng import Key, torch_rng
+
+__all__ = ["ABSENT", "IN_PLACE", "AttributeCheck", "Attributes", "is_same_loss"]
 
 _INTERNAL = frozenset(nn.Module().__dict__) | {"_flat_weights", "_flat_weight_refs", "forward"}
 _CONTAINERS = (list, dict, set)
@@ -115,3 +120,53 @@ def _mark(value: Any) -> _Mark | None:
         isinstance(value, Tensor) and not value.is_inference()
     )
     return _Mark(value) if is_mutable else None
+
+
+class AttributeCheck:
+    """Refuses models that keep something between batches in plain attributes.
+
+    An attribute that a forward writes is harmless where the model runs without it, as with caches, attention weights
+    kept for inspection, or what weight normalisation recomputes. It is state where the model reads what it kept.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[bool, set[str]] = {True: set(), False: set()}
+        self._written: set[str] = set()
+
+    def check(
+        self, train: bool, changed: dict[str, Any], *, rerun: Callable[[dict[str, Any]], Any], loss: Tensor, key: Key
+    ) -> None:
+        """Raise ValueError where the loss depends on attributes that a batch, in training or not, has changed.
+
+        `rerun(values)` runs the batch again, with other values of attributes, and returns the loss first.
+        """
+        seen = self._seen[train]
+        new = (changed.keys() | self._written) - seen
+        if not new or is_transformed():
+            return
+        seen |= new
+        self._written |= changed.keys()
+        without = {name: ABSENT for name in new if not isinstance(changed.get(name), list | dict | set)}
+        carried = {name: changed[name] for name in new if name in changed and changed[name] is not IN_PLACE}
+
+        def changes_loss(values: dict[str, Any]) -> bool:
+            try:
+                with torch.no_grad(), torch_rng(key):
+                    return not is_same_loss(loss, rerun(values)[0])
+            except AttributeError:  # the model reads what it kept
+                return True
+
+        in_place = [name for name in new if changed.get(name) is IN_PLACE]
+        if in_place or changes_loss(without) or changes_loss(carried):
+            raise ValueError(
+                f"The model keeps something between batches in {listed(in_place or new)}, outside the training state: "
+                f"a step would not be reproducible, and checkpoints would lose it. Register it as a buffer."
+            )
+
+
+def is_same_loss(old: Tensor, new: Tensor) -> bool:
+    """Whether two losses () are equal, NaN included; up to rounding on devices that sum in any order."""
+    old, new = old.detach(), new.detach()
+    if old.device.type == "meta":  # no values
+        return True
+    return torch.allclose(old, new, rtol=0.0 if old.device.type == "cpu" else 1e-3, atol=0.0, equal_nan=True)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import EvalStep, OnBatch
-from dwiml_func.core.loop_options import check_options
+from dwiml_func.core.loop_options import LoopOptions, Track
 from dwiml_func.core.rates import Step
 from dwiml_func.core.report import EpochReport
-from dwiml_func.core.run_epoch import Interrupted, Track, epoch_events
+from dwiml_func.core.run_epoch import epoch_events
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.optim.schedules import check_rate, constant
 from dwiml_func.types import OnPlateau, PerStep, Schedule
@@ -87,6 +86,7 @@ def train_and_validate(
 
     Example:
         >>> import torch
+        >>> from functools import partial
         >>> from dwiml_func import init_state, module_loss, optim, train_step
         >>> model = torch.nn.Linear(2, 1)
         >>> loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
@@ -99,62 +99,21 @@ def train_and_validate(
         1 3 12.0 None
         2 3 12.0 max_epochs
     """
-    judging: dict[str, Any] = {
-        "mode": mode,
-        "validate_every": validate_every,
-        "max_epochs": max_epochs,
-        "patience": patience,
-        "patience_delta": patience_delta,
-    }
     check_not_donated(state)
-    check_options(
-        train=train, step=step, valid=valid, eval_step=eval_step, on_batch=on_batch, interrupt=interrupt, **judging
-    )
+    options = LoopOptions(
+        train=train, step=step, valid=valid, eval_step=eval_step, learning_rate=learning_rate, max_epochs=max_epochs,
+        patience=patience, patience_delta=patience_delta, monitor=monitor, mode=mode, validate_every=validate_every,
+        keep_unvalidated=keep_unvalidated, on_batch=on_batch, interrupt=interrupt, track=track, clock=clock,
+    )  # fmt: skip
     if max_epochs is None:
         raise ValueError("Expected max_epochs of at least 1; math.inf trains until patience runs out. Received: None")
     if not (callable(learning_rate) or isinstance(learning_rate, PerStep | OnPlateau)):
-        learning_rate = constant(check_rate(learning_rate))  # refused at the call, not in the first epoch
-    trained: tuple[TrainState, EpochReport] | None = None  # what is being validated
+        options = replace(options, learning_rate=constant(check_rate(learning_rate)))  # refused here, not in an epoch
+    return _epochs(state, options, max_epochs)
 
-    def on_trained(state: TrainState, report: EpochReport) -> None:
-        nonlocal trained
-        trained = state, report
 
-    events = partial(
-        epoch_events,
-        train=train,
-        step=step,
-        valid=valid,
-        eval_step=eval_step,
-        learning_rate=learning_rate,
-        monitor=monitor,
-        on_batch=on_batch,
-        on_trained=on_trained,
-        interrupt=interrupt,
-        track=track,
-        clock=clock,
-        **judging,
-    )
-
-    def reports(state: TrainState) -> Generator[tuple[TrainState, EpochReport], TrainState | None, None]:
-        nonlocal trained
-        while state.epoch < max_epochs and not should_stop(state.best, patience):
-            epoch, answer = events(state), None
-            while True:
-                try:
-                    state, report = epoch.send(answer)
-                except StopIteration:
-                    break
-                except Interrupted:
-                    raise
-                except Exception:
-                    if trained is not None and keep_unvalidated:
-                        yield trained
-                    raise
-                trained = None
-                answer = yield state, report
-                if answer is not None:
-                    check_not_donated(answer)
-                    state = answer
-
-    return reports(state)
+def _epochs(
+    state: TrainState, options: LoopOptions, max_epochs: int
+) -> Generator[tuple[TrainState, EpochReport], TrainState | None, None]:
+    while state.epoch < max_epochs and not should_stop(state.best, options.patience):
+        state = yield from epoch_events(state, options)

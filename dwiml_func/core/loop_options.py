@@ -1,14 +1,62 @@
-"""Checks of the options of a training loop."""
+"""The options of a training loop, and their checks."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from dwiml_func._checks import check_takes
+from dwiml_func.core.batch_source import Batches
+from dwiml_func.core.early_stopping import Mode
+from dwiml_func.core.epoch import EvalStep, OnBatch
 from dwiml_func.core.interval import validation_interval
+from dwiml_func.core.rates import Step
+from dwiml_func.core.report import EpochReport
+from dwiml_func.core.state import TrainState
+from dwiml_func.types import Schedule
 
-__all__ = ["check_options"]
+__all__ = ["LoopOptions", "OnReport", "Track", "check_options"]
+
+OnReport = Callable[[TrainState, EpochReport], object]
+"""Called with a state and its report."""
+
+
+class Track(Protocol):
+    """Gives back the same batches and may show a progress bar; `label` is "training" or "validation"."""
+
+    def __call__(self, batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterable[Any]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """What `train_and_validate` and `run_epoch` were called with, checked; see `train_and_validate`."""
+
+    train: Batches
+    step: Step
+    valid: Batches | None
+    eval_step: EvalStep | None
+    learning_rate: float | Schedule
+    max_epochs: int | None
+    patience: int | None
+    patience_delta: float
+    monitor: str
+    mode: Mode
+    validate_every: int | str
+    on_batch: OnBatch | None
+    on_trained: OnReport | None = None
+    keep_unvalidated: bool = False
+    interrupt: Callable[[], bool] | None
+    track: Track | None
+    clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        check_options(
+            train=self.train, step=self.step, valid=self.valid, eval_step=self.eval_step, on_batch=self.on_batch,
+            interrupt=self.interrupt, mode=self.mode, validate_every=self.validate_every, max_epochs=self.max_epochs,
+            patience=self.patience, patience_delta=self.patience_delta,
+        )  # fmt: skip
 
 
 def check_options(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import listed, truncated_repr
-from dwiml_func._transforms import is_transformed
-from dwiml_func.core.attributes import ABSENT, IN_PLACE
+from dwiml_func._checks import truncated_repr
+from dwiml_func.core.attributes import AttributeCheck
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.stateless import StatelessModule, copy_structure
 from dwiml_func.types import Buffers, Params
@@ -19,7 +19,6 @@ from dwiml_func.types import Buffers, Params
 __all__ = [
     "LossFn",
     "LossOut",
-    "is_same_loss",
     "module_loss",
 ]
 
@@ -109,7 +108,7 @@ def module_loss(
             f"{truncated_repr(compute_batch_loss)}. Call the model and a criterion such as torch.nn.MSELoss() in it."
         )
     views = _Views(module, autocast)
-    attributes = _AttributeCheck()
+    attributes = AttributeCheck()
 
     def loss_fn(params: Params, buffers: Buffers, batch: Any, *, key: Key, train: bool) -> LossOut:
         view = views.here()[train]
@@ -128,7 +127,8 @@ def module_loss(
         if not isinstance(out[0], Tensor):
             raise ValueError(f"Expected a loss that is a () tensor. Received: {truncated_repr(out[0])}")
         if view.changed or not train:
-            attributes.check(view, {**params, **buffers}, compute_batch_loss, batch, out[0], key)
+            rerun = partial(view.rerun, {**params, **buffers}, compute_batch_loss, batch)
+            attributes.check(train, view.changed, rerun=rerun, loss=out[0], key=key)
         aux = _checked_aux(out[2]) if len(out) == 3 else {}
         new_buffers = {name: tensors[name].detach() for name in buffers}
         return LossOut(out[0], out[1], new_buffers, {name: _detached(mean, out[0]) for name, mean in aux.items()})
@@ -155,55 +155,6 @@ class _Views:
 
     def _make(self) -> dict[bool, StatelessModule]:
         return {train: StatelessModule(self._module, train=train, autocast=self._autocast) for train in (True, False)}
-
-
-class _AttributeCheck:
-    """Refuses models that keep something between batches in plain attributes.
-
-    An attribute that a forward writes is harmless where the model runs without it, as with caches, attention weights
-    kept for inspection, or what weight normalisation recomputes. It is state where the model reads what it kept.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[StatelessModule, set[str]] = {}
-        self._written: set[str] = set()
-
-    def check(
-        self, view: StatelessModule, tensors: dict[str, Tensor], function: BatchLoss, batch: Any, loss: Any, key: Key
-    ) -> None:
-        seen = self._seen.setdefault(view, set())
-        left, new = view.changed, (view.changed.keys() | self._written) - seen
-        if not new or is_transformed():
-            return
-        seen |= new
-        self._written |= left.keys()
-        problem: Iterable[str] = [name for name in new if left.get(name) is IN_PLACE]
-        without = {name: ABSENT for name in new if not isinstance(left.get(name), list | dict | set)}
-        carried = {name: left[name] for name in new if name in left and left[name] is not IN_PLACE}
-
-        def changes_loss(values: dict[str, Any]) -> bool:
-            copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            try:
-                with torch.no_grad(), torch_rng(key):
-                    return not is_same_loss(loss, view.rerun(values, copies, function, batch)[0])
-            except AttributeError:  # the model reads what it kept
-                return True
-
-        if not problem and (changes_loss(without) or changes_loss(carried)):
-            problem = new
-        if problem:
-            raise ValueError(
-                f"The model keeps something between batches in {listed(problem)}, outside the training state: a "
-                f"step would not be reproducible, and checkpoints would lose it. Register it as a buffer."
-            )
-
-
-def is_same_loss(old: Tensor, new: Tensor) -> bool:
-    """Whether two losses () are equal, NaN included; up to rounding on devices that sum in any order."""
-    old, new = old.detach(), new.detach()
-    if old.device.type == "meta":  # no values
-        return True
-    return torch.allclose(old, new, rtol=0.0 if old.device.type == "cpu" else 1e-3, atol=0.0, equal_nan=True)
 
 
 def _checked_aux(aux: Any) -> Mapping[str, _Number | tuple[_Number, _Number]]:

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from dwiml_func._checks import check_takes, listed, truncated_repr
 from dwiml_func._transforms import is_transformed, read_number
-from dwiml_func.core.loss import LossFn, LossOut, is_same_loss
+from dwiml_func.core.attributes import is_same_loss
+from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.rng import Key, watched_generators
 from dwiml_func.types import Buffers, Params
 

@@ -7,31 +7,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
-from dwiml_func.core.epoch import EvalStep, OnBatch, checked_result, end_epoch, epoch_sums, eval_epoch_fn
+from dwiml_func.core.epoch import (
+    EvalStep,
+    OnBatch,
+    TrainStep,
+    checked_result,
+    end_epoch,
+    epoch_sums,
+    eval_epoch_fn,
+)
 from dwiml_func.core.gradients import is_differentiated
 from dwiml_func.core.interval import Interval, validation_interval
-from dwiml_func.core.loop_options import check_options
+from dwiml_func.core.loop_options import LoopOptions, OnReport, Track
 from dwiml_func.core.rates import Step, epoch_rates, next_plateau, with_rate
-from dwiml_func.core.report import EpochReport, Validation, judge_epoch
+from dwiml_func.core.report import EpochReport, judge_epoch
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.types import Metrics, Schedule
 
-__all__ = ["Interrupted", "Track", "epoch_events", "run_epoch"]
+__all__ = ["Interrupted", "epoch_events", "run_epoch"]
 
-OnReport = Callable[[TrainState, EpochReport], object]
-
-
-class Track(Protocol):
-    """Gives back the same batches and may show a progress bar; `label` is "training" or "validation"."""
-
-    def __call__(self, batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterable[Any]: ...
+Events = Generator[tuple[TrainState, EpochReport], TrainState | None, TrainState]
+"""Yields states with their reports, may be sent another state in return, and gives the last state back."""
 
 
 class Interrupted(Exception):
@@ -103,135 +106,140 @@ def run_epoch(
         (1, 3, True)
     """
     check_not_donated(state)
-    check_options(
-        train=train, step=step, valid=valid, eval_step=eval_step, on_batch=on_batch, interrupt=interrupt, mode=mode,
-        validate_every=validate_every, max_epochs=max_epochs,
-        patience=patience, patience_delta=patience_delta,
+    options = LoopOptions(
+        train=train, step=step, valid=valid, eval_step=eval_step, learning_rate=learning_rate, max_epochs=max_epochs,
+        patience=patience, patience_delta=patience_delta, monitor=monitor, mode=mode, validate_every=validate_every,
+        on_batch=on_batch, on_trained=on_trained, interrupt=interrupt, track=track, clock=clock,
     )  # fmt: skip
-    events = epoch_events(
-        state, train=train, step=step, valid=valid, eval_step=eval_step, learning_rate=learning_rate, monitor=monitor,
-        mode=mode, validate_every=validate_every, max_epochs=max_epochs, patience=patience,
-        patience_delta=patience_delta, on_batch=on_batch, on_trained=on_trained, interrupt=interrupt, track=track,
-        clock=clock,
-    )  # fmt: skip
-    found = next(events)
-    for found in chain([found], events):  # noqa: B020
-        if found[1].batch and on_validated is not None:
-            on_validated(*found)
-    return found
+    done: Any = None  # an epoch has one report at least
+    for done in epoch_events(state, options):
+        if done[1].batch and on_validated is not None:
+            on_validated(*done)
+    return done
 
 
-def epoch_events(
-    state: TrainState,
-    *,
-    train: Batches,
-    step: Step,
-    valid: Batches | None,
-    eval_step: EvalStep | None,
-    learning_rate: float | Schedule,
-    monitor: str,
-    mode: Mode,
-    validate_every: int | str,
-    max_epochs: int | None,
-    patience: int | None,
-    patience_delta: float,
-    on_batch: OnBatch | None,
-    on_trained: OnReport | None,
-    interrupt: Callable[[], bool] | None,
-    track: Track | None,
-    clock: Callable[[], float],
-) -> Generator[tuple[TrainState, EpochReport], TrainState | None]:
+def epoch_events(state: TrainState, options: LoopOptions) -> Events:
     """The current epoch to its end: yields the state and a report after each validation within it, and at the end.
 
-    A state that is sent back takes the place of the one that was yielded. It ends early where patience runs out.
+    A state that is sent back takes the place of the one that was yielded. It ends early where patience runs out. Where
+    a validation fails, the state and the report without it are yielded before the error, if `keep_unvalidated`.
     """
     if is_differentiated(state.params) and not is_transformed():
         raise ValueError(
             "Expected parameters that require no gradient: all epochs would be one graph. Detach them: "
             "state.replace(params={name: p.detach() for name, p in state.params.items()})."
         )
-    track, every = track or _untracked, validation_interval(validate_every)
-    bound = with_rate(step, learning_rate, state)
-    last, earlier_sums, start = state, state.sums, clock()  # `last`: after the last training batch
-    epoch, first_step, in_validation = state.epoch, state.step - state.batch, 0.0
-    judge = partial(
-        judge_epoch,
-        epoch=epoch + 1,
-        has_validation=valid is not None,
-        monitor=monitor,
-        mode=mode,
-        max_epochs=max_epochs,
-        patience=patience,
-        patience_delta=patience_delta,
-        earlier_sums=earlier_sums,
-    )
+    step, every = with_rate(options.step, options.learning_rate, state), validation_interval(options.validate_every)
+    epoch = _Epoch(options, state, step, every, started_at=options.clock())
+    paused = 0.0  # seconds in validations, and in what the caller did after them
+    batches = checked_batches(options.train, state.key, state.epoch, state.batch)
+    for batch in epoch.tracked(batches, "training", start_batch=state.batch):
+        if epoch.is_validation_due(state):  # only now: at the last batch it is that of the epoch's end
+            paused_at = options.clock()
+            state = yield from epoch.validate(state, state, epoch_sums(state), paused)
+            paused += options.clock() - paused_at
+            if should_stop(state.best, options.patience):
+                return state
+        state, metrics = checked_result(state, epoch.step(state, batch))
+        if options.on_batch is not None:
+            options.on_batch(state, metrics)
+        epoch.check_interrupt(state)
+    closed, sums = end_epoch(state)
+    return (yield from epoch.validate(state, closed, sums, paused))
 
-    def check_interrupt(*_: object) -> None:
-        if interrupt is not None and interrupt():
+
+@dataclass(frozen=True, slots=True)
+class _Epoch:
+    """The current epoch: what its batches, validations and reports share."""
+
+    options: LoopOptions
+    start: TrainState
+    step: TrainStep  # with its learning rate
+    every: Interval  # when to validate
+    started_at: float
+
+    def tracked(self, batches: Iterable[Any], label: str, *, start_batch: int) -> Iterable[Any]:
+        """The batches, with a progress bar if there is one."""
+        track = self.options.track
+        return batches if track is None else track(batches, label, epoch=self.start.epoch, start_batch=start_batch)
+
+    def check_interrupt(self, last: TrainState) -> None:
+        """Raise `Interrupted`, with the state after the last training batch, where that is asked for."""
+        if self.options.interrupt is not None and self.options.interrupt():
             raise Interrupted(last)
 
-    def validated(state: TrainState, sums: Metrics, validations: tuple[Validation, ...]) -> EpochReport:
-        """Validate, with batches and random numbers of the epoch's end, and judge."""
-        trained_at = clock()
-        train_minutes = (trained_at - start - in_validation) / 60
-        own = partial(
-            judge,
-            state.best,
-            rates=[bound.keywords["lr"]]
-            if isinstance(bound, partial)  # one rate for the whole epoch
-            else epoch_rates(
-                learning_rate,
-                first_step=first_step,
-                step=state.step,
-                validations=validations,
-                epoch=epoch,
-                plateau=state.plateau,
-            ),
+    def is_validation_due(self, state: TrainState) -> bool:
+        """Whether to validate after the last batch, within the epoch; a resumed run may have done it before."""
+        if self.options.valid is None or state.batch == 0 or not self.every.due_within_epoch(batch=state.batch):
+            return False
+        return all(validation.batch != state.batch for validation in state.validations)
+
+    def validate(self, last: TrainState, done: TrainState, sums: Metrics, paused: float) -> Events:
+        """Validate, where that is due, and judge: yields `done` with its best epoch, and the report.
+
+        `last` is the state after the last training batch, and `sums` are those of the epoch so far. `done` is the same
+        state within the epoch, and the closed epoch at its end.
+        """
+        options, trained_at = self.options, self.options.clock()
+        train_minutes = (trained_at - self.started_at - paused) / 60
+        judge = partial(
+            judge_epoch,
+            done.best,
+            epoch=self.start.epoch + 1,
+            rates=self._rates(last),
             train_sums=sums,
-            batch=state.batch,
-            validations=validations,
+            earlier_sums=self.start.sums,
+            has_validation=options.valid is not None,
+            monitor=options.monitor,
+            mode=options.mode,
+            max_epochs=options.max_epochs,
+            patience=options.patience,
+            patience_delta=options.patience_delta,
+            batch=done.batch,
+            validations=last.validations,
         )
-        valid_sums: Metrics = {}
-        if valid is not None and eval_step is not None and (state.batch or every.due_after_epoch(epoch + 1)):
-            if on_trained is not None:
-                on_trained(state, own(valid_sums={}, minutes=(train_minutes, in_validation / 60)))
-            batches = track(valid(state.key, epoch, 0), "validation", epoch=epoch, start_batch=0)
-            at_end = state.replace(epoch=epoch + 1, batch=0, sums={}, validations=())
-            valid_sums = eval_epoch_fn(at_end, batches, step=eval_step, on_batch=check_interrupt)
-        minutes = (train_minutes, (in_validation + clock() - trained_at) / 60)
-        return own(valid_sums=valid_sums, minutes=minutes)
+        is_due = done.batch > 0 or self.every.due_after_epoch(done.epoch)
+        valid_sums, unvalidated = {}, None
+        try:
+            if options.valid is not None and is_due:
+                unvalidated = judge(valid_sums={}, minutes=(train_minutes, paused / 60))
+                if options.on_trained is not None:
+                    options.on_trained(done, unvalidated)
+                valid_sums = self._evaluate(last)
+            report = judge(valid_sums=valid_sums, minutes=(train_minutes, (paused + options.clock() - trained_at) / 60))
+        except Interrupted:
+            raise
+        except Exception:
+            if unvalidated is not None and options.keep_unvalidated:
+                yield done, unvalidated
+            raise
+        means = report.train if options.valid is None else report.valid
+        plateau = next_plateau(options.learning_rate, done.plateau, means, monitor=options.monitor, mode=options.mode)
+        validations = report.validations if done.batch else ()
+        judged = done.replace(best=report.best, plateau=plateau, validations=validations)
+        state = (yield judged, report) or judged
+        check_not_donated(state)
+        return state
 
-    def judged(state: TrainState, report: EpochReport) -> TrainState:
-        means = report.train if valid is None else report.valid
-        plateau = next_plateau(learning_rate, state.plateau, means, monitor=monitor, mode=mode)
-        return state.replace(best=report.best, plateau=plateau)
+    def _evaluate(self, last: TrainState) -> Metrics:
+        """The sums of a validation, with the batches and random numbers of the epoch's end."""
+        valid, evaluate, number = self.options.valid, self.options.eval_step, self.start.epoch
+        assert valid is not None
+        assert evaluate is not None
+        closed = last.replace(epoch=number + 1, batch=0, sums={}, validations=())
+        batches = self.tracked(valid(last.key, number, 0), "validation", start_batch=0)
+        return eval_epoch_fn(closed, batches, step=evaluate, on_batch=lambda *_: self.check_interrupt(last))
 
-    left = checked_batches(train, state.key, state.epoch, state.batch)
-    for batch in track(left, "training", epoch=epoch, start_batch=state.batch):
-        if valid is not None and _is_due(every, state):  # only now: at the last batch it is that of the epoch's end
-            before = clock()
-            report = validated(state, epoch_sums(state), state.validations)
-            state = judged(state, report).replace(validations=report.validations)
-            state = last = (yield state, report) or state
-            in_validation += clock() - before
-            if should_stop(state.best, patience):
-                return
-        state, metrics = checked_result(state, bound(state, batch))
-        last = state
-        if on_batch is not None:
-            on_batch(state, metrics)
-        check_interrupt()
-    validations = state.validations
-    state, sums = end_epoch(state)
-    report = validated(state, sums, validations)
-    yield judged(state, report), report
-
-
-def _is_due(every: Interval, state: TrainState) -> bool:
-    """Whether a validation is due after the last batch; a resumed run may have done it before."""
-    is_done = any(validation.batch == state.batch for validation in state.validations)
-    return state.batch > 0 and not is_done and every.due_within_epoch(batch=state.batch)
-
-
-def _untracked(batches: Iterable[Any], label: str, *, epoch: int, start_batch: int) -> Iterable[Any]:
-    return batches
+    def _rates(self, last: TrainState) -> list[float]:
+        """The learning rates of the epoch so far."""
+        if isinstance(self.step, partial):  # one rate for the whole epoch
+            return [self.step.keywords["lr"]]
+        start = self.start
+        return epoch_rates(
+            self.options.learning_rate,
+            first_step=start.step - start.batch,
+            step=last.step,
+            validations=last.validations,
+            epoch=start.epoch,
+            plateau=last.plateau,
+        )

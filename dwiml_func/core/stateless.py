@@ -106,10 +106,12 @@ class StatelessModule:
             if not torch.compiler.is_compiling():
                 self.changed = self._attributes.restore()
 
-    def rerun(self, values: dict[str, Any], *call: Any) -> Any:
-        """Run once with other values of plain attributes; `ABSENT` (of `attributes`) takes one away."""
+    def rerun(
+        self, tensors: dict[str, Tensor], function: Callable[[Any, Any], Any], batch: Any, values: dict[str, Any]
+    ) -> Any:
+        """Run on copies of tensors with other values of plain attributes; `ABSENT` (of `attributes`) removes one."""
         self._attributes.put(values)
-        return self(*call)
+        return self({name: tensor.detach().clone() for name, tensor in tensors.items()}, function, batch)
 
     def _check_unwritten(self, tensors: dict[str, Tensor], versions: list[int]) -> None:
         for (name, slot, leaf), version in zip(self._of_parameters, versions, strict=True):

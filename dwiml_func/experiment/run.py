@@ -17,8 +17,8 @@ from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import one_an_epoch
 from dwiml_func.core.loop import train_and_validate
+from dwiml_func.core.loop_options import Track
 from dwiml_func.core.report import EpochReport
-from dwiml_func.core.run_epoch import Track
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.data_hash import HASH_PATIENCE, data_in_background

@@ -11,9 +11,9 @@ from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.provenance import environment, environment_differences
+from dwiml_func.core.loop_options import Track
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
-from dwiml_func.core.run_epoch import Track
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
 from dwiml_func.experiment.audit.processes import in_processes

@@ -10,9 +10,9 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.loop import train_and_validate
+from dwiml_func.core.loop_options import Track
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
-from dwiml_func.core.run_epoch import Track
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.audit.replay import (
     NothingLeft,
