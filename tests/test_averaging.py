@@ -13,7 +13,7 @@ from optimizer_cases import (
     some_tensors,
 )
 
-from dwiml_func.optim import accumulate, adam, by_name, chain, ema, lookahead, schedule_free_sgd, sgd
+from dwiml_func.optim import accumulate, adam, by_name, chain, ema, lookahead, schedule_free_sgd, sgd, skip_not_finite
 
 F64 = torch.float64
 
@@ -90,6 +90,37 @@ def test_behind_accumulation_an_average_counts_updates_and_not_micro_batches():
     expected, expected_state = run_updates(plain, num_steps=4, dtype=F64, grads=pairs)
     torch.testing.assert_close(params, expected)
     torch.testing.assert_close(evaluated(optimizer, opt_state, params), evaluated(plain, expected_state, expected))
+
+
+@pytest.mark.parametrize("kind", [int, torch.tensor])
+@pytest.mark.parametrize("wrap", [lambda inner: ema(inner, 0.8), lambda inner: lookahead(inner, num_steps=3)])
+def test_steps_that_links_leave_out_do_not_count_in_whatever_order(wrap, kind):
+    links, ends = [skip_not_finite(3), accumulate(2)], []
+    for num_outside in range(3):  # with 2, the links decide whether the average sees a step
+        inner = chain(*links[num_outside:], sgd()) if num_outside < 2 else sgd()
+        optimizer = chain(*links[:num_outside], wrap(inner)) if num_outside else wrap(inner)
+        params = some_tensors(0, F64)
+        state = optimizer.init(params)
+        for step in range(15):
+            grads = {name: grad * (torch.nan if step in (4, 5, 9) else 1) for name, grad in gradient(step, F64).items()}
+            options = {"lr": 0.1, "step": kind(step), "weight": 1 + step % 3, "donate": True}
+            params, state = optimizer.update(grads, state, params, **options)
+        ends.append({**params, **{f"mean {name}": mean for name, mean in optimizer.eval_params(state, params).items()}})
+    assert_same_bits(ends[0], ends[2])
+    assert_same_bits(ends[1], ends[2])
+
+
+def test_an_average_of_groups_counts_the_steps_that_all_take_or_is_refused():
+    def groups(*num_steps: int):
+        numbers = iter((*num_steps, 1))  # the last one is of the names that no pattern matches
+        return ema(by_name(lambda: chain(accumulate(next(numbers)), sgd()), {"scale": {}, "*": {}}), 0.5)
+
+    params, state = run_updates(groups(2, 2), num_steps=4, dtype=F64)
+    alone, alone_state = run_updates(chain(accumulate(2), ema(sgd(), 0.5)), num_steps=4, dtype=F64)
+    assert_same_bits(state["average"], alone_state["optimizer"]["average"])
+    assert_same_bits(params, alone)
+    with pytest.raises(ValueError, match=r"Expected groups that take the same steps.*chain\(accumulate\(4\), ema"):
+        run_updates(groups(2, 3), num_steps=2)
 
 
 @pytest.mark.parametrize("donate", [False, True])

@@ -174,6 +174,7 @@ def test_a_warm_up_grows_in_equal_steps_and_then_follows(rate, num_epochs):
 def test_a_warm_up_follows_a_number_and_is_within_what_counts_steps() -> None:
     assert [warm_up(0.3, length=2)(epoch) for epoch in range(4)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
     assert per_step(0.3).rate(7) == 0.3
+    assert [per_step(lambda step: step, every=4).rate(step) for step in (3, 4, 8)] == [0, 1, 2]  # behind accumulate(4)
     for made in (per_step(constant(0.1)), reduce_on_plateau(0.1)):
         with pytest.raises(TypeError, match=r"Expected warm_up of a number or a function.* which belongs outside"):
             warm_up(made, length=2)  # type: ignore[arg-type]

@@ -111,7 +111,7 @@ class CompiledFunction:
             if self._graph is None:
                 if lacks := private.missing(self._backend):
                     return self._run_eagerly(f"jit_step needs torch 2.13, {torch.__version__} lacks {listed(lacks)}")
-                self._graph = private.compile_whole(self._function, self._compile, self._max_compilations)
+                self._graph = private.compile_whole(self._function, self._compile, self._max_compilations + 1)
             if self._dynamic:
                 for tensor in _tensors(batch):
                     if tensor.dim() > 0:
@@ -120,7 +120,11 @@ class CompiledFunction:
                 self._is_compiling = True
                 return self._graph(batch=batch, **others)
         except Exception as error:
-            if self._numbers_are == "tensors" and private.is_about_tracing(error):
+            if (
+                self._numbers_are == "tensors"
+                and private.is_about_tracing(error)
+                and self.num_compilations < self._max_compilations
+            ):
                 raise _NumbersNeeded from None
             return self._run_eagerly(_shortened(error))
         finally:
@@ -137,6 +141,11 @@ class CompiledFunction:
             raise RuntimeError("only `_compile_and_run` makes graphs, under its settings")
         if self._backend == "eager" and any("checkpoint" in str(node.target) for node in graph.graph.nodes):
             raise RuntimeError("the backend 'eager' computes activations again with other random numbers")
+        if self.num_compilations == self._max_compilations:
+            raise RuntimeError(
+                f"the batches need more than {self.num_compilations} graphs: their shapes, dtypes, or numbers that the "
+                f"code branches or loops by differ"
+            )
         self.num_compilations += 1
         compiled = private.compile_graph(graph, inputs, self._backend, self._options)
 

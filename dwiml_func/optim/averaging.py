@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dwiml_func._trees import choose
 from dwiml_func.optim._foreach import arithmetic_for
 from dwiml_func.optim._kernel import check_count, lerp
-from dwiml_func.optim.chain import check_optimizer
-from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
+from dwiml_func.optim.chain import check_optimizer, update_gated, without_gate
+from dwiml_func.types import Gate, Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["ema", "lookahead"]
 
@@ -26,13 +28,11 @@ def ema(optimizer: Optimizer, decay: float = 0.999) -> Optimizer:
         An optimizer. Its state is `{"average": ..., "optimizer": ...}`, and `eval_params` gives the average. The start
         does not count: as in Adam, the average is corrected for its bias, so that update i of n has the weight
         decay ** (n - i) * (1 - decay) / (1 - decay ** n). An average that starts later in a run (`step` is not 0)
-        starts from the parameters of that moment. It averages what `optimizer` itself would evaluate with.
+        starts from the parameters of that moment. Steps that a link of `optimizer` leaves out, such as the
+        micro-batches of `accumulate`, do not count. It averages what `optimizer` itself would evaluate with.
 
     Raises:
         ValueError: `decay` is not in [0, 1).
-
-    Note:
-        Accumulation belongs outside, `chain(accumulate(4), ema(adam(), 0.999))`: else micro-batches count as updates.
 
     Example:
         >>> from dwiml_func.optim import sgd
@@ -51,27 +51,23 @@ def ema(optimizer: Optimizer, decay: float = 0.999) -> Optimizer:
     def init(params: Params) -> OptState:
         return {"average": {name: p.clone() for name, p in params.items()}, **_inner_state(optimizer.init(params))}
 
-    def update(
-        grads: Grads,
-        opt_state: OptState,
-        params: Params,
-        *,
-        lr: Number,
-        step: Any,
-        donate: bool = False,
-        **further: Any,
-    ) -> tuple[dict[str, Tensor], OptState]:
-        new_params, state = optimizer.update(
-            grads, opt_state.get("optimizer", {}), params, lr=lr, step=step, donate=donate, **further
+    def gated(
+        grads: Grads, opt_state: OptState, params: Params, *, donate: bool = False, weight: Number = 1, **options: Any
+    ) -> tuple[dict[str, Tensor], OptState, Gate]:
+        new_params, state, gate = update_gated(
+            *(optimizer, grads, opt_state.get("optimizer", {}), params), donate=donate, weight=weight, **options
         )
+        if gate.is_open is False:
+            return new_params, {"average": opt_state["average"], **_inner_state(state)}, gate
         current = new_params if optimizer.eval_params is None else optimizer.eval_params(state, new_params)
         new, old = [current[name] for name in params], [opt_state["average"][name] for name in params]
-        count = step.to(torch.float64) + 1 if isinstance(step, Tensor) else step + 1
+        count = gate.step.to(torch.float64) + 1 if isinstance(gate.step, Tensor) else gate.step + 1
         share = (1 - decay) / (1 - decay**count)
-        average = lerp(arithmetic_for([*new, *old], share), old, new, share, reuse=donate)
-        return new_params, {"average": dict(zip(params, average, strict=True)), **_inner_state(state)}
+        average = lerp(arithmetic_for([*new, *old], share), old, new, share, reuse=donate and gate.is_open is True)
+        averages = choose(gate.is_open, dict(zip(params, average, strict=True)), opt_state["average"])
+        return new_params, {"average": averages, **_inner_state(state)}, gate
 
-    return Optimizer(init, update, lambda opt_state, params: opt_state["average"], optimizer.uses_weight)
+    return _optimizer(init, gated, "average", optimizer)
 
 
 def lookahead(optimizer: Optimizer, num_steps: int = 5, alpha: float = 0.5) -> Optimizer:
@@ -113,21 +109,14 @@ def lookahead(optimizer: Optimizer, num_steps: int = 5, alpha: float = 0.5) -> O
     def init(params: Params) -> OptState:
         return {"slow": {name: p.clone() for name, p in params.items()}, **_inner_state(optimizer.init(params))}
 
-    def update(
-        grads: Grads,
-        opt_state: OptState,
-        params: Params,
-        *,
-        lr: Number,
-        step: Any,
-        donate: bool = False,
-        **further: Any,
-    ) -> tuple[dict[str, Tensor], OptState]:
-        fast, state = optimizer.update(
-            grads, opt_state.get("optimizer", {}), params, lr=lr, step=step, donate=donate, **further
+    def gated(
+        grads: Grads, opt_state: OptState, params: Params, *, donate: bool = False, weight: Number = 1, **options: Any
+    ) -> tuple[dict[str, Tensor], OptState, Gate]:
+        fast, state, gate = update_gated(
+            *(optimizer, grads, opt_state.get("optimizer", {}), params), donate=donate, weight=weight, **options
         )
         slow = opt_state["slow"]
-        restarts = (step + 1) % num_steps == 0
+        restarts: bool | Tensor = gate.is_open & ((gate.step + 1) % num_steps == 0)
         if isinstance(restarts, Tensor) or restarts:
             new, old = [fast[name] for name in params], [slow[name] for name in params]
             stepped = lerp(arithmetic_for([*new, *old]), old, new, alpha, reuse=donate and restarts is True)
@@ -137,9 +126,13 @@ def lookahead(optimizer: Optimizer, num_steps: int = 5, alpha: float = 0.5) -> O
             else:
                 new = [s.clone() for s in stepped]  # memory of their own: donated updates write into it
             slow, fast = dict(zip(params, stepped, strict=True)), dict(zip(params, new, strict=True))
-        return fast, {"slow": slow, **_inner_state(state)}
+        return fast, {"slow": slow, **_inner_state(state)}, gate
 
-    return Optimizer(init, update, lambda opt_state, params: opt_state["slow"], optimizer.uses_weight)
+    return _optimizer(init, gated, "slow", optimizer)
+
+
+def _optimizer(init: Callable[[Params], OptState], gated: Callable[..., Any], kind: str, inner: Optimizer) -> Optimizer:
+    return Optimizer(init, without_gate(gated), lambda opt_state, _: opt_state[kind], inner.uses_weight, gated=gated)
 
 
 def _inner_state(state: OptState) -> OptState:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func.optim._kernel import check_options
-from dwiml_func.optim.chain import update_with
+from dwiml_func.optim.chain import update_gated, without_gate
 from dwiml_func.optim.names import check_patterns, first_matches
-from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
+from dwiml_func.types import Gate, Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["by_name"]
 
@@ -88,7 +88,7 @@ def by_name(
         states = {group.key: group.optimizer.init(part) for group, part in split(params)}
         return {key: state for key, state in states.items() if state}
 
-    def update(
+    def update_all(
         grads: Grads,
         opt_state: OptState,
         params: Params,
@@ -97,11 +97,12 @@ def by_name(
         step: Number,
         donate: bool = False,
         weight: Number = 1,
-    ) -> tuple[dict[str, Tensor], OptState]:
+    ) -> tuple[dict[str, Tensor], OptState, list[Gate]]:
         new_params, new_state = dict(params), dict(opt_state)
+        gates: list[Gate] = []
         for (key, optimizer, factor), part in split(params):
             own_lr = lr if factor is None else lr * factor
-            updated, state = update_with(
+            updated, state, gate = update_gated(
                 *(optimizer, grads, opt_state.get(key, {}), part),
                 lr=own_lr,
                 step=step,
@@ -109,9 +110,14 @@ def by_name(
                 weight=weight,
             )
             new_params.update(updated)
+            gates.append(gate)
             if state:
                 new_state[key] = state
-        return new_params, new_state
+        return new_params, new_state, gates
+
+    def gated(*args: Any, **options: Any) -> tuple[dict[str, Tensor], OptState, Gate]:
+        new_params, new_state, gates = update_all(*args, **options)
+        return new_params, new_state, _together(gates)
 
     def eval_params(opt_state: OptState, params: Params) -> Params:
         averaged = dict(params)
@@ -123,10 +129,24 @@ def by_name(
     optimizers = [group.optimizer for group in groups if group is not None]
     return Optimizer(
         init,
-        update,
+        without_gate(update_all),
         eval_params if any(optimizer.eval_params for optimizer in optimizers) else None,
         any(optimizer.uses_weight for optimizer in optimizers),
+        gated=gated,
     )
+
+
+def _together(gates: list[Gate]) -> Gate:
+    """The gate of all groups, for an average of all: they must take the same steps."""
+    first = gates[0]
+    if all(gate.is_open is first.is_open and gate.step is first.step for gate in gates):
+        return first
+    if any(isinstance(value, Tensor) for gate in gates for value in gate) or len({gate[:2] for gate in gates}) > 1:
+        raise ValueError(
+            "Expected groups that take the same steps. Received: groups with an accumulate or a skip_not_finite each. "
+            "Put it around, as in chain(accumulate(4), ema(by_name(adam, ...)))."
+        )
+    return first
 
 
 def _group(key: str, make: Callable[..., Optimizer], options: Mapping[str, Any]) -> _Group:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func._trees import choose
-from dwiml_func.types import Grads, Number, Optimizer, OptState, Params, Transform
+from dwiml_func.types import Gate, Grads, Number, Optimizer, OptState, Params, Transform
 
-__all__ = ["chain", "check_optimizer", "make_optimizer", "update_with"]
+__all__ = ["chain", "check_optimizer", "make_optimizer", "update_gated", "update_with", "without_gate"]
 
 
 def chain(*links: Transform | Optimizer) -> Optimizer:
@@ -58,7 +58,7 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         states = {key: link.init(params) for key, link in {**transforms, "optimizer": optimizer}.items()}
         return {key: state for key, state in states.items() if state}
 
-    def update(
+    def gated(
         grads: Grads,
         opt_state: OptState,
         params: Params,
@@ -67,7 +67,7 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         step: Any,
         donate: bool = False,
         weight: Number = 1,
-    ) -> tuple[dict[str, Tensor], OptState]:
+    ) -> tuple[dict[str, Tensor], OptState, Gate]:
         new_state = dict(opt_state)
         is_closed: bool | Tensor = False
 
@@ -84,9 +84,9 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
                 if isinstance(gate.is_open, Tensor):
                     is_closed = ~gate.is_open | is_closed
                 elif not gate.is_open:
-                    return dict(params), new_state
+                    return dict(params), new_state, gate._replace(is_open=False)
                 step, weight = gate.step, gate.weight
-        new_params, state = update_with(
+        new_params, state, gate = update_gated(
             *(optimizer, grads, opt_state.get("optimizer", {}), params),
             lr=lr,
             step=step,
@@ -94,13 +94,15 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
             weight=weight,
         )
         store("optimizer", state)
-        return choose(is_closed, params, new_params), new_state
+        is_open = gate.is_open if is_closed is False else ~is_closed & gate.is_open
+        return choose(is_closed, params, new_params), new_state, gate._replace(is_open=is_open)
 
     def eval_params(opt_state: OptState, params: Params) -> Params:
         assert optimizer.eval_params is not None
         return optimizer.eval_params(opt_state.get("optimizer", {}), params)
 
-    return Optimizer(init, update, eval_params if optimizer.eval_params else None, uses_weight=True)
+    average = eval_params if optimizer.eval_params else None
+    return Optimizer(init, without_gate(gated), average, uses_weight=True, gated=gated)
 
 
 def check_optimizer(where: str, optimizer: Any) -> Optimizer:
@@ -141,3 +143,22 @@ def update_with(
     """Call `optimizer.update`, with `weight` where it takes one."""
     further = {"weight": weight} if optimizer.uses_weight else {}
     return optimizer.update(grads, opt_state, params, lr=lr, step=step, donate=donate, **further)
+
+
+def update_gated(
+    optimizer: Optimizer, grads: Grads, opt_state: OptState, params: Params, **options: Any
+) -> tuple[dict[str, Tensor], OptState, Gate]:
+    """`update_with`, and which of the steps the optimizer takes."""
+    if optimizer.gated is not None:
+        return optimizer.gated(grads, opt_state, params, **options)
+    gate = Gate(is_open=True, step=options["step"], weight=options["weight"])
+    return *update_with(optimizer, grads, opt_state, params, **options), gate
+
+
+def without_gate(gated: Callable[..., tuple[dict[str, Tensor], OptState, Any]]) -> Callable[..., Any]:
+    """An optimizer's `update`, from its `gated`."""
+
+    def update(*args: Any, **options: Any) -> tuple[dict[str, Tensor], OptState]:
+        return gated(*args, **options)[:2]
+
+    return update

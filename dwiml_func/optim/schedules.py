@@ -71,12 +71,13 @@ def per_epoch(values: Sequence[float]) -> Callable[[int], float]:
     return lambda epoch: rates[min(epoch, len(rates) - 1)]
 
 
-def per_step(schedule: float | Callable[[int], float]) -> PerStep:
+def per_step(schedule: float | Callable[[int], float], *, every: int = 1) -> PerStep:
     """Count optimizer steps instead of epochs.
 
     Args:
         schedule: maps the number of steps done to a learning rate; any schedule of this module, whose lengths then are
             numbers of steps.
+        every: batches in one step: 4 counts the updates behind `accumulate(4)`, 1 its micro-batches.
 
     Returns:
         A schedule for `train_and_validate`.
@@ -86,7 +87,9 @@ def per_step(schedule: float | Callable[[int], float]) -> PerStep:
         >>> round(schedule.rate(550), 6)
         0.042178
     """
-    return PerStep(_as_function("per_step", schedule))
+    check_count("every", every)
+    rate = _as_function("per_step", schedule)
+    return PerStep(rate if every == 1 else lambda step: rate(step // every))
 
 
 def cosine(initial: float, *, length: int, final: float = 0.0) -> Callable[[int], float]:
