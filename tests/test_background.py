@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dwiml_func import TrainState, adam, init_state, module_loss, sgd, train_step
-from dwiml_func.checkpoint.background import AsyncCheckpointer, NoCheckpointer, copy_to_host
+from dwiml_func.checkpoint.background import AsyncCheckpointer, copy_to_host
 from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.checkpoint import save as save_checkpoint
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
@@ -24,6 +24,7 @@ from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, Tr
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.run_files import NoRunFiles
 from dwiml_func.experiment.setup import prepare
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -94,10 +95,10 @@ def test_the_record_has_the_devices_of_the_state_and_not_of_its_copy(tmp_path, m
 
 def test_a_step_that_was_not_finite_is_refused_at_once_in_each_process(tmp_path):
     state = state_at(1).replace(sums={"non_finite": Sum(3.0, 1.0)}, step=5, batch=3)
-    for checkpointer in (AsyncCheckpointer(tmp_path), NoCheckpointer()):
-        with checkpointer, pytest.raises(NonFiniteError, match=r"epoch 2, batch 2 \(step 4\)"):
-            checkpointer.save(state)
-    NoCheckpointer().save(state_at(1))
+    for save in (AsyncCheckpointer(tmp_path).save, NoRunFiles().save):
+        with pytest.raises(NonFiniteError, match=r"epoch 2, batch 2 \(step 4\)"):
+            save(state, ())
+    NoRunFiles().save(state_at(1), ())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -253,11 +254,11 @@ def test_checkpoint_then_best_model_then_logs(tmp_path, monkeypatch):
 
         return call
 
-    from dwiml_func.experiment import run as training_run
+    from dwiml_func.experiment import run_files
     from dwiml_func.writers.npy import npy
 
     monkeypatch.setattr(SAVE, observed("checkpoint", save_checkpoint))
-    monkeypatch.setattr(training_run, "save_best_model", observed("best", training_run.save_best_model))
+    monkeypatch.setattr(run_files, "save_best_model", observed("best", run_files.save_best_model))
     list(run_experiment(directory, prepare(config), write=observed("logs", npy(directory))))
     assert seen == [
         ("checkpoint", [], None, []),

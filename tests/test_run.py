@@ -254,7 +254,7 @@ def test_hashing_the_dataset_blocks_no_save(tmp_path, monkeypatch):
         return fingerprint(path, linked)
 
     monkeypatch.setattr("dwiml_func.files.fingerprint.fingerprint", fingerprint_slowly)
-    monkeypatch.setattr("dwiml_func.experiment.run.HASH_PATIENCE", 0.0)
+    monkeypatch.setattr("dwiml_func.experiment.run_files.HASH_PATIENCE", 0.0)
     config = replace(CONFIG, training=replace(CONFIG.training, max_epochs=3))
     directory = create_experiment(tmp_path, "run", config)
     for report in run_experiment(directory, prepare(config)):

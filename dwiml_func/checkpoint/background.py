@@ -20,7 +20,7 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.files.json import to_json_data
 
-__all__ = ["AsyncCheckpointer", "NoCheckpointer", "copy_to_host"]
+__all__ = ["AsyncCheckpointer", "copy_to_host"]
 
 _log = logging.getLogger(__name__)
 
@@ -118,29 +118,6 @@ class AsyncCheckpointer:
             if error is None or kind is GeneratorExit:
                 raise
             error.add_note(f"Besides, the last checkpoint could not be saved: {failure}")
-
-
-class NoCheckpointer:
-    """Saves nothing: the checkpointer of all processes of a group but the first."""
-
-    def save(
-        self,
-        state: TrainState,
-        history: Sequence[EpochReport] = (),
-        *,
-        then: Callable[[TrainState], None] | None = None,
-    ) -> None:
-        """Raise what the first process raises at once; save nothing."""
-        check_finite(state)
-
-    def wait(self) -> None:
-        """Do nothing."""
-
-    def __enter__(self) -> NoCheckpointer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 def copy_to_host(state: TrainState, *, reuse: TrainState | None = None) -> TrainState:

@@ -130,7 +130,7 @@ def run_ensemble(
                 bool(report.failed) or any(own.is_best or own.stop is not None for own in report.members.values())
             ),
             interval=members[0].config.checkpoints.save_interval,
-            on_batch=None if log_every is None else partial(_log_step, members, writers, log_every),
+            on_batch=() if log_every is None else (partial(_log_step, members, writers, log_every),),
             stop=stop or StopRequest(),
             directory=directory,
         )

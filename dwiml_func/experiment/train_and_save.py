@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ def train_and_save(
     save: Callable[[Any, tuple[Report, ...]], None],
     must_save: Callable[[Report], bool],
     interval: Interval,
-    on_batch: Callable[[Any, Metrics], object] | None = None,
+    on_batch: Sequence[Callable[[Any, Metrics], object]] = (),
     on_report: Callable[[Any, Report], object] | None = None,
     stop: StopRequest,
     directory: Path,
@@ -51,8 +51,8 @@ def train_and_save(
     def after_batch(state: Any, metrics: Metrics) -> None:
         nonlocal unsaved
         unsaved = state
-        if on_batch is not None:
-            on_batch(state, metrics)
+        for call in on_batch:
+            call(state, metrics)
         if interval.due_within_epoch(batch=state.batch, seconds=time.monotonic() - saved_at):
             save_now(state)
 
