@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacrev, jvp, vmap
 
-from dwiml_func.models.rnn import time_steps
+from dwiml_func.models.rnn import kernels, time_steps, torchscript
 from dwiml_func.models.rnn.autograd import kernel_scan
 from dwiml_func.models.rnn.cudnn import cudnn_scan
 from dwiml_func.models.rnn.scan import plain_scan
@@ -90,6 +90,27 @@ def test_blocks_of_any_size_give_torchs_gradients(sizes: list[int], rnn_key: str
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(time_steps, "_BLOCK_ROWS", block_rows)
         _compare_with_torch(rnn_key, sorted(sizes, reverse=True), torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize("rnn_key", KEYS)
+@pytest.mark.parametrize("low", [False, True])
+def test_loops_run_without_python_and_bitwise_as_in_it_where_torchscript_is_missing(
+    rnn_key: str, low: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [*range(90, 0, -1)]
+    tensors = _tensors(rnn_key, sizes, dtype=torch.float32)
+    weights = [tensor.bfloat16() for tensor in tensors[1:3]] if low else tensors[1:3]
+
+    def run() -> list[Tensor]:
+        results = _scan(kernel_scan, rnn_key, sizes)(tensors[0], *weights, *tensors[3:])
+        return [*results, *torch.autograd.grad(_loss(results), tensors)]
+
+    steps = (getattr(kernels, f"_{rnn_key}_{way}_steps").__wrapped__ for way in ("forward", "backward"))
+    assert all(isinstance(torchscript._scripted(each), torch.jit.ScriptFunction) for each in steps)
+    ours = run()
+    monkeypatch.delattr(torch.jit, "script")
+    monkeypatch.setattr(torchscript, "_scripted", torchscript._scripted.__wrapped__)
+    assert all(torch.equal(one, other) for one, other in zip(ours, run(), strict=True))
 
 
 @pytest.mark.parametrize("rnn_key", KEYS)

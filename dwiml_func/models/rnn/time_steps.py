@@ -27,7 +27,7 @@ class TimeSteps:
     """
 
     def __init__(self, batch_sizes: Sequence[int]) -> None:
-        self._sizes = batch_sizes
+        self.sizes = list(batch_sizes)
         self.blocks: list[Block] = []
         first_step, first_row, end_row = 0, 0, 0
         for step, num_rows in enumerate(batch_sizes):
@@ -41,21 +41,18 @@ class TimeSteps:
         """The rows of the largest block."""
         return max(rows.stop - rows.start for _, rows in self.blocks)
 
-    def split(self, *tensors: Tensor, block: Block | None = None) -> list[tuple[Tensor, ...]]:
-        """Each tensor's rows at each time step; the tensors are (P, ...) or, with a block, hold that block's rows."""
-        sizes = self._sizes if block is None else self._sizes[block.steps]
-        return list(zip(*(tensor.split(sizes) for tensor in tensors), strict=True))
-
-    def before(self, steps: Sequence[Tensor], first: Tensor) -> list[Tensor]:
-        """For each time step the previous step's rows of the sequences that still run; `first` precedes step 0."""
-        return _before(self._sizes, steps, first)
+    def step_before(self, rows: Tensor, block: Block, first: Tensor) -> Tensor:
+        """Of rows (P, H) those of the last time step before a block; `first` (S, H) precedes step 0."""
+        if block.steps.start == 0:
+            return first
+        return rows[block.rows.start - self.sizes[block.steps.start - 1] : block.rows.start]
 
     def rows_before(self, rows: Tensor, block: Block, first: Tensor) -> Tensor:
         """For each row of a block the previous row of its sequence; `first` (S, H) precedes step 0."""
-        sizes, end_row = self._sizes[block.steps], block.rows.stop - self._sizes[block.steps.stop - 1]
+        sizes, end_row = self.sizes[block.steps], block.rows.stop - self.sizes[block.steps.stop - 1]
         if block.steps.start == 0:
             return torch.cat(_before(sizes, rows[:end_row].split(sizes[:-1]), first))
-        size_before = self._sizes[block.steps.start - 1]
+        size_before = self.sizes[block.steps.start - 1]
         rows = rows[block.rows.start - size_before : end_row]
         if sizes[-1] == size_before:  # none ended
             return rows
@@ -64,7 +61,7 @@ class TimeSteps:
 
     def last_rows(self, rows: Tensor) -> Tensor:
         """Each sequence's last row, (S, H)."""
-        if len(self._sizes) == 1:  # tracking: a step at a time, where the indices would take longer than the copy
+        if len(self.sizes) == 1:  # tracking: a step at a time, where the indices would take longer than the copy
             return rows.clone()
         return rows.index_select(0, self._last_indices(rows.device))
 
@@ -74,9 +71,9 @@ class TimeSteps:
         return grad_hidden.index_add_(0, self._last_indices(grad_last.device), grad_last)
 
     def _last_indices(self, device: torch.device) -> Tensor:
-        sizes = torch.tensor(self._sizes)
-        lengths = (sizes[:, None] > torch.arange(self._sizes[0])).sum(0)
-        return (sizes.cumsum(0) - sizes)[lengths - 1].add_(torch.arange(self._sizes[0])).to(device)
+        sizes = torch.tensor(self.sizes)
+        lengths = (sizes[:, None] > torch.arange(self.sizes[0])).sum(0)
+        return (sizes.cumsum(0) - sizes)[lengths - 1].add_(torch.arange(self.sizes[0])).to(device)
 
 
 def _before(sizes: Sequence[int], steps: Sequence[Tensor], first: Tensor) -> list[Tensor]:
