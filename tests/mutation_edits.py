@@ -17,7 +17,7 @@ __all__ = ["PARTS", "TREE", "draw"]
 
 TREE = Path(__file__).parents[1]
 EQUIVALENT = TREE / "tests" / "data" / "equivalent_mutations.txt"
-PARTS = {"parallel": ("distributed",), "plots": ("experiment/figures",)}
+PARTS = {"parallel": ("distributed",), "figures": ("experiment/figures",)}
 COMPARISONS = {"Lt": "<=", "LtE": "<", "Gt": ">=", "GtE": ">", "Eq": "!=", "NotEq": "==", "Is": "is not"}
 COMPARISONS |= {"IsNot": "is", "In": "not in", "NotIn": "in"}
 OPERATIONS = {"Add": "-", "Sub": "+", "Mult": "/", "Div": "*", "FloorDiv": "/", "Mod": "*", "Pow": "*", "MatMult": "*"}
@@ -98,6 +98,7 @@ def edits_of(node: ast.AST) -> Iterator[Edit]:
                 yield "argument dropped", node, ast.unparse(ast.Call(function, arguments, kept))
             # Of these, other orders give the same, or are noticed by every test.
             several = len(arguments) > 1 and not any(isinstance(each, ast.Starred) for each in arguments[:2])
+            several = several and show(arguments[0]) != show(arguments[1])
             if several and ast.unparse(function).rpartition(".")[2] not in UNORDERED:
                 swapped = [arguments[1], arguments[0], *arguments[2:]]
                 yield "swapped", node, ast.unparse(ast.Call(function, swapped, keywords))

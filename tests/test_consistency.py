@@ -123,6 +123,14 @@ def bomb(file: Any) -> None:
         made.id.write_direct_chunk((64 * x, 0, 0, 8 * f), packed)
 
 
+def copy_of(name: str, other: str) -> Callable[[Any], None]:
+    def change(file: Any) -> None:
+        del file[name]
+        file.copy(other, name)
+
+    return change
+
+
 def without_shape(file: Any) -> None:
     del file["b/streamlines/offsets"]
     file["b/streamlines/offsets"] = h5py.Empty("i8")
@@ -153,6 +161,8 @@ FAULTS = {
         hard_link("c/streamlines/data", "a/streamlines/data"),
         "subject 'c': in validation, has the same streamlines as 'a', in training",
     ),
+    "copied": (copy_of("c", "a"), "subject 'c': in validation, has the same streamlines as 'a', in training"),
+    "copied within": (copy_of("b", "a"), "subject 'b': in training, has the same streamlines as 'a', in training"),
     "tested": (attribute("/", "testing_subjs", ["b"]), "subject 'b': in two subsets, training and testing"),
     "features": (fewer_features, "subject 'c', group 'input': 5 features, but subject 'a' has 6"),
     "flipped": (

@@ -38,13 +38,25 @@ def create(tmp_path: Path, config: dict[str, Any], names: tuple[str, ...] = ("s1
     return out
 
 
-@pytest.mark.parametrize("suffix", [".trk", ".tck", ".trx"])
+def add_latin_comment(path: Path) -> str:
+    """A copy of a TCK with a line in Latin-1 in its header, as older programs wrote names."""
+    head, end, points = path.read_bytes().partition(b"\nEND\n")
+    start, _, offset = head.rpartition(b"file: . ")
+    line = "author: José\n".encode("latin-1")
+    path.with_name("named.tck").write_bytes(start + line + b"file: . %d" % (int(offset) + len(line)) + end + points)
+    return "named.tck"
+
+
+@pytest.mark.parametrize("suffix", [".trk", ".tck", ".trx", ".latin.tck"])
 def test_streamlines_come_back_as_dipy_loads_them(tmp_path, suffix):
     from dipy.io.streamline import load_tractogram
 
     subject = make_subject(tmp_path / "subjects", "s1")
     save_lines(subject / f"lines{suffix}", some_lines(50, 3))
-    config = {"input": CONFIG["input"], "streamlines": {"type": "streamlines", "files": f"lines{suffix}"}}
+    files = f"lines{suffix}"
+    if "latin" in suffix:  # which dipy does not read
+        files = add_latin_comment(subject / files)
+    config = {"input": CONFIG["input"], "streamlines": {"type": "streamlines", "files": files}}
     dataset = open_dataset(create(tmp_path, config))
     loaded: Any = load_tractogram(str(subject / f"lines{suffix}"), str(subject / "dwi.nii.gz"))
     expected = loaded.streamlines

@@ -86,6 +86,9 @@ def header(num_points: int, num_streamlines: int) -> str:
         ({"positions.3.float32": None}, "0 arrays of positions"),
         ({"dps/weight.float32": bytes(12)}, "dps/weight.float32 holds 12 bytes"),
         ({"dps/weight.words": bytes(8)}, "expected a name such as"),
+        ({"dpv/fa.float32": bytes(24)}, "dpv/fa.float32 holds 24 bytes, NB_VERTICES of the header promises 28"),
+        ({"groups/left.uint32": np.array([0, 2], "u4").tobytes()}, "groups/left.uint32 has streamlines 0 to 2 of 2"),
+        ({"groups/left.int32": np.array([-1, 1], "i4").tobytes()}, "groups/left.int32 has streamlines -1 to 1 of 2"),
     ],
 )
 def test_what_does_not_agree_with_the_header_is_named(tmp_path, change, message):
@@ -94,7 +97,8 @@ def test_what_does_not_agree_with_the_header_is_named(tmp_path, change, message)
         "positions.3.float32": np.zeros((7, 3), "f4").tobytes(),
         "offsets.uint64": np.array([0, 3, 7], "u8").tobytes(),
     }
-    (tmp_path / "dps").mkdir()
+    for folder in ("dps", "dpv", "groups"):
+        (tmp_path / folder).mkdir()
     for name, value in {**content, **change}.items():
         if value is not None:
             (tmp_path / name).write_bytes(value.encode() if isinstance(value, str) else value)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,12 +126,20 @@ def _with_keys(source: Source, tractogram: Tractogram, dps_keys: Sequence[str]) 
 def _read_nibabel(source: Source) -> Tractogram:
     import nibabel as nib
 
-    if source.path.suffix.lower() == ".trk":
+    is_trk = source.path.suffix.lower() == ".trk"
+    if is_trk:
         _check_trk_header(source.path)
+    opened: Any = source.path
+    kind = nib.streamlines.TrkFile if is_trk else nib.streamlines.TckFile
     # Reading to the end overwrites the number in the header by what was found, however early the file ends.
-    header = nib.streamlines.load(source.path, lazy_load=True).header
-    file = nib.streamlines.load(source.path)
-    is_trk, found = source.path.suffix.lower() == ".trk", len(file.streamlines)
+    try:
+        header = kind.load(opened, lazy_load=True).header
+    except UnicodeDecodeError:  # of a TCK with names or comments in Latin-1
+        head, end, points = source.path.read_bytes().partition(b"\nEND\n")
+        opened = io.BytesIO(head.decode("latin-1").encode("ascii", "replace") + end + points)
+        header = kind.load(opened, lazy_load=True).header
+    file = kind.load(opened)
+    found = len(file.streamlines)
     declared = int(header.get("nb_streamlines", 0)) if is_trk else int(header.get("count", found))
     if declared not in ((0, found) if is_trk else (found,)):  # 0 in TRK: the number is not stored
         raise ValueError(f"the header promises {declared} streamlines, the file holds {found}")
@@ -143,7 +152,8 @@ def _read_nibabel(source: Source) -> Tractogram:
 
 
 def _check_trk_header(path: Path) -> None:
-    """What nibabel takes as it is, or replaces by the identity."""
+    """What nibabel takes as it is, or replaces by the identity, or turns to other axes."""
+    from nibabel.orientations import aff2axcodes
     from nibabel.streamlines.trk import header_2_dtype
 
     with path.open("rb") as file:
@@ -158,6 +168,9 @@ def _check_trk_header(path: Path) -> None:
         raise ValueError("its header has no vox_to_ras, which says where the voxels lie")
     if not np.allclose(np.sqrt((affine[:3, :3] ** 2).sum(axis=0)), sizes, rtol=1e-2):
         raise ValueError(f"its header has voxels of {sizes.tolist()} mm, and an affine of others: {affine.tolist()}")
+    order, axes = header["voxel_order"].decode("latin-1").upper() or "LPS", "".join(map(str, aff2axcodes(affine)))
+    if order != axes:
+        raise ValueError(f"its header has the voxel order {order}, and an affine of the order {axes}")
 
 
 def _check_tck_offset(path: Path, offset: int) -> None:

@@ -84,6 +84,12 @@ def _read(archive: _Archive) -> Trx:
     points = _array(archive, positions, num_points, "NB_VERTICES", columns=3)
     offsets = _offsets(archive, num_streamlines, num_points)
     per_streamline = {_name_of(member): _array(archive, member, num_streamlines, "NB_STREAMLINES") for member in tables}
+    for member in _members(archive.sizes, "dpv/"):
+        _check_size(archive, member, num_points, "NB_VERTICES")
+    for member in _members(archive.sizes, "groups/"):
+        ids = np.frombuffer(archive.read(member), np.dtype(_kind_of(member)).newbyteorder("<"))
+        if ids.size and not 0 <= ids.min() <= ids.max() < num_streamlines:
+            raise ValueError(f"{member} has streamlines {ids.min()} to {ids.max()} of {num_streamlines}")
     return Trx(points, offsets, per_streamline, grid)
 
 
@@ -102,13 +108,21 @@ def _offsets(archive: _Archive, num_streamlines: int, num_points: int) -> NDArra
 
 def _array(archive: _Archive, member: str, rows: int, promised: str, *, columns: int | None = None) -> NDArray:
     """An array of the archive, (rows, columns); the name says the columns and the type."""
+    named, kind = _check_size(archive, member, rows, promised, columns=columns)
+    return np.frombuffer(archive.read(member), kind).reshape(rows, named).astype(kind.newbyteorder("="))
+
+
+def _check_size(
+    archive: _Archive, member: str, rows: int, promised: str, *, columns: int | None = None
+) -> tuple[int, np.dtype]:
+    """The columns and the type of an array that has this many rows."""
     parts = member.rpartition("/")[2].split(".")
     named = int(parts[1]) if len(parts) == 3 else 1
     kind = np.dtype(_kind_of(member)).newbyteorder("<")
     expected = rows * named * kind.itemsize
     if archive.sizes[member] != expected or (columns is not None and named != columns):
         raise ValueError(f"{member} holds {archive.sizes[member]} bytes, {promised} of the header promises {expected}")
-    return np.frombuffer(archive.read(member), kind).reshape(rows, named).astype(kind.newbyteorder("="))
+    return named, kind
 
 
 def _only(archive: _Archive, name: str, kind: str) -> str:

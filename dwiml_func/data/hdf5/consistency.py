@@ -10,7 +10,7 @@ import numpy as np
 
 from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.grid import Grid, orientation_difference
-from dwiml_func.data.hdf5.problems import Checked, Problem, attribute_of, dataset_of, location, to_python
+from dwiml_func.data.hdf5.problems import Checked, Problem, attribute_of, collect, dataset_of, location, to_python
 from dwiml_func.data.spherical_harmonics import HARMONICS, harmonics_fault
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ __all__ = [
     "subjects_of",
     "volume_attributes",
 ]
+
+_FEW_POINTS = 16  # which tell most subjects apart
 
 
 def subjects_of(file: h5py.File, subset: str, *, required: bool = False) -> Checked[tuple[str, ...]]:
@@ -53,18 +55,21 @@ def disjoint_subsets(subsets: Mapping[str, Sequence[str]]) -> Checked[None]:
 
 
 def separate_streamlines(file: h5py.File, subsets: Mapping[str, Sequence[str]], group_name: str) -> Checked[None]:
-    """No link leads from two subsets to the same stored streamlines: they would be one subject under two names."""
-    from h5py import h5o  # pyright: ignore[reportAttributeAccessIssue]
-
-    found: dict[tuple[int, int], tuple[str, str]] = {}
+    """No two subjects have the same streamlines, by a link or as a copy: they would be one subject under two names."""
+    found: dict[tuple[object, ...], tuple[str, str, h5py.Dataset]] = {}
     for subset, names in subsets.items():
         for name in dict.fromkeys(names):
             try:
-                stored = h5o.get_info(file.id, f"{name}/{group_name}/data".encode())
-            except (KeyError, OSError, RuntimeError):  # told where it is read
+                group: Any = file[f"{name}/{group_name}"]
+                data = collect(dataset_of(group, "data", "f"), [])
+                if data is None or data.size == 0:
+                    continue
+                start = data.shape, data[:_FEW_POINTS].tobytes()
+                other, first, same = found.setdefault(start, (name, subset, data))
+                is_copy = other != name and np.array_equal(data[()], same[()])
+            except (AttributeError, KeyError, OSError, RuntimeError):  # told where it is read
                 continue
-            other, first = found.setdefault((stored.fileno, stored.addr), (name, subset))
-            if first != subset:
+            if is_copy:
                 yield Problem(f"subject {name!r}", f"in {subset}, has the same streamlines as {other!r}, in {first}")
 
 

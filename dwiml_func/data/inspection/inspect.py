@@ -63,7 +63,8 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
         subjects = {
             name: collect(_inspect_subject(file, name), problems) or {} for name in dict.fromkeys([*listed, *in_file])
         }
-        for group in dict.fromkeys(name for groups in subjects.values() for name in groups):
+        lines = [name for found in subjects.values() for name, of in found.items() if isinstance(of, StreamlineSummary)]
+        for group in dict.fromkeys(lines):
             collect(separate_streamlines(file, subsets, group), problems)
     collect(_compare_subjects(subjects), problems)
     collect(_check_step(attributes, subjects), problems)

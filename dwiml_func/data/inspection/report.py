@@ -81,7 +81,10 @@ def _harmonics(attributes: Mapping[str, Any]) -> str:
         return ""
     named = f"spherical harmonics of order {attributes['sh_order']}, basis {attributes.get('sh_basis', DEFAULT_BASIS)}"
     legacy = ", dipy's legacy definition" if attributes.get("sh_legacy", False) else ""
-    return named + legacy + (", of an fODF" if attributes.get("sh_of") == "fodf" else "")
+    of = {"signal": "", "fodf": ", of an fODF"}.get(
+        str(attributes.get("sh_of")), ", taken for the signal's (no 'sh_of')"
+    )
+    return named + legacy + of
 
 
 def _axes(summary: VolumeSummary) -> list[str]:
