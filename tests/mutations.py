@@ -112,11 +112,12 @@ def run_tests(copy: Path, tests: list[str], limit: float, recorder: type[Recorde
 
 
 def tests_of(change: dict[str, Any], recorded: dict[str, Any], budget: float) -> list[str]:
-    """Tests of the lines, then of their function, then of the module, as time allows: its own first, then of each test
-    function one case, then the second ones."""
-    own, chosen, total = f"test_{Path(change['file']).stem.strip('_')}.py", [], 0.0
-    for first, last in (change["lines"], change["scope"], (1, 10**6)):
-        hits = ((test, hit.get(change["file"], ())) for test, (_, hit) in recorded.items())
+    """Tests of the lines, then of their function, then of the module, then those named after it (what runs in processes
+    of its own is not recorded), as time allows: its own first, then of each test function one case, then the second."""
+    name, chosen, total = Path(change["file"]).stem, [], 0.0
+    own = f"test_{name.strip('_').removesuffix('_process')}.py"
+    for first, last in (change["lines"], change["scope"], (1, 10**6), (0, 0)):
+        hits = ((test, hit.get(change["file"], [0] if own in test else ())) for test, (_, hit) in recorded.items())
         reach = [test for test, lines in hits if any(first <= line <= last for line in lines) and test not in chosen]
         cases, order = Counter[str](), []
         for test in sorted(reach, key=lambda test: recorded[test][0]):

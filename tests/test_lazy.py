@@ -236,7 +236,8 @@ def test_three_hundred_subjects_work_with_64_open_files(tmp_path):
         for number, name in enumerate(names):
             subject = file.create_group(name)
             write_volume(subject, "input", np.full((2, 2, 2, 1), number), np.eye(4))
-            write_streamlines(subject, "streamlines", points, offsets, affine=np.eye(4), dimensions=(2, 2, 2))
+            lines = points * (1 - number / 1000)
+            write_streamlines(subject, "streamlines", lines, offsets, affine=np.eye(4), dimensions=(2, 2, 2))
     assert run_program(MANY, path).splitlines() == ["300 600"] * 2
 
 
