@@ -28,7 +28,7 @@ from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
 from dwiml_func.experiment.folder import create_ensemble, read_config
 from dwiml_func.experiment.fork import create_fork, prepare_fork
 from dwiml_func.experiment.model_store import load_model
-from dwiml_func.experiment.optimizers import OPTIMIZERS, make_optimizer
+from dwiml_func.experiment.optimizers import OPTIMIZERS, configured_optimizer
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
@@ -87,7 +87,7 @@ def batch_loss(parts: RunParts, batch: Any) -> tuple[Tensor, int]:
 )
 def test_a_name_is_that_of_torch_optim(name: str, options: dict[str, float]) -> None:
     further = {"foreach": False} if name == "RAdam" else {}
-    params, _ = run_updates(make_optimizer(training(optimizer=name, weight_decay=0.02, **options)), num_steps=8)
+    params, _ = run_updates(configured_optimizer(training(optimizer=name, weight_decay=0.02, **options)), num_steps=8)
     expected = run_torch(
         lambda own: [getattr(torch.optim, name)(own.values(), weight_decay=0.02, **options, **further)], num_steps=8
     )
@@ -96,7 +96,7 @@ def test_a_name_is_that_of_torch_optim(name: str, options: dict[str, float]) -> 
 
 
 def test_muon_updates_matrices_and_adamw_the_rest_at_one_learning_rate() -> None:
-    params, _ = run_updates(make_optimizer(training(optimizer="Muon", weight_decay=0.02)), num_steps=8)
+    params, _ = run_updates(configured_optimizer(training(optimizer="Muon", weight_decay=0.02)), num_steps=8)
 
     def make(own: dict[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
         matrices = [param for param in own.values() if param.dim() == 2]
@@ -113,7 +113,7 @@ def test_muon_updates_matrices_and_adamw_the_rest_at_one_learning_rate() -> None
 def test_a_name_that_torch_lacks_is_that_of_the_library(name: str) -> None:
     library = {"Lion": optim.lion, "ScheduleFreeAdamW": optim.schedule_free_adamw}
     make = library.get(name, optim.schedule_free_sgd)
-    actual, expected = run_updates(make_optimizer(training(optimizer=name))), run_updates(make(weight_decay=0.01))
+    actual, expected = run_updates(configured_optimizer(training(optimizer=name))), run_updates(make(weight_decay=0.01))
     assert all(torch.equal(actual[0][key], expected[0][key]) for key in SHAPES)
 
 
@@ -134,7 +134,9 @@ def test_the_default_is_plain_adam_and_an_older_config_means_it() -> None:
 
 def test_rules_are_param_groups_of_torch_optim() -> None:
     rules = ("*bias: weight_decay=0, beta1=0.5", "b.*: lr=0.1")
-    params, _ = run_updates(make_optimizer(training(optimizer="AdamW", weight_decay=0.1, rule=rules)), num_steps=8)
+    params, _ = run_updates(
+        configured_optimizer(training(optimizer="AdamW", weight_decay=0.1, rule=rules)), num_steps=8
+    )
 
     def make(own: dict[str, torch.nn.Parameter]) -> list[torch.optim.Optimizer]:
         groups = [

@@ -20,7 +20,7 @@ from dwiml_func.experiment.config import (
     TrainingConfig,
     config_from_json,
 )
-from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG
+from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
 from dwiml_func.files.json import parse_json, read_config_file
 
 __all__ = [

@@ -34,7 +34,7 @@ from dwiml_func.experiment.folder import experiment_directory
 from dwiml_func.experiment.resume import check_same_ensemble, check_same_run
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.sweep import is_ensemble_sweep, member_configs, sweep_configs
-from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG
+from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
 from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.files.lock import experiment_lock
 

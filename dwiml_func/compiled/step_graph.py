@@ -15,7 +15,7 @@ from dwiml_func.core.in_place import can_update_in_place, update_in_place
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.non_finite import NonFinite, can_skip, skip_metrics, spoil
 from dwiml_func.core.step import clip_and_measure
-from dwiml_func.optim.chain import make_optimizer, update_with
+from dwiml_func.optim.chain import resolve_optimizer, update_with
 from dwiml_func.types import Optimizer, OptState, Sum
 
 __all__ = ["make_graph", "merged"]
@@ -42,7 +42,7 @@ def make_graph(
         numbers: Tensor,
     ) -> tuple[Any, ...]:
         lr, step, blocked, *decay = numbers.unbind()
-        own = make_optimizer(optimizer, *(decay or [None]))
+        own = resolve_optimizer(optimizer, *(decay or [None]))
         out, grads = value_and_grad(loss_fn, params, buffers, batch, key=NO_KEY)
         grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
         skips = non_finite in (None, "skip") and can_skip(opt_state)

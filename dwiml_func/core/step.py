@@ -34,7 +34,7 @@ from dwiml_func.core.non_finite import (
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.state import TrainState, advance, check_not_donated
 from dwiml_func.core.weights import with_eval_params
-from dwiml_func.optim.chain import make_optimizer, update_with
+from dwiml_func.optim.chain import resolve_optimizer, update_with
 from dwiml_func.optim.schedules import as_rate
 from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.optim.transformations import clip_grad_norm
@@ -100,7 +100,7 @@ def train_step(
     """
     check_not_donated(state)
     lr, weight_decay = as_rate(lr), None if weight_decay is None else as_rate(weight_decay)
-    own = make_optimizer(optimizer, weight_decay)
+    own = resolve_optimizer(optimizer, weight_decay)
     check_opt_state(optimizer, state.opt_state, state.params)
     key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
     out, grads = gradient_fn(loss_fn, state.params, state.buffers, batch, key=key, backend=backend)

@@ -12,7 +12,7 @@ from dwiml_func.checkpoint.index import best_name, position_name
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.weights import with_eval_params
 from dwiml_func.experiment.model_store import MANIFEST, save_model
-from dwiml_func.experiment.optimizers import make_optimizer
+from dwiml_func.experiment.optimizers import configured_optimizer
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.training_facts import TRAINED_ON, training_facts
 
@@ -21,7 +21,7 @@ __all__ = ["repair_best_model", "save_best_model", "save_evaluated"]
 
 def save_best_model(directory: Path, state: TrainState, parts: RunParts) -> None:
     """Write the model of the best state, with the parameters that were evaluated."""
-    save_evaluated(directory, with_eval_params(state, make_optimizer(parts.config.training)), parts)
+    save_evaluated(directory, with_eval_params(state, configured_optimizer(parts.config.training)), parts)
 
 
 def save_evaluated(directory: Path, state: TrainState, parts: RunParts) -> None:

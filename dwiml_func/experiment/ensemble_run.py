@@ -30,11 +30,11 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.data_hash import HASH_PATIENCE, data_in_background
 from dwiml_func.experiment.folder import write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
-from dwiml_func.experiment.optimizers import make_optimizer
+from dwiml_func.experiment.optimizers import configured_optimizer
 from dwiml_func.experiment.run import set_num_threads
 from dwiml_func.experiment.setup import RunParts, check_monitored, make_parts
 from dwiml_func.experiment.signals import StopRequest
-from dwiml_func.experiment.tracking.window_lag import with_window_lag
+from dwiml_func.experiment.tracking.lag_validation import with_window_lag
 from dwiml_func.experiment.train_and_save import train_and_save
 from dwiml_func.files.lock import same_folder
 from dwiml_func.types import Metrics
@@ -169,7 +169,7 @@ def loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[st
     if len(set(decays)) == 1:
         bound["optimizer"] = first.optimizer
     else:
-        bound["optimizer"] = partial(make_optimizer, options[0])
+        bound["optimizer"] = partial(configured_optimizer, options[0])
         bound["weight_decay"] = torch.tensor(decays, dtype=torch.float64, device=device)
     step: Any = partial(ensemble_step, **bound)
     every = first.config.checkpoints.check_every

@@ -31,7 +31,7 @@ from dwiml_func.experiment.batches import check_usable, loader_spec
 from dwiml_func.experiment.model_store import LoadedModel, load_model
 from dwiml_func.experiment.reconstruction import read_reconstruction
 from dwiml_func.experiment.setup import RunParts
-from dwiml_func.experiment.tracking.window_lag import measure_window_lag, run_windows, space_of_subject
+from dwiml_func.experiment.tracking.lag_validation import measure_window_lag, run_windows, space_of_subject
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite, read_record, with_checksum
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction

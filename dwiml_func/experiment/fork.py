@@ -19,7 +19,7 @@ from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import save_evaluated
 from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
-from dwiml_func.experiment.optimizers import make_optimizer
+from dwiml_func.experiment.optimizers import configured_optimizer
 from dwiml_func.experiment.record import check_same_config
 from dwiml_func.experiment.resume import check_has_epochs_left
 from dwiml_func.experiment.setup import RunParts, make_model, make_parts, prepare
@@ -103,7 +103,7 @@ def prepare_fork(
         notes.append("The reductions of the learning rate are reset: the fork has another schedule.")
     best_state, why = _best(source, like, checkpoint.state, changed, is_validated=parts.valid is not None)
     if best_state is not None:
-        best_state = with_eval_params(best_state, make_optimizer(recorded.training))
+        best_state = with_eval_params(best_state, configured_optimizer(recorded.training))
     if why is not None:
         state = state.replace(best=Best(), plateau=state.plateau._replace(best=None, num_bad=0, cooldown=0))
         notes.append(f"The best epoch and the count of bad epochs are reset: {why}.")
@@ -137,7 +137,7 @@ def _first_state(parts: RunParts, recorded: TrainingConfig) -> TrainState:
     config, model = replace(parts.config, training=recorded), parts.model
     if recorded.rule != parts.config.training.rule:  # other parameters are frozen
         model = make_model(config, parts.nb_features, training=parts.data.training).to(next(model.parameters()).device)
-    return init_state(model, make_optimizer(recorded), seed=recorded.rng)
+    return init_state(model, configured_optimizer(recorded), seed=recorded.rng)
 
 
 def _changed_options(recorded: RunConfig, config: RunConfig) -> Set[str]:

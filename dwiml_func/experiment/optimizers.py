@@ -37,7 +37,7 @@ __all__ = [
     "OPTIMIZERS",
     "OptimizerName",
     "apply_rules",
-    "make_optimizer",
+    "configured_optimizer",
     "parse_rules",
 ]
 
@@ -84,7 +84,7 @@ else:
 """The names of optimizers on the command line."""
 
 
-def make_optimizer(training: TrainingConfig, *, weight_decay: Number | None = None) -> Optimizer:
+def configured_optimizer(training: TrainingConfig, *, weight_decay: Number | None = None) -> Optimizer:
     """Make the optimizer; a `weight_decay`, also a tensor, replaces that of the config.
 
     What the rules freeze is no parameter of a run, see `apply_rules`. Accumulation precedes clipping, and batches that
@@ -186,4 +186,4 @@ def apply_rules(model: torch.nn.Module, training: TrainingConfig) -> None:
     if not trained:
         raise ValueError("rule: expected a parameter to train. Received: rules that freeze all of them.")
     if rules:  # the optimizer checks its own patterns, such as those of Muon's exclude
-        make_optimizer(training).init({name: param.detach().to("meta") for name, param in trained.items()})
+        configured_optimizer(training).init({name: param.detach().to("meta") for name, param in trained.items()})

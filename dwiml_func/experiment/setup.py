@@ -37,9 +37,9 @@ from dwiml_func.distributed.sharding import (
 from dwiml_func.experiment.batches import RunData, first_batch, make_batches, open_data, sampled_batch
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.model_store import check_memory
-from dwiml_func.experiment.optimizers import apply_rules, make_optimizer
+from dwiml_func.experiment.optimizers import apply_rules, configured_optimizer
+from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, run_windows, with_window_lag
 from dwiml_func.experiment.tracking.phase import with_tracking_phase
-from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG, run_windows, with_window_lag
 from dwiml_func.experiment.training_config import PHASE_METRICS
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder, compute_reconstruction_loss
 from dwiml_func.models.config import build_model
@@ -137,7 +137,7 @@ def make_parts(
     set_matmul_precision(config.training.matmul_precision)
     device = _device(config.training)
     model = make_model(config, data.training.num_features, training=data.training).to(device)
-    optimizer = make_optimizer(config.training)
+    optimizer = configured_optimizer(config.training)
     loss: Any = compute_reconstruction_loss if isinstance(model, Autoencoder) else compute_batch_loss
     loss_fn = module_loss(model, loss, autocast=_AUTOCAST[config.training.precision])
     train, valid, evaluation = make_batches(config, data, device)

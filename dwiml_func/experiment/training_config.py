@@ -12,7 +12,7 @@ from dwiml_func.core.interval import validation_interval
 from dwiml_func.core.matmul_precision import MatmulPrecision
 from dwiml_func.core.skip_batches import parse_batch
 from dwiml_func.experiment.learning_rate import parse_learning_rate
-from dwiml_func.experiment.optimizers import OptimizerName, make_optimizer
+from dwiml_func.experiment.optimizers import OptimizerName, configured_optimizer
 from dwiml_func.types import Schedule
 
 __all__ = ["PHASE_METRICS", "WINDOW_LAG", "TrainingConfig"]
@@ -144,7 +144,7 @@ class TrainingConfig:
         if self.data_rng is not None:
             check_number("data_rng", self.data_rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
-        make_optimizer(self)
+        configured_optimizer(self)
 
     @property
     def num_operation_threads(self) -> int:

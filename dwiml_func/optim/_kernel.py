@@ -20,7 +20,7 @@ __all__ = [
     "check_options",
     "is_not_zero",
     "lerp",
-    "make_optimizer",
+    "optimizer_from_kernel",
     "scalar",
 ]
 
@@ -30,7 +30,7 @@ Kernel = Callable[
 """(arithmetic, grads, params, opt_state, lr, step, donate) -> (params, opt_state), lists in one order of names."""
 
 
-def make_optimizer(
+def optimizer_from_kernel(
     kernel: Kernel,
     kinds: Mapping[str, Callable[[Tensor], Tensor]],
     *numbers: Number,

@@ -11,7 +11,7 @@ from dwiml_func._checks import truncated_repr
 from dwiml_func._trees import choose
 from dwiml_func.types import Gate, Grads, Number, Optimizer, OptState, Params, Transform
 
-__all__ = ["chain", "check_optimizer", "make_optimizer", "update_gated", "update_with", "without_gate"]
+__all__ = ["chain", "check_optimizer", "resolve_optimizer", "update_gated", "update_with", "without_gate"]
 
 
 def chain(*links: Transform | Optimizer) -> Optimizer:
@@ -115,7 +115,7 @@ def check_optimizer(where: str, optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def make_optimizer(optimizer: Optimizer | Callable[..., Optimizer], weight_decay: Number | None) -> Optimizer:
+def resolve_optimizer(optimizer: Optimizer | Callable[..., Optimizer], weight_decay: Number | None) -> Optimizer:
     """The optimizer of a step: as it is given, or with the weight decay of the step, from its factory."""
     if weight_decay is None:
         if not isinstance(optimizer, Optimizer):

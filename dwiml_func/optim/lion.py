@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, make_optimizer
+from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, optimizer_from_kernel
 from dwiml_func.types import Number, Optimizer
 
 __all__ = ["lion"]
@@ -41,4 +41,4 @@ def lion(*, beta1: float = 0.9, beta2: float = 0.99, weight_decay: Number = 0.0)
         params = run("add", params, directions, alpha=-lr, reuse=donate)
         return params, {"exp_avg": lerp(run, momenta, grads, 1 - beta2, reuse=donate)}
 
-    return make_optimizer(kernel, {"exp_avg": torch.zeros_like}, weight_decay)
+    return optimizer_from_kernel(kernel, {"exp_avg": torch.zeros_like}, weight_decay)

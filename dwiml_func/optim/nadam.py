@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dwiml_func._transforms import read_number
 from dwiml_func.optim._foreach import arithmetic_for
-from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, make_optimizer, scalar
+from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, optimizer_from_kernel, scalar
 from dwiml_func.types import Number, Optimizer
 
 __all__ = ["nadam"]
@@ -71,5 +71,5 @@ def nadam(
         "exp_avg_sq": torch.zeros_like,
         "mu_product": lambda param: scalar(param, 1.0, torch.float32),  # as in torch, whatever the parameter's dtype
     }
-    optimizer = make_optimizer(kernel, kinds, weight_decay, uses_step=True)
+    optimizer = optimizer_from_kernel(kernel, kinds, weight_decay, uses_step=True)
     return optimizer._replace(is_elementwise=False)  # mu_product has not the parameter's shape

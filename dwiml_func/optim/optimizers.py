@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.optim._foreach import Arithmetic, Tensors
-from dwiml_func.optim._kernel import check_options, is_not_zero, make_optimizer
+from dwiml_func.optim._kernel import check_options, is_not_zero, optimizer_from_kernel
 from dwiml_func.types import Number, Optimizer
 
 __all__ = ["Optimizer", "adam", "adamw", "radam", "sgd"]
@@ -59,7 +59,7 @@ def sgd(*, momentum: float = 0.0, weight_decay: Number = 0.0, nesterov: bool = F
         return run("add", params, grads, alpha=-lr, reuse=donate), opt_state
 
     kinds = {"momentum_buffer": torch.zeros_like} if momentum else {}
-    return make_optimizer(kernel, kinds, weight_decay, uses_step=momentum != 0, on_reals=False)
+    return optimizer_from_kernel(kernel, kinds, weight_decay, uses_step=momentum != 0, on_reals=False)
 
 
 def adam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.0) -> Optimizer:
@@ -88,7 +88,7 @@ def adam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_
             grads = run("add", grads, params, alpha=weight_decay)
         return _adam_kernel(run, grads, params, opt_state, lr, step, donate, beta1, beta2, eps)
 
-    return make_optimizer(kernel, _ADAM_STATE, weight_decay, uses_step=True)
+    return optimizer_from_kernel(kernel, _ADAM_STATE, weight_decay, uses_step=True)
 
 
 def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.01) -> Optimizer:
@@ -117,7 +117,7 @@ def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
             params = run("mul", params, 1 - lr * weight_decay, reuse=donate)
         return _adam_kernel(run, grads, params, opt_state, lr, step, donate, beta1, beta2, eps)
 
-    return make_optimizer(kernel, _ADAM_STATE, weight_decay, uses_step=True)
+    return optimizer_from_kernel(kernel, _ADAM_STATE, weight_decay, uses_step=True)
 
 
 def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.0) -> Optimizer:
@@ -163,7 +163,7 @@ def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
         params = run("add", params, changes, alpha=-1.0, reuse=donate)
         return params, {"exp_avg": means, "exp_avg_sq": squares}
 
-    return make_optimizer(kernel, _ADAM_STATE, weight_decay, uses_step=True)
+    return optimizer_from_kernel(kernel, _ADAM_STATE, weight_decay, uses_step=True)
 
 
 def _adam_kernel(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, make_optimizer
+from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, optimizer_from_kernel
 from dwiml_func.types import Number, Optimizer
 
 __all__ = ["rmsprop"]
@@ -56,4 +56,4 @@ def rmsprop(
         return run("add", params, buffers, alpha=-lr, reuse=donate), new_state
 
     kinds = {"square_avg": True, "grad_avg": centered, "momentum_buffer": momentum > 0}
-    return make_optimizer(kernel, {kind: torch.zeros_like for kind, used in kinds.items() if used}, weight_decay)
+    return optimizer_from_kernel(kernel, {kind: torch.zeros_like for kind, used in kinds.items() if used}, weight_decay)

@@ -10,7 +10,7 @@ from dwiml_func.tracking.connectivity import (
     regions_of_blocs,
     regions_of_labels,
 )
-from dwiml_func.tracking.lag import final_distances, lags, remainder
+from dwiml_func.tracking.distances import final_distances, lags, remainder
 from dwiml_func.tracking.nearest_direction import NearestDirection, position_space
 from dwiml_func.tracking.overlap import Overlap, overlap_within, voxel_overlap
 from dwiml_func.tracking.processes import track_in_processes

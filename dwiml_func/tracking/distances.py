@@ -1,4 +1,4 @@
-"""Distances between streamlines in mm: points at an arc length, and the mean direct-flip distance."""
+"""Distances between streamlines in mm: points at an arc length, lags after the same way, the direct-flip distance."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import torch
 from numpy.typing import NDArray
 
 from dwiml_func.data.resampling import travelled_mm
-from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.data.streamlines import Streamlines, offsets_of
 
-__all__ = ["direct_flip_distances", "equidistant_points", "line_lengths", "points_at"]
+__all__ = [
+    "direct_flip_distances",
+    "equidistant_points",
+    "final_distances",
+    "lags",
+    "line_lengths",
+    "points_at",
+    "remainder",
+]
 
 _BLOCK_VALUES = 1 << 24  # distances in memory at once
 
@@ -56,3 +64,76 @@ def direct_flip_distances(
             found.append(torch.cdist(rows, target, compute_mode="donot_use_mm_for_euclid_dist").mean(dim=0))
     direct, flipped = (torch.cat(found).numpy() for found in means)
     return direct, flipped
+
+
+def lags(
+    lines: Streamlines, real: Streamlines, distances: tuple[float, ...] = (10.0, 20.0, 40.0, 80.0)
+) -> NDArray[np.float64]:
+    """Distances between tracked and real lines after the same way along each, from a start that both share.
+
+    A line that stopped counts where it stopped, so that stopping early wins nothing.
+
+    Args:
+        lines: S tracked streamlines in mm, from the start on; of one point where tracking found none.
+        real: the S real ones, from the same start on.
+        distances: D ways in mm from the start.
+
+    Returns:
+        (S, D) float64 in mm; NaN where the real line is shorter than the way.
+
+    Example:
+        >>> real = Streamlines.from_list([[[0, 0, 0], [30, 0, 0]]])
+        >>> lines = Streamlines.from_list([[[0, 0, 0], [10, 0, 0], [10, 5, 0]]])
+        >>> lags(lines, real).round(1).tolist()
+        [[0.0, 11.2, nan, nan]]
+    """
+    ways = np.broadcast_to(np.array(distances), (len(lines), len(distances)))
+    found = np.linalg.norm(points_at(lines, ways) - points_at(real, ways), axis=-1)
+    return np.where(ways <= line_lengths(real)[:, None] + 1e-6, found, np.nan)
+
+
+def remainder(lines: Streamlines, starts: NDArray[np.float64]) -> Streamlines:
+    """What follows of each line after a way along it: a point there, and the points that come later.
+
+    Args:
+        lines: S streamlines in mm.
+        starts: (S,) mm along each; beyond its end, the end alone is left.
+
+    Returns:
+        S streamlines of one point or more.
+
+    Example:
+        >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0]]])
+        >>> remainder(lines, np.array([1.5])).points[:, 0].tolist()
+        [1.5, 2.0, 3.0]
+    """
+    points, offsets = lines.points.double().numpy(), lines.offsets.numpy()
+    travelled = travelled_mm(points, offsets)
+    line = np.repeat(np.arange(len(lines)), np.diff(offsets))
+    is_later = travelled - travelled[offsets[:-1]][line] > starts[line]
+    new_offsets = offsets_of(torch.from_numpy(np.bincount(line, is_later, len(lines)).astype(np.int64) + 1))
+    rest = np.empty((int(new_offsets[-1]), 3))
+    is_first = np.zeros(len(rest), dtype=bool)
+    is_first[new_offsets[:-1].numpy()] = True
+    rest[is_first] = points_at(lines, starts[:, None])[:, 0]
+    rest[~is_first] = points[is_later]
+    return Streamlines(torch.from_numpy(rest).to(lines.points.dtype), new_offsets)
+
+
+def final_distances(lines: Streamlines, real: Streamlines) -> NDArray[np.float64]:
+    """Distances between the last points of tracked and real lines, (S,) in the unit of the lines.
+
+    Args:
+        lines: S tracked streamlines.
+        real: the S real ones, in the same space; in mm for distances in mm.
+
+    Returns:
+        (S,) float64. dwi_ml's `tracking_mean_final_distance_monitor` is their mean, there in voxels.
+
+    Example:
+        >>> real = Streamlines.from_list([[[0, 0, 0], [3, 0, 0]]])
+        >>> final_distances(Streamlines.from_list([[[0, 0, 0], [3, 4, 0]]]), real).tolist()
+        [4.0]
+    """
+    last = [each.points[each.offsets[1:] - 1].double().numpy() for each in (lines, real)]
+    return np.linalg.norm(last[0] - last[1], axis=1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dwiml_func.core.rng import Key, Stream, fold_in
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.streamlines import Streamlines, offsets_of
-from dwiml_func.tracking.lag import lags
+from dwiml_func.tracking.distances import lags
 from dwiml_func.tracking.random_numbers import uniforms
 from dwiml_func.tracking.scores import LineScores, ReferenceBundle, score_lines
 from dwiml_func.tracking.seeds import seeds_in_mask

@@ -16,7 +16,7 @@ from dwiml_func.core.rng import Key, numpy_rng
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.resampling import Resampling, resample_streamlines, travelled_mm
 from dwiml_func.data.streamlines import Streamlines, offsets_of
-from dwiml_func.tracking.lag import lags
+from dwiml_func.tracking.distances import lags
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, init_track_state

@@ -30,7 +30,7 @@ from dwiml_func.experiment.audit.verify import data_problems, train_epochs
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.setup import RunParts, prepare
-from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG, without_window_lag
+from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, without_window_lag
 
 __all__ = ["Audit", "Replayed", "Span", "audit_experiment", "sample_epochs", "spans", "summed_up"]
 

@@ -21,7 +21,7 @@ from dwiml_func.core.weights import with_eval_params
 from dwiml_func.experiment.comparison.compare import differences, differing, report_differences, report_values
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import MANIFEST
-from dwiml_func.experiment.optimizers import make_optimizer
+from dwiml_func.experiment.optimizers import configured_optimizer
 from dwiml_func.experiment.record import may_change, with_defaults
 from dwiml_func.files.fingerprint import content
 
@@ -73,7 +73,7 @@ def best_model_problems(directory: Path, latest: Checkpoint, config: RunConfig) 
         return []
     try:
         leaves = load_leaves(directory / "best_model", read_manifest(directory / "best_model", MANIFEST))
-        state = with_eval_params(read(directory, best).state, make_optimizer(config.training))
+        state = with_eval_params(read(directory, best).state, configured_optimizer(config.training))
     except (CheckpointError, FileNotFoundError) as error:
         return [f"best model: {error}"]
     expected = {**state.params, **state.buffers}

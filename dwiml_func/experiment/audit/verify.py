@@ -29,7 +29,7 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.record import with_defaults
 from dwiml_func.experiment.setup import RunParts, prepare
-from dwiml_func.experiment.tracking.window_lag import WINDOW_LAG, without_window_lag
+from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, without_window_lag
 from dwiml_func.files.fingerprint import content, fingerprint, linked_paths
 
 __all__ = ["Verification", "data_problems", "train_epochs", "verify_epoch"]

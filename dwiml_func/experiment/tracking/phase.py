@@ -28,7 +28,7 @@ from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.tracking.window_lag import Followed, space_of_subject
+from dwiml_func.experiment.tracking.lag_validation import Followed, space_of_subject
 from dwiml_func.experiment.training_config import PHASE_METRICS
 from dwiml_func.tracking.connectivity import (
     connection_counts,
@@ -37,8 +37,7 @@ from dwiml_func.tracking.connectivity import (
     regions_of_blocs,
     regions_of_labels,
 )
-from dwiml_func.tracking.distances import line_lengths
-from dwiml_func.tracking.lag import final_distances
+from dwiml_func.tracking.distances import final_distances, line_lengths
 from dwiml_func.tracking.space import TrackingMask
 from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.window_lag import continue_lines

@@ -14,7 +14,7 @@ from dwiml_func.tracking.connectivity import (
     regions_of_blocs,
     regions_of_labels,
 )
-from dwiml_func.tracking.lag import final_distances, lags, remainder
+from dwiml_func.tracking.distances import final_distances, lags, remainder
 
 
 def test_a_line_along_another_chord_of_a_circle_lags_by_what_geometry_tells() -> None:
