@@ -203,7 +203,8 @@ def test_a_generator_of_batches_that_begins_anew_is_refused_in_an_ensemble_too()
         )
 
 
-def test_an_epoch_of_members_is_that_of_separate_runs_with_every_option_of_the_loop():
+@pytest.mark.parametrize("every", [2, "3batches"])
+def test_an_epoch_of_members_is_that_of_separate_runs_with_every_option_of_the_loop(every):
     def always_random(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int, dict[str, Any]]:
         out = nn.functional.dropout(model(batch[0]), 0.2, True)  # in evaluation too
         return (out - batch[1]).square().mean(), len(batch[1]), {"size": (out.abs().mean(), 3)}
@@ -229,7 +230,7 @@ def test_an_epoch_of_members_is_that_of_separate_runs_with_every_option_of_the_l
         asked.clear()
         by_step = per_step(lambda step: 0.03 / (1 + step / 50))
         schedule = reduce_on_plateau(by_step, factor=0.5, patience=0, threshold=0.01)
-        options = {"monitor": "size", "mode": "max", "validate_every": 2, "patience": 2, "patience_delta": 0.01}
+        options = {"monitor": "size", "mode": "max", "validate_every": every, "patience": 2, "patience_delta": 0.01}
         options |= {"train": source("train", 0), "valid": source("valid", 50), "clock": lambda: now}
         options |= {"step": takes(60, step), "eval_step": takes(30, evaluate)}
         epochs = loop(state, learning_rate=schedule, max_epochs=8, **options)
@@ -247,12 +248,19 @@ def test_an_epoch_of_members_is_that_of_separate_runs_with_every_option_of_the_l
     for number, (end, reports, own_calls) in enumerate(ends):
         assert_close(member(ensemble, number), end)
         assert member(ensemble, number).plateau[::2] == end.plateau[::2]
-        for one, other in zip((report.members[number] for report in together), reports, strict=False):
+        assert member(ensemble, number).validations == () or end.batch
+        for other, one in zip(reports, (report.members[number] for report in together), strict=False):
+            assert [own.batch for own in one.validations] == [own.batch for own in other.validations]
+            for own, validation in zip(one.validations, other.validations, strict=True):
+                assert own.means == pytest.approx(validation.means, rel=1e-9)
+                assert own.learning_rate == validation.learning_rate
             for name, value in asdict(one).items():
                 expected = asdict(other)[name]
                 if name == "best":
                     (value, *rest), (expected, *others) = one.best, other.best
                     assert rest == others
+                if name == "validations":
+                    continue
                 is_close = isinstance(expected, float | dict)
                 assert value == (pytest.approx(expected, rel=1e-9) if is_close else expected), name
         assert [call[2:] for call in calls[: len(own_calls)]] == [call[2:] for call in own_calls]

@@ -110,9 +110,14 @@ def create(folder: Path, configs: list[RunConfig]) -> Path:
     return create_ensemble(folder, "run", configs)
 
 
-@pytest.mark.parametrize("batches", [2, 5], ids=["within the first epoch", "within the second"])
-def test_a_stopped_and_resumed_run_is_identical_to_the_uninterrupted_run(tmp_path, batches):
-    configs = small(patience=1, learning_rate=("0.05",))
+@pytest.mark.parametrize(
+    ("batches", "every"),
+    [(2, "1epoch"), (5, "1epoch"), (4, "2batches")],
+    ids=["within the first epoch", "within the second", "within a validation within an epoch"],
+)
+def test_a_stopped_and_resumed_run_is_identical_to_the_uninterrupted_run(tmp_path, batches, every):
+    configs = small(patience=1, learning_rate=("0.05",), validate_every=every)
+    configs = [replace(config, logging=replace(config.logging, log_every=1)) for config in configs]
     (tmp_path / "whole").mkdir()
     (tmp_path / "stopped").mkdir()
     whole, stopped = create(tmp_path / "whole", configs), create(tmp_path / "stopped", configs)
@@ -127,8 +132,9 @@ def test_a_stopped_and_resumed_run_is_identical_to_the_uninterrupted_run(tmp_pat
     for number in map(str, range(3)):
         assert latest_digest(whole / number) == latest_digest(stopped / number)
         assert list_checkpoints(whole / number) == list_checkpoints(stopped / number)
-        logs = "logs/valid_local_loss_monitor_per_epoch.npy"
-        assert (whole / number / logs).read_bytes() == (stopped / number / logs).read_bytes()
+        for logs in ("logs/valid_local_loss_monitor_per_epoch.npy", "logs/steps.jsonl"):
+            assert (whole / number / logs).read_bytes() == (stopped / number / logs).read_bytes()
+        assert ('"valid_loss"' in (whole / number / logs).read_text()) == (every == "2batches")
     assert read_ended(whole) == read_ended(stopped)
 
 

@@ -109,8 +109,15 @@ def test_an_ensemble_monitors_each_of_its_members(tmp_path: Path) -> None:
     for own in reports[-1].members.values():
         assert own.best == Best(own.valid["angular_error"], 2, 0)
     within = [replace(config, training=replace(config.training, validate_every="2batches")) for config in configs]
-    with pytest.raises(ValueError, match="ensemble is validated at the ends of epochs"):
-        prepare_ensemble(within)
+    directory = create_ensemble(tmp_path, "within", within)
+    reports = list(run_ensemble(directory, prepare_ensemble(within)))
+    assert {report.batch for report in reports} >= {0, 2}
+    for number in range(len(within)):
+        own = [report.members[number] for report in reports]
+        best = max(own, key=lambda report: report.valid["angular_error"])  # the first of equal ones
+        assert own[-1].best[:2] == (best.valid["angular_error"], best.epoch)
+        facts = load_model(directory / str(number) / "best_model").facts
+        assert (own[-1].best.batch, facts["batch"]) == (best.batch, best.batch)
 
 
 def parts_that_fail(config: RunConfig, error: Exception, *, at: int) -> RunParts:

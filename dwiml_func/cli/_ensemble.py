@@ -91,17 +91,16 @@ def _train(
 
 
 def _print(report: EnsembleReport, max_epochs: int) -> None:
+    position = f"Epoch {report.epoch}/{max_epochs}" + (f", batch {report.batch}" if report.batch else "")
     for number, own in report.members.items():
         best = "  best" if own.is_best else ""
         valid = f"  validation loss {own.valid['loss']:.4f}" if own.valid else ""
         if own.monitor != "loss" and own.monitor in (means := own.valid or own.train):
             valid += f"  {own.monitor} {means[own.monitor]:.4f}"
         stop = "  stopped early" if own.stop == "patience" else ""
-        print_progress(
-            f"Epoch {report.epoch}/{max_epochs}  {number}: training loss {own.train['loss']:.4f}{valid}{best}{stop}"
-        )
+        print_progress(f"{position}  {number}: training loss {own.train['loss']:.4f}{valid}{best}{stop}")
     for number, text in report.failed.items():
-        print_progress(f"Epoch {report.epoch}/{max_epochs}  {number}: {text}")
+        print_progress(f"{position}  {number}: {text}")
 
 
 def _summarize(directory: Path, failed: dict[int, str]) -> None:

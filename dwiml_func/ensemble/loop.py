@@ -14,7 +14,7 @@ from torch import Tensor
 from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import check_has_batch
-from dwiml_func.core.interval import validation_interval
+from dwiml_func.core.interval import Interval, validation_interval
 from dwiml_func.core.loop_options import check_options
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import location
@@ -39,12 +39,13 @@ class EnsembleStep(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsembleReport:
-    """The report of one epoch.
+    """The report of one epoch, or of a validation within it.
 
     Args:
         epoch: number of epochs done, including this one; 1 is the first.
         members: the reports of the members that finished it, by number. Durations are those of the whole ensemble.
-        failed: messages of the members that failed in this epoch, by number.
+        failed: messages of the members that have failed since the report before, by number.
+        batch: 0 for a whole epoch; after a validation within it, the number of its batches done.
 
     Example:
         >>> EnsembleReport(epoch=1, members={}, failed={0: "The loss was not finite"}).failed
@@ -54,6 +55,7 @@ class EnsembleReport:
     epoch: int
     members: Mapping[int, EpochReport]
     failed: Mapping[int, str]
+    batch: int = 0
 
 
 def train_and_validate_ensemble(
@@ -85,13 +87,15 @@ def train_and_validate_ensemble(
         step: `step(ensemble, batch, lr=...)`, e.g. `partial(ensemble_step, loss_fn=..., optimizer=...)`.
         valid, eval_step: as for `train_and_validate`, with `ensemble_eval_step`.
         learning_rate: a number or a schedule, as for `train_and_validate`; or a list with one for each member.
-        max_epochs, patience, patience_delta, monitor, mode, clock: as for `train_and_validate`, of each member.
-        validate_every: validate after every so many epochs, also as "3epochs".
+        max_epochs, patience, patience_delta, monitor, mode, validate_every, clock: as for `train_and_validate`, of each
+            member.
         on_batch: called with the ensemble and the sums after each training batch.
         interrupt: called after each training and each validation batch; True ends the loop with `Interrupted`.
 
     Yields:
-        The ensemble after each epoch, and its report. Nothing is yielded when no member has an epoch left to do.
+        The ensemble after each epoch, and its report; with `validate_every="500batches"` also after each validation
+        within an epoch, where a member that is out of patience stops. Nothing is yielded when no member has an epoch
+        left to do.
 
     Raises:
         ValueError: as `train_and_validate`, or the numbers of learning rates and members differ.
@@ -120,14 +124,11 @@ def train_and_validate_ensemble(
         patience=patience, patience_delta=patience_delta,
     )  # fmt: skip
     every = validation_interval(validate_every)
-    if every.unit == "batch":
-        raise ValueError(f"An ensemble is validated at the ends of epochs. Received: validate_every={validate_every!r}")
     each: list[float | Schedule] = (
         list(learning_rate) if isinstance(learning_rate, Sequence) else [learning_rate] * len(ensemble)
     )
     if len(each) != len(ensemble):
         raise ValueError(f"Expected {len(ensemble)} learning rates, one for each member. Received: {len(each)}")
-    is_per_step = any(map(counts_steps, each))
     trained = ensemble  # after the last training batch
 
     def after_batch(ensemble: EnsembleState, metrics: Metrics) -> None:
@@ -146,30 +147,35 @@ def train_and_validate_ensemble(
 
     def epochs(ensemble: EnsembleState) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
         ensemble = _without_patience(ensemble, patience)
-        while ensemble.epoch < max_epochs and any(running := ensemble.active.tolist()):
-            earlier_sums = member_sums(ensemble.sums if ensemble.batch else {}, len(ensemble))
-            start = clock()
-            first_step = ensemble.step - ensemble.batch
-            rates = partial(_rates, each, ensemble.plateau, ensemble.epoch)
-            bound: Any = partial(step, lr=_one_or_each(rates(ensemble.step), ensemble))
-            if is_per_step:
-                bound = partial(_step_at_its_rate, step, rates)
-            ensemble = _train(ensemble, train, bound, after_batch)
-            still = ensemble.active.tolist()
+        while ensemble.epoch < max_epochs and any(ensemble.active.tolist()):
+            for ensemble, report in one_epoch(ensemble):  # noqa: B020
+                yield ensemble, report
+
+    def one_epoch(ensemble: EnsembleState) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
+        nonlocal trained
+        running = ensemble.active.tolist()
+        earlier_sums = member_sums(ensemble.sums if ensemble.batch else {}, len(ensemble))
+        epoch, first_step, start, in_validation = ensemble.epoch, ensemble.step - ensemble.batch, clock(), 0.0
+
+        def judged(ensemble: EnsembleState, sums: Metrics) -> tuple[EnsembleState, EnsembleReport]:
+            """Validate, with batches and random numbers of the epoch's end, and judge each member."""
+            still, trained_at = ensemble.active.tolist(), clock()
             failed = {n: _failure(ensemble, n) for n, ran in enumerate(running) if ran and not still[n]}
-            ensemble, sums = _close_epoch(ensemble)
-            train_end, train_sums, valid_sums = clock(), member_sums(sums, len(ensemble)), [{}] * len(ensemble)
-            if valid is not None and eval_step is not None and every.due_after_epoch(ensemble.epoch):
-                valid_sums = member_sums(_evaluate(ensemble, valid, eval_step, after_eval_batch), len(ensemble))
+            train_sums, valid_sums = member_sums(sums, len(ensemble)), [{}] * len(ensemble)
+            if valid is not None and eval_step is not None and (ensemble.batch or every.due_after_epoch(epoch + 1)):
+                evaluated = _evaluate(ensemble.replace(epoch=epoch + 1), valid, eval_step, after_eval_batch)
+                valid_sums = member_sums(evaluated, len(ensemble))
+            train_minutes = (trained_at - start - in_validation) / 60
             reports = {
                 number: judge_epoch(
                     ensemble.best[number],
-                    epoch=ensemble.epoch,
+                    epoch=epoch + 1,
                     rates=epoch_rates(
                         each[number],
                         first_step=first_step,
                         step=ensemble.step,
-                        epoch=ensemble.epoch - 1,
+                        validations=ensemble.validations[number],
+                        epoch=epoch,
                         plateau=ensemble.plateau[number],
                     ),
                     train_sums=train_sums[number],
@@ -177,37 +183,51 @@ def train_and_validate_ensemble(
                     max_epochs=max_epochs,
                     patience=patience,
                     patience_delta=patience_delta,
-                    minutes=((train_end - start) / 60, (clock() - train_end) / 60),
+                    minutes=(train_minutes, (in_validation + clock() - trained_at) / 60),
                     earlier_sums=earlier_sums[number],
                     has_validation=valid is not None,
                     monitor=monitor,
                     mode=mode,
+                    batch=ensemble.batch,
+                    validations=ensemble.validations[number],
                 )
                 for number, is_active in enumerate(still)
                 if is_active
             }
-            best = tuple(reports[n].best if n in reports else best for n, best in enumerate(ensemble.best))
-            plateau = tuple(
-                next_plateau(each[n], own, means(reports[n]), monitor=monitor, mode=mode) if n in reports else own
-                for n, own in enumerate(ensemble.plateau)
-            )
-            ensemble = _without_patience(ensemble.replace(best=best, plateau=plateau), patience)
-            yield ensemble, EnsembleReport(epoch=ensemble.epoch, members=reports, failed=failed)
+            best, plateau, validations = list(ensemble.best), list(ensemble.plateau), list(ensemble.validations)
+            for n, own in reports.items():
+                best[n] = own.best
+                plateau[n] = next_plateau(each[n], plateau[n], means(own), monitor=monitor, mode=mode)
+                validations[n] = own.validations if ensemble.batch else ()
+            judgement = {"best": tuple(best), "plateau": tuple(plateau), "validations": tuple(validations)}
+            report = EnsembleReport(epoch=epoch + 1, members=reports, failed=failed, batch=ensemble.batch)
+            return _without_patience(ensemble.replace(**judgement), patience), report
+
+        bound = _at_its_rate(step, each, ensemble)
+        for batch in checked_batches(train, ensemble.keys[0], epoch, ensemble.batch):
+            if valid is not None and _is_due(every, ensemble):  # only now: the last batch is the epoch's end
+                before = clock()
+                trained, report = judged(ensemble, ensemble.sums)
+                ensemble, running = trained, trained.active.tolist()
+                yield ensemble, report
+                in_validation += clock() - before
+                if not any(running):
+                    return
+                bound = _at_its_rate(step, each, ensemble)  # a plateau may have changed it
+            ensemble, metrics = bound(ensemble, batch)
+            after_batch(ensemble, metrics)
+        check_has_batch(ensemble)
+        yield judged(*_close_epoch(ensemble))
 
     return epochs(ensemble)
 
 
-def _train(
-    ensemble: EnsembleState,
-    train: Batches,
-    step: Callable[[EnsembleState, Any], tuple[EnsembleState, Metrics]],
-    on_batch: OnBatch,
-) -> EnsembleState:
-    for batch in checked_batches(train, ensemble.keys[0], ensemble.epoch, ensemble.batch):
-        ensemble, metrics = step(ensemble, batch)
-        on_batch(ensemble, metrics)
-    check_has_batch(ensemble)
-    return ensemble
+def _is_due(every: Interval, ensemble: EnsembleState) -> bool:
+    """Whether a validation is due after the last batch; a resumed run may have done it before."""
+    if not ensemble.batch or not every.due_within_epoch(batch=ensemble.batch):
+        return False
+    pairs = zip(ensemble.validations, ensemble.active.tolist(), strict=True)
+    return not any(is_active and own and own[-1].batch == ensemble.batch for own, is_active in pairs)
 
 
 def _evaluate(
@@ -228,10 +248,12 @@ def _rates(schedules: list[float | Schedule], plateaus: Sequence[Plateau], epoch
     return [value_at(each, epoch=epoch, step=step, plateau=plateau) for each, plateau in pairs]
 
 
-def _step_at_its_rate(
-    step: EnsembleStep, rates: Callable[[int], list[float]], ensemble: EnsembleState, batch: Any
-) -> tuple[EnsembleState, Metrics]:
-    return step(ensemble, batch, lr=_one_or_each(rates(ensemble.step), ensemble))
+def _at_its_rate(step: EnsembleStep, schedules: list[float | Schedule], ensemble: EnsembleState) -> Any:
+    """Bind the learning rates to a step, until the next validation or epoch."""
+    rates = partial(_rates, schedules, ensemble.plateau, ensemble.epoch)
+    if not any(map(counts_steps, schedules)):
+        return partial(step, lr=_one_or_each(rates(ensemble.step), ensemble))
+    return lambda ensemble, batch: step(ensemble, batch, lr=_one_or_each(rates(ensemble.step), ensemble))
 
 
 def _one_or_each(rates: list[float], ensemble: EnsembleState) -> float | Tensor:

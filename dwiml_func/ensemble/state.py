@@ -12,6 +12,7 @@ from torch.utils._pytree import register_pytree_node, tree_flatten_with_path, tr
 
 from dwiml_func._checks import listed
 from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.report import Validation
 from dwiml_func.core.rng import Key
 from dwiml_func.core.state import TrainState, check_not_donated, describe_best, describe_tensors
 from dwiml_func.types import Buffers, Metrics, OptState, Params, Plateau, Sum
@@ -42,6 +43,7 @@ class EnsembleState:
         sums: metric sums of the current epoch: totals and weights (K,) float64.
         best: the best epoch so far of each member.
         plateau: what `reduce_on_plateau` depends on, of each member.
+        validations: those of each member within the epoch that it is in.
 
     Example:
         >>> from dwiml_func import init_state, sgd
@@ -64,6 +66,7 @@ class EnsembleState:
     sums: Metrics = field(default_factory=dict)
     best: tuple[Best, ...] = ()
     plateau: tuple[Plateau, ...] = ()
+    validations: tuple[tuple[Validation, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -100,7 +103,7 @@ class EnsembleState:
 
 
 _TENSORS = ("params", "buffers", "opt_state", "active", "done", "sums")
-_OTHERS = ("keys", "step", "epoch", "batch", "best", "plateau")
+_OTHERS = ("keys", "step", "epoch", "batch", "best", "plateau", "validations")
 register_pytree_node(
     EnsembleState,
     lambda ensemble: ([getattr(ensemble, n) for n in _TENSORS], tuple(getattr(ensemble, n) for n in _OTHERS)),
@@ -160,6 +163,7 @@ def stack_states(states: Sequence[TrainState], *, active: Sequence[bool] | None 
         sums=_stack_sums([state.sums for state in states], device),
         best=tuple(state.best for state in states),
         plateau=tuple(state.plateau for state in states),
+        validations=tuple(state.validations for state in states),
     )
 
 
@@ -195,6 +199,7 @@ def member(ensemble: EnsembleState, number: int) -> TrainState:
         sums=sums if batch else {},
         best=ensemble.best[number],
         plateau=ensemble.plateau[number],
+        validations=ensemble.validations[number],
     )
 
 

@@ -125,4 +125,4 @@ def _newest_of_all(
 
 def _has_stopped(state: TrainState, config: RunConfig) -> bool:
     """Whether patience had ended a member; a kill may have come before that was written."""
-    return state.batch == 0 and should_stop(state.best, config.training.patience)
+    return should_stop(state.best, config.training.patience)

@@ -14,11 +14,10 @@ import torch
 from dwiml_func.checkpoint.arrays import CorruptError
 from dwiml_func.checkpoint.checkpoint import read, write
 from dwiml_func.checkpoint.digest import state_digest
-from dwiml_func.checkpoint.history import fill_digests
+from dwiml_func.checkpoint.history import fill_digests, one_an_epoch
 from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.core.checked_step import checked_step
-from dwiml_func.core.interval import validation_interval
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
@@ -56,8 +55,6 @@ def prepare_ensemble(configs: Sequence[RunConfig]) -> list[RunParts]:
     if configs[0].training.compile:
         # Under vmap the recurrent layers are a loop over time steps: a graph for each length, minutes to compile.
         raise ValueError("An ensemble cannot be compiled: each length would need its own graph. Leave --compile out.")
-    if validation_interval(configs[0].training.validate_every).unit == "batch":
-        raise ValueError("An ensemble is validated at the ends of epochs. Expected --validate-every in epochs.")
     data = open_data(configs[0])
     members = [make_parts(config, data, is_member=True) for config in configs]
     check_monitored(members[0], is_member=True)
@@ -102,9 +99,9 @@ def run_ensemble(
         states, active = [member(ensemble, number) for number in range(len(members))], ensemble.active.tolist()
         new = [[report.members[n] for report in reports if n in report.members] for n in range(len(members))]
         for number, (folder, state) in enumerate(zip(folders, states, strict=True)):
-            all_reports[number] += new[number]
+            all_reports[number] = list(one_an_epoch((*all_reports[number], *new[number])))
             # It may have been saved before a kill, ahead of others. The epoch's report has been made again since then.
-            is_new = not _holds(folder, state, may_differ=active[number])
+            is_new = not _holds(folder, state, may_differ=active[number] or bool(new[number]))
             if state.batch == 0 and (is_new or active[number]):
                 all_reports[number] = list(fill_digests(all_reports[number], (), state.epoch, state_digest(state)))
             if is_new:  # not by `save`, which refuses a state that is behind one of the folder's
@@ -127,10 +124,13 @@ def run_ensemble(
             ensemble,
             save=save_members,
             must_save=lambda report: (
-                bool(report.failed) or any(own.is_best or own.stop is not None for own in report.members.values())
+                report.batch > 0
+                or bool(report.failed)
+                or any(own.is_best or own.stop is not None for own in report.members.values())
             ),
             interval=members[0].config.checkpoints.save_interval,
             on_batch=() if log_every is None else (partial(_log_step, members, writers, log_every),),
+            on_report=None if log_every is None else partial(_log_validation, writers),
             stop=stop or StopRequest(),
             directory=directory,
         )
@@ -149,6 +149,12 @@ def _log_step(
             schedule, plateau = members[number].config.training.schedule, ensemble.plateau[number]
             values = step_scalars(own, schedule, **position, plateau=plateau)
             writers[number].write_scalars(ensemble.step, values)
+
+
+def _log_validation(writers: Sequence[StepWriter], ensemble: EnsembleState, report: EnsembleReport) -> None:
+    """Log a validation within an epoch with the step before it, of each member, as `log_steps` does."""
+    for number, own in report.members.items() if report.batch else ():
+        writers[number].write_scalars(ensemble.step, {f"valid_{name}": mean for name, mean in own.valid.items()})
 
 
 def loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[str, Any]:

@@ -192,7 +192,7 @@ def _replay(members: Sequence[_Member], parts: Sequence[RunParts], first: int, l
     for epoch in range(first, last + 1):
         active = ensemble.active.new_tensor([each.trains_in(epoch) for each in members])
         arguments |= {"max_epochs": epoch, "patience": None}  # the recorded run went that far
-        ((ensemble, report),) = train_and_validate_ensemble(ensemble.replace(active=active), **arguments)
+        *_, (ensemble, report) = train_and_validate_ensemble(ensemble.replace(active=active), **arguments)
         for number, each in enumerate(members):
             if each.trains_in(epoch):
                 found = _member_problems(each, ensemble, number, epoch, report)
@@ -221,7 +221,9 @@ def _member_problems(
 ) -> list[str]:
     """How a member's epoch differs from what was recorded."""
     if epoch not in each.reports:
-        return [] if number in report.failed else ["the member has failed in the record, and not when trained again"]
+        has_stopped = each.latest is not None and each.latest.history[-1:] and each.latest.history[-1].stop is not None
+        text = "the member has failed in the record, and not when trained again"
+        return [] if number in report.failed or has_stopped else [text]
     if number in report.failed:
         return [f"the member failed when trained again: {report.failed[number]}"]
     state, recorded = member(ensemble, number), each.reports[epoch]
