@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,9 +42,7 @@ def check_options(options: Any) -> None:
         raise ValueError("Expected regions: --nb-blocs or --labels. Received both or none. Give one of them.")
     if options.nb_blocs and (len(options.nb_blocs) not in (1, 3) or min(options.nb_blocs) < 1):
         raise ValueError(f"nb_blocs: expected one number or three, each at least 1. Received: {options.nb_blocs}.")
-    if options.nb_blocs and (num := int(np.prod(options.nb_blocs)) ** (3 if len(options.nb_blocs) == 1 else 1)) > (
-        _MOST_REGIONS
-    ):
+    if options.nb_blocs and (num := math.prod(options.blocs)) > _MOST_REGIONS:
         raise ValueError(f"nb_blocs: expected at most {_MOST_REGIONS} blocs in all. Received: {num}.")
     for name, needs in (("hide_background", "labels"), ("reference", "nb_blocs"), ("save_blocs", "nb_blocs")):
         if getattr(options, name) is not None and not getattr(options, needs):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import tyro
@@ -35,7 +35,7 @@ from dwiml_func.distributed.sharding import ProcessGroup
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.finish import finish_run
 from dwiml_func.experiment.folder import create_experiment
-from dwiml_func.experiment.init_from import create_initialized, initialize_from
+from dwiml_func.experiment.fork import create_initialized, initialize_from
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
@@ -43,7 +43,7 @@ from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.lock import experiment_lock, same_folder
 from dwiml_func.writers.progress import Progress
 
-__all__ = ["TimeLimit", "describe_run", "describe_start", "print_end", "train_one", "train_with_progress"]
+__all__ = ["TimeLimit", "describe_run", "describe_start", "print_end", "resume_one", "train_one", "train_with_progress"]
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ def train_one(
     directory = Path(path) / name
     is_again = process_group.rank == 0 and directory.exists()
     if any(process_group.gather(torch.tensor([int(is_again)]))):
-        _resume_again(directory, config, process_group, deadline)
+        print_progress(f"{directory} exists, with this config: resuming it.")
+        resume_one(directory, process_group, given=config, may_have_ended=True, deadline=deadline)
         return
     parts, state = prepare(config, process_group), None
     if init_from is not None:
@@ -101,10 +102,9 @@ def train_one(
         train_with_progress(directory, parts, state, (), deadline=deadline)
 
 
-def _resume_again(directory: Path, config: RunConfig, process_group: ProcessGroup, deadline: float | None) -> None:
-    """Resume the run that the same command has begun; one that has ended is evaluated and summarized."""
-    print_progress(f"{directory} exists, with this config: resuming it.")
-    resume = partial(resume_experiment, directory, given=config, process_group=process_group, may_have_ended=True)
+def resume_one(directory: Path, process_group: ProcessGroup, *, deadline: float | None = None, **options: Any) -> None:
+    """Resume a run; `options` are those of `resume_experiment`. With `may_have_ended`, one that has is summarized."""
+    resume = partial(resume_experiment, directory, process_group=process_group, **options)
     with experiment_lock(directory) if process_group.rank == 0 else contextlib.nullcontext():
         train_with_progress(directory, *rank_zero_first(process_group, resume), deadline=deadline)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -88,6 +89,12 @@ class Options(CommandOptions):
     overwrite: Annotated[bool, tyro.conf.arg(aliases=["-f"])] = False
     """Replace existing files."""
 
+    @property
+    def blocs(self) -> tuple[int, int, int]:
+        """The blocs along each axis."""
+        x, y, z = self.nb_blocs * (3 if len(self.nb_blocs) == 1 else 1)
+        return x, y, z
+
 
 def run(options: Options) -> int:
     """Write the matrix, or compare one that was written."""
@@ -107,9 +114,8 @@ def run(options: Options) -> int:
     assert lines.grid is not None
     streamlines = Streamlines(torch.from_numpy(lines.points), torch.from_numpy(lines.offsets))
     if labels is None:
-        x, y, z = options.nb_blocs * (3 if len(options.nb_blocs) == 1 else 1)
-        regions = regions_of_blocs(end_points(streamlines), lines.grid.shape, (x, y, z))
-        names = list(map(str, range(1, x * y * z + 1)))
+        regions = regions_of_blocs(end_points(streamlines), lines.grid.shape, options.blocs)
+        names = list(map(str, range(1, math.prod(options.blocs) + 1)))
     elif options.use_longest_segment:
         regions, names = regions_of_longest_segments(streamlines, labels), [*names_of(labels), "not found"]
     else:
@@ -129,8 +135,7 @@ def run(options: Options) -> int:
         with folders_above(options.figure) as path:
             save_figure(draw_connectivity(counts, names, title=options.paths[0]), path)
     if options.save_blocs is not None:
-        x, y, z = options.nb_blocs * (3 if len(options.nb_blocs) == 1 else 1)
-        write_nifti(options.save_blocs, bloc_image(lines.grid.shape, (x, y, z)), lines.grid)
+        write_nifti(options.save_blocs, bloc_image(lines.grid.shape, options.blocs), lines.grid)
     num_pairs, hidden = int(np.count_nonzero(counts)), len(kept) - int(kept.sum())
     left_out = f", {pluralize(hidden, 'streamline')} of label {options.hide_background} left out" if hidden else ""
     print(

@@ -16,12 +16,12 @@ from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION, format_reconstruction
 from dwiml_func.cli._training import print_end
 from dwiml_func.data.hdf5.read import open_dataset
-from dwiml_func.experiment.data_hash import data_in_background
 from dwiml_func.experiment.evaluation import ModelEvaluation, evaluate_model
 from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
 from dwiml_func.experiment.model_store import find_model, load_model
 from dwiml_func.experiment.reconstruction import Reconstruction, reconstruction_of_subset
 from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.run_files import data_in_background
 from dwiml_func.experiment.training_facts import TRAINED_ON, check_dataset
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.files.lock import experiment_lock

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,12 +10,10 @@ import tyro
 
 from dwiml_func.cli._ensemble import resume_members
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.cli._training import TimeLimit, train_with_progress
-from dwiml_func.distributed.process_group import join_process_group, rank_zero_first
+from dwiml_func.cli._training import TimeLimit, resume_one
+from dwiml_func.distributed.process_group import join_process_group
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.folder import experiment_directory, is_ensemble, read_config
-from dwiml_func.experiment.resume import resume_experiment
-from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["Options", "run"]
 
@@ -73,8 +69,5 @@ def run(options: Options) -> int:
     use_gpu = read_config(directory).training.use_gpu  # before the lock makes a file there
     with join_process_group("cuda" if use_gpu else "cpu") as process_group:
         may_have_ended = not is_whole(directory)  # a kill may have come before the evaluation or the figure
-        changes |= {"process_group": process_group, "may_have_ended": may_have_ended}
-        resume = partial(resume_experiment, directory, **changes)
-        with experiment_lock(directory) if process_group.rank == 0 else nullcontext():
-            train_with_progress(directory, *rank_zero_first(process_group, resume), deadline=deadline)
+        resume_one(directory, process_group, deadline=deadline, may_have_ended=may_have_ended, **changes)
     return 0

@@ -6,7 +6,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -87,33 +87,17 @@ def _audit(directory: Path, options: Options) -> int:
     for name in ("sample", "jobs"):
         if (value := getattr(options, name)) is not None:
             check_number(name, value, at_least=1)
-    if is_ensemble(directory):
-        return _audit_ensemble(directory, options)
-    training = read_config(directory).training
-    progress = Progress(max_epochs=training.max_epochs)
-    with kept_checkpoints(directory):  # of a run that is being trained
-        audit = audit_experiment(
-            directory,
-            sample=options.sample,
-            num_processes=options.jobs or _num_free(training),
-            hdf5_file=options.hdf5_file,
-            track=progress.track,
-        )
-    print(format_audit(audit, options.experiment_dir))
-    return 1 if audit.problems or not audit.replayed else 0
-
-
-def _audit_ensemble(directory: Path, options: Options) -> int:
-    folders = member_folders(directory)
+    folders = member_folders(directory) if is_ensemble(directory) else [directory]
+    training = read_config(folders[0]).training
+    number = options.jobs or _num_free(training)
+    how: dict[str, Any] = {"sample": options.sample, "num_processes": number, "hdf5_file": options.hdf5_file}
     with ExitStack() as stack:
-        for folder in folders:
+        for folder in folders:  # of runs that are being trained
             stack.enter_context(kept_checkpoints(folder))
-        audit = audit_ensemble(
-            directory,
-            sample=options.sample,
-            num_processes=options.jobs or _num_free(read_config(folders[0]).training),
-            hdf5_file=options.hdf5_file,
-        )
+        if is_ensemble(directory):
+            audit = audit_ensemble(directory, **how)
+        else:
+            audit = audit_experiment(directory, **how, track=Progress(max_epochs=training.max_epochs).track)
     print(format_audit(audit, options.experiment_dir))
     return 1 if audit.problems or not audit.replayed else 0
 

@@ -26,11 +26,11 @@ from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
 from dwiml_func.experiment.batches import open_data
 from dwiml_func.experiment.best_model import save_best_model
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.data_hash import HASH_PATIENCE, data_in_background
 from dwiml_func.experiment.folder import write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.optimizers import configured_optimizer
 from dwiml_func.experiment.run import set_num_threads
+from dwiml_func.experiment.run_files import HASH_PATIENCE, data_in_background
 from dwiml_func.experiment.setup import RunParts, check_monitored, make_parts
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.experiment.tracking.lag_validation import with_window_lag
@@ -164,14 +164,8 @@ def loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[st
     bound: dict[str, Any] = {"loss_fn": first.loss_fn, "clip_grad": options[0].step_clip_grad}
     valid, evaluate = first.valid, partial(ensemble_eval_step, loss_fn=first.loss_fn, optimizer=first.optimizer)
     if valid is not None and not options[0].skip_window_lag:
-        valid, evaluate = with_window_lag(
-            valid,
-            evaluate,
-            config=first.config,
-            dataset=first.data.validation,
-            model=first.model,
-            optimizer=first.optimizer,
-        )
+        tracked: dict[str, Any] = {"dataset": first.data.validation, "model": first.model, "optimizer": first.optimizer}
+        valid, evaluate = with_window_lag(valid, evaluate, config=first.config, **tracked)
     if len(set(decays)) == 1:
         bound["optimizer"] = first.optimizer
     else:
@@ -180,14 +174,13 @@ def loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[st
     step: Any = partial(ensemble_step, **bound)
     every = first.config.checkpoints.check_every
     return {
-        "train": first.train,
+        **first.loop_options,
         "step": step if every is None else checked_step(step, every),
         "valid": valid,
         "eval_step": evaluate if valid else None,
         "learning_rate": [training.schedule for training in options],
         "max_epochs": options[0].max_epochs,
         "patience": options[0].patience,
-        **options[0].judging,
     }
 
 

@@ -1,4 +1,4 @@
-"""A new experiment that begins with a checkpoint of another one, with changed options."""
+"""A new experiment that begins with a checkpoint of another one, with changed options, or with its weights alone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from dwiml_func.experiment.best_model import save_evaluated
 from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.optimizers import configured_optimizer
+from dwiml_func.experiment.pretrained import PretrainedReport, load_pretrained
 from dwiml_func.experiment.record import check_same_config
 from dwiml_func.experiment.resume import check_has_epochs_left
 from dwiml_func.experiment.setup import RunParts, make_model, make_parts, prepare
 from dwiml_func.files.fingerprint import fingerprint, same_file
 from dwiml_func.types import Plateau
 
-__all__ = ["Fork", "create_fork", "prepare_fork"]
+__all__ = ["Fork", "create_fork", "create_initialized", "initialize_from", "prepare_fork"]
 
 _SAME_RESULTS = {"data.lazy", "data.cache_size", "batches.processes"}
 _VALIDATION_ONLY = {"batches.batch_size_validation", "batches.max_batches_per_epoch_validation"}
@@ -128,6 +129,29 @@ def create_fork(experiments_path: str | Path, experiment_name: str, fork: Fork) 
         write(directory, fork.state, source.history, config=config, data=fork.data, environment=source.environment)
         if fork.best_state is not None:
             save_evaluated(directory, fork.best_state, parts)
+
+    return create_experiment(experiments_path, experiment_name, parts.config, fill=fill)
+
+
+def initialize_from(parts: RunParts, path: str | Path) -> tuple[RunParts, TrainState, PretrainedReport]:
+    """Load weights into the model of a run that has not started, and record their source in its config."""
+    report = load_pretrained(parts.model, path)
+    state = parts.first_state()
+    origin = Origin(
+        experiment=str(Path(path).absolute()),
+        checkpoint="0",
+        digest=report.digest,
+        start_digest=state_digest(state),
+        weights_only=True,
+    )
+    return replace(parts, config=replace(parts.config, origin=origin)), state, report
+
+
+def create_initialized(experiments_path: str | Path, experiment_name: str, parts: RunParts, state: TrainState) -> Path:
+    """Create the experiment with its first state as checkpoint 0, so that it never needs the source again."""
+
+    def fill(directory: Path) -> None:
+        write(directory, state, (), config=parts.config.to_dict(), data=None, environment=None)
 
     return create_experiment(experiments_path, experiment_name, parts.config, fill=fill)
 

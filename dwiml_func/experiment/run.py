@@ -59,14 +59,9 @@ def run_experiment(
     log = _begin_logs(directory, parts, state, history, write) if parts.process_group.rank == 0 else None
     loop = partial(
         train_and_validate,
-        train=parts.train,
-        step=parts.step,
-        valid=parts.valid,
-        eval_step=parts.eval_step if parts.valid else None,
-        learning_rate=training.schedule,
+        **parts.loop_options,
         max_epochs=training.max_epochs,
         patience=training.patience,
-        **training.judging,
         keep_unvalidated=False,  # the state after the last batch is saved, and its validation repeated
         track=track,
     )

@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.checkpoint.background import AsyncCheckpointer
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.history import one_an_epoch
+from dwiml_func.checkpoint.manifest import CheckpointError
 from dwiml_func.core.non_finite import check_finite
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
+from dwiml_func.experiment.batches import RunData
 from dwiml_func.experiment.best_model import save_best_model
-from dwiml_func.experiment.data_hash import HASH_PATIENCE, data_in_background
 from dwiml_func.experiment.setup import RunParts
+from dwiml_func.files.fingerprint import FingerprintInBackground
 from dwiml_func.files.lock import same_folder
 from dwiml_func.writers.writer import Writer
 
-__all__ = ["NoRunFiles", "RunFiles", "run_files"]
+__all__ = ["HASH_PATIENCE", "NoRunFiles", "RunFiles", "data_in_background", "run_files"]
+
+HASH_PATIENCE = 1.0
+"""Seconds that a save waits for the dataset's SHA-256. The run's last save waits until it is there."""
 
 
 class RunFiles:
@@ -99,3 +105,13 @@ def run_files(
         files = RunFiles(directory, parts, history, write=write, check=check)
         with files.checkpointer:
             yield files
+
+
+def data_in_background(directory: Path, data: RunData, hdf5_file: str) -> Callable[..., Mapping[str, Any]]:
+    """Begin to hash the data. The result raises ValueError where the newest checkpoint recorded another hash."""
+    try:
+        checkpoint = newest(directory)
+    except CheckpointError:
+        checkpoint = None
+    recorded = None if checkpoint is None else checkpoint.data
+    return FingerprintInBackground(hdf5_file, data.linked, recorded=recorded, read=data.read).result

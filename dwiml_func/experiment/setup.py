@@ -84,6 +84,19 @@ class RunParts:
         """Number of features of the input volume at a point."""
         return self.data.training.num_features
 
+    @property
+    def loop_options(self) -> dict[str, Any]:
+        """What the training loop takes of the run; when it ends is apart."""
+        training = self.config.training
+        return {
+            "train": self.train,
+            "step": self.step,
+            "valid": self.valid,
+            "eval_step": self.eval_step if self.valid else None,
+            "learning_rate": training.schedule,
+            **training.judging,
+        }
+
     def first_state(self) -> TrainState:
         """A new first state, in memory that no other shares."""
         return init_state(self.model, self.optimizer, seed=self.config.training.rng)
@@ -148,14 +161,12 @@ def make_parts(
         step = skip_batches(step, map(parse_batch, config.training.skip_batches))
     if config.checkpoints.check_every is not None:
         step = checked_step(step, config.checkpoints.check_every)
-    if valid is not None and not is_member and not config.training.skip_window_lag:
-        valid, evaluate = with_window_lag(
-            valid, evaluate, config=config, dataset=data.validation, model=model, optimizer=optimizer
-        )
-    if valid is not None and not is_member and config.training.add_a_tracking_validation_phase:
-        valid, evaluate = with_tracking_phase(
-            valid, evaluate, config=config, dataset=data.validation, model=model, optimizer=optimizer
-        )
+    if valid is not None and not is_member:
+        tracked: dict[str, Any] = {"config": config, "dataset": data.validation, "model": model, "optimizer": optimizer}
+        if not config.training.skip_window_lag:
+            valid, evaluate = with_window_lag(valid, evaluate, **tracked)
+        if config.training.add_a_tracking_validation_phase:
+            valid, evaluate = with_tracking_phase(valid, evaluate, **tracked)
     return RunParts(
         config=config,
         data=data,

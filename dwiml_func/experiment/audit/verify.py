@@ -117,18 +117,8 @@ def train_epochs(
     state: TrainState, parts: RunParts, track: Track | None, epoch: int
 ) -> Iterator[tuple[TrainState, EpochReport]]:
     """Train a run from a state to the end of an epoch."""
-    training = parts.config.training
-    return train_and_validate(
-        state,
-        train=parts.train,
-        step=parts.step,
-        valid=parts.valid,
-        eval_step=parts.eval_step if parts.valid else None,
-        track=track,
-        learning_rate=training.schedule,
-        max_epochs=epoch,  # without patience: the recorded run went that far
-        **training.judging,
-    )
+    # Without patience: the recorded run went that far.
+    return train_and_validate(state, **parts.loop_options, max_epochs=epoch, track=track)
 
 
 def data_problems(latest: Checkpoint, hdf5_file: str) -> list[str]:
