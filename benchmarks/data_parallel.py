@@ -1,4 +1,4 @@
-"""What shards and processes cost and bring: an epoch of Learn2Track with 1 and 2 processes, and the exchange alone."""
+"""What shards bring and cost: steps of Learn2Track with 1 and 2 processes (and the exchange), 1 and 2 threads."""
 
 from __future__ import annotations
 
@@ -8,20 +8,25 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from scaling import FEATURES, make_batch
+from timing import interleaved, medians_of
 from verdicts import conclude
 
 from dwiml_func import adam, init_state, module_loss, train_step
 from dwiml_func.checkpoint import state_digest
+from dwiml_func.core.state import TrainState
 from dwiml_func.data.shards import cut_batch
-from dwiml_func.distributed import join_process_group, sharded_value_and_grad
+from dwiml_func.distributed import SINGLE_PROCESS, join_process_group, sharded_value_and_grad
 from dwiml_func.models import Learn2Track, compute_batch_loss
+from dwiml_func.types import Metrics
 
 NUM_SHARDS = 4
+LEAST_BY_THREADS = 1.7  # 2 threads are faster than 1
 
 
 def main() -> int:
@@ -50,7 +55,31 @@ def main() -> int:
     digests = {row[2] for name, rows in results.items() if name in names[1:] for row in rows}
     print(f"\n2 processes are {seconds_of[names[1]] / seconds_of[names[2]]:.1f} times faster than 1")
     text = f"{NUM_SHARDS} shards end in {len(digests)} different state(s) on 1 and 2 processes, must be 1"
-    return conclude([(len(digests) == 1, text)])
+    verdicts = [(len(digests) == 1, text), *compare_threads(options.steps, next(iter(digests)))]
+    return conclude(verdicts)
+
+
+def compare_threads(steps: int, digest: str) -> list[tuple[bool, str]]:
+    """Print the time of a step of one process with 1 and 2 threads; the digest is that of processes."""
+    states: dict[int, TrainState] = {}
+
+    def taking_steps(num_threads: int) -> Callable[[], None]:
+        step, states[num_threads], batch = make_step(NUM_SHARDS, num_threads=num_threads)
+
+        def run() -> None:
+            states[num_threads], _ = step(states[num_threads], batch)
+
+        return run
+
+    torch.set_num_threads(1)
+    medians = medians_of(interleaved({str(number): taking_steps(number) for number in (1, 2)}, steps, warm_up=1))
+    ratio = medians["1"] / medians["2"]
+    milliseconds = [f"{1e3 * seconds:.0f} ms" for seconds in medians.values()]
+    print(f"\n{NUM_SHARDS} shards, 1 process: a step takes {milliseconds[0]} with 1 thread, {milliseconds[1]} with 2")
+    digests = {digest, *(state_digest(state) for state in states.values())}
+    text = f"1 and 2 threads end in {len(digests) - 1} state(s) other than that of processes, must be 0"
+    faster = f"2 threads are {ratio:.2f} times faster than 1, at least {LEAST_BY_THREADS} required"
+    return [(len(digests) == 1, text), (ratio >= LEAST_BY_THREADS, faster)]
 
 
 def start(shards: int, processes: int, steps: int) -> tuple[float, float, str]:
@@ -79,17 +108,10 @@ class _Timed:
 def run(shards: int, steps: int) -> int:
     """Train, and print the first process's figures."""
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = Learn2Track(FEATURES, nb_previous_dirs=1)
-    batch: Any = make_batch(100, 117)
     with join_process_group() as group:
         process_group = _Timed(group)
-        options: dict[str, Any] = {}
-        if shards > 1:
-            batch, options["gradient_fn"] = cut_batch(batch, shards), sharded_value_and_grad(process_group)
-        loss_fn = module_loss(model, compute_batch_loss)
-        step = partial(train_step, loss_fn=loss_fn, optimizer=adam(), lr=1e-3, donate=True, **options)
-        state, _ = step(init_state(model, adam(), seed=0), batch)
+        step, state, batch = make_step(shards, process_group)
+        state, _ = step(state, batch)
         process_group.seconds, began = 0.0, time.perf_counter()
         for _ in range(steps):
             state, _ = step(state, batch)
@@ -97,6 +119,22 @@ def run(shards: int, steps: int) -> int:
         if process_group.rank == 0:
             print(seconds, process_group.seconds / steps, state_digest(state))
     return 0
+
+
+def make_step(
+    shards: int, process_group: Any = SINGLE_PROCESS, num_threads: int = 1
+) -> tuple[Callable[..., tuple[TrainState, Metrics]], TrainState, Any]:
+    """A training step of LSTM 100+100, its first state, and a batch of 100 streamlines of 117 points in the mean."""
+    torch.manual_seed(0)
+    model = Learn2Track(FEATURES, nb_previous_dirs=1)
+    batch: Any = make_batch(100, 117)
+    options: dict[str, Any] = {}
+    if shards > 1:
+        batch = cut_batch(batch, shards)
+        options["gradient_fn"] = sharded_value_and_grad(process_group, num_threads=num_threads)
+    loss_fn = module_loss(model, compute_batch_loss)
+    step = partial(train_step, loss_fn=loss_fn, optimizer=adam(), lr=1e-3, donate=True, **options)
+    return step, init_state(model, adam(), seed=0), batch
 
 
 if __name__ == "__main__":
