@@ -17,9 +17,9 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.cli.verify import format_audit
 from dwiml_func.data.example.bundles import load_bundles
-from dwiml_func.experiment.audit.audit import Audit, Span, audit_experiment, sample_epochs
+from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, audit_experiment, sample_epochs
 from dwiml_func.experiment.audit.consistency import record_digest
-from dwiml_func.experiment.audit.ensemble import audit_ensemble
+from dwiml_func.experiment.audit.ensemble import _replays, audit_ensemble
 from dwiml_func.experiment.audit.processes import in_processes
 from dwiml_func.experiment.folder import read_config, read_ended
 
@@ -160,6 +160,14 @@ def test_members_that_failed_or_stopped_early_are_replayed_as_far_as_they_went(c
     assert read_ended(tmp_path / "run")[1].keys() >= {1, 2}
     assert audit_ensemble(tmp_path / "run").replayed == (1, 2, 3)
     assert audit_ensemble(tmp_path / "run").problems == ()
+
+
+def test_epochs_of_an_ensemble_that_nothing_leads_to_are_left_out(ensemble, tmp_path):
+    copied = Path(shutil.copytree(ensemble, tmp_path / "run"))
+    shutil.rmtree(copied / "1" / "checkpoint" / "1")
+    [(span, replayed)] = _replays(copied, None, [Span(first=2, last=2)])
+    expected = f"{span}: {copied / '1'} has no checkpoint 1."
+    assert replayed == Replayed(False, left_out=(expected,))
 
 
 def test_epochs_that_a_member_trained_by_itself_are_named(cli, ensemble, tmp_path):

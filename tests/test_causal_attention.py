@@ -14,7 +14,7 @@ from dwiml_func.data.streamlines import offsets_of
 from dwiml_func.models.transformers.attention import sequences_of
 from dwiml_func.models.transformers.causal import causal_weights
 
-LENGTHS = [7, 0, 2, 12, 6, 1]
+LENGTHS = [7, 0, 2, 12, 6, 1, 0]
 SIZE, HEADS = 4, 2
 
 
@@ -23,8 +23,8 @@ def _heads(seed: int, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))  # pyright: ignore[reportReturnType]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    sequences = sequences_of(offsets_of(torch.tensor(LENGTHS)), sum(LENGTHS))
+def _attend(query: Tensor, key: Tensor, value: Tensor, padded_length: int | None = None) -> Tensor:
+    sequences = sequences_of(offsets_of(torch.tensor(LENGTHS)), sum(LENGTHS), padded_length)
     return sequences.attend(torch.cat([query, key, value], dim=1), num_heads=HEADS, dropout_rate=0.0)
 
 
@@ -43,6 +43,8 @@ def test_rows_attend_to_the_earlier_rows_of_their_sequence() -> None:
     torch.testing.assert_close(_attend(*rows), _one_by_one(*rows), atol=1e-12, rtol=0)
     ours, theirs = (torch.autograd.grad(f(*rows).square().sum(), rows) for f in (_attend, _one_by_one))
     torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    for length in (max(LENGTHS), 15):
+        torch.testing.assert_close(_attend(*rows, length), _one_by_one(*rows), atol=1e-12, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it

@@ -45,6 +45,33 @@ STEP = partial(train_step, loss_fn=module_loss(model(), squares), optimizer=adam
 EVALUATE = partial(eval_step, loss_fn=module_loss(model(), squares))
 
 
+class Folding:
+    """A step that takes all batches at once too."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, state, batch, **options):
+        return STEP(state, batch, **options)
+
+    def fold(self, state, batches, *, lr=0.01):
+        self.lengths.append(len(batches))
+        for batch in batches:
+            state, _ = STEP(state, batch, lr=lr)
+        return state
+
+
+def test_a_step_with_a_fold_takes_all_batches_at_once_unless_each_is_looked_at(state, batches):
+    step = Folding()
+    expected, _ = epoch_fn(state, batches, step=partial(STEP, lr=0.3))
+    for own, alike in ((partial(step, lr=0.3), expected), (step, epoch_fn(state, batches, step=STEP)[0])):
+        assert state_digest(epoch_fn(state, batches, step=own)[0]) == state_digest(alike)
+    assert step.lengths == [5, 5]
+    epoch_fn(state, batches, step=step, on_batch=lambda *_: None)
+    epoch_fn(state, batches, step=lambda state, batch: step(state, batch))
+    assert step.lengths == [5, 5]
+
+
 def test_an_epoch_is_its_steps_one_after_another(state, batches):
     expected, seen = state, []
     for batch in batches:

@@ -453,6 +453,23 @@ def test_how_the_best_models_of_several_runs_track_is_drawn_in_bars() -> None:
     assert not any(title.startswith("Tracking") for title in titles(draw_runs(runs[:1])[0]))
 
 
+def test_scores_that_are_not_known_are_not_drawn() -> None:
+    unknown = dataclasses.replace(EVALUATION, model=math.nan, keep_straight=math.nan, principal_direction=None)
+    scores = {"core": {"valid": 0.25}, "ball": {"valid": None}}
+    runs = [
+        plotted("a", evaluation=unknown, tracking={"model": scores, "principal direction": scores}),
+        plotted("b", evaluation=EVALUATION, tracking={"model": scores}),
+    ]
+    _, rows = draw_runs(runs)
+    assert all(math.isfinite(row.value) for row in rows)
+    assert [row.curve for row in rows if row.panel.startswith("Tracking")] == ["core"] * 3
+    angles = dict.fromkeys(row.curve for row in rows if row.panel == "Angular error")
+    assert list(angles) == ["training", "validation", "best model", "baseline"]
+    alone, rows = draw_runs(runs[:1])
+    assert {row.curve for row in rows if row.panel == "Angular error"} == {"training", "validation"}
+    assert not any("nan" in text for axes in alone.axes for text in lines(axes))
+
+
 @pytest.mark.parametrize("name", ["a$b_{$", "$x$"])
 def test_names_are_no_formulas_and_powers_of_ten_are(tmp_path: Path, name: str) -> None:
     import matplotlib

@@ -193,6 +193,8 @@ def test_a_source_that_ignores_where_to_start_is_found_out() -> None:
     *_, (state, _) = train_steps(start(), BATCHES[:2], step=partial(STEP, lr=0.1))
     with pytest.raises(ValueError, match=r"Expected the last 3 of the 5 batches of epoch 1.*Received: 5 batches"):
         next(loop(state, train=lambda key, epoch, start: BATCHES))
+    with pytest.raises(ValueError, match=r"Expected a state within the 1 batches of epoch 1. Received: one after 2"):
+        next(loop(state, train=lambda key, epoch, start: BATCHES[:1]))
     resumed, _ = next(loop(state))
     assert resumed.step == 5
 

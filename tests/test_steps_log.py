@@ -47,6 +47,16 @@ def test_rows_are_appended_and_those_of_a_later_step_are_cut(tmp_path):
     assert rows(tmp_path) == [(2, 1.0), (4, 2.0), (6, 0.5)]
     jsonl(tmp_path).write_scalars(0, {})
     assert rows(tmp_path) == []
+    for loss in (1.0, 2.0, 3.0):  # the last step again is the same row, in a new file and in one that it has read
+        write = jsonl(tmp_path)
+        write.write_scalars(2, {"loss": 0.0})
+        for step in (3, 3):
+            write.write_scalars(step, {"loss": loss})
+    write = jsonl(tmp_path)
+    for loss in (4.0, 5.0):
+        write.write_scalars(3, {"loss": loss})
+    assert rows(tmp_path) == [(2, 0.0), (3, 5.0)]
+    assert len((tmp_path / "logs" / "steps.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize("rest", ["", '{"step": 6, "lo', "\x00\x00", '{"step": 2, "loss": 9.0}\n', "[]\n"])

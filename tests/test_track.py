@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -17,6 +19,7 @@ import pytest
 from nibabel.affines import apply_affine
 from preloaded import finished, start_program
 
+from dwiml_func.cli._tracking import with_progress
 from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.experiment.config import RunConfig
@@ -71,9 +74,24 @@ def test_it_writes_lines_and_says_how_many(cli, model, data, tmp_path):
     assert result.code == 0
     file = LOADERS.load(tmp_path / "new" / "a.trk")
     assert len(file.streamlines) > 10
-    assert f"{len(file.streamlines)} streamlines of 40 seeds, mean length " in result.out
+    mean = np.mean([np.linalg.norm(np.diff(line, axis=0), axis=1).sum() for line in file.streamlines])
+    assert f"{len(file.streamlines)} streamlines of 40 seeds, mean length {mean:.1f} mm;" in result.out
     assert not result.err
     np.testing.assert_allclose(steps(file), 0.5, rtol=1e-4)  # the step of the data that it was trained on
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_counts_the_seeds_that_are_done(monkeypatch):
+    results: list[Any] = [SimpleNamespace(num_done=number) for number in (10, 25, 40)]
+    for stream, is_shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        assert list(with_progress(iter(results), 40)) == results
+        assert ("40/40" in stream.getvalue()) == is_shown
+        assert is_shown or not stream.getvalue()
 
 
 def test_the_file_is_the_same_each_time_and_by_two_processes(cli, model, data, tmp_path):

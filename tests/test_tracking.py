@@ -207,9 +207,9 @@ def test_a_direction_without_length_ends_the_line():
 
 @pytest.mark.parametrize(("stop", "num_points"), [(None, 4), ("max", 4), (0.5, 4), (0.9, 6), (1.0, 8)])
 def test_a_line_ends_where_its_model_says(stop, num_points):
-    # The logit of the end: 1 from x = 5 on, 3 from x = 7 on.
+    # The logit of the end: 0 from x = 3 on, which is a probability of 0.5 and not above it, 1 from 5 on, 3 from 7 on.
     def field(p):
-        eos = torch.where(p[:, :1] > 7, 3.0, torch.where(p[:, :1] > 5, 1.0, -3.0))
+        eos = (p[:, :1] > 3) * 3.0 + (p[:, :1] > 5) * 1.0 + (p[:, :1] > 7) * 2.0 - 3.0
         return torch.cat([torch.tensor([1.0, 0, 0]).expand(len(p), 3), eos], dim=1)
 
     model = FieldModel(field, add_eos=True)

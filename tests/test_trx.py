@@ -11,6 +11,7 @@ import pytest
 from creation_cases import AFFINE, SHAPE, save_lines, some_lines
 
 from dwiml_func.data.creation.trx import read_trx
+from dwiml_func.files.archive import is_bomb
 
 
 @pytest.fixture
@@ -44,6 +45,14 @@ def test_a_tractogram_is_as_trx_python_reads_it(packed, tmp_path, how):
     np.testing.assert_allclose(trx.grid.affine, AFFINE, atol=1e-5)
     assert trx.grid.shape == SHAPE
     truth.close()
+
+
+@pytest.mark.parametrize(
+    ("unpacked", "stored", "is_refused"),
+    [(1 << 26, 1, False), ((1 << 26) + 1, 1, True), (100 << 20, 1 << 20, False), ((100 << 20) + 1, 1 << 20, True)],
+)
+def test_what_unpacks_to_64_mb_or_to_100_times_its_size_is_no_bomb(unpacked, stored, is_refused):
+    assert is_bomb(unpacked, stored) == is_refused
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32", "float64"])

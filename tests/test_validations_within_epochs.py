@@ -162,6 +162,11 @@ def test_killed_anywhere_a_run_ends_in_the_same_state_and_history(tmp_path: Path
     assert [(report.epoch, report.batch) for report in history] == [(1, 0), (2, 0)]
     rates = [each.learning_rate for report in history for each in report.validations]
     assert len({*rates, history[-1].learning_rate}) > 1  # the rate depends on the validations
+    for report in history:
+        own = [*(each.learning_rate for each in report.validations), report.learning_rate]
+        assert len(own) == 3
+        ends = (min(own), max(own)) if len(set(own)) > 1 else (None, None)
+        assert (report.learning_rate_min, report.learning_rate_max) == ends
 
     class Killed(BaseException):
         pass

@@ -83,6 +83,10 @@ def test_a_model_that_ends_at_once_lags_by_the_whole_way_and_one_that_is_right_n
     np.testing.assert_allclose(window_lags(StraightModel(), windows, lambda row: space), 0, atol=1e-3)
     stops = FieldModel(lambda inputs: torch.full((len(inputs), 3), torch.nan))
     np.testing.assert_allclose(window_lags(stops, windows, lambda row: space), 20, atol=1e-3)
+    back = torch.tensor([-0.5, 3**0.5 / 2, 0.0])  # a turn of 120 degrees, which ends no line here, and of 60 degrees
+    turns = FieldModel(lambda inputs: back.expand(len(inputs), 3))
+    received = np.sort(window_lags(turns, windows, lambda row: space))
+    np.testing.assert_allclose(received, 20 * np.sqrt([1, 1, 3, 3]), atol=1e-3)
 
 
 def alone(model: Learn2Track, given: np.ndarray, space: TrackingSpace, num: int, step: float) -> np.ndarray:
