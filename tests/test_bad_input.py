@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,9 +231,9 @@ def test_a_real_process_refuses_in_one_line_too(folder, tmp_path):
     truncate(Path(shutil.copy(PHANTOM, tmp_path / "data.hdf5")))
     before = contents(folder)
     arguments = ["train", folder, "new", tmp_path / "data.hdf5"]
-    done = subprocess.run([sys.executable, "-m", "dwiml_func", *arguments], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    done = finished(start_command(*arguments))
+    assert (done.returncode, done.out) == (2, "")
+    (line,) = done.err.splitlines()
     assert "data.hdf5" in line
     other = finished(start_command(*arguments, "--optimizer", "Foo"))
     assert (other.returncode, other.out) == (2, "")

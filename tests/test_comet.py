@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 import zipfile
 from collections import Counter
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 from comet_server import CometServer, comet_server
 from experiment_cases import latest_digest
+from preloaded import finished, start_program
 from report_cases import report
 
 from dwiml_func.checkpoint.checkpoint import newest
@@ -134,8 +134,7 @@ for report in run_experiment(directory, parts, state=state, history=history, on_
 @pytest.mark.soak
 def test_the_archive_of_a_run_that_was_killed_within_an_epoch_and_resumed(tmp_path, caplog):
     directory = create_experiment(tmp_path, "run", CONFIG)
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(directory)], capture_output=True, timeout=600)
-    assert killed.returncode == -9
+    assert finished(start_program(KILLED, directory)).returncode == -9
     assert not list((directory / "logs").rglob("*.zip"))  # the run is not over
     parts, state, history = resume_experiment(directory)
     assert (state.epoch, bool(state.batch)) == (1, True)

@@ -6,8 +6,6 @@ import gzip
 import json
 import re
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from creation_cases import AFFINE, CONFIG, SHAPE, make_folder, save_lines, save_
 from nibabel.affines import apply_affine
 from nibabel.orientations import aff2axcodes
 from nibabel.streamlines import trk
+from preloaded import finished, start_program
 
 from dwiml_func.cli.main import main
 
@@ -655,8 +654,7 @@ def test_a_full_disk_leaves_nothing(folder, limit):
         "import resource, sys; from dwiml_func.cli.main import main; import dwiml_func.data.creation.create;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); sys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-B", "-c", code, "create-hdf5", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert re.search(r"out\.hdf5: cannot be written, .*[Dd]isk", done.stderr), done.stderr
+    done = finished(start_program(code, "create-hdf5", *arguments))
+    assert (done.returncode, done.out, done.err.count("\n")) == (2, "", 1), done.err
+    assert re.search(r"out\.hdf5: cannot be written, .*[Dd]isk", done.err), done.err
     assert sorted(folder.rglob("*")) == before

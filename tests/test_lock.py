@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from preloaded import start_program
 
 from dwiml_func.files.lock import (
     FolderLostError,
@@ -25,11 +26,11 @@ from dwiml_func.files.lock import (
 )
 
 HOLD = """
-import sys
+import signal, sys
 from dwiml_func.files.lock import experiment_lock
 with experiment_lock(sys.argv[1]):
     print("held", flush=True)
-    sys.stdin.readline()
+    signal.pause()
 """
 
 
@@ -39,12 +40,10 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 def test_a_second_process_is_refused_at_once_and_a_killed_holder_leaves_no_lock(cli, experiments):
     directory = experiments / "run"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, directory], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
+    holder = start_program(HOLD, directory)
+    try:
+        while holder.out != "held\n":
+            assert holder.poll() is None, holder.err
         assert is_locked(directory)
         before = contents(experiments)
         cli("resume", experiments, "run", "--new-patience", "9").check_refusal(
@@ -52,7 +51,9 @@ def test_a_second_process_is_refused_at_once_and_a_killed_holder_leaves_no_lock(
         )
         assert contents(experiments) == before
         assert cli("digest", directory).code == 0  # to read is free
+    finally:
         holder.kill()
+        holder.wait(60)
     assert (directory / ".lock").exists()  # it had no time to clear up
     assert not is_locked(directory)
     assert cli("resume", experiments, "run", "--new-patience", "9", "--new-max-epochs", "4").code == 0

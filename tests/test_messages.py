@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from preloaded import finished, start_program
 
 from dwiml_func.cli._messages import Verbosity, messages, print_progress
 
@@ -65,13 +65,15 @@ def test_messages_restores_the_loggers() -> None:
 def test_an_output_without_unicode_shows_everything(tmp_path: Path) -> None:
     (tmp_path / "r\u00e9sum\u00e9").mkdir()
     (tmp_path / "r\u00e9sum\u00e9" / "config.json").write_text("{}")
-    program = "import sys; from dwiml_func.cli.main import main; main(sys.argv[1:]); main(['--help'])"
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-c", program, "runs", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert r"r\xe9sum\xe9" in done.stdout
-    assert "send-to-comet" in done.stdout
+    program = (
+        "import sys; from dwiml_func.cli.main import main\n"
+        "for stream in (sys.stdout, sys.stderr): stream.reconfigure(encoding='ascii', errors='strict')\n"
+        "main(sys.argv[1:]); main(['--help'])"
+    )
+    done = finished(start_program(program, "runs", tmp_path))
+    assert (done.returncode, done.err) == (0, "")
+    assert r"r\xe9sum\xe9" in done.out
+    assert "send-to-comet" in done.out
 
 
 def test_an_output_that_is_closed_ends_a_command_without_a_traceback() -> None:

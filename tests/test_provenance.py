@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import shutil
 import subprocess
-import sys
 from importlib.metadata import distribution, version
 from pathlib import Path
 
 import numpy as np
 import torch
+from preloaded import run_program
 
 import dwiml_func
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 
 PACKAGE = Path(__file__).parent.parent / "dwiml_func"
-PROGRAM = "import json; from dwiml_func.checkpoint.provenance import environment; print(json.dumps(environment()))"
+PROGRAM = """
+import json, sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "dwiml_func"]:
+    del sys.modules[name]
+sys.path.insert(0, "")
+from dwiml_func.checkpoint.provenance import environment
+print(json.dumps(environment()))
+"""
+"""The package is imported anew, from the folder in which the program runs."""
 
 
 def in_folder(folder: Path) -> dict[str, object]:
-    import json
-
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=folder, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    return json.loads(run_program(PROGRAM, folder=folder))
 
 
 def git(folder: Path, *command: str) -> str:
@@ -66,8 +72,7 @@ def test_every_difference_is_told_with_both_values_and_only_what_came_later_is_l
     ]
 
 
-def test_a_checkout_is_named_by_its_commit_and_a_change_shows_in_commit_and_source(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_a_checkout_is_named_by_its_commit_and_a_change_shows_in_commit_and_source(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "dwiml_func", ignore=shutil.ignore_patterns("__pycache__"))
     without_git = in_folder(tmp_path)
     assert "git" not in without_git
