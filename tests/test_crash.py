@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from preloaded import Fork, run_command, start_command
-from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
+from reproduction_cases import DATA, STOCHASTIC, differences, files, results
 
 from dwiml_func.checkpoint.index import list_checkpoints
 
@@ -24,7 +24,9 @@ OPTIONS = (*STOCHASTIC, "--max-epochs", EPOCHS, "--checkpoint-every", "1batches"
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("uninterrupted"), "run", epochs=EPOCHS)
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run_command("train", folder, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS)
+    return folder / "run"
 
 
 def _unfinished(directory: Path) -> set[Path]:

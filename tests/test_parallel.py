@@ -11,8 +11,8 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from preloaded import Fork, finished, run_ranks, start_ranks
-from reproduction_cases import DATA, STOCHASTIC, differences, files, results, train
+from preloaded import Fork, finished, run_command, run_ranks, start_ranks
+from reproduction_cases import DATA, STOCHASTIC, differences, files, results
 
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
@@ -23,15 +23,12 @@ pytestmark = pytest.mark.soak
 SHARDS = ("--num-shards", 4)
 EPOCHS = 2
 ENDLESS = (*STOCHASTIC, "--max-epochs", 1000, *SHARDS, "--checkpoint-every", "1batches")
+ENDLESS = (*ENDLESS, "--monitor", "loss")  # torchrun has options of such names
 
 
 def _torchrun(num_processes: int, *arguments: object) -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
     return [sys.executable, *launcher, "dwiml_func", "--", *map(str, arguments)]
-
-
-def _run(num_processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(_torchrun(num_processes, *arguments), capture_output=True, text=True, timeout=300)
 
 
 def _start(num_processes: int, folder: Path) -> subprocess.Popen[str]:
@@ -64,20 +61,17 @@ def _same(directory: Path, expected: Path) -> Sequence[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("alone"), "run", *SHARDS, epochs=EPOCHS)
+    folder = tmp_path_factory.mktemp("alone")
+    run_command("train", folder, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS)
+    return folder / "run"
 
 
-def test_two_processes_end_with_the_bits_and_files_of_one(alone: Path, tmp_path: Path) -> None:
-    options = (*STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS, "--monitor", "loss")  # torchrun has options of such names
-    done = _run(2, "train", tmp_path, "run", DATA, *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Epoch 1/") == 1  # the first process prints, and no other
-    assert _same(tmp_path / "run", alone) == []
-
-
-def test_four_processes_do_too(alone: Path, tmp_path: Path) -> None:
-    out = run_ranks(4, "train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS)
-    assert [text.count("Epoch 1/") for text in out] == [1, 0, 0, 0]
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_several_processes_end_with_the_bits_and_files_of_one(
+    alone: Path, tmp_path: Path, num_processes: int
+) -> None:
+    out = run_ranks(num_processes, "train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS)
+    assert [text.count("Epoch 1/") for text in out] == [1, *[0] * (num_processes - 1)]  # the first prints, no other
     assert _same(tmp_path / "run", alone) == []
 
 

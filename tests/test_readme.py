@@ -58,9 +58,7 @@ def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
     experiments = tmp_path / "experiments"
     experiments.mkdir()
     shutil.copy(PHANTOM, experiments / "example_data.hdf5")
-    (tmp_path / "script.py").write_text(script)
-
-    printed = _run(sys.executable, "script.py", folder=tmp_path)
+    printed = _run_script(script, tmp_path)
     again = _run_script(script, tmp_path)
     command = ("train", "experiments", "command", "experiments/example_data.hdf5")
     run_command(*command, "--max-epochs", 3, "--nb-previous-dirs", 1, folder=tmp_path)

@@ -58,8 +58,8 @@ class Whole:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """Four epochs in one process."""
     folder = tmp_path_factory.mktemp("whole")
-    done = run(*PROGRAM, *train_command(folder, "run", 4))
-    return Whole(folder / "run", done.stdout, done.stderr)
+    done = run_preloaded(*train_command(folder, "run", 4))
+    return Whole(folder / "run", done.out, done.err)
 
 
 def without_durations(data: Any) -> Any:
