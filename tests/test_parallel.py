@@ -67,9 +67,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
-def test_several_processes_end_with_the_bits_and_files_of_one(
-    alone: Path, tmp_path: Path, num_processes: int
-) -> None:
+def test_several_processes_end_with_the_bits_and_files_of_one(alone: Path, tmp_path: Path, num_processes: int) -> None:
     out = run_ranks(num_processes, "train", tmp_path, "run", DATA, *STOCHASTIC, "--max-epochs", EPOCHS, *SHARDS)
     assert [text.count("Epoch 1/") for text in out] == [1, *[0] * (num_processes - 1)]  # the first prints, no other
     assert _same(tmp_path / "run", alone) == []

@@ -1,9 +1,9 @@
 """Tensors on disk: a directory with the arrays, written by orbax, and the manifest that says what they must be.
 
-The only module that imports orbax, which brings jax and is imported when first used. Orbax restores other shapes and
-dtypes than asked for without an error, does not notice a flipped byte in an array, and logs tracebacks about a corrupt
-file or a full disk. So the disk's space is reserved before orbax writes, and what it reads is checked against the
-manifest's table of names, shapes, dtypes and SHA-256 digests.
+The only module that imports orbax, which brings jax and is imported when first used. Orbax logs tracebacks about a
+full disk, so the disk's space is reserved before it writes. What it wrote is read by the library below it, tensorstore:
+in a tenth of the time, and without jax. Neither notices a flipped byte in an array, so what is read is checked against
+the manifest's table of names, shapes, dtypes and SHA-256 digests.
 """
 
 from __future__ import annotations
@@ -135,41 +135,45 @@ def _read_arrays(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[str, np
     """The arrays of a table's rows by escaped name, with its shapes, and with its dtypes where numpy has them."""
     if not table:
         return {}
-    import orbax.checkpoint as ocp
+    import tensorstore
 
     expected = {
         _escape(row["name"]): (tuple(row["shape"]), tensor_bytes(torch.empty(0, dtype=_dtype(row))).dtype)
         for row in table
     }
     leaves = (path / "leaves").absolute()
+    if missing := [name for name in ("_METADATA", "manifest.ocdbt") if not (leaves / name).is_file()]:
+        raise CorruptError(f"{path} is corrupt: it has no file leaves/{missing[0]}.")
     declared = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
     stored = sum(file.stat().st_size for file in leaves.rglob("*") if file.is_file())
     if declared > _MOST_COMPRESSED * stored + (1 << 20):  # arrays of which nothing is stored are filled with zeros
         raise CorruptError(f"{path} is corrupt: its leaves have {stored} bytes for tensors of {declared} bytes.")
+    store: dict[str, Any] = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{leaves}/"}}
+    context = tensorstore.Context()  # one for all arrays, which then read the index once
     try:
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.metadata(leaves).item_metadata.tree
-            stored = {name: (tuple(tree[name].shape), np.dtype(tree[name].dtype)) for name in expected}
-            if stored == expected:
-                args = ocp.args.PyTreeRestore(
-                    item=dict.fromkeys(expected, 0),
-                    restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in expected},
-                )
-                return dict(checkpointer.restore(leaves, args=args))
+        opening = {
+            name: tensorstore.open(
+                {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, open=True, read=True, context=context
+            )
+            for name in expected
+        }
+        arrays = {name: future.result() for name, future in opening.items()}
+        stored = {name: (array.shape, array.dtype.numpy_dtype) for name, array in arrays.items()}
+        if stored == expected:
+            reading = {name: array.read() for name, array in arrays.items()}
+            return {name: future.result() for name, future in reading.items()}
     except MemoryError:
         raise
     except Exception as error:
-        problem = f"orbax-checkpoint {ocp.__version__} cannot read its leaves: {one_line(error, max_length=_MAX_ERROR)}"
-        if missing := [name for name in ("_METADATA", "manifest.ocdbt") if not (leaves / name).is_file()]:
-            problem = f"it has no file leaves/{missing[0]}"
-        raise CorruptError(f"{path} is corrupt: {problem.rstrip('.')}.") from None
+        problem = f"tensorstore cannot read its leaves: {one_line(error, max_length=_MAX_ERROR).rstrip('.')}"
+        raise CorruptError(f"{path} is corrupt: {problem}.") from None
     name = next(row["name"] for row in table if stored[_escape(row["name"])] != expected[_escape(row["name"])])
     raise CorruptError(f"{path} is corrupt: {name} does not have the shape and dtype that were saved.")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep off the terminal what orbax logs about a corrupt file, and what its threads and tasks still raise then."""
+    """Keep off the terminal what orbax logs about a full disk, and what its threads and tasks still raise then."""
     _quiet_lock.acquire()  # hooks that two threads swap would be put back in the wrong order
     logs = [log for log in map(logging.getLogger, ("absl", "asyncio")) if not log.disabled]
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
@@ -185,7 +189,7 @@ def _quiet() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        time.sleep(_SETTLE_SECONDS)  # reads of other arrays come to their end, and find their event loop closed
+        time.sleep(_SETTLE_SECONDS)  # writes of other arrays come to their end, and find their event loop closed
         gc.collect()  # asyncio logs the errors of abandoned tasks when they are collected
         raise
     finally:
