@@ -5,7 +5,6 @@ What is there is not made again, so a benchmark that was killed is continued by 
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +24,8 @@ from dwiml_func.experiment.model_store import find_model, load_model
 from dwiml_func.experiment.resume import check_same_run, resume_experiment
 from dwiml_func.experiment.run import run_experiment, set_num_threads
 from dwiml_func.experiment.tracking.case import TrackingCase, tracking_case
-from dwiml_func.files.atomic import atomic_write, make_directory, remove_leftovers
-from dwiml_func.files.json import null_if_not_finite, read_record, with_checksum
+from dwiml_func.files.atomic import make_directory, remove_leftovers
+from dwiml_func.files.json import read_record, write_record
 from dwiml_func.files.lock import experiment_lock
 from dwiml_func.tracking.protocols import Protocol, ProtocolLines
 
@@ -216,7 +215,7 @@ def _score_path(out: Path, data: str, name: str, person: str, seed: int | None =
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     make_directory(path.parent)
-    atomic_write(path, json.dumps(with_checksum(null_if_not_finite(values)), indent=2) + "\n")
+    write_record(path, values)
 
 
 def _read(path: Path) -> dict[str, Any]:

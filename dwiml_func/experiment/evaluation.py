@@ -29,11 +29,10 @@ from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment.batches import check_usable, loader_spec
 from dwiml_func.experiment.model_store import LoadedModel, load_model
-from dwiml_func.experiment.reconstruction import read_reconstruction
+from dwiml_func.experiment.reconstruction import EVALUATION_FILE, Reconstruction, read_reconstruction
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.tracking.lag_validation import measure_window_lag, run_windows, space_of_subject
-from dwiml_func.files.atomic import atomic_write
-from dwiml_func.files.json import null_if_not_finite, read_record, with_checksum
+from dwiml_func.files.json import read_record, write_record
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 from dwiml_func.types import Metrics
 
@@ -47,8 +46,6 @@ __all__ = [
     "read_evaluation",
     "write_evaluation",
 ]
-
-_NAME = "evaluation.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,19 +178,24 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
 
 
 def write_evaluation(
-    directory: str | Path, evaluation: Evaluation, *, epoch: int, subset: str, num_epochs: int | None = None
+    directory: str | Path,
+    evaluation: Evaluation | Reconstruction,
+    *,
+    epoch: int,
+    subset: str,
+    num_epochs: int | None = None,
 ) -> None:
     """Write the evaluation of a run's best model, of a best epoch of `num_epochs`, on the "validation" or "training"
     subset."""
-    values = {"epoch": epoch, "num_epochs": num_epochs, "subset": subset, **null_if_not_finite(asdict(evaluation))}
-    atomic_write(Path(directory) / _NAME, json.dumps(with_checksum(values), indent=2) + "\n")
+    facts = {"epoch": epoch, "num_epochs": num_epochs, "subset": subset}
+    write_record(Path(directory) / EVALUATION_FILE, {**facts, **asdict(evaluation)})
 
 
 def is_evaluated(directory: str | Path, history: Sequence[EpochReport]) -> bool:
     """Whether the folder has the evaluation of the best model after these epochs."""
     if read_evaluation(directory) is None and read_reconstruction(directory) is None:
         return False
-    values = read_record(Path(directory) / _NAME) or {}
+    values = read_record(Path(directory) / EVALUATION_FILE) or {}
     num_epochs = values.get("num_epochs", history[-1].epoch)  # earlier versions did not write it
     return (values.get("epoch"), num_epochs) == (history[-1].best.epoch, history[-1].epoch)
 
@@ -203,7 +205,7 @@ def read_evaluation(directory: str | Path) -> Evaluation | None:
     import pydantic
 
     try:
-        values = read_record(Path(directory) / _NAME)
+        values = read_record(Path(directory) / EVALUATION_FILE)
         if values is None:
             return None
         angles = {name: math.nan if values[name] is None else values[name] for name in ("model", "keep_straight")}

@@ -14,7 +14,7 @@ from dwiml_func.experiment.figures.autoencoder import save_autoencoder_figures
 from dwiml_func.experiment.figures.plots import run_figure_path, save_run_figure
 from dwiml_func.experiment.figures.tracking import save_tracking_figures, tracking_figures
 from dwiml_func.experiment.model_store import load_model
-from dwiml_func.experiment.reconstruction import Reconstruction, evaluate_reconstruction, write_reconstruction
+from dwiml_func.experiment.reconstruction import Reconstruction, evaluate_reconstruction
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.tracking.evaluation import (
     TrackingEvaluation,
@@ -55,12 +55,9 @@ def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport])
     try:
         for figure in (run_figure_path(directory), tracked_lines_path(directory), *tracking_figures(directory)):
             figure.unlink(missing_ok=True)
-        if isinstance(evaluation, Reconstruction):
-            write_reconstruction(directory, evaluation, **facts)
-        else:
-            if tracking is not None:
-                write_tracking_evaluation(directory, tracking, epoch=facts["epoch"])
-            write_evaluation(directory, evaluation, **facts)
+        if tracking is not None:
+            write_tracking_evaluation(directory, tracking, epoch=facts["epoch"])
+        write_evaluation(directory, evaluation, **facts)
     except OSError as error:
         logging.getLogger(__name__).warning("The evaluation was not written: %s", error)
     if isinstance(module, Autoencoder):

@@ -6,7 +6,6 @@ stopped. So each member can be evaluated, compared and resumed like any other ex
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,8 +15,8 @@ from dwiml_func._checks import truncated_repr
 from dwiml_func.checkpoint.checkpoint import Checkpoint
 from dwiml_func.checkpoint.index import is_checkpoint_name, list_checkpoints
 from dwiml_func.experiment.config import RunConfig, config_from_json
-from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
-from dwiml_func.files.json import read_config_file, read_record, with_checksum
+from dwiml_func.files.atomic import atomic_directory, remove_leftovers
+from dwiml_func.files.json import read_config_file, read_record, write_record
 from dwiml_func.files.paths import missing_text
 
 __all__ = [
@@ -54,24 +53,32 @@ def create_experiment(
     fill: Callable[[Path], None] | None = None,
 ) -> Path:
     """Create an experiment's directory with its config. It appears in one step; `fill` writes more into it before."""
-    directory = check_new_experiment(experiments_path, experiment_name)
-    remove_leftovers(experiments_path, experiment_name)
-    with atomic_directory(directory, replace=False) as temporary:  # another process may have created it by now
-        (temporary / "config.json").write_text(config.to_json())
+
+    def fill_all(directory: Path) -> None:
+        (directory / "config.json").write_text(config.to_json())
         if fill is not None:
-            fill(temporary)
-    return directory
+            fill(directory)
+
+    return _create(experiments_path, experiment_name, fill_all)
 
 
 def create_ensemble(experiments_path: str | Path, experiment_name: str, configs: Sequence[RunConfig]) -> Path:
     """Create an ensemble's directory with those of its members. It appears in one step."""
-    directory = check_new_experiment(experiments_path, experiment_name)
-    remove_leftovers(experiments_path, experiment_name)
-    with atomic_directory(directory, replace=False) as temporary:
-        write_ended(temporary, len(configs), {})
+
+    def fill(directory: Path) -> None:
+        write_ended(directory, len(configs), {})
         for number, config in enumerate(configs):
-            (temporary / str(number)).mkdir()
-            (temporary / str(number) / "config.json").write_text(config.to_json())
+            (directory / str(number)).mkdir()
+            (directory / str(number) / "config.json").write_text(config.to_json())
+
+    return _create(experiments_path, experiment_name, fill)
+
+
+def _create(experiments_path: str | Path, name: str, fill: Callable[[Path], None]) -> Path:
+    directory = check_new_experiment(experiments_path, name)
+    remove_leftovers(experiments_path, name)
+    with atomic_directory(directory, replace=False) as temporary:  # another process may have created it by now
+        fill(temporary)
     return directory
 
 
@@ -193,4 +200,4 @@ def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
 def write_ended(directory: Path, num_members: int, ended: dict[int, str]) -> None:
     """Write what `read_ended` reads; the checkpoints must be on the disk before."""
     content = {"num_members": num_members, "ended": {str(number): name for number, name in ended.items()}}
-    atomic_write(directory / ENSEMBLE_FILE, json.dumps(with_checksum(content)) + "\n")
+    write_record(directory / ENSEMBLE_FILE, content)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,20 @@ from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.experiment.batches import loader_spec, sampled_batch
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.setup import RunParts
-from dwiml_func.files.atomic import atomic_write
-from dwiml_func.files.json import null_if_not_finite, read_record, with_checksum
+from dwiml_func.files.json import read_record
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 
 __all__ = [
+    "EVALUATION_FILE",
     "Reconstruction",
     "evaluate_reconstruction",
     "read_reconstruction",
     "reconstruction_of_subset",
     "to_mm",
-    "write_reconstruction",
 ]
 
-_NAME = "evaluation.json"
+EVALUATION_FILE = "evaluation.json"
+"""In an experiment's folder."""
 
 _Reconstruct = Callable[[Tensor], Tensor]
 
@@ -89,20 +89,12 @@ def to_mm(dataset: StreamlineDataset, subject: Tensor) -> Tensor:
     return (dataset.voxel_sizes / direction_units(dataset.voxel_sizes))[subject][:, None]
 
 
-def write_reconstruction(
-    directory: str | Path, evaluation: Reconstruction, *, epoch: int, subset: str, num_epochs: int
-) -> None:
-    """Write how a run's best model, of a best epoch of `num_epochs`, reconstructs the streamlines of a subset."""
-    values = {"epoch": epoch, "num_epochs": num_epochs, "subset": subset, **null_if_not_finite(asdict(evaluation))}
-    atomic_write(Path(directory) / _NAME, json.dumps(with_checksum(values), indent=2) + "\n")
-
-
 def read_reconstruction(directory: str | Path) -> Reconstruction | None:
     """The recorded evaluation; None if there is none, or not of an autoencoder, or the file is corrupt."""
     import pydantic
 
     try:
-        values = read_record(Path(directory) / _NAME) or {}
+        values = read_record(Path(directory) / EVALUATION_FILE) or {}
         known: dict[str, Any] = {name: values[name] for name in Reconstruction.__slots__}
         return pydantic.TypeAdapter(Reconstruction).validate_json(json.dumps(known), strict=True)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

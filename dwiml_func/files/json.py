@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func._checks import truncated_repr
+from dwiml_func.files.atomic import atomic_write
 
-__all__ = ["null_if_not_finite", "parse_json", "read_config_file", "read_record", "to_json_data", "with_checksum"]
+__all__ = ["null_if_not_finite", "parse_json", "read_config_file", "read_record", "to_json_data", "write_record"]
 
 _MAX_BYTES = 1 << 20
 
@@ -39,13 +40,14 @@ def parse_json(text: str | bytes, *, source: str) -> Any:
         raise ValueError(f"{source} is not JSON: {error}.") from None
 
 
-def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """JSON data with their SHA-256, for a file whose numbers nobody else checks."""
-    return {**content, "checksum": _checksum(content)}
+def write_record(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON data, complete or not at all, with their SHA-256: nobody else checks the numbers."""
+    content = null_if_not_finite(content)
+    atomic_write(path, json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n")
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Read what was written `with_checksum`, or before there was one; None without a file, ValueError if corrupt."""
+    """Read what `write_record` wrote, or what has no checksum yet; None without a file, ValueError if corrupt."""
     try:
         text = read_config_file(path, source=str(path))
     except FileNotFoundError:

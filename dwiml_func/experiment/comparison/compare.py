@@ -22,6 +22,7 @@ __all__ = [
     "differences",
     "differing",
     "distinguishing",
+    "flatten",
     "leaf_problems",
     "report_differences",
     "report_values",
@@ -89,7 +90,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], labels: tuple[str, s
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], *, only_common: bool = False) -> dict[str, tuple[str, str]]:
     """The values that differ, as text, by their names with dots between the parts; `only_common` passes over others."""
-    flat_a, flat_b = _flatten(a), _flatten(b)
+    flat_a, flat_b = flatten(a), flatten(b)
     found = {}
     for name in {**flat_a, **flat_b}:
         texts = _to_text(flat_a.get(name)), _to_text(flat_b.get(name))  # NaN is not equal to itself, but its text is
@@ -100,7 +101,7 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], *, only_common: bool =
 
 def distinguishing(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """For each config, the values that not all of them share, as text, by their names with dots between the parts."""
-    flat = [_flatten(config) for config in configs]
+    flat = [flatten(config) for config in configs]
     names = {name: None for config in flat for name in config}
     different = [name for name in names if len({_to_text(config.get(name)) for config in flat}) > 1]
     return [{name: _to_option(config.get(name)) for name in different} for config in flat]
@@ -114,7 +115,7 @@ def report_differences(a: EpochReport, b: EpochReport, labels: tuple[str, str] =
 def report_values(report: EpochReport) -> dict[str, Any]:
     """The values that `report_differences` compares, by name."""
     (data,) = history_to_json([report])
-    return _flatten({name: value for name, value in data.items() if name not in _NOT_COMPARED})
+    return flatten({name: value for name, value in data.items() if name not in _NOT_COMPARED})
 
 
 def leaf_problems(stored: Mapping[str, Tensor], replayed: Mapping[str, Tensor], name: str) -> list[str]:
@@ -134,10 +135,11 @@ def leaf_problems(stored: Mapping[str, Tensor], replayed: Mapping[str, Tensor], 
     ]
 
 
-def _flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested JSON data by their names with dots between the parts."""
     flat: dict[str, Any] = {}
     for name, value in data.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 

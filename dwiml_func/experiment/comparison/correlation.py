@@ -13,7 +13,7 @@ from dwiml_func.experiment.comparison.log_values import find_log
 from dwiml_func.experiment.comparison.run_labels import loss_kind
 from dwiml_func.experiment.comparison.run_values import check_names, run_value
 from dwiml_func.experiment.comparison.runs import RunOverview
-from dwiml_func.experiment.figures.panels import COLOURS, Panel, marker_of
+from dwiml_func.experiment.figures.panels import COLOURS, Panel, marker_of, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,9 +98,7 @@ def draw_correlation(found: Correlation, labels: Sequence[str]) -> Figure:
     for scale in (axes.xaxis, axes.yaxis):
         scale.set_major_locator(MaxNLocator(nbins=7))
     axes.set_xlabel(found.names[0])
-    axes.grid(color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
     marks = [
         Line2D([], [], color=COLOURS[n % len(COLOURS)], marker=marker_of(n), markersize=9, linestyle="none")
         for n in range(len(labels))

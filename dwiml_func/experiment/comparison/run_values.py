@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from dwiml_func.core.early_stopping import Mode
+from dwiml_func.experiment.comparison.compare import flatten
 from dwiml_func.experiment.comparison.log_values import check_known, find_log, log_names
 from dwiml_func.experiment.comparison.run_labels import loss_kind
 from dwiml_func.experiment.comparison.runs import RunOverview
@@ -32,7 +32,7 @@ def run_value(run: RunOverview, name: str) -> Value:
         return row[plain]
     if name == "tracking" or name.startswith("tracking."):
         return _score(run, name)
-    options = _options(run.record.config)
+    options = flatten(run.record.config)
     found = [value for full, value in options.items() if plain in (full, full.rpartition(".")[2])]
     if found:
         value = found[0]
@@ -56,7 +56,7 @@ def check_names(runs: Sequence[RunOverview], names: Sequence[str], *, option: st
             for each in (
                 *("tracking", *(f"tracking.{protocol}" for protocol in run.record.scores.get("model", {}))),
                 *(key for key, value in run.to_row().items() if not isinstance(value, dict | list)),
-                *(full.rpartition(".")[2] for full in _options(run.record.config)),
+                *(full.rpartition(".")[2] for full in flatten(run.record.config)),
                 *log_names(run.record.history),
             )
         )
@@ -124,14 +124,6 @@ def _score(run: RunOverview, name: str) -> Value:
     _, protocol, *score = name.split(".")
     value = run.record.scores.get("model", {}).get(protocol, {}).get(score[0] if score else "valid")
     return value if isinstance(value, int | float) else None
-
-
-def _options(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The options of a config by their full names."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _options(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _order(value: Value) -> tuple[bool, float, str]:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.experiment.batches import sampled_batch
-from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.panels import COLOURS, plain_axes
 from dwiml_func.experiment.figures.plots import save_figure
+from dwiml_func.experiment.figures.streamline_views import VIEWS
 from dwiml_func.experiment.reconstruction import to_mm
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
@@ -28,7 +29,6 @@ __all__ = ["latent_figure", "reconstruction_figure", "save_autoencoder_figures"]
 _MOST_DRAWN = 60  # streamlines of the figure of reconstructions
 _GREY = "#666666"
 _OTHER = "other bundles"
-_VIEWS = (("sagittal", 1, 2), ("coronal", 0, 2), ("axial", 0, 1))
 _AXES = ("x (mm)", "y (mm)", "z (mm)")
 
 
@@ -82,9 +82,7 @@ def latent_figure(latent: NDArray[Any], bundles: Sequence[str] | None, *, title:
     axes.set_title(f"Latent space of {title}", loc="left", fontweight="bold")
     axes.set_xlabel(f"first principal component ({100 * shares[0]:.0f} % of the variance)")
     axes.set_ylabel(f"second principal component ({100 * shares[1]:.0f} %)")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
+    plain_axes(axes)
     return figure
 
 
@@ -98,7 +96,7 @@ def reconstruction_figure(real: NDArray[Any], reconstructed: NDArray[Any], *, ti
     figure = Figure(figsize=(15, 5.6))
     axes: Any = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.05, right=0.99, top=0.8, bottom=0.1, wspace=0.16)
-    for panel, (view, first, second) in zip(axes, _VIEWS, strict=True):
+    for panel, (view, first, second) in zip(axes, VIEWS, strict=True):
         for lines, colour, text in ((real, _GREY, "streamline"), (reconstructed, COLOURS[1], "reconstruction")):
             paths = lines[drawn][:, :, [first, second]]
             panel.add_collection(LineCollection(list(paths), colors=colour, linewidths=0.9, alpha=0.8, label=text))

@@ -18,7 +18,7 @@ from dwiml_func.experiment.evaluation import Evaluation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["COLOURS", "GREY", "DrawnValue", "Panel", "PlottedRun", "marker_of"]
+__all__ = ["COLOURS", "GREY", "DrawnValue", "Panel", "PlottedRun", "marker_of", "plain_axes"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers tell apart too (https://jfly.uni-koeln.de/color/), without its
@@ -62,6 +62,13 @@ class DrawnValue(NamedTuple):
 def marker_of(number: int) -> str:
     """The marker of a run: each palette of colours has another one."""
     return _MARKERS[number // len(COLOURS) % len(_MARKERS)]
+
+
+def plain_axes(axes: Axes, *, linewidth: float = 0.8) -> None:
+    """A light grid behind what is drawn, and no frame above and on the right."""
+    axes.grid(color="#e5e5e5", linewidth=linewidth)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 class Panel:
@@ -144,9 +151,7 @@ class Panel:
         from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
         axes = self.axes
-        axes.grid(color="#e5e5e5", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
         values = np.concatenate([np.ravel(line.get_ydata()) for line in axes.get_lines()] or [[]]).astype(np.float64)
         values = values[np.isfinite(values)]
         if limits is not None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.panels import COLOURS, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,9 +102,7 @@ def draw_views(
         panel.set_xlim(*limits[right])
         panel.set_ylim(*limits[up])
         panel.set_aspect("equal")
-        panel.grid(color="#e5e5e5", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        plain_axes(panel, linewidth=0.6)
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(MaxNLocator(nbins=4, steps=(1, 2, 5, 10)))
         panel.tick_params(labelsize=8, labelbottom=is_last, labelleft=number != 1)

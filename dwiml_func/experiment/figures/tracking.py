@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.panels import COLOURS, plain_axes
 from dwiml_func.experiment.figures.plots import save_figure, without_formulas
 from dwiml_func.experiment.figures.streamline_views import (
     LineGroup,
@@ -120,11 +120,8 @@ def draw_drift(drifts: Mapping[str, Drift]) -> Figure:
             if name in drift.lag_mm:  # of models on the same data they are the same, and drawn once
                 style = {"color": colour, "linewidth": 1.5, "linestyle": dashes}
                 curves[name, drift.gone_mm, drift.lag_mm[name]] = style
-    entries, highest, furthest = (
-        {},
-        0.0,
-        0.0,
-    )  # entries are given: a legend that is made by itself hides names that begin with _
+    highest, furthest = 0.0, 0.0
+    entries = {}  # given as they are: in a legend that is made by itself, names that begin with _ are hidden
     for (name, gone_mm, values), style in curves.items():
         y = np.array(values, dtype=np.float64)  # None becomes NaN
         known = np.flatnonzero(np.isfinite(y))
@@ -141,9 +138,7 @@ def draw_drift(drifts: Mapping[str, Drift]) -> Figure:
     axes.set_ylabel("mean distance from the real streamline (mm)")
     axes.set_xlim(0, furthest or 1.0)
     axes.set_ylim(0, 1.25 * highest or 1.0)  # what never turns leaves the figure
-    axes.grid(color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
     columns = 2 if max(map(len, entries), default=0) <= _MOST_LETTERS else 1
     below = 0.25 * -(-len(entries) // columns) + 0.05
     figure.set_figheight(4.9 + below)
@@ -203,17 +198,15 @@ def _title(directory: Path, epoch: int, subset: str, subject: str, step_size: fl
 
 def tracking_figures(directory: Path) -> tuple[Path, ...]:
     """Where an experiment has its figures of tracking; none where it has no evaluation of tracking."""
-    return _paths(directory) if has_tracking_evaluation(directory) else ()
-
-
-def _paths(directory: Path) -> tuple[Path, Path]:
+    if not has_tracking_evaluation(directory):
+        return ()
     return tracked_figure_path(directory), drift_figure_path(directory)
 
 
 def save_tracking_figures(directory: Path, evaluation: TrackingEvaluation, *, epoch: int) -> None:
     """Draw `plots/tracking.png` and `plots/drift.png` of an experiment, and write the streamlines of the first into
     `plots/tracking.npz`; an error is only a warning."""
-    tracked, drifted = _paths(directory)
+    tracked, drifted = tracked_figure_path(directory), drift_figure_path(directory)
     try:
         tracked.parent.mkdir(exist_ok=True)
         if evaluation.lines is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +18,7 @@ from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.tracking.case import ORACLE, tracking_case
 from dwiml_func.experiment.tracking.recorded import TRACKING_FILE, Drift
-from dwiml_func.files.atomic import atomic_write
-from dwiml_func.files.json import null_if_not_finite, with_checksum
+from dwiml_func.files.json import write_record
 from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.tracking.protocols import DRIFT_MM, Protocol, ProtocolScores
 from dwiml_func.tracking.space import TrackingSpace
@@ -137,9 +135,7 @@ def write_tracking_evaluation(directory: str | Path, evaluation: TrackingEvaluat
         "ceiling_both_ends": evaluation.ceiling_both_ends,
         "drift": None if evaluation.drift is None else evaluation.drift._asdict(),
     }
-    atomic_write(
-        Path(directory) / TRACKING_FILE, json.dumps(with_checksum(null_if_not_finite(values)), indent=2) + "\n"
-    )
+    write_record(Path(directory) / TRACKING_FILE, values)
 
 
 def _readable(spec: TrackingSpec, model: TractographyModel) -> TrackingSpec:
