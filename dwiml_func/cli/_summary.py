@@ -31,11 +31,7 @@ _CELL_WIDTH = 15
 
 
 def format_summary(
-    history: Sequence[EpochReport],
-    evaluation: Evaluation | Reconstruction,
-    *,
-    subset: str,
-    tracking: str | None = None,
+    history: Sequence[EpochReport], evaluation: Evaluation | Reconstruction, *, subset: str, tracking: str | None = None
 ) -> str:
     """The summary as lines of text; `evaluation` is the best model's, on the subset "validation" or "training".
 

@@ -16,13 +16,7 @@ from dwiml_func.core.rng import Key
 from dwiml_func.optim.transformations import global_norm
 from dwiml_func.types import Buffers, Params
 
-__all__ = [
-    "AutodiffBackend",
-    "ValueAndGrad",
-    "global_norm",
-    "is_differentiated",
-    "value_and_grad",
-]
+__all__ = ["AutodiffBackend", "ValueAndGrad", "global_norm", "is_differentiated", "value_and_grad"]
 
 AutodiffBackend = Literal["autograd", "func"]
 """`"autograd"`: torch.autograd.grad on detached leaves; its result cannot be differentiated. `"func"`:

@@ -16,11 +16,7 @@ from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.stateless import StatelessModule, copy_structure
 from dwiml_func.types import Buffers, Params
 
-__all__ = [
-    "LossFn",
-    "LossOut",
-    "module_loss",
-]
+__all__ = ["LossFn", "LossOut", "module_loss"]
 
 
 class LossOut(NamedTuple):

@@ -14,15 +14,7 @@ from typing import Any
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
-from dwiml_func.core.epoch import (
-    EvalStep,
-    OnBatch,
-    TrainStep,
-    checked_result,
-    end_epoch,
-    epoch_sums,
-    eval_epoch_fn,
-)
+from dwiml_func.core.epoch import EvalStep, OnBatch, TrainStep, checked_result, end_epoch, epoch_sums, eval_epoch_fn
 from dwiml_func.core.gradients import is_differentiated
 from dwiml_func.core.interval import Interval, validation_interval
 from dwiml_func.core.loop_options import LoopOptions, OnReport, Track

@@ -22,14 +22,7 @@ from dwiml_func.core.rng import Key, fold_in
 from dwiml_func.optim.chain import check_optimizer
 from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Plateau, Sum
 
-__all__ = [
-    "TrainState",
-    "advance",
-    "check_not_donated",
-    "describe_best",
-    "describe_tensors",
-    "init_state",
-]
+__all__ = ["TrainState", "advance", "check_not_donated", "describe_best", "describe_tensors", "init_state"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

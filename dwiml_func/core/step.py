@@ -10,13 +10,7 @@ from torch import Tensor
 
 from dwiml_func._transforms import read_number
 from dwiml_func._trees import choose
-from dwiml_func.core.gradients import (
-    AutodiffBackend,
-    ValueAndGrad,
-    global_norm,
-    is_differentiated,
-    value_and_grad,
-)
+from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, global_norm, is_differentiated, value_and_grad
 from dwiml_func.core.in_place import can_update_in_place, update_in_place
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn

@@ -16,11 +16,7 @@ from dwiml_func.experiment.figures.tracking import save_tracking_figures, tracki
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.reconstruction import Reconstruction, evaluate_reconstruction
 from dwiml_func.experiment.setup import RunParts
-from dwiml_func.experiment.tracking.evaluation import (
-    TrackingEvaluation,
-    evaluate_tracking,
-    write_tracking_evaluation,
-)
+from dwiml_func.experiment.tracking.evaluation import TrackingEvaluation, evaluate_tracking, write_tracking_evaluation
 from dwiml_func.experiment.tracking.tracked_lines import tracked_lines_path
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 

@@ -46,11 +46,7 @@ SWEEP_FILE = "sweep.json"
 
 
 def create_experiment(
-    experiments_path: str | Path,
-    experiment_name: str,
-    config: RunConfig,
-    *,
-    fill: Callable[[Path], None] | None = None,
+    experiments_path: str | Path, experiment_name: str, config: RunConfig, *, fill: Callable[[Path], None] | None = None
 ) -> Path:
     """Create an experiment's directory with its config. It appears in one step; `fill` writes more into it before."""
 

@@ -33,13 +33,7 @@ from dwiml_func.types import Number, Optimizer
 if TYPE_CHECKING:
     from dwiml_func.experiment.training_config import TrainingConfig
 
-__all__ = [
-    "OPTIMIZERS",
-    "OptimizerName",
-    "apply_rules",
-    "configured_optimizer",
-    "parse_rules",
-]
+__all__ = ["OPTIMIZERS", "OptimizerName", "apply_rules", "configured_optimizer", "parse_rules"]
 
 
 def muon_and_adamw(

@@ -47,14 +47,7 @@ from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.tracking.window_lag import AHEAD_MM, EVERY_MM
 from dwiml_func.types import Optimizer
 
-__all__ = [
-    "RunParts",
-    "check_monitored",
-    "make_model",
-    "make_parts",
-    "make_steps",
-    "prepare",
-]
+__all__ = ["RunParts", "check_monitored", "make_model", "make_parts", "make_steps", "prepare"]
 
 _MAX_GRAPHS = 64  # of the training step on a GPU: 8 lengths, times numbers of streamlines after splitting
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16}

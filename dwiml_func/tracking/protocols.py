@@ -263,11 +263,7 @@ def _joined(given: Streamlines, added: Streamlines) -> Streamlines:
     line = torch.arange(len(given)).repeat_interleave(lengths)
     place = torch.arange(int(offsets[-1])) - offsets[line]
     is_added = place >= given.lengths[line]
-    rows = torch.where(
-        is_added,
-        added.offsets[line] + place - given.lengths[line] + 1,
-        given.offsets[line] + place,
-    )
+    rows = torch.where(is_added, added.offsets[line] + place - given.lengths[line] + 1, given.offsets[line] + place)
     both = torch.cat([given.points, added.points])
     return Streamlines(both[rows + len(given.points) * is_added], offsets)
 

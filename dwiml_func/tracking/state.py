@@ -14,13 +14,7 @@ from dwiml_func.models.direction_getters import DirectionGetter
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 
-__all__ = [
-    "StepModel",
-    "TrackState",
-    "init_track_state",
-    "with_lines",
-    "without_memory",
-]
+__all__ = ["StepModel", "TrackState", "init_track_state", "with_lines", "without_memory"]
 
 
 class StepModel(Protocol):

@@ -191,9 +191,7 @@ def _draw_slices(row: Sequence[Axes], volume: NDArray[np.float32], grid: Grid, l
 
 
 def _lengths_by_group(
-    names: Sequence[str],
-    ids: Mapping[str, NDArray[np.int64]],
-    streamlines: Mapping[str, tuple[str, StreamlineSummary]],
+    names: Sequence[str], ids: Mapping[str, NDArray[np.int64]], streamlines: Mapping[str, tuple[str, StreamlineSummary]]
 ) -> list[NDArray[np.float64]]:
     known = {name: found.lengths for name, (_, found) in streamlines.items() if found.lengths is not None}
     lengths = np.concatenate([np.empty(0), *known.values()])

@@ -38,13 +38,7 @@ _WINDOWS = 0x1A6  # of the tracking stream's random numbers
 
 
 def with_window_lag(
-    valid: Batches,
-    evaluate: Any,
-    *,
-    config: RunConfig,
-    dataset: StreamlineDataset,
-    model: Any,
-    optimizer: Optimizer,
+    valid: Batches, evaluate: Any, *, config: RunConfig, dataset: StreamlineDataset, model: Any, optimizer: Optimizer
 ) -> tuple[Batches, Any]:
     """Validation batches followed by one of windows, and the step that measures the lag there, of a run or an ensemble.
 
