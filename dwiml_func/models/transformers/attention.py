@@ -22,6 +22,7 @@ __all__ = ["Sequences", "sequences_of"]
 
 _TRACED_ROWS = 2  # least padded length under torch.compile, which cannot tell whether an unknown 1 is broadcast
 _SHORTEST = 0.8  # of a bucket's sequences, relative to the longest: padding then costs a fifth at most
+_ROUND = 16  # rows of a CPU's bucket are a multiple: its softmax takes half of the time on whole registers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,10 +103,12 @@ def sequences_of(offsets: Tensor, num_rows: int, padded_length: int | None = Non
     members, rows, is_real, first = [], [offsets[:0]], [offsets[:0].bool()], 0
     while first < len(sizes) and sizes[first] > 0:
         last = first
-        while last < len(sizes) and sizes[last] >= max(_SHORTEST * sizes[first], 1):
+        step = _ROUND if device.type == "cpu" else 1
+        longest = sizes[first] + -sizes[first] % step
+        while last < len(sizes) and sizes[last] > max(_SHORTEST * longest - step, 0):
             last += 1
         members.append(last - first)
-        bucket, real = _padded(offsets[:-1][order[first:last]], lengths[order[first:last]], sizes[first])
+        bucket, real = _padded(offsets[:-1][order[first:last]], lengths[order[first:last]], longest)
         rows.append(bucket)
         is_real.append(real)
         first = last
