@@ -11,10 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
-torch.set_num_threads(1)  # bits depend on the number of threads
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start find the package compiled,
@@ -29,6 +27,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """With `-n`, each worker takes neighbouring tests, so that few fixtures of modules are made twice."""
     if config.getoption("numprocesses", None) and config.getoption("dist", None) == "no":
         config.option.dist = "worksteal"
+
+
+def pytest_collection() -> None:
+    """Not at the import: the process that only gives tests to workers does without torch, and they start sooner."""
+    import torch
+
+    torch.set_num_threads(1)  # bits depend on the number of threads
 
 
 def pytest_collection_finish() -> None:

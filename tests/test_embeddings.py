@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.signal import correlate
 
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.data.neighborhood import Neighborhood, neighborhood_vectors
@@ -45,6 +44,8 @@ def test_nn_embedding_is_a_linear_layer_and_relu():
     [(1, 1, (2,), (3,)), (3, 1, (4,), (2,)), (2, 1, (3, 5), (2, 2)), (2, 2, (3, 4), (3, 2)), (2, 1, (2,), (1,))],
 )
 def test_cnn_embedding_correlates_the_grid_with_each_filter(nb_features, radius, nb_filters, kernel_sizes):
+    from scipy.signal import correlate  # takes a second to import
+
     embedding = cnn(nb_features, radius, nb_filters, kernel_sizes)
     vectors = neighborhood_vectors(Neighborhood(type="grid", radius=radius, resolution=0.5))
     flat = RNG.normal(size=(4, len(vectors), nb_features))
