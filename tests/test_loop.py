@@ -483,7 +483,7 @@ def test_what_is_not_finite_ends_the_run_and_the_last_state_is_whole():
             "that is finite and at least 0. Received: -0.1",
         ),
         ({"learning_rate": math.nan}, "that is finite and at least 0. Received: nan"),
-        ({"learning_rate": [0.1, 0.2]}, "that is finite and at least 0. Received: [0.1, 0.2]"),
+        ({"learning_rate": [0.1, 0.2]}, "Received: [0.1, 0.2]. For the rates of epochs, use per_epoch([...])."),
         ({"max_epochs": 2.5}, "max_epochs of at least 1. Received: 2.5"),
         ({"max_epochs": None}, "max_epochs of at least 1; math.inf trains until patience runs out. Received: None"),
         ({"patience": "3"}, "patience of at least 1, or None. Received: '3'"),
@@ -498,6 +498,19 @@ def test_what_is_not_finite_ends_the_run_and_the_last_state_is_whole():
 def test_a_bad_argument_is_refused_at_the_call(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         loop(first_state(), **options)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"key": 3}, {"best": None}, {"step": -1}, {"epoch": 0.5}, {"params": {"weight": np.ones(2)}}]
+)
+def test_a_state_that_a_script_has_spoilt_is_refused_at_the_call_and_when_it_is_sent(changes):
+    spoilt, name = first_state().replace(**changes), next(iter(changes))
+    with pytest.raises(ValueError, match=rf"Expected a state of tensors.* Received: one with another {name}"):
+        loop(spoilt)
+    epochs = loop(first_state())
+    next(epochs)
+    with pytest.raises(ValueError, match=rf"Received: one with another {name}"):
+        epochs.send(spoilt)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from report_cases import report
@@ -20,6 +21,7 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.optim.schedules import constant, cosine
 from dwiml_func.types import Sum
 from dwiml_func.writers import Comet, fan_out, jsonl, log_steps, npy, read_scalars, tensorboard
+from dwiml_func.writers.steps import ScalarLines
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
@@ -31,6 +33,12 @@ OPTIONS = (
 
 def rows(directory: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_scalars(directory)]
+
+
+def test_a_scalar_cannot_be_called_as_the_number_of_its_row(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="scalars of other names than 'step'"):
+        ScalarLines(tmp_path)(3, {"step": 9.0})
+    assert read_scalars(tmp_path) == []
 
 
 def test_rows_are_appended_and_those_of_a_later_step_are_cut(tmp_path):
@@ -72,7 +80,7 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path, rest):
 
 
 def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
-    jsonl(tmp_path).write_scalars(1, {"loss": float("nan"), "acc/left": torch.tensor(0.5)})
+    jsonl(tmp_path).write_scalars(np.int64(1), {"loss": float("nan"), "acc/left": torch.tensor(0.5)})
     assert read_scalars(tmp_path) == [{"step": 1, "loss": None, "acc/left": 0.5}]
 
 

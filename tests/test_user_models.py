@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import warnings
 from collections import deque
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dwiml_func import (
     Key,
@@ -23,6 +24,7 @@ from dwiml_func import (
     accumulate,
     adam,
     adamw,
+    by_name,
     chain,
     ema,
     ensemble_step,
@@ -505,6 +507,26 @@ def test_runs_in_threads_do_not_take_each_others_random_numbers() -> None:
 
 
 @pytest.mark.parametrize("run", STEPS.values(), ids=STEPS.keys())
+def test_a_loss_that_calls_backward_is_refused(run: Callable[..., Any]) -> None:
+    def backward(model: Any, x: Tensor) -> tuple[Tensor, int]:
+        loss(model, x)[0].backward()
+        return loss(model, x)
+
+    with pytest.raises(ValueError, match=r"The loss function calls backward\(\), whose gradients no step would use"):
+        run(init_state(model := mlp(), sgd(), seed=0), BATCH, module_loss(model, backward))
+
+
+def test_what_torch_func_cannot_read_is_told_where_it_is_asked_for() -> None:
+    model = With(lambda module: copy.deepcopy(module.linear).requires_grad_(False))
+    step(model)
+    with pytest.raises(ValueError, match=r"torch\.func cannot differentiate the loss .* Use backend='autograd'"):
+        step(model, backend="func")
+    ensemble = stack_states([init_state(model, sgd(), seed=0)] * 2)
+    with pytest.raises(ValueError, match=r"The model's .* cannot run for all members of an ensemble at once"):
+        ensemble_step(ensemble, BATCH, loss_fn=module_loss(model, loss), optimizer=sgd(), lr=0.1)
+
+
+@pytest.mark.parametrize("run", STEPS.values(), ids=STEPS.keys())
 def test_sparse_gradients_are_refused(run: Callable[..., Any]) -> None:
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))
     loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))
@@ -519,6 +541,10 @@ def _hook(module: Any, x: Tensor) -> Tensor:
     return out
 
 
+def _kept_products() -> Any:
+    return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
+
 def _with_backward_hook() -> nn.Module:
     model = mlp()
     model[1].register_full_backward_hook(lambda module, before, after: (2 * before[0],))  # type: ignore[index]
@@ -529,6 +555,7 @@ PASSED_OVER: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
     "a module's hook": (_with_backward_hook, loss),
     "a tensor's hook": (lambda: With(lambda module: None), lambda model, x: (_hook(model, x).square().mean(), len(x))),
     "checkpoints": (lambda: Checkpointed(saves_memory=True), loss),
+    "selective checkpoints": (lambda: Checkpointed(saves_memory=True, context_fn=_kept_products), loss),
 }
 
 
@@ -578,6 +605,31 @@ def test_a_step_with_another_optimizer_than_the_states_is_refused(run: Callable[
             run(init_state(model, optimizer, seed=0), BATCH, module_loss(model, loss))
 
 
+def test_a_state_of_other_groups_is_refused() -> None:
+    groups: dict[str, Any] = {"0.*": {"lr": 0.5}, "2.*": {}}
+    optimizer, other = by_name(adam, groups), by_name(adam, dict(reversed(groups.items())))
+    state = init_state(model := mlp(), optimizer, seed=0)
+    with pytest.raises(ValueError, match=r"another optimizer: of their trees, 0/exp_avg/0\.bias, .* only one"):
+        train_step(state, BATCH, loss_fn=module_loss(model, loss), optimizer=other, lr=0.1)
+
+
+@pytest.mark.parametrize("run", STEPS.values(), ids=STEPS.keys())
+def test_buffers_that_grow_are_refused_since_no_checkpoint_of_them_could_be_restored(run: Callable[..., Any]) -> None:
+    def remember(module: Any) -> None:
+        module.seen = torch.cat([module.seen, torch.ones(1)])
+
+    model = With(remember)
+    model.register_buffer("seen", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"buffers that keep their shapes.*seen of torch\.float32 \(2,\) in place of"):
+        run(init_state(model, sgd(), seed=0), BATCH, module_loss(model, loss))
+
+
+@pytest.mark.parametrize("name", ["step", "learning_rate", "weight_decay", "grad_norm"])
+def test_a_metric_of_a_name_that_logs_have_already_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"reserved metric name '{name}'"):
+        step(mlp(), lambda model, x: (*loss(model, x), {name: 1.0}))
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_inference_mode_is_for_evaluation_only(name: str) -> None:
     state = init_state(model := nn.Sequential(nn.BatchNorm1d(4), mlp()), sgd(), seed=0)
@@ -606,7 +658,7 @@ def test_things_in_the_wrong_place_are_named(call, named) -> None:
         call(init_state(model := mlp(), sgd(), seed=0), model)
 
 
-@pytest.mark.parametrize("lr", [-0.1, float("nan"), None, "0.1", [0.1], 0.1j, torch.tensor(float("inf")), adam])
+@pytest.mark.parametrize("lr", [-0.1, float("nan"), None, "0.1", True, [0.1], 0.1j, torch.tensor(float("inf")), adam])
 @pytest.mark.parametrize("run", [train_step, jit_step, ensemble_step])
 def test_a_learning_rate_that_is_none_is_refused_before_the_step(lr: Any, run: Any) -> None:
     state: Any = init_state(model := mlp(), sgd(), seed=0)
@@ -632,6 +684,7 @@ RETURNS: dict[str, tuple[dict[str, Any], str]] = {
     "a weight below 0": ({"weight": -1}, "finite and at least 0. Received: -1"),
     "a weight not finite": ({"weight": torch.tensor(torch.inf)}, "finite and at least 0. Received: inf"),
     "a vector metric": ({"aux": {"error": torch.ones(3)}}, r"the auxiliary metric 'error' to be a \(\) tensor"),
+    "a metric's weight below 0": ({"aux": {"error": (1.0, -1)}}, "'error' with a weight .* Received: -1"),
     "no buffers": ({"buffers": {}}, "returns all buffers it is given, changed or not. Missing: b"),
 }
 

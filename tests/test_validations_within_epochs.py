@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +78,7 @@ def test_they_come_within_an_epoch_and_at_its_end_but_never_twice_for_one_state(
     assert six == [(1, 3), (1, 0), (2, 3), (2, 0)]  # the sixth batch is the epoch's last
     assert [report.batch for _, report in loop(validate_every="9 batches")] == [0, 0]
     assert [bool(report.valid) for _, report in loop(validate_every="2epochs")] == [False, True]
+    assert [bool(report.valid) for _, report in loop(validate_every=np.int64(2))] == [False, True]
     assert [report.batch for _, report in loop(valid=None, eval_step=None)] == [0, 0]
 
 

@@ -110,12 +110,13 @@ def _value_and_grad(
             grads, (loss, (weight, new_buffers, aux)) = torch.func.grad_and_value(scalar_and_rest, has_aux=True)(
                 dict(params)
             )
-        except RuntimeError as error:
-            if not any(word in str(error) for word in ("torch.func", "functorch")):
+        except (RuntimeError, NotImplementedError) as error:
+            if not any(word in str(error) for word in ("torch.func", "functorch", "storage")):
                 raise
             raise ValueError(
-                f"torch.func cannot differentiate the loss: {one_line(error, max_length=120)} Use backend='autograd', "
-                f"and lr and params without a graph, or leave out what torch.func lacks (checkpoints, hooks)."
+                f"torch.func cannot differentiate the loss ({one_line(error, max_length=120)}). "
+                f"Use backend='autograd', and lr and params without a graph, or leave out what torch.func lacks "
+                f"(checkpoints, hooks)."
             ) from error
         return LossOut(loss, plain_weight[0] if plain_weight else weight, new_buffers, aux), grads
     raise ValueError(f"Expected backend 'autograd' or 'func'. Received: {backend!r}")

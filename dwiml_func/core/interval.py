@@ -54,6 +54,7 @@ def validation_interval(every: int | str) -> Interval:
     """When to validate: every so many epochs, or "500batches" or "3epochs"; ValueError for anything else."""
     if isinstance(every, str):
         return parse_interval(every, name="validate_every", units=("batch", "epoch"))
-    if isinstance(every, bool) or not isinstance(every, int | float) or every % 1 or every < 1:
+    is_number = hasattr(every, "__index__") or isinstance(every, float)
+    if isinstance(every, bool) or not is_number or every % 1 or every < 1:
         raise ValueError(f"Expected validate_every of at least 1, or a text such as '500batches'. Received: {every!r}")
     return Interval(int(every), "epoch")

@@ -17,7 +17,7 @@ from dwiml_func.core.loop_options import LoopOptions, Track
 from dwiml_func.core.rates import Step
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import epoch_events
-from dwiml_func.core.state import TrainState, check_not_donated
+from dwiml_func.core.state import TrainState, check_state
 from dwiml_func.optim.schedules import check_rate, constant
 from dwiml_func.types import OnPlateau, PerStep, Schedule
 
@@ -99,7 +99,7 @@ def train_and_validate(
         1 3 12.0 None
         2 3 12.0 max_epochs
     """
-    check_not_donated(state)
+    check_state(state)
     options = LoopOptions(
         train=train, step=step, valid=valid, eval_step=eval_step, learning_rate=learning_rate, max_epochs=max_epochs,
         patience=patience, patience_delta=patience_delta, monitor=monitor, mode=mode, validate_every=validate_every,

@@ -96,16 +96,29 @@ def check_loss_out(out: Any, buffers: Mapping[str, Tensor]) -> None:
     if not isinstance(out.loss, Tensor):
         raise ValueError(f"Expected a loss that is a () tensor. Received: {truncated_repr(out.loss)}")
     _check_scalar("a scalar loss, a mean over points", out.loss)
-    _check_scalar("a weight that is a number of points", out.weight)
-    if not isinstance(weight := read_number(out.weight), Tensor) and not 0 <= weight < math.inf:
-        raise ValueError(f"Expected a weight that is a number of points, finite and at least 0. Received: {weight}")
+    _check_weight("a weight", out.weight)
     for name, mean in out.aux.items():
         for part in mean if isinstance(mean, tuple) else (mean,):
             _check_scalar(f"the auxiliary metric {name!r} to be a () tensor, a mean over points", part)
+        if isinstance(mean, tuple):
+            _check_weight(f"the auxiliary metric {name!r} with a weight", mean[1])
     if missing := [name for name in buffers if name not in out.buffers]:
         raise ValueError(
             f"Expected a loss function that returns all buffers it is given, changed or not. Missing: {listed(missing)}"
         )
+    for name, old in buffers.items():
+        if (new := out.buffers[name]).shape != old.shape or new.dtype != old.dtype:
+            raise ValueError(
+                f"Expected buffers that keep their shapes and dtypes, which checkpoints are restored to. Received: "
+                f"{name} of {new.dtype} {tuple(new.shape)} in place of {old.dtype} {tuple(old.shape)}. If that happens "
+                f"once, call the module on a batch before init_state."
+            )
+
+
+def _check_weight(what: str, weight: Any) -> None:
+    _check_scalar(f"{what} that is a number of points", weight)
+    if not isinstance(weight := read_number(weight), Tensor) and not 0 <= weight < math.inf:
+        raise ValueError(f"Expected {what} that is a number of points, finite and at least 0. Received: {weight}")
 
 
 def _generator_states() -> tuple[Any, ...]:
@@ -133,6 +146,11 @@ def uses_reentrant_checkpoints(loss_fn: LossFn) -> bool:
 
 
 def _check_backward(loss_fn: LossFn, loss: Tensor, leaves: Mapping[str, Tensor]) -> None:
+    if any(leaf.grad is not None for leaf in leaves.values()):
+        raise ValueError(
+            "The loss function calls backward(), whose gradients no step would use: a step computes them itself. Leave "
+            "it out, or take gradients within a loss by torch.autograd.grad."
+        )
     nodes = list(_nodes(loss))
     is_reentrant = any("CheckpointFunctionBackward" in type(node).__name__ for node in nodes)
     for node in nodes:

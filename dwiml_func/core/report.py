@@ -165,5 +165,5 @@ def judge_epoch(
 
 def check_monitor(monitor: str, names: Collection[str]) -> None:
     """Raise ValueError where there is no metric of the name to monitor."""
-    if monitor not in names:
+    if not isinstance(monitor, str) or monitor not in names:
         raise ValueError(f"Expected a metric to monitor among {', '.join(sorted(names))}. Received: {monitor!r}")

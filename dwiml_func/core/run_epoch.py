@@ -20,7 +20,7 @@ from dwiml_func.core.interval import Interval, validation_interval
 from dwiml_func.core.loop_options import LoopOptions, OnReport, Track
 from dwiml_func.core.rates import Step, epoch_rates, next_plateau, with_rate
 from dwiml_func.core.report import EpochReport, judge_epoch
-from dwiml_func.core.state import TrainState, check_not_donated
+from dwiml_func.core.state import TrainState, check_state
 from dwiml_func.types import Metrics, Schedule
 
 __all__ = ["Interrupted", "epoch_events", "run_epoch"]
@@ -97,7 +97,7 @@ def run_epoch(
         >>> state.epoch, state.step, report.is_best
         (1, 3, True)
     """
-    check_not_donated(state)
+    check_state(state)
     options = LoopOptions(
         train=train, step=step, valid=valid, eval_step=eval_step, learning_rate=learning_rate, max_epochs=max_epochs,
         patience=patience, patience_delta=patience_delta, monitor=monitor, mode=mode, validate_every=validate_every,
@@ -210,7 +210,7 @@ class _Epoch:
         validations = report.validations if done.batch else ()
         judged = done.replace(best=report.best, plateau=plateau, validations=validations)
         state = (yield judged, report) or judged
-        check_not_donated(state)
+        check_state(state)
         return state
 
     def _evaluate(self, last: TrainState) -> Metrics:

@@ -22,7 +22,15 @@ from dwiml_func.core.rng import Key, fold_in
 from dwiml_func.optim.chain import check_optimizer
 from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Plateau, Sum
 
-__all__ = ["TrainState", "advance", "check_not_donated", "describe_best", "describe_tensors", "init_state"]
+__all__ = [
+    "TrainState",
+    "advance",
+    "check_not_donated",
+    "check_state",
+    "describe_best",
+    "describe_tensors",
+    "init_state",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -235,6 +243,21 @@ def check_not_donated(state: TrainState) -> None:
         raise TypeError(f"Expected a TrainState, from init_state or restore. Received: {type(state).__name__}")
     if not state.params:  # `init_state` makes no state without parameters
         raise RuntimeError(_donated_message(state.step))
+
+
+def check_state(state: TrainState) -> None:
+    """`check_not_donated`, and whether what a script has put into a state can be a part of it."""
+    check_not_donated(state)
+    wrong = [f"params[{name!r}]" for name, tensor in state.params.items() if not isinstance(tensor, Tensor)]
+    wrong += [name for name, kind in (("key", Key), ("best", Best)) if not isinstance(getattr(state, name), kind)]
+    for name in ("step", "epoch", "batch"):
+        if not hasattr(number := getattr(state, name), "__index__") or number < 0:
+            wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"Expected a state of tensors, a Key, a Best, and counts of at least 0. Received: one with another "
+            f"{listed(wrong)}, as by state.replace(...)."
+        )
 
 
 def mark_donated(state: TrainState) -> None:

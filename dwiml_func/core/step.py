@@ -36,6 +36,9 @@ from dwiml_func.types import Grads, Metrics, Optimizer, Sum
 
 __all__ = ["clip_and_measure", "eval_step", "loss_metrics", "train_step"]
 
+_RESERVED = {"loss", "grad_norm", "unclipped_grad_norm", NON_FINITE, SKIPPED, "step", "learning_rate", "weight_decay"}
+"""Names of metrics that a step, its wrappers, or the logs of steps give."""
+
 
 def train_step(
     state: TrainState,
@@ -175,7 +178,7 @@ def clip_and_measure(out: LossOut, grads: Grads, clip_grad: float | None) -> tup
 
 def loss_metrics(out: LossOut) -> dict[str, Sum]:
     """The sums of a loss and of its auxiliary metrics."""
-    if out.aux and (taken := out.aux.keys() & {"loss", "grad_norm", "unclipped_grad_norm", NON_FINITE, SKIPPED}):
+    if out.aux and (taken := out.aux.keys() & _RESERVED):
         raise ValueError(f"`aux` uses the reserved metric name {', '.join(map(repr, sorted(taken)))}.")
     means = {"loss": out.loss, **out.aux}
     return {name: weighted_sum(*(m if isinstance(m, tuple) else (m, out.weight))) for name, m in means.items()}

@@ -90,7 +90,9 @@ def ensemble_step(
             raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
         try:
             tensors = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
-        except CheckpointError as error:
+        except RuntimeError as error:
+            if not isinstance(error, CheckpointError) and "checkpointed region" not in str(error):
+                raise
             raise ValueError(
                 "The model computes activations again in the backward pass (torch.utils.checkpoint), which torch "
                 "cannot do for all members of an ensemble at once. Leave it out, or train them one after the other."
@@ -196,7 +198,7 @@ def _evaluate(
 def _explained(error: Exception) -> Exception:
     """An error of torch's about vmap in terms of the model: which part of it, and what to do."""
     text = str(error)
-    if not any(word in text for word in ("vmap", "atching rule", "data-dependent", "functorch")):
+    if not any(word in text for word in ("vmap", "atching rule", "data-dependent", "functorch", "storage")):
         return error
     part, frame = None, error.__traceback__
     while frame is not None:

@@ -257,13 +257,14 @@ def value_at(schedule: float | Schedule, *, epoch: int, step: int, plateau: Plat
 def check_rate(lr: Any) -> float:
     """Return a learning rate as a float, also of numpy or a () tensor; ValueError if it is negative or not finite."""
     try:
-        rate = math.nan if isinstance(lr, str) else float(lr)
+        rate = math.nan if isinstance(lr, str | bool) else float(lr.detach() if isinstance(lr, Tensor) else lr)
     except (TypeError, ValueError, RuntimeError):  # no number at all
         rate = math.nan
     if not (math.isfinite(rate) and rate >= 0):
         received = truncated_repr(lr)
         raise ValueError(
             f"Expected a learning rate or a weight decay that is finite and at least 0. Received: {received}"
+            + (". For the rates of epochs, use per_epoch([...])." if isinstance(lr, Sequence) else "")
         )
     return rate
 

@@ -25,22 +25,24 @@ def check_opt_state(optimizer: Optimizer | Callable[..., Optimizer], opt_state: 
         return
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)
     try:
-        expected = set(_paths(made.init({n: p.detach()[:0] if p.dim() else p for n, p in params.items()})))
+        like = set(_paths(made.init({n: p.detach()[:0] if p.dim() else p for n, p in params.items()})))
     except (RuntimeError, NotImplementedError):  # an optimizer that reads values
         return
-    if differing := expected ^ set(_paths(opt_state)):
+    own = set(_paths(opt_state))
+    kinds, own_kinds = ({path[:-1] or path for path in paths} for paths in (like, own))
+    if differing := kinds ^ own_kinds or like ^ own:
         raise ValueError(
-            f"The state was made for another optimizer: of their trees, {listed(differing)} "
+            f"The state was made for another optimizer: of their trees, {listed(map('/'.join, differing))} "
             f"{'is' if len(differing) == 1 else 'are'} in only one. Give init_state and the step the same optimizer, "
             f"or start a new one by state.replace(opt_state=optimizer.init(state.params))."
         )
     _CHECKED.add(known)
 
 
-def _paths(tree: Any, *path: str) -> Iterator[str]:
-    """The kinds of tensors, which are the branches above the parameters' names."""
+def _paths(tree: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    """The kinds of tensors, which are the branches above the parameters' names, and the names."""
     if not isinstance(tree, Mapping):
-        yield "/".join(path[:-1] or path)
+        yield path
         return
     for name, part in tree.items():
         if name not in _LATER:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,9 @@ class ScalarLines:
 
     def __call__(self, step: int, values: Mapping[str, Number]) -> None:
         """Add the values of a step. What the file has of later steps is removed; without values, nothing else."""
+        step = operator.index(step)
+        if "step" in values:
+            raise ValueError("Expected scalars of other names than 'step', which is the row's number.")
         row = null_if_not_finite({"step": step, **{name: float(value) for name, value in values.items()}})
         last, self._last = self._last, None  # after an error the file is read again
         if values:
