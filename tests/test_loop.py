@@ -507,7 +507,7 @@ def test_a_state_that_a_script_has_spoilt_is_refused_at_the_call_and_when_it_is_
     spoilt, name = first_state().replace(**changes), next(iter(changes))
     with pytest.raises(ValueError, match=rf"Expected a state of tensors.* Received: one with another {name}"):
         loop(spoilt)
-    epochs = loop(first_state())
+    epochs: Any = loop(first_state())
     next(epochs)
     with pytest.raises(ValueError, match=rf"Received: one with another {name}"):
         epochs.send(spoilt)

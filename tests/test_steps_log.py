@@ -80,7 +80,8 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path, rest):
 
 
 def test_what_is_not_finite_is_null_in_strict_json(tmp_path):
-    jsonl(tmp_path).write_scalars(np.int64(1), {"loss": float("nan"), "acc/left": torch.tensor(0.5)})
+    step: Any = np.int64(1)
+    jsonl(tmp_path).write_scalars(step, {"loss": float("nan"), "acc/left": torch.tensor(0.5)})
     assert read_scalars(tmp_path) == [{"step": 1, "loss": None, "acc/left": 0.5}]
 
 
