@@ -379,7 +379,7 @@ def inspect_step(
         peak = torch.cuda.max_memory_allocated(device)
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
     synchronize(device)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         for _ in range(num_steps):
             run()
         synchronize(device)

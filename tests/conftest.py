@@ -36,6 +36,14 @@ def pytest_collection() -> None:
     torch.set_num_threads(1)  # bits depend on the number of threads
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("compiles"):
+        from dwiml_func.compiled._torch_private import missing
+
+        if lacking := missing("eager"):
+            pytest.skip(f"this torch cannot compile steps: {lacking}")
+
+
 def pytest_collection_finish() -> None:
     """Look for garbage rarely, and never in the modules of all tests: it would take a tenth of the time."""
     gc.freeze()

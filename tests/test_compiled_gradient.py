@@ -17,6 +17,7 @@ from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 
 
+@pytest.mark.compiles
 def test_on_shards_of_any_size_one_graph_gives_what_an_eager_step_gives() -> None:
     with torch_rng(Key(1)):
         model = Learn2Track(NUM_FEATURES, rnn_layer_sizes=(6, 4), nb_previous_dirs=1, dropout=0.3)
@@ -48,6 +49,7 @@ def test_a_loss_that_cannot_be_traced_is_evaluated_eagerly(caplog: pytest.LogCap
     assert len([record for record in caplog.records if record.name == "dwiml_func.compiled.function"]) == 1
 
 
+@pytest.mark.compiles
 def test_a_gradient_that_is_differentiated_again_keeps_the_graph_around_it() -> None:
     loss_fn = module_loss(torch.nn.Linear(1, 1, bias=False), lambda model, x: (model(x).square().mean(), len(x)))
     gradient, x = JitGradient(loss_fn, backend="eager"), torch.tensor([[1.0], [3.0]])

@@ -53,11 +53,13 @@ def compare(model_options: dict, *, backend: str, sizes=(6, 3, 1)) -> None:
     torch.testing.assert_close(actual.params, expected.params)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("dg_key", DIRECTION_GETTERS)
 def test_the_loss_of_every_direction_getter_is_traced_as_one_graph(dg_key):
     compare({"dg_key": dg_key}, backend="eager")
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "options",
     [
@@ -70,6 +72,7 @@ def test_the_options_of_the_model_compile(options):
     compare(options, backend="aot_eager")
 
 
+@pytest.mark.compiles
 def test_code_made_by_inductor_trains_as_an_eager_step_does():
     compare({"nb_previous_dirs": 1, "dropout": 0.2}, backend="inductor", sizes=(6, 3, 1, 20, 2))
 

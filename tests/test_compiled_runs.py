@@ -30,6 +30,7 @@ EVERY_OPTION = (
 )
 
 
+@pytest.mark.compiles
 @pytest.mark.soak
 def test_a_compiled_run_with_every_option_that_two_processes_resume_makes_the_same_code_and_ends_bitwise_as_in_one(
     tmp_path: Path,
@@ -51,6 +52,7 @@ def test_a_compiled_run_with_every_option_that_two_processes_resume_makes_the_sa
     assert latest_digest(tmp_path / "parts") == latest_digest(tmp_path / "whole")
 
 
+@pytest.mark.compiles
 def test_a_step_warms_up_on_the_first_batch_of_the_run_and_changes_nothing_by_it() -> None:
     model = torch.nn.Linear(2, 1)
     loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)))

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
-from dwiml_func.compiled._torch_private import missing
 from dwiml_func.compiled.function import CompiledFunction
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut
@@ -22,7 +21,7 @@ from dwiml_func.core.rng import torch_rng
 # Torch's own compiler stack warns of what it will change in itself.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
-    pytest.mark.skipif(bool(missing("eager")), reason="this torch cannot compile steps: see test_torch_private.py"),
+    pytest.mark.compiles,
 ]
 
 

@@ -22,7 +22,6 @@ from dwiml_func import (
     torch_rng,
     train_step,
 )
-from dwiml_func.compiled._torch_private import missing
 from dwiml_func.compiled.sums import VectorSums, add_vectors
 from dwiml_func.core.metrics import Sum, add_metrics
 from dwiml_func.optim import chain, clip_by_value
@@ -124,7 +123,7 @@ def test_what_cannot_be_captured_says_why_once_and_runs(caplog):
         jit_step(loss_fn=loss_fn, optimizer=adam(), cuda_graphs=True)
 
 
-@pytest.mark.skipif(bool(missing("eager")), reason="this torch cannot compile steps: see test_torch_private.py")
+@pytest.mark.compiles
 def test_no_number_is_read_in_a_step_with_a_deferred_check(monkeypatch):
     start, compiled, eager = make_steps(donate=True, non_finite="defer")
     batches = [some_batch(number) for number in range(6)]
