@@ -58,7 +58,9 @@ def test_a_donated_step_with_a_deferred_check_has_the_values_of_a_pure_one_in_th
 
 def peak_bytes(function) -> int:
     """The most that a call has allocated at one time, in bytes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         function()
     results: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
     events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
