@@ -6,6 +6,7 @@ streamline. Diffusion has no sign; the previous direction chooses it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,14 +75,12 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
     fault = harmonics_fault({name: input_attributes[name] for name in HARMONICS if name in input_attributes}, num)
     if fault is not None:
         raise ValueError(f"{fault}.")
-    order = int(np.asarray(input_attributes["sh_order"]).item())
     of = str(input_attributes.get("sh_of", "signal"))
-    g = half_sphere_directions(_NUM_DIRECTIONS[of])
-    basis = sh_matrix(
-        g,
-        order,
-        basis=str(input_attributes.get("sh_basis", "descoteaux07")),
-        legacy=bool(input_attributes.get("sh_legacy", False)),
+    g, basis = _directions_and_basis(
+        _NUM_DIRECTIONS[of],
+        int(np.asarray(input_attributes["sh_order"]).item()),
+        str(input_attributes.get("sh_basis", "descoteaux07")),
+        bool(input_attributes.get("sh_legacy", False)),
     )
 
     def tensor(values: Any) -> Tensor:
@@ -98,9 +97,16 @@ def principal_direction(batch: StreamlineBatch, input_attributes: Mapping[str, A
     mean = of_points(input_attributes.get("standardization_mean", 0.0))
     amplitudes = (batch.at_directions(batch.inputs) * std + mean) @ tensor(basis).T
     previous, valid = keep_straight(batch)
-    principal = _peak(amplitudes, previous, tensor(g)) if of == "fodf" else _tensor_axis(amplitudes, g)
+    principal = _peak(amplitudes, previous, tensor(g)) if of == "fodf" else _tensor_axis(amplitudes)
     backwards = (principal * previous).sum(dim=1, keepdim=True) < 0
     return torch.where(backwards, -principal, principal) * valid[:, None], valid
+
+
+@functools.cache  # a tracker asks at each of its steps
+def _directions_and_basis(num: int, order: int, basis: str, legacy: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Directions (num, 3), and the SH there (num, F)."""
+    directions = half_sphere_directions(num)
+    return directions, sh_matrix(directions, order, basis=basis, legacy=legacy)
 
 
 def _peak(amplitudes: Tensor, previous: Tensor, g: Tensor) -> Tensor:
@@ -114,12 +120,16 @@ def _peak(amplitudes: Tensor, previous: Tensor, g: Tensor) -> Tensor:
     return g[place]
 
 
-def _tensor_axis(signal: Tensor, g: np.ndarray) -> Tensor:
+@functools.cache
+def _tensor_fit() -> np.ndarray:
+    """The least squares fit (6, G): -log S = g' D g, linear in D's six entries (xx, yy, zz, xy, xz, yz) with b = 1."""
+    x, y, z = half_sphere_directions(_NUM_DIRECTIONS["signal"]).T
+    return np.linalg.pinv(np.stack([x * x, y * y, z * z, 2 * x * y, 2 * x * z, 2 * y * z], axis=1))
+
+
+def _tensor_axis(signal: Tensor) -> Tensor:
     """The first eigenvectors (N, 3) of the tensors fitted to a signal (N, G) at directions (G, 3)."""
-    # -log S = g' D g, linear in D's six entries (xx, yy, zz, xy, xz, yz) with b = 1.
-    x, y, z = g.T
-    design = np.stack([x * x, y * y, z * z, 2 * x * y, 2 * x * z, 2 * y * z], axis=1)
-    fit = torch.as_tensor(np.linalg.pinv(design), dtype=torch.float32, device=signal.device)
+    fit = torch.as_tensor(_tensor_fit(), dtype=torch.float32, device=signal.device)
     entries = -signal.clamp(min=_LEAST_SIGNAL).log() @ fit.T
     diffusion = entries[:, [0, 3, 4, 3, 1, 5, 4, 5, 2]].reshape(-1, 3, 3)
     return torch.linalg.eigh(diffusion).eigenvectors[:, :, 2]  # eigenvalues rise
