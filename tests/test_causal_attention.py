@@ -14,7 +14,7 @@ from dwiml_func.data.streamlines import offsets_of
 from dwiml_func.models.transformers.attention import sequences_of
 from dwiml_func.models.transformers.causal import causal_weights
 
-LENGTHS = [7, 0, 2, 12, 6, 1, 0]
+LENGTHS = [0, 7, 0, 2, 12, 6, 1, 0]
 SIZE, HEADS = 4, 2
 
 

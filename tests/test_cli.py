@@ -309,3 +309,4 @@ def test_the_version_is_the_packages(cli):
 
     outcome = cli("--version")
     assert (outcome.code, outcome.out, outcome.err) == (0, f"{dwiml_func.__version__}\n", "")
+    assert cli("--version", "train").out == outcome.out

@@ -79,6 +79,7 @@ def test_a_step_warms_up_on_the_first_batch_of_the_run_and_changes_nothing_by_it
 
 
 def test_a_gain_is_told_as_the_steps_that_pay_for_it_and_a_loss_as_a_loss() -> None:
+    assert CompilationReport(12.0, 0.010, 0.010).break_even is None
     assert str(CompilationReport(12.0, 0.030, 0.010)) == (
         "Compiled in 12.0 s: a step takes 10.0 ms instead of 30.0 ms, paid off after 600 steps"
     )

@@ -22,6 +22,7 @@ from dwiml_func import (
     torch_rng,
     train_step,
 )
+from dwiml_func.compiled.cuda_graphs import OnCuda
 from dwiml_func.compiled.sums import VectorSums, add_vectors
 from dwiml_func.core.metrics import Sum, add_metrics
 from dwiml_func.optim import chain, clip_by_value
@@ -119,6 +120,9 @@ def test_what_cannot_be_captured_says_why_once_and_runs(caplog):
         assert messages == [f"Training steps run without CUDA graphs from now on: {message}"]
         expected = take_steps(partial(train_step, **fixed), copy.deepcopy(start), [some_batch(1)] * 5)
         torch.testing.assert_close(state.params, expected.params)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no CUDA device was found"):
+            OnCuda()(lambda: None)
     with pytest.raises(ValueError, match="Expected donate=True with cuda_graphs=True"):
         jit_step(loss_fn=loss_fn, optimizer=adam(), cuda_graphs=True)
 

@@ -172,3 +172,9 @@ def test_tensors_that_a_loss_closes_over_are_inputs_of_its_graph_too():
     actual, _ = run(compiled, start, 5)
     assert len(calls) == 2
     torch.testing.assert_close(actual.params, run(eager, start, 5)[0].params)
+    start, compiled, eager = make_steps(compute_batch_loss=loss)
+    states = [start, start]
+    for number in range(4):  # another tensor each time: no graph may keep one
+        weights = torch.tensor([1.0, 2.0, 3.0]) + number
+        states = [step(state, some_batch(1), lr=0.1)[0] for step, state in zip((compiled, eager), states, strict=True)]
+        torch.testing.assert_close(states[0].params, states[1].params)

@@ -19,7 +19,7 @@ from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.ensemble_resume import resume_ensemble
-from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
+from dwiml_func.experiment.ensemble_run import _holds, prepare_ensemble, run_ensemble
 from dwiml_func.experiment.folder import create_ensemble, read_config, read_ended, write_ended
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.setup import prepare
@@ -69,6 +69,18 @@ def test_members_are_ordinary_runs(trained, tmp_path, cli):
         assert cli("train", tmp_path, str(number), PHANTOM, *OPTIONS, *seeds).code == 0
         assert_close(trained / "seeds" / str(number), tmp_path / str(number))
     assert latest_digest(trained / "seeds" / "0") != latest_digest(trained / "seeds" / "1")
+
+
+def test_a_folder_holds_a_state_whose_checkpoint_has_its_digest(trained, tmp_path):
+    folder = Path(shutil.copytree(trained / "seeds" / "0", tmp_path / "0"))
+    name = list_checkpoints(folder)[-1]
+    state = restore(folder, prepare(read_config(folder)).first_state()).state
+    other = state.replace(params={name: 2 * leaf for name, leaf in state.params.items()})
+    assert [_holds(folder, each, may_differ=True) for each in (state, other)] == [True, False]
+    assert _holds(folder, other, may_differ=False)
+    assert not _holds(folder, state.replace(epoch=7), may_differ=False)
+    (folder / "checkpoint" / name / "manifest.json").write_text("{}")
+    assert not _holds(folder, state, may_differ=True)
 
 
 def test_a_member_is_an_experiment_for_other_commands(trained, tmp_path, cli):

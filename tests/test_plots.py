@@ -247,10 +247,12 @@ def test_plot_takes_a_folder_of_experiments_and_passes_over_what_is_none(
     (experiments / "bad").mkdir()
     (experiments / "bad" / "checkpoint").symlink_to(experiments / "run" / "checkpoint")
     (experiments / "bad" / "config.json").write_text("{")
+    (experiments / "new" / "checkpoint").mkdir(parents=True)  # a run that has not saved yet
+    shutil.copy(experiments / "run" / "config.json", experiments / "new")
     outcome = cli("plot", experiments)
     assert outcome.out == "runs.png\n"
     assert f"Passed over {experiments / 'bad'}. " in outcome.err
-    outcome = cli("plot", *(path for path in sorted(experiments.iterdir()) if path.name != "bad"))
+    outcome = cli("plot", *(path for path in sorted(experiments.iterdir()) if path.name not in ("bad", "new")))
     assert "Passed over, as they hold no experiment" in outcome.err
     assert outcome.err.count("data.hdf5") == outcome.err.count("notes") == 1
     assert drawn == [["again", "run", "a"]] * 2
@@ -460,8 +462,11 @@ def test_scores_that_are_not_known_are_not_drawn() -> None:
         plotted("a", evaluation=unknown, tracking={"model": scores, "principal direction": scores}),
         plotted("b", evaluation=EVALUATION, tracking={"model": scores}),
     ]
-    _, rows = draw_runs(runs)
+    figure, rows = draw_runs(runs)
     assert all(math.isfinite(row.value) for row in rows)
+    bars: Any = figure.axes[-1]
+    assert [bar.get_height() for bar in bars.patches] == [0.25, 0.25]
+    assert [line.get_ydata() for line in bars.get_lines()] == [[0.25, 0.25]]
     assert [row.curve for row in rows if row.panel.startswith("Tracking")] == ["core"] * 3
     angles = dict.fromkeys(row.curve for row in rows if row.panel == "Angular error")
     assert list(angles) == ["training", "validation", "best model", "baseline"]

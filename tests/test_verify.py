@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.experiment.audit import verify as verification
 from dwiml_func.experiment.folder import read_config
 
@@ -133,6 +135,11 @@ def test_a_streamline_changed_in_the_data_is_found(cli, finished, tmp_path):
     assert outcome.code == 1
     lines = outcome.out.splitlines()
     assert lines[-1] == f'  data file {data}: sha256: "{recorded}" recorded, "{found}" now'
+    latest = newest(run)
+    assert latest is not None
+    assert verification.data_problems(replace(latest, data={}), "/gone.hdf5") == []  # of scripts that record none
+    with pytest.raises(FileNotFoundError, match=r"No dataset /gone.hdf5\. If it was moved, give its path"):
+        verification.data_problems(latest, "/gone.hdf5")
     assert any(line.startswith("  train.loss: ") for line in lines)
     assert any(line.startswith("  first leaf that differs: ") for line in lines)
     cli("resume", tmp_path, "run", "--new-max-epochs", "4", "--hdf5-file", data).check_refusal("whose bytes differ")
