@@ -466,7 +466,7 @@ def test_scores_that_are_not_known_are_not_drawn() -> None:
     assert all(math.isfinite(row.value) for row in rows)
     bars: Any = figure.axes[-1]
     assert [bar.get_height() for bar in bars.patches] == [0.25, 0.25]
-    assert [line.get_ydata() for line in bars.get_lines()] == [[0.25, 0.25]]
+    assert [np.asarray(line.get_ydata()).tolist() for line in bars.get_lines()] == [[0.25, 0.25]]
     assert [row.curve for row in rows if row.panel.startswith("Tracking")] == ["core"] * 3
     angles = dict.fromkeys(row.curve for row in rows if row.panel == "Angular error")
     assert list(angles) == ["training", "validation", "best model", "baseline"]
