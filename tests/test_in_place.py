@@ -1,5 +1,6 @@
 """Claims about donated steps with a deferred check: the values of pure ones, in place, with little memory."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -54,6 +55,17 @@ def test_a_donated_step_with_a_deferred_check_has_the_values_of_a_pure_one_in_th
     expected, actual = state_leaves(pure), state_leaves(donated)
     assert expected.keys() == actual.keys()
     assert [name for name, tensor in expected.items() if not torch.equal(actual[name], tensor)] == []
+
+
+def test_a_state_that_is_no_flat_tree_is_not_updated_in_place():
+    one = torch.zeros(2)
+    for state, is_flat in (
+        ({"m": {"a": one, "b": one}}, True),
+        ({"m": {"a": one, "b": {}}}, False),
+        ({"m": one}, False),
+    ):
+        assert in_place.can_update_in_place(adam(), state) == is_flat
+    assert not in_place.can_update_in_place(dataclasses.replace(adam(), is_elementwise=False), {"m": {"a": one}})
 
 
 def peak_bytes(function) -> int:

@@ -16,7 +16,7 @@ import pytest
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli.runs import format_runs
-from dwiml_func.experiment.comparison.runs import RunOverview, list_runs
+from dwiml_func.experiment.comparison.runs import RunOverview, _last_change, list_runs
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.files.lock import experiment_lock
@@ -35,6 +35,14 @@ def change(run: Path, **training: object) -> None:
     (run / "config.json").write_text(
         dataclasses.replace(config, training=dataclasses.replace(config.training, **training)).to_json()
     )
+
+
+def test_the_last_change_is_that_of_the_newest_file_of_a_run(tmp_path):
+    (tmp_path / "checkpoint" / "1").mkdir(parents=True)
+    for seconds, path in enumerate((tmp_path / "checkpoint" / "1", tmp_path / "checkpoint", tmp_path)):
+        os.utime(path, (2e9 - seconds, 2e9 - seconds))
+    assert _last_change(tmp_path).timestamp() == 2e9
+    assert _last_change(tmp_path / "gone").timestamp() == 0
 
 
 def test_a_run_is_listed_as_recorded(cli, experiments: Path) -> None:
