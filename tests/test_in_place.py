@@ -1,6 +1,5 @@
 """Claims about donated steps with a deferred check: the values of pure ones, in place, with little memory."""
 
-import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -65,7 +64,7 @@ def test_a_state_that_is_no_flat_tree_is_not_updated_in_place():
         ({"m": one}, False),
     ):
         assert in_place.can_update_in_place(adam(), state) == is_flat
-    assert not in_place.can_update_in_place(dataclasses.replace(adam(), is_elementwise=False), {"m": {"a": one}})
+    assert not in_place.can_update_in_place(adam()._replace(is_elementwise=False), {"m": {"a": one}})
 
 
 def peak_bytes(function) -> int:
