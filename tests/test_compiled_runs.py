@@ -42,6 +42,7 @@ def test_a_compiled_run_with_every_option_that_two_processes_resume_makes_the_sa
     code = set(folder_of_code.rglob("*.cpp"))
     assert code
     (gain,) = re.findall(r"^Compiled in .*", out, re.MULTILINE)
+    assert re.search(r"^Steps ran in \d+ compiled graph", out, re.MULTILINE)
     assert re.match(r"Compiled in \d+\.\d s: a step takes [\d.]+ ms instead of [\d.]+ ms, ", gain)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoint" / "2")  # as if it had been killed after its first epoch

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -386,4 +387,5 @@ def test_a_compiled_run_that_is_resumed_ends_in_the_digest_of_one_that_is_not(
     train(cli, tmp_path, "run", "--compile", "--max-epochs", "1")
     outcome = cli("resume", tmp_path, "run", "--new-max-epochs", "3")
     assert outcome.code == 0, outcome.err
+    assert re.search(r"Steps were replays of \d+ CUDA graph", outcome.out + outcome.err)
     assert latest_digest(tmp_path / "run") == latest_digest(tmp_path / "whole")

@@ -4,14 +4,17 @@ import math
 import weakref
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from test_compiled_step import make_model, run, same_states, some_batch, squared_error
 from test_compiled_step import make_steps as make_steps_with
 from test_composed_steps import COMPOSED
+from torch import Tensor
 
 from dwiml_func import adam, adamw, epoch_fn, jit_step, module_loss, radam, sgd, train_step
+from dwiml_func.compiled import _torch_private as private
 from dwiml_func.compiled._torch_private import missing
 from dwiml_func.core.non_finite import NonFiniteError
 
@@ -178,3 +181,31 @@ def test_tensors_that_a_loss_closes_over_are_inputs_of_its_graph_too():
         weights = torch.tensor([1.0, 2.0, 3.0]) + number
         states = [step(state, some_batch(1), lr=0.1)[0] for step, state in zip((compiled, eager), states, strict=True)]
         torch.testing.assert_close(states[0].params, states[1].params)
+
+
+@pytest.mark.parametrize("is_code", [True, False])
+def test_a_direct_call_is_inductors_code_unless_torch_changes_outputs_around_it(is_code: bool) -> None:
+    """A view of an input that is an output is made by torch, outside the code."""
+    heard: list[Any] = []
+
+    def function(batch: Tensor) -> tuple[Tensor, ...]:
+        return (batch.add_(1).sum(),) if is_code else (batch.add_(1), batch.t())
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any], **_: Any) -> Any:
+        run = private.compile_graph(graph, inputs, "inductor", {})
+
+        def call(*inputs: Any) -> Any:
+            outputs, direct = run(*inputs)
+            heard[:] = inputs, outputs, direct
+            return outputs
+
+        return call
+
+    first, second = torch.ones(2, 3), torch.ones(2, 3)
+    with private.tracing():
+        private.compile_whole(function, backend, 1)(first)
+    inputs, outputs, direct = heard
+    own = direct(*(second if value is first else value for value in inputs))
+    assert ("compile_graph" in direct.__qualname__) == is_code
+    assert torch.equal(first, second)
+    assert all(torch.equal(one, other) for one, other in zip(own, outputs, strict=True))

@@ -25,6 +25,7 @@ from dwiml_func.checkpoint.index import position_name
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
 from dwiml_func.cli._summary import format_summary, format_tracking
+from dwiml_func.compiled.step import JitStep
 from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
@@ -177,6 +178,7 @@ def print_end(directory: Path, parts: RunParts, history: Sequence[EpochReport]) 
         print(f"No epoch had a finite {parts.config.training.monitor}, so there is no best model.")
         return
     evaluation, tracking = finish_run(directory, parts, history)
+    _print_graphs(inspect.unwrap(parts.step))
     print_progress("")
     how = None if tracking is None else format_tracking(tracking)
     print(format_summary(history, evaluation, subset=parts.data.evaluation.subset, tracking=how))
@@ -197,6 +199,15 @@ def _print_compilation(parts: RunParts) -> None:
     if isinstance(step, WarmUpStep) and step.report is not None:
         print_progress(str(step.report))
         step.report = None
+
+
+def _print_graphs(step: Any) -> None:
+    """Print how many graphs a compiled step has made."""
+    if isinstance(step, JitStep) and step.num_cuda_graphs:
+        reason = "" if step.cuda_graphs_reason is None else f". Others ran without: {step.cuda_graphs_reason}"
+        print_progress(f"Steps were replays of {pluralize(step.num_cuda_graphs, 'CUDA graph')}{reason}")
+    elif isinstance(step, WarmUpStep) and step.graph.num_compilations:
+        print_progress(f"Steps ran in {pluralize(step.graph.num_compilations, 'compiled graph')}")
 
 
 def _stop_at_once(number: signal.Signals) -> NoReturn:

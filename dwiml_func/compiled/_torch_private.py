@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import import_module
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,7 +30,6 @@ __all__ = [
     "settings_guard",
     "tensor_guard",
     "tracing",
-    "undecorated",
 ]
 
 _ARGUMENTS = (
@@ -71,7 +71,10 @@ def missing(backend: str) -> list[str]:
     """The names of what this torch lacks to compile with a backend; empty if it lacks nothing."""
     needed: dict[str, Iterable[str]] = {**_FUNCTIONS, **_TRACING}
     if backend == "inductor":
-        needed |= {"torch._inductor.compile_fx": ("compile_fx",), "torch._inductor.config": _INDUCTOR}
+        needed |= {
+            "torch._inductor.compile_fx": ("compile_fx", "compile_fx_inner"),
+            "torch._inductor.config": _INDUCTOR,
+        }
     has = inspect.signature(torch.compile).parameters
     lacks = [f"torch.compile({name}=)" for name in _ARGUMENTS if name not in has]
     for path, names in needed.items():
@@ -115,13 +118,54 @@ def mark_dynamic(tensor: Tensor) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, 0)
 
 
-def compile_graph(graph: torch.fx.GraphModule, inputs: list[Any], backend: str, options: Mapping[str, Any]) -> Any:
-    """A traced graph, compiled by a backend of torch.compile; the options are inductor's."""
-    if backend == "inductor":
-        from torch._inductor.compile_fx import compile_fx
+def compile_graph(
+    graph: torch.fx.GraphModule, inputs: list[Any], backend: str, options: Mapping[str, Any]
+) -> Callable[..., tuple[Any, Callable[..., Any]]]:
+    """A traced graph, compiled by a backend of torch.compile; the options are inductor's.
 
-        return compile_fx(graph, inputs, config_patches={**_INDUCTOR, **options})
-    return torch._dynamo.lookup_backend(backend)(graph, inputs)
+    It returns the outputs, and what gives them without guards where torch's settings are the same: inductor's own code
+    where it had these inputs and outputs, so that what torch does around it changed nothing.
+    """
+    if backend != "inductor":
+        other = torch._dynamo.lookup_backend(backend)(graph, inputs)
+        return lambda *inputs: (other(*inputs), _undecorated(other))
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    calls: list[tuple[Any, tuple[Any, ...], Sequence[Any]]] = []
+
+    def compile_inner(*args: Any, **kwargs: Any) -> Any:
+        code: Any = compile_fx_inner(*args, **kwargs)
+
+        def call(inputs: list[Any]) -> Any:
+            given = tuple(inputs)  # the code empties the list
+            outputs = code(inputs)
+            calls.append((code, given, outputs))
+            return outputs
+
+        call._boxed_call = True  # type: ignore[attr-defined]
+        return call
+
+    compiled: Any = compile_fx(
+        graph,
+        inputs,
+        inner_compile=compile_inner,  # type: ignore[arg-type]
+        config_patches={**_INDUCTOR, **options},
+    )
+
+    def run(*inputs: Any) -> tuple[Any, Callable[..., Any]]:
+        outputs = compiled(*inputs)
+        found = [code for code, given, own in calls if _are_same(given, inputs) and _are_same(own, outputs)]
+        calls.clear()
+        if not found or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return outputs, _undecorated(compiled)
+        own = found[0].current_callable
+        return outputs, lambda *inputs: own(list(inputs))
+
+    return run
+
+
+def _are_same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
 def is_about_tracing(error: Exception) -> bool:
@@ -152,6 +196,6 @@ def is_watched() -> bool:
     return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
-def undecorated(graph: Callable[..., Any]) -> Callable[..., Any]:
+def _undecorated(graph: Callable[..., Any]) -> Callable[..., Any]:
     """A compiled graph without the guard against being traced, for calls that are not; itself where it has none."""
     return getattr(graph, "_torchdynamo_orig_callable", graph)

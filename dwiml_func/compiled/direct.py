@@ -157,7 +157,7 @@ class DirectCalls:
         if len(self._calls) >= _MAX_KINDS:
             self._calls.pop(next(iter(self._calls)))
         self._calls[leaves.kind] = DirectCall(
-            graph=private.undecorated(heard.graph),
+            graph=heard.graph,
             pick=_getter([places[id(value)] for value in heard.inputs]),
             constants=tuple(constants),
             new_state=_getter([results[id(leaf)] for leaf in new.state]) if moved else None,

@@ -150,8 +150,8 @@ class CompiledFunction:
         compiled = private.compile_graph(graph, inputs, self._backend, self._options)
 
         def run(*inputs: Any) -> Any:
-            outputs = compiled(*inputs)
-            self._heard = Heard(compiled, inputs, outputs)
+            outputs, direct = compiled(*inputs)
+            self._heard = Heard(direct, inputs, outputs)
             return outputs
 
         return run
