@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dataloader_cases import Noisy
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, random_split
 
 from dwiml_func import Key, Stream, from_loader, init_state, module_loss, run_epoch, sgd, train_step
 from dwiml_func.checkpoint import state_digest
@@ -45,6 +45,17 @@ def test_a_batch_depends_on_key_epoch_and_number_alone() -> None:
     assert batches(source, seed=8) != whole
     noise = {value for batch in whole for row in batch[1:] for value in row}
     assert len(noise) == 30  # no number is drawn twice
+
+
+def test_a_random_split_in_the_function_gives_the_same_parts_in_all_epochs_and_sources() -> None:
+    training = from_loader(lambda: DataLoader(random_split(range(10), [7, 3])[0], batch_size=2, shuffle=True))  # type: ignore[arg-type]
+    held_out = from_loader(
+        lambda: DataLoader(random_split(range(10), [7, 3])[1], batch_size=2),  # type: ignore[arg-type]
+        stream=Stream.VALID_PLAN,
+    )
+    parts = [{index for batch in batches(training, epoch=epoch) for index in batch} for epoch in (0, 0, 5)]
+    assert parts[0] == parts[1] == parts[2] == set(range(10)) - {i for batch in batches(held_out) for i in batch}
+    assert batches(training, start=2) == batches(training)[2:]
 
 
 def test_workers_give_the_same_batches_from_any_start() -> None:

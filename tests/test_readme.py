@@ -278,7 +278,7 @@ def test_the_readme_is_short() -> None:
 
 def test_the_recipes_run_one_after_the_other(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 15
+    assert len(blocks) == 16
     checks = "assert state.epoch >= 2 and 0 < report.train['loss'] < 0.75\n"
     script = "\n".join(block + (checks if "run(" in block.splitlines()[-1] else "") for block in blocks)
     _run_script(script + "assert torch.equal(model[0].weight, state.params['0.weight'])\n", tmp_path)

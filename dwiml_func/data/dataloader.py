@@ -32,7 +32,8 @@ def from_loader(
 
     Args:
         make_loader: makes a fresh loader, e.g. `lambda: DataLoader(dataset, batch_size=32, shuffle=True)`. It is called
-            at each epoch. The dataset must not keep random generators of its own.
+            at each epoch, with the same random numbers for all epochs and sources of a run, so that a `random_split`
+            in it gives the same parts. The dataset must not keep random generators of its own.
         stream: which random numbers the source uses; `Stream.VALID_PLAN` for validation.
 
     Returns:
@@ -55,7 +56,8 @@ def from_loader(
         )
 
     def source(key: Key, epoch: int, start_batch: int) -> _Batches:
-        loader = make_loader()
+        with _seeded(fold_in(key, Stream.TRAIN_PLAN)):
+            loader = make_loader()
         if not hasattr(loader, "batch_sampler"):
             raise TypeError(f"Expected a function that makes a DataLoader. It made: {type(loader).__name__}.")
         for part in (loader.sampler, loader.batch_sampler, loader.dataset):  # as DistributedSampler has it
