@@ -55,8 +55,6 @@ class Optimizer(NamedTuple):
         uses_weight: whether `update` also takes the keyword `weight`, the number of points that `grads` average.
         is_elementwise: whether each element of a parameter is updated by itself, with state of the parameter's shape.
             An ensemble then updates all members in one call, and maps `update` over members otherwise.
-        gated: `update` that also returns a `Gate`, where links within decide which steps are taken: what is around the
-            optimizer, such as an average, counts those. None takes all.
 
     Example:
         >>> import torch
@@ -73,7 +71,6 @@ class Optimizer(NamedTuple):
     eval_params: Callable[[OptState, Params], Params] | None = None
     uses_weight: bool = False
     is_elementwise: bool = False
-    gated: Callable[..., tuple[dict[str, Tensor], OptState, Gate]] | None = None
 
 
 class Transform(NamedTuple):

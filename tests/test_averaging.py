@@ -13,7 +13,18 @@ from optimizer_cases import (
     some_tensors,
 )
 
-from dwiml_func.optim import accumulate, adam, by_name, chain, ema, lookahead, schedule_free_sgd, sgd, skip_not_finite
+from dwiml_func.optim import (
+    accumulate,
+    adam,
+    by_name,
+    chain,
+    clip_by_global_norm,
+    ema,
+    lookahead,
+    schedule_free_sgd,
+    sgd,
+    skip_not_finite,
+)
 
 F64 = torch.float64
 
@@ -109,6 +120,12 @@ def test_steps_that_links_leave_out_do_not_count_in_whatever_order(wrap, kind):
         ends.append({**params, **averages})
     assert_same_bits(ends[0], ends[2])
     assert_same_bits(ends[1], ends[2])
+
+
+def test_an_update_that_a_user_puts_in_the_place_of_a_chains_is_used_within_an_average_too():
+    plain = chain(clip_by_global_norm(1.0), sgd())
+    halved = plain._replace(update=lambda *trees, lr, **options: plain.update(*trees, lr=lr / 2, **options))
+    assert_same_bits(run_updates(ema(halved, 0.5), num_steps=3)[0], run_updates(halved, num_steps=3)[0])
 
 
 def test_an_average_of_groups_counts_the_steps_that_all_take_or_is_refused():

@@ -132,7 +132,7 @@ def lookahead(optimizer: Optimizer, num_steps: int = 5, alpha: float = 0.5) -> O
 
 
 def _optimizer(init: Callable[[Params], OptState], gated: Callable[..., Any], kind: str, inner: Optimizer) -> Optimizer:
-    return Optimizer(init, without_gate(gated), lambda opt_state, _: opt_state[kind], inner.uses_weight, gated=gated)
+    return Optimizer(init, without_gate(gated), lambda opt_state, _: opt_state[kind], inner.uses_weight)
 
 
 def _inner_state(state: OptState) -> OptState:

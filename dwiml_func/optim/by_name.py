@@ -129,10 +129,9 @@ def by_name(
     optimizers = [group.optimizer for group in groups if group is not None]
     return Optimizer(
         init,
-        without_gate(update_all),
+        without_gate(update_all, gated),
         eval_params if any(optimizer.eval_params for optimizer in optimizers) else None,
         any(optimizer.uses_weight for optimizer in optimizers),
-        gated=gated,
     )
 
 

@@ -102,7 +102,7 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         return optimizer.eval_params(opt_state.get("optimizer", {}), params)
 
     average = eval_params if optimizer.eval_params else None
-    return Optimizer(init, without_gate(gated), average, uses_weight=True, gated=gated)
+    return Optimizer(init, without_gate(gated), average, uses_weight=True)
 
 
 def check_optimizer(where: str, optimizer: Any) -> Optimizer:
@@ -149,16 +149,20 @@ def update_gated(
     optimizer: Optimizer, grads: Grads, opt_state: OptState, params: Params, **options: Any
 ) -> tuple[dict[str, Tensor], OptState, Gate]:
     """`update_with`, and which of the steps the optimizer takes."""
-    if optimizer.gated is not None:
-        return optimizer.gated(grads, opt_state, params, **options)
+    if (gated := getattr(optimizer.update, "gated", None)) is not None:
+        return gated(grads, opt_state, params, **options)
     gate = Gate(is_open=True, step=options["step"], weight=options["weight"])
     return *update_with(optimizer, grads, opt_state, params, **options), gate
 
 
-def without_gate(gated: Callable[..., tuple[dict[str, Tensor], OptState, Any]]) -> Callable[..., Any]:
-    """An optimizer's `update`, from its `gated`."""
+def without_gate(function: Callable[..., Any], gated: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """An optimizer's `update`, from a function that returns a gate too; `gated` is that function, or another.
+
+    It goes with the function and not with the optimizer, of which a user may replace the update.
+    """
 
     def update(*args: Any, **options: Any) -> tuple[dict[str, Tensor], OptState]:
-        return gated(*args, **options)[:2]
+        return function(*args, **options)[:2]
 
+    update.gated = gated or function  # type: ignore[attr-defined]
     return update

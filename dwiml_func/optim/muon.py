@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.optim._kernel import apply_kernel, check_options, lerp
-from dwiml_func.optim.chain import update_with
+from dwiml_func.optim.chain import check_optimizer, update_with
 from dwiml_func.optim.names import check_patterns, first_matches
 from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
@@ -136,6 +136,7 @@ def muon(
 
     if others is None:
         return Optimizer(init, update)
+    check_optimizer("in others", others)
     return Optimizer(init, update, eval_params if others.eval_params else None, others.uses_weight)
 
 
