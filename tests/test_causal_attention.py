@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import scaled_dot_product_attention
 
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.data.streamlines import offsets_of
+from dwiml_func.ensemble.rng import per_member_rng
 from dwiml_func.models.transformers.attention import sequences_of
 from dwiml_func.models.transformers.causal import causal_weights
 
@@ -23,9 +25,14 @@ def _heads(seed: int, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))  # pyright: ignore[reportReturnType]
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, padded_length: int | None = None) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, padded_length: int | None = None, rate: float = 0.0) -> Tensor:
     sequences = sequences_of(offsets_of(torch.tensor(LENGTHS)), sum(LENGTHS), padded_length)
-    return sequences.attend(torch.cat([query, key, value], dim=1), num_heads=HEADS, dropout_rate=0.0)
+    return sequences.attend(torch.cat([query, key, value], dim=1), num_heads=HEADS, dropout_rate=rate)
+
+
+def _attend_with_dropout(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with torch_rng(Key(3)):
+        return _attend(query, key, value, rate=0.3)
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -48,10 +55,44 @@ def test_rows_attend_to_the_earlier_rows_of_their_sequence() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
-def test_first_and_second_derivatives_of_flat_rows_are_those_of_finite_differences() -> None:
+@pytest.mark.parametrize("function", [_attend, _attend_with_dropout])
+def test_first_and_second_derivatives_of_flat_rows_are_those_of_finite_differences(function: Any) -> None:
     rows = _heads(1, sum(LENGTHS), SIZE)
-    assert gradcheck(_attend, rows, fast_mode=True, check_forward_ad=True)
-    assert gradgradcheck(_attend, rows, fast_mode=True)
+    assert gradcheck(function, rows, fast_mode=True, check_forward_ad=True)
+    assert gradgradcheck(function, rows, fast_mode=True)
+
+
+def test_dropout_keeps_a_share_of_the_weights_and_scales_it() -> None:
+    num, length, rate = 60, 24, 0.25
+    sequences = sequences_of(offsets_of(torch.full((num,), length)), num * length)
+    value = torch.eye(length, dtype=torch.float64).repeat(num, 1)  # with equal scores, results are the weights
+    zeros = torch.zeros_like(value)
+    with torch_rng(Key(1)):
+        results = sequences.attend(torch.cat([zeros, zeros, value], 1), num_heads=1, dropout_rate=rate)
+    weights = results.view(num, length, length) * torch.arange(1, length + 1)[:, None] * (1 - rate)
+    kept = weights[:, torch.ones(length, length).tril().bool()]
+    torch.testing.assert_close(kept, kept.round(), atol=1e-12, rtol=0)
+    assert kept.unique().round().tolist() == [0, 1]
+    assert abs(kept.mean().item() - (1 - rate)) < 4 * (rate * (1 - rate) / kept.numel()) ** 0.5
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_members_drop_what_each_drops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dwiml_func.models.transformers.causal._WEIGHTS", 1500)  # blocks of several members, and parts
+    rows, keys = torch.cat(_heads(2, 3, sum(LENGTHS), SIZE), 2).detach(), [Key(1), Key(2), Key(1)]
+    sequences = sequences_of(offsets_of(torch.tensor(LENGTHS)), sum(LENGTHS))
+
+    def loss(own: Tensor) -> Tensor:
+        return sequences.attend(own, num_heads=HEADS, dropout_rate=0.4).square().sum()
+
+    def member(own: Tensor, index: Tensor) -> Tensor:
+        with per_member_rng(keys, index):
+            return loss(own)
+
+    together = torch.func.vmap(torch.func.grad(member))(rows, torch.arange(3))
+    for number, key in enumerate(keys):
+        with torch_rng(key):
+            torch.testing.assert_close(together[number], torch.func.grad(loss)(rows[number]))
 
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, 2, 0), (None, 0, None)])

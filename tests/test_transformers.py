@@ -150,13 +150,26 @@ def _scaled_attention(query: Tensor, key: Tensor, value: Tensor, mask: Any, drop
     return _scaled(weights, dropout_p) @ value
 
 
+class _ScaledWeights:
+    """In place of dropout on the weights of attention."""
+
+    share = 1 / 1.25
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def kept(self, *_: object) -> None:
+        """Of all weights none is dropped."""
+
+
 @by_kind
 @by_norm
 def test_dropout_acts_where_it_does_in_torchs_own_layers_and_on_what_is_read(
     kind: str, norm_first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("layers", "attention", "transformer"):
+    for module in ("layers", "transformer"):
         monkeypatch.setattr(f"dwiml_func.models.transformers.{module}.dropout", _scaled)
+    monkeypatch.setattr("dwiml_func.models.transformers.causal._Dropout", _ScaledWeights)
     monkeypatch.setattr("torch.nn.functional.dropout", _scaled)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", _scaled_attention)
     model = _model(kind, norm_first=norm_first, dropout_rate=0.25).double().train()

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from dwiml_func._transforms import is_transformed
-from dwiml_func.models.transformers.causal import causal_attention, causal_weights
+from dwiml_func.models.transformers.causal import Layout, causal_attention, causal_weights
 
 __all__ = ["Sequences", "sequences_of"]
 
@@ -52,10 +52,10 @@ class Sequences:
         Source: Vaswani et al., "Attention Is All You Need", 2017, section 3.2, with dropout on the weights.
         """
         size = projected.shape[1] // 3
-        if dropout_rate == 0 and projected.device.type == "cpu" and not torch.compiler.is_compiling():
+        if projected.device.type == "cpu" and not torch.compiler.is_compiling():
             padded_rows = self.bucket_rows or (len(self.rows),)
             buckets = tuple((num, total // num) for num, total in zip(self.bucket_sizes, padded_rows, strict=True))
-            return causal_attention(projected, self.rows, self.places, buckets, num_heads)
+            return causal_attention(projected, self.rows, self.places, Layout(buckets, num_heads, dropout_rate))
         padded = self._pad(projected)
         results = []
         for num, rows in zip(self.bucket_sizes, self._split(padded), strict=True):

@@ -3,15 +3,18 @@
 Torch has a fused kernel (Dao et al., "FlashAttention", 2022) for plain calls without dropout only: it has no second
 gradients, `vmap` runs it sample by sample, and with heads of 8 numbers it takes twice the time. Here one function pads
 all sequences of a batch, and goes through the weights in blocks, as that kernel does: 48 queries of some lines, and the
-keys up to the last of them. `vmap` folds the mapped axis into the lines. The gradient computes the weights again, so
-that none are kept. Second derivatives are those of the closed form.
+keys up to the last of them. `vmap` folds the mapped axis into the lines. The gradient computes the weights again, with
+the same dropout, so that none are kept. Second derivatives are those of the closed form.
+
+Dropout takes 16 random bits a weight, since torch's own draws take more time than all else here. So its rate is a
+multiple of 1 / 65536.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,20 +22,33 @@ from torch.autograd import Function
 
 from dwiml_func.models.derivatives import push_forward, vjp
 
-__all__ = ["causal_attention", "causal_weights"]
+__all__ = ["Layout", "causal_attention", "causal_weights"]
 
 _QUERIES = 48
 _WEIGHTS = 2**17  # of a block: 512 KB
-_Buckets = tuple[tuple[int, int], ...]
+_LEVELS = 2**16
 
 
-def causal_attention(projected: Tensor, rows: Tensor, places: Tensor, buckets: _Buckets, num_heads: int) -> Tensor:
+class Layout(NamedTuple):
+    """The sequences of each bucket and their padded rows, attention heads, and the rate of dropout on the weights."""
+
+    buckets: tuple[tuple[int, int], ...]
+    num_heads: int
+    rate: float
+
+    @property
+    def dropped(self) -> int:
+        """Of 65536 weights."""
+        return round(self.rate * _LEVELS)
+
+
+def causal_attention(projected: Tensor, rows: Tensor, places: Tensor, layout: Layout) -> Tensor:
     """softmax(Q K^T / sqrt(size)) V over earlier rows and one's own: (N, d), on a CPU.
 
-    `projected` (N, 3 d) are queries, keys and values; `rows` and `places` those of `Sequences`; `buckets` the number of
-    sequences in each, and of their padded rows.
+    `projected` (N, 3 d) are queries, keys and values; `rows` and `places` those of `Sequences`.
     """
-    return cast(Tensor, _Attention.apply(projected[None], rows, places, buckets, num_heads))[0]
+    seed = torch.randint(2**62, (1,)) if layout.dropped else torch.zeros(1, dtype=torch.int64)
+    return cast(Tensor, _Attention.apply(projected[None], seed, rows, places, layout))[0]
 
 
 def causal_weights(query: Tensor, key: Tensor) -> Tensor:
@@ -46,30 +62,33 @@ class _Attention(Function):
     """Rows (K, N, d) of rows (K, N, 3 d)."""
 
     @staticmethod
-    def forward(projected: Tensor, rows: Tensor, places: Tensor, buckets: _Buckets, num_heads: int) -> Tensor:
-        padded = _precise(projected).index_select(1, rows)
-        results, (space,) = [], _spaces(padded, buckets, num_heads, 1)
-        for query, key, value in _heads(padded, buckets, 3, num_heads):
+    def forward(projected: Tensor, seeds: Tensor, rows: Tensor, places: Tensor, layout: Layout) -> Tensor:
+        padded, dropout = _precise(projected).index_select(1, rows), _Dropout(seeds, layout)
+        results, (space, other) = [], _spaces(padded, layout, 2)
+        for query, key, value in _heads(padded, layout, 3):
             result = torch.empty_like(query.mT, memory_format=torch.contiguous_format)
+            value = value / dropout.share
             for lines, now, until, weights in _blocks(query / math.sqrt(query.shape[-1]), key, space):
+                kept = dropout.kept(lines, len(query), other, weights)
+                weights = weights if kept is None else weights.mul_(kept)
                 result[lines, :, now] = torch.bmm(value[lines, until].mT, weights.mT)
             results.append([result])
-        return _joined(results, padded, buckets, num_heads, places).to(projected.dtype)
+        return _joined(results, padded, layout, places).to(projected.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
-        ctx.layout = inputs[3:]
+        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_forward(*inputs[:4])
+        ctx.layout = inputs[4]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return cast(Tensor, _Gradients.apply(gradients[0], *ctx.saved_tensors, *ctx.layout)), None, None, None, None
+        return cast(Tensor, _Gradients.apply(gradients[0], *ctx.saved_tensors, ctx.layout)), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         projected, *indices = ctx.saved_tensors
-        return push_forward(lambda x: (_attended(x, *indices, *ctx.layout),), (projected,), tangents[:1])[0]
+        return push_forward(lambda x: (_attended(x, *indices, ctx.layout),), (projected,), tangents[:1])[0]
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Tensor, int]:
@@ -81,33 +100,35 @@ class _Gradients(Function):
 
     @staticmethod
     def forward(
-        gradient: Tensor, projected: Tensor, rows: Tensor, places: Tensor, buckets: _Buckets, num_heads: int
+        gradient: Tensor, projected: Tensor, seeds: Tensor, rows: Tensor, places: Tensor, layout: Layout
     ) -> Tensor:
-        padded, precise = _precise(projected).index_select(1, rows), _precise(gradient)
+        padded, dropout = _precise(projected).index_select(1, rows), _Dropout(seeds, layout)
+        precise = _precise(gradient) / dropout.share
         own = precise.new_zeros(*padded.shape[:2], gradient.shape[2]).index_copy_(1, places, precise)
-        results, (space, other) = [], _spaces(padded, buckets, num_heads, 2)
-        for (query, key, value), (wanted,) in zip(
-            _heads(padded, buckets, 3, num_heads), _heads(own, buckets, 1, num_heads), strict=True
-        ):
+        results, (space, other, third) = [], _spaces(padded, layout, 3)
+        for (query, key, value), (wanted,) in zip(_heads(padded, layout, 3), _heads(own, layout, 1), strict=True):
             query = query / math.sqrt(query.shape[-1])
             of_query, of_key, of_value = (
                 torch.zeros_like(query.mT, memory_format=torch.contiguous_format) for _ in range(3)
             )
             for lines, now, until, weights in _blocks(query, key, space):
-                of_value[lines, :, until] += torch.bmm(wanted[lines, now].mT, weights)
+                kept = dropout.kept(lines, len(query), third, weights)
                 of_scores = other[: weights.numel()].view_as(weights)
+                dropped = weights if kept is None else torch.mul(weights, kept, out=of_scores)
+                of_value[lines, :, until] += torch.bmm(wanted[lines, now].mT, dropped)
                 torch.bmm(wanted[lines, now], value[lines, until].mT, out=of_scores)
+                of_scores = of_scores if kept is None else of_scores.mul_(kept)
                 torch.ops.aten._softmax_backward_data.out(of_scores, weights, -1, weights.dtype, grad_input=of_scores)
                 of_key[lines, :, until] += torch.bmm(query[lines, now].mT, of_scores)
                 of_query[lines, :, now] = torch.bmm(key[lines, until].mT, of_scores.mT)
             results.append([of_query.div_(math.sqrt(query.shape[-1])), of_key, of_value])
-        return _joined(results, padded, buckets, num_heads, places).to(projected.dtype)
+        return _joined(results, padded, layout, places).to(projected.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.save_for_forward(*inputs[:4])
-        ctx.layout = inputs[4:]
+        ctx.save_for_backward(*inputs[:5])
+        ctx.save_for_forward(*inputs[:5])
+        ctx.layout = inputs[5]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -126,7 +147,7 @@ class _Gradients(Function):
         gradient, projected, *indices = ctx.saved_tensors
 
         def function(gradient: Tensor, projected: Tensor) -> tuple[Tensor]:
-            return vjp(lambda x: _attended(x, *indices, *ctx.layout), projected)[1](gradient)
+            return vjp(lambda x: _attended(x, *indices, ctx.layout), projected)[1](gradient)
 
         return function, (gradient, projected)
 
@@ -135,34 +156,95 @@ class _Gradients(Function):
         return _folded(_Gradients, info.batch_size, in_dims, inputs)
 
 
-def _attended(projected: Tensor, rows: Tensor, places: Tensor, buckets: _Buckets, num_heads: int) -> Tensor:
+def _attended(projected: Tensor, seeds: Tensor, rows: Tensor, places: Tensor, layout: Layout) -> Tensor:
     """What `_Attention` computes, by operations that can be differentiated again."""
-    padded = projected.index_select(1, rows)
-    size = len(padded), -1, projected.shape[2] // 3
-    results = [causal_weights(q, k) @ v for q, k, v in _heads(padded, buckets, 3, num_heads)]
-    flat = [r.unflatten(0, (size[0], -1, num_heads)).transpose(2, 3).reshape(size) for r in results]
+    padded, size = projected.index_select(1, rows), (len(projected), -1, projected.shape[2] // 3)
+    results = [causal_weights(q, k) for q, k, _ in _heads(padded, layout, 3)]
+    if layout.dropped:
+        kept = cast(Tensor, _Kept.apply(seeds, layout, projected.dtype)).split(
+            [r[0].numel() * len(r) // size[0] for r in results], 1
+        )
+        results = [r * own.reshape(r.shape) for r, own in zip(results, kept, strict=True)]
+    results = [r @ v for r, (_, _, v) in zip(results, _heads(padded, layout, 3), strict=True)]
+    flat = [r.unflatten(0, (size[0], -1, layout.num_heads)).transpose(2, 3).reshape(size) for r in results]
     return torch.cat(flat, 1).index_select(1, places)
+
+
+class _Dropout:
+    """Which weights are kept, from a generator for each of the K first dimensions."""
+
+    def __init__(self, seeds: Tensor, layout: Layout) -> None:
+        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds] if layout.dropped else []
+        self._least = layout.dropped - _LEVELS // 2
+        self.share = 1 - layout.dropped / _LEVELS
+
+    def kept(self, lines: slice, num_lines: int, space: Tensor, weights: Tensor) -> Tensor | None:
+        """1 for kept and 0 for dropped weights of lines, of num_lines in all; None without dropout."""
+        if not self._generators:
+            return None
+        own, line, parts = num_lines // len(self._generators), lines.start, []
+        while line < lines.stop:  # each member's in the order of its lines, however many are in a block
+            last = min(lines.stop, line - line % own + own)
+            num = (last - line) * weights[0].numel()
+            bits = torch.empty(-(-num // 4), dtype=torch.int64)
+            parts.append(bits.random_(-(2**63), None, generator=self._generators[line // own]).view(torch.int16)[:num])
+            line = last
+        kept = torch.cat(parts)
+        return space[: kept.numel()].copy_(kept).ge_(self._least).view_as(weights)
+
+
+class _Kept(Function):
+    """Of all weights (K, ...), bucket after bucket, the factors by which dropout multiplies them."""
+
+    @staticmethod
+    def forward(seeds: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        dropout, results = _Dropout(seeds, layout), []
+        (space,) = _spaces(seeds.new_empty(len(seeds), dtype=dtype), layout, 1)
+        for num, length in layout.buckets:
+            num_lines = len(seeds) * num * layout.num_heads
+            kept = space.new_zeros(num_lines, length, length)
+            for lines, now, until in _slices(num_lines, length):
+                kept[lines, now, until] = dropout.kept(lines, num_lines, space, kept[lines, now, until])
+            results.append(kept.view(len(seeds), -1) / dropout.share)
+        return torch.cat(results, 1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        return None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Tensor, int]:
+        return _folded(_Kept, info.batch_size, in_dims, inputs)
 
 
 def _blocks(query: Tensor, key: Tensor, space: Tensor) -> Iterator[tuple[slice, slice, slice, Tensor]]:
     """Blocks of weights, one after the other in the same memory: lines, queries, keys, weights."""
     num, length, _ = query.shape
     hidden = query.new_full((_QUERIES, _QUERIES), -math.inf).triu_(1)
+    for lines, now, until in _slices(num, length):
+        shape = lines.stop - lines.start, now.stop - now.start, until.stop
+        weights = space[: math.prod(shape)].view(shape)
+        torch.bmm(query[lines, now], key[lines, until].mT, out=weights)
+        weights[:, :, now] += hidden[: shape[1], : shape[1]]
+        yield lines, now, until, torch.softmax(weights, -1, out=weights)
+
+
+def _slices(num: int, length: int) -> Iterator[tuple[slice, slice, slice]]:
     for first in range(0, length, _QUERIES):
         last = min(first + _QUERIES, length)
-        now, until, num_lines = slice(first, last), slice(last), max(1, _WEIGHTS // (last * (last - first)))
+        num_lines = max(1, _WEIGHTS // (last * (last - first)))
         for line in range(0, num, num_lines):
-            lines = slice(line, min(line + num_lines, num))
-            shape = lines.stop - line, last - first, last
-            weights = space[: math.prod(shape)].view(shape)
-            torch.bmm(query[lines, now], key[lines, until].mT, out=weights)
-            weights[:, :, first:] += hidden[: last - first, : last - first]
-            yield lines, now, until, torch.softmax(weights, -1, out=weights)
+            yield slice(line, min(line + num_lines, num)), slice(first, last), slice(last)
 
 
-def _spaces(padded: Tensor, buckets: _Buckets, num_heads: int, num: int) -> tuple[Tensor, ...]:
+def _spaces(padded: Tensor, layout: Layout, num: int) -> tuple[Tensor, ...]:
     """Memory for blocks of weights."""
-    sizes = [(len(padded) * lines * num_heads * rows * min(rows, _QUERIES), rows) for lines, rows in buckets]
+    num_heads = len(padded) * layout.num_heads
+    sizes = [(lines * num_heads * rows * min(rows, _QUERIES), rows) for lines, rows in layout.buckets]
     size = max(min(all_weights, max(_WEIGHTS, _QUERIES * rows)) for all_weights, rows in sizes)
     return padded.new_empty(num, size).unbind()
 
@@ -171,21 +253,20 @@ def _precise(rows: Tensor) -> Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
-def _heads(padded: Tensor, buckets: _Buckets, num_parts: int, num_heads: int) -> Iterator[tuple[Tensor, ...]]:
+def _heads(padded: Tensor, layout: Layout, num_parts: int) -> Iterator[tuple[Tensor, ...]]:
     """Each bucket of rows (K, P, parts * d) as parts (K * sequences * heads, L, size)."""
-    for (num, length), rows in zip(buckets, padded.split([num * length for num, length in buckets], 1), strict=True):
-        apart = rows.unflatten(2, (num_parts, num_heads, -1)).unflatten(1, (num, length))
+    sizes = [num * length for num, length in layout.buckets]
+    for (num, length), rows in zip(layout.buckets, padded.split(sizes, 1), strict=True):
+        apart = rows.unflatten(2, (num_parts, layout.num_heads, -1)).unflatten(1, (num, length))
         yield apart.permute(3, 0, 1, 4, 2, 5).flatten(1, 3).unbind()
 
 
-def _joined(
-    results: Sequence[Sequence[Tensor]], padded: Tensor, buckets: _Buckets, num_heads: int, places: Tensor
-) -> Tensor:
+def _joined(results: Sequence[Sequence[Tensor]], padded: Tensor, layout: Layout, places: Tensor) -> Tensor:
     """Rows (K, N, parts * d) of parts (K * sequences * heads, size, L) of each bucket."""
-    size = results[0][0].shape[1]
+    size, num_heads = results[0][0].shape[1], layout.num_heads
     joined = padded.new_empty(*padded.shape[:2], len(results[0]) * num_heads * size)
-    sizes = [num * length for num, length in buckets]
-    for (num, length), parts, rows in zip(buckets, results, joined.split(sizes, 1), strict=True):
+    sizes = [num * length for num, length in layout.buckets]
+    for (num, length), parts, rows in zip(layout.buckets, results, joined.split(sizes, 1), strict=True):
         apart = rows.unflatten(2, (len(parts), num_heads, size)).unflatten(1, (num, length))
         for number, part in enumerate(parts):
             apart[:, :, :, number] = part.view(len(padded), num, num_heads, size, length).permute(0, 1, 4, 2, 3)
@@ -195,11 +276,12 @@ def _joined(
 def _folded(
     function: type[Function], size: int, in_dims: Sequence[int | None], inputs: Sequence[Any]
 ) -> tuple[Tensor, int]:
-    """One call for those of `size` calls: rows (K, ...) as (size * K, ...), what is no row as it is."""
+    """One call for those of `size` calls: rows and seeds (K, ...) as (size * K, ...), what `Sequences` has as it is."""
+    fixed = (len(inputs) - 3, len(inputs) - 2) if function is not _Kept else ()
     folded = [
         one
-        if not isinstance(one, Tensor) or not one.is_floating_point()
+        if not isinstance(one, Tensor) or number in fixed
         else (one.expand(size, *one.shape) if dim is None else one.movedim(dim, 0)).flatten(0, 1)
-        for one, dim in zip(inputs, in_dims, strict=True)
+        for number, (one, dim) in enumerate(zip(inputs, in_dims, strict=True))
     ]
     return cast(Tensor, function.apply(*folded)).unflatten(0, (size, -1)), 0
