@@ -87,8 +87,8 @@ class _Attention(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
-        projected, *indices = ctx.saved_tensors
-        return push_forward(lambda x: (_attended(x, *indices, ctx.layout),), (projected,), tangents[:1])[0]
+        projected, seeds, rows, places = ctx.saved_tensors
+        return push_forward(lambda x: (_attended(x, seeds, rows, places, ctx.layout),), (projected,), tangents[:1])[0]
 
     @staticmethod
     def vmap(info: Any, in_dims: Sequence[int | None], *inputs: Any) -> tuple[Tensor, int]:
@@ -144,10 +144,10 @@ class _Gradients(Function):
     @staticmethod
     def _by_formula(ctx: Any) -> tuple[Any, tuple[Tensor, Tensor]]:
         """What the forward pass computes, by operations that can be differentiated again."""
-        gradient, projected, *indices = ctx.saved_tensors
+        gradient, projected, seeds, rows, places = ctx.saved_tensors
 
         def function(gradient: Tensor, projected: Tensor) -> tuple[Tensor]:
-            return vjp(lambda x: _attended(x, *indices, ctx.layout), projected)[1](gradient)
+            return vjp(lambda x: _attended(x, seeds, rows, places, ctx.layout), projected)[1](gradient)
 
         return function, (gradient, projected)
 
@@ -204,7 +204,8 @@ class _Kept(Function):
             num_lines = len(seeds) * num * layout.num_heads
             kept = space.new_zeros(num_lines, length, length)
             for lines, now, until in _slices(num_lines, length):
-                kept[lines, now, until] = dropout.kept(lines, num_lines, space, kept[lines, now, until])
+                own = dropout.kept(lines, num_lines, space, kept[lines, now, until])
+                kept[lines, now, until] = cast(Tensor, own)
             results.append(kept.view(len(seeds), -1) / dropout.share)
         return torch.cat(results, 1)
 
