@@ -189,8 +189,7 @@ class _Dropout:
             bits = torch.empty(-(-num // 4), dtype=torch.int64)
             parts.append(bits.random_(-(2**63), None, generator=self._generators[line // own]).view(torch.int16)[:num])
             line = last
-        kept = torch.cat(parts)
-        return space[: kept.numel()].copy_(kept).ge_(self._least).view_as(weights)
+        return space[: weights.numel()].copy_(torch.cat(parts)).ge_(self._least).view_as(weights)
 
 
 class _Kept(Function):
