@@ -196,6 +196,8 @@ def test_corruption_of_any_file_is_noticed_or_harmless(saved, corrupt, capfd):
                 file.write_bytes(variant)
             if is_noticed(corrupt, leaves):
                 noticed.add(file.name)
+            else:
+                assert file.name != "_METADATA"  # not read here, but by other programs
         file.write_bytes(content)
     assert {"manifest.json", "_METADATA", "manifest.ocdbt"} < noticed  # and the data
     shutil.rmtree(corrupt / "leaves")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import logging
 import math
 import os
@@ -38,6 +39,7 @@ __all__ = ["CheckpointError", "CorruptError", "load_leaves", "read_manifest", "s
 
 _MAX_ERROR = 300  # orbax and tensorstore write long ones
 _SETTLE_SECONDS = 0.1
+_METADATA = "_METADATA"  # orbax's own description of the arrays, which other programs read
 _MOST_COMPRESSED = 64  # times; present versions do not compress
 _quiet_lock = threading.RLock()
 
@@ -81,13 +83,13 @@ def save_leaves(
             for name, leaf in leaves.items()
         ],
     }
-    text = manifest_text(manifest)
     arrays = {_escape(name): tensor_bytes(leaf).view(_Lent) for name, leaf in leaves.items() if leaf.numel()}
     with atomic_directory(path) as temporary:
-        _reserve(temporary, sum(array.nbytes for array in arrays.values()) + len(text))
+        _reserve(temporary, sum(array.nbytes for array in arrays.values()) + len(manifest_text(manifest)))
         if arrays:
             _write_arrays(temporary / "leaves", arrays)
-        (temporary / manifest_name).write_text(text)
+            manifest["leaves_metadata_sha256"] = _sha256(temporary / "leaves" / _METADATA)
+        (temporary / manifest_name).write_text(manifest_text(manifest))
 
 
 def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
@@ -96,8 +98,11 @@ def load_leaves(path: Path, manifest: Mapping[str, Any] | None = None) -> dict[s
     `manifest` is that of `path`, if already read. FileNotFoundError if there is no such directory, CorruptError if
     something is missing or corrupt.
     """
-    table = (read_manifest(path) if manifest is None else manifest)["leaves"]
+    manifest = read_manifest(path) if manifest is None else manifest
+    table, metadata = manifest["leaves"], manifest.get("leaves_metadata_sha256")
     arrays = _read_arrays(path, [row for row in table if 0 not in row["shape"]])
+    if arrays and metadata is not None and _sha256(path / "leaves" / _METADATA) != metadata:
+        raise CorruptError(f"{path} is corrupt: leaves/{_METADATA} does not have the bytes that were saved.")
     leaves = {}
     for row in table:
         order = row.get("dim_order") or list(range(len(row["shape"])))
@@ -142,7 +147,7 @@ def _read_arrays(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[str, np
         for row in table
     }
     leaves = (path / "leaves").absolute()
-    if missing := [name for name in ("_METADATA", "manifest.ocdbt") if not (leaves / name).is_file()]:
+    if missing := [name for name in (_METADATA, "manifest.ocdbt") if not (leaves / name).is_file()]:
         raise CorruptError(f"{path} is corrupt: it has no file leaves/{missing[0]}.")
     declared = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
     stored = sum(file.stat().st_size for file in leaves.rglob("*") if file.is_file())
@@ -219,6 +224,10 @@ def _layout(leaf: Tensor) -> dict[str, list[int]]:
     dims = list(range(leaf.dim()))
     order = sorted(dims, key=leaf.stride, reverse=True)  # not `dim_order`, with which torch imports sympy
     return {} if order == dims else {"dim_order": order}
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _dtype(row: Mapping[str, Any]) -> torch.dtype:
