@@ -62,6 +62,33 @@ def test_first_and_second_derivatives_of_flat_rows_are_those_of_finite_differenc
     assert gradgradcheck(function, rows, fast_mode=True)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own forward mode uses it
+def test_autocast_lowers_no_product_within_attention() -> None:
+    rows = torch.cat(_heads(5, sum(LENGTHS), SIZE), 1).detach().float()
+    sequences = sequences_of(offsets_of(torch.tensor(LENGTHS)), sum(LENGTHS))
+
+    def attend(rows: Tensor) -> Tensor:
+        return sequences.attend(rows, num_heads=HEADS, dropout_rate=0.0)
+
+    def loss(rows: Tensor) -> Tensor:
+        return attend(rows).float().square().sum()
+
+    functions: tuple[Any, ...] = (
+        attend,
+        torch.func.grad(loss),
+        lambda x: torch.func.jvp(attend, (x,), (x,))[1],
+        lambda x: torch.func.vmap(torch.func.grad(loss))(x[None])[0],
+        torch.func.grad(lambda x: torch.func.grad(loss)(x).float().square().sum()),
+    )
+    for function in functions:
+        expected = function(rows)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            torch.testing.assert_close(function(rows), expected, rtol=0, atol=1e-6)
+            low = function(rows.bfloat16()).float()
+        exact = function(rows.bfloat16().float())
+        assert (low - exact).norm() < 2**-7 * exact.norm()  # results and gradients are rounded, nothing within
+
+
 def test_dropout_keeps_a_share_of_the_weights_and_scales_it() -> None:
     num, length, rate = 60, 24, 0.25
     sequences = sequences_of(offsets_of(torch.full((num,), length)), num * length)

@@ -67,6 +67,31 @@ def test_it_works_with_the_gradients_of_torch_func():
             assert torch.equal(grad, F.dropout(torch.ones(16), 0.5) * 4)
 
 
+def _slope(x: Tensor) -> Tensor:
+    return torch.func.grad(lambda y: F.dropout(y.exp(), 0.5).square().sum())(x)
+
+
+def _curvature(x: Tensor) -> Tensor:
+    return torch.func.jacrev(_slope)(x).sum(0) + torch.func.grad(lambda y: (2 * x).sum())(x)
+
+
+@pytest.mark.parametrize("derivative", [_slope, _curvature])
+def test_derivatives_of_torch_func_may_be_taken_in_the_model(derivative):
+    x = torch.linspace(-1, 1, 36).reshape(3, 12)
+
+    def value(x: Tensor, index: Tensor) -> Tensor:
+        with per_member_rng(KEYS, index):
+            return derivative(x).sin().sum()
+
+    mapped = torch.func.vmap(torch.func.grad(value))(x, torch.arange(3))
+    outside = torch.func.grad(lambda x: torch.func.vmap(value)(x, torch.arange(3)).sum())(x)
+    for number, key in enumerate(KEYS):
+        with torch_rng(key):
+            expected = torch.func.grad(lambda x: derivative(x).sin().sum())(x[number])
+        assert expected.any()
+        torch.testing.assert_close([mapped[number], outside[number]], [expected] * 2, rtol=1e-5, atol=1e-5)
+
+
 def test_draws_that_have_no_member_are_refused():
     def value(x: Tensor, index: Tensor) -> Tensor:
         with per_member_rng(KEYS, index):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func import init_state, jit_step, module_loss, sgd, train_step
+from dwiml_func.core.autocast import autocast_forward
 from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.rng import Key
 from dwiml_func.data.batch import StreamlineBatch
@@ -198,6 +199,16 @@ def test_matrices_begin_as_xaviers_or_torchs_and_sizes_have_their_defaults(kind:
             continue
         for part, limit in limits:
             assert 0.9 * limit < part.abs().max().item() <= limit, name
+
+
+@by_kind
+@pytest.mark.parametrize("sos_token_type", ["as_label", "repulsion724"])
+def test_bf16_rounds_neither_positions_nor_classes_of_tokens(kind: str, sos_token_type: str) -> None:
+    if kind == "tts" and sos_token_type != "as_label":
+        return
+    model, batch = _model(kind, n_layers_e=1, sos_token_type=sos_token_type).eval(), _batch([5, 400])
+    outputs = autocast_forward(model, torch.bfloat16)(batch)
+    torch.testing.assert_close(outputs, model(batch), rtol=0, atol=0.02)
 
 
 @by_kind

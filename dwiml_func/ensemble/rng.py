@@ -62,7 +62,7 @@ class per_member_rng(TorchFunctionMode):
             mask = self._draw(lambda: _mask(func, x.shape, p, options))
             return x.mul_(mask) if inplace else x * mask
         if func == _REQUIRES_GRAD:  # torch says False of tensors that vmap maps, and a model may ask
-            return _inner(args[0]).requires_grad
+            return _requires_grad(args[0])
         if func in _HOOKS:
             raise ValueError(
                 f"The model calls Tensor.{func.__name__}. Hooks of tensors do not act where all members of an ensemble "
@@ -76,12 +76,12 @@ class per_member_rng(TorchFunctionMode):
         return _Draw.apply(_Opaque(self._generators, draw), self._index, *args)  # type: ignore[return-value]
 
 
-def _inner(tensor: Tensor) -> Tensor:
-    """A tensor with the dimensions that vmap hides."""
+def _requires_grad(tensor: Tensor) -> bool:
+    """What a tensor says below the dimensions of vmap, down to a gradient of `torch.func`."""
     functorch = torch._C._functorch  # type: ignore[attr-defined]  # private; torch.func has no public function for it
-    while functorch.is_functorch_wrapped_tensor(tensor):
+    while functorch.is_batchedtensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
-    return tensor
+    return tensor.requires_grad
 
 
 def _mask(func: Any, shape: torch.Size, p: float, options: Mapping[str, Any]) -> Tensor:

@@ -48,7 +48,8 @@ def causal_attention(projected: Tensor, rows: Tensor, places: Tensor, layout: La
     `projected` (N, 3 d) are queries, keys and values; `rows` and `places` those of `Sequences`.
     """
     seed = torch.randint(2**62, (1,)) if layout.dropped else torch.zeros(1, dtype=torch.int64)
-    return cast(Tensor, _Attention.apply(projected[None], seed, rows, places, layout))[0]
+    with _no_autocast():
+        return cast(Tensor, _Attention.apply(projected[None], seed, rows, places, layout))[0]
 
 
 def causal_weights(query: Tensor, key: Tensor) -> Tensor:
@@ -83,7 +84,8 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return cast(Tensor, _Gradients.apply(gradients[0], *ctx.saved_tensors, ctx.layout)), None, None, None, None
+        with _no_autocast():
+            return cast(Tensor, _Gradients.apply(gradients[0], *ctx.saved_tensors, ctx.layout)), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -132,9 +134,10 @@ class _Gradients(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        function, primals = _Gradients._by_formula(ctx)
-        _, pull = vjp(function, *primals)
-        return *pull(gradients), None, None, None, None
+        with _no_autocast():
+            function, primals = _Gradients._by_formula(ctx)
+            _, pull = vjp(function, *primals)
+            return *pull(gradients), None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -158,16 +161,16 @@ class _Gradients(Function):
 
 def _attended(projected: Tensor, seeds: Tensor, rows: Tensor, places: Tensor, layout: Layout) -> Tensor:
     """What `_Attention` computes, by operations that can be differentiated again."""
-    padded, size = projected.index_select(1, rows), (len(projected), -1, projected.shape[2] // 3)
+    padded, size = _precise(projected).index_select(1, rows), (len(projected), -1, projected.shape[2] // 3)
     results = [causal_weights(q, k) for q, k, _ in _heads(padded, layout, 3)]
     if layout.dropped:
-        kept = cast(Tensor, _Kept.apply(seeds, layout, projected.dtype)).split(
+        kept = cast(Tensor, _Kept.apply(seeds, layout, padded.dtype)).split(
             [r[0].numel() * len(r) // size[0] for r in results], 1
         )
         results = [r * own.reshape(r.shape) for r, own in zip(results, kept, strict=True)]
     results = [r @ v for r, (_, _, v) in zip(results, _heads(padded, layout, 3), strict=True)]
     flat = [r.unflatten(0, (size[0], -1, layout.num_heads)).transpose(2, 3).reshape(size) for r in results]
-    return torch.cat(flat, 1).index_select(1, places)
+    return torch.cat(flat, 1).index_select(1, places).to(projected.dtype)
 
 
 class _Dropout:
@@ -247,6 +250,11 @@ def _spaces(padded: Tensor, layout: Layout, num: int) -> tuple[Tensor, ...]:
     sizes = [(lines * num_heads * rows * min(rows, _QUERIES), rows) for lines, rows in layout.buckets]
     size = max(min(all_weights, max(_WEIGHTS, _QUERIES * rows)) for all_weights, rows in sizes)
     return padded.new_empty(num, size).unbind()
+
+
+def _no_autocast() -> torch.autocast:
+    """Products within attention are in float32, also those of rows in bfloat16."""
+    return torch.autocast("cpu", enabled=False)
 
 
 def _precise(rows: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class TargetTokens(torch.nn.Module):
         """Tokens (N, output_size) from previous directions (N, 3), any where `is_first` (N,) bool is true."""
         if self._vertices is None:
             return torch.cat([previous.masked_fill(is_first[:, None], 0), is_first[:, None].to(previous.dtype)], dim=1)
-        nearest = nearest_vertices(previous, self._vertices)
+        with torch.autocast(previous.device.type, enabled=False):
+            nearest = nearest_vertices(previous, self._vertices)
         classes = nearest.masked_fill(is_first, len(self._vertices))
         return one_hot(classes, self.output_size).to(previous.dtype)

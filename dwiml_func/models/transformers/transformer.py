@@ -239,7 +239,8 @@ class Transformer(TractographyModel):
         if self.kind == "ttst":
             assert target is not None
             x, target = torch.cat([x, target], dim=1), None
-        encoding = sinusoidal_encoding(positions, x.shape[1], x.dtype)
+        # bfloat16 cannot tell position 300 from 301
+        encoding = sinusoidal_encoding(positions, x.shape[1], torch.promote_types(x.dtype, torch.float32))
         x = dropout(x + encoding, self.dropout_rate, self.training)
         return x, None if target is None else dropout(target + encoding, self.dropout_rate, self.training)
 
