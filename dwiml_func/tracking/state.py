@@ -40,7 +40,8 @@ class StepModel(Protocol):
 
         `inputs` (S, F) are those at the lines' newest points, `dirs` (S, 3 * nb_previous_dirs) the previous directions.
         Where zeros everywhere would cost too much, the state may have a method `forget(rows)`, which gives the state
-        with new lines in rows (S,) bool, and the model `run_step_in_place`, which may write into a state's memory.
+        with new lines in rows (S,) bool, and the model `run_step_in_place`, which may write into a state's memory, and
+        `prefill(inputs, dirs, state, row)`, which may too: the state after a new line's first points, read at once.
         """
         ...
 

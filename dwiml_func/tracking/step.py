@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.data.neighborhood import direction_units
+from dwiml_func.data.streamlines import previous_directions
 from dwiml_func.tracking.random_numbers import uniforms
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
@@ -28,8 +31,9 @@ def track_step(
 
     A line grows from its seed until it ends: at the limit of its length, at an angle above `theta`, where the model
     ends it, with a direction that is not a number, at the border of the volume or the mask. Then, unless
-    `track_forward_only`, the model reads the first half again, from its end and without the seed, a point a step; from
-    the seed on the line grows in the other direction. A row depends on that row of `state` alone.
+    `track_forward_only`, the model reads the first half again, from its end and without the seed: a point a step, or
+    at once if it has `prefill`, on a CPU. From the seed on the line grows in the other direction. A row depends on that
+    row of `state` alone.
 
     Args:
         state: R rows.
@@ -84,7 +88,7 @@ def track_step(
         cursor = torch.where(is_replay, state.cursor - 1, torch.where(is_asked, num_points - 1, state.cursor))
         position = flat.index_select(0, first + cursor)
         walked = torch.cat([position - state.position, state.dirs], dim=1)[:, : state.dirs.shape[1]]
-        return TrackState(
+        after = TrackState(
             points=points,
             num_points=num_points,
             turn=torch.where(turns, num_points, state.turn),
@@ -96,6 +100,25 @@ def track_step(
             is_live=is_live,
             key=state.key,
         )
+        if points.device.type == "cpu" and hasattr(model, "prefill"):  # on a GPU single lines leave it idle
+            for row in turns.nonzero()[:, 0].tolist():
+                after = _with_first_half_read(after, row, model, space)
+        return after
+
+
+def _with_first_half_read(state: TrackState, row: int, model: Any, space: TrackingSpace) -> TrackState:
+    """The state in which a row that turned is at its seed again, in the same memory but for the model's.
+
+    Each line by itself: in one product with others it would be rounded differently.
+    """
+    num = int(state.turn[row])
+    half = state.points[row, :num].flip(0)
+    steps = torch.cat([half.diff(dim=0), half.new_zeros(1, 3)])
+    dirs = previous_directions(steps, torch.tensor([0, num]), state.dirs.shape[1] // 3)
+    given = _in_units(dirs[:-1, : 3 * model.nb_previous_dirs], space)
+    model_state = model.prefill(space.read(half[:-1]), given, state.model_state, row)
+    state.cursor[row], state.position[row], state.dirs[row] = 0, half[-1], dirs[-1]
+    return replace(state, model_state=model_state)
 
 
 def chosen_directions(

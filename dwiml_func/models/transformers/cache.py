@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-__all__ = ["BLOCK", "Block", "CacheState", "CachedStep", "copied"]
+__all__ = ["BLOCK", "Block", "CacheState", "CachedLine", "CachedStep", "copied"]
 
 BLOCK = 64
 """Points a block."""
@@ -88,6 +89,35 @@ class CachedStep:
             result = result * scale + (weights[:, :, None] @ values)[:, :, 0]
             highest = new_highest
         return (result / total).flatten(1)
+
+
+class CachedLine:
+    """Attention of all rows of one new sequence, in the place of `Sequences`, which keeps keys and values in row `row`.
+
+    Blocks are written in place.
+    """
+
+    def __init__(self, state: CacheState, row: int, num: int) -> None:
+        self._state, self._row, self._called = state, row, 0
+        self.positions = torch.arange(num, device=state.num_read.device)
+
+    @property
+    def state(self) -> CacheState:
+        """The state in which row `row` has read the sequence."""
+        num_read = self._state.num_read.clone()
+        num_read[self._row] = len(self.positions)
+        return self._state._replace(num_read=num_read)
+
+    def attend(self, projected: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
+        """Attend to the rows up to and including one's own: (N, d) from queries, keys and values (N, 3 d)."""
+        assert dropout_rate == 0, "a cache is for tracking, in evaluation mode"
+        heads = projected.unflatten(1, (3, num_heads, -1)).permute(1, 2, 0, 3)  # (3, heads, N, size)
+        for number, parts in enumerate(heads[1:].split(BLOCK, dim=2)):
+            for cache, part in zip(self._state.caches[self._called][number], parts, strict=True):
+                cache[self._row, :, : part.shape[1]] = part
+        self._called += 1
+        query, key, value = heads[:, None]
+        return scaled_dot_product_attention(query, key, value, is_causal=True)[0].transpose(0, 1).flatten(1)
 
 
 def copied(state: CacheState) -> CacheState:

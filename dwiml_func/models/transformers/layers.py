@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, gelu, linear, relu
 
 from dwiml_func.models.transformers.attention import Sequences
-from dwiml_func.models.transformers.cache import CachedStep
+from dwiml_func.models.transformers.cache import CachedLine, CachedStep
 
 __all__ = ["Activation", "Attention", "Decoder", "DecoderLayer", "Encoder", "EncoderDecoder", "EncoderLayer", "Rows"]
 
@@ -26,8 +26,8 @@ Activation = Literal["relu", "gelu"]
 _ACTIVATIONS = {"relu": relu, "gelu": gelu}
 
 
-Rows = Sequences | CachedStep
-"""How rows attend: all rows of sequences at once, or the newest row of each."""
+Rows = Sequences | CachedStep | CachedLine
+"""How rows attend: all rows of sequences at once, the newest row of each, or all of one that grows on later."""
 
 
 class Attention(torch.nn.Module):

@@ -17,7 +17,7 @@ from dwiml_func.models.direction_getters import make_direction_getter
 from dwiml_func.models.embeddings import make_embedding, make_input_embedding
 from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.models.transformers.attention import Sequences, sequences_of
-from dwiml_func.models.transformers.cache import CachedStep, CacheState, copied
+from dwiml_func.models.transformers.cache import CachedLine, CachedStep, CacheState, copied
 from dwiml_func.models.transformers.layers import (
     Activation,
     Decoder,
@@ -222,17 +222,33 @@ class Transformer(TractographyModel):
             state = CacheState(torch.zeros(len(inputs), dtype=torch.int64, device=inputs.device), ())
         if self.max_len is not None and int(state.num_read.max()) >= self.max_len:
             raise _too_long(self.max_len, int(state.num_read.max()) + 1)
-        target = None
-        if self.kind != "tts":
-            target = self.embedding_layer_t(self.tokens(dirs[:, :3], state.num_read == 0))
-        x, y = self._encoder_inputs(self.input_embedding_layer(inputs), target, state.num_read)
         step = CachedStep(*state)
-        return self.outputs(x, y, step), step.state
+        return self.direction_getter(self._read(inputs, dirs, step)), step.state
+
+    def prefill(self, inputs: Tensor, dirs: Tensor, state: CacheState, row: int, /) -> CacheState:
+        """The state in which a new streamline in a row has been read at L points, as by L steps, in one forward pass.
+
+        It writes into the memory of `state`, in which some streamline had at least L points; `inputs` (L, input_size)
+        and `dirs` (L, 3) are those of `run_step`, at one point after the other.
+        """
+        line = CachedLine(state, row, len(inputs))
+        self._read(inputs, dirs, line)
+        return line.state
+
+    def _read(self, inputs: Tensor, dirs: Tensor, rows: CachedStep | CachedLine) -> Tensor:
+        """The features of rows with these inputs and previous directions."""
+        x, target = self.input_embedding_layer(inputs), None
+        if self.kind != "tts":
+            target = self.embedding_layer_t(self.tokens(dirs[:, :3], rows.positions == 0))
+        return self._features(*self._encoder_inputs(x, target, rows.positions), rows)
 
     def outputs(self, x: Tensor, y: Tensor | None, rows: Rows) -> Tensor:
         """The direction getter's outputs from the rows of encoder and decoder."""
+        return self.direction_getter(self._features(x, y, rows))
+
+    def _features(self, x: Tensor, y: Tensor | None, rows: Rows) -> Tensor:
         layers = self.modified_torch_transformer
-        return self.direction_getter(layers(x, rows) if y is None else layers(x, y, rows))
+        return layers(x, rows) if y is None else layers(x, y, rows)
 
     def _encoder_inputs(self, x: Tensor, target: Tensor | None, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows of the encoder and, for tto, of the decoder, with their positions."""
