@@ -16,7 +16,7 @@ from timing import interleaved, medians_of
 from torch import Tensor, nn
 from verdicts import conclude
 
-from dwiml_func import adam, ensemble_step, init_state, module_loss, stack_states, train_step
+from dwiml_func import adam, ensemble_step, init_state, keep_freed_memory, module_loss, stack_states, train_step
 from dwiml_func.data import StreamlineBatch
 from dwiml_func.data.streamlines import input_offsets, offsets_of
 from dwiml_func.models import Transformer, compute_batch_loss
@@ -39,6 +39,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.ensemble:
+        keep_freed_memory()  # as the commands do
         return compare_ensembles(options.rounds)
     batch = make_batch()
     verdicts = []

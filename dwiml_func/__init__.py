@@ -14,6 +14,7 @@ from dwiml_func.core.epoch import end_epoch, epoch_fn, eval_epoch_fn, train_step
 from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossFn, LossOut, module_loss
+from dwiml_func.core.memory import keep_freed_memory
 from dwiml_func.core.metrics import Metrics, Sum, read_means
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.rates import with_weight_decay
@@ -111,6 +112,7 @@ __all__ = [
     "from_loader",
     "init_state",
     "jit_step",
+    "keep_freed_memory",
     "lion",
     "list_checkpoints",
     "load_into",

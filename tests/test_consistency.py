@@ -161,8 +161,6 @@ FAULTS = {
         hard_link("c/streamlines/data", "a/streamlines/data"),
         "subject 'c': in validation, has the same streamlines as 'a', in training",
     ),
-    "copied": (copy_of("c", "a"), "subject 'c': in validation, has the same streamlines as 'a', in training"),
-    "copied within": (copy_of("b", "a"), "subject 'b': in training, has the same streamlines as 'a', in training"),
     "tested": (attribute("/", "testing_subjs", ["b"]), "subject 'b': in two subsets, training and testing"),
     "features": (fewer_features, "subject 'c', group 'input': 5 features, but subject 'a' has 6"),
     "flipped": (
@@ -289,6 +287,17 @@ def test_info_dry_run_and_train_give_one_verdict_and_leave_nothing(cli, data, tm
     for more in (["--dry-run"], [], ["--lazy", "--dry-run"]):
         cli("train", tmp_path, "run", data, "--max-epochs", 1, *more).check_refusal(text)
         assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("name", "of"), [("c", "validation"), ("b", "training")])
+def test_a_copy_of_a_subject_is_told_and_no_error(cli, data, tmp_path, name, of):
+    with File(data, "a") as file:
+        copy_of(name, "a")(file)
+    sentence = f"subject '{name}': in {of}, has the same points as 'a', in training"
+    told = cli("info", data)
+    assert (told.code, told.out.count(f"Warning: {sentence}\n")) == (0, 1)
+    trained = cli("train", tmp_path, "run", data, "--dry-run")
+    assert (trained.code, trained.err.count(sentence)) == (0, 1)
 
 
 def test_labels_that_are_numbers_of_rows_fit_though_some_are_not_there(cli, data):

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from creation_cases import AFFINE, CONFIG, SHAPE, make_folder, save_lines, save_volume, some_lines
 from nibabel.affines import apply_affine
-from nibabel.orientations import aff2axcodes
 from nibabel.streamlines import trk
 from preloaded import finished, start_program
 
@@ -311,17 +310,6 @@ def test_the_header_has_the_number_of_streamlines(folder, refused, cli, name, de
         assert cli("create-hdf5", *paths, "--training-subjs", folder / "valid.txt").code == 0
         with File(folder / "out.hdf5") as file:
             assert len(file["s2/streamlines/lengths"]) == 15
-
-
-def test_another_voxel_order_of_a_trk_than_that_of_its_affine_is_refused_as_by_dipy(folder, refused):
-    files_of_all_kinds(folder)
-    path = folder / "subjects" / "s2" / "a.trk"
-    content, order = path.read_bytes(), "".join(aff2axcodes(AFFINE))
-    path.write_bytes(content.replace(order.encode(), order[::-1].encode(), 1))
-    expected = (
-        f"cannot be read as TRK .its header has the voxel order {order[::-1]}, and an affine of the order {order}"
-    )
-    assert re.search(place("streamlines", "a.trk") + expected, refused())
 
 
 def test_points_between_the_header_of_a_tck_and_its_offset_are_told(folder, refused):

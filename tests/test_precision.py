@@ -239,6 +239,7 @@ def test_a_cell_adds_up_steps_that_bfloat16_would_lose():
     assert cell.item() == pytest.approx(1000 * 2.0**-10, rel=1e-5)
 
 
+@pytest.mark.compiles
 def test_a_compiled_step_is_one_graph_and_near_an_eager_one():
     model = made(Learn2Track, NUM_FEATURES, **OPTIONS)
     options = {"loss_fn": module_loss(model, compute_batch_loss, autocast=LOW), "optimizer": adam()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, jacrev, jvp, vmap
 
-from dwiml_func.models.rnn import kernels, time_steps, torchscript
+from dwiml_func.models.rnn import step_loops, time_steps, torchscript
 from dwiml_func.models.rnn.autograd import kernel_scan
 from dwiml_func.models.rnn.cudnn import cudnn_scan
 from dwiml_func.models.rnn.scan import plain_scan
@@ -105,7 +105,7 @@ def test_loops_run_without_python_and_bitwise_as_in_it_where_torchscript_is_miss
         results = _scan(kernel_scan, rnn_key, sizes)(tensors[0], *weights, *tensors[3:])
         return [*results, *torch.autograd.grad(_loss(results), tensors)]
 
-    steps = (getattr(kernels, f"_{rnn_key}_{way}_steps").__wrapped__ for way in ("forward", "backward"))
+    steps = (getattr(step_loops, f"{rnn_key}_{way}_steps").__wrapped__ for way in ("forward", "backward"))
     assert all(isinstance(torchscript._scripted(each), torch.jit.ScriptFunction) for each in steps)
     ours = run()
     monkeypatch.delattr(torch.jit, "script")

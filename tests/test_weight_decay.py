@@ -32,10 +32,12 @@ from dwiml_func import (
     with_weight_decay,
 )
 from dwiml_func.checkpoint import state_digest
+from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.optim import clip_by_global_norm
 from dwiml_func.writers import jsonl, log_steps, read_scalars
 
-MODEL = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
+with torch_rng(Key(0)):
+    MODEL = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
 BATCHES = [torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
 LOSS = module_loss(MODEL, lambda model, x: ((model(x) - 1).square().mean(), len(x)))
 BY_STEP = per_step(warm_up(cosine(0.5, length=12), length=3))

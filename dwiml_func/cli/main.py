@@ -17,6 +17,7 @@ from dwiml_func._checks import one_line
 from dwiml_func.cli._messages import Verbosity, messages, set_verbosity
 from dwiml_func.cli._output import drop_unwritable_output, enduring_output, open_standard_streams
 from dwiml_func.core.checked_step import StepMismatchError
+from dwiml_func.core.memory import keep_freed_memory
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError, rank_in
 from dwiml_func.experiment.folder import is_sweep
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if sys.platform not in _PLATFORMS:
         return _fail(f"dwiml-func: Expected {' or '.join(_PLATFORMS.values())}. Received: {sys.platform}.", 2)
+    keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks ends no training
     if arguments[:1] == ["--version"]:

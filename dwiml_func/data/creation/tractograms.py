@@ -68,8 +68,7 @@ def load_streamlines(
             continue
         filled.append(source)
         tractogram = _with_keys(source, tractogram, dps_keys)
-        grid = _common_grid(source, tractogram.grid, expected)
-        expected = grid
+        expected = grid = _common_grid(source, tractogram.grid, expected)
         tractogram = _valid_only(source, tractogram, grid, remove_invalid=remove_invalid, note=note)
         tractogram = _resampled(tractogram, resampling or Resampling())
         parts.append(tractogram._replace(points=to_voxel(tractogram.points, grid.affine)))
@@ -130,15 +129,16 @@ def _read_nibabel(source: Source) -> Tractogram:
     if is_trk:
         _check_trk_header(source.path)
     opened: Any = source.path
-    kind = nib.streamlines.TrkFile if is_trk else nib.streamlines.TckFile
     # Reading to the end overwrites the number in the header by what was found, however early the file ends.
     try:
-        header = kind.load(opened, lazy_load=True).header
+        header = nib.streamlines.load(opened, lazy_load=True).header
     except UnicodeDecodeError:  # of a TCK with names or comments in Latin-1
         head, end, points = source.path.read_bytes().partition(b"\nEND\n")
         opened = io.BytesIO(head.decode("latin-1").encode("ascii", "replace") + end + points)
-        header = kind.load(opened, lazy_load=True).header
-    file = kind.load(opened)
+        header = nib.streamlines.load(opened, lazy_load=True).header
+    if opened is not source.path:
+        opened.seek(0)
+    file = nib.streamlines.load(opened)
     found = len(file.streamlines)
     declared = int(header.get("nb_streamlines", 0)) if is_trk else int(header.get("count", found))
     if declared not in ((0, found) if is_trk else (found,)):  # 0 in TRK: the number is not stored
@@ -152,8 +152,7 @@ def _read_nibabel(source: Source) -> Tractogram:
 
 
 def _check_trk_header(path: Path) -> None:
-    """What nibabel takes as it is, or replaces by the identity, or turns to other axes."""
-    from nibabel.orientations import aff2axcodes
+    """What nibabel takes as it is, or replaces by the identity."""
     from nibabel.streamlines.trk import header_2_dtype
 
     with path.open("rb") as file:
@@ -168,9 +167,6 @@ def _check_trk_header(path: Path) -> None:
         raise ValueError("its header has no vox_to_ras, which says where the voxels lie")
     if not np.allclose(np.sqrt((affine[:3, :3] ** 2).sum(axis=0)), sizes, rtol=1e-2):
         raise ValueError(f"its header has voxels of {sizes.tolist()} mm, and an affine of others: {affine.tolist()}")
-    order, axes = header["voxel_order"].decode("latin-1").upper() or "LPS", "".join(map(str, aff2axcodes(affine)))
-    if order != axes:
-        raise ValueError(f"its header has the voxel order {order}, and an affine of the order {axes}")
 
 
 def _check_tck_offset(path: Path, offset: int) -> None:

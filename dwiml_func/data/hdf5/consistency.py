@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Volume",
     "connectivity_fits",
+    "copied_streamlines",
     "disjoint_subsets",
     "same_volumes",
     "separate_streamlines",
@@ -55,7 +56,23 @@ def disjoint_subsets(subsets: Mapping[str, Sequence[str]]) -> Checked[None]:
 
 
 def separate_streamlines(file: h5py.File, subsets: Mapping[str, Sequence[str]], group_name: str) -> Checked[None]:
-    """No two subjects have the same streamlines, by a link or as a copy: they would be one subject under two names."""
+    """No link leads from two subsets to the same stored streamlines: they would be one subject under two names."""
+    from h5py import h5o  # pyright: ignore[reportAttributeAccessIssue]
+
+    found: dict[tuple[int, int], tuple[str, str]] = {}
+    for subset, names in subsets.items():
+        for name in dict.fromkeys(names):
+            try:
+                stored = h5o.get_info(file.id, f"{name}/{group_name}/data".encode())
+            except (KeyError, OSError, RuntimeError):  # told where it is read
+                continue
+            other, first = found.setdefault((stored.fileno, stored.addr), (name, subset))
+            if first != subset:
+                yield Problem(f"subject {name!r}", f"in {subset}, has the same streamlines as {other!r}, in {first}")
+
+
+def copied_streamlines(file: h5py.File, subsets: Mapping[str, Sequence[str]], group_name: str) -> Iterator[Problem]:
+    """Subjects with the same points as another one: perhaps one subject under two names. No error, but told."""
     found: dict[tuple[object, ...], tuple[str, str, h5py.Dataset]] = {}
     for subset, names in subsets.items():
         for name in dict.fromkeys(names):
@@ -70,7 +87,7 @@ def separate_streamlines(file: h5py.File, subsets: Mapping[str, Sequence[str]], 
             except (AttributeError, KeyError, OSError, RuntimeError):  # told where it is read
                 continue
             if is_copy:
-                yield Problem(f"subject {name!r}", f"in {subset}, has the same streamlines as {other!r}, in {first}")
+                yield Problem(f"subject {name!r}", f"in {subset}, has the same points as {other!r}, in {first}")
 
 
 class Volume(NamedTuple):

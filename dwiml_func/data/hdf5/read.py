@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from dwiml_func.data.hdf5.cache_size import parse_bytes
 from dwiml_func.data.hdf5.consistency import (
     Volume,
     connectivity_fits,
+    copied_streamlines,
     disjoint_subsets,
     same_volumes,
     separate_streamlines,
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     import h5py
 
 __all__ = ["Subset", "open_dataset", "read_subsets"]
+
+_log = logging.getLogger(__name__)
 
 
 def read_subsets(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]]:
@@ -133,6 +137,8 @@ def open_dataset(
         subsets = _subsets(file)
         raise_first(disjoint_subsets(subsets), path)
         raise_first(separate_streamlines(file, subsets, streamline_group_name), path)
+        for copied in copied_streamlines(file, subsets, streamline_group_name) if subset == "training" else ():
+            _log.warning("%s: %s", path, copied)
         read = partial(_read_subject, file, input_group_name=input_group_name, streamlines=streamline_group_name)
         parts = [read(subject) for subject in subjects]
         # All subjects are compared with one: those of other subsets then agree with these too.

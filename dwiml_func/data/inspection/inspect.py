@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.hdf5.consistency import Volume, disjoint_subsets, same_volumes, separate_streamlines, subjects_of
+from dwiml_func.data.hdf5.consistency import (
+    Volume,
+    copied_streamlines,
+    disjoint_subsets,
+    same_volumes,
+    separate_streamlines,
+    subjects_of,
+)
 from dwiml_func.data.hdf5.grid import same_grid
 from dwiml_func.data.hdf5.layout import Subset, read_resampling, subject_group
 from dwiml_func.data.hdf5.problems import Checked, Problem, collect, corrupt_file, open_hdf5, scalar, to_python
@@ -31,7 +38,7 @@ Summaries = Mapping[str, VolumeSummary | StreamlineSummary]
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What is in a dataset, and what is wrong with it. Attributes are text; subjects are in the file's order."""
+    """What is in a dataset, what is wrong, and what may be. Attributes are text; subjects are in the file's order."""
 
     path: Path
     num_bytes: int
@@ -39,6 +46,7 @@ class Inspection:
     subsets: dict[str, tuple[str, ...]]
     subjects: dict[str, Summaries]
     problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...] = ()
 
 
 def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
@@ -66,6 +74,7 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
         lines = [name for found in subjects.values() for name, of in found.items() if isinstance(of, StreamlineSummary)]
         for group in dict.fromkeys(lines):
             collect(separate_streamlines(file, subsets, group), problems)
+        copies = [copied for group in dict.fromkeys(lines) for copied in copied_streamlines(file, subsets, group)]
     collect(_compare_subjects(subjects), problems)
     collect(_check_step(attributes, subjects), problems)
     return Inspection(
@@ -75,6 +84,7 @@ def inspect_dataset(path: str | os.PathLike[str]) -> Inspection:
         subsets=subsets,
         subjects=subjects,
         problems=tuple(problems),
+        warnings=tuple(copies),
     )
 
 

@@ -31,7 +31,7 @@ def format_inspection(inspection: Inspection) -> str:
             lines += ["", f"{group} (volume)", *_volume_table(volumes, subset_of)]
         if streamlines:
             lines += ["", f"{group} (streamlines)", *_streamline_table(streamlines, subset_of)]
-    lines.append("")
+    lines += ["", *(f"Warning: {warning}" for warning in inspection.warnings[:_NUM_PROBLEMS])]
     if not inspection.problems:
         return "\n".join([*lines, "No problem found."])
     lines.append(_count(len(inspection.problems), "PROBLEM", "S"))

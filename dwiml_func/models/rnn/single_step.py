@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dwiml_func.models.rnn.kernels import tanh_of_sigmoid
 from dwiml_func.models.rnn.scan import State, Weights
+from dwiml_func.models.rnn.step_loops import tanh_of_sigmoid
 
 __all__ = ["LayerMemory", "StepMemory", "layer_memory"]
 
