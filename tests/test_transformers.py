@@ -209,6 +209,10 @@ def test_bf16_rounds_neither_positions_nor_classes_of_tokens(kind: str, sos_toke
     model, batch = _model(kind, n_layers_e=1, sos_token_type=sos_token_type).eval(), _batch([5, 400])
     outputs = autocast_forward(model, torch.bfloat16)(batch)
     torch.testing.assert_close(outputs, model(batch), rtol=0, atol=0.02)
+    low = replace(batch, points=batch.points.bfloat16(), inputs=batch.inputs.bfloat16())
+    expected = model(replace(batch, points=low.points.float(), inputs=low.inputs.float()))
+    outputs = model.bfloat16()(low)  # parameters too
+    torch.testing.assert_close(outputs.float(), expected, rtol=0, atol=0.06)
 
 
 @by_kind

@@ -38,8 +38,8 @@ class Layout(NamedTuple):
 
     @property
     def dropped(self) -> int:
-        """Of 65536 weights."""
-        return round(self.rate * _LEVELS)
+        """Of 65536 weights, not all."""
+        return min(round(self.rate * _LEVELS), _LEVELS - 1)
 
 
 def causal_attention(projected: Tensor, rows: Tensor, places: Tensor, layout: Layout) -> Tensor:

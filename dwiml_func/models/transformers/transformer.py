@@ -257,6 +257,8 @@ class Transformer(TractographyModel):
             x, target = torch.cat([x, target], dim=1), None
         # bfloat16 cannot tell position 300 from 301
         encoding = sinusoidal_encoding(positions, x.shape[1], torch.promote_types(x.dtype, torch.float32))
+        if not torch.is_autocast_enabled(x.device.type):
+            encoding = encoding.to(x.dtype)  # of a model that is itself in bfloat16
         x = dropout(x + encoding, self.dropout_rate, self.training)
         return x, None if target is None else dropout(target + encoding, self.dropout_rate, self.training)
 
