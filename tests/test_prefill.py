@@ -10,10 +10,12 @@ import torch
 from test_transformers import F, _model, by_kind
 
 from dwiml_func.core.rng import Key
+from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.models.transformers.cache import copied
 from dwiml_func.models.transformers.transformer import Transformer
 from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, init_track_state, track, track_step
 from dwiml_func.tracking.state import with_lines
+from dwiml_func.tracking.window_lag import continue_lines
 
 AXES = torch.meshgrid(*[torch.arange(16) / 5] * 3, indexing="ij")
 FREQUENCIES = torch.randn(F, 3, generator=torch.Generator().manual_seed(0)).tolist()
@@ -111,3 +113,19 @@ def test_lines_are_those_of_reading_the_first_half_a_point_a_step(case: str, mon
     assert len(num_turned) == num
     assert [len(line) for line in lines] == [len(line) for line in expected]
     torch.testing.assert_close(torch.cat(lines), torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_lines_continue_from_given_ones_as_after_a_point_a_step() -> None:
+    model = _model("tto").eval()
+    for parameter in model.parameters():
+        parameter.data *= 1.8
+    space = TrackingSpace(volume=VOLUME, voxel_sizes=(2.0, 2.0, 2.0))
+    spec = TrackingSpec(step_size=0.2, theta=180)
+    given = Streamlines.from_list(
+        [SEEDS[number] + torch.arange(num)[:, None] / 40 for number, num in enumerate((1, 2, 30, 90))]
+    )
+    found, expected = (
+        continue_lines(given, model=each, space=space, spec=spec, distance=3) for each in (model, Stepwise(model))
+    )
+    assert found.lengths.tolist() == expected.lengths.tolist() == [16, 16, 16, 16]
+    torch.testing.assert_close(found.points, expected.points, atol=1e-5, rtol=0)

@@ -18,7 +18,7 @@ from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, without_memory
 
-__all__ = ["chosen_directions", "next_steps", "track_step"]
+__all__ = ["chosen_directions", "next_steps", "reads_at_once", "track_step", "with_first_halves_read"]
 
 _DIRECTION = 2  # of the stream's random numbers, beside those of the seeds
 _STRAIGHT_BACK = 180.0  # degrees: no angle is larger
@@ -100,25 +100,31 @@ def track_step(
             is_live=is_live,
             key=state.key,
         )
-        if points.device.type == "cpu" and hasattr(model, "prefill"):  # on a GPU single lines leave it idle
-            for row in turns.nonzero()[:, 0].tolist():
-                after = _with_first_half_read(after, row, model, space)
-        return after
+        return with_first_halves_read(after, turns, model, space) if reads_at_once(model, space) else after
 
 
-def _with_first_half_read(state: TrackState, row: int, model: Any, space: TrackingSpace) -> TrackState:
-    """The state in which a row that turned is at its seed again, in the same memory but for the model's.
+def reads_at_once(model: StepModel, space: TrackingSpace) -> bool:
+    """Whether first halves are read again at once; on a GPU single lines would leave it idle."""
+    return space.volume.device.type == "cpu" and hasattr(model, "prefill")
+
+
+def with_first_halves_read(state: TrackState, turned: Tensor, model: Any, space: TrackingSpace) -> TrackState:
+    """The state in which rows (R,) bool that turned are at their seeds again; it overwrites the model's.
 
     Each line by itself: in one product with others it would be rounded differently.
     """
-    num = int(state.turn[row])
-    half = state.points[row, :num].flip(0)
-    steps = torch.cat([half.diff(dim=0), half.new_zeros(1, 3)])
-    dirs = previous_directions(steps, torch.tensor([0, num]), state.dirs.shape[1] // 3)
-    given = _in_units(dirs[:-1, : 3 * model.nb_previous_dirs], space)
-    model_state = model.prefill(space.read(half[:-1]), given, state.model_state, row)
-    state.cursor[row], state.position[row], state.dirs[row] = 0, half[-1], dirs[-1]
-    return replace(state, model_state=model_state)
+    cursor, position, all_dirs = state.cursor.clone(), state.position.clone(), state.dirs.clone()
+    model_state = state.model_state
+    for row in turned.nonzero()[:, 0].tolist():
+        num = int(state.turn[row])
+        half = state.points[row, :num].flip(0)
+        steps = torch.cat([half.diff(dim=0), half.new_zeros(1, 3)])
+        dirs = previous_directions(steps, torch.tensor([0, num]), state.dirs.shape[1] // 3)
+        given = _in_units(dirs[:-1, : 3 * model.nb_previous_dirs], space)
+        with torch.no_grad():
+            model_state = model.prefill(space.read(half[:-1]), given, model_state, row)
+        cursor[row], position[row], all_dirs[row] = 0, half[-1], dirs[-1]
+    return replace(state, cursor=cursor, position=position, dirs=all_dirs, model_state=model_state)
 
 
 def chosen_directions(

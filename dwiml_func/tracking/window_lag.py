@@ -20,7 +20,7 @@ from dwiml_func.tracking.distances import lags
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, init_track_state
-from dwiml_func.tracking.step import track_step
+from dwiml_func.tracking.step import reads_at_once, track_step, with_first_halves_read
 
 __all__ = ["AHEAD_MM", "EVERY_MM", "LagWindows", "choose_windows", "continue_lines", "even_step", "window_lags"]
 
@@ -194,6 +194,8 @@ def continue_lines(
     num_steps = longest - 1 + num_ahead
     spec = replace(spec, min_length=0.0, max_length=(longest + num_steps) * spec.step_size)
     state = _given_lines(init_track_state(model, space, spec, key=Key(0), num_rows=len(given)), given)
+    if reads_at_once(model, space):
+        state, num_steps = with_first_halves_read(state, state.is_replay, model, space), num_ahead
     for number in range(num_steps):
         if number % _LOOK_EVERY == 0 and not state.is_live.any():
             break

@@ -98,22 +98,22 @@ class CachedLine:
     """
 
     def __init__(self, state: CacheState, row: int, num: int) -> None:
-        self._state, self._row, self._called = state, row, 0
+        self._row, self._called = row, 0
         self.positions = torch.arange(num, device=state.num_read.device)
-
-    @property
-    def state(self) -> CacheState:
-        """The state in which row `row` has read the sequence."""
-        num_read = self._state.num_read.clone()
-        num_read[self._row] = len(self.positions)
-        return self._state._replace(num_read=num_read)
+        num_read = state.num_read.clone()
+        num_read[row] = num
+        caches = []
+        for blocks in state.caches:
+            more = blocks[:1] * (-(-num // BLOCK) - len(blocks))
+            caches.append(blocks + tuple((torch.zeros_like(keys), torch.zeros_like(values)) for keys, values in more))
+        self.state = CacheState(num_read, tuple(caches))  # in which the row has read the sequence
 
     def attend(self, projected: Tensor, *, num_heads: int, dropout_rate: float) -> Tensor:
         """Attend to the rows up to and including one's own: (N, d) from queries, keys and values (N, 3 d)."""
         assert dropout_rate == 0, "a cache is for tracking, in evaluation mode"
         heads = projected.unflatten(1, (3, num_heads, -1)).permute(1, 2, 0, 3)  # (3, heads, N, size)
         for number, parts in enumerate(heads[1:].split(BLOCK, dim=2)):
-            for cache, part in zip(self._state.caches[self._called][number], parts, strict=True):
+            for cache, part in zip(self.state.caches[self._called][number], parts, strict=True):
                 cache[self._row, :, : part.shape[1]] = part
         self._called += 1
         query, key, value = heads[:, None]

@@ -228,8 +228,8 @@ class Transformer(TractographyModel):
     def prefill(self, inputs: Tensor, dirs: Tensor, state: CacheState, row: int, /) -> CacheState:
         """The state in which a new streamline in a row has been read at L points, as by L steps, in one forward pass.
 
-        It writes into the memory of `state`, in which some streamline had at least L points; `inputs` (L, input_size)
-        and `dirs` (L, 3) are those of `run_step`, at one point after the other.
+        It writes into the memory of `state`, of a step before; `inputs` (L, input_size) and `dirs` (L, 3) are those of
+        `run_step`, at one point after the other.
         """
         line = CachedLine(state, row, len(inputs))
         self._read(inputs, dirs, line)
