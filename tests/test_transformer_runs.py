@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from experiment_cases import PHANTOM
+from experiment_cases import PHANTOM, latest_digest
+
+from dwiml_func import TrainState
+from dwiml_func.checkpoint.checkpoint import read
+from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.resume import resume_experiment
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 
 SIZE = ("--input-embedded-size", 8, "--nheads", 2, "--n-layers-e", 1)
 SHORT = ("--max-epochs", 1, "--batch-size-training", 48, "--skip-window-lag", "--reverse-ratio", 0.5)
@@ -24,8 +33,24 @@ def trained_and_verified(cli: Any, run: Path, kind: str, *options: object) -> fl
 
 
 @pytest.mark.parametrize("kind", ["tts", "ttst", "tto"])
-def test_an_epoch_of_shards_with_dropout_is_verified_bit_for_bit(cli, kind: str, tmp_path: Path) -> None:
-    trained_and_verified(cli, tmp_path / "run", kind, "--num-shards", 2, "--dropout-rate", 0.2)
+def test_an_epoch_of_shards_with_dropout_is_verified_bit_for_bit_also_stopped_within_it_and_resumed(
+    cli, kind: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    trained_and_verified(cli, run, kind, "--num-shards", 2, "--dropout-rate", 0.2)
+    config, stop = read_config(run), StopRequest()
+    stopped = create_experiment(tmp_path, "stopped", config)
+
+    def after_batch(state: TrainState, _: object) -> None:
+        if state.batch == 1:
+            stop.signal = signal.SIGTERM
+
+    with pytest.raises(TrainingStopped):
+        list(run_experiment(stopped, prepare(config), on_batch=after_batch, stop=stop))
+    assert read(stopped).state.batch == 1
+    parts, state, history = resume_experiment(stopped)
+    list(run_experiment(stopped, parts, state=state, history=history))
+    assert latest_digest(stopped) == latest_digest(run)
 
 
 def test_bf16_trains_alike_and_is_verified_bit_for_bit(cli, tmp_path: Path) -> None:
