@@ -107,7 +107,7 @@ def test_dropout_keeps_a_share_of_the_weights_and_scales_it() -> None:
 
 
 def test_members_drop_what_each_drops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dwiml_func.models.transformers.causal._WEIGHTS", 1500)  # blocks of several members, and parts
+    monkeypatch.setattr("dwiml_func.models.transformers.blocks._WEIGHTS", 1500)  # blocks of several members, and parts
     rows, keys = torch.cat(_heads(2, 3, sum(LENGTHS), SIZE), 2).detach(), [Key(1), Key(2), Key(1)]
     sequences = sequences_of(offsets_of(torch.tensor(LENGTHS)), sum(LENGTHS))
 

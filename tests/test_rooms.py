@@ -1,4 +1,4 @@
-"""The rule of the house: each room imports only rooms below it, and a few rooms do not see each other at all."""
+"""The rules of the house: a room imports only rooms below it, a few do not see each other at all, modules are short."""
 
 import ast
 from pathlib import Path
@@ -42,6 +42,23 @@ def test_each_room_imports_only_rooms_below_it() -> None:
             allowed = {room, *ROOMS[: ROOMS.index(room)]} - BLIND.get(room, set())
             wrong += [f"{path.relative_to(ROOT)} imports {other}" for other in rooms_imported(path) - allowed]
     assert wrong == []
+
+
+def lines_of_code(text: str) -> int:
+    """The lines that are neither blank, nor a comment, nor of a docstring."""
+    strings = [
+        node
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    apart = {line for node in strings for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    numbered = enumerate(map(str.strip, text.splitlines()), 1)
+    return sum(bool(line) and not line.startswith("#") and number not in apart for number, line in numbered)
+
+
+def test_no_module_has_more_than_200_lines_of_code() -> None:
+    assert lines_of_code('"""A.\n\nB.\n"""\n\n# c\nx = """d\ne"""\n') == 2
+    assert {path.relative_to(ROOT): n for path in FILES if (n := lines_of_code(path.read_text())) > 200} == {}
 
 
 def public_names(path: Path) -> set[str] | None:

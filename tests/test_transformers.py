@@ -170,7 +170,7 @@ def test_dropout_acts_where_it_does_in_torchs_own_layers_and_on_what_is_read(
 ) -> None:
     for module in ("layers", "transformer"):
         monkeypatch.setattr(f"dwiml_func.models.transformers.{module}.dropout", _scaled)
-    monkeypatch.setattr("dwiml_func.models.transformers.causal._Dropout", _ScaledWeights)
+    monkeypatch.setattr("dwiml_func.models.transformers.causal.Dropout", _ScaledWeights)
     monkeypatch.setattr("torch.nn.functional.dropout", _scaled)
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", _scaled_attention)
     model = _model(kind, norm_first=norm_first, dropout_rate=0.25).double().train()

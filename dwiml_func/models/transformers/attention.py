@@ -16,7 +16,8 @@ from torch.autograd import Function
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from dwiml_func._transforms import is_transformed
-from dwiml_func.models.transformers.causal import Layout, causal_attention, causal_weights
+from dwiml_func.models.transformers.blocks import Layout
+from dwiml_func.models.transformers.causal import causal_attention, causal_weights
 
 __all__ = ["Sequences", "sequences_of"]
 
