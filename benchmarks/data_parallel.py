@@ -17,7 +17,7 @@ from scaling import FEATURES, make_batch
 from timing import interleaved, medians_of
 from verdicts import conclude
 
-from dwiml_func import adam, init_state, module_loss, train_step
+from dwiml_func import adam, init_state, keep_freed_memory, module_loss, train_step
 from dwiml_func.checkpoint import state_digest
 from dwiml_func.core.state import TrainState
 from dwiml_func.data.shards import cut_batch
@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="rounds, one run of each variant in each (default: 3)")
     parser.add_argument("--shards", type=int, default=0, help=argparse.SUPPRESS)  # the measured processes
     options = parser.parse_args()
+    keep_freed_memory()  # as the commands do
     if options.shards:
         return run(options.shards, options.steps)
     variants = {"whole batches, 1 process": (1, 1)}
