@@ -137,8 +137,11 @@ def by_name(
 
 def _together(gates: list[Gate]) -> Gate:
     """The gate of all groups, for an average of all: they must take the same steps."""
-    first = gates[0]
-    if all(gate.is_open is first.is_open and gate.step is first.step for gate in gates):
+    first, *others = gates
+    for gate in others:
+        if gate.is_open is not first.is_open or gate.step is not first.step:
+            break
+    else:
         return first
     if any(isinstance(value, Tensor) for gate in gates for value in gate) or len({gate[:2] for gate in gates}) > 1:
         raise ValueError(

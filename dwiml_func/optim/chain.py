@@ -94,8 +94,9 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
             weight=weight,
         )
         store("optimizer", state)
-        is_open = gate.is_open if is_closed is False else ~is_closed & gate.is_open
-        return choose(is_closed, params, new_params), new_state, gate._replace(is_open=is_open)
+        if is_closed is False:
+            return new_params, new_state, gate
+        return choose(is_closed, params, new_params), new_state, gate._replace(is_open=~is_closed & gate.is_open)
 
     def eval_params(opt_state: OptState, params: Params) -> Params:
         assert optimizer.eval_params is not None
@@ -151,8 +152,8 @@ def update_gated(
     """`update_with`, and which of the steps the optimizer takes."""
     if (gated := getattr(optimizer.update, "gated", None)) is not None:
         return gated(grads, opt_state, params, **options)
-    gate = Gate(is_open=True, step=options["step"], weight=options["weight"])
-    return *update_with(optimizer, grads, opt_state, params, **options), gate
+    weight = options["weight"] if optimizer.uses_weight else options.pop("weight")
+    return *optimizer.update(grads, opt_state, params, **options), Gate(True, options["step"], weight)
 
 
 def without_gate(function: Callable[..., Any], gated: Callable[..., Any] | None = None) -> Callable[..., Any]:
