@@ -311,6 +311,7 @@ def test_a_state_of_tracking_is_not_written_and_a_row_of_count_zero_begins_anew(
         assert torch.equal(outputs[1], fresh[1])  # whatever stands beside it, and however long
 
 
+@pytest.mark.compiles
 def test_steps_ensembles_and_compiled_steps_train_alike() -> None:
     batch = _batch()
     models = [_model("ttst", seed=seed) for seed in (1, 2)]
