@@ -300,6 +300,21 @@ def test_a_copy_of_a_subject_is_told_and_no_error(cli, data, tmp_path, name, of)
     assert (trained.code, trained.err.count(sentence)) == (0, 1)
 
 
+@pytest.mark.parametrize("of", [None, "signal", "fodf"])
+def test_harmonics_of_an_unnamed_function_are_told_by_info_a_dry_run_and_train(cli, data, tmp_path, of):
+    with File(data, "a") as file:
+        for subject in "abc":
+            file[f"{subject}/input"].attrs["sh_order"] = 2
+            if of is not None:
+                file[f"{subject}/input"].attrs["sh_of"] = of
+    num, sentence = int(of is None), ", taken for the signal's (no 'sh_of')"
+    assert cli("info", data).out.count(sentence) == num
+    train = ("train", tmp_path, "run", data, "--max-epochs", 1, "--rnn-layer-sizes", 2)
+    assert cli(*train, "--dry-run").err.count(f" 6 features{sentence}, " if num else sentence) == num
+    trained = cli(*train)
+    assert (trained.code, (trained.out + trained.err).count(sentence)) == (0, num)
+
+
 def test_labels_that_are_numbers_of_rows_fit_though_some_are_not_there(cli, data):
     with File(data, "a") as file:
         add_matrix(9, labels=LABELS)(file)

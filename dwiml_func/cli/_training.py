@@ -31,6 +31,7 @@ from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import direction_units
+from dwiml_func.data.spherical_harmonics import assumed_signal
 from dwiml_func.distributed.process_group import rank_zero_first
 from dwiml_func.distributed.sharding import ProcessGroup
 from dwiml_func.experiment.config import RunConfig
@@ -166,7 +167,8 @@ def describe_run(directory: Path, parts: RunParts) -> str:
             f"{parts.config.batches.nb_points} points each, {num_parameters} parameters. An autoencoder does not "
             "track: no window lag, no tracking scores"
             if parts.config.model.model == "autoencoder"
-            else f"{parts.nb_features} features, {num_parameters} parameters"
+            else f"{parts.nb_features} features{assumed_signal(parts.data.training.input_attributes)}, "
+            f"{num_parameters} parameters"
         )
         + ("" if is_cubic else ". Voxels are no cubes: directions, steps and noise are in mm along the voxel axes")
     )

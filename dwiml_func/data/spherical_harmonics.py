@@ -11,6 +11,7 @@ import numpy as np
 __all__ = [
     "DEFAULT_BASIS",
     "HARMONICS",
+    "assumed_signal",
     "half_sphere_directions",
     "harmonics_fault",
     "multi_tensor_signal",
@@ -54,6 +55,11 @@ def harmonics_fault(attributes: Mapping[str, Any], num_features: int) -> str | N
     if of not in _SH_OF:
         return f"attribute 'sh_of' is {of!r}. Expected one of {', '.join(_SH_OF)}"
     return None
+
+
+def assumed_signal(attributes: Mapping[str, Any]) -> str:
+    """Words on harmonics whose attributes do not say what they describe; "" for others."""
+    return ", taken for the signal's (no 'sh_of')" if "sh_order" in attributes and "sh_of" not in attributes else ""
 
 
 def half_sphere_directions(num: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary
 from dwiml_func.data.inspection.inspect import Inspection
-from dwiml_func.data.spherical_harmonics import DEFAULT_BASIS
+from dwiml_func.data.spherical_harmonics import DEFAULT_BASIS, assumed_signal
 
 __all__ = ["format_inspection"]
 
@@ -81,10 +81,7 @@ def _harmonics(attributes: Mapping[str, Any]) -> str:
         return ""
     named = f"spherical harmonics of order {attributes['sh_order']}, basis {attributes.get('sh_basis', DEFAULT_BASIS)}"
     legacy = ", dipy's legacy definition" if attributes.get("sh_legacy", False) else ""
-    of = {"signal": "", "fodf": ", of an fODF"}.get(
-        str(attributes.get("sh_of")), ", taken for the signal's (no 'sh_of')"
-    )
-    return named + legacy + of
+    return named + legacy + (", of an fODF" if attributes.get("sh_of") == "fodf" else assumed_signal(attributes))
 
 
 def _axes(summary: VolumeSummary) -> list[str]:
