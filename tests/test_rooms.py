@@ -1,9 +1,14 @@
 """The rules of the house: a room imports only rooms below it, a few do not see each other at all, modules are short."""
 
 import ast
+import re
+import sys
+import traceback
 from pathlib import Path
+from types import FrameType
 
 import dwiml_func
+from dwiml_func.core.step import train_step
 
 ROOT = Path(dwiml_func.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -83,3 +88,29 @@ def test_modules_import_only_public_names_of_others_and_no_private_modules_of_ot
             names = {alias.name for alias in node.names if f"{source}.{alias.name}" not in modules}
             wrong += [f"{name} imports {source}.{each}" for each in names - (public[source] or names)]
     assert wrong == []
+
+
+def test_the_way_from_the_command_to_the_step_is_the_one_in_the_guide(cli, tmp_path) -> None:
+    """At most 8 calls over 8 files; the loop's generator stands for `train_and_validate`, which makes it."""
+    way: list[tuple[str, str]] = []
+
+    def at_call(frame: FrameType, _event: str, _: object) -> None:
+        if frame.f_code is train_step.__code__:
+            sys.setprofile(None)
+            frames = [each for each, _ in traceback.walk_stack(frame)]
+            for code in (each.f_code for each in reversed(frames)):
+                if ROOT in (file := Path(code.co_filename)).parents:
+                    name = code.co_name.replace("_epochs", "train_and_validate")
+                    way.append((str(file.relative_to(ROOT.parent)), name))
+
+    data, options = Path(__file__).parent / "data" / "phantom.hdf5", ("--rnn-layer-sizes", "4", "--max-epochs", "1")
+    sys.setprofile(at_call)
+    try:
+        assert cli("train", tmp_path, "run", data, *options, "--batch-size-training", "40").code == 0
+    finally:
+        sys.setprofile(None)
+    guide = (ROOT.parent / "docs" / "own_model.md").read_text()
+    named = re.findall(r"^\d\. `(dwiml_func/\S+\.py)`: ((?:`\w+`(?:, )?)+)", guide, re.MULTILINE)
+    assert way == [(file, name) for file, names in named for name in re.findall(r"\w+", names)]
+    assert len(way) - 1 <= 8
+    assert len({file for file, _ in way}) <= 8

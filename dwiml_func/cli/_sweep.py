@@ -12,7 +12,7 @@ import torch
 from dwiml_func._checks import one_line
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._messages import pluralize, print_progress
-from dwiml_func.cli._training import train_one
+from dwiml_func.cli._training import new_run, train_with_progress
 from dwiml_func.cli.runs import format_runs
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.non_finite import NonFiniteError
@@ -71,7 +71,8 @@ def train_sweep(
             if any(process_group.gather(torch.tensor([int(is_done)]))):
                 continue
             try:
-                train_one(directory, name, config, process_group, deadline=deadline)
+                with new_run(directory, name, config, process_group) as start:
+                    train_with_progress(folder, *start, deadline)
             except NonFiniteError as error:
                 failed[name] = one_line(error)
                 print_progress(f"{name}: {failed[name]} The sweep continues.")

@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.lock import experiment_lock, same_folder
 from dwiml_func.writers.progress import Progress
 
-__all__ = ["TimeLimit", "describe_run", "describe_start", "print_end", "resume_one", "train_one", "train_with_progress"]
+__all__ = ["TimeLimit", "describe_run", "describe_start", "new_run", "print_end", "resumed_run", "train_with_progress"]
 
 _log = logging.getLogger(__name__)
 
@@ -72,28 +72,27 @@ def _seconds(duration: str) -> float:
     return sum(int(number or 0) * unit for number, unit in zip(found.groups(), (86400, 3600, 60, 1), strict=True))
 
 
-def train_one(
-    path: str | Path,
-    name: str,
-    config: RunConfig,
-    process_group: ProcessGroup,
-    *,
-    deadline: float | None = None,
-    init_from: str | None = None,
-) -> None:
-    """Train the experiment of a name, in processes that have joined; resume it where the same command began it."""
+@contextlib.contextmanager
+def new_run(
+    path: str | Path, name: str, config: RunConfig, process_group: ProcessGroup, *, init_from: str | None = None
+) -> Iterator[tuple[RunParts, TrainState | None, tuple[EpochReport, ...]]]:
+    """The parts, the state and the history of a new experiment, for `train_with_progress` within the block.
+
+    Processes that have joined make it together. Where the same command began it, it is resumed.
+    """
     directory = Path(path) / name
     is_again = process_group.rank == 0 and directory.exists()
     if any(process_group.gather(torch.tensor([int(is_again)]))):
         print_progress(f"{directory} exists, with this config: resuming it.")
-        resume_one(directory, process_group, given=config, may_have_ended=True, deadline=deadline)
+        with resumed_run(directory, process_group, given=config, may_have_ended=True) as resumed:
+            yield resumed
         return
     parts, state = prepare(config, process_group), None
     if init_from is not None:
         parts, state, report = initialize_from(parts, init_from)
         print_progress(f"{init_from}: {report}")
     if process_group.rank > 0:  # the first process writes
-        train_with_progress(directory, parts, state, (), deadline=deadline)
+        yield parts, state, ()
         return
     with experiment_lock(path, wait=True):
         if state is None:
@@ -101,14 +100,20 @@ def train_one(
         else:
             create_initialized(path, name, parts, state)
     with experiment_lock(directory):
-        train_with_progress(directory, parts, state, (), deadline=deadline)
+        yield parts, state, ()
 
 
-def resume_one(directory: Path, process_group: ProcessGroup, *, deadline: float | None = None, **options: Any) -> None:
-    """Resume a run; `options` are those of `resume_experiment`. With `may_have_ended`, one that has is summarized."""
+@contextlib.contextmanager
+def resumed_run(
+    directory: Path, process_group: ProcessGroup, **options: Any
+) -> Iterator[tuple[RunParts, TrainState, tuple[EpochReport, ...]]]:
+    """What `resume_experiment` gives with these options, for `train_with_progress` within the block.
+
+    With `may_have_ended`, a run that has is summarized.
+    """
     resume = partial(resume_experiment, directory, process_group=process_group, **options)
     with experiment_lock(directory) if process_group.rank == 0 else contextlib.nullcontext():
-        train_with_progress(directory, *rank_zero_first(process_group, resume), deadline=deadline)
+        yield rank_zero_first(process_group, resume)
 
 
 def train_with_progress(
@@ -116,7 +121,6 @@ def train_with_progress(
     parts: RunParts,
     state: TrainState | None,
     history: tuple[EpochReport, ...],
-    *,
     deadline: float | None = None,
 ) -> None:
     """Train from `state`, after `history`, until `deadline`, with bars and a line per epoch; evaluate and summarize."""

@@ -73,7 +73,7 @@ def run(options: Options) -> int:
         )
         start = (directory, fork.parts, fork.state, fork.checkpoint.history)
         if process_group.rank > 0:  # the first process writes
-            train_with_progress(*start, deadline=deadline)
+            train_with_progress(*start, deadline)
             return 0
         with experiment_lock(experiments_path, wait=True):
             create_fork(experiments_path, options.new_name, fork)
@@ -84,5 +84,5 @@ def run(options: Options) -> int:
                 "\n  ".join([f"{directory}: forked from {source}, checkpoint {fork.checkpoint.name}", *changes])
             )
             repair_experiment(*start)
-            train_with_progress(*start, deadline=deadline)
+            train_with_progress(*start, deadline)
     return 0

@@ -10,7 +10,7 @@ import tyro
 
 from dwiml_func.cli._ensemble import resume_members
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.cli._training import TimeLimit, resume_one
+from dwiml_func.cli._training import TimeLimit, resumed_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.folder import experiment_directory, is_ensemble, read_config
@@ -69,5 +69,6 @@ def run(options: Options) -> int:
     use_gpu = read_config(directory).training.use_gpu  # before the lock makes a file there
     with join_process_group("cuda" if use_gpu else "cpu") as process_group:
         may_have_ended = not is_whole(directory)  # a kill may have come before the evaluation or the figure
-        resume_one(directory, process_group, deadline=deadline, may_have_ended=may_have_ended, **changes)
+        with resumed_run(directory, process_group, may_have_ended=may_have_ended, **changes) as start:
+            train_with_progress(directory, *start, deadline)
     return 0

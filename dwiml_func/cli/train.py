@@ -27,7 +27,7 @@ from dwiml_func.cli._run_options import (
     read_config_part,
 )
 from dwiml_func.cli._sweep import check_sweep, describe_sweep, train_sweep
-from dwiml_func.cli._training import TimeLimit, describe_run, train_one
+from dwiml_func.cli._training import TimeLimit, describe_run, new_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in
 from dwiml_func.experiment.config import ModelConfig
 from dwiml_func.experiment.folder import experiment_directory
@@ -184,7 +184,8 @@ def run(options: Options) -> int:
         return 0
     with join_process_group("cuda" if config.training.use_gpu else "cpu") as process_group:
         path, name = options.experiments_path, options.experiment_name
-        train_one(path, name, config, process_group, deadline=deadline, init_from=options.init_from)
+        with new_run(path, name, config, process_group, init_from=options.init_from) as start:
+            train_with_progress(directory, *start, deadline)
     return 0
 
 
