@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from dwiml_func.core.early_stopping import Best, Mode, should_stop, update_best
-from dwiml_func.core.metrics import read_means
-from dwiml_func.types import Metrics
+from dwiml_func.core.early_stopping import Best
 
-__all__ = ["EpochReport", "Validation", "check_monitor", "judge_epoch"]
+__all__ = ["EpochReport", "Validation", "check_monitor"]
 
 
 class Validation(NamedTuple):
@@ -102,65 +100,6 @@ class EpochReport:
             return {}
         within = {validation.batch: validation.means for validation in self.validations}
         return within.get(self.best.batch, self.valid or self.train)
-
-
-def judge_epoch(
-    best: Best,
-    *,
-    epoch: int,
-    rates: Sequence[float],
-    train_sums: Metrics,
-    valid_sums: Metrics,
-    max_epochs: int | None,
-    patience: int | None,
-    patience_delta: float,
-    minutes: tuple[float, float],
-    earlier_sums: Metrics,
-    has_validation: bool,
-    monitor: str,
-    mode: Mode,
-    batch: int = 0,
-    validations: tuple[Validation, ...] = (),
-) -> EpochReport:
-    """Report an epoch from its sums: the means, whether it is the best epoch, whether the run ends.
-
-    `rates` are the learning rates of the steps, or the one of all. `earlier_sums` is the part of `train_sums` from
-    before the clock started. An epoch without validation is not judged where the run has validations. With `batch`, a
-    validation within the epoch is reported.
-    """
-    train_means, valid_means = read_means(train_sums), read_means(valid_sums)
-    if "loss" not in train_sums:
-        raise ValueError("Expected a step that adds its sums to state.sums, loss among them. Received: one without.")
-    num_points = float(train_sums["loss"].weight)
-    means = valid_means if has_validation else train_means
-    if means:
-        check_monitor(monitor, means)
-        best = update_best(best, means[monitor], epoch, patience_delta=patience_delta, mode=mode, batch=batch)
-        if batch:
-            validations = (*validations, Validation(batch, valid_means, rates[-1]))
-    return EpochReport(
-        epoch=epoch,
-        learning_rate=rates[-1],
-        train=train_means,
-        valid=valid_means,
-        num_batches=int(train_sums["grad_norm"].weight) if "grad_norm" in train_sums else 0,
-        num_points=num_points,
-        best=best,
-        is_best=(best.epoch, best.batch) == (epoch, batch),
-        stop="patience"
-        if should_stop(best, patience)
-        else "max_epochs"
-        if max_epochs is not None and epoch >= max_epochs and not batch
-        else None,
-        train_minutes=minutes[0],
-        valid_minutes=minutes[1],
-        timed_points=num_points - float(earlier_sums["loss"].weight) if earlier_sums else None,
-        learning_rate_min=min(rates) if len(set(rates)) > 1 else None,
-        learning_rate_max=max(rates) if len(set(rates)) > 1 else None,
-        batch=batch,
-        monitor=monitor,
-        validations=validations,
-    )
 
 
 def check_monitor(monitor: str, names: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from dwiml_func.core.gradients import is_differentiated
 from dwiml_func.core.interval import Interval, validation_interval
 from dwiml_func.core.loop_options import LoopOptions, OnReport, Track
 from dwiml_func.core.rates import Step, epoch_rates, next_plateau, with_rate
-from dwiml_func.core.report import EpochReport, judge_epoch
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState, check_state
 from dwiml_func.types import Metrics, Schedule
 
@@ -175,19 +175,13 @@ class _Epoch:
         options, trained_at = self.options, self.options.clock()
         train_minutes = (trained_at - self.started_at - paused) / 60
         judge = partial(
-            judge_epoch,
+            options.judge,
             done.best,
             epoch=self.start.epoch + 1,
+            batch=done.batch,
             rates=self._rates(last),
             train_sums=sums,
             earlier_sums=self.start.sums,
-            has_validation=options.valid is not None,
-            monitor=options.monitor,
-            mode=options.mode,
-            max_epochs=options.max_epochs,
-            patience=options.patience,
-            patience_delta=options.patience_delta,
-            batch=done.batch,
             validations=last.validations,
         )
         is_due = done.batch > 0 or self.every.due_after_epoch(done.epoch)

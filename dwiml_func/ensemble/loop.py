@@ -15,11 +15,11 @@ from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import check_has_batch
 from dwiml_func.core.interval import Interval, validation_interval
-from dwiml_func.core.loop_options import check_options
+from dwiml_func.core.loop_options import LoopOptions
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import location
 from dwiml_func.core.rates import counts_steps, epoch_rates, next_plateau
-from dwiml_func.core.report import EpochReport, judge_epoch
+from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.ensemble.state import EnsembleState, member_sums
 from dwiml_func.optim.schedules import value_at
@@ -118,15 +118,13 @@ def train_and_validate_ensemble(
         1 True
         2 True
     """
-    check_options(
-        train=train, step=step, valid=valid, eval_step=eval_step, on_batch=on_batch, interrupt=interrupt, mode=mode,
-        validate_every=validate_every, max_epochs=max_epochs,
-        patience=patience, patience_delta=patience_delta,
+    each: Any = list(learning_rate) if isinstance(learning_rate, Sequence) else [learning_rate] * len(ensemble)
+    options = LoopOptions(
+        train=train, step=step, valid=valid, eval_step=eval_step, learning_rate=each, max_epochs=max_epochs,
+        patience=patience, patience_delta=patience_delta, monitor=monitor, mode=mode, validate_every=validate_every,
+        on_batch=on_batch, interrupt=interrupt, clock=clock,
     )  # fmt: skip
     every = validation_interval(validate_every)
-    each: list[float | Schedule] = (
-        list(learning_rate) if isinstance(learning_rate, Sequence) else [learning_rate] * len(ensemble)
-    )
     if len(each) != len(ensemble):
         raise ValueError(f"Expected {len(ensemble)} learning rates, one for each member. Received: {len(each)}")
     trained = ensemble  # after the last training batch
@@ -167,9 +165,10 @@ def train_and_validate_ensemble(
                 valid_sums = member_sums(evaluated, len(ensemble))
             train_minutes = (trained_at - start - in_validation) / 60
             reports = {
-                number: judge_epoch(
+                number: options.judge(
                     ensemble.best[number],
                     epoch=epoch + 1,
+                    batch=ensemble.batch,
                     rates=epoch_rates(
                         each[number],
                         first_step=first_step,
@@ -179,16 +178,9 @@ def train_and_validate_ensemble(
                         plateau=ensemble.plateau[number],
                     ),
                     train_sums=train_sums[number],
-                    valid_sums=valid_sums[number],
-                    max_epochs=max_epochs,
-                    patience=patience,
-                    patience_delta=patience_delta,
-                    minutes=(train_minutes, (in_validation + clock() - trained_at) / 60),
                     earlier_sums=earlier_sums[number],
-                    has_validation=valid is not None,
-                    monitor=monitor,
-                    mode=mode,
-                    batch=ensemble.batch,
+                    valid_sums=valid_sums[number],
+                    minutes=(train_minutes, (in_validation + clock() - trained_at) / 60),
                     validations=ensemble.validations[number],
                 )
                 for number, is_active in enumerate(still)
