@@ -34,7 +34,7 @@ from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.dataset import DatasetIndex
 from dwiml_func.data.device_data import copy_to_device, make_on_device, plan_batch
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.data.padding import length_step, with_fixed_shape, with_padded_length
+from dwiml_func.data.padding import padded_lengths, with_fixed_shape, with_padded_length
 from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import cut_batch
@@ -172,7 +172,7 @@ class Plans:
         self, case: Case, dataset: StreamlineDataset, plan: Callable[..., StreamlineBatch], *, pin: bool, fill: bool
     ) -> None:
         self._case, self._dataset, self._plan, self._pin, self._fill = case, dataset, plan, pin, fill
-        self._step = length_step([dataset], Resampling())
+        self._lengths = padded_lengths([dataset], Resampling())
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -181,7 +181,7 @@ class Plans:
         rng = np.random.default_rng(3)
         for number in itertools.count():
             ids = rng.permutation(self._dataset.index.num_total)[: self._case.num_streamlines]
-            batch = with_padded_length(self._plan(BatchRequest(ids, Key(1), 0, number)), self._step)
+            batch = with_padded_length(self._plan(BatchRequest(ids, Key(1), 0, number)), self._lengths)
             batch = with_fixed_shape(batch) if self._fill else batch
             yield batch.pin_memory() if self._pin else batch
 
@@ -222,7 +222,7 @@ def measure_case(case: Case, device: torch.device, tiny: bool) -> dict[str, Meas
     if case.rnn_key is not None:
         batch = with_padded_length(
             load_batch(BatchRequest(np.arange(case.num_streamlines), Key(1), 0, 0), dataset=dataset, spec=LoaderSpec()),
-            1,
+            (1,),
         ).to(device)
         variants[PACKED] = usual_loop(case, batch, packed=True)
         variants[PADDED] = usual_loop(case, batch, packed=False)
@@ -315,7 +315,7 @@ def measure_ensembles(device: torch.device, tiny: bool) -> dict[str, Measured]:
     """One step of all members, for a few numbers of members."""
     on_device = tuple(part.to(device) for part in mlp_batch())
     lines = streamlines()
-    lines = with_padded_length((cut_batch(lines, 12)[0] or lines) if tiny else lines, 1).to(device)
+    lines = with_padded_length((cut_batch(lines, 12)[0] or lines) if tiny else lines, (1,)).to(device)
     numbers = ((1, 2), (1, 2)) if tiny else ((1, 8, 64), (1, 16))
     kinds: Any = (
         ("MLPs", make_mlp, squared_error, on_device),
@@ -407,7 +407,7 @@ def loss_difference(device: torch.device, tiny: bool) -> float:
     with torch.no_grad():
         expected, *_ = compute_batch_loss(model, load_batch(request, dataset=dataset, spec=spec))
         data = copy_to_device(dataset, spec, device)
-        plan = with_padded_length(plan_batch(request, data=data, spec=spec), 1).to(device)
+        plan = with_padded_length(plan_batch(request, data=data, spec=spec), (1,)).to(device)
         batch: Any = make_on_device(plan, data=data, spec=spec)
         loss, *_ = compute_batch_loss(model.to(device), replace(batch))
     return abs(loss.item() - expected.item()) / abs(expected.item())

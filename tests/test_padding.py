@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from experiment_cases import CONFIG
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import module_loss
 from dwiml_func.core.state import init_state
@@ -24,10 +26,13 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.data.padding import NUM_LENGTHS, length_step, with_fixed_shape, with_padded_length
+from dwiml_func.data.padding import NUM_LENGTHS, padded_lengths, with_fixed_shape, with_padded_length
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.experiment.batches import make_batches, open_data
+from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.run import run_experiment
+from dwiml_func.experiment.setup import prepare
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.models.rnn import stacked
 from dwiml_func.models.rnn.cudnn import cudnn_scan
@@ -120,7 +125,7 @@ def test_a_padded_batch_gives_the_loss_and_gradients_of_a_packed_one(name: str, 
         model.direction_getter = Learn2Track(
             3, rnn_layer_sizes=(model.direction_getter.input_size,), dg_args={"add_eos": True}
         ).direction_getter
-    padded = with_padded_length(batch, 5)
+    padded = with_padded_length(batch, (5,))
     assert padded.padded_length is not None
     assert 0 <= padded.padded_length - int(batch.input_offsets.diff().max()) < 5
     filled = with_fixed_shape(padded)
@@ -140,7 +145,7 @@ def test_a_step_on_a_padded_batch_waits_for_no_device(name: str, monkeypatch: py
     offsets, numbers = _offsets(tuple(length + 1 for length in LENGTHS)), torch.arange(len(LENGTHS))
     points, inputs = torch.zeros(int(offsets[-1]), 3), torch.zeros(sum(LENGTHS), 6)
     batch = StreamlineBatch(points=points, offsets=offsets, subject=numbers, ids=numbers, inputs=inputs)
-    batch = with_padded_length(batch, 5)
+    batch = with_padded_length(batch, (5,))
     filled, batch = with_fixed_shape(batch).to("meta"), batch.to("meta")
     model = MODELS[name](batch.inputs.shape[1]).to("meta")
     fixed = {"loss_fn": module_loss(model, compute_batch_loss), "optimizer": adam(), "clip_grad": 1.0}
@@ -161,24 +166,31 @@ def test_a_step_on_a_padded_batch_waits_for_no_device(name: str, monkeypatch: py
 
 def test_there_are_few_lengths_and_a_batch_alone_decides_its_own() -> None:
     dataset = _dataset()
-    step, longest = length_step([dataset], Resampling()), int(dataset.streamlines.lengths.max())
-    lengths = {with_padded_length(_batch(num=num), step).padded_length for num in range(1, 40, 3)}
-    assert all(length is not None and length % step == 0 for length in lengths)
-    assert len(lengths) <= NUM_LENGTHS
-    assert longest <= NUM_LENGTHS * step < longest + NUM_LENGTHS
-    assert length_step([dataset], Resampling(nb_points=81)) == 11
+    known, longest = padded_lengths([dataset], Resampling()), int(dataset.streamlines.lengths.max())
+    step = known[0]
+    assert known == tuple(step * number for number in range(1, NUM_LENGTHS + 1))
+    assert longest <= known[-1] < longest + NUM_LENGTHS
+    for num in range(1, 40, 3):
+        batch, own = _batch(num=num), int(_batch(num=num).input_offsets.diff().max())
+        length = with_padded_length(batch, known).padded_length
+        assert length in known
+        assert own <= length < own + step
+    own = int(_batch().input_offsets.diff().max())
+    assert with_padded_length(_batch(), (2, own - 1, own, own + 1)).padded_length == own
+    assert with_padded_length(_batch(), (own - 1,)).padded_length == 2 * (own - 1)
+    assert padded_lengths([dataset], Resampling(nb_points=81)) == tuple(range(11, 89, 11))
     mm = dataset.index.lengths_mm
     assert mm is not None
-    assert length_step([dataset], Resampling(step_size=0.1)) == -(-(round(mm.max() / 0.1) + 1) // NUM_LENGTHS)
+    assert padded_lengths([dataset], Resampling(step_size=0.1))[0] == -(-(round(mm.max() / 0.1) + 1) // NUM_LENGTHS)
 
 
 def test_a_model_with_a_largest_length_pads_to_no_more_and_shards_have_their_own() -> None:
     batch = _batch()
     longest = int(batch.input_offsets.diff().max())
-    assert with_padded_length(batch, 1000).padded_length == 1000
-    assert with_padded_length(batch, 1000, max_len=longest + 2).padded_length == longest + 2
-    assert with_padded_length(batch, 1000, max_len=longest - 1).padded_length == longest  # the model refuses it
-    shards = with_padded_length(cut_batch(batch, 3), 1)
+    assert with_padded_length(batch, (1000,)).padded_length == 1000
+    assert with_padded_length(batch, (1000,), max_len=longest + 2).padded_length == longest + 2
+    assert with_padded_length(batch, (1000,), max_len=longest - 1).padded_length == longest  # the model refuses it
+    shards = with_padded_length(cut_batch(batch, 3), range(1, 100))
     own = [int(shard.input_offsets.diff().max()) for shard in shards if shard is not None]
     assert [shard.padded_length for shard in shards if shard is not None] == own
 
@@ -193,3 +205,32 @@ def test_a_run_pads_when_it_is_told_to_and_on_the_cpu_not_by_itself() -> None:
         lengths[choice] = [batch.padded_length for batch in (*train(key, 0, 0), *valid(key, 0, 0))]
     assert set(lengths["auto"]) == set(lengths["off"]) == {None}
     assert None not in lengths["on"]
+
+
+def test_a_run_records_its_lengths_and_a_resume_takes_and_compares_them(cli: Any, tmp_path: Path) -> None:
+    train = ("train", tmp_path, "run", PHANTOM, "--pad-batches", "on", "--rnn-layer-sizes", "4", "--max-epochs", "1")
+    assert cli(*train, "--skip-window-lag").code == 0
+    path, lengths = tmp_path / "run" / "config.json", padded_lengths([_dataset()], Resampling())
+    config = read_config(tmp_path / "run")
+    assert config.padded_lengths is not None
+    assert config.padded_lengths[-1] >= lengths[-1]  # the validation subjects count too
+    train_batches, *_ = make_batches(replace(config, padded_lengths=(3, 77)), open_data(config), torch.device("cpu"))
+    key: Any = init_state(torch.nn.Linear(1, 1), adam(), seed=0).key
+    assert {batch.padded_length for batch in train_batches(key, 0, 0)} <= {3, 77}  # not computed anew
+    assert cli(*train, "--skip-window-lag").code == 0  # the same command finds the same run
+    text = path.read_text()
+    path.write_text(json.dumps(json.loads(text) | {"padded_lengths": [3, 77]}))
+    refused = cli("resume", tmp_path, "run", "--new-max-epochs", "2")
+    assert refused.code == 2
+    assert f"padded_lengths [3, 77], recorded {list(config.padded_lengths)}" in refused.err
+    path.write_text(text)
+    assert cli("resume", tmp_path, "run", "--new-max-epochs", "2").code == 0
+
+    old = replace(config, padded_lengths=None)  # as an earlier version recorded it
+    directory = create_experiment(tmp_path, "old", old)
+    list(run_experiment(directory, prepare(old)))
+    (directory / "config.json").write_text(
+        json.dumps({k: v for k, v in json.loads(text).items() if k != "padded_lengths"})
+    )
+    assert cli("resume", tmp_path, "old", "--new-max-epochs", "2").code == 0
+    assert len({read(tmp_path / name, "2").digest for name in ("run", "old")}) == 1

@@ -29,9 +29,9 @@ def train_members(
     experiments_path: str, experiment_name: str, configs: Sequence[RunConfig], deadline: float | None = None
 ) -> None:
     """Make an ensemble and train it, with a line per member and epoch."""
-    members = prepare_ensemble(configs)
+    members = [parts.as_new() for parts in prepare_ensemble(configs)]
     with experiment_lock(experiments_path, wait=True):
-        directory = create_ensemble(experiments_path, experiment_name, configs)
+        directory = create_ensemble(experiments_path, experiment_name, [parts.config for parts in members])
     with _locks(directory, len(configs)):
         failed = _train(directory, members, None, [()] * len(configs), deadline)
     _summarize(directory, failed)

@@ -68,7 +68,7 @@ class RunOptions:
 def read_config_part(path: str | Path, base: RunOptions) -> tuple[RunOptions, str | None]:
     """Read a `config.json`, or a part of one, on top of `base`. Returns the options, and the dataset if it names one.
 
-    `origin`, which a forked run has, is left out.
+    `origin` and `padded_lengths`, which are recorded and no options, are left out.
     """
     source = f"--config {path}"
     if not Path(path).is_file():
@@ -76,7 +76,8 @@ def read_config_part(path: str | Path, base: RunOptions) -> tuple[RunOptions, st
     given = parse_json(read_config_file(Path(path), source=source), source=source)
     if not isinstance(given, dict):
         raise ValueError(f"{source}: Expected a JSON object. Received: {truncated_repr(given)}.")
-    given.pop("origin", None)
+    for name in ("origin", "padded_lengths"):
+        given.pop(name, None)
     merged = {"hdf5_file": "", **asdict(base)}
     for name, value in given.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)

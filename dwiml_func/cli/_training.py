@@ -87,7 +87,7 @@ def new_run(
         with resumed_run(directory, process_group, given=config, may_have_ended=True) as resumed:
             yield resumed
         return
-    parts, state = prepare(config, process_group), None
+    parts, state = prepare(config, process_group).as_new(), None
     if init_from is not None:
         parts, state, report = initialize_from(parts, init_from)
         print_progress(f"{init_from}: {report}")
@@ -96,7 +96,7 @@ def new_run(
         return
     with experiment_lock(path, wait=True):
         if state is None:
-            create_experiment(path, name, config)
+            create_experiment(path, name, parts.config)
         else:
             create_initialized(path, name, parts, state)
     with experiment_lock(directory):

@@ -6,7 +6,7 @@ Few lengths also mean few CUDA graphs and few plans of cuDNN.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -19,22 +19,23 @@ from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.resampling import Resampling, steps_for
 from dwiml_func.data.shards import ShardedBatch
 
-__all__ = ["NUM_LENGTHS", "length_step", "with_fixed_shape", "with_padded_length"]
+__all__ = ["NUM_LENGTHS", "padded_lengths", "with_fixed_shape", "with_padded_length"]
 
 NUM_LENGTHS = 8
-"""Into how many steps the longest streamline is divided. Padding adds one step at most."""
+"""How many lengths there are. Padding adds the shortest of them at most."""
 
 Batch = TypeVar("Batch", StreamlineBatch, ShardedBatch)
 
 
-def length_step(datasets: Iterable[StreamlineDataset], resampling: Resampling) -> int:
-    """The number of rows of which padded lengths are multiples: an eighth of the longest streamline, rounded up."""
+def padded_lengths(datasets: Iterable[StreamlineDataset], resampling: Resampling) -> tuple[int, ...]:
+    """The lengths of all batches: multiples of an eighth of the longest streamline, rounded up."""
     longest = max((_longest(dataset, resampling) for dataset in datasets if dataset.index.num_total), default=1)
-    return -(-longest // NUM_LENGTHS)
+    step = -(-longest // NUM_LENGTHS)
+    return tuple(range(step, (NUM_LENGTHS + 1) * step, step))
 
 
 def _longest(dataset: StreamlineDataset, resampling: Resampling) -> int:
-    """Points of the longest streamline, to rounding: what is longer is padded to the next multiple all the same."""
+    """Points of the longest streamline, to rounding: what is longer is padded to a further multiple."""
     if resampling.nb_points is not None:
         return resampling.nb_points
     lengths_mm, step_size = dataset.index.lengths_mm, resampling.step_size
@@ -43,16 +44,17 @@ def _longest(dataset: StreamlineDataset, resampling: Resampling) -> int:
     return int(dataset.streamlines.lengths.max())
 
 
-def with_padded_length(batch: Batch, step: int, max_len: int | None = None) -> Batch:
-    """A batch on the host, or its shards, with the `padded_length` of its longest streamline: a multiple of `step`.
+def with_padded_length(batch: Batch, lengths: Sequence[int], max_len: int | None = None) -> Batch:
+    """A batch on the host, or its shards, with a `padded_length`: the first of `lengths` that fits its streamlines.
 
-    A model that reads `max_len` rows at most pads to no more, unless a streamline has more: the model then says so.
+    Where none does, it is a multiple of the first. A model that reads `max_len` rows at most pads to no more, unless a
+    streamline has more: the model then says so.
     """
     if isinstance(batch, ShardedBatch):
-        own = (None if shard is None else with_padded_length(shard, step, max_len) for shard in batch)
+        own = (None if shard is None else with_padded_length(shard, lengths, max_len) for shard in batch)
         return ShardedBatch(tuple(own), batch.ids)
     longest = int(batch.input_offsets.diff().max())
-    length = max(-(-longest // step), 1) * step
+    length = next((own for own in lengths if own >= longest), -(-longest // lengths[0]) * lengths[0])
     return replace(batch, padded_length=length if max_len is None else min(length, max(longest, max_len)))
 
 

@@ -20,7 +20,7 @@ from dwiml_func.data.device_data import DeviceData, copy_to_device, device_bytes
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
 from dwiml_func.data.neighborhood import check_cubic_voxels
-from dwiml_func.data.padding import length_step, with_fixed_shape, with_padded_length
+from dwiml_func.data.padding import padded_lengths, with_fixed_shape, with_padded_length
 from dwiml_func.data.prefetch import Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling, steps_for
 from dwiml_func.data.shards import cut_batch
@@ -28,7 +28,16 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.files.fingerprint import size_and_time
 from dwiml_func.models.config import check_getter_for_compressed
 
-__all__ = ["RunData", "check_usable", "first_batch", "loader_spec", "make_batches", "open_data", "sampled_batch"]
+__all__ = [
+    "RunData",
+    "check_usable",
+    "first_batch",
+    "loader_spec",
+    "make_batches",
+    "open_data",
+    "sampled_batch",
+    "with_padded_lengths",
+]
 
 _MOST_SAMPLED = 1000
 _MOST_OF_FREE = 0.5  # how much of a device's free memory the data may take
@@ -82,7 +91,7 @@ def make_batches(config: RunConfig, data: RunData, device: torch.device) -> tupl
     """Make the sources of training, validation and evaluation batches; of the validation None without its subjects."""
     num_shards, num_workers = config.training.num_shards, config.batches.processes
     sampler = config.batches.sampler("validation")
-    prepare, copies = _preparation(config, data, device), _copies_on_device(config, data, device)
+    prepare, copies = _preparation(config, data), _copies_on_device(config, data, device)
 
     def load(num_shards: int, **plan: Any) -> SizedBatches[Any]:
         spec, copy = plan["loader_spec"], copies.get(plan["dataset"])
@@ -125,17 +134,24 @@ def first_batch(config: RunConfig, data: RunData, device: torch.device) -> Strea
     plan = _training_plan(config, data, Key(config.training.rng))
     batch, num_shards = next(iter(epoch_batches(**plan, epoch=0))), config.training.num_shards
     batch = cut_batch(batch, num_shards)[0] or batch if num_shards > 1 else batch
-    prepare = _preparation(config, data, device)
+    prepare = _preparation(config, data)
     return (batch if prepare is None else prepare(batch)).to(device)
 
 
-def _preparation(config: RunConfig, data: RunData, device: torch.device) -> Callable[[Any], Any] | None:
+def with_padded_lengths(config: RunConfig, data: RunData) -> RunConfig:
+    """The config of a new run, with the lengths to which it pads its batches, if it does."""
+    if not config.training.pads or config.padded_lengths is not None:
+        return config
+    lengths = padded_lengths((data.training, data.validation), config.batches.resampling)
+    return replace(config, padded_lengths=lengths)
+
+
+def _preparation(config: RunConfig, data: RunData) -> Callable[[Any], Any] | None:
     """What is added to batches while they are on the host; None for nothing."""
-    padding = config.training.pad_batches
-    if padding == "off" or (padding == "auto" and device.type == "cpu"):
+    lengths = with_padded_lengths(config, data).padded_lengths  # runs of earlier versions have not recorded them
+    if not config.training.pads or lengths is None:
         return None
-    step = length_step((data.training, data.validation), config.batches.resampling)
-    prepare = partial(with_padded_length, step=step, max_len=config.model.max_len)
+    prepare = partial(with_padded_length, lengths=lengths, max_len=config.model.max_len)
     if config.training.captures and config.model.model != "autoencoder":  # whose batches have few shapes anyway
         return lambda batch: with_fixed_shape(prepare(batch))
     return prepare

@@ -110,7 +110,11 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The complete config of a run; `origin` is None unless it was forked."""
+    """The complete config of a run.
+
+    `origin` is None unless it was forked. `padded_lengths` are the lengths to which its batches are padded, fixed by
+    its dataset when it started; None for a run that does not pad.
+    """
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -122,8 +126,11 @@ class RunConfig:
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     origin: Origin | None = None
+    padded_lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.padded_lengths is not None:
+            check_number("padded_lengths", min(self.padded_lengths, default=0), at_least=1)
         if self.model.model == "autoencoder":
             _check_training_of_autoencoder(self.training, self.model)
             if self.batches.nb_points is None and self.batches.step_size is None and self.batches.compress is None:

@@ -116,7 +116,7 @@ def prepare_fork(
         digest=state_digest(checkpoint.state),
         start_digest=state_digest(state),
     )
-    parts = make_parts(replace(config, origin=origin), parts.data, process_group)
+    parts = make_parts(replace(config, origin=origin), parts.data, process_group).as_new()
     return Fork(parts=parts, checkpoint=checkpoint, state=state, data=data, best_state=best_state, notes=tuple(notes))
 
 

@@ -144,6 +144,7 @@ def with_same_results(config: RunConfig, given: RunConfig | None) -> RunConfig:
 
 def _check_same(directory: Path, member: Path, config: RunConfig, *, init_from: str | None = None) -> None:
     recorded = read_config(member)
+    config = replace(config, padded_lengths=recorded.padded_lengths)
     if not config.training.skip_batches:  # a resume may have added some
         config = replace(config, training=replace(config.training, skip_batches=recorded.training.skip_batches))
     if init_from is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -34,7 +34,14 @@ from dwiml_func.distributed.sharding import (
     sharded_loss,
     sharded_value_and_grad,
 )
-from dwiml_func.experiment.batches import RunData, first_batch, make_batches, open_data, sampled_batch
+from dwiml_func.experiment.batches import (
+    RunData,
+    first_batch,
+    make_batches,
+    open_data,
+    sampled_batch,
+    with_padded_lengths,
+)
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.model_store import check_memory
 from dwiml_func.experiment.optimizers import apply_rules, configured_optimizer
@@ -89,6 +96,10 @@ class RunParts:
             "learning_rate": training.schedule,
             **training.judging,
         }
+
+    def as_new(self) -> RunParts:
+        """The parts of a new run, whose config records the lengths of its padded batches."""
+        return replace(self, config=with_padded_lengths(self.config, self.data))
 
     def first_state(self) -> TrainState:
         """A new first state, in memory that no other shares."""

@@ -152,6 +152,11 @@ class TrainingConfig:
         return self.num_threads if self.num_shards == 1 else 1
 
     @property
+    def pads(self) -> bool:
+        """Whether batches are padded to one of few lengths."""
+        return self.pad_batches == "on" or (self.pad_batches == "auto" and self.use_gpu)
+
+    @property
     def captures(self) -> bool:
         """Whether training steps are CUDA graphs, which need batches of few shapes."""
         return self.compile and self.use_gpu and self.num_shards == 1

@@ -41,7 +41,7 @@ def run_labels(directories: Sequence[Path], configs: Sequence[Mapping[str, Any]]
     """
     options = [
         {name: value for name, value in own.items() if _matters(name)}
-        for own in distinguishing([{**config, "origin": None} for config in configs])
+        for own in distinguishing([{**config, "origin": None, "padded_lengths": None} for config in configs])
     ]
     order = _in_order(options)
     return [
