@@ -521,6 +521,8 @@ def test_members_that_do_not_fit_together_are_refused():
         ensemble_step(ensemble, batch, loss_fn=LOSS, optimizer=adam(), lr=0.1, clip_grad=0.0)
     with pytest.raises(ValueError, match="Expected 2 learning rates, one for each member"):
         together(ensemble, optimizer=adam(), lr=[0.1])
+    with pytest.raises(TypeError, match=r"Expected learning_rate: a function \(count\)"):
+        together(ensemble, optimizer=adam(), lr=[0.1, lambda epoch, step: 0.1])
     with pytest.raises(ValueError, match="scalar loss"):
         ensemble_step(ensemble, batch, loss_fn=rowwise, optimizer=adam(), lr=0.1)
     with pytest.raises(ValueError, match="depends on the parameters"):

@@ -48,14 +48,21 @@ def test_the_speed_of_an_epoch_that_was_resumed_can_be_computed(tmp_path):
     jsonl(tmp_path)(resumed)
     row = json.loads((tmp_path / "logs" / "metrics.jsonl").read_text())
     assert row["num_points"] == 30.0
+    assert not any(name.startswith("learning_rate_") for name in row)
     assert row["points_in_train_minutes"] / row["train_minutes"] / 60 == resumed.points_per_second
 
 
+def test_the_range_of_a_rate_that_changes_within_an_epoch_is_there(tmp_path):
+    jsonl(tmp_path)(report(1, learning_rate=0.25, learning_rate_min=0.125, learning_rate_max=0.5))
+    (row,) = rows(tmp_path)
+    assert [row[f"learning_rate{each}"] for each in ("", "_min", "_max")] == [0.25, 0.125, 0.5]
+
+
 def test_there_is_one_line_per_epoch(tmp_path):
-    write = jsonl(tmp_path)
+    write = jsonl(tmp_path / "new")
     write(report(1), report(2))
     write(report(3))
-    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2, 3]
+    assert [row["epoch"] for row in rows(tmp_path / "new")] == [1, 2, 3]
 
 
 def test_what_is_not_finite_is_null(tmp_path):

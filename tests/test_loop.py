@@ -23,7 +23,8 @@ from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.optim.optimizers import adam, sgd
-from dwiml_func.optim.schedules import per_epoch
+from dwiml_func.optim.plateau import reduce_on_plateau
+from dwiml_func.optim.schedules import per_epoch, per_step
 
 with torch_rng(Key(12)):
     DATA = torch.randn(23, 3)
@@ -90,6 +91,9 @@ def scripted(losses: list[float], valid: list[float] | None = None) -> dict[str,
         "learning_rate": 0.1,
         "max_epochs": len(losses),
     }
+
+
+TWO_COUNTS: Any = math.pow  # a function of two numbers
 
 
 def scripted_state() -> TrainState:
@@ -523,6 +527,10 @@ def test_a_state_that_a_script_has_spoilt_is_refused_at_the_call_and_when_it_is_
         ({"eval_step": 3}, "Expected eval_step: a function (state, batch)"),
         ({"on_batch": lambda state: None}, "Expected on_batch: a function (state, sums)"),
         ({"interrupt": True}, "Expected interrupt: a function (). Received: bool."),
+        *[
+            ({"learning_rate": each}, "Expected learning_rate: a function (count) of the epochs or steps done")
+            for each in (TWO_COUNTS, per_step(TWO_COUNTS), reduce_on_plateau(TWO_COUNTS))
+        ],
     ],
 )
 def test_a_function_that_the_loop_could_not_call_is_refused_at_the_call(options, message):

@@ -42,7 +42,8 @@ def test_the_files_have_dwi_mls_names_and_ours_beside_them():
 
 
 def test_each_array_has_one_value_per_epoch_in_order():
-    arrays = epoch_arrays([report(epoch) for epoch in (1, 2, 4)])
+    arrays = epoch_arrays([report(epoch, valid_minutes=0 if epoch == 1 else 0.125) for epoch in (1, 2, 4)])
+    assert epoch_arrays([report(1, learning_rate=1)])["learning_rate_per_epoch"].dtype == np.float64
     assert {array.shape for array in arrays.values()} == {(3,)}
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.float64)}
     expected = {
@@ -51,7 +52,7 @@ def test_each_array_has_one_value_per_epoch_in_order():
         "unclipped_grad_norm_monitor_per_epoch": [5.0, 10.0, 20.0],
         "grad_norm_monitor_per_epoch": [1.0, 1.0, 1.0],
         "training_time_monitor_duration": [0.25, 0.5, 1.0],
-        "validation_time_monitor_duration": [0.125, 0.125, 0.125],
+        "validation_time_monitor_duration": [0.0, 0.125, 0.125],
         "learning_rate_per_epoch": [0.1, 0.05, 0.025],
         "train_angular_error_monitor_per_epoch": [30.0] * 3,
         "valid_angular_error_monitor_per_epoch": [40.0] * 3,
@@ -86,7 +87,7 @@ def test_the_losses_of_the_best_epoch_are_in_dwi_mls_file(tmp_path):
     write = npy(tmp_path)
     write(*history)
     text = (tmp_path / "best_epoch_losses.json").read_text()
-    assert json.loads(text) == {"train_loss": 1.0, "valid_loss": 2.0}
+    assert text == '{\n    "train_loss": 1.0,\n    "valid_loss": 2.0\n}\n'
     write(report(3))
     assert json.loads((tmp_path / "best_epoch_losses.json").read_text()) == {"train_loss": 1 / 3, "valid_loss": 2 / 3}
 

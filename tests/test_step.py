@@ -1,5 +1,6 @@
 """Claims about `dwiml_func.core.step`: a plain torch loop's bits, safe donation, nothing that is not finite."""
 
+import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
+from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.metrics import Sum
 from dwiml_func.core.non_finite import NON_FINITE, NonFiniteError
@@ -274,6 +276,43 @@ def test_a_donated_state_says_so_and_names_the_step(run):
                 use(old)
     assert (state.step, new.step) == (1, 2)
     assert state_digest(new)  # the new state is whole
+
+
+@pytest.mark.parametrize("overlap", ["one tensor", "views", "a buffer", "none"])
+def test_a_state_whose_tensors_overlap_is_not_donated(run, overlap):
+    state, step = run
+    memory, params, batch = torch.zeros(100), dict(state.params), make_batches(1)[0]
+    params["0.bias"], params["1.weight"] = memory[:8], memory[8:16]  # neighbours
+    state = state.replace(params=params)
+    if overlap == "one tensor":
+        params["1.bias"] = params["1.weight"]
+    elif overlap == "views":
+        params["4.weight"] = memory[15:39].view(3, 8)
+    elif overlap == "a buffer":
+        state = state.replace(buffers=state.buffers | {"1.running_mean": memory[:8]})
+    compiled = jit_step(**{name: step.keywords[name] for name in ("loss_fn", "optimizer")}, donate=True)
+    for donating in (partial(step, donate=True), partial(compiled, lr=0.1)):
+        if overlap == "none":
+            donating(copy.deepcopy(state), batch)  # equal addresses on other devices, and none on meta, are no overlap
+            break
+        with pytest.raises(ValueError, match=r"memory of their own.*Received: \['\S+'\] and \['\S+'\] overlap\."):
+            donating(state, batch)
+    assert step(state, batch)[0].step == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (lambda p: p[:, :5], r"Received: 0\.weight of torch\.float32 \(8, 5\) in place of torch\.float32 \(8, 6\)"),
+        (lambda p: p.double(), r"Received: 0\.weight of torch\.float64 \(8, 6\) in place of torch\.float32 \(8, 6\)"),
+        (lambda p: p.long(), "Expected parameters that can be trained. Received: 0.weight of integers"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_the_model_is_named(params, message):
+    state = init_state(noisy_mlp(), adam(), seed=0)
+    state = state.replace(params={**state.params, "0.weight": params(state.params["0.weight"])})
+    with pytest.raises(ValueError, match=message):
+        train_step(state, make_batches(1)[0], loss_fn=module_loss(noisy_mlp(), squared_error), optimizer=adam(), lr=0.1)
 
 
 @pytest.mark.parametrize("defer", [False, True])

@@ -154,6 +154,8 @@ def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
         train_step(state, batch, loss_fn=LOSS, optimizer=adamw, lr=0.1)
     with pytest.raises(ValueError, match="Received: one of reduce_on_plateau"):
         with_weight_decay(partial(train_step, loss_fn=LOSS, optimizer=adamw), reduce_on_plateau(0.1))
+    with pytest.raises(TypeError, match=r"Expected weight_decay: a function \(count\).*missing .* 'b'"):
+        with_weight_decay(train_step, lambda a, b: 0.1)  # type: ignore[arg-type]
     step = with_weight_decay(partial(train_step, loss_fn=LOSS, optimizer=adamw), lambda epoch: -0.1)
     with pytest.raises(ValueError, match=r"finite and at least 0. Received: -0.1"):
         step(state, batch, lr=0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import partial
 from pathlib import Path
 
@@ -46,15 +47,19 @@ def test_every_writer_gets_every_report_in_order():
 def test_a_failing_writer_costs_one_warning_and_is_called_again_and_the_others_continue(caplog):
     failing, other = Failing(OSError(28, "No space left on device", "/logs/a.npy")), Failing(RuntimeError("not\nmine"))
     same = Failing(OSError(28, "No space left on device", "/logs/b.jsonl"))
+    unknown = Failing(OSError()), Failing(OSError("cannot write"))
     seen: list[int] = []
-    write = fan_out(failing, lambda *reports: seen.append(reports[-1].epoch), other, same)
+    write = fan_out(failing, lambda *reports: seen.append(reports[-1].epoch), other, same, *unknown)
     with caplog.at_level(logging.WARNING):
         for epoch in (1, 2, 3):
             write(report(epoch))
     assert failing.seen == other.seen == same.seen == seen == [1, 2, 3]
-    first, second = (record.getMessage() for record in caplog.records)
+    first, second, *others = (record.getMessage() for record in caplog.records)
     assert "Logs were not written: [Errno 28] No space left on device: '/logs/a.npy'. Training continues" in first
     assert "RuntimeError: not mine. Training continues" in second
+    assert [text.partition(". ")[0] for text in others] == [
+        *("Logs were not written: OSError: ", "Logs were not written: cannot write")  # not known to be the same
+    ]
 
 
 def test_ctrl_c_is_not_an_error_of_a_writer():
@@ -94,12 +99,25 @@ def test_a_report_within_an_epoch_counts_where_the_run_has_ended_there():
     assert whole_epochs([report(1), within, ended, report(2)]) == (report(1), ended, report(2))
 
 
-def test_a_missing_report_is_an_error_and_nothing_is_written():
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_missing_report_is_an_error_and_nothing_is_written(before: int):
     written: list[object] = []
     write = from_history(written.append)
-    with pytest.raises(ValueError, match=r"Expected the report of epoch 1\. Received: epoch 5\. .*write\(\*history\)"):
-        write(report(5))
+    write(*map(report, range(1, before + 1)))
+    written.clear()
+    message = rf"Expected the report of epoch {before + 1}\. Received: epoch {before + 2}\. .*write\(\*history\)"
+    with pytest.raises(ValueError, match=message):
+        write(report(before + 2))
     assert written == []
+
+
+def test_no_log_of_an_epoch_or_a_step_waits_for_the_disk(tmp_path, monkeypatch):
+    """A resumed run writes them again."""
+    monkeypatch.setattr(os, "fsync", lambda *_: pytest.fail("waited"))
+    for write in (npy(tmp_path), jsonl(tmp_path)):
+        write(report(1))
+    for step in (1, 2, 1):
+        jsonl(tmp_path).write_scalars(step, {"loss": 0.5})
 
 
 def train(directory: Path, *, killed_after: int | None = None) -> None:

@@ -32,7 +32,7 @@ from dwiml_func.core.non_finite import (
     raise_if_not_finite,
 )
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
-from dwiml_func.core.state import TrainState, advance, check_not_donated
+from dwiml_func.core.state import TrainState, advance, check_can_donate, check_not_donated
 from dwiml_func.core.step import train_step
 from dwiml_func.optim.schedules import as_rate
 from dwiml_func.optim.state_check import check_opt_state
@@ -143,6 +143,8 @@ class JitStep:
     ) -> tuple[TrainState, Metrics]:
         """Take one optimizer step, see `train_step`."""
         check_not_donated(state)
+        if self._donate and not state.batch:  # once an epoch
+            check_can_donate(state)
         lr, decay = as_rate(lr), () if weight_decay is None else (as_rate(weight_decay),)
         leaves = self._leaves(state, batch, len(decay))
         direct = self._find(leaves, lr, *decay)

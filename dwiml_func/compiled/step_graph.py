@@ -13,7 +13,7 @@ from dwiml_func.compiled.function import NO_KEY, as_float64
 from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.in_place import can_update_in_place, update_in_place
 from dwiml_func.core.loss import LossFn
-from dwiml_func.core.non_finite import NonFinite, can_skip, skip_metrics, spoil
+from dwiml_func.core.non_finite import NonFinite, can_skip, is_bad_step, skip_metrics, spoil
 from dwiml_func.core.step import clip_and_measure
 from dwiml_func.optim.chain import resolve_optimizer, update_with
 from dwiml_func.types import Optimizer, OptState, Sum
@@ -46,12 +46,11 @@ def make_graph(
         out, grads = value_and_grad(loss_fn, params, buffers, batch, key=NO_KEY)
         grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
         skips = non_finite in (None, "skip") and can_skip(opt_state)
+        # Tensors that are not finite are never committed. The caller checks `values` afterwards.
+        is_bad = is_bad_step(out.loss, norm)
         if skips:
-            is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
             in_float64 = {name: Sum(*(as_float64(part, out.loss) for part in own)) for name, own in metrics.items()}
             grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, in_float64)
-        # Tensors that are not finite are never committed. The caller checks `values` afterwards.
-        is_bad = ~(torch.isfinite(out.loss) & torch.isfinite(norm))
         keep_old = is_bad | (blocked > 0)
         keep_own = blocked > 0 if skips else keep_old
         is_compiled = torch.compiler.is_compiling()

@@ -14,6 +14,7 @@ from dwiml_func.core.interval import validation_interval
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.report import EpochReport, Validation, check_monitor
 from dwiml_func.core.state import TrainState
+from dwiml_func.optim.schedules import check_schedule
 from dwiml_func.types import Metrics, Schedule
 
 __all__ = ["LoopOptions", "OnReport", "Track"]
@@ -75,6 +76,8 @@ class LoopOptions:
         ):
             if (function := getattr(self, name)) is not None:
                 check_takes(name, form, function, *[None] * num_args, **options)
+        for schedule in self.learning_rate if isinstance(self.learning_rate, list) else [self.learning_rate]:
+            check_schedule("learning_rate", schedule)
 
     def judge(
         self,

@@ -52,6 +52,8 @@ def check_loss_fn(
         return
     form = "(params, buffers, batch, *, key, train), as module_loss makes one"
     check_takes("loss_fn", form, loss_fn, params, buffers, batch, key=key, train=train)
+    if wrong := [name for name, p in params.items() if not (p.is_floating_point() or p.is_complex())]:
+        raise ValueError(f"Expected parameters that can be trained. Received: {listed(wrong)} of integers or booleans.")
     try:  # a loss may consume or change its batch
         first, second = copy.deepcopy(batch), copy.deepcopy(batch)
     except Exception:  # an iterator, a tensor with a graph: it cannot be given twice

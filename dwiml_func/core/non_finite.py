@@ -30,6 +30,7 @@ __all__ = [
     "check_policy",
     "choose_policy",
     "defer_check",
+    "is_bad_step",
     "location",
     "raise_if_not_finite",
     "skip_metrics",
@@ -87,6 +88,11 @@ def check_policy(non_finite: NonFinite | None) -> None:
         raise ValueError(f"Expected non_finite 'raise', 'defer', 'skip' or None. Received: {non_finite!r}")
 
 
+def is_bad_step(loss: Tensor, norm: Tensor) -> Tensor:
+    """Whether a loss or a gradient norm is not finite, each () or (K,)."""
+    return ~(torch.isfinite(loss) & torch.isfinite(norm))
+
+
 def raise_if_not_finite(state: TrainState, batch: Any, loss: float, norm: float, *, weight: float | Tensor = 1) -> None:
     """Raise a NonFiniteError if the loss or the gradient norm of the next step of `state` is not finite."""
     for name, value in (("loss", loss), ("gradient norm", norm)):
@@ -103,7 +109,7 @@ def defer_check(
     state: TrainState, loss: Tensor, norm: Tensor, metrics: dict[str, Sum]
 ) -> tuple[Tensor, dict[str, Sum]]:
     """Whether to keep the old values, decided on the device, and the sums with the first step that was not finite."""
-    bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
+    bad = is_bad_step(loss, norm)
     earlier = state.sums.get(NON_FINITE, Sum(0.0, 0.0)).weight > 0
     none_before = ~earlier if isinstance(earlier, Tensor) else not earlier  # no copy of a bool to the device: it waits
     first = (bad & none_before).to(torch.float64)

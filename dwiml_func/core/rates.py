@@ -10,7 +10,7 @@ from dwiml_func.core.epoch import TrainStep
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.report import Validation
 from dwiml_func.core.state import TrainState
-from dwiml_func.optim.schedules import value_at
+from dwiml_func.optim.schedules import check_schedule, value_at
 from dwiml_func.types import Metrics, OnPlateau, PerStep, Plateau, Schedule, Sum
 
 __all__ = ["Step", "counts_steps", "epoch_rates", "next_plateau", "with_rate", "with_weight_decay"]
@@ -61,6 +61,7 @@ def with_weight_decay(step: Callable[..., Any], weight_decay: float | Schedule) 
     """
     if isinstance(weight_decay, OnPlateau):
         raise ValueError("Expected a weight decay by epoch or by step. Received: one of reduce_on_plateau.")
+    check_schedule("weight_decay", weight_decay)
 
     def decayed(state: Any, batch: Any, *, lr: Any) -> Any:
         value = value_at(weight_decay, epoch=state.epoch, step=state.step, plateau=Plateau())

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import register_pytree_node, tree_map  # the same in torch 2.11 and 2.13
+from torch.utils._pytree import (  # the same in torch 2.11 and 2.13
+    keystr,
+    register_pytree_node,
+    tree_flatten_with_path,
+    tree_map,
+)
 
 from dwiml_func._checks import at_most_three, listed, truncated_repr
 from dwiml_func.core.early_stopping import Best
@@ -25,6 +31,7 @@ from dwiml_func.types import Buffers, Metrics, Optimizer, OptState, Params, Plat
 __all__ = [
     "TrainState",
     "advance",
+    "check_can_donate",
     "check_not_donated",
     "check_state",
     "describe_best",
@@ -243,6 +250,22 @@ def check_not_donated(state: TrainState) -> None:
         raise TypeError(f"Expected a TrainState, from init_state or restore. Received: {type(state).__name__}")
     if not state.params:  # `init_state` makes no state without parameters
         raise RuntimeError(_donated_message(state.step))
+
+
+def check_can_donate(state: TrainState) -> None:
+    """Raise a ValueError where tensors of a state overlap: a step that writes into one would change the other too."""
+    spans = []
+    for path, tensor in tree_flatten_with_path((state.params, state.buffers, state.opt_state))[0]:
+        if tensor.numel() and not tensor.is_meta:
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((start, start + (last + 1) * tensor.itemsize, keystr(path[1:])))
+    for (_, end, one), (start, _, other) in pairwise(sorted(spans)):
+        if start < end:
+            raise ValueError(
+                f"Expected a state whose tensors have memory of their own, which donate=True reuses. Received: {one} "
+                f"and {other} overlap. Clone them, or pass donate=False."
+            )
 
 
 def check_state(state: TrainState) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dwiml_func._checks import listed
+from dwiml_func._checks import at_most_three, listed, one_line
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.attributes import Attributes
 from dwiml_func.core.autocast import autocast_forward
@@ -100,6 +100,9 @@ class StatelessModule:
                     f"Register them with a value, so that the state holds them."
                 )
             return result
+        except RuntimeError as error:
+            self._explain(error, tensors)
+            raise
         finally:
             if not self._is_held:
                 self._restore()
@@ -112,6 +115,20 @@ class StatelessModule:
         """Run on copies of tensors with other values of plain attributes; `ABSENT` (of `attributes`) removes one."""
         self._attributes.put(values)
         return self({name: tensor.detach().clone() for name, tensor in tensors.items()}, function, batch)
+
+    def _explain(self, error: RuntimeError, tensors: dict[str, Tensor]) -> None:
+        """Raise a ValueError where tensors do not have the shapes and dtypes of the module's."""
+        pairs = [(name, tensors[name], own) for (name, *_), own in zip(self._slots, self._originals, strict=True)]
+        others = {
+            name: f"{name} of {new.dtype} {tuple(new.shape)} in place of {own.dtype} {tuple(own.shape)}"
+            for name, new, own in pairs
+            if (new.shape, new.dtype) != (own.shape, own.dtype)
+        }
+        if others:
+            raise ValueError(
+                f"The model failed ({one_line(error, max_length=120)}). Expected tensors like the module's. Received: "
+                f"{at_most_three(list(others.values()))}."
+            ) from error
 
     def _check_unwritten(self, tensors: dict[str, Tensor], versions: list[int]) -> None:
         for (name, slot, leaf), version in zip(self._of_parameters, versions, strict=True):

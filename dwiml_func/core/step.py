@@ -21,12 +21,13 @@ from dwiml_func.core.non_finite import (
     NonFinite,
     choose_policy,
     defer_check,
+    is_bad_step,
     raise_if_not_finite,
     skip_metrics,
     spoil,
 )
 from dwiml_func.core.rng import Stream, fold_in
-from dwiml_func.core.state import TrainState, advance, check_not_donated
+from dwiml_func.core.state import TrainState, advance, check_can_donate, check_not_donated
 from dwiml_func.core.weights import with_eval_params
 from dwiml_func.optim.chain import resolve_optimizer, update_with
 from dwiml_func.optim.schedules import as_rate
@@ -99,6 +100,8 @@ def train_step(
     lr, weight_decay = as_rate(lr), None if weight_decay is None else as_rate(weight_decay)
     own = resolve_optimizer(optimizer, weight_decay)
     check_opt_state(optimizer, state.opt_state, state.params)
+    if donate and not state.batch:  # once an epoch
+        check_can_donate(state)
     key = fold_in(state.key, Stream.TRAIN_STEP, state.epoch, state.batch)
     out, grads = gradient_fn(loss_fn, state.params, state.buffers, batch, key=key, backend=backend)
     grads, norm, metrics = clip_and_measure(out, grads, clip_grad)
@@ -108,7 +111,7 @@ def train_step(
     if policy == "raise":
         raise_if_not_finite(state, batch, out.loss.item(), norm.item(), weight=out.weight)
     elif policy == "skip":
-        is_bad = read_number(~(torch.isfinite(out.loss) & torch.isfinite(norm)))
+        is_bad = read_number(is_bad_step(out.loss, norm))
         grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, metrics)
     else:
         is_bad, metrics = defer_check(state, out.loss, norm, metrics)

@@ -19,7 +19,7 @@ from dwiml_func._trees import choose, given
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import add_metrics
-from dwiml_func.core.non_finite import SKIPPED, can_skip
+from dwiml_func.core.non_finite import SKIPPED, can_skip, is_bad_step
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.step import loss_metrics
 from dwiml_func.ensemble.rng import per_member_rng
@@ -101,7 +101,7 @@ def ensemble_step(
     one = torch.ones_like(norm, dtype=torch.float64)
     metrics |= {"unclipped_grad_norm": Sum(norm.double(), one), "grad_norm": Sum(clipped_norm.double(), one)}
 
-    is_good = torch.isfinite(losses.detach()) & torch.isfinite(norm)
+    is_good = ~is_bad_step(losses.detach(), norm)
     takes, skips = ensemble.active & is_good, can_skip(ensemble.opt_state)
     if skips:  # a loss alone can be infinite
         grads = {n: g if g is None else choose(is_good, g, torch.full_like(g, torch.nan)) for n, g in grads.items()}

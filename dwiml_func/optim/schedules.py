@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import check_takes, truncated_repr
 from dwiml_func._transforms import is_transformed
 from dwiml_func.optim._kernel import check_count
 from dwiml_func.types import OnPlateau, PerStep, Plateau, Schedule
@@ -18,6 +18,7 @@ __all__ = [
     "Schedule",
     "as_rate",
     "check_rate",
+    "check_schedule",
     "constant",
     "cosine",
     "one_cycle",
@@ -252,6 +253,15 @@ def value_at(schedule: float | Schedule, *, epoch: int, step: int, plateau: Plat
     if isinstance(schedule, PerStep):
         return check_rate(schedule.rate(step))
     return check_rate(schedule(epoch) if callable(schedule) else schedule)
+
+
+def check_schedule(name: str, schedule: Any) -> None:
+    """Raise a TypeError for a schedule that is a function of something else than one count."""
+    own = schedule.schedule if isinstance(schedule, OnPlateau) else schedule
+    function = own.rate if isinstance(own, PerStep) else own
+    if callable(function):
+        form = "(count) of the epochs or steps done, such as cosine(0.1, length=100)"
+        check_takes(name, form, function, 0)
 
 
 def check_rate(lr: Any) -> float:

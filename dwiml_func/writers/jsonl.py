@@ -60,13 +60,12 @@ def epoch_row(report: EpochReport) -> dict[str, float | int | bool | None]:
 
 
 def _range(report: EpochReport) -> dict[str, float]:
-    if report.learning_rate_min is None or report.learning_rate_max is None:
-        return {}
-    return {"learning_rate_min": report.learning_rate_min, "learning_rate_max": report.learning_rate_max}
+    ends = {"learning_rate_min": report.learning_rate_min, "learning_rate_max": report.learning_rate_max}
+    return {name: rate for name, rate in ends.items() if rate is not None}
 
 
 def _write(directory: Path, history: Sequence[EpochReport]) -> None:
     logs = directory / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(epoch_row(report), allow_nan=False) + "\n" for report in history]
+    lines = [json.dumps(epoch_row(report)) + "\n" for report in history]
     atomic_write(logs / "metrics.jsonl", "".join(lines), flush=False)

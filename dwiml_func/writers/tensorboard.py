@@ -62,7 +62,6 @@ class _EventFile:
         self._folder = folder
         self._written: tuple[EpochReport, ...] = ()
         self._writer: Any = None
-        self._start = 0.0
 
     def __call__(self, history: Sequence[EpochReport]) -> None:
         history, written = tuple(history), self._written
