@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -82,6 +84,15 @@ def archived(path: Path) -> tuple[Counter[Row], dict[str, Any], dict[str, Any]]:
     parameters = {row["paramName"]: row["paramValue"] for row in given if row["source"] == "manual"}
     others = {row["key"]: row["value"] for kind, row in payloads if kind == "log_other"}
     return logged(metrics), parameters, facts | others
+
+
+def wait_for_the_end() -> None:
+    """The processes end, and what listens to them, well before they would be ended for taking too long."""
+    for thread in threading.enumerate():
+        if thread.name == "comet":
+            assert thread.daemon  # the end of a training does not wait for it
+            thread.join(50)
+            assert not thread.is_alive()
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -207,12 +218,17 @@ def test_an_api_key_that_comet_refuses_makes_an_archive(tmp_path, server, caplog
     assert "Comet refused" in warning
 
 
-def test_a_report_given_twice_counts_once_in_an_archive(tmp_path):
+def test_a_report_given_twice_counts_once_in_an_archive(tmp_path, caplog):
     comet = Comet(tmp_path, offline=True, patience=PATIENCE)
     comet(report(1), report(2))
+    assert comet._process is not None
+    assert os.getsid(comet._process._process.pid) != os.getsid(0)  # Ctrl-C is for the training
     place = comet.send(report(1), report(2), report(3))
     assert place is not None
     assert archived(Path(place))[0] == rows(report(1), report(2), report(3))
+    wait_for_the_end()
+    assert list((tmp_path / "logs" / "comet").iterdir()) == [Path(place)]
+    assert warnings_of(caplog) == []
 
 
 def test_the_first_report_must_be_that_of_epoch_1(tmp_path):
@@ -256,6 +272,7 @@ def test_a_broken_comet_costs_one_warning_and_changes_nothing(tmp_path, monkeypa
     reports = list(run_experiment(directory, prepare(CONFIG), write=comet))
     assert [one.epoch for one in reports] == [1, 2, 3]
     assert latest_digest(directory) == digest
+    wait_for_the_end()
     assert len(warnings_of(caplog)) == 1
     assert not list(directory.rglob("*.zip"))
 

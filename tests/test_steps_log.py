@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dwiml_func import adam, eval_step, init_state, module_loss, per_step, train
 from dwiml_func.checkpoint import list_checkpoints
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.cli.main import main
+from dwiml_func.core.report import Validation
 from dwiml_func.core.state import TrainState
 from dwiml_func.optim.schedules import constant, cosine
 from dwiml_func.types import Sum
@@ -42,7 +44,7 @@ def test_a_scalar_cannot_be_called_as_the_number_of_its_row(tmp_path: Path) -> N
 
 
 def test_rows_are_appended_and_those_of_a_later_step_are_cut(tmp_path):
-    write = jsonl(tmp_path)
+    write, tmp_path = jsonl(tmp_path / "a" / "b"), tmp_path / "a" / "b"
     for step in (2, 4, 6):
         write.write_scalars(step, {"loss": step / 2})
     jsonl(tmp_path).write_scalars(8, {"loss": 4.0})
@@ -174,6 +176,45 @@ def test_tensorboard_counts_no_step_twice_after_a_kill(tmp_path):
     assert displayed(tmp_path) == {"loss": [(2, 1.0), (4, 2.0), (6, 1.5), (8, 2.0)]}
 
 
+def test_tensorboard_replaces_values_of_a_step_by_name_and_all_after_it(tmp_path):
+    write = tensorboard(tmp_path)
+    write.write_scalars(0, {})
+    assert list(tmp_path.iterdir()) == []
+    others = threading.active_count()
+    for step, values in (
+        (2, {"loss": 1.0}),
+        (3, {"loss": 2.0}),
+        (3, {"acc": 3.0}),
+        (3, {"loss": 4.0}),
+        (4, {"acc": 5.0}),
+    ):
+        write.write_scalars(step, values)
+    assert displayed(tmp_path) == {"loss": [(2, 1.0), (3, 4.0)], "acc": [(3, 3.0), (4, 5.0)]}
+    write.write_scalars(5, {"loss": 6.0})
+    write.write_scalars(3, {})
+    assert displayed(tmp_path) == {"loss": [(2, 1.0), (3, 4.0)], "acc": [(3, 3.0)]}
+    assert threading.active_count() <= others + 1  # of the file that is open
+    for loss in (7.0, 8.0):
+        write.write_scalars(3, {"loss": loss})
+    assert displayed(tmp_path)["loss"] == [(2, 1.0), (3, 8.0)]
+    for loss in (9.0, 10.0):
+        write(report(1, train={"loss": loss}))
+    assert threading.active_count() <= others + 2
+
+
+def test_a_validation_is_logged_once_by_the_report_or_by_the_next_batch(tmp_path):
+    """A resumed run has logged those of its state before it was killed, unless the report of one comes first."""
+    state: TrainState = init_state(torch.nn.Linear(1, 1), adam(), seed=0).replace(step=7, batch=3)
+    batch, one, two = {"loss": Sum(6.0, 2.0)}, Validation(1, {"loss": 0.5}, 0.1), Validation(3, {"loss": 0.25}, 0.1)
+    for first, expected in ((batch, [(7, 0.25)]), (report(1, batch=1), [(5, 0.5), (7, 0.25)])):
+        on_batch = log_steps(jsonl(tmp_path / str(len(expected))), every=1)
+        for own, values in (((one,), first), ((one,), batch), ((one, two), batch), ((one, two), report(1, batch=3))):
+            on_batch(state.replace(validations=own, step=7), values)
+        logged = read_scalars(tmp_path / str(len(expected)))
+        assert [(row["step"], row["valid_loss"]) for row in logged if "valid_loss" in row] == expected
+        assert [(row["step"], row["loss"]) for row in logged if "loss" in row] == [(7, 3.0)]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
@@ -233,6 +274,8 @@ def test_comet_gets_steps_once_and_an_archive_those_of_before_a_resume(tmp_path,
     metrics = [m["payload"]["metric"] for m in messages if m["type"] == "metric_msg"]
     found = [(m["metricName"], m["step"], m["metricValue"]) for m in metrics if "per_step" in m["metricName"]]
     assert sorted(found) == [("loss_per_step", 2, 1.0), ("loss_per_step", 4, 2.0)]
+    assert {m["epoch"] for m in metrics if "per_step" in m["metricName"]} <= {None, 1}  # Comet's own: no step is one
+    assert {m["payload"]["context"] for m in messages if "loss_per_step" in str(m)} == {"train"}
 
 
 def test_a_wrong_number_of_steps_is_refused(cli, tmp_path):

@@ -94,22 +94,21 @@ class _StepEvents:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: Any = None
-        self._last, self._tags = -1, set[str]()
+        self._last, self._values = 0, dict[str, Number]()  # of the last step
 
     def __call__(self, step: int, values: Mapping[str, Number]) -> None:
-        tags = self._tags if step == self._last else set()
-        if self._writer is None or step < self._last or not values or tags & values.keys():
+        kept, new = self._values if step == self._last else {}, values
+        if self._writer is None or step < self._last or not values or kept.keys() & values.keys():
             if not values and not self._folder.exists():
                 return
             if self._writer is not None:
                 self._writer.close()
-            self._writer = _summary_writer()(
-                str(self._folder), purge_step=step if values else step + 1, filename_suffix=_SUFFIX
-            )
-        for tag, value in values.items():
+            self._writer = _summary_writer()(str(self._folder), purge_step=step if values else step + 1)
+            new = {**kept, **values} if values else {}  # the purge removes them
+        for tag, value in new.items():
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()
-        self._last, self._tags = step if values else -1, {*tags, *values}
+        self._last, self._values = step, {**kept, **values}
 
 
 def _summary_writer() -> Any:
