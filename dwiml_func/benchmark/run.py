@@ -59,11 +59,7 @@ def run_benchmark(
         for task in left:
             data_path(out, task.data, task.person).parent.mkdir(parents=True, exist_ok=True)
         done = len(tasks) - len(left)
-        if len(left) > 1 and num_processes > 1:
-            finished = in_processes(do, (out,), left, min(num_processes, len(left)))
-        else:
-            finished = do(out, left)
-        for task, _ in finished:
+        for task, _ in in_processes(do, (out,), left, num_processes):
             done += 1
             note(f"{done} of {len(tasks)}: {_describe(task)}")
     return write_leaderboard(out)

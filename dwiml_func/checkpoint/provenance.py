@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["environment", "environment_differences"]
+from dwiml_func.checkpoint.digest import state_leaves
+from dwiml_func.core.state import TrainState
+
+__all__ = ["environment", "environment_differences", "environment_of"]
 
 
 _PACKAGE = Path(__file__).parent.parent
@@ -54,6 +57,11 @@ def environment(devices: Iterable[str] = ("cpu",)) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "devices": sorted(set(devices)),
     }
+
+
+def environment_of(state: TrainState) -> dict[str, Any]:
+    """`environment` on the devices of a state's tensors."""
+    return environment({str(leaf.device) for leaf in state_leaves(state).values()})
 
 
 def environment_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

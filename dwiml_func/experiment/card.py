@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.checkpoint.arrays import read_manifest
-from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.experiment.audit.consistency import record_digest
-from dwiml_func.experiment.audit.replay import recorded_epochs
+from dwiml_func.experiment.audit.replay import recorded_run
 from dwiml_func.experiment.comparison.compare import differing
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.evaluation import read_evaluation
@@ -27,9 +26,8 @@ __all__ = ["model_card"]
 def model_card(directory: str | Path) -> str:
     """The card of an experiment. ValueError where no epoch is recorded, FileNotFoundError without a best model."""
     directory = Path(directory)
-    config, latest = read_config(directory), newest(directory)
-    reports = recorded_epochs(directory, latest)
-    assert latest is not None
+    config = read_config(directory)
+    latest, reports = recorded_run(directory)
     best = reports.get(latest.state.best.epoch or 0)
     if best is None:
         raise ValueError(f"{directory} has no best epoch. Expected one whose {config.training.monitor} is finite.")

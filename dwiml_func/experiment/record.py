@@ -10,8 +10,7 @@ from typing import Any
 
 from dwiml_func._checks import at_most_three
 from dwiml_func.checkpoint.checkpoint import Checkpoint
-from dwiml_func.checkpoint.digest import state_leaves
-from dwiml_func.checkpoint.provenance import environment, environment_differences
+from dwiml_func.checkpoint.provenance import environment_differences, environment_of
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.comparison.compare import differing
 from dwiml_func.experiment.config import RunConfig, config_from_json
@@ -71,7 +70,7 @@ def check_same_data(checkpoint: Checkpoint, config: RunConfig) -> None:
 
 def warn_of_other_environment(checkpoint: Checkpoint, like: TrainState) -> None:
     """Warn where other versions or another machine than those of the checkpoint would continue."""
-    now = environment({str(leaf.device) for leaf in state_leaves(like).values()})
+    now = environment_of(like)
     recorded = {name: value for name, value in checkpoint.environment.items() if name in _DECIDE_BITS}
     changes = environment_differences(recorded, {name: now[name] for name in recorded})
     if changes:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.checkpoint.digest import state_leaves
+from dwiml_func.checkpoint.checkpoint import Checkpoint
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.loop_options import Track
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
@@ -20,7 +19,8 @@ from dwiml_func.experiment.audit.processes import in_processes
 from dwiml_func.experiment.audit.replay import (
     NothingLeft,
     checkpoint_after,
-    recorded_epochs,
+    environment_changes,
+    recorded_run,
     recorded_threads,
     replay_problems,
     replay_start,
@@ -29,10 +29,11 @@ from dwiml_func.experiment.audit.replay import (
 from dwiml_func.experiment.audit.verify import data_problems, train_epochs
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
+from dwiml_func.experiment.resume import with_new_options
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, without_window_lag
 
-__all__ = ["Audit", "Replayed", "Span", "audit_experiment", "sample_epochs", "spans", "summed_up"]
+__all__ = ["Audit", "Replayed", "Span", "audit_experiment", "replayed", "sample_epochs", "spans", "summed_up"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +87,8 @@ def audit_experiment(
             f"{directory} is a member of an ensemble, whose step trains all members at once. Audit them together: "
             f"dwiml-func verify {directory.parent} --all"
         )
-    latest = newest(directory)
-    reports = recorded_epochs(directory, latest)
-    assert latest is not None
-    replayed_config = replace(config, hdf5_file=str(Path(hdf5_file).absolute())) if hdf5_file is not None else config
+    latest, reports = recorded_run(directory)
+    replayed_config = with_new_options(config, hdf5_file=hdf5_file)
     first = 1 if config.origin is None else int(config.origin.checkpoint.partition("-")[0]) + 1
     recorded = tuple(epoch for epoch in sorted(reports) if epoch >= first)
     left_out = [f"epochs 1 to {first - 1}: trained before the fork. Audit {_origin(config)}."] if first > 1 else []
@@ -106,7 +105,10 @@ def audit_experiment(
     epochs = recorded if sample is None else sample_epochs(recorded, sample)
     ends = {int(name) for name in list_checkpoints(directory) if "-" not in name}
     chosen = spans(ends, recorded, epochs)
-    found = _replays(directory, replayed_config, chosen, num_processes, track, check_record)
+    if min(num_processes, len(chosen)) > 1:  # a process of an audit loads by itself, and shows no bar
+        replayed_config = replace(replayed_config, batches=replace(config.batches, processes=0))
+        track = None
+    found = in_processes(_replay_all, (directory, replayed_config, track), chosen, num_processes, check_record)
     return summed_up(found, recorded, len(epochs), chosen, problems, left_out, record_digest(latest))
 
 
@@ -163,26 +165,19 @@ class Replayed:
     left_out: tuple[str, ...] = ()
 
 
-def _replays(
-    directory: Path,
-    config: RunConfig,
-    chosen: Sequence[Span],
-    num_processes: int,
-    track: Track | None,
-    check_record: Callable[[], object],
-) -> Iterator[tuple[Span, Replayed]]:
-    """Replay the spans, in this process or in several, in any order; the record is checked before or meanwhile."""
-    if num_processes == 1 or len(chosen) < 2:
-        check_record()
-        yield from _replay_all(directory, config, chosen, track)
-        return
-    alone = replace(config, batches=replace(config.batches, processes=0))  # a process of an audit loads by itself
-    number = min(num_processes, len(chosen))
-    yield from in_processes(_replay_all, (directory, alone), chosen, number, check_record)
+def replayed(span: Span, replay: Callable[[], tuple[list[str], tuple[str, ...]]]) -> Replayed:
+    """The result of `replay`, which returns what differs and how the environment does, or why there is none."""
+    try:
+        problems, context = replay()
+    except NothingLeft as error:
+        return Replayed(False, left_out=(f"{span}: {error}",))
+    except (ValueError, NonFiniteError) as error:
+        return Replayed(False, (f"{span}: the replay failed: {error}",))
+    return Replayed(True, tuple(problems), context)
 
 
 def _replay_all(
-    directory: Path, config: RunConfig, chosen: Sequence[Span], track: Track | None = None
+    directory: Path, config: RunConfig, track: Track | None, chosen: Sequence[Span]
 ) -> Iterator[tuple[Span, Replayed]]:
     """Replay spans one after the other, also as one process of several."""
     replay = _Replay(directory, config, track)
@@ -194,36 +189,32 @@ class _Replay:
     """Trains spans again. The parts of the run are made once, and a span may begin with the end of the one before."""
 
     def __init__(self, directory: Path, config: RunConfig, track: Track | None) -> None:
-        latest = newest(directory)
-        assert latest is not None
-        self._directory, self._config, self._track, self._latest = directory, config, track, latest
-        self._reports = recorded_epochs(directory, latest)
+        self._latest, self._reports = recorded_run(directory)
+        self._directory, self._config, self._track = directory, config, track
         self._parts: RunParts | None = None
         self._end: TrainState | None = None  # of a replay that was identical to the record
 
     def __call__(self, span: Span) -> Replayed:
         after, _ = checkpoint_after(self._directory, span.last, self._reports, is_read=False)
-        recorded, reports, origin = (after or self._latest).environment, self._reports, self._config.origin
-        problems: list[str] = []
-        with recorded_threads(recorded, default=self._config.training.num_threads):
-            try:
-                parts = self._made(WINDOW_LAG in reports[span.last].valid)  # not by earlier versions
-                state = self._start(span.first)
-                if state is None:
-                    state, start, _ = replay_start(self._directory, parts.first_state(), span.first, origin)
-                    problems += start_problems(state, start, reports, origin)
-                devices = {str(leaf.device) for leaf in state_leaves(state).values()}
-                changes = environment_differences(recorded, environment(devices))
-                epochs = self._kept(train_epochs(state, parts, self._track, span.last))
-                problems += replay_problems(epochs, reports, span.last, after)
-            except NothingLeft as error:
-                return Replayed(False, left_out=(f"{span}: {error}",))
-            except (ValueError, NonFiniteError) as error:
-                return Replayed(False, (f"{span}: the replay failed: {error}",))
-        if problems or reports[span.last].digest is None:
+        threads = recorded_threads((after or self._latest).environment, default=self._config.training.num_threads)
+        with threads:
+            result = replayed(span, partial(self._train, span, after))
+        if result.problems or self._reports[span.last].digest is None:
             self._end = None
-        texts = tuple(f"{span}: {problem}" for problem in problems)
-        return Replayed(True, texts, tuple(f"environment: {text}" for text in changes))
+        return result
+
+    def _train(self, span: Span, after: Checkpoint | None) -> tuple[list[str], tuple[str, ...]]:
+        """Train a span again: what differs from the record, and how the environment does."""
+        reports, origin, problems = self._reports, self._config.origin, []
+        parts = self._made(WINDOW_LAG in reports[span.last].valid)  # not by earlier versions
+        state = self._start(span.first)
+        if state is None:
+            state, start, _ = replay_start(self._directory, parts.first_state(), span.first, origin)
+            problems += start_problems(state, start, reports, origin)
+        context = environment_changes((after or self._latest).environment, state)
+        epochs = self._kept(train_epochs(state, parts, self._track, span.last))
+        problems += replay_problems(epochs, reports, span.last, after)
+        return [f"{span}: {problem}" for problem in problems], context
 
     def _made(self, is_measured: bool) -> RunParts:
         if self._parts is None:

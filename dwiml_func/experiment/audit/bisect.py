@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, read
+from dwiml_func.checkpoint.checkpoint import Checkpoint, read
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints, position_name
 from dwiml_func.checkpoint.manifest import CorruptError
-from dwiml_func.checkpoint.provenance import environment, environment_differences
+from dwiml_func.checkpoint.provenance import environment_differences
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.audit.lockstep import Difference, before_batch, first_difference, tensor_differences
-from dwiml_func.experiment.audit.replay import recorded_epochs, recorded_threads, replay_problems
+from dwiml_func.experiment.audit.replay import environment_changes, recorded_run, recorded_threads, replay_problems
 from dwiml_func.experiment.audit.verify import train_epochs
 from dwiml_func.experiment.comparison.compare import differences, leaf_problems, report_differences
 from dwiml_func.experiment.folder import is_ensemble, read_config
@@ -52,9 +52,8 @@ def bisect_runs(a: str | Path, b: str | Path, *, parts: tuple[RunParts, RunParts
     ValueError where a run has no recorded epoch, or nothing is left to train from.
     """
     directories = (Path(a), Path(b))
-    latest = [_latest(directory) for directory in directories]
+    latest, reports = zip(*map(_recorded_run, directories), strict=True)
     digests = [_recorded_digests(directory, run) for directory, run in zip(directories, latest, strict=True)]
-    reports = [recorded_epochs(directory, run) for directory, run in zip(directories, latest, strict=True)]
     common = sorted(digests[0].keys() & digests[1].keys())
     other_metrics = [
         (epoch, 0) for epoch in reports[0].keys() & reports[1].keys()
@@ -98,14 +97,11 @@ def bisect_record(directory: str | Path) -> tuple[list[str], int]:
     there, and how many epochs were trained again. ValueError where no epoch is recorded.
     """
     directory = Path(directory)
-    latest, config = _latest(directory), read_config(directory)
-    reports = recorded_epochs(directory, latest)
+    (latest, reports), config = _recorded_run(directory), read_config(directory)
     with recorded_threads(latest.environment, default=config.training.num_threads):
         parts = prepare(config)
         first, like = parts.first_state(), parts.first_state()  # a training reuses the first one's memory
-        context = environment_differences(
-            latest.environment, environment({str(leaf.device) for leaf in state_leaves(first).values()})
-        )
+        context = environment_changes(latest.environment, first)
         kept = [read(directory, name, like=like) for name in list_checkpoints(directory) if name not in latest.corrupt]
         start = kept.pop(0).state if config.origin is not None or _position(kept[0].name) == (0, 0) else first
         num_before = start.epoch
@@ -114,7 +110,7 @@ def bisect_record(directory: str | Path) -> tuple[list[str], int]:
             if problems:
                 since = position_name(start.epoch, start.batch) if start.step else "the first state"
                 head = f"{directory}: from {since} to {checkpoint.name}, this machine computes something else:"
-                return [head, *(f"  {text}" for text in (*problems, *(f"environment: {each}" for each in context)))], 0
+                return [head, *(f"  {text}" for text in (*problems, *context))], 0
             start = checkpoint.state
     return [], start.epoch - num_before
 
@@ -132,17 +128,14 @@ def _piece_problems(
     return leaf_problems(state_leaves(checkpoint.state), state_leaves(reached.state), checkpoint.name)
 
 
-def _latest(directory: Path) -> Checkpoint:
+def _recorded_run(directory: Path) -> tuple[Checkpoint, dict[int, EpochReport]]:
     if is_ensemble(directory) or is_ensemble(directory.parent):
         where = directory if is_ensemble(directory) else directory.parent
         raise ValueError(
             f"Expected a single run. Received: {directory}, of an ensemble, whose step trains all members at once. "
             f"Compare members with dwiml-func diff, and the ensemble with its record: dwiml-func verify {where} --all"
         )
-    latest = newest(directory)
-    recorded_epochs(directory, latest)
-    assert latest is not None
-    return latest
+    return recorded_run(directory)
 
 
 def _recorded_digests(directory: Path, latest: Checkpoint) -> dict[Position, str]:

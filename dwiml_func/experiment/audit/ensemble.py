@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, read
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import CorruptError
-from dwiml_func.checkpoint.provenance import environment, environment_differences
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, stack_states
-from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, sample_epochs, spans, summed_up
+from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, replayed, sample_epochs, spans, summed_up
 from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
 from dwiml_func.experiment.audit.processes import in_processes
 from dwiml_func.experiment.audit.replay import (
     NothingLeft,
     checkpoint_after,
+    environment_changes,
     recorded_threads,
     start_problems,
     state_problems,
@@ -31,6 +33,7 @@ from dwiml_func.experiment.comparison.compare import differences, differing, rep
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.ensemble_run import loop_arguments, prepare_ensemble
 from dwiml_func.experiment.folder import member_folders, read_config, read_ended
+from dwiml_func.experiment.resume import with_new_options
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, without_window_lag
 from dwiml_func.files.fingerprint import content
@@ -86,11 +89,7 @@ def audit_ensemble(
     shared = tuple(epoch for epoch in recorded if epoch not in alone)
     epochs = shared if sample is None else sample_epochs(shared, sample)
     chosen = spans(_ends(members), shared, epochs)
-    work = (directory, hdf5_file)
-    if num_processes == 1 or len(chosen) < 2:
-        found = _replays(*work, chosen)
-    else:
-        found = in_processes(_replays, work, chosen, min(num_processes, len(chosen)))
+    found = in_processes(_replays, (directory, hdf5_file), chosen, num_processes)
     return summed_up(found, recorded, len(epochs), chosen, problems, left_out, links.hexdigest())
 
 
@@ -101,17 +100,7 @@ def _replays(directory: Path, hdf5_file: str | None, chosen: Sequence[Span]) -> 
     with recorded_threads(recorded, default=members[0].config.training.num_threads):
         parts = _prepare(members)
         for span in chosen:
-            try:
-                problems = _replay(members, parts, span.first, span.last)
-            except NothingLeft as error:
-                yield span, Replayed(False, left_out=(f"{span}: {error}",))
-                continue
-            except ValueError as error:
-                yield span, Replayed(False, (f"{span}: the replay failed: {error}",))
-                continue
-            devices = {str(leaf.device) for leaf in parts[0].first_state().params.values()}
-            changes = environment_differences(recorded, environment(devices))
-            yield span, Replayed(True, tuple(problems), tuple(f"environment: {text}" for text in changes))
+            yield span, replayed(span, partial(_replay, members, parts, recorded, span))
 
 
 def _read_members(directory: Path, hdf5_file: str | None) -> list[_Member]:
@@ -123,9 +112,7 @@ def _read_members(directory: Path, hdf5_file: str | None) -> list[_Member]:
         reports = {report.epoch: report for report in latest.history if not report.batch} if latest else {}
         epoch, _, batch = ended.get(number, "").partition("-")
         stopped = (int(epoch), int(batch or 0)) if epoch else None
-        config = read_config(folder)
-        if hdf5_file is not None:
-            config = replace(config, hdf5_file=str(Path(hdf5_file).absolute()))
+        config = with_new_options(read_config(folder), hdf5_file=hdf5_file)
         found.append(_Member(folder=folder, config=config, latest=latest, reports=reports, ended=stopped))
     return found
 
@@ -176,20 +163,23 @@ def _prepare(members: Sequence[_Member]) -> list[RunParts]:
     return prepare_ensemble([each.config if is_measured else without_window_lag(each.config) for each in members])
 
 
-def _replay(members: Sequence[_Member], parts: Sequence[RunParts], first: int, last: int) -> list[str]:
-    """Train the epochs `first` to `last` of an ensemble again; returns a text for each thing that differs.
+def _replay(
+    members: Sequence[_Member], parts: Sequence[RunParts], environment: Mapping[str, Any], span: Span
+) -> tuple[list[str], tuple[str, ...]]:
+    """Train a span of an ensemble again: what differs from the record, and from the recorded environment.
 
-    NothingLeft where a checkpoint after the epoch before `first` is corrupt.
+    NothingLeft where a checkpoint after the epoch before the span is corrupt.
     """
     states, problems = [], []
     for each, own in zip(members, parts, strict=True):
-        state, start = _start(each, own, first)
+        state, start = _start(each, own, span.first)
         states.append(state)
         if start is not None:
             problems += _of(each, start_problems(state, start, each.reports))
+    context = environment_changes(environment, states[0])
     arguments = loop_arguments(parts, next(iter(states[0].params.values())).device)
-    ensemble = stack_states(states, active=[each.trains_in(first) for each in members])
-    for epoch in range(first, last + 1):
+    ensemble = stack_states(states, active=[each.trains_in(span.first) for each in members])
+    for epoch in range(span.first, span.last + 1):
         active = ensemble.active.new_tensor([each.trains_in(epoch) for each in members])
         arguments |= {"max_epochs": epoch, "patience": None}  # the recorded run went that far
         *_, (ensemble, report) = train_and_validate_ensemble(ensemble.replace(active=active), **arguments)
@@ -197,7 +187,7 @@ def _replay(members: Sequence[_Member], parts: Sequence[RunParts], first: int, l
             if each.trains_in(epoch):
                 found = _member_problems(each, ensemble, number, epoch, report)
                 problems += _of(each, [f"epoch {epoch}: {text}" for text in found])
-    return problems
+    return problems, context
 
 
 def _start(each: _Member, parts: RunParts, first: int) -> tuple[TrainState, str | None]:

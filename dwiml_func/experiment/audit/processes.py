@@ -23,11 +23,17 @@ def in_processes(
     num_processes: int,
     meanwhile: Callable[[], object] = bool,
 ) -> Iterator[tuple[Item, Found]]:
-    """Yield what `work(*arguments, items)` yields in processes that each have a share of neighbours, in any order.
+    """Yield what `work(*arguments, items)` yields: here, or in any order in processes that each have some neighbours.
 
-    `meanwhile` is called once they have started, before anything is yielded. ValueError where `work` raised one, or an
-    OSError; RuntimeError where a process failed otherwise or was killed. No process outlives the iteration.
+    There are no more processes than items. `meanwhile` is called once they have started, before anything is yielded.
+    ValueError where `work` raised one, or an OSError; RuntimeError where a process failed otherwise or was killed. No
+    process outlives the iteration.
     """
+    num_processes = min(num_processes, len(items))
+    if num_processes < 2:
+        meanwhile()
+        yield from work(*arguments, items)
+        return
     context: Any = process_context(work.__module__)
     processes, pipes = [], []
     try:

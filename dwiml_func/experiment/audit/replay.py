@@ -14,7 +14,7 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, read
 from dwiml_func.checkpoint.digest import state_digest, state_leaves, state_numbers
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import CorruptError
-from dwiml_func.checkpoint.provenance import environment, environment_differences
+from dwiml_func.checkpoint.provenance import environment_differences, environment_of
 from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.early_stopping import Mode
 from dwiml_func.core.epoch import EvalStep
@@ -32,7 +32,8 @@ __all__ = [
     "NothingLeft",
     "Verification",
     "checkpoint_after",
-    "recorded_epochs",
+    "environment_changes",
+    "recorded_run",
     "recorded_threads",
     "replay_problems",
     "replay_start",
@@ -131,11 +132,10 @@ def verify(
         ()
     """
     directory = Path(directory)
-    latest = newest(directory)
-    reports = recorded_epochs(directory, latest)
+    latest, reports = recorded_run(directory)
     epoch = max(reports) if epoch is None else epoch
     after, problems = checkpoint_after(directory, epoch, reports)
-    recorded = (after or latest).environment if latest else {}
+    recorded = (after or latest).environment
     with recorded_threads(recorded, default=torch.get_num_threads()):
         state, start, corrupt = replay_start(directory, first_state, epoch)
         epochs = train_and_validate(
@@ -151,10 +151,9 @@ def verify(
             max_epochs=epoch,  # without patience: the recorded run went that far
             patience_delta=patience_delta,
         )
-        devices = {str(leaf.device) for leaf in state_leaves(state).values()}
+        context = environment_changes(recorded, state)
         problems += [*corrupt, *start_problems(state, start, reports)]
         problems += replay_problems(epochs, reports, epoch, after)
-        changes = environment_differences(recorded, environment(devices))
     return Verification(
         epoch=epoch,
         is_replayed=True,
@@ -162,16 +161,22 @@ def verify(
         digest=reports[epoch].digest,
         num_values=len(report_values(reports[epoch])),
         problems=tuple(dict.fromkeys(problems)),
-        context=tuple(f"environment: {text}" for text in changes),
+        context=context,
     )
 
 
-def recorded_epochs(directory: Path, latest: Checkpoint | None) -> dict[int, EpochReport]:
-    """The reports of whole epochs by number; ValueError where there is none."""
+def recorded_run(directory: Path) -> tuple[Checkpoint, dict[int, EpochReport]]:
+    """The newest checkpoint, and the reports of whole epochs by number; ValueError where there is none."""
+    latest = newest(directory)
     reports = {report.epoch: report for report in latest.history if not report.batch} if latest else {}
-    if not reports:
+    if latest is None or not reports:
         raise ValueError(f"{directory} has no recorded epoch yet. Expected at least one.")
-    return reports
+    return latest, reports
+
+
+def environment_changes(recorded: Mapping[str, Any], state: TrainState) -> tuple[str, ...]:
+    """How what computes with this state differs from what was recorded: a text for each difference."""
+    return tuple(f"environment: {text}" for text in environment_differences(recorded, environment_of(state)))
 
 
 def checkpoint_after(

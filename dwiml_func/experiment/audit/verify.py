@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
-from dwiml_func.checkpoint.digest import state_leaves
-from dwiml_func.checkpoint.provenance import environment, environment_differences
+from dwiml_func.checkpoint.checkpoint import Checkpoint
+from dwiml_func.checkpoint.provenance import environment, environment_differences, environment_of
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loop_options import Track
 from dwiml_func.core.non_finite import NonFiniteError
@@ -18,7 +16,7 @@ from dwiml_func.experiment.audit.replay import (
     NothingLeft,
     Verification,
     checkpoint_after,
-    recorded_epochs,
+    recorded_run,
     recorded_threads,
     replay_problems,
     replay_start,
@@ -28,6 +26,7 @@ from dwiml_func.experiment.comparison.compare import differences, report_values
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.record import with_defaults
+from dwiml_func.experiment.resume import with_new_options
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, without_window_lag
 from dwiml_func.files.fingerprint import content, fingerprint, linked_paths
@@ -54,13 +53,11 @@ def verify_epoch(
     """
     directory = Path(directory)
     config = read_config(directory)
-    latest = newest(directory)
-    reports = recorded_epochs(directory, latest)
-    assert latest is not None
+    latest, reports = recorded_run(directory)
     epoch = max(reports) if epoch is None else epoch
     if epoch in reports:
         _check_epochs_of_origin(config, epoch)
-    replayed_config = replace(config, hdf5_file=str(Path(hdf5_file).absolute())) if hdf5_file is not None else config
+    replayed_config = with_new_options(config, hdf5_file=hdf5_file)
     after, corrupt = checkpoint_after(directory, epoch, reports)
     if WINDOW_LAG not in reports[epoch].valid:  # of an earlier version, or an ensemble's member
         replayed_config = without_window_lag(replayed_config)
@@ -71,12 +68,11 @@ def verify_epoch(
     changed_config = differences(with_defaults(latest.config), config.to_dict(), ("recorded", "in config.json"))
     other_data = data_problems(latest, replayed_config.hdf5_file)
     with recorded_threads(recorded_environment, default=config.training.num_threads):
-        # Without a replay, the device is the recorded one.
-        devices, start, is_replayed = set(recorded_environment.get("devices", ())), None, False
+        now, start, is_replayed = environment(recorded_environment.get("devices", ())), None, False
         try:
             parts = prepare(replayed_config)
             first = parts.first_state()
-            devices = {str(leaf.device) for leaf in state_leaves(first).values()}
+            now = environment_of(first)
             state, start, corrupt = replay_start(directory, first, epoch, config.origin)
             problems += corrupt
             problems += start_problems(state, start, reports, config.origin)
@@ -86,7 +82,6 @@ def verify_epoch(
             if isinstance(error, NothingLeft) or not (other_data or changed_config or problems):
                 raise
             problems.append(f"the replay failed: {error}")
-        changes = environment_differences(recorded_environment, environment(devices))
     return Verification(
         epoch=epoch,
         is_replayed=is_replayed,
@@ -95,7 +90,7 @@ def verify_epoch(
         num_values=len(report_values(reports[epoch])),
         problems=(*problems, *other_data),
         context=(
-            *(f"environment: {text}" for text in changes),
+            *(f"environment: {text}" for text in environment_differences(recorded_environment, now)),
             *(f"config: {text}" for text in changed_config),
             *((_MEMBER,) if problems and is_ensemble(directory.parent) else ()),
         ),
