@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -292,6 +295,7 @@ def test_a_write_that_fails_leaves_what_was_there(saved, corrupt, monkeypatch, b
     def fail(*_: object, **__: object) -> None:
         raise OSError("No space left on device")
 
+    before = sys.excepthook, sys.unraisablehook
     with monkeypatch.context() as patch:
         patch.setattr(broken, fail)
         with pytest.raises(OSError, match="No space left"):
@@ -300,6 +304,37 @@ def test_a_write_that_fails_leaves_what_was_there(saved, corrupt, monkeypatch, b
             save_leaves(corrupt.parent / "new", {"a": torch.ones(1)}, {})
     assert [entry.name for entry in corrupt.parent.iterdir()] == ["copy"]
     assert same(load_leaves(corrupt), load_leaves(saved))
+    assert (sys.excepthook, sys.unraisablehook) == before
+    assert not any(logging.getLogger(name).disabled for name in ("absl", "asyncio"))
+
+
+@pytest.mark.parametrize("leaves", [{}, {"a": torch.zeros(300_000), "b": torch.ones(2)}])
+def test_as_much_space_is_reserved_as_the_files_take(tmp_path, monkeypatch, leaves):
+    reserved, reserve = [], os.posix_fallocate
+
+    def fallocate(descriptor: int, start: int, size: int) -> None:
+        reserved.append(size)
+        reserve(descriptor, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    save_leaves(tmp_path / "a", leaves, {"fact": "x" * 200_000})
+    taken = sum(file.stat().st_size for file in (tmp_path / "a").rglob("*") if file.is_file())
+    assert len(reserved) == 1
+    assert taken <= reserved[0] <= 1.1 * taken + (1 << 17)
+
+
+def test_an_error_of_the_disk_keeps_its_number(tmp_path, monkeypatch):
+    """Orbax and tensorstore wrap it in errors of their own."""
+    for text, number in (("x [os_error_code='28']", errno.ENOSPC), ("no number", errno.EIO)):
+
+        def fail(*_: object, text: str = text, **__: object) -> None:
+            raise ValueError(text)
+
+        monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", fail)
+        with pytest.raises(OSError, match="cannot write") as raised:
+            save_leaves(tmp_path / "a", {"a": torch.ones(1)}, {})
+        assert raised.value.errno == number
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])

@@ -98,6 +98,23 @@ def test_the_old_directory_comes_back_when_the_new_one_cannot_take_its_place(tmp
     assert (tmp_path / "run" / "deep" / "a.txt").read_text() == "old"
 
 
+@pytest.mark.parametrize("broken_call", ["scandir", "unlink"])
+def test_a_folder_that_cannot_be_read_is_an_error_and_what_cannot_be_removed_waits(tmp_path, monkeypatch, broken_call):
+    """Read it is to be flushed, removed once another one stands in its place."""
+    fill(tmp_path / "run", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, broken_call, broken)
+        if broken_call == "scandir":
+            with pytest.raises(OSError, match="No space left"):
+                fill(tmp_path / "run", "new")
+        else:
+            fill(tmp_path / "run", "new")
+    assert (tmp_path / "run" / "deep" / "a.txt").read_text() == ("old" if broken_call == "scandir" else "new")
+    assert len(names(tmp_path)) == 2
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["run"]
+
+
 def test_a_directory_that_must_be_new_never_replaces_one(tmp_path):
     def too_late() -> None:
         with atomic_directory(tmp_path / "run", replace=False) as directory:
@@ -252,6 +269,20 @@ def test_remove_leftovers_takes_what_an_ended_process_left_and_nothing_else(tmp_
     remove_leftovers(tmp_path / "no such folder")
 
 
+@pytest.mark.parametrize(("error", "left"), [(PermissionError, 1), (ProcessLookupError, 0), (OverflowError, 0)])
+def test_of_a_process_of_another_user_leftovers_stay_and_of_a_number_that_is_none_they_go(
+    tmp_path, monkeypatch, error, left
+):
+    def kill(process: int, number: int) -> None:
+        assert (process, number) == (12345, 0)
+        raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    (tmp_path / ".dwiml-tmp-a.12345-0123abcd").touch()
+    remove_leftovers(tmp_path)
+    assert len(names(tmp_path)) == left
+
+
 KILLED = """
 import importlib.util, os, pathlib, shutil, sys
 spec = importlib.util.spec_from_file_location("atomic", sys.argv[1])
@@ -379,6 +410,17 @@ def test_a_place_that_cannot_hold_anything_is_told_by_name(tmp_path):
         with pytest.raises(FileNotFoundError, match="nothing/"):
             write(tmp_path / "nothing" / "run")
     assert names(tmp_path) == ["file"]
+    with pytest.raises(IsADirectoryError, match=r"^Expected a file name\. Received a folder: "):
+        atomic_write(tmp_path, "a")
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127])
+def test_names_are_as_long_as_file_systems_take(tmp_path, name):
+    atomic_write(tmp_path / name, "whole")
+    stem = atomic.temporary_beside(tmp_path / name).name.removeprefix(".dwiml-tmp-").rpartition(".")[0]
+    (tmp_path / name).rename(tmp_path / f".dwiml-old-{stem}.{ended_process()}-0123abcd")
+    remove_leftovers(tmp_path, name)
+    assert names(tmp_path) == [name]
 
 
 def test_leftovers_of_one_name_are_told_from_those_of_others(tmp_path):

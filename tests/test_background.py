@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from report_cases import report
 
 from dwiml_func import TrainState, adam, init_state, module_loss, sgd, train_step
 from dwiml_func.checkpoint.background import AsyncCheckpointer, copy_to_host
@@ -138,11 +139,14 @@ def test_one_save_at_a_time_in_the_order_of_the_calls(tmp_path, monkeypatch):
 
 
 def test_the_training_thread_goes_on_while_a_checkpoint_is_written(tmp_path, held):
+    history = [report(1)]
     with AsyncCheckpointer(tmp_path) as checkpointer:
-        checkpointer.save(state_at(1))
+        checkpointer.save(state_at(1), history)
+        history.append(report(2))  # it writes what was given
         assert list_checkpoints(tmp_path) == []
         held.set()
     assert list_checkpoints(tmp_path) == ["1"]
+    assert [each.epoch for each in restore(tmp_path, state_at(0)).history] == [1]
 
 
 def fail_at(*epochs: int) -> Any:
@@ -225,10 +229,10 @@ def test_a_ctrl_c_does_not_wait_for_the_disk(tmp_path, held):
     with pytest.raises(KeyboardInterrupt):
         run()
     assert list_checkpoints(tmp_path) == []
+    (thread,) = [each for each in threading.enumerate() if each.name == "checkpointer"]
+    assert thread.daemon  # nor does the end of the process
     held.set()
-    for thread in threading.enumerate():
-        if thread.name == "checkpointer":
-            thread.join()
+    thread.join()
 
 
 def test_checkpoint_then_best_model_then_logs(tmp_path, monkeypatch):

@@ -183,6 +183,10 @@ def test_without_cycles_the_same_subjects_stay_until_they_have_no_more():
     first = set(index.subject_of(plan.ids[:200]).tolist())
     assert len(first) == 2
     assert not first & set(index.subject_of(plan.ids[200:]).tolist())
+    for subject in range(4):  # each one's streamlines are shuffled, and so are those of two subjects in a batch
+        own = plan.ids[index.subject_of(plan.ids) == subject]
+        assert 30 < np.count_nonzero(np.diff(own) > 0) < 69
+    assert all(set(index.subject_of(plan[i]).tolist()) == first for i in range(15))
 
 
 def test_subjects_are_drawn_with_weights_of_what_is_left():

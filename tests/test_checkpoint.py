@@ -156,6 +156,19 @@ def test_the_history_and_the_config_come_back(tmp_path):
     assert checkpoint.config == config
 
 
+def test_the_folders_of_a_first_checkpoint_survive_a_loss_of_power(tmp_path, monkeypatch):
+    flushed, fsync = set(), os.fsync
+
+    def flush(descriptor: int) -> None:
+        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    save(tmp_path / "runs" / "run", linear_state())
+    places = [tmp_path, tmp_path / "runs", tmp_path / "runs" / "run", tmp_path / "runs" / "run" / "checkpoint"]
+    assert {str(place) for place in places} <= flushed
+
+
 def test_saving_changes_neither_the_state_nor_torchs_generator(tmp_path):
     state, generator = odd_state(), torch.get_rng_state()
     before = state_digest(state)
@@ -463,7 +476,8 @@ def test_a_run_restored_from_an_older_checkpoint_may_repeat_its_later_ones_bitwi
     trained(tmp_path, linear_state(), epochs=5, by=1)
     before = digests(tmp_path)
     older = restore(tmp_path, linear_state(), name="1")
-    assert save(tmp_path, older.state.replace(batch=3), older.history).is_dir()
+    for _ in range(2):
+        assert save(tmp_path, older.state.replace(batch=3), older.history).is_dir()
     trained(tmp_path, older.state, older.history, epochs=5, by=1)
     assert digests(tmp_path) == before
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +25,15 @@ from dwiml_func._checks import (
     one_line,
     truncated_repr,
 )
-from dwiml_func.files.json import null_if_not_finite, parse_json, read_config_file, to_json_data
+from dwiml_func.files.json import (
+    null_if_not_finite,
+    parse_json,
+    read_config_file,
+    read_record,
+    to_json_data,
+    write_record,
+)
+from dwiml_func.files.paths import missing_text
 
 
 @pytest.mark.parametrize(
@@ -100,11 +111,59 @@ def test_json_is_read_strictly(tmp_path: Path) -> None:
     file.write_bytes(b" " * ((1 << 20) + 1))
     with pytest.raises(ValueError, match=r"^a\.json: this file is larger than any config\.$"):
         read_config_file(file, source="a.json")
+    file.write_bytes(codecs.BOM_UTF8 + b"{}")
+    assert read_config_file(file, source="a.json") == b"{}"
+    file.unlink()
+    os.mkfifo(file)
+    for place in (file, tmp_path):
+        with pytest.raises(ValueError, match=r"^a\.json: Expected a file\. Received: a folder, a pipe or a device\.$"):
+            read_config_file(place, source="a.json")
+
+
+def test_a_path_that_is_not_there_is_told_with_the_link_that_is_broken(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "broken").symlink_to("gone")
+    for path, text in (
+        ("folder", f"is a folder: {tmp_path}/folder"),
+        ("file", f"is a file: {tmp_path}/file"),
+        ("link/a/b", f"does not exist: {tmp_path}/link/a/b"),
+        ("broken", f"does not exist: {tmp_path}/broken. {tmp_path}/broken is a broken link, to gone"),
+        ("broken/a", f"does not exist: {tmp_path}/broken/a. {tmp_path}/broken is a broken link, to gone"),
+    ):
+        assert missing_text(tmp_path / path) == text
+
+
+def test_a_record_holds_what_was_written_or_is_corrupt(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    assert read_record(file) is None
+    write_record(file, {"b": [1.5, math.nan], "a": {"d": 1, "c": "x"}})
+    assert read_record(file) == {"b": [1.5, None], "a": {"d": 1, "c": "x"}}
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written, sort_keys=True))  # the order of keys says nothing
+    assert read_record(file) == {"a": {"c": "x", "d": 1}, "b": [1.5, None]}
+    file.write_text(json.dumps(written | {"b": [1.6, None]}))
+    with pytest.raises(ValueError, match=r"a\.json is corrupt: it does not hold what was written\.$"):
+        read_record(file)
+    del written["checksum"]
+    file.write_text(json.dumps(written))  # of an earlier version
+    assert read_record(file) == written
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match=r"a\.json is corrupt\. Expected a JSON object\. Received: \[1\]\.$"):
+        read_record(file)
+
+
+class _Number(int):
+    pass
 
 
 def test_data_become_plain_json_data_and_what_is_none_is_named() -> None:
     data = {"a": np.float32(0.5), 3: (torch.tensor(2), np.arange(2)), "path": Path("b"), "no": None, "yes": True}
     assert repr(to_json_data(data)) == "{'a': 0.5, 3: [2, [0, 1]], 'path': 'b', 'no': None, 'yes': True}"
+    kinds = [np.float64(0.5), np.str_("a"), np.True_, _Number(7)]  # whose own repr is another
+    assert repr(to_json_data(kinds)) == "[0.5, 'a', True, 7]"
+    assert type(to_json_data(kinds)[3]) is int
     with pytest.raises(TypeError, match=r"^config\.a\.1: expected numbers, texts, lists and dicts\. Received: object "):
         to_json_data({"a": [0, object()]}, "config")
     with pytest.raises(TypeError, match=r"^config: expected texts as keys\. Received: \[1\]"):

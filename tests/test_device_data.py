@@ -13,6 +13,7 @@ from experiment_cases import CONFIG, MODEL, latest_digest, trained
 from torch import Tensor
 
 from dwiml_func.core.rng import Key
+from dwiml_func.data import device_data
 from dwiml_func.data.ahead import MovedAhead
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.batch import StreamlineBatch
@@ -89,7 +90,12 @@ def test_voxels_that_are_no_cubes_and_lazy_data_give_the_same_batches(dataset: S
 
 
 @pytest.mark.parametrize("resampling", [Resampling(step_size=0.7), Resampling(nb_points=23)])
-def test_resampled_points_are_equal_to_rounding(dataset: StreamlineDataset, resampling: Resampling) -> None:
+def test_resampled_points_are_equal_to_rounding(
+    dataset: StreamlineDataset, resampling: Resampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of subjects whose voxels differ, in several parts."""
+    monkeypatch.setattr(device_data, "_CHUNK", 40)
+    dataset = replace(dataset, voxel_sizes=torch.tensor([[1.0, 1.5, 1.0], [2.0, 2.0, 2.0]]))
     ours, theirs = _both(dataset, LoaderSpec(resampling=resampling, augmentation=ALL))
     assert torch.equal(ours.offsets, theirs.offsets)
     torch.testing.assert_close(ours.points, theirs.points, rtol=1e-6, atol=1e-6)

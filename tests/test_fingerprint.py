@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dwiml_func.files import fingerprint as module
-from dwiml_func.files.archive import check_archive
+from dwiml_func.files.archive import check_archive, is_bomb
 from dwiml_func.files.fingerprint import FingerprintInBackground, content, fingerprint, linked_paths, same_file
 
 TIME = 1_700_000_000_123_456_789
@@ -116,15 +117,21 @@ def test_who_does_not_wait_gets_what_is_known(files: tuple[Path, Path], tmp_path
         pass
 
 
-def test_an_archive_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path) -> None:
-    import zipfile
-
-    for method, is_refused in ((zipfile.ZIP_STORED, False), (zipfile.ZIP_DEFLATED, True)):
+@pytest.mark.parametrize("zeros", [0, 5_000, 10_000])
+def test_an_archive_that_unpacks_to_more_than_it_holds_is_refused(tmp_path: Path, zeros: int) -> None:
+    """However little more: of random bytes, deflating saves nothing, of half of them zeros a half."""
+    for method, is_refused in ((zipfile.ZIP_STORED, False), (zipfile.ZIP_DEFLATED, zeros > 0)):
         with zipfile.ZipFile(tmp_path / "a.pt", "w", method) as archive:
-            archive.writestr("zeros", bytes(10_000))
+            archive.writestr("zeros", os.urandom(10_000 - zeros) + bytes(zeros))
         if not is_refused:
             check_archive(tmp_path / "a.pt")
             continue
         with pytest.raises(ValueError, match=r"which is not compressed.* unpacks to 10000 bytes"):
             check_archive(tmp_path / "a.pt")
     check_archive(write(tmp_path / "plain", b"no archive"))
+
+
+@pytest.mark.parametrize(("unpacked", "stored"), [(1 << 26, 0), (1 << 26, 1 << 19), (100 << 20, 1 << 20)])
+def test_a_bomb_unpacks_to_more_than_64_mb_and_a_hundred_times_its_size(unpacked: int, stored: int) -> None:
+    assert not is_bomb(unpacked, stored)
+    assert is_bomb(unpacked + 1, stored)

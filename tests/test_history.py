@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func import EpochReport, init_state, save, sgd
+from dwiml_func.checkpoint import history as module
 from dwiml_func.checkpoint.checkpoint import read, write
 from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
+from dwiml_func.checkpoint.last_saved import last_saved
 from dwiml_func.core.early_stopping import Best
 
 FLOATS = st.floats() | st.sampled_from([0.1 + 0.2, 5e-324, -0.0, math.nan, math.inf])
@@ -93,12 +96,20 @@ def test_an_epoch_that_came_out_otherwise_does_not_get_the_digest_of_the_earlier
 
 def test_the_state_that_is_saved_counts_more_than_what_was_recorded():
     assert digests(fill_digests((report(1, "old"),), (report(1, "older"),), 1, "new")) == ["new"]
+    assert digests(fill_digests((report(1, "own"), report(2)), (report(1, "older"),), 2, "new")) == ["own", "new"]
+
+
+def test_what_is_remembered_of_reports_is_forgotten_before_it_fills_the_memory(monkeypatch):
+    monkeypatch.setattr(module, "_MAX_REMEMBERED", 3)
+    memo, reports = module._Memo(), [report(epoch) for epoch in range(1, 6)]
+    for number, each in enumerate(reports):
+        assert memo.get(each) is None
+        assert memo.put(each, number) == memo.get(each) == number
+    assert [memo.get(each) for each in reports] == [None, None, None, 3, 4]
 
 
 def test_a_save_does_not_make_the_same_reports_text_again(tmp_path, monkeypatch):
     """What a save does for the epochs before it is counted in reports, not in seconds."""
-    from dwiml_func.checkpoint import history as module
-
     state, made = init_state(torch.nn.Linear(1, 1), sgd(), seed=0), []
     to_json = module.history_to_json
     monkeypatch.setattr(module, "history_to_json", lambda reports: made.extend(reports) or to_json(reports))
@@ -112,6 +123,24 @@ def test_a_save_does_not_make_the_same_reports_text_again(tmp_path, monkeypatch)
     saved = read(tmp_path).history
     assert [each.digest is not None for each in saved] == [False] * 19 + [True] * 4
     assert repr(tuple(replace(each, digest=None) for each in saved)) == repr(history)  # NaN is not equal to itself
+
+
+def test_what_was_saved_last_is_known_until_anybody_writes_there(tmp_path, monkeypatch):
+    state = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
+    monkeypatch.chdir(tmp_path)
+    manifest = save("run", state.replace(epoch=1), [report(1)]) / "manifest.json"
+    for place in ("run", tmp_path / "run"):
+        found = last_saved(place)
+        assert found is not None
+        assert [each.epoch for each in found] == [1]
+    os.utime(manifest, ns=(0, 0))  # other bytes in the same file
+    assert last_saved("run") is None
+    save("run", state.replace(epoch=2), [report(1), report(2)])
+    for epoch in (1, 2):  # nor is one of two that cannot be read taken for the other
+        (tmp_path / "other" / "checkpoint" / str(epoch)).mkdir(parents=True)
+    assert last_saved("other") is None
+    (tmp_path / "run" / "checkpoint" / "3").mkdir()
+    assert last_saved("run") is None
 
 
 def test_a_checkpoint_that_another_process_wrote_is_read_by_the_next_save(tmp_path):

@@ -46,6 +46,9 @@ def test_trilinear_agrees_with_scipy_also_outside(shape, seed):
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-12)
     single = interpolate(torch.from_numpy(volume).float(), torch.from_numpy(points).float())
     np.testing.assert_allclose(single.numpy(), expected, rtol=0, atol=1e-5)
+    mixed = interpolate(torch.from_numpy(volume).float(), torch.from_numpy(points))  # of the volume's dtype
+    assert mixed.dtype == torch.float32
+    np.testing.assert_allclose(mixed.numpy(), expected, rtol=0, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

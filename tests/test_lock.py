@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from preloaded import start_program
 
 from dwiml_func.files.lock import (
@@ -72,6 +74,18 @@ def test_within_the_block_another_is_refused_and_after_it_not_even_after_an_erro
         fail_within()
     assert not is_locked(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("told", [b"", b"\xff"])
+def test_a_holder_that_has_not_told_its_name_is_another_process(tmp_path, told):
+    def enter_twice() -> None:
+        with experiment_lock(tmp_path):
+            (tmp_path / ".lock").write_bytes(told)
+            with experiment_lock(tmp_path):
+                pass
+
+    with pytest.raises(LockedError, match=r"is in use by another process\. "):
+        enter_twice()
 
 
 def test_those_that_wait_come_in_one_by_one(tmp_path):
@@ -134,6 +148,7 @@ def test_a_look_at_the_lock_keeps_nobody_out(tmp_path, monkeypatch):
     (tmp_path / ".lock").write_text("process 1 on anvil")
     looking = os.open(tmp_path / ".lock", os.O_RDONLY)
     fcntl.flock(looking, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert not is_locked(tmp_path)  # nor do two that look keep each other out
     flock, refused = fcntl.flock, []
 
     def look_away_when_refused(descriptor: int, operation: int) -> None:
@@ -168,7 +183,7 @@ def test_loading_processes_do_not_keep_the_lock_of_a_killed_run(tmp_path):
         child.kill()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL])
 def test_a_file_system_without_locks_is_warned_of_and_does_not_stop_the_run(tmp_path, monkeypatch, caplog, number):
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
@@ -220,6 +235,28 @@ def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path, make):
     assert os.path.lexists(tmp_path / ".lock")
 
 
+def test_a_link_to_the_lock_of_another_folder_is_not_followed(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / ".lock").symlink_to("../a/.lock")
+    with experiment_lock(tmp_path / "a"):
+        assert not is_locked(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("wait", "expected"), [(True, -1), (False, 0.5)])
+def test_who_waits_does_so_without_an_end_and_others_for_the_moment_of_a_look(tmp_path, monkeypatch, wait, expected):
+    timeouts = []
+
+    def lock(path: Path, *, timeout: float, **options: float) -> FileLock:
+        timeouts.append(timeout)
+        return FileLock(path, timeout=timeout, **options)
+
+    monkeypatch.setattr("dwiml_func.files.lock.FileLock", lock)
+    with experiment_lock(tmp_path, wait=wait):
+        pass
+    assert timeouts == [expected]
+
+
 def test_the_lock_of_another_process_in_the_same_place_stays(tmp_path):
     with experiment_lock(tmp_path):
         (tmp_path / ".lock").rename(tmp_path / "moved")
@@ -263,9 +300,16 @@ def test_a_link_to_where_a_folder_was_moved_leads_to_the_same_folder(tmp_path):
 
 
 def test_folders_are_kept_for_readers_and_only_while_they_read(tmp_path):
-    with kept_folders([tmp_path, tmp_path / "nothing"]):
+    num_open = len(os.listdir("/proc/self/fd"))
+    (tmp_path / "file").touch()
+    with kept_folders([tmp_path, tmp_path / "nothing", tmp_path / "file"]), ExitStack() as another:
+        another.enter_context(kept_folders([tmp_path]))
         assert is_kept(tmp_path)
-        with kept_folders([tmp_path]):
-            assert is_kept(tmp_path)
+        staying = another.pop_all()
+    assert is_kept(tmp_path)  # for the other, who came later and is still there
+    staying.close()
     assert not is_kept(tmp_path)
     assert not is_kept(tmp_path / "nothing")
+    with same_folder(tmp_path):
+        pass
+    assert len(os.listdir("/proc/self/fd")) == num_open

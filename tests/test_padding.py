@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_leaves
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import module_loss
+from dwiml_func.core.rng import Key
 from dwiml_func.core.state import init_state
 from dwiml_func.core.step import train_step
+from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.read import open_dataset
@@ -58,8 +60,10 @@ def _offsets(lengths: tuple[int, ...] = LENGTHS) -> Tensor:
 
 
 def _batch(*, add_eos: bool = False, num: int = 12) -> StreamlineBatch:
-    spec = LoaderSpec(add_eos=add_eos)
-    return load_batch(BatchRequest(np.arange(num), None, 0, 0), dataset=_dataset(), spec=spec)
+    """Of both subjects, with noise of its own on what a model sees and on the targets."""
+    noise = Augmentation(noise_gaussian_size_forward=0.1, noise_gaussian_size_loss=0.05)
+    request = BatchRequest(np.arange(num) * 37 % 96, Key(5), 0, 0)
+    return load_batch(request, dataset=_dataset(), spec=LoaderSpec(add_eos=add_eos, augmentation=noise))
 
 
 @cache
@@ -131,6 +135,8 @@ def test_a_padded_batch_gives_the_loss_and_gradients_of_a_packed_one(name: str, 
     filled = with_fixed_shape(padded)
     assert filled.num_points == padded.padded_length * len(filled)
     assert (len(batch), len(filled)) == (17, 18)
+    for name in ("ids", "subject"):
+        assert torch.equal(getattr(filled, name)[:17], getattr(batch, name))
     for other in (padded, filled):
         for ours, theirs in zip(_results(model, other), _results(model, batch), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
@@ -181,7 +187,26 @@ def test_there_are_few_lengths_and_a_batch_alone_decides_its_own() -> None:
     assert padded_lengths([dataset], Resampling(nb_points=81)) == tuple(range(11, 89, 11))
     mm = dataset.index.lengths_mm
     assert mm is not None
+    empty = open_dataset(PHANTOM, "testing")
+    assert padded_lengths([empty, dataset], Resampling()) == known
+    assert padded_lengths([empty], Resampling())[0] == 1
+    longer = replace(dataset, index=replace(dataset.index, lengths_mm=2 * mm))
+    assert padded_lengths([longer], dataset.resampling) == known  # the file has that step: its points count
+    both = padded_lengths([dataset, longer], Resampling(step_size=1.0))
+    assert both == padded_lengths([longer], Resampling(step_size=1.0))
     assert padded_lengths([dataset], Resampling(step_size=0.1))[0] == -(-(round(mm.max() / 0.1) + 1) // NUM_LENGTHS)
+
+
+@pytest.mark.parametrize("lengths", [(1, 4, 2), (3, 1, 1)])
+def test_streamlines_of_one_point_have_no_real_row(lengths: tuple[int, ...]) -> None:
+    offsets, numbers = _offsets(lengths), torch.arange(len(lengths))
+    points = torch.arange(3.0 * sum(lengths)).reshape(-1, 3)
+    inputs = points[torch.ones(len(points), dtype=torch.bool).index_fill(0, offsets[1:] - 1, False)]
+    batch = StreamlineBatch(points=points, offsets=offsets, subject=numbers, ids=numbers, inputs=inputs)
+    filled = with_fixed_shape(with_padded_length(batch, (3,)))
+    assert filled.is_real is not None
+    assert torch.equal(filled.inputs[filled.is_real], inputs)
+    assert filled.is_real.unflatten(0, (len(lengths), 3)).sum(1).tolist() == [length - 1 for length in lengths]
 
 
 def test_a_model_with_a_largest_length_pads_to_no_more_and_shards_have_their_own() -> None:

@@ -59,6 +59,11 @@ def test_all_that_bits_depend_on_is_recorded():
         "num_threads": torch.get_num_threads(),
         "devices": ["cpu", "cuda:0"],
     }
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):  # by their places, so that a module that was moved counts
+        line = f"{path.relative_to(PACKAGE).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        digest.update(line.encode())
+    assert recorded["source"] == digest.hexdigest()
     if Path("/proc/cpuinfo").is_file() and "model name" in Path("/proc/cpuinfo").read_text():
         assert f": {recorded['cpu']}\n" in Path("/proc/cpuinfo").read_text()
 

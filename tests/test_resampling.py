@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.data.resampling import Resampling, resample, resample_streamlines
+from dwiml_func.data.resampling import Resampling, resample, resample_others, resample_streamlines
 from dwiml_func.data.streamlines import Streamlines
 
 resamplings = st.one_of(
@@ -76,6 +76,43 @@ def test_dwi_mls_rule_makes_fewer_and_longer_steps():
     assert resample_streamlines(lines, size, Resampling(step_size=2.0)).points[:, 0].tolist() == [0, 2, 4, 6]
 
 
+@pytest.mark.parametrize(("tolerance", "num_points"), [(0.29, 3), (0.31, 2)])
+def test_compressing_removes_what_lies_within_the_tolerance_in_mm(tolerance, num_points):
+    lines = Streamlines.from_list([[[0, 0, 0], [5, 0.1, 0], [10, 0, 0]]])  # 0.3 mm beside the straight line
+    found = resample_streamlines(lines, torch.tensor([[1.0, 3.0, 1.0]]), Resampling(compress=tolerance))
+    assert len(found.points) == num_points
+
+
+def test_a_streamline_of_more_than_a_million_steps_is_refused():
+    lines, size = Streamlines.from_list([[[0, 0, 0], [1, 0, 0]]]), torch.ones(1, 3)
+    with pytest.raises(
+        ValueError, match=r"a streamline of 1 mm would have more than 1000000 points\. Received: 1e-07 mm"
+    ):
+        resample_streamlines(lines, size, Resampling(step_size=1e-7))
+
+
+def test_only_streamlines_of_another_number_of_points_are_resampled_each_in_its_own_voxels():
+    bent = [[0, 0, 0], [6, 0, 0], [6, 6, 0]]
+    lines = Streamlines.from_list([bent[:2], bent, bent[1:], bent])
+    sizes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    three = resample_others(lines, sizes, Resampling(nb_points=3)).to_list()
+    assert [line[1].tolist() for line in three] == [[3, 0, 0], [6, 0, 0], [6, 3, 0], [6, 0, 0]]
+    sizes[:, 1] = torch.tensor([1.0, 3.0, 1.0, 2.0])
+    two = resample_others(Streamlines.from_list([bent[:2], bent, bent]), sizes[1:], Resampling(nb_points=2)).to_list()
+    assert [line.tolist() for line in two] == [bent[:2], bent[::2], bent[::2]]
+    five = resample_others(
+        Streamlines.from_list([[[0, 0, 0]] * 4, bent, bent]), sizes[[0, 1, 3]], Resampling(nb_points=4)
+    )
+    # 6 + 3 * 6 mm and 6 + 2 * 6 mm, in three steps each
+    torch.testing.assert_close(
+        five.points[4:],
+        torch.tensor(
+            [[0, 0, 0], [6, 2 / 3, 0], [6, 10 / 3, 0], [6, 6, 0], [0, 0, 0], [6, 0, 0], [6, 3, 0], [6, 6, 0.0]]
+        ),
+    )
+    assert resample_others(lines, sizes, Resampling(step_size=1.0)) is lines
+
+
 def test_what_has_the_step_size_already_is_not_sampled_again_whatever_the_rule():
     assert Resampling(step_size=2.0, step_rule="dwi_ml") == Resampling(step_size=2.0)
 
@@ -107,6 +144,9 @@ def test_nothing_asked_for_is_nothing_done():
         ({"step_size": float("nan")}, "^step_size: "),
         ({"step_size": 1.0, "step_rule": "up"}, "^Expected a step_rule among nearest, dwi_ml. Received: 'up'$"),
         ({"nb_points": 1}, "^nb_points: .* at least 2. Received: 1$"),
+        ({"nb_points": 2.5}, "^nb_points: expected a whole number of at most 1000000. Received: 2.5$"),
+        ({"nb_points": 1_000_001}, "^nb_points: expected a whole number of at most 1000000. Received: 1000001$"),
+        ({"compress": 0.0}, "^compress: .* above 0 mm. Received: 0.0$"),
         ({"compress": -1.0}, "^compress: "),
         ({"step_size": 1.0, "compress": 1.0}, "at most one of"),
     ],

@@ -27,12 +27,12 @@ class _Memo(Generic[T]):
 
     def get(self, report: EpochReport) -> T | None:
         found = self._made.get(id(report))
-        return found[1] if found is not None and found[0] is report else None
+        return None if found is None else found[1]
 
     def put(self, report: EpochReport, made: T) -> T:
         if len(self._made) >= _MAX_REMEMBERED:
             self._made.clear()
-        self._made[id(report)] = report, made
+        self._made[id(report)] = report, made  # which keeps the report, and so its identity
         return made
 
 

@@ -38,7 +38,7 @@ def names_to_keep(
     if isinstance(keep, str):
         interval, keep = int(keep.removeprefix(_EVERY)), 2
         keep_always = (*keep_always, *(name for name in ends if int(name) % interval == 0))
-    within = [name for name in names if name.startswith(f"{state.epoch}-")] if state.batch else []
+    within = [name for name in names if name.startswith(f"{state.epoch}-")]
     best = best_name(state.best)
     return {checkpoint_name(state), *ends[-max(keep, 1) :], *([best] if best else []), *within[-2:], *keep_always}
 

@@ -76,7 +76,7 @@ def to_json_data(data: Any, name: str = "data") -> Any:
         return to_json_data(data.tolist(), name)
     if isinstance(data, os.PathLike):
         return os.fspath(data)
-    for kind in (bool, int, float, str):
+    for kind in (int, float, str):
         if isinstance(data, kind):
             return kind(data)
     raise TypeError(

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 __all__ = ["FolderLostError", "LockedError", "experiment_lock", "is_kept", "is_locked", "kept_folders", "same_folder"]
 
 _NAME = ".lock"
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL}  # what file systems without flock answer
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EINVAL}  # what file systems without flock answer, beside ENOSYS
 _SECONDS = 0.5  # `is_locked` in another process holds the lock for a moment
 _POLL_SECONDS = 0.02
 _LOOK = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW  # no link is followed, no pipe waited for
