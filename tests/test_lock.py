@@ -12,6 +12,7 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -247,7 +248,7 @@ def test_a_link_to_the_lock_of_another_folder_is_not_followed(tmp_path):
 def test_who_waits_does_so_without_an_end_and_others_for_the_moment_of_a_look(tmp_path, monkeypatch, wait, expected):
     timeouts = []
 
-    def lock(path: Path, *, timeout: float, **options: float) -> FileLock:
+    def lock(path: Path, *, timeout: float, **options: Any) -> Any:
         timeouts.append(timeout)
         return FileLock(path, timeout=timeout, **options)
 
