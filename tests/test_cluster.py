@@ -28,6 +28,10 @@ def test_a_time_limit_saves_the_run_and_the_same_command_goes_on(cli, tmp_path):
     assert "stopped by --stop-after and saved as checkpoint 0-1. To resume: dwiml-func resume" in outcome.err
     outcome = cli("resume", tmp_path, "run", "--stop-after", "0s")
     assert (outcome.code, "saved as checkpoint 0-2" in outcome.err) == (142, True)
+    outcome = cli("fork", tmp_path / "run", "forked", "--stop-after", "0s")
+    assert (outcome.code, "saved as checkpoint 0-3" in outcome.err) == (142, True)
+    outcome = cli(*command, "--stop-after", "0s")
+    assert (outcome.code, "saved as checkpoint 0-3" in outcome.err) == (142, True)
     assert cli(*command, "--stop-after", "1h30m").code == 0
     assert cli(*command, "--stop-after", "0s").code == 0  # it has ended
     assert latest_digest(tmp_path / "run") == latest_digest(trained(tmp_path, CONFIG, "uninterrupted"))
@@ -38,6 +42,13 @@ def test_a_time_limit_stops_an_ensemble(cli, tmp_path):
     assert cli(*command).code == 142
     outcome = cli(*command)
     assert (outcome.code, "saved as checkpoint 0-2" in outcome.err) == (142, True)
+
+
+def test_a_time_limit_stops_a_sweep_which_the_same_command_continues(cli, tmp_path):
+    outcome = cli("train", tmp_path, "all", PHANTOM, *OPTIONS, "--sweep", "dg-dropout=0.1,0.2", "--stop-after", "0s")
+    assert outcome.code == 142
+    assert f"0-1 of {tmp_path / 'all' / 'dg-dropout=0.1'}. To continue the sweep, give the same command" in outcome.err
+    assert not (tmp_path / "all" / "dg-dropout=0.2").exists()
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("3h55m", 14100), ("90m", 5400), ("1d12h", 129600), ("7s", 7)])

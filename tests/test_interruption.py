@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from experiment_cases import CONFIG
 from gated_run import OPTIONS, check_same_end, gated, train_whole
 from reproduction_cases import DATA, differences, files, results
 from torch import Tensor
 
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.cli._sweep import train_sweep
+from dwiml_func.cli._training import train_one
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals
 
@@ -235,6 +240,37 @@ class _GroupWithASignalInside:
         while self.signals:
             os.kill(os.getpid(), self.signals.pop())
         return [tensor, torch.zeros_like(tensor)]
+
+
+class _Second:
+    """The second process of two; the first one tells what `first` says."""
+
+    rank, size = 1, 2
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        return [torch.full_like(tensor, self.first), tensor]
+
+
+@pytest.mark.parametrize("exists", [0, 1])
+def test_a_process_that_does_not_write_resumes_where_the_first_one_does(monkeypatch, tmp_path, exists):
+    """The folder may have appeared since the first one looked, or not yet where the disk is shared."""
+    config = replace(CONFIG, training=replace(CONFIG.training, num_shards=2))
+    calls: list[tuple[str, object, object]] = []
+    for name in ("resume_one", "train_with_progress"):
+        call = f"dwiml_func.cli._training.{name}"
+        monkeypatch.setattr(call, lambda *_, name=name, **how: calls.append((name, how["deadline"], how.get("given"))))
+    for other in range(2):  # of this process's own folder
+        train_one(tmp_path, "run", config, _Second(exists), deadline=5.0)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        assert calls.pop() == (("resume_one", 5.0, config) if exists else ("train_with_progress", 5.0, None)), other
+    assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.setattr("dwiml_func.cli._sweep.join_process_group", lambda _: contextlib.nullcontext(_Second(exists)))
+    assert train_sweep(tmp_path / "all", {"a": config, "b": config}, ["dropout=0,1"], deadline=6.0) == 0
+    assert calls == ([] if exists else [("train_with_progress", 6.0, None)] * 2)  # the first one knows what is done
+    assert not (tmp_path / "all").exists()
 
 
 def test_a_signal_that_comes_while_the_processes_agree_is_not_lost():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -12,7 +13,12 @@ from pathlib import Path
 import pytest
 from preloaded import finished, start_program
 
+from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.cli._messages import Verbosity, messages, print_progress
+from dwiml_func.core.checked_step import StepMismatchError
+from dwiml_func.core.non_finite import NonFiniteError
+from dwiml_func.distributed.process_group import ProcessLostError
+from dwiml_func.experiment.signals import TrainingStopped
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 TINY = ("--rnn-layer-sizes", "4", "--batch-size-training", "40", "--max-epochs", "1")
@@ -74,6 +80,56 @@ def test_an_output_without_unicode_shows_everything(tmp_path: Path) -> None:
     assert (done.returncode, done.err) == (0, "")
     assert r"r\xe9sum\xe9" in done.out
     assert "send-to-comet" in done.out
+
+
+ENDS = {
+    "not finite": (NonFiniteError("a loss"), 1, "a loss"),
+    "two results": (StepMismatchError("a leaf"), 1, "a leaf"),
+    "lost": (ProcessLostError("gone"), 1, "gone"),
+    "corrupt": (CorruptError("a file\nis corrupt"), 2, "a file is corrupt"),
+    "missing": (FileNotFoundError(2, "No such file", "a"), 2, "[Errno 2] No such file: 'a'"),
+    "no module": (ModuleNotFoundError("No module named 'comet_ml'"), 2, "No module named 'comet_ml'"),
+    "memory": (MemoryError("8 GB"), 2, "not enough memory. 8 GB"),
+    "torch": (RuntimeError("can't allocate memory: 8 GB"), 2, "not enough memory. can't allocate memory: 8 GB"),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "interrupted."),
+    "stopped": (
+        TrainingStopped(signal.SIGTERM, Path("a b/run"), "3-2"),
+        143,
+        "stopped by SIGTERM and saved as checkpoint 3-2. To resume: dwiml-func resume 'a b' run",
+    ),
+    "stopped before": (
+        TrainingStopped(signal.SIGALRM, Path("a/run"), None),
+        142,
+        "stopped by --stop-after before the first batch. To resume: dwiml-func resume a run",
+    ),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("command", ["digest", "resume"])
+@pytest.mark.parametrize("name", ENDS)
+def test_what_ends_a_command_is_one_line_and_an_exit_code(cli, monkeypatch, name, command, rank) -> None:
+    error, code, told = ENDS[name]
+
+    def run(options: object) -> int:
+        raise error
+
+    monkeypatch.setattr(f"dwiml_func.cli.{command}.run", run)
+    monkeypatch.setenv("RANK", str(rank))
+    told += " The last checkpoint is kept." if (name, command) == ("Ctrl-C", "resume") else ""
+    line = f"dwiml-func {command}{' (process 1)' if rank else ''}: {told}\n"
+    outcome = cli(command, "experiments")
+    is_told = not (rank and isinstance(error, TrainingStopped))  # by the first process
+    assert (outcome.code, outcome.out, outcome.err) == (code, "", line if is_told else "")
+
+
+def test_an_error_that_is_no_users_is_raised(cli, monkeypatch) -> None:
+    def run(options: object) -> int:
+        raise RuntimeError("shapes")
+
+    monkeypatch.setattr("dwiml_func.cli.digest.run", run)
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli("digest", "experiments")
 
 
 def test_an_output_that_is_closed_ends_a_command_without_a_traceback() -> None:
