@@ -294,6 +294,18 @@ def test_other_data_are_taken_when_asked_for_and_noticed_when_not(cli, source):
     cli("fork", source, "a", "--from", "3").check_refusal("whose bytes differ", "--hdf5-file")
 
 
+def test_a_resume_keeps_the_checkpoint_from_which_a_run_was_forked_and_removes_other_old_ones(cli, source):
+    config = read_config(source)
+    new = dataclasses.replace(config, checkpoints=dataclasses.replace(config.checkpoints, keep=1))
+    forked = create_fork(source.parent, "forked", prepare_fork(source, new, name="1-3"))
+    assert cli("resume", source.parent, "forked", "--new-max-epochs", 3, "--checkpoint-every", "1epoch").code == 0
+    kept = list_checkpoints(forked)
+    assert kept[0] == "1-3"
+    shutil.copytree(source / "checkpoint" / "2", forked / "checkpoint" / "2", dirs_exist_ok=True)  # as a kill leaves it
+    cli("resume", source.parent, "forked").check_refusal("epoch")
+    assert list_checkpoints(forked) == kept
+
+
 def flip_a_byte(checkpoint: Path) -> None:
     for file in [path for path in (checkpoint / "leaves").rglob("*") if path.is_file()]:
         content = bytearray(file.read_bytes())

@@ -193,6 +193,21 @@ def test_an_error_after_a_signal_is_told_beside_it_and_the_batches_before_it_are
     assert list_checkpoints(directory) == ["0-2"]
 
 
+def test_an_error_in_the_validation_costs_no_batch_and_the_resume_repeats_the_validation(tmp_path, plain):
+    directory, parts = create_experiment(tmp_path, "run", CONFIG), prepare(CONFIG)
+
+    def fail(state: TrainState, batch: object) -> Metrics:
+        raise RuntimeError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        list(run_experiment(directory, replace(parts, eval_step=fail)))
+    assert list_checkpoints(directory) == ["0-3"]
+    parts, state, history = resume_experiment(directory)
+    reports = list(run_experiment(directory, parts, state=state, history=history))
+    assert [bool(report.valid) for report in reports] == [True, True]
+    assert {name: leaf_digest(leaf) for name, leaf in state_leaves(restored(directory)[0]).items()} == plain
+
+
 def test_the_runs_number_of_threads_is_set_by_the_first_run_and_by_a_resume(tmp_path, threads):
     config = replace(CONFIG, training=TrainingConfig(max_epochs=1, num_threads=2))
     directory = trained(tmp_path, config)

@@ -29,7 +29,7 @@ def add_mask_and_connectivity(path: Path) -> None:
             mask = parent.create_group("mask")
             mask.attrs.update(dict(parent["input"].attrs), nb_features=1)
             values = np.ones((45, 12, 12, 1), np.float32)
-            values[:, :, :2] = 0
+            values[:, :, : 2 + number] = 0
             mask["data"] = values
             lines = parent["streamlines"]
             matrix = np.triu(np.random.default_rng(number).random((16, 16)) < 0.5)
@@ -49,13 +49,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def followed(model: Any, line: torch.Tensor, volume: torch.Tensor, mask: np.ndarray) -> np.ndarray:
-    """Read four points, and continue with steps of a voxel (2 mm) while the mask and 200 mm allow it."""
+def followed(model: Any, line: torch.Tensor, volume: torch.Tensor, mask: np.ndarray, longest: float) -> np.ndarray:
+    """Read four points, and continue with steps of a voxel (2 mm) while the mask and the longest way allow it."""
     state, outputs = None, torch.zeros(1, 3)
     points = list(line[:4])
     for before, point in zip([points[0], *points[:-1]], points, strict=True):
         outputs, state = model.run_step(interpolate(volume, point[None]), (point - before)[None], state)
-    while len(points) < 100:
+    while len(points) < int(longest / 2):
         direction = model.direction_getter.directions(outputs)[0]
         step = direction / direction.norm()
         new = points[-1] + step
@@ -72,29 +72,35 @@ def bloc(point: np.ndarray) -> int:
     return 4 * x + 2 * y + z
 
 
-def test_distances_and_connections_are_those_of_a_loop_over_lines(cli, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("longest", [200.0, 17.0])
+def test_distances_and_connections_are_those_of_a_loop_over_lines(
+    cli, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, longest: float
+) -> None:
+    monkeypatch.setattr("dwiml_func.experiment.tracking.phase._LONGEST_MM", longest)
     options = [*OPTIONS, "--max-epochs", "1", *PHASE]
     assert cli("train", tmp_path, "run", folder / "data.hdf5", *options).code == 0
     (logged,) = lines_of(tmp_path / "run")
     model: Any = load_model(tmp_path / "run" / "best_model").module.eval()
     dataset = open_dataset(folder / "data.hdf5", "validation")
     distances, false, missing = [], [], []
+    num_lines = dataset.index.num_streamlines.tolist()
     with h5py.File(folder / "data.hdf5") as file, torch.no_grad():
         for row, subject in enumerate(dataset.index.subjects):
             parent: Any = file[subject]
             matrix, found = parent["streamlines/connectivity_matrix"][()], np.zeros((16, 16), int)
             for number in np.flatnonzero(dataset.index.subject_of(np.arange(dataset.index.num_total)) == row):
                 line = dataset.streamlines.select([number]).points
-                last = followed(model, line, dataset.volumes[row], parent["mask/data"][..., 0])
+                last = followed(model, line, dataset.volumes[row], parent["mask/data"][..., 0], longest)
                 distances.append(2 * np.linalg.norm(last - line[-1].numpy()))
                 pair = sorted([bloc(line[0].numpy()), bloc(last)])
                 found[pair[0], pair[1]] += 1
             false.append(found[~matrix].sum() / found.sum())
             missing.append((matrix & (found == 0)).sum() / matrix.sum())
     assert logged[DISTANCE] == pytest.approx(np.mean(distances), rel=1e-3)
-    assert logged[FALSE] == pytest.approx(np.mean(false))
-    assert logged[MISSING] == pytest.approx(np.mean(missing))
+    assert logged[FALSE] == pytest.approx(np.average(false, weights=num_lines))
+    assert logged[MISSING] == pytest.approx(np.average(missing, weights=num_lines))
     assert 0 < np.mean(false) + np.mean(missing) < 2
+    assert len({*num_lines}) > 1
 
 
 def test_the_phase_comes_at_its_frequency_under_dwi_mls_file_names_and_changes_no_state(cli, folder: Path) -> None:

@@ -155,6 +155,14 @@ def test_windows_are_those_of_a_loop_over_lines_both_ways(step: float) -> None:
     assert windows.step_size == pytest.approx(step, rel=1e-3)
 
 
+def test_a_cut_that_is_midway_between_two_points_is_at_the_later_one() -> None:
+    line = np.stack([4.0 * np.arange(4, 20), np.full(16, 30.0), np.full(16, 30.0)], axis=1)  # 28 and 32 mm: 2 from 30
+    windows = choose_windows(dataset_of([line]), key=Key(0), share=1.0)
+    assert windows is not None
+    assert windows.read.lengths.tolist() == [9, 9]
+    assert windows.ahead.lengths.tolist() == [8, 8]
+
+
 def _place(window: Any) -> tuple:
     return (window[0], *np.round(window[1][-1], 2).tolist(), *np.round(window[2][-1], 2).tolist())
 

@@ -26,15 +26,15 @@ def make_data(path: Path, *, num_mm: float = 70.0) -> Path:
     rng = np.random.default_rng(0)
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
     with new_dataset(path, training=["ann"], validation=["bob", "cid"], groups_config={}, date="", step_size=2) as file:
-        for subject in ("ann", "bob", "cid"):
+        for subject, num in (("ann", 12), ("bob", 12), ("cid", 9)):
             group = file.create_group(subject)
             write_volume(group, "input", rng.normal(size=(45, 12, 12, 4)), affine)
             x = np.arange(0, num_mm / 2, 1.0)
             lines = [
                 np.stack([x + 3, 6 + 0.8 * np.sin(x / 9 + rng.uniform(0, 6)), 0 * x + rng.uniform(3, 9)], axis=1)
-                for _ in range(12)
+                for _ in range(num)
             ]
-            offsets = np.arange(13) * len(x)
+            offsets = np.arange(num + 1) * len(x)
             write_streamlines(
                 group, "streamlines", np.concatenate(lines), offsets, affine=affine, dimensions=(45, 12, 12)
             )
