@@ -1,0 +1,188 @@
+"""What commands print about results, word for word: numbers, signs, units, order and plurals (`data/texts.txt`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_summary import evaluation, report
+
+from dwiml_func.cli import _summary, _training, bisect, diff, evaluate, runs, verify
+from dwiml_func.core.early_stopping import Best
+from dwiml_func.experiment.audit.bisect import Bisection
+from dwiml_func.experiment.audit.lockstep import Difference
+from dwiml_func.experiment.audit.verify import Verification
+from dwiml_func.experiment.comparison.compare import Comparison
+from dwiml_func.experiment.comparison.runs import RunOverview
+from dwiml_func.experiment.evaluation import ModelEvaluation
+from dwiml_func.experiment.reconstruction import Reconstruction
+from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
+from dwiml_func.tracking.protocols import ProtocolScores
+
+TEXT_FILE = Path(__file__).parent / "data" / "texts.txt"
+EXPECTED = dict(re.findall(r"^== (.+)\n((?:(?!== ).*\n)*)", TEXT_FILE.read_text(), re.MULTILINE))
+
+
+def lags(loss: float, angle: float, lag: float) -> dict[str, float]:
+    return {"loss": loss, "angular_error": angle, "tracking_window_lag": lag}
+
+
+BY_ANGLE: dict[str, Any] = {"monitor": "angular_error", "stop": None}
+HISTORY = [
+    report(epoch=1, best=Best(0.5, 1), train={"loss": 0.75}, valid=lags(0.5, 30, 4), stop=None),
+    report(epoch=2, best=Best(20, 2, 0, 5), valid=lags(0.625, 20, 3.5), train_minutes=0.2, **BY_ANGLE),
+    report(epoch=3, best=Best(20, 2, 1, 5), train={"loss": 0.125}, valid=lags(0.75, 25, 3), batch=7, **BY_ANGLE),
+]
+POINTS = Reconstruction(model=1.5, median=1.25, percentile_95=3.0, num_points=80, num_streamlines=2)
+BASELINES: dict[str, Any] = {"mean_streamline": 9.0, "principal_components": 2.5, "num_components": 4}
+
+
+def scores(valid: float, both_ends: float, lag: tuple[float, ...] | None = None) -> ProtocolScores:
+    return ProtocolScores(9, 8, valid, both_ends, lag)
+
+
+def by_protocol(*shares: tuple[float, float]) -> dict[Any, ProtocolScores]:
+    return {name: scores(*share) for name, share in zip(("continue", "free", "core"), shares, strict=True)}
+
+
+TRACKING = TrackingEvaluation(
+    subject="anna",
+    subset="validation",
+    step_size=0.5,
+    has_mask=True,
+    scores={
+        "model": by_protocol((0.5, 0.75), (0, 0.1), (0.25, 1))
+        | {"continue": scores(0.5, 0.75, (1.0, 2.04, float("nan"), float("nan")))},
+        "keep going straight": by_protocol((0.12, 0.25), (0, 0.2), (0.3, 0.4)),
+        "principal direction": by_protocol((0.01, 0.02), (0.03, 0.04), (0.05, 0.06)),
+        ORACLE: by_protocol((1, 1), (0.9, 0.95), (0.8, 0.85)),
+    },
+    ceiling_valid=0.84,
+    ceiling_both_ends=0.88,
+)
+VERIFIED = Verification(epoch=3, is_replayed=True, start="2", digest="ab", num_values=9, problems=(), context=())
+EQUAL = Comparison(
+    config=(),
+    environment=(),
+    data=(),
+    num_epochs=(3, 3),
+    num_digests=2,
+    first_state=None,
+    first_metrics=None,
+    metrics=(),
+    notes=(),
+)
+OTHER: dict[str, Any] = {"config": ("lr: 1 in A, 2 in B",), "environment": None, "data": ("d",), "notes": ("n", "m")}
+NOWHERE = Bisection(equal=None, different=None)
+WITHIN = replace(NOWHERE, equal=(1, 3), different=(2, 0), start="1-3", lines=("config: x",))
+TENSORS = Difference(2, 5, ("a", "b", "c", "d"), ("one", "two"))
+MODEL = ModelEvaluation(
+    loss=0.12345678,
+    num_points=80,
+    num_streamlines=5,
+    angular_error=12.344,
+    compared=evaluation(principal_direction=None, num_points=70),
+    window_lag=3.456,
+)
+TIME = datetime(2026, 1, 31, 14, 5)
+RUNS = [
+    RunOverview(
+        name="a",
+        state="finished",
+        epochs=3,
+        max_epochs=4,
+        best_epoch=2,
+        best_loss=0.25,
+        angular_error_deg=21.5,
+        window_lag_mm=3.25,
+        valid_share={"continue": 0.5, "free": 0.12},
+        minutes=0.5,
+        last_change=TIME,
+    ),
+    RunOverview(
+        name="b",
+        state="interrupted",
+        epochs=1,
+        best_epoch=1,
+        monitor="grad_norm",
+        best_value=0.5,
+        minutes=59.94,
+        last_change=TIME,
+        problems=("p q",),
+    ),
+    RunOverview(
+        name="c", state="corrupt", minutes=60, last_change=TIME, monitor="angular_error", best_value=3, problems=("r",)
+    ),
+]
+TEXTS: dict[str, Callable[[], str]] = {
+    "summary": lambda: _summary.format_summary(
+        HISTORY, evaluation(first_points=33.0), subset="validation", tracking="how it tracks"
+    ),
+    "summary of seconds": lambda: _summary.format_summary(
+        [report(train_minutes=0.25, valid_minutes=0.125)], evaluation(keep_straight=11.0), subset="training"
+    ),
+    "reconstruction": lambda: _summary.format_reconstruction(POINTS, subset="testing"),
+    "summary of an autoencoder": lambda: _summary.format_summary(
+        [report()], replace(POINTS, **BASELINES), subset="validation"
+    ),
+    "tracking": lambda: _summary.format_tracking(TRACKING),
+    "verified": lambda: verify.format_verification(VERIFIED, "run"),
+    "verified from the start": lambda: verify.format_verification(
+        replace(VERIFIED, digest=None, start=None, context=("torch", "numpy")), "run"
+    ),
+    "verified and different": lambda: verify.format_verification(
+        replace(VERIFIED, problems=("p", "q"), context=("c",)), "run"
+    ),
+    "not replayed": lambda: verify.format_verification(replace(VERIFIED, is_replayed=False, problems=("p",)), "run"),
+    "equal": lambda: diff.format_comparison(EQUAL),
+    "different": lambda: diff.format_comparison(replace(EQUAL, num_epochs=(3, 1), num_digests=1, **OTHER)),
+    "nothing in common": lambda: diff.format_comparison(replace(EQUAL, num_digests=0, num_epochs=(2, 0))),
+    "different results": lambda: diff.format_comparison(
+        replace(EQUAL, first_state=2, first_metrics=3, metrics=("x", "y"))
+    ),
+    "bisected: equal": lambda: bisect.format_bisection(replace(NOWHERE, equal=(2, 0))),
+    "bisected: no state": lambda: bisect.format_bisection(NOWHERE),
+    "bisected: tensors": lambda: bisect.format_bisection(replace(WITHIN, found=TENSORS)),
+    "bisected: other machines": lambda: bisect.format_bisection(
+        replace(NOWHERE, equal=(2, 0), different=(2, 4), start="2", unlike=("B",))
+    ),
+    "bisected: first states": lambda: bisect.format_bisection(
+        replace(NOWHERE, different=(1, 0), found=Difference(0, None, (), ("seed",)))
+    ),
+    "bisected: after the batches": lambda: bisect.format_bisection(
+        replace(NOWHERE, equal=(0, 0), different=(1, 0), found=Difference(1, None, (), ("z",)))
+    ),
+    "evaluated": lambda: evaluate._text(MODEL, "testing", 2),
+    "evaluated without windows": lambda: evaluate._text(
+        replace(MODEL, window_lag=None, compared=evaluation(principal_direction=7.126)), "validation", 1
+    ),
+    "runs": lambda: runs.format_runs(RUNS),
+    "runs by name": lambda: runs.format_runs(RUNS[:1], shown=["best_loss"]),
+    "start": lambda: f"{_training.describe_start(3, 0)}\n{_training.describe_start(3, 4)}",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_result_is_printed_word_for_word(name: str) -> None:
+    assert TEXTS[name]() + "\n" == EXPECTED[name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_equal"),
+    [
+        ({}, True),
+        ({"notes": ("n",)}, True),
+        ({"environment": None, "data": None}, True),
+        *(({name: ("x",)}, False) for name in ("config", "environment", "data")),
+        ({"num_epochs": (3, 2)}, False),
+        ({"first_state": 1}, False),
+        ({"first_metrics": 1}, False),
+    ],
+)
+def test_runs_are_equal_where_nothing_differs(changes: dict[str, Any], is_equal: bool) -> None:
+    assert replace(EQUAL, **changes).is_equal == is_equal
