@@ -8,6 +8,7 @@ import shlex
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.cli._sweep import train_sweep
-from dwiml_func.cli._training import train_one
+from dwiml_func.cli._training import new_run
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals
 
@@ -258,18 +259,28 @@ class _Second:
 def test_a_process_that_does_not_write_resumes_where_the_first_one_does(monkeypatch, tmp_path, exists):
     """The folder may have appeared since the first one looked, or not yet where the disk is shared."""
     config = replace(CONFIG, training=replace(CONFIG.training, num_shards=2))
-    calls: list[tuple[str, object, object]] = []
-    for name in ("resume_one", "train_with_progress"):
-        call = f"dwiml_func.cli._training.{name}"
-        monkeypatch.setattr(call, lambda *_, name=name, **how: calls.append((name, how["deadline"], how.get("given"))))
-    for other in range(2):  # of this process's own folder
-        train_one(tmp_path, "run", config, _Second(exists), deadline=5.0)
+    resumed: list[object] = []
+    trained: list[tuple[object, ...]] = []
+
+    @contextlib.contextmanager
+    def resume(directory: Path, _: object, *, given: object, may_have_ended: bool) -> Iterator[str]:
+        resumed.append((directory, given, may_have_ended))
+        yield "resumed"
+
+    monkeypatch.setattr("dwiml_func.cli._training.resumed_run", resume)
+    for _ in range(2):  # without and with a folder that this process sees
+        with new_run(tmp_path, "run", config, _Second(exists)) as start:
+            assert (start == "resumed") == bool(exists)
+            assert exists or start[1:] == (None, ())
         (tmp_path / "run").mkdir(exist_ok=True)
-        assert calls.pop() == (("resume_one", 5.0, config) if exists else ("train_with_progress", 5.0, None)), other
+    assert resumed == [(tmp_path / "run", config, True)] * 2 * exists
     assert list((tmp_path / "run").iterdir()) == []
     monkeypatch.setattr("dwiml_func.cli._sweep.join_process_group", lambda _: contextlib.nullcontext(_Second(exists)))
+    monkeypatch.setattr("dwiml_func.cli._sweep.train_with_progress", lambda *given: trained.append(given))
     assert train_sweep(tmp_path / "all", {"a": config, "b": config}, ["dropout=0,1"], deadline=6.0) == 0
-    assert calls == ([] if exists else [("train_with_progress", 6.0, None)] * 2)  # the first one knows what is done
+    assert [(each[0], each[-1]) for each in trained] == (
+        [] if exists else [(tmp_path / "all" / name, 6.0) for name in "ab"]  # the first one knows what is done
+    )
     assert not (tmp_path / "all").exists()
 
 

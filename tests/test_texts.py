@@ -46,7 +46,7 @@ def scores(valid: float, both_ends: float, lag: tuple[float, ...] | None = None)
     return ProtocolScores(9, 8, valid, both_ends, lag)
 
 
-def by_protocol(*shares: tuple[float, float]) -> dict[Any, ProtocolScores]:
+def by_protocol(*shares: tuple[float, float]) -> Any:
     return {name: scores(*share) for name, share in zip(("continue", "free", "core"), shares, strict=True)}
 
 
