@@ -109,7 +109,20 @@ def test_workers_change_neither_a_byte_nor_a_global_random_state(dataset):
     helped = all_bytes(epoch_batches(dataset, SPEC, LoaderSpec(), key=KEY, epoch=1, start_batch=1, num_workers=2))
     assert global_random_states() == states
     assert len(helped) == 4
+    for start_batch, num_workers in ((1, 2), (4, 1)):  # no more than batches
+        options = {"key": KEY, "epoch": 1, "start_batch": start_batch, "num_workers": 2}
+        assert epoch_batches(dataset, SPEC, LoaderSpec(), **options).num_workers == num_workers
     assert helped == alone[1:]
+
+
+def test_a_worker_ignores_signals_also_where_its_server_does_not():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        workers._begin(0)
+        assert {signal.getsignal(number) for number in before} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_workers_end_when_the_process_that_iterates_is_killed():

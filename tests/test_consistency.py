@@ -224,6 +224,11 @@ def test_rows_are_labels_with_the_background_or_without_or_numbers_of_labels(row
     assert (fault is None) == fits
 
 
+@pytest.mark.parametrize(("shape", "fits"), [((8, 8), True), ((7, 7), False), ((9, 9), False), ((8, 7), False)])
+def test_a_matrix_of_blocs_is_square_and_has_a_row_for_each(shape, fits):
+    assert (matrix_fault(shape, [2, 2, 2], None) is None) == fits
+
+
 @pytest.mark.parametrize(
     ("attributes", "resampling"),
     [

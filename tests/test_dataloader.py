@@ -93,6 +93,7 @@ def test_samples_without_batches_and_iterable_datasets_resume_too() -> None:
     assert batches(stream, start=1) == [[4, 5, 6, 7], [8, 9]]
     noisy = from_loader(lambda: DataLoader(NoisyStream(), batch_size=4))
     assert batches(noisy, start=1) == batches(noisy)[1:] != batches(noisy, epoch=1)[1:]
+    assert len({str(batch[1:]) for batch in batches(noisy)}) == len(batches(noisy))  # each has numbers of its own
 
 
 def test_a_loop_resumes_within_an_epoch_of_a_loader_without_length() -> None:

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
+from dwiml_func.data.hdf5.subject import read_subject_streamlines
+from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.inspection.inspect import inspect_dataset
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -462,3 +465,152 @@ def test_lengths_of_some_streamlines_only_are_none(edited):
         replace(group, "euclidean_lengths", group["euclidean_lengths"][:-1])
 
     assert open_dataset(edited(change)).index.lengths_mm is None
+
+
+# --- subjects that differ, and values that lie elsewhere ---
+
+ROTATED = np.array([[0.0, -2, 0, 10], [3, 0, 0, -5], [0, 0, 4, 1], [0, 0, 0, 1]])  # voxels of 3 x 2 x 4 mm
+FINER = ROTATED @ np.diag([0.5, 0.5, 0.25, 1])
+NAMES = tuple(f"bundle {number}" for number in range(300))
+
+
+@pytest.fixture
+def differing(tmp_path: Path) -> Path:
+    """Two subjects with voxels of their own, the first one standardised; the third has no streamlines."""
+    path, rng = tmp_path / "differing.hdf5", np.random.default_rng(0)
+    with new_dataset(path, training=["a", "b"], validation=["c"], groups_config={}, date="x") as file:
+        for subject, affine in (("a", ROTATED), ("b", FINER), ("c", FINER)):
+            group, attributes = file.create_group(subject), {"standardization_mean": 2.0, "standardization_std": 3.0}
+            volume = rng.random((4, 5, 6, 2))
+            write_volume(group, "input", volume, affine, attributes=attributes if subject == "a" else {})
+            num = 0 if subject == "c" else 20
+            points, offsets = rng.uniform(1, 3, (3 * num, 3)), np.arange(num + 1) * 3
+            lines: Any = {"affine": affine, "dimensions": (4, 5, 6)}
+            lines["bundles"] = Bundles(NAMES, np.arange(num) * 15)
+            write_streamlines(group, "lines", points, offsets, **lines)
+    return path
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_each_subject_keeps_its_own_voxels_bundles_and_standardisation(differing, lazily):
+    dataset = open_dataset(differing, streamline_group_name="lines", lazy=lazily)
+    assert dataset.voxel_sizes.tolist() == [[3, 2, 4], [1.5, 1, 1]]
+    np.testing.assert_array_equal(dataset.affine, ROTATED)
+    lines, lengths = dataset.streamlines.to_list(), dataset.index.lengths_mm
+    assert lengths is not None
+    for number, line in enumerate(lines):
+        in_mm = line.double() * dataset.voxel_sizes[number // 20]
+        assert lengths[number] == pytest.approx(in_mm.diff(dim=0).norm(dim=1).sum().item(), rel=1e-5)
+    assert dataset.bundles is not None
+    assert dataset.bundles.names == NAMES
+    assert dataset.bundles.ids.tolist() == [*range(0, 300, 15)] * 2
+    attributes: Any = dataset.input_attributes
+    assert attributes["standardization_mean"].tolist() == [[2], [0]]
+    assert attributes["standardization_std"].tolist() == [[3], [1]]
+    subject = read_subject_streamlines(differing, "b", "lines")
+    assert subject.voxel_sizes == (1.5, 1, 1)
+    np.testing.assert_allclose(subject.grid.affine, FINER)
+    with pytest.raises(ValueError, match="subject 'c', group 'lines': no streamlines"):
+        read_subject_streamlines(differing, "c", "lines")
+
+
+@pytest.mark.parametrize(("last", "is_copy"), [(0.0, True), (1.0, False)])
+def test_all_points_tell_whether_a_subject_is_a_copy(differing, caplog, last, is_copy):
+    with h5py.File(differing, "r+") as file:
+        contents: Any = file
+        contents["b/lines/data"][...] = contents["a/lines/data"][...]
+        contents["b/lines/data"][-1, 2] += last
+    open_dataset(differing, streamline_group_name="lines")
+    assert ["has the same points as 'a'" in record.message for record in caplog.records] == [True] * is_copy
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_values_in_other_files_are_read_from_there_and_these_are_known(edited, tmp_path, monkeypatch, lazily):
+    """External files, which HDF5 takes from the working directory, a virtual dataset and links belong to the data."""
+    (tmp_path / "raw").mkdir()
+    monkeypatch.chdir(tmp_path / "raw")
+
+    def move(file: Any) -> None:
+        lines = file["subj0/streamlines"]
+        points, offsets, lengths = (lines[name][()] for name in ("data", "offsets", "lengths"))
+        Path("points.raw").write_bytes(bytes(8) + points.tobytes())
+        with h5py.File(tmp_path / "more.hdf5", "w") as more:
+            more["offsets"], more["lengths"] = offsets, lengths
+        for name in ("data", "offsets", "lengths"):
+            del lines[name]
+        lines.create_dataset("data", points.shape, points.dtype, external=[("points.raw", 8, points.nbytes)])
+        layout = h5py.VirtualLayout(offsets.shape, offsets.dtype)
+        layout[:] = h5py.VirtualSource("more.hdf5", "offsets", offsets.shape)
+        lines.create_virtual_dataset("offsets", layout)
+        lines["lengths"] = h5py.ExternalLink("more.hdf5", "/lengths")
+        volume = file["subj1/input"]
+        Path("volume.raw").write_bytes(volume["data"][()].tobytes())
+        shape = volume["data"].shape
+        del volume["data"]
+        volume.create_dataset("data", shape, "f4", external=[("volume.raw", 0, h5py.h5f.UNLIMITED)])
+        other = file["subj1/streamlines"]
+        with h5py.File(tmp_path / "lines.hdf5", "w") as more:
+            more["x"] = np.zeros(7)
+            more["data"] = other["data"][()]
+        del other["data"]
+        other["data"] = h5py.ExternalLink("lines.hdf5", "/data")
+
+    found, expected = open_dataset(edited(move), lazy=lazily), open_dataset(PHANTOM)
+    assert torch.equal(found.streamlines.points, expected.streamlines.points)
+    assert all(map(torch.equal, found.volumes, expected.volumes))
+    names = ["lines.hdf5", "more.hdf5", "raw/points.raw", "raw/volume.raw"]
+    assert found.linked == tuple(tmp_path / name for name in names)
+    with Path("points.raw").open("r+b") as file:
+        file.truncate(Path("points.raw").stat().st_size - 1)
+    assert "points.raw, which does not hold its 27060 bytes" in one_line_problem(tmp_path / "edited.hdf5")
+
+
+def unwritten_points(file: Any) -> None:
+    del file["subj0/streamlines/data"]
+    file["subj0/streamlines"].create_dataset("data", (2255, 3), "f4")
+
+
+def virtual_of_unwritten(file: Any) -> None:
+    """Of a dataset of the same file, of which one of two chunks was written."""
+    del file["subj0/streamlines/data"]
+    file.create_dataset("x", (2256, 3), "f4", chunks=(1128, 3))[:1128] = 1
+    layout = h5py.VirtualLayout((2256, 3), "f4")
+    layout[:] = h5py.VirtualSource(".", "x", (2256, 3))
+    file["subj0/streamlines"].create_virtual_dataset("data", layout)
+    del file.attrs["testing_subjs"]
+
+
+def matrix(last: float = 1.0, label: float = 4.0) -> Callable[[Any], None]:
+    def change(file: Any) -> None:
+        labels = np.resize(np.arange(5.0), (24, 24, 24))
+        labels[-1, -1, -1] = label
+        values = np.ones((4, 4))
+        values[-1, -1] = last
+        file["subj1/streamlines"].update({"connectivity_matrix": values, "connectivity_label_volume": labels})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (unwritten_points, "'data' of shape (2255, 3) has 0 of its 27060 bytes: the others were never written"),
+        (virtual_of_unwritten, "its source 'x' in . has 1 of its 2 chunks: the others were never written"),
+        (matrix(last=np.nan), "connectivity: the matrix holds NaN or infinite values"),
+        (matrix(label=1e19), "labels that are no whole numbers of at least 0"),
+        (lambda file: file["subj1/streamlines/euclidean_lengths"].write_direct(np.full(48, np.inf, "f4")), "48 of 48"),
+        (lambda file: file["subj1/streamlines/euclidean_lengths"].write_direct(np.full(48, -1, "f4")), "48 of 48"),
+        (lambda file: file["subj1/streamlines"].attrs.create("voxel_sizes", [1, 1, 1.02]), "but the affine has voxels"),
+        (lambda file: file["subj1/streamlines"].attrs.create("voxel_sizes", [1, 1, np.inf]), "Expected three lengths"),
+        (lambda file: file["subj1/input"].attrs.update(sh_order=2, sh_of="fodf"), "attribute 'sh_o"),
+    ],
+)
+def test_what_is_wrong_at_the_end_or_was_never_written_is_told(edited, change, told):
+    assert told in one_line_problem(edited(change))
+
+
+def test_what_fits_just_so_is_no_problem(edited):
+    assert len(open_dataset(edited(matrix())).index.subjects) == 2
+    sizes = np.array([1, 1, 1.009])
+    path = edited(lambda file: file["subj1/streamlines"].attrs.create("voxel_sizes", sizes))
+    np.testing.assert_allclose(open_dataset(path).voxel_sizes[1], sizes)

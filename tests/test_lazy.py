@@ -14,6 +14,7 @@ import pytest
 import torch
 from preloaded import run_program
 
+from dwiml_func.data.config import DataConfig
 from dwiml_func.data.hdf5 import lazy
 from dwiml_func.data.hdf5.cache_size import parse_bytes
 from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes
@@ -195,10 +196,21 @@ def test_a_forked_process_opens_the_file_itself():
     run_program(FORKING, PHANTOM, Path(__file__).parent)
 
 
-def test_a_file_that_was_replaced_is_refused(edited, fresh_store):
+def replace_by_a_copy(path: Path) -> None:
+    shutil.copy2(path, path.with_name("other.hdf5"))
+    os.replace(path.with_name("other.hdf5"), path)
+
+
+def append_a_byte(path: Path) -> None:
+    before = path.stat()
+    path.write_bytes(path.read_bytes() + b"x")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [replace_by_a_copy, append_a_byte, lambda path: os.utime(path, ns=(1, 1))])
+def test_a_file_that_was_replaced_or_changed_is_refused(edited, change):
     dataset = open_dataset(edited, lazy=True)
-    shutil.copy(PHANTOM, edited.with_name("other.hdf5"))
-    os.replace(edited.with_name("other.hdf5"), edited)
+    change(edited)
     with pytest.raises(ValueError, match=f"has changed since it was opened: {re.escape(str(edited))}"):
         dataset.streamlines.select([0])
 
@@ -263,6 +275,8 @@ def test_a_cache_that_holds_no_volume_is_refused_with_what_the_option_of_dwi_ml_
         ValueError, match=rf"expected at least 1MB, received '{text}'\. .*dwi_ml's option.*counts volumes"
     ):
         parse_bytes(text)
+    with pytest.raises(ValueError, match="expected at least 1MB"):
+        DataConfig(cache_size=text)
 
 
 @pytest.mark.parametrize("text", ["", "GB", "2XB", "-1GB", "two", "1e9", -1])

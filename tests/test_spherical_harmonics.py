@@ -10,7 +10,12 @@ from dipy.core.sphere import Sphere
 from dipy.reconst.shm import sf_to_sh
 from dipy.sims.voxel import multi_tensor
 
-from dwiml_func.data.spherical_harmonics import half_sphere_directions, multi_tensor_signal, sh_matrix
+from dwiml_func.data.spherical_harmonics import (
+    half_sphere_directions,
+    harmonics_fault,
+    multi_tensor_signal,
+    sh_matrix,
+)
 
 
 def unit(vectors):
@@ -60,6 +65,33 @@ def test_directions_are_spread_evenly_over_half_a_sphere():
     assert nearest.min() > 11
     assert nearest.max() < 22
     assert np.linalg.cond(sh_matrix(directions, 6)) < 3
+
+
+@pytest.mark.parametrize(
+    ("attributes", "named"),
+    [
+        ({}, None),
+        ({"sh_order": 2, "sh_basis": "tournier07", "sh_of": "fodf"}, None),
+        ({"sh_order": 2.0, "standardization_mean": [0.5], "standardization_std": 1}, None),
+        ({"standardization_mean": np.zeros(6), "standardization_std": np.ones(6)}, None),
+        ({"standardization_mean": np.zeros(5)}, "'standardization_mean' of shape (5,). Expected one finite number"),
+        ({"standardization_mean": [0, 0, 0, 0, 0, np.nan]}, "'standardization_mean'"),
+        ({"standardization_std": [1, 1, 1, 1, 1, 0.0]}, "'standardization_std'"),
+        ({"standardization_std": "one"}, "'standardization_std'"),
+        ({"sh_order": 4}, "Expected 15 features for spherical harmonics of order 4. Received: 6"),
+        *(({"sh_order": order}, "Expected an even number of at least 0") for order in (-2, 1.5, 3, "two", [2, 2])),
+        ({"sh_order": 2, "sh_basis": "mine"}, "'sh_basis' is 'mine'"),
+        ({"sh_order": 2, "sh_of": "noise"}, "'sh_of' is 'noise'"),
+    ],
+)
+def test_attributes_of_harmonics_fit_or_are_named(attributes, named):
+    fault = harmonics_fault(attributes, 6)
+    assert fault is None if named is None else fault is not None and named in fault
+
+
+def test_directions_whose_length_is_1_to_rounding_have_values():
+    along = sh_matrix(np.array([[0, 0, 1.0], [0, 0, 1 + 1e-15]]), 4)
+    np.testing.assert_array_equal(along[1], along[0])
 
 
 def test_bad_values_are_refused():

@@ -170,8 +170,7 @@ def _address_of(file: h5py.File, points: Any) -> int | None:
         file.driver == "sec2"
         and points.file.filename == file.filename
         and points.external is None
-        and points.dtype == np.float32
-        and points.dtype.isnative
+        and points.dtype == np.float32  # of this machine's byte order
     )
     return points.id.get_offset() if plain else None
 

@@ -163,7 +163,6 @@ def dataset_of(group: h5py.Group, name: str, kinds: str) -> Checked[h5py.Dataset
 
 def _unwritten(dataset: Any) -> str | None:
     """What HDF5 would fill with zeros because nobody has written it, in words; None where all was written."""
-    folder = Path(dataset.file.filename).parent
     if dataset.size == 0:
         return None
     if dataset.is_virtual:
@@ -178,7 +177,7 @@ def _unwritten(dataset: Any) -> str | None:
         return None
     if dataset.external is not None:
         for name, offset, size in dataset.external:
-            file = folder / name
+            file = Path(name)  # HDF5 takes it from the working directory
             if size < 1 << 62 and (not file.is_file() or file.stat().st_size < offset + size):
                 return f"lies in {file}, which does not hold its {size} bytes"
         return None

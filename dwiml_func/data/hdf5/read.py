@@ -182,9 +182,8 @@ def linked_files(*groups: h5py.Group) -> set[str]:
     found = {entry.file.filename for entry in (*groups, *datasets)}
     for dataset in datasets:
         folder = Path(dataset.file.filename).parent
-        sources = [source.file_name for source in dataset.virtual_sources()] if dataset.is_virtual else []
-        sources += [name for name, _, _ in dataset.external or ()]
-        for name in sources:
+        found |= {name for name, _, _ in dataset.external or ()}  # from the working directory
+        for name in [source.file_name for source in dataset.virtual_sources()] if dataset.is_virtual else []:
             beside = folder / name  # else the path is taken from the working directory
             found |= set() if name == "." else {str(beside if beside.exists() else Path(name))}
     return found
