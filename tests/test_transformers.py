@@ -159,6 +159,9 @@ class _ScaledWeights:
     def __init__(self, *_: object) -> None:
         pass
 
+    def bits(self, _: object) -> None:
+        """None are drawn."""
+
     def kept(self, *_: object) -> None:
         """Of all weights none is dropped."""
 

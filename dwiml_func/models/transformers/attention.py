@@ -23,7 +23,7 @@ __all__ = ["Sequences", "sequences_of"]
 
 _TRACED_ROWS = 2  # least padded length under torch.compile, which cannot tell whether an unknown 1 is broadcast
 _SHORTEST = 0.8  # of a bucket's sequences, relative to the longest: padding then costs a fifth at most
-_ROUND = 16  # rows of a CPU's bucket are a multiple: its softmax takes half of the time on whole registers
+_ROUND = 16  # a CPU has a bucket for each multiple: its softmax takes half of the time on whole registers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,9 +104,9 @@ def sequences_of(offsets: Tensor, num_rows: int, padded_length: int | None = Non
     members, rows, is_real, first = [], [offsets[:0]], [offsets[:0].bool()], 0
     while first < len(sizes) and sizes[first] > 0:
         last = first
-        step = _ROUND if device.type == "cpu" else 1
-        longest = sizes[first] + -sizes[first] % step
-        while last < len(sizes) and sizes[last] > max(_SHORTEST * longest - step, 0):
+        longest = sizes[first] + (-sizes[first] % _ROUND if device.type == "cpu" else 0)
+        shorter = longest - _ROUND if device.type == "cpu" else max(_SHORTEST * longest - 1, 0)
+        while last < len(sizes) and sizes[last] > shorter:
             last += 1
         members.append(last - first)
         bucket, real = _padded(offsets[:-1][order[first:last]], lengths[order[first:last]], longest)

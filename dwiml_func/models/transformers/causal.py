@@ -2,9 +2,9 @@
 
 Torch has a fused kernel (Dao et al., "FlashAttention", 2022) for plain calls without dropout only: it has no second
 gradients, `vmap` runs it sample by sample, and with heads of 8 numbers it takes twice the time. Here one function pads
-all sequences of a batch, and goes through the weights in blocks, as that kernel does: 48 queries of some lines, and the
-keys up to the last of them. `vmap` folds the mapped axis into the lines. The gradient computes the weights again, with
-the same dropout, so that none are kept. Second derivatives are those of the closed form.
+sequences to others of like lengths, and goes through the weights in blocks, as that kernel does: 48 queries of some
+lines, and the keys up to the last of them. `vmap` folds the mapped axis into the lines. The gradient computes the
+weights again, with the same dropout, so that none are kept. Second derivatives are those of the closed form.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dwiml_func.models.derivatives import push_forward, vjp
 from dwiml_func.models.transformers.blocks import (
     Dropout,
     Layout,
-    block_memory,
-    join_heads,
-    slices,
-    split_heads,
-    weight_blocks,
+    block_weights,
+    chunks,
+    hidden_keys,
+    most_weights,
+    query_blocks,
 )
 
 __all__ = ["causal_attention", "causal_weights"]
@@ -53,17 +53,23 @@ class _Attention(Function):
 
     @staticmethod
     def forward(projected: Tensor, seeds: Tensor, rows: Tensor, places: Tensor, layout: Layout) -> Tensor:
-        padded, dropout = _precise(projected).index_select(1, rows), Dropout(seeds, layout)
-        results, (space, other) = [], block_memory(padded, layout, 2)
-        for query, key, value in split_heads(padded, layout, 3):
-            result = torch.empty_like(query.mT, memory_format=torch.contiguous_format)
-            value = value / dropout.share
-            for lines, now, until, weights in weight_blocks(query / math.sqrt(query.shape[-1]), key, space):
-                kept = dropout.kept(lines, len(query), other, weights)
+        precise, dropout = _precise(projected), Dropout(seeds, layout)
+        size, most = precise.shape[2] // 3, most_weights(layout, len(precise))
+        joined, (space, other) = precise.new_empty(len(precise), len(rows), size), precise.new_empty(2, most)
+        hidden, scale = hidden_keys(space), math.sqrt(layout.num_heads / size)
+        for chunk in chunks(layout, len(precise)):
+            query, key, value = chunk.split(precise, rows, 3).flatten(1, 3)
+            query.mul_(scale)
+            value.div_(dropout.share)
+            bits, results = dropout.bits(chunk), []
+            for first, last in query_blocks(chunk.length):
+                weights = block_weights(query[:, first:last], key[:, :last], hidden, space)
+                kept = dropout.kept(bits, first, last, other)
                 weights = weights if kept is None else weights.mul_(kept)
-                result[lines, :, now] = torch.bmm(value[lines, until].mT, weights.mT)
-            results.append([result])
-        return join_heads(results, padded, layout, places).to(projected.dtype)
+                results.append(torch.bmm(weights, value[:, :last]))
+            target = chunk.of(joined, 1)
+            target.copy_(torch.cat(results, 1).view(target.shape))
+        return joined.index_select(1, places).to(projected.dtype)  # no real row reads a padded one
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,28 +99,39 @@ class _Gradients(Function):
     def forward(
         gradient: Tensor, projected: Tensor, seeds: Tensor, rows: Tensor, places: Tensor, layout: Layout
     ) -> Tensor:
-        padded, dropout = _precise(projected).index_select(1, rows), Dropout(seeds, layout)
-        precise = _precise(gradient) / dropout.share
-        own = precise.new_zeros(*padded.shape[:2], gradient.shape[2]).index_copy_(1, places, precise)
-        results, (space, other, third) = [], block_memory(padded, layout, 3)
-        parts = zip(split_heads(padded, layout, 3), split_heads(own, layout, 1), strict=True)
-        for (query, key, value), (wanted,) in parts:
-            query = query / math.sqrt(query.shape[-1])
-            of_query, of_key, of_value = (
-                torch.zeros_like(query.mT, memory_format=torch.contiguous_format) for _ in range(3)
-            )
-            for lines, now, until, weights in weight_blocks(query, key, space):
-                kept = dropout.kept(lines, len(query), third, weights)
+        precise, dropout = _precise(projected), Dropout(seeds, layout)
+        num, size, most = gradient.shape[1], gradient.shape[2], most_weights(layout, len(precise))
+        own_gradient = precise.new_zeros(len(precise), num + 1, size)  # the last row is that of all padded ones
+        torch.div(gradient, dropout.share, out=own_gradient[:, :num])
+        own_rows = torch.full_like(rows, num).index_copy_(0, places, torch.arange(num))
+        joined, (space, other, third) = precise.new_empty(len(precise), len(rows), 3 * size), precise.new_empty(3, most)
+        hidden, scale = hidden_keys(space), math.sqrt(layout.num_heads / size)
+        for chunk in chunks(layout, len(precise)):
+            query, key, value = chunk.split(precise, rows, 3).flatten(1, 3)
+            (wanted,) = chunk.split(own_gradient, own_rows, 1).flatten(1, 3)
+            query.mul_(scale)
+            bits, results, of_queries = dropout.bits(chunk), value.new_empty(3, *value.shape), []
+            for first, last in reversed(query_blocks(chunk.length)):
+                own, own_wanted, keys = query[:, first:last], wanted[:, first:last], key[:, :last]
+                weights = block_weights(own, keys, hidden, space)
                 of_scores = other[: weights.numel()].view_as(weights)
+                kept = dropout.kept(bits, first, last, third)
                 dropped = weights if kept is None else torch.mul(weights, kept, out=of_scores)
-                of_value[lines, :, until] += torch.bmm(wanted[lines, now].mT, dropped)
-                torch.bmm(wanted[lines, now], value[lines, until].mT, out=of_scores)
+                of_value = torch.bmm(dropped.mT, own_wanted)
+                torch.bmm(own_wanted, value[:, :last].mT, out=of_scores)
                 of_scores = of_scores if kept is None else of_scores.mul_(kept)
                 torch.ops.aten._softmax_backward_data.out(of_scores, weights, -1, weights.dtype, grad_input=of_scores)
-                of_key[lines, :, until] += torch.bmm(query[lines, now].mT, of_scores)
-                of_query[lines, :, now] = torch.bmm(key[lines, until].mT, of_scores.mT)
-            results.append([of_query.div_(math.sqrt(query.shape[-1])), of_key, of_value])
-        return join_heads(results, padded, layout, places).to(projected.dtype)
+                of_queries.append(torch.bmm(of_scores, keys))
+                of_key = torch.bmm(of_scores.mT, own)
+                if last == chunk.length:
+                    results[1], results[2] = of_key, of_value
+                else:
+                    results[1, :, :last].add_(of_key)
+                    results[2, :, :last].add_(of_value)
+            torch.cat(of_queries[::-1], 1, out=results[0]).mul_(scale)
+            target = chunk.of(joined, 3)
+            target.copy_(results.view(target.shape))
+        return joined.index_select(1, places).to(projected.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,16 +168,18 @@ class _Gradients(Function):
 
 def _attended(projected: Tensor, seeds: Tensor, rows: Tensor, places: Tensor, layout: Layout) -> Tensor:
     """What `_Attention` computes, by operations that can be differentiated again."""
-    padded, size = _precise(projected).index_select(1, rows), (len(projected), -1, projected.shape[2] // 3)
-    results = [causal_weights(q, k) for q, k, _ in split_heads(padded, layout, 3)]
-    if layout.dropped:
-        kept = cast(Tensor, _Kept.apply(seeds, layout, padded.dtype)).split(
-            [r[0].numel() * len(r) // size[0] for r in results], 1
-        )
-        results = [r * own.reshape(r.shape) for r, own in zip(results, kept, strict=True)]
-    results = [r @ v for r, (_, _, v) in zip(results, split_heads(padded, layout, 3), strict=True)]
-    flat = [r.unflatten(0, (size[0], -1, layout.num_heads)).transpose(2, 3).reshape(size) for r in results]
-    return torch.cat(flat, 1).index_select(1, places).to(projected.dtype)
+    precise, size = _precise(projected), (len(projected), -1, projected.shape[2] // 3)
+    every = [chunk._replace(members=slice(None)) for chunk in chunks(layout, 1)]
+    sizes = [chunk.num * chunk.num_heads * chunk.length**2 for chunk in every]
+    all_kept = cast(Tensor, _Kept.apply(seeds, layout, precise.dtype)).split(sizes, 1) if layout.dropped else sizes
+    results = []
+    for chunk, kept in zip(every, all_kept, strict=True):
+        query, key, value = chunk.split(precise, rows, 3).flatten(1, 3)
+        weights = causal_weights(query, key)
+        if isinstance(kept, Tensor):
+            weights = weights * kept.reshape(weights.shape)
+        results.append((weights @ value).unflatten(0, (size[0], -1, layout.num_heads)).transpose(2, 3).reshape(size))
+    return torch.cat(results, 1).index_select(1, places).to(projected.dtype)
 
 
 class _Kept(Function):
@@ -168,16 +187,19 @@ class _Kept(Function):
 
     @staticmethod
     def forward(seeds: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-        dropout, results = Dropout(seeds, layout), []
-        (space,) = block_memory(seeds.new_empty(len(seeds), dtype=dtype), layout, 1)
-        for num, length in layout.buckets:
-            num_lines = len(seeds) * num * layout.num_heads
-            kept = space.new_zeros(num_lines, length, length)
-            for lines, now, until in slices(num_lines, length):
-                own = dropout.kept(lines, num_lines, space, kept[lines, now, until])
-                kept[lines, now, until] = cast(Tensor, own)
-            results.append(kept.view(len(seeds), -1) / dropout.share)
-        return torch.cat(results, 1)
+        space = seeds.new_empty(most_weights(layout, 1), dtype=dtype)
+        results = []
+        for seed in seeds.split(1):
+            dropout = Dropout(seed, layout)
+            for chunk in chunks(layout, 1):
+                kept, bits = (
+                    space.new_zeros(chunk.num * chunk.num_heads, chunk.length, chunk.length),
+                    dropout.bits(chunk),
+                )
+                for first, last in query_blocks(chunk.length):
+                    kept[:, first:last, :last] = dropout.kept(bits, first, last, space)
+                results.append(kept.flatten() / dropout.share)
+        return torch.cat(results).view(len(seeds), -1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
