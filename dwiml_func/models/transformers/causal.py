@@ -192,13 +192,11 @@ class _Kept(Function):
         for seed in seeds.split(1):
             dropout = Dropout(seed, layout)
             for chunk in chunks(layout, 1):
-                kept, bits = (
-                    space.new_zeros(chunk.num * chunk.num_heads, chunk.length, chunk.length),
-                    dropout.bits(chunk),
-                )
+                every = space.new_zeros(chunk.num * chunk.num_heads, chunk.length, chunk.length)
+                bits = dropout.bits(chunk)
                 for first, last in query_blocks(chunk.length):
-                    kept[:, first:last, :last] = dropout.kept(bits, first, last, space)
-                results.append(kept.flatten() / dropout.share)
+                    every[:, first:last, :last] = cast(Tensor, dropout.kept(bits, first, last, space))
+                results.append(every.flatten() / dropout.share)
         return torch.cat(results).view(len(seeds), -1)
 
     @staticmethod
