@@ -407,6 +407,7 @@ def outside_the_mask(path: Path) -> None:
 
 HOSTILE = {
     "units": ("dwi.nii.gz", header_field("xyzt_units", 3), "the header gives lengths in micrometres. Expected mm"),
+    "metres": ("dwi.nii.gz", header_field("xyzt_units", 1), "the header gives lengths in metres. Expected mm"),
     "offset": ("dwi.nii.gz", header_field("vox_offset", -4), "cannot be read as NIfTI .vox offset -4 too low"),
     "huge": ("dwi.nii.gz", header_field("dim", [4, 9999, 9999, 9999, 4, 1, 1, 1]), r"it unpacks to \d+ bytes, from"),
     "too large": ("dwi.nii.gz", outside_the_mask, "1 of 6480 values are NaN or infinite"),

@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
-from creation_cases import AFFINE, SHAPE, make_subject, save_volume
+from creation_cases import AFFINE, SHAPE, make_subject, save_lines, save_volume, some_lines
+from nibabel.streamlines.trk import header_2_dtype
 
-from dwiml_func.data.creation.config import Standardization
-from dwiml_func.data.creation.files import Source
+from dwiml_func.data.creation.config import Standardization, StreamlineGroup
+from dwiml_func.data.creation.connectivity import load_connectivity, read_connectivity, write_connectivity
+from dwiml_func.data.creation.files import GroupFiles, Source
+from dwiml_func.data.creation.tractograms import load_streamlines
 from dwiml_func.data.creation.volumes import Volume, load_labels, load_volume, standardize
+from dwiml_func.data.grid import Grid
+from dwiml_func.data.tractogram_file import write_trk
 
 
 @pytest.fixture
@@ -190,3 +196,104 @@ def test_without_a_mask_a_voxel_with_one_feature_of_zero_is_not_measured(indepen
     axis = 0 if independent else None
     np.testing.assert_allclose(mean, measured.mean(axis=axis), rtol=1e-6)
     np.testing.assert_allclose(std, measured.std(axis=axis), rtol=1e-6)
+
+
+def test_whatever_is_above_zero_is_in_a_mask(subject):
+    mask = raw(subject, "mask.nii.gz")[..., 0]
+    save_volume(subject / "part.nii.gz", (0.25 * mask - (mask == 0)).astype(np.float32))
+    volumes = [load(subject, FILES, "all", (name,)) for name in ("mask.nii.gz", "part.nii.gz")]
+    np.testing.assert_array_equal(volumes[0].data, volumes[1].data)
+
+
+def test_labels_that_the_header_scales_are_scaled(subject):
+    place = Source("s1", "streamlines", subject / "labels.nii")
+    image = nib.Nifti1Image(np.full(SHAPE, 3, np.int16), np.eye(4))
+    image.header.set_slope_inter(2, 1)
+    nib.save(image, place.path)
+    content = bytearray(place.path.read_bytes())
+    content[112:120] = np.array([2, 1], "<f4").tobytes()  # nibabel writes the values, not the scale
+    place.path.write_bytes(content)
+    assert (load_labels(place, None) == 7).all()
+
+
+@pytest.mark.parametrize(("last", "labels"), [(-1.0, None), (0.0, [0, 7, 9]), (np.nan, None)])
+def test_a_matrix_connects_where_it_is_above_zero_and_is_finite_to_its_end(tmp_path, last, labels):
+    values = np.array([[1.0, 0.5], [0.5, last]])
+    np.save(tmp_path / "m.npy", values)
+    matrix, at = Source("s1", "s", tmp_path / "m.npy"), Source("s1", "s", tmp_path / "labels.nii")
+    keys: Any = {"connectivity_nb_blocs": (2, 1, 1)} if labels is None else {"connectivity_labels": "labels.nii"}
+    group = StreamlineGroup(files=("a",), connectivity_matrix="m.npy", **keys)
+    if labels is not None:
+        save_volume(at.path, np.resize(np.array(labels, np.int16), SHAPE))
+    found = GroupFiles((), matrix=matrix, labels=None if labels is None else at)
+    if np.isnan(last):
+        with pytest.raises(ValueError, match="the matrix holds NaN or infinite values"):
+            load_connectivity(group, found, None)
+        return
+    connectivity = load_connectivity(group, found, None)
+    assert connectivity is not None
+    assert connectivity.matrix.tolist() == [[True, True], [True, False]]
+    with h5py.File("any", "w", driver="core", backing_store=False) as file:
+        write_connectivity(file, connectivity)  # pyright: ignore[reportArgumentType]
+        kept = read_connectivity(file)  # pyright: ignore[reportArgumentType]
+        assert file.attrs["connectivity_matrix_type"] == ("from_blocs" if labels is None else "from_labels")
+    assert kept is not None
+    if labels is None:
+        assert kept.blocs == (2, 1, 1)
+        assert kept.matrix.tolist() == connectivity.matrix.tolist()
+    else:  # the background has a row too
+        assert kept.matrix.tolist() == [[False, False, False], [False, True, True], [False, True, False]]
+    assert load_connectivity(group, GroupFiles(()), None) is None
+    missing = StreamlineGroup(files=("a",), connectivity_matrix="m.npy", connectivity_labels="labels.nii")
+    assert load_connectivity(missing, GroupFiles((), matrix=matrix), None) is None
+
+
+def test_rows_of_a_matrix_are_numbers_of_labels_where_there_are_as_many():
+    with h5py.File("any", "w", driver="core", backing_store=False) as file:
+        file["connectivity_matrix"] = np.arange(25).reshape(5, 5) == 23  # labels 5 and 4
+        file["connectivity_label_volume"] = np.array([[[0, 2, 4, 5]]])
+        found = read_connectivity(file)  # pyright: ignore[reportArgumentType]
+    assert found is not None
+    assert np.argwhere(found.matrix).tolist() == [[3, 2]]  # among 0, 2, 4, 5
+
+
+def swap_bytes(path: Path) -> None:
+    """A TRK in the other byte order."""
+    content, kind = path.read_bytes(), header_2_dtype
+    header = np.frombuffer(content[:1000], kind.newbyteorder("<"))[0].astype(kind.newbyteorder(">"))
+    path.write_bytes(header.tobytes() + np.frombuffer(content[1000:], "<u4").byteswap().tobytes())
+
+
+def test_a_trk_of_either_byte_order_is_read_to_its_end_with_its_data(tmp_path):
+    lines, weights = some_lines(4), np.arange(8, dtype=np.float32).reshape(4, 2)
+    source = Source("s1", "s", tmp_path / "a.trk")
+    save_lines(source.path, lines, per_streamline={"w": weights})
+    before = load_streamlines([source], dps_keys=["w"])
+    swap_bytes(source.path)
+    after = load_streamlines([source], dps_keys=["w"])
+    for found in (before, after):
+        assert found.per_streamline["w"].tolist() == weights.tolist()
+        assert np.diff(found.offsets).tolist() == [len(line) for line in lines]
+    assert before.points.tobytes() == after.points.tobytes()
+    with source.path.open("ab") as file:
+        file.write(bytes(4))
+    with pytest.raises(ValueError, match="the header promises 4 streamlines, the file continues after them"):
+        load_streamlines([source])
+    grid = Grid(np.diag([2.0, 2.0, 2.0, 1.0]), SHAPE)
+    points, offsets = np.ones((5, 3), np.float32), np.array([0, 5])
+    points[:, 0] = np.arange(5)
+    write_trk(source.path, grid, points, offsets, {"a": np.ones((5, 1), np.float32), "b": np.ones((5, 3), np.float32)})
+    np.testing.assert_allclose(load_streamlines([source]).points, points, atol=1e-6)
+
+
+@pytest.mark.parametrize(("beyond", "leaves"), [(0.0, False), (9e-4, False), (2e-3, True)])
+@pytest.mark.parametrize("side", [0, 1])
+def test_points_may_leave_the_grid_by_a_thousandth_of_a_voxel(tmp_path, beyond, leaves, side):
+    source, grid = Source("s1", "s", tmp_path / "a.tck"), Grid(np.diag([2.0, 1.5, 3.0, 1.0]), SHAPE)
+    place = np.array([1.0, 2.0, (SHAPE[2] + beyond) if side else -beyond])  # voxel space, corner origin
+    save_lines(source.path, [(np.array([[1.0, 1, 1], place]) - 0.5) * [2.0, 1.5, 3.0]])
+    if leaves:
+        with pytest.raises(ValueError, match=r"1 outside the volume of 12 x 10 x 9 voxels\. Correct the file"):
+            load_streamlines([source], expected=grid)
+    else:
+        np.testing.assert_allclose(load_streamlines([source], expected=grid).points[1], place, atol=1e-5)
