@@ -20,7 +20,7 @@ from dwiml_func.tracking.scores import reference_bundles
 from dwiml_func.tracking.space import TrackingMask, TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 
-SIZES = (2.0, 2.0, 2.0)
+SIZES = (2.0, 2.5, 1.5)
 LINES = [[[x / 2, 4 + 0.2 * y, 4.0] for x in range(4, 77)] for y in range(6)]  # 36 voxels, 72 mm, of steps of 1 mm
 BUNDLES = Bundles(("straight",), np.zeros(6, dtype=np.int64))
 SPEC = TrackingSpec(step_size=1.0)
@@ -47,7 +47,7 @@ def where(mask: torch.Tensor | None, spec: TrackingSpec) -> Any:
         voxel_sizes=SIZES,
         mask=TrackingMask(values=inside if mask is None else mask),
     )
-    references = reference_bundles(Streamlines(real.points * 2, real.offsets), BUNDLES)
+    references = reference_bundles(Streamlines(real.points * torch.tensor(SIZES), real.offsets), BUNDLES)
     what = {"real": real, "bundles": BUNDLES, "references": references}
     return {**what, "space": space, "spec": spec, "seeding_mask": inside, "key": Key(1)}
 
@@ -103,7 +103,7 @@ def test_a_line_that_was_continued_is_of_its_own_bundle_alone_and_seeds_are_foll
     what = where(None, replace(SPEC, track_forward_only=True)) | {"seeding_mask": None}
     lines = what["real"].to_list() + [line + 3 for line in what["real"].to_list()]
     names = ("none of it", "straight", "beside")
-    every = Streamlines.from_list([line.numpy() * 2 for line in lines])
+    every = Streamlines.from_list([line.numpy() * SIZES for line in lines])
     what["references"] = reference_bundles(every, Bundles(names, np.repeat([1, 2], 6)))
     for row, valid in ((1, 1.0), (2, 0.0)):
         found = track_protocols(AlongX(), **what | {"bundles": Bundles(names, np.full(6, row))})

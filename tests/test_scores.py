@@ -14,10 +14,11 @@ from dwiml_func.core.rng import Key
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.tracking.distances import direct_flip_distances, equidistant_points, line_lengths, points_at
+from dwiml_func.tracking.overlap import overlap_within, voxel_overlap
 from dwiml_func.tracking.scores import ceiling_scores, reference_bundles, score_lines, score_tractogram
 
 NAMES = ("arc", "straight", "bend")
-VOXELS = (2.0, 2.0, 2.0)
+VOXELS = (2.0, 1.5, 3.0)
 
 
 def some_bundles(num: int = 12, seed: int = 0) -> tuple[list[np.ndarray], Bundles]:
@@ -166,6 +167,14 @@ def test_scores_are_shares_of_lines_their_mean_is_over_bundles_with_lines() -> N
     two = [scores.bundles[name].valid for name in ("arc", "straight")]
     assert scores.mean.valid == pytest.approx(np.mean(two))
     assert scores.all.length_mm == pytest.approx(np.mean(line_lengths(tracked)))
+    assert scores.all.mdf_mm == pytest.approx(np.mean(found.mdf))
+    for name in ("valid", "both_ends", "wrong_path", "wrong_connection", "no_connection"):
+        assert getattr(scores.all, name) == getattr(found, name).mean()
+    every = Streamlines.from_list(real)
+    by_voxels, within = voxel_overlap(tracked, every, VOXELS), overlap_within(tracked, every)
+    for name in ("overlap", "overreach", "f1"):
+        assert getattr(scores.all, name) == pytest.approx(getattr(by_voxels, name))
+        assert getattr(scores.all, f"{name}_2mm") == pytest.approx(getattr(within, name))
 
 
 def test_turning_lines_round_and_their_order_change_nothing() -> None:

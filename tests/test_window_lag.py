@@ -74,6 +74,22 @@ def test_a_model_that_goes_straight_leaves_a_circle_by_what_geometry_tells() -> 
     assert len(received) == 2 * (int(3.0 * radius - 20) // 30)
 
 
+@pytest.mark.parametrize("resampling", [None, Resampling(step_size=1.0)])
+def test_each_subject_is_read_in_its_own_space_and_measured_in_its_own_voxels(resampling) -> None:
+    line = circle(40.0, 0.5)
+    sizes = np.array([SIZES, (1.5, 1.0, 3.0), (2.0, 2.0, 2.0)])
+    dataset = dataset_of([line] * 3, (1, 1, 1))
+    lines = Streamlines.from_list([line / size for size in sizes])
+    dataset = replace(dataset, streamlines=lines, voxel_sizes=torch.tensor(sizes, dtype=torch.float32))
+    windows = choose_windows(dataset, key=Key(0), share=1.0, resampling=resampling)
+    assert windows is not None
+    spaces = [positions(*(200 / size).astype(int).tolist(), voxel_sizes=tuple(size.tolist())) for size in sizes]
+    found = np.split(window_lags(StraightModel(), windows, lambda row: spaces[row]), 3)
+    for other in found[1:]:
+        np.testing.assert_allclose(np.sort(other), np.sort(found[0]), atol=1e-3)
+    assert windows.step_size == pytest.approx(0.5 if resampling is None else 1.0, rel=1e-2)
+
+
 def test_a_model_that_ends_at_once_lags_by_the_whole_way_and_one_that_is_right_not_at_all() -> None:
     line = np.stack([np.linspace(10, 110, 101), np.full(101, 30.0), np.full(101, 30.0)], axis=1)
     windows = choose_windows(dataset_of([line]), key=Key(0), share=1.0)
