@@ -122,8 +122,14 @@ def _ring(panel: Panel, run: PlottedRun, number: int, metric: str) -> None:
     if best.epoch is None or run.history[-1].monitor != metric:
         return
     ring = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 2, "linestyle": "none"}
-    x = best.epoch if not best.batch else _within(run.history[best.epoch - 1], best.batch)
-    panel.draw(run, x, best.value, number, "best epoch", note=f" ({best.epoch})", colour=_BLACK, **ring)
+    x, note = _place_of_best(run), f" ({best.epoch})"
+    panel.draw(run, x, best.value, number, "best epoch", note=note, colour=_BLACK, **ring)
+
+
+def _place_of_best(run: PlottedRun) -> float | None:
+    """Where the best state is on the axis of epochs; None where there is none."""
+    best = run.history[-1].best
+    return best.epoch if best.epoch is None or not best.batch else _within(run.history[best.epoch - 1], best.batch)
 
 
 def _within(report: EpochReport, batch: int) -> float:
@@ -144,7 +150,7 @@ def _angular_errors(panel: Panel, runs: dict[int, PlottedRun]) -> None:
     for number, run in runs.items():
         _train_and_valid(panel, run, number, "angular_error")
         _ring(panel, run, number, "angular_error")
-        best, value = run.history[-1].best.epoch, run.evaluation.model if run.evaluation else math.nan
+        best, value = _place_of_best(run), run.evaluation.model if run.evaluation else math.nan
         if best is not None and math.isfinite(value):
             diamond = {"marker": "D", "markersize": 7, "linestyle": "none"}
             text = "best model"
