@@ -20,8 +20,8 @@ from dwiml_func.models import Transformer
 from dwiml_func.models.transformers.cache import CacheState
 
 FEATURES, SIZE, HEADS = 45, 128, 8
-CACHED, ANEW, LIMIT = "keys and values kept", "sequences anew", 8.0
-AT_ONCE, AT_ONCE_LIMIT = "points at once", 2.0
+CACHED, ANEW, LIMIT = "keys and values kept", "sequences anew", 15.0
+AT_ONCE, AT_ONCE_LIMIT = "points at once", 1.5
 
 
 def main() -> int:
