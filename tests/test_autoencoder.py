@@ -179,12 +179,23 @@ def test_augmentation_acts_and_every_streamline_keeps_its_number_of_points() -> 
             assert torch.equal(ends[0, 0], line[0])
             assert torch.equal(ends[0, 1], ends[1, 0])
             assert torch.equal(ends[1, 1], line[-1])
-    noise = Augmentation(noise_gaussian_size_forward=1.0)
+    flat = replace(dataset, voxel_sizes=torch.tensor([[1.0, 1.0, 1.0], [1.0, 4.0, 1.0]]))
+    halves = load_batch(
+        request._replace(ids=np.arange(44, 56)),
+        dataset=flat,
+        spec=replace(spec, augmentation=Augmentation(split_ratio=0.8)),
+    )
+    assert len(halves) > 18
+    for line in halves.points.unflatten(0, (-1, N)).double():  # in mm, as one subject's voxels are no cubes
+        steps = line.diff(dim=0).norm(dim=1)
+        assert (steps / steps.mean() - 1).abs().mean() < 0.03  # where corners are cut, steps are shorter
+    noise = Augmentation(noise_gaussian_size_forward=1.0, noise_gaussian_size_loss=0.5)
     noisy = load_batch(request, dataset=dataset, spec=replace(spec, augmentation=noise))
     model = _model(N)
     seen = model(noisy)
     assert torch.equal(seen, model(replace(plain, points=noisy.forward_points)))
-    expected = (seen - plain.points).square().sum(1).mean()
+    assert not torch.equal(noisy.target_points, plain.points)
+    expected = (seen - noisy.target_points).square().sum(1).mean()
     assert compute_reconstruction_loss(model, noisy)[0].item() == pytest.approx(expected.item(), rel=1e-6)
 
 

@@ -12,7 +12,7 @@ from tracking_cases import FieldModel, SteeredModel, positions, tracked_lines
 
 from dwiml_func.core.rng import Key
 from dwiml_func.models import Learn2Track
-from dwiml_func.models.direction_getters import CosineRegression
+from dwiml_func.models.direction_getters import CosineRegression, SphereClassification
 from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, init_track_state, track, track_step
 from dwiml_func.tracking.processes import track_in_processes
 from dwiml_func.tracking.state import with_lines
@@ -216,6 +216,24 @@ def test_a_line_ends_where_its_model_says(stop, num_points):
     options = {"track_forward_only": True, "eos_stop": stop}
     (line,) = tracked_lines([2.5, 4.5, 4.5], model, positions(10, 9, 9), **options).values()
     assert len(line) == num_points  # the point at which it ends is the last
+
+
+@pytest.mark.parametrize(("stop", "is_ended"), [("max", True), (None, False), (0.4, True)])
+def test_of_classes_the_end_may_be_the_likeliest_without_a_probability_of_a_half(stop, is_ended):
+    getter = SphereClassification(1, sphere="repulsion100", add_eos=True)
+    ahead = int(getter.directions(torch.eye(101)[:100]).select(1, 0).argmax())
+
+    def field(p):
+        logits = torch.zeros(len(p), 101)
+        logits[:, ahead], logits[:, ahead - 1] = 9.0, 8.99
+        logits[:, 100] = torch.where(p[:, 0] > 5, 9.5, 0.0)  # a probability of 0.45 there
+        return logits
+
+    model = FieldModel(field)
+    model.direction_getter = getter
+    options = {"track_forward_only": True, "eos_stop": stop}
+    (line,) = tracked_lines([2.5, 4.5, 4.5], model, positions(10, 9, 9), **options).values()
+    assert (float(line[-1, 0]) < 6.5) == is_ended
 
 
 def test_an_end_at_the_seed_gives_no_line():
