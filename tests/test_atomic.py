@@ -182,6 +182,14 @@ def test_what_stood_there_is_removed_after_the_flush_of_the_swap(tmp_path, monke
     assert (tmp_path / "run" / "deep" / "a.txt").read_text() == "new"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="swaps two names in one step on Linux alone")
+def test_a_swap_that_fails_is_an_error_with_the_systems_number(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(FileNotFoundError, match="gone") as raised:
+        atomic._exchange(tmp_path / "a", tmp_path / "gone")
+    assert raised.value.errno == errno.ENOENT
+
+
 def test_new_folders_are_flushed_in_those_that_hold_them(tmp_path, calls):
     atomic.make_directory(tmp_path / "a" / "b")
     assert calls[-2:] == ["fsync a", "fsync ."]

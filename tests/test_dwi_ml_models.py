@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 import torch
 
+from dwiml_func.dwi_ml.models import _kind
+from dwiml_func.dwi_ml.parameters import config_of, parameters_of
 from dwiml_func.dwi_ml.upgrade import upgraded_parameters
 
 DATA = Path(__file__).parent / "data"
@@ -61,6 +63,43 @@ def test_export_gives_back_what_was_imported(cli, folder, tmp_path):
     before, after = read_state(folder), read_state(tmp_path / "exported")
     assert list(before) == list(after)  # in dwi_ml's order too
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+OTHERS: dict[str, Any] = {
+    "dropout": 0.25,
+    "use_layer_normalization": True,
+    "use_skip_connection": False,
+    "rnn_key": "gru",
+    "max_len": 77,
+    "n_layers_e": 3,
+    "n_layers_d": 4,
+    "dropout_rate": 0.3,
+    "activation": "gelu",
+    "norm_first": True,
+    "nheads": 1,
+    "ffnn_hidden_size": 12,
+    "step_size": None,
+    "nb_features": 5,
+    "experiment_name": "another",
+}
+
+
+@by_name
+def test_a_config_gives_back_the_parameters_that_it_was_made_of(folder):
+    """As for a model that was trained here, which has no parameters of dwi_ml's."""
+    parameters, kind = json.loads((folder / "parameters.json").read_text()), _kind(folder)
+    sampled = {"step_size": None, "nb_points": 40}  # instead of a step
+    changes = [{}, sampled, *({name: value} for name, value in OTHERS.items() if name in parameters)]
+    if parameters["dg_key"] in ("l2-regression", "gaussian"):
+        changes.append({"step_size": None, "compress_lines": 0.02})
+    if parameters.get("nb_previous_dirs") == 0:
+        changes.append({"nb_previous_dirs": 2, "prev_dirs_embedding_key": "no_embedding", "prev_dirs_embedded_size": 6})
+    for change in changes:
+        expected = parameters | change
+        config, nb_features = config_of(expected, model=kind, source="parameters.json")
+        name = expected["experiment_name"]
+        written = json.dumps(parameters_of(config, nb_features=nb_features, experiment_name=name))
+        assert list(json.loads(written).items()) == list(expected.items())
 
 
 def copied(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> Path:
