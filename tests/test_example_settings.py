@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from dwiml_func.core.rng import Key, numpy_rng
 from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
 from dwiml_func.data.example.scanner import scan
 from dwiml_func.data.example.settings import DEFAULT_SETTINGS, ExampleSettings
 from dwiml_func.data.example.signal import ISOTROPIC, Fibres, acquire, simulate
-from dwiml_func.data.example.unlabelled import mean_line, unlabelled_bundles
+from dwiml_func.data.example.unlabelled import mean_line, rotation, unlabelled_bundles
 from dwiml_func.data.spherical_harmonics import half_sphere_directions, sh_matrix
 
 CLEAN = ExampleSettings(snr=float("inf"))
@@ -104,6 +105,43 @@ def test_crossings_meet_their_bundle_at_60_to_90_degrees_and_distractors_run_alo
         assert np.linalg.norm(other - centre, axis=1).max() < 50
 
 
+def test_rotations_and_mean_lines_are_those_of_scipy_and_of_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        axis, degrees = rng.normal(size=3), rng.uniform(-180, 180)
+        axis /= np.linalg.norm(axis)
+        expected = Rotation.from_rotvec(np.radians(degrees) * axis).as_matrix()
+        np.testing.assert_allclose(rotation(axis, degrees), expected, atol=1e-12)
+    lines = [np.linspace([0, y, 0], [80, y, 8], num) for y, num in ((0.0, 9), (2.0, 33), (7.0, 2))]
+    np.testing.assert_allclose(mean_line(lines), np.linspace([0, 3, 0], [80, 3, 8], 41), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["crossing", "distractor"])
+def test_of_a_straight_bundle_crossings_turn_by_60_to_90_degrees_and_distractors_about_it(kind: str) -> None:
+    straight = [np.linspace([-60, y, z], [60, y, z], 241) for y, z in ((0.0, 0.0), (3.0, 0.0), (0.0, 3.0), (3.0, 3.0))]
+    settings = ExampleSettings(crossings=8) if kind == "crossing" else ExampleSettings(distractors=8)
+    degrees, moved = [], []
+    for seed in range(12):
+        made = unlabelled_bundles({"a": straight}, settings, subject=0, key=Key(seed))
+        for number, lines in enumerate(made.values()):
+            assert len(lines) == 4
+            along = [line[-1] - line[0] for line in lines]
+            assert all(np.linalg.norm(each) > 20 for each in along)
+            u = np.mean(along, axis=0) / np.linalg.norm(np.mean(along, axis=0))
+            degrees.append(np.degrees(np.arccos(np.clip(abs(u[0]), 0, 1))))
+            middle = np.concatenate(lines).mean(axis=0)
+            place = 120 * ((number + 0.5) / 8 - 0.5)  # evenly along the bundle; ends are cut there
+            moved.append(abs(middle[0] - place))
+            assert np.linalg.norm(np.concatenate(lines) - [middle[0], 1.5, 1.5], axis=1).max() < 45
+    if kind == "distractor":
+        assert max(degrees) < 1e-3
+    else:
+        assert 48 < min(degrees) < 62  # three standard deviations of 3 degrees below 60
+        assert 86 < max(degrees) <= 90
+        assert 70 < np.mean(degrees) < 78
+    assert np.median(moved) < 8
+
+
 def test_a_person_has_the_same_crossings_each_time_and_another_person_nearly_so(
     bundles: dict[str, list[np.ndarray]],
 ) -> None:
@@ -120,6 +158,7 @@ def test_the_people_of_the_subsets_are_all_five_and_the_one_that_was_asked_for_t
     for person in SUBJECTS:
         training, validation, testing = ExampleSettings(test_subject=person).subsets
         assert testing == (person,)
+        assert validation == (SUBJECTS[SUBJECTS.index(person) - 1],)  # before the first comes the last
         assert sorted((*training, *validation, *testing)) == list(SUBJECTS)
     assert DEFAULT_SETTINGS.subsets == (SUBJECTS[:3], SUBJECTS[3:4], SUBJECTS[4:])
 
