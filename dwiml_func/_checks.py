@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "LEAST",
     "STRICT",
     "at_most_three",
+    "check_choice",
     "check_number",
     "check_takes",
     "error_text",
@@ -46,6 +47,12 @@ def check_number(
         raise ValueError(f"{name}: expected a finite number {' and '.join(bounds)}, received {truncated_repr(value)}.")
     if value != 0 and not LEAST <= abs(value) <= GREATEST:
         raise ValueError(f"{name}: expected a number that float32 can hold. Received: {truncated_repr(value)}.")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise a ValueError if an option is none of its choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, received {truncated_repr(value)}.")
 
 
 def truncated_repr(value: object) -> str:

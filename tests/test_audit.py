@@ -214,7 +214,7 @@ def test_a_process_that_fails_ends_the_audit_with_its_error(run, tmp_path):
         audit_experiment(run, num_processes=2, hdf5_file=missing)
     with pytest.raises(RuntimeError, match=r"A process failed:\nTraceback"):
         list(in_processes(read_config, (), ["/no/such/run"] * 2, 2))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"^Expected a subject among sub_1, .* Received: 'sub_9'$"):  # the user's
+    with pytest.raises(ValueError, match=r"^subject: expected one of sub_1, .* received 'sub_9'\.$"):  # the user's
         list(in_processes(_bundles, (), ["sub_9"] * 2, 2))
 
 

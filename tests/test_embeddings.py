@@ -100,7 +100,7 @@ def test_a_key_makes_its_embedding():
     [
         (
             ("cnn_embedding", 3, None),
-            "^prev_dirs_embedding_key: expected no_embedding or nn_embedding, received 'cnn",
+            "^prev_dirs_embedding_key: expected one of no_embedding, nn_embedding, received 'cnn",
         ),
         (
             ("nn_embedding", 3, None),

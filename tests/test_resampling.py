@@ -142,7 +142,7 @@ def test_nothing_asked_for_is_nothing_done():
     [
         ({"step_size": 0.0}, "^step_size: .* above 0 mm. Received: 0.0$"),
         ({"step_size": float("nan")}, "^step_size: "),
-        ({"step_size": 1.0, "step_rule": "up"}, "^Expected a step_rule among nearest, dwi_ml. Received: 'up'$"),
+        ({"step_size": 1.0, "step_rule": "up"}, "^step_rule: expected one of nearest, dwi_ml, received 'up'.$"),
         ({"nb_points": 1}, "^nb_points: .* at least 2. Received: 1$"),
         ({"nb_points": 2.5}, "^nb_points: expected a whole number of at most 1000000. Received: 2.5$"),
         ({"nb_points": 1_000_001}, "^nb_points: expected a whole number of at most 1000000. Received: 1000001$"),

@@ -123,7 +123,7 @@ def test_the_best_epoch_may_be_that_of_any_metric() -> None:
     assert reports[-1].stop == "patience"
     with pytest.raises(ValueError, match=r"metric to monitor among accuracy, .*loss.* Received: 'recall'"):
         next(loop(monitor="recall"))
-    with pytest.raises(ValueError, match="mode 'min' or 'max'"):
+    with pytest.raises(ValueError, match="mode: expected one of min, max, received"):
         loop(mode="maximum")
 
 

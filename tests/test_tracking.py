@@ -318,7 +318,7 @@ def test_what_cannot_track_is_refused():
     ("options", "message"),
     [
         ({"step_size": 0}, "step_size: expected a finite number above 0"),
-        ({"algo": "best"}, "algo: expected det or prob, received 'best'"),
+        ({"algo": "best"}, "algo: expected one of det, prob, received 'best'"),
         ({"max_length": 5}, "max_length: expected at least min_length, 10.0 mm, received 5"),
         ({"max_length": 0.5, "min_length": 0}, "max_length: expected at least a step, 1.0 mm, received 0.5"),
         ({"max_length": math.nan}, "max_length: expected a finite number above 0"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dwiml_func._checks import check_takes
+from dwiml_func._checks import check_choice, check_takes
 from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.early_stopping import Best, Mode, should_stop, update_best
 from dwiml_func.core.interval import validation_interval
@@ -55,8 +55,7 @@ class LoopOptions:
         """Raise ValueError for options that are out of range, TypeError for functions that the loop cannot call."""
         if (self.valid is None) != (self.eval_step is None):
             raise ValueError("Expected valid and eval_step together. Received only one of them.")
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"Expected mode 'min' or 'max'. Received: {self.mode!r}")
+        check_choice("mode", self.mode, ("min", "max"))
         validation_interval(self.validate_every)
         if not (self.max_epochs is None or self.max_epochs == math.inf or _is_count(self.max_epochs)):
             raise ValueError(f"Expected max_epochs of at least 1. Received: {self.max_epochs!r}")

@@ -23,7 +23,7 @@ from dwiml_func.data.loader import BatchRequest, LoaderSpec, noise_of, split_and
 from dwiml_func.data.neighborhood import direction_units, neighborhood_vectors
 from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.shards import ShardedBatch
-from dwiml_func.data.streamlines import Streamlines, input_rows, offsets_of
+from dwiml_func.data.streamlines import Streamlines, input_rows, join_streamlines
 
 __all__ = ["DeviceData", "copy_to_device", "device_bytes", "make_on_device", "plan_batch"]
 
@@ -72,7 +72,7 @@ def _resampled(dataset: StreamlineDataset, spec: LoaderSpec) -> Streamlines:
     for ids in np.split(np.arange(dataset.index.num_total), range(_CHUNK, dataset.index.num_total, _CHUNK)):
         sizes = dataset.voxel_sizes[torch.from_numpy(dataset.index.subject_of(ids))]
         parts.append(resample_streamlines(dataset.streamlines.select(ids), sizes, spec.resampling))
-    return Streamlines(torch.cat([part.points for part in parts]), offsets_of(torch.cat([p.lengths for p in parts])))
+    return join_streamlines(parts)
 
 
 def plan_batch(request: BatchRequest, *, data: DeviceData, spec: LoaderSpec) -> StreamlineBatch:

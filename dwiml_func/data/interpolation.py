@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from dwiml_func._checks import check_choice
 from dwiml_func._transforms import is_transformed
 
 __all__ = ["FlatVolumes", "Interpolation", "interpolate"]
@@ -51,8 +52,7 @@ def interpolate(volume: Tensor, points: Tensor, *, mode: Interpolation = "trilin
         >>> interpolate(volume, points, mode="trilinear-corner").tolist()
         [[15.0], [20.0]]
     """
-    if mode not in _MODES:
-        raise ValueError(f"Expected an interpolation among {', '.join(_MODES)}. Received: {mode!r}")
+    check_choice("interpolation", mode, _MODES)
     if volume.ndim != 4 or points.ndim != 2 or points.shape[1] != 3:
         raise ValueError(
             "Expected a volume of shape (X, Y, Z, F) and points of shape (P, 3). "

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import check_choice
 from dwiml_func.data.interpolation import Interpolation, interpolate
 
 __all__ = [
@@ -50,9 +51,7 @@ class Neighborhood:
     resolution: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.type not in get_args(NeighborhoodType):
-            known = ", ".join(get_args(NeighborhoodType))
-            raise ValueError(f"Expected a neighborhood_type among {known}. Received: {self.type!r}")
+        check_choice("neighborhood_type", self.type, get_args(NeighborhoodType))
         if self.radius < 1:
             raise ValueError(f"Expected a neighborhood_radius of at least 1. Received: {self.radius}")
         if not (math.isfinite(self.resolution) and self.resolution > 0):

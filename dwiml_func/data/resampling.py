@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import check_choice, truncated_repr
 from dwiml_func.data.streamlines import Streamlines
 
 __all__ = [
@@ -60,10 +60,7 @@ class Resampling:
         given = {name: v for name in ("step_size", "nb_points", "compress") if (v := getattr(self, name)) is not None}
         if len(given) > 1:
             raise ValueError(f"Expected at most one of step_size, nb_points and compress. Received: {given}")
-        if self.step_rule not in get_args(StepRule):
-            raise ValueError(
-                f"Expected a step_rule among {', '.join(get_args(StepRule))}. Received: {self.step_rule!r}"
-            )
+        check_choice("step_rule", self.step_rule, get_args(StepRule))
         if self.nb_points is not None and not (self.nb_points <= _MOST_POINTS and float(self.nb_points).is_integer()):
             number = truncated_repr(self.nb_points)
             raise ValueError(f"nb_points: expected a whole number of at most {_MOST_POINTS}. Received: {number}")

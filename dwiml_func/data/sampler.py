@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func._checks import check_number
+from dwiml_func._checks import check_choice, check_number
 from dwiml_func.core.rng import Key, fold_in, numpy_rng
 from dwiml_func.data.dataset import DatasetIndex
 
@@ -54,9 +54,7 @@ class SamplerSpec:
     cycles: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size_units not in get_args(BatchUnits):
-            known = ", ".join(get_args(BatchUnits))
-            raise ValueError(f"batch_size_units: expected one of {known}, received {self.batch_size_units!r}.")
+        check_choice("batch_size_units", self.batch_size_units, get_args(BatchUnits))
         for name in ("batch_size", "max_batches", "nb_streamlines_per_chunk", "nb_subjects_per_batch", "cycles"):
             if (number := getattr(self, name)) is not None:
                 check_number(name, number, at_least=1)

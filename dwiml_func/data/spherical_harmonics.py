@@ -8,6 +8,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from dwiml_func._checks import check_choice
+
 __all__ = [
     "DEFAULT_BASIS",
     "HARMONICS",
@@ -105,8 +107,7 @@ def sh_matrix(directions: np.ndarray, order: int, *, basis: str = "descoteaux07"
     """
     if order < 0 or order % 2:
         raise ValueError(f"Expected an even order of spherical harmonics. Received: {order}")
-    if basis not in _SH_BASES:
-        raise ValueError(f"Expected a basis of spherical harmonics among {_SH_BASES}. Received: {basis!r}")
+    check_choice("sh_basis", basis, _SH_BASES)
     from dipy.reconst.shm import sph_harm_lookup  # half a second to import
 
     polar = np.arccos(np.clip(directions[:, 2], -1, 1))

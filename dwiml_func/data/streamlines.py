@@ -11,7 +11,7 @@ the first length into offsets of the second.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "directions",
     "input_offsets",
     "input_rows",
+    "join_streamlines",
     "offsets_of",
     "previous_directions",
 ]
@@ -211,6 +212,11 @@ class Streamlines:
         num_points = int(offsets[-1])
         shift = (starts - offsets[:-1])[_streamline_of(offsets, num_points)]
         return Streamlines(self.points[torch.arange(num_points, device=shift.device) + shift], offsets)
+
+
+def join_streamlines(parts: Sequence[Streamlines]) -> Streamlines:
+    """One set of several, one after the other."""
+    return Streamlines(torch.cat([p.points for p in parts]), offsets_of(torch.cat([p.lengths for p in parts])))
 
 
 def _streamline_of(offsets: Tensor, num_rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func.data.grid import Grid
+from dwiml_func.data.grid import Grid, orientation_of
 from dwiml_func.files.atomic import atomic_file, remove_leftovers
 
 __all__ = ["FORMATS", "TractogramFile", "check_name", "new_tractogram", "write_trk"]
@@ -110,7 +110,6 @@ class _Trk:
         data_columns: Mapping[str, int] | None = None,
     ) -> None:
         from nibabel.affines import voxel_sizes
-        from nibabel.orientations import aff2axcodes
         from nibabel.streamlines.trk import TrkFile, encode_value_in_name, header_2_dtype
 
         self._file, self._count = file, 0
@@ -120,7 +119,7 @@ class _Trk:
         for name, value in empty.items():
             header[name] = value
         header["dimensions"], header["voxel_sizes"], header["voxel_to_rasmm"] = grid.shape, self._sizes, grid.affine
-        header["voxel_order"] = "".join(aff2axcodes(grid.affine))
+        header["voxel_order"] = orientation_of(grid.affine)
         self._columns = columns
         header["nb_properties_per_streamline"] = sum(columns.values())
         for number, (name, num) in enumerate(columns.items()):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import check_number
+from dwiml_func._checks import check_choice, check_number
 from dwiml_func.data.neighborhood import Neighborhood
 
 __all__ = ["CNNEmbedding", "NNEmbedding", "NoEmbedding", "make_embedding", "make_input_embedding"]
@@ -92,8 +92,7 @@ class CNNEmbedding(torch.nn.Module):
 
 def make_embedding(kind: str, key: str, input_size: int, embedded_size: int | None) -> NoEmbedding | NNEmbedding:
     """An embedding of rows from its key, no_embedding or nn_embedding; `kind` is "input" or "prev_dirs", for errors."""
-    if key not in ("no_embedding", "nn_embedding"):
-        raise ValueError(f"{kind}_embedding_key: expected no_embedding or nn_embedding, received {key!r}.")
+    check_choice(f"{kind}_embedding_key", key, ("no_embedding", "nn_embedding"))
     if key == "no_embedding":
         if embedded_size is not None:
             raise ValueError(f"{kind}_embedded_size: requires {kind}_embedding_key nn_embedding, received {key}.")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
+from dwiml_func._checks import check_choice
 from dwiml_func.optim.schedules import constant
 from dwiml_func.types import OnPlateau, PerStep, Plateau
 
@@ -62,8 +63,7 @@ def reduce_on_plateau(
     for name, number in {"threshold": threshold, "min_rate": min_rate}.items():
         if not (math.isfinite(number) and number >= 0):
             raise ValueError(f"Expected {name} that is finite and at least 0. Received: {number:g}")
-    if threshold_mode not in ("rel", "abs"):
-        raise ValueError(f"Expected threshold_mode 'rel' or 'abs'. Received: {threshold_mode!r}")
+    check_choice("threshold_mode", threshold_mode, ("rel", "abs"))
 
     def reduce(rate: float, num_reductions: int) -> float:
         for _ in range(num_reductions):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dwiml_func.data.resampling import travelled_mm
+from dwiml_func.data.resampling import lengths_mm, travelled_mm
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
 __all__ = [
@@ -24,9 +24,7 @@ _BLOCK_VALUES = 1 << 24  # distances in memory at once
 
 def line_lengths(lines: Streamlines) -> NDArray[np.float64]:
     """(S,) mm, of streamlines of one point or more."""
-    points, offsets = lines.points.double().numpy(), lines.offsets.numpy()
-    travelled = travelled_mm(points, offsets)
-    return travelled[offsets[1:] - 1] - travelled[offsets[:-1]]
+    return lengths_mm(lines.points.double().numpy(), lines.offsets.numpy())
 
 
 def points_at(lines: Streamlines, distances: NDArray[np.float64]) -> NDArray[np.float64]:

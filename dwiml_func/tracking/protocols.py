@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dwiml_func.core.rng import Key, Stream, fold_in
 from dwiml_func.data.bundles import Bundles
-from dwiml_func.data.streamlines import Streamlines, offsets_of
+from dwiml_func.data.streamlines import Streamlines, join_streamlines, offsets_of
 from dwiml_func.tracking.distances import lags
 from dwiml_func.tracking.random_numbers import uniforms
 from dwiml_func.tracking.scores import LineScores, ReferenceBundle, score_lines
@@ -179,10 +179,8 @@ def track_protocols(
         return continue_lines(given, model=model, space=space, spec=spec, distance=distance)
 
     def from_seeds(seeds: Tensor) -> Streamlines:
-        parts = [part.streamlines for part in track(seeds, model=model, space=space, spec=both_ways, key=key)]
-        return Streamlines(
-            torch.cat([part.points for part in parts]), offsets_of(torch.cat([part.lengths for part in parts]))
-        )
+        parts = track(seeds, model=model, space=space, spec=both_ways, key=key)
+        return join_streamlines([part.streamlines for part in parts])
 
     return ask_tracker(
         Tracker(ahead, from_seeds),

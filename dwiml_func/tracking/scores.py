@@ -10,12 +10,11 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dwiml_func.core.rng import Key, fold_in, numpy_rng
 from dwiml_func.data.bundles import Bundles
-from dwiml_func.data.streamlines import Streamlines, offsets_of
+from dwiml_func.data.streamlines import Streamlines, join_streamlines
 from dwiml_func.tracking.distances import direct_flip_distances, equidistant_points, line_lengths
 from dwiml_func.tracking.overlap import overlap_within, voxel_overlap
 
@@ -252,10 +251,7 @@ def score_tractogram(
         of_bundle = np.flatnonzero(found.bundle == row)
         part = LineScores._make(values[of_bundle] for values in found)
         bundles[reference.name] = _summary(part, lines.select(of_bundle), reference.lines, voxel_sizes)
-    real = Streamlines(
-        torch.cat([reference.lines.points for reference in references]),
-        offsets_of(torch.cat([reference.lines.lengths for reference in references])),
-    )
+    real = join_streamlines([reference.lines for reference in references])
     return TractogramScores(bundles, _mean(list(bundles.values())), _summary(found, lines, real, voxel_sizes))
 
 

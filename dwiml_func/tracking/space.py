@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import check_choice
 from dwiml_func.data.interpolation import Interpolation, interpolate
 from dwiml_func.data.neighborhood import Neighborhood, check_cubic_voxels, interpolate_neighborhood
 
@@ -35,9 +36,7 @@ class TrackingMask:
     interpolation: Interpolation = "nearest"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in get_args(Interpolation):
-            modes = ", ".join(get_args(Interpolation))
-            raise ValueError(f"mask_interp: expected one of {modes}, received {self.interpolation!r}.")
+        check_choice("mask_interp", self.interpolation, get_args(Interpolation))
         object.__setattr__(self, "values", self.values.float())  # once, not at every step
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dwiml_func._checks import check_number
+from dwiml_func._checks import check_choice, check_number
 
 __all__ = ["Algorithm", "TrackingSpec"]
 
@@ -53,8 +53,7 @@ class TrackingSpec:
     discard_last_point: bool = False
 
     def __post_init__(self) -> None:
-        if self.algo not in get_args(Algorithm):
-            raise ValueError(f"algo: expected det or prob, received {self.algo!r}.")
+        check_choice("algo", self.algo, get_args(Algorithm))
         check_number("step_size", self.step_size, above=0)
         check_number("min_length", self.min_length, at_least=0)
         check_number("max_length", self.max_length, above=0)

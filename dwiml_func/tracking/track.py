@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.rng import Key
-from dwiml_func.data.streamlines import Streamlines, offsets_of
+from dwiml_func.data.streamlines import Streamlines, join_streamlines, offsets_of
 from dwiml_func.tracking.queue import SeedQueue
 from dwiml_func.tracking.rows import row_period
 from dwiml_func.tracking.space import TrackingSpace
@@ -161,8 +161,7 @@ def _lines(state: TrackState, rows: Tensor, spec: TrackingSpec) -> _Lines:
 def _in_order(finished: list[_Lines], last: int) -> tuple[_Lines, list[_Lines]]:
     """Lines up to a number, in their order, and the others."""
     seeds = torch.cat([numbers for numbers, _ in finished])
-    points = torch.cat([lines.points for _, lines in finished])
-    lines = Streamlines(points, offsets_of(torch.cat([lines.lengths for _, lines in finished])))
+    lines = join_streamlines([lines for _, lines in finished])
     order = seeds.argsort()
     is_ready = seeds[order] <= last
     ready, waiting = order[is_ready], order[~is_ready]

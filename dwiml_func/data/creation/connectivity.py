@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dwiml_func._checks import one_line
 from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.creation.config import StreamlineGroup
 from dwiml_func.data.creation.files import GroupFiles
@@ -38,8 +39,7 @@ def load_connectivity(group: StreamlineGroup, found: GroupFiles, expected: Grid 
             if file.read(1):
                 raise ValueError("the file continues after the values that its header promises")
     except Exception as error:  # numpy raises of many kinds about corrupt files
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{source}: cannot be read as a matrix in .npy ({reason})") from error
+        raise ValueError(f"{source}: cannot be read as a matrix in .npy ({one_line(error)})") from error
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
         raise ValueError(f"{source}: expected a matrix of numbers in .npy")
     if not np.isfinite(values).all():

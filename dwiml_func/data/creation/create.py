@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dwiml_func._checks import one_line
 from dwiml_func.data.creation.config import GroupsConfig, StreamlineGroup, VolumeGroup
 from dwiml_func.data.creation.connectivity import load_connectivity, write_connectivity
 from dwiml_func.data.creation.files import GroupFiles, check_subjects, find_files
@@ -99,8 +100,8 @@ def create_dataset(
     except OSError as error:
         if isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | PermissionError):
             raise
-        reason = " ".join(str(error).split())
-        raise OSError(f"{out}: cannot be written, {where} ({reason}). No file was left. Is the disk full?") from error
+        text = f"{out}: cannot be written, {where} ({one_line(error)}). No file was left. Is the disk full?"
+        raise OSError(text) from error
     return tuple(notes)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dwiml_func._checks import one_line
 from dwiml_func.data.bundles import Bundles, join_bundles
 from dwiml_func.data.creation.files import Source
 from dwiml_func.data.creation.trx import read_trx
@@ -109,7 +110,7 @@ def _read(source: Source) -> Tractogram:
         with np.errstate(all="ignore"):  # what comes of a corrupt header is told below
             return readers[suffix](source)
     except Exception as error:  # the readers raise of many kinds about corrupt files
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise ValueError(f"{source}: cannot be read as {suffix[1:].upper()} ({reason})") from error
 
 

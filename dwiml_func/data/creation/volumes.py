@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dwiml_func._checks import one_line
 from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.creation.files import Source
 from dwiml_func.data.grid import Grid, grid_difference, grid_of
@@ -194,7 +195,7 @@ def _read(source: Source, image: Any, dtype: Any) -> NDArray[Any]:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def _grid(source: Source, image: Any) -> Grid:

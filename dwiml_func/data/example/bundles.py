@@ -14,6 +14,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from dwiml_func._checks import check_choice
+
 __all__ = ["BUNDLES", "SUBJECTS", "load_bundles"]
 
 SUBJECTS = ("sub_1", "sub_2", "sub_3", "sub_4", "sub_5")
@@ -35,8 +37,7 @@ def load_bundles(subject: str, *, step_size: float = 1.0) -> dict[str, list[np.n
     FITPACK, `scipy.interpolate.splprep`) removes the zigzag of the coarse points. The length is divided evenly into
     steps of about `step_size` mm.
     """
-    if subject not in SUBJECTS:
-        raise ValueError(f"Expected a subject among {', '.join(SUBJECTS)}. Received: {subject!r}")
+    check_choice("subject", subject, SUBJECTS)
     if not step_size > 0:
         raise ValueError(f"Expected a step size above 0 mm. Received: {step_size}")
     archive = files("dipy") / "data" / "files" / "minimal_bundles.zip"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dwiml_func._checks import check_number
+from dwiml_func._checks import check_choice, check_number
 from dwiml_func.data.example.bundles import SUBJECTS
 
 __all__ = ["DEFAULT_SETTINGS", "ExampleSettings"]
@@ -43,8 +43,7 @@ class ExampleSettings:
             check_number(name, value, at_least=0)
             if value > _MOST_CROSSINGS:
                 raise ValueError(f"{name}: expected at most {_MOST_CROSSINGS}. Received: {value}.")
-        if self.test_subject not in SUBJECTS:
-            raise ValueError(f"test_subject: expected one of {', '.join(SUBJECTS)}. Received: {self.test_subject!r}.")
+        check_choice("test_subject", self.test_subject, SUBJECTS)
 
     @property
     def sh_order(self) -> int:

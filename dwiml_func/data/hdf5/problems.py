@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
+from dwiml_func._checks import one_line
 from dwiml_func.files.archive import is_bomb
 from dwiml_func.files.paths import missing_text
 
@@ -86,23 +87,21 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         if "unable to lock file" in str(error):
             raise OSError(_lock_text(path, error)) from error
         if not h5py.is_hdf5(path):
-            reason = " ".join(str(error).split())
-            raise ValueError(f"Expected an HDF5 file. Received: {path}, which is not one ({reason})") from error
+            text = f"Expected an HDF5 file. Received: {path}, which is not one ({one_line(error)})"
+            raise ValueError(text) from error
         raise corrupt_file(path, error) from error
 
 
 def _lock_text(path: Path, error: Exception) -> str:
     if getattr(error, "errno", None) in (errno.EAGAIN, errno.EACCES):
         return f"The HDF5 file is in use: another program has it open for writing: {path}. Close it there, or wait"
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return f"The HDF5 file cannot be locked: {path} ({reason}). Set HDF5_USE_FILE_LOCKING=FALSE where locks do not work"
 
 
 def corrupt_file(path: Path | str, error: Exception | str) -> ValueError:
     """The error of a file that HDF5 cannot read."""
-    return ValueError(
-        f"The HDF5 file is truncated or corrupt: {path} ({' '.join(str(error).split())}). Copy or create it again"
-    )
+    return ValueError(f"The HDF5 file is truncated or corrupt: {path} ({one_line(error)}). Copy or create it again")
 
 
 def location(group: h5py.Group) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dwiml_func._checks import check_choice
 from dwiml_func.data.bundles import Bundles, join_bundles
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
 from dwiml_func.data.grid import Grid
@@ -129,8 +130,7 @@ def open_dataset(
         (('anna',), 28, [3, 2])
     """
     path = Path(path)
-    if subset not in get_args(Subset):
-        raise ValueError(f"Expected a subset among {', '.join(get_args(Subset))}. Received: {subset!r}")
+    check_choice("subset", subset, get_args(Subset))
     budget = parse_bytes(cache_size)
     with open_hdf5(path) as file:
         subjects = raise_first(subjects_of(file, subset, required=subset == "training"), path)

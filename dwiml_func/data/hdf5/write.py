@@ -15,9 +15,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 from nibabel.affines import voxel_sizes
-from nibabel.orientations import aff2axcodes
 
 from dwiml_func.data.bundles import Bundles
+from dwiml_func.data.grid import orientation_of
 from dwiml_func.data.hdf5.consistency import disjoint_subsets
 from dwiml_func.files.atomic import remove_leftovers, temporary_beside
 
@@ -157,7 +157,7 @@ def write_streamlines(
     group.attrs["affine"] = affine.astype(np.float32)
     group.attrs["dimensions"] = np.asarray(dimensions, dtype=np.int16)
     group.attrs["voxel_sizes"] = voxel_sizes(affine).astype(np.float32)
-    group.attrs["voxel_order"] = "".join(aff2axcodes(affine))
+    group.attrs["voxel_order"] = orientation_of(affine)
     per_streamline = group.create_group("data_per_streamline")
     for key, values in tables.items():
         per_streamline.create_dataset(key, data=values)

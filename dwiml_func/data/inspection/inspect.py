@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from dwiml_func._checks import one_line
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.consistency import (
     Volume,
@@ -111,8 +112,7 @@ def _inspect_subject(file: h5py.File, name: str) -> Checked[Summaries]:
             group = parent.get(group_name)  # type: ignore[union-attr]
             summary = yield from _inspect_group(group, f"subject {name!r}, group {group_name!r}")
         except _H5PY_ERRORS as error:
-            reason = " ".join(str(error).split())
-            yield Problem(f"subject {name!r}, group {group_name!r}", f"corrupt, cannot be read ({reason})")
+            yield Problem(f"subject {name!r}, group {group_name!r}", f"corrupt, cannot be read ({one_line(error)})")
             continue
         if summary is None:
             continue

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dwiml_func.data.grid import orientation_of
 from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary
 from dwiml_func.data.inspection.inspect import Inspection
 from dwiml_func.data.spherical_harmonics import DEFAULT_BASIS, assumed_signal
@@ -88,10 +89,9 @@ def _axes(summary: VolumeSummary) -> list[str]:
     if summary.grid is None:
         return ["?", "?"]
     from nibabel.affines import voxel_sizes
-    from nibabel.orientations import aff2axcodes
 
     sizes = " x ".join(f"{size:.4g}" for size in voxel_sizes(summary.grid.affine))
-    return [sizes, "".join(code or "?" for code in aff2axcodes(summary.grid.affine))]
+    return [sizes, orientation_of(summary.grid.affine)]
 
 
 def _streamline_table(streamlines: dict[str, StreamlineSummary], subset_of: dict[str, str]) -> list[str]:

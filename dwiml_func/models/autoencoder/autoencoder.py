@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from dwiml_func._checks import check_number
+from dwiml_func._checks import check_choice, check_number
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.models.autoencoder.config import DEFAULT_NB_POINTS
 
@@ -72,8 +72,7 @@ class Autoencoder(torch.nn.Module):
         check_number("nb_points", nb_points, at_least=_LEAST_POINTS)
         check_number("latent_space_dims", latent_space_dims, at_least=1)
         check_number("first_channels", first_channels, at_least=1)
-        if reconstruction_loss not in ("mean", "sum"):
-            raise ValueError(f"reconstruction_loss: expected mean or sum, received {reconstruction_loss!r}.")
+        check_choice("reconstruction_loss", reconstruction_loss, ("mean", "sum"))
         self.nb_points = nb_points
         self.reconstruction_loss = reconstruction_loss
         lengths = [nb_points]

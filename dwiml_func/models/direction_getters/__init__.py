@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from dwiml_func._checks import check_choice
 from dwiml_func.models.direction_getters.base import DirectionGetter
 from dwiml_func.models.direction_getters.fisher_von_mises import FisherVonMises
 from dwiml_func.models.direction_getters.fisher_von_mises_mixture import FisherVonMisesMixture
@@ -91,8 +92,7 @@ def make_direction_getter(
         ...
         ValueError: nb_gaussians: cosine-regression has no such option. Leave it out or choose another direction getter.
     """
-    if dg_key not in DIRECTION_GETTERS:
-        raise ValueError(f"dg_key: expected one of {', '.join(DIRECTION_GETTERS)}, received {dg_key!r}.")
+    check_choice("dg_key", dg_key, DIRECTION_GETTERS)
     getter = DIRECTION_GETTERS[dg_key]
     for name in options:
         if name not in getter.option_names:

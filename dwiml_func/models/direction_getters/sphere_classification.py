@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import check_choice
 from dwiml_func.models.direction_getters._parts import TwoLayerNetwork, sample_classes
 from dwiml_func.models.direction_getters.base import DirectionGetter
 
@@ -22,8 +22,7 @@ def sphere_vertices(name: str = "symmetric724") -> Tensor:
     """
     from dipy.data import SPHERE_FILES, get_sphere
 
-    if name not in SPHERE_FILES:
-        raise ValueError(f"sphere: expected one of {', '.join(SPHERE_FILES)}, received {truncated_repr(name)}.")
+    check_choice("sphere", name, SPHERE_FILES)
     return torch.tensor(get_sphere(name=name).vertices, dtype=torch.float32)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 
-from dwiml_func._checks import check_number
+from dwiml_func._checks import check_choice, check_number
 from dwiml_func._transforms import is_transformed
 from dwiml_func.models.rnn.autograd import kernel_scan
 from dwiml_func.models.rnn.cudnn import cudnn_scan
@@ -114,8 +114,7 @@ class StackedRNN(torch.nn.Module):
         use_layer_normalization: bool = False,
     ) -> None:
         super().__init__()
-        if rnn_key not in _NUM_GATES:
-            raise ValueError(f"rnn_key: expected one of {', '.join(_NUM_GATES)}, received {rnn_key!r}.")
+        check_choice("rnn_key", rnn_key, _NUM_GATES)
         if not 0 < len(layer_sizes) <= _MOST_LAYERS:
             raise ValueError(f"rnn_layer_sizes: expected 1 to {_MOST_LAYERS} layers, received {len(layer_sizes)}.")
         for layer_size in layer_sizes:
