@@ -188,16 +188,8 @@ def scanned(
     white[:4] = True
     voxels = np.flatnonzero(white)
     fibres = Fibres(voxels, np.tile(axis, (len(voxels), 1, 1)), np.full((len(voxels), 1), 0.9))
-    unweighted, weighted = scan(
-        fibres,
-        np.ones(shape, dtype=bool),
-        numpy_rng(Key(5)),
-        snr=snr,
-        nb_directions=60,
-        nb_unweighted=30,
-        b_value=B,
-        voxel_mm=2.0,
-    )
+    settings = ExampleSettings(snr=snr)
+    unweighted, weighted = scan(fibres, np.ones(shape, dtype=bool), settings, numpy_rng(Key(5)), nb_unweighted=30)
     inside = np.zeros(shape, dtype=bool)
     inside[1:3, 2:6] = True  # away from edges, which ring
     return unweighted, weighted, inside.reshape(-1)

@@ -14,8 +14,8 @@ import numpy as np
 from dwiml_func.core.rng import Key, Stream, fold_in, numpy_rng
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
-from dwiml_func.data.example.settings import DEFAULT_SETTINGS, ExampleSettings
-from dwiml_func.data.example.signal import SHELL, VOXEL_MM, paint, simulate
+from dwiml_func.data.example.settings import DEFAULT_SETTINGS, VOXEL_MM, ExampleSettings
+from dwiml_func.data.example.signal import SHELL, paint, simulate
 from dwiml_func.data.example.unlabelled import unlabelled_bundles
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dwiml_func.data.example.settings import B_VALUE, NUM_B0, VOXEL_MM, ExampleSettings
 from dwiml_func.data.spherical_harmonics import half_sphere_directions
 
 if TYPE_CHECKING:
@@ -25,19 +26,16 @@ _FIELD_CENTRE = (0.5, 0.8, 0.3)  # of the grid: in front and below, above the si
 def scan(
     fibres: Fibres,
     tissue: np.ndarray,
+    settings: ExampleSettings,
     rng: np.random.Generator,
     *,
-    snr: float,
-    nb_directions: int,
-    nb_unweighted: int,
-    b_value: float,
-    voxel_mm: float,
+    nb_unweighted: int = NUM_B0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Magnitudes in the N voxels of `tissue` (X, Y, Z): unweighted images (N, U) and weighted ones (N, G).
 
     A single-shot EPI acquisition of the voxels' fibres and of grey matter around them, line of k-space by line: decay
-    by T2, distortion by a smooth error of the field (at most one voxel), ringing at edges, noise of k-space. `snr` is
-    that of an unweighted image in white matter. The same generator gives the same values, whatever the number of
+    by T2, distortion by a smooth error of the field (at most one voxel), ringing at edges, noise of k-space. The SNR
+    is that of an unweighted image in white matter. The same generator gives the same values, whatever the number of
     threads.
 
     Raises:
@@ -56,16 +54,16 @@ def scan(
     held = trxscan.objects.from_arrays(
         *finer,
         oversample=_FINER,
-        voxel_mm=voxel_mm,
+        voxel_mm=VOXEL_MM,
         fibers=_finer_fibres(fibres, tissue.shape),
-        fieldmap=_field(finer[0].shape, (voxel_mm / _FINER, voxel_mm / _FINER, voxel_mm)),
+        fieldmap=_field(finer[0].shape, (VOXEL_MM / _FINER, VOXEL_MM / _FINER, VOXEL_MM)),
     )
-    protocol = trxscan.Protocol.DEFAULT.replace(voxel_mm=voxel_mm, readout_ms=_READOUT_MS)
+    protocol = trxscan.Protocol.DEFAULT.replace(voxel_mm=VOXEL_MM, readout_ms=_READOUT_MS)
     brightness = protocol.signal_scale * np.exp(-protocol.te_ms / protocol.tissue.t2_fiber)
-    artifacts = trxscan.Artifacts(noise=float(brightness / snr) ** 2, seed=int(rng.integers(2**31)))
-    directions = half_sphere_directions(nb_directions)
+    artifacts = trxscan.Artifacts(noise=float(brightness / settings.snr) ** 2, seed=int(rng.integers(2**31)))
+    directions = half_sphere_directions(settings.nb_directions)
     scheme = (
-        np.concatenate([np.zeros(nb_unweighted), np.full(nb_directions, b_value)]),
+        np.concatenate([np.zeros(nb_unweighted), np.full(len(directions), B_VALUE)]),
         np.concatenate([np.zeros((nb_unweighted, 3)), directions]),
     )
     images = held.simulate(scheme, protocol, artifacts, clean_b0=False, kspace=False).magnitude

@@ -8,7 +8,14 @@ from typing import Literal
 from dwiml_func._checks import check_choice, check_number
 from dwiml_func.data.example.bundles import SUBJECTS
 
-__all__ = ["DEFAULT_SETTINGS", "ExampleSettings"]
+__all__ = ["B_VALUE", "DEFAULT_SETTINGS", "NUM_B0", "VOXEL_MM", "ExampleSettings"]
+
+VOXEL_MM = 2.0
+"""Side of a voxel."""
+B_VALUE = 1000.0
+"""s/mm^2, of the weighted images."""
+NUM_B0 = 6
+"""How many unweighted images there are."""
 
 _MOST_CROSSINGS = 8
 _ORDERS = {6: 2, 15: 4, 28: 6}  # from so many directions on

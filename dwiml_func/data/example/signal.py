@@ -8,14 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from dwiml_func.data.example.scanner import scan
-from dwiml_func.data.example.settings import ExampleSettings
+from dwiml_func.data.example.settings import B_VALUE, NUM_B0, ExampleSettings
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.spherical_harmonics import half_sphere_directions, multi_tensor_signal, sh_matrix
 
-__all__ = ["ISOTROPIC", "SHELL", "VOXEL_MM", "Fibres", "acquire", "paint", "simulate"]
+__all__ = ["ISOTROPIC", "SHELL", "Fibres", "acquire", "paint", "simulate"]
 
-VOXEL_MM = 2.0
-"""Side of a voxel."""
 
 SHELL = 3
 """Voxels around the streamlines that hold tissue; beyond it the signal is 0, as outside a brain mask."""
@@ -25,8 +23,6 @@ ISOTROPIC = 8e-4
 
 _KERNEL_MM = 1.5  # standard deviation of a point's share in the voxels around it
 _TISSUE_POINTS = 6.0  # isotropic tissue counts as so many points at a voxel's centre: FA 0.6 along streamlines
-_NUM_B0 = 6
-_B_VALUE = 1000.0  # s/mm^2
 _FIBRES_AT_ONCE = 100_000  # whose signals are in memory together; the default data are one part
 _PARALLEL, _PERPENDICULAR = 1.5e-3, 3e-4  # mm^2/s, as in dipy.sims.voxel
 
@@ -87,7 +83,7 @@ def acquire(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Magnitudes in the N voxels of a mask (X, Y, Z): six unweighted images (N, 6) and the weighted ones (N, G)."""
     directions = half_sphere_directions(settings.nb_directions)
-    isotropic = np.exp(-_B_VALUE * ISOTROPIC)
+    isotropic = np.exp(-B_VALUE * ISOTROPIC)
     signal = np.full((tissue.size, len(directions)), isotropic)
     size = _FIBRES_AT_ONCE // fibres.fractions.shape[1]
     for first in range(0, len(fibres.voxels), size):
@@ -97,13 +93,13 @@ def acquire(
             fibres.directions[rows],
             fractions,
             directions,
-            b_value=_B_VALUE,
+            b_value=B_VALUE,
             parallel=_PARALLEL,
             perpendicular=_PERPENDICULAR,
         )
         signal[fibres.voxels[rows]] = along_fibres + isotropic * (1 - fractions.sum(axis=1, keepdims=True))
     signal = signal[tissue.reshape(-1)]
-    unweighted = _rician(np.ones((len(signal), _NUM_B0)), settings.snr, rng)
+    unweighted = _rician(np.ones((len(signal), NUM_B0)), settings.snr, rng)
     return unweighted, _rician(signal, settings.snr, rng)
 
 
@@ -113,19 +109,8 @@ def simulate(fibres: Fibres, mask: np.ndarray, settings: ExampleSettings, rng: n
 
     # The mask is one voxel around the streamlines already.
     tissue = np.asarray(binary_dilation(mask, np.ones((3, 3, 3)), iterations=SHELL - 1), dtype=bool)
-    if settings.simulator == "trxscan":
-        unweighted, weighted = scan(
-            fibres,
-            tissue,
-            rng,
-            snr=settings.snr,
-            nb_directions=settings.nb_directions,
-            nb_unweighted=_NUM_B0,
-            b_value=_B_VALUE,
-            voxel_mm=VOXEL_MM,
-        )
-    else:
-        unweighted, weighted = acquire(fibres, tissue, settings, rng)
+    measure = scan if settings.simulator == "trxscan" else acquire
+    unweighted, weighted = measure(fibres, tissue, settings, rng)
     matrix = sh_matrix(half_sphere_directions(settings.nb_directions), settings.sh_order)
     # Rounded: LAPACK's results differ by rounding between numbers of threads.
     fit = np.linalg.pinv(matrix).round(12)
