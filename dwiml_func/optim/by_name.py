@@ -94,21 +94,15 @@ def by_name(
         params: Params,
         *,
         lr: Number,
-        step: Number,
-        donate: bool = False,
         weight: Number = 1,
+        **options: Any,
     ) -> tuple[dict[str, Tensor], OptState, list[Gate]]:
         new_params, new_state = dict(params), dict(opt_state)
         gates: list[Gate] = []
         for (key, optimizer, factor), part in split(params):
             own_lr = lr if factor is None else lr * factor
-            updated, state, gate = update_gated(
-                *(optimizer, grads, opt_state.get(key, {}), part),
-                lr=own_lr,
-                step=step,
-                donate=donate,
-                weight=weight,
-            )
+            own = optimizer, grads, opt_state.get(key, {}), part
+            updated, state, gate = update_gated(*own, lr=own_lr, weight=weight, **options)
             new_params.update(updated)
             gates.append(gate)
             if state:

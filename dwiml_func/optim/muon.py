@@ -103,26 +103,23 @@ def muon(
         opt_state: OptState,
         params: Params,
         *,
-        lr: Number,
-        step: Number,
         donate: bool = False,
         weight: Number = 1,
+        **rates: Any,
     ) -> tuple[dict[str, Tensor], OptState]:
         matrices = {name: params[name] for name in opt_state.get("momentum_buffer", {})}
         new_matrices, new_state = apply_kernel(
             *(kernel, ["momentum_buffer"] if matrices else [], grads, opt_state, matrices, weight_decay),
-            lr=lr,
-            step=step,
             donate=donate,
             uses_step=False,
+            **rates,
         )
         new_params: dict[str, Tensor] = {**params, **new_matrices}
         result: dict[str, Any] = {**new_state}
         rest = {name: p for name, p in params.items() if name not in matrices}
         if rest and others is not None:
-            updated, state = update_with(
-                *(others, grads, opt_state.get("others", {}), rest), lr=lr, step=step, donate=donate, weight=weight
-            )
+            rest_state = opt_state.get("others", {})
+            updated, state = update_with(others, grads, rest_state, rest, donate=donate, weight=weight, **rates)
             new_params.update(updated)
             if state:
                 result["others"] = state

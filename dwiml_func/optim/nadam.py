@@ -7,7 +7,8 @@ from torch import Tensor
 
 from dwiml_func._transforms import read_number
 from dwiml_func.optim._foreach import arithmetic_for
-from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, optimizer_from_kernel, scalar
+from dwiml_func.optim._kernel import check_options, is_not_zero, optimizer_from_kernel, scalar
+from dwiml_func.optim.optimizers import ADAM_STATE, update_averages
 from dwiml_func.types import Number, Optimizer
 
 __all__ = ["nadam"]
@@ -53,9 +54,7 @@ def nadam(
         count = step + 1
         mu, next_mu = (beta1 * (1.0 - 0.5 * (0.96 ** (t * momentum_decay))) for t in (count, count + 1))
         products = run("mul", opt_state["mu_product"], mu, reuse=donate)
-        means = lerp(run, opt_state["exp_avg"], grads, 1 - beta1, reuse=donate)
-        squares = run("mul", opt_state["exp_avg_sq"], beta2, reuse=donate)
-        squares = run("addcmul", squares, grads, grads, 1 - beta2, reuse=True)
+        means, squares = update_averages(run, grads, opt_state, donate, beta1, beta2)
         new_state = {"exp_avg": means, "exp_avg_sq": squares, "mu_product": products}
         roots = run("add", run("sqrt", run("div", squares, 1 - beta2**count)), eps, reuse=True)
         product = read_number(products[0])  # these parameters have had the same number of updates
@@ -66,10 +65,6 @@ def nadam(
         params = run("addcdiv", params, means, roots, value=-lr * next_mu / (1.0 - product * next_mu), reuse=True)
         return params, new_state
 
-    kinds = {
-        "exp_avg": torch.zeros_like,
-        "exp_avg_sq": torch.zeros_like,
-        "mu_product": lambda param: scalar(param, 1.0, torch.float32),  # as in torch, whatever the parameter's dtype
-    }
-    optimizer = optimizer_from_kernel(kernel, kinds, weight_decay, uses_step=True)
+    products = {"mu_product": lambda param: scalar(param, 1.0, torch.float32)}  # as in torch, for all dtypes
+    optimizer = optimizer_from_kernel(kernel, ADAM_STATE | products, weight_decay, uses_step=True)
     return optimizer._replace(is_elementwise=False)  # mu_product has not the parameter's shape

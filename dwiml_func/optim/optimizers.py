@@ -13,9 +13,9 @@ from dwiml_func.optim._foreach import Arithmetic, Tensors
 from dwiml_func.optim._kernel import check_options, is_not_zero, optimizer_from_kernel
 from dwiml_func.types import Number, Optimizer
 
-__all__ = ["Optimizer", "adam", "adamw", "radam", "sgd"]
+__all__ = ["ADAM_STATE", "Optimizer", "adam", "adamw", "radam", "sgd", "update_averages"]
 
-_ADAM_STATE = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
+ADAM_STATE = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
 
 
 def sgd(*, momentum: float = 0.0, weight_decay: Number = 0.0, nesterov: bool = False) -> Optimizer:
@@ -81,14 +81,7 @@ def adam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_
         >>> sorted(adam().init({"w": torch.ones(2)}))
         ['exp_avg', 'exp_avg_sq']
     """
-    check_options(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-
-    def kernel(run, grads, params, opt_state, lr, step, donate):
-        if is_not_zero(weight_decay):
-            grads = run("add", grads, params, alpha=weight_decay)
-        return _adam_kernel(run, grads, params, opt_state, lr, step, donate, beta1, beta2, eps)
-
-    return optimizer_from_kernel(kernel, _ADAM_STATE, weight_decay, uses_step=True)
+    return _adam(beta1, beta2, eps, weight_decay, is_decoupled=False)
 
 
 def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.01) -> Optimizer:
@@ -110,14 +103,7 @@ def adamw(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
         >>> sorted(adamw().init({"w": torch.ones(2)}))
         ['exp_avg', 'exp_avg_sq']
     """
-    check_options(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-
-    def kernel(run, grads, params, opt_state, lr, step, donate):
-        if is_not_zero(weight_decay):
-            params = run("mul", params, 1 - lr * weight_decay, reuse=donate)
-        return _adam_kernel(run, grads, params, opt_state, lr, step, donate, beta1, beta2, eps)
-
-    return optimizer_from_kernel(kernel, _ADAM_STATE, weight_decay, uses_step=True)
+    return _adam(beta1, beta2, eps, weight_decay, is_decoupled=True)
 
 
 def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: Number = 0.0) -> Optimizer:
@@ -144,7 +130,7 @@ def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
     def kernel(run, grads, params, opt_state, lr, step, donate):
         if is_not_zero(weight_decay):
             grads = run("add", grads, params, alpha=weight_decay)
-        means, squares = _update_averages(run, grads, opt_state, donate, beta1, beta2)
+        means, squares = update_averages(run, grads, opt_state, donate, beta1, beta2)
         count = step + 1
         correction1, correction2 = 1 - beta1**count, 1 - beta2**count
         rho_inf = 2 / (1 - beta2) - 1
@@ -163,30 +149,28 @@ def radam(*, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight
         params = run("add", params, changes, alpha=-1.0, reuse=donate)
         return params, {"exp_avg": means, "exp_avg_sq": squares}
 
-    return optimizer_from_kernel(kernel, _ADAM_STATE, weight_decay, uses_step=True)
+    return optimizer_from_kernel(kernel, ADAM_STATE, weight_decay, uses_step=True)
 
 
-def _adam_kernel(
-    run: Arithmetic,
-    grads: Tensors,
-    params: Tensors,
-    opt_state: dict[str, Tensors],
-    lr: Number,
-    step: Number,
-    donate: bool,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> tuple[Tensors, dict[str, Tensors]]:
-    means, squares = _update_averages(run, grads, opt_state, donate, beta1, beta2)
-    step_size = lr / (1 - beta1 ** (step + 1))
-    roots = run("div", run("sqrt", squares), (1 - beta2 ** (step + 1)) ** 0.5)
-    roots = run("add", roots, eps, reuse=True)
-    params = run("addcdiv", params, means, roots, value=-step_size, reuse=donate)
-    return params, {"exp_avg": means, "exp_avg_sq": squares}
+def _adam(beta1: float, beta2: float, eps: float, weight_decay: Number, *, is_decoupled: bool) -> Optimizer:
+    check_options(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
+
+    def kernel(run, grads, params, opt_state, lr, step, donate):
+        if is_not_zero(weight_decay) and is_decoupled:
+            params = run("mul", params, 1 - lr * weight_decay, reuse=donate)
+        elif is_not_zero(weight_decay):
+            grads = run("add", grads, params, alpha=weight_decay)
+        means, squares = update_averages(run, grads, opt_state, donate, beta1, beta2)
+        step_size = lr / (1 - beta1 ** (step + 1))
+        roots = run("div", run("sqrt", squares), (1 - beta2 ** (step + 1)) ** 0.5)
+        roots = run("add", roots, eps, reuse=True)
+        params = run("addcdiv", params, means, roots, value=-step_size, reuse=donate)
+        return params, {"exp_avg": means, "exp_avg_sq": squares}
+
+    return optimizer_from_kernel(kernel, ADAM_STATE, weight_decay, uses_step=True)
 
 
-def _update_averages(
+def update_averages(
     run: Arithmetic, grads: Tensors, opt_state: dict[str, Tensors], donate: bool, beta1: float, beta2: float
 ) -> tuple[Tensors, Tensors]:
     means = run("lerp", opt_state["exp_avg"], grads, 1 - beta1, reuse=donate)
