@@ -23,7 +23,7 @@ from dwiml_func.data.loader import BatchRequest, LoaderSpec, noise_of, split_and
 from dwiml_func.data.neighborhood import direction_units, neighborhood_vectors
 from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.shards import ShardedBatch
-from dwiml_func.data.streamlines import Streamlines, input_rows, join_streamlines
+from dwiml_func.data.streamlines import Streamlines, consecutive_rows, input_rows, join_streamlines
 
 __all__ = ["DeviceData", "copy_to_device", "device_bytes", "make_on_device", "plan_batch"]
 
@@ -77,10 +77,8 @@ def _resampled(dataset: StreamlineDataset, spec: LoaderSpec) -> Streamlines:
 
 def plan_batch(request: BatchRequest, *, data: DeviceData, spec: LoaderSpec) -> StreamlineBatch:
     """The host's part of a batch: rows of `data.points` as points (P,), noise as noisy points, and no inputs."""
-    starts, ends = data.offsets[request.ids], data.offsets[request.ids + 1]
-    offsets = np.concatenate([[0], np.cumsum(ends - starts)])
-    rows = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
-    lines = Streamlines(torch.from_numpy(rows), torch.from_numpy(offsets))
+    starts, ends = (torch.from_numpy(data.offsets[request.ids + after]) for after in (0, 1))
+    lines = Streamlines(*consecutive_rows(starts, ends - starts))
     lines, ids, subject = split_and_reverse(lines, request, dataset=data.dataset, spec=spec)
     num_points = len(lines.points)
     noise, noise_of_targets = noise_of(num_points, request, spec.augmentation)

@@ -29,7 +29,7 @@ from dwiml_func.data.interpolation import Interpolation
 from dwiml_func.data.neighborhood import Neighborhood, direction_units, interpolate_neighborhood
 from dwiml_func.data.resampling import Resampling, resample_others, resample_streamlines
 from dwiml_func.data.sampler import EpochPlan, SamplerSpec, sample_epoch
-from dwiml_func.data.streamlines import Streamlines, input_rows
+from dwiml_func.data.streamlines import Streamlines, input_rows, scale_streamlines
 from dwiml_func.data.workers import WorkerLoader
 
 __all__ = ["BatchRequest", "LoaderSpec", "epoch_batches", "load_batch", "noise_of", "split_and_reverse"]
@@ -132,7 +132,7 @@ def load_batch(request: BatchRequest, *, dataset: StreamlineDataset, spec: Loade
     inputs = _inputs(lines, subject, dataset, spec)
     units = direction_units(dataset.voxel_sizes)
     if (units != 1).any():
-        lines = Streamlines(lines.points * units[subject].repeat_interleave(lines.lengths, dim=0), lines.offsets)
+        lines = scale_streamlines(lines, units[subject])
     forward, targets = noise_of(len(lines.points), request, spec.augmentation)
     return StreamlineBatch(
         points=lines.points,

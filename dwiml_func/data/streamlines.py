@@ -22,12 +22,15 @@ from torch import Tensor
 __all__ = [
     "Streamlines",
     "as_ids",
+    "consecutive_rows",
     "directions",
     "input_offsets",
     "input_rows",
     "join_streamlines",
     "offsets_of",
+    "pieces",
     "previous_directions",
+    "scale_streamlines",
 ]
 
 
@@ -208,10 +211,26 @@ class Streamlines:
         """
         numbers = as_ids(ids).to(self.offsets.device)
         starts = self.offsets[:-1].index_select(0, numbers)  # unlike brackets, it refuses negative numbers
-        offsets = offsets_of(self.lengths.index_select(0, numbers))
-        num_points = int(offsets[-1])
-        shift = (starts - offsets[:-1])[_streamline_of(offsets, num_points)]
-        return Streamlines(self.points[torch.arange(num_points, device=shift.device) + shift], offsets)
+        return pieces(self.points, starts, self.lengths.index_select(0, numbers))
+
+
+def consecutive_rows(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows from each start on, as many as its length: (P,) int64 and their (S + 1,) offsets."""
+    offsets = offsets_of(lengths)
+    num_rows = int(offsets[-1])
+    shift = (starts - offsets[:-1])[_streamline_of(offsets, num_rows)]
+    return torch.arange(num_rows, device=shift.device) + shift, offsets
+
+
+def pieces(points: Tensor, starts: Tensor, lengths: Tensor) -> Streamlines:
+    """Gather streamlines, each of the `consecutive_rows` from its start on."""
+    rows, offsets = consecutive_rows(starts, lengths)
+    return Streamlines(points[rows], offsets)
+
+
+def scale_streamlines(lines: Streamlines, factors: Tensor) -> Streamlines:
+    """Multiply the points of each streamline by its own row of factors (S, 3), such as voxel sizes."""
+    return Streamlines(lines.points * factors.repeat_interleave(lines.lengths, dim=0), lines.offsets)
 
 
 def join_streamlines(parts: Sequence[Streamlines]) -> Streamlines:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from dwiml_func.core.rng import Key, numpy_rng
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.resampling import Resampling, resample_streamlines, travelled_mm
-from dwiml_func.data.streamlines import Streamlines, offsets_of
+from dwiml_func.data.streamlines import Streamlines, offsets_of, pieces, scale_streamlines
 from dwiml_func.tracking.distances import lags
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
@@ -120,13 +119,12 @@ def choose_windows(
     if len(chosen) == 0:
         return None
     line, cut = line[chosen], cut[chosen]
-    starts, ends = lines.offsets.numpy()[line], lines.offsets.numpy()[line + 1]
-    sizes = sizes[torch.from_numpy(line)]
-    read = _pieces(lines.points, np.maximum(starts, cut - num_read), cut + 1)
-    ahead = _pieces(lines.points, cut, ends)
+    starts, ends = lines.offsets[line], lines.offsets[line + 1]
+    sizes, cuts = sizes[torch.from_numpy(line)], torch.from_numpy(cut)
+    first = torch.maximum(starts, cuts - num_read)
     return LagWindows(
-        read=read,
-        ahead=Streamlines(ahead.points * sizes.repeat_interleave(ahead.lengths, dim=0), ahead.offsets),
+        read=pieces(lines.points, first, cuts + 1 - first),
+        ahead=scale_streamlines(pieces(lines.points, cuts, ends - cuts), sizes),
         subject=torch.from_numpy(subject[line]),
         voxel_sizes=sizes,
         step_size=step,
@@ -233,8 +231,7 @@ def _given_lines(state: TrackState, given: Streamlines) -> TrackState:
 
 def even_step(lines: Streamlines, voxel_sizes: Tensor) -> float | None:
     """The step in mm of streamlines that are cut evenly; None where steps differ by more than a fifth."""
-    sizes = voxel_sizes.repeat_interleave(lines.lengths, dim=0)
-    steps = torch.linalg.vector_norm((lines.points * sizes).double().diff(dim=0), dim=1)
+    steps = torch.linalg.vector_norm(scale_streamlines(lines, voxel_sizes).points.double().diff(dim=0), dim=1)
     inside = torch.ones(max(0, len(lines.points) - 1), dtype=torch.bool)
     inside[lines.offsets[1:-1] - 1] = False
     steps = steps[inside]
@@ -257,7 +254,7 @@ def _both_ways(lines: Streamlines) -> Streamlines:
 def _cuts(lines: Streamlines, voxel_sizes: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The lines, and the points, nearest to every 30 mm that have 20 mm after them."""
     offsets = lines.offsets.numpy()
-    points = (lines.points * voxel_sizes.repeat_interleave(lines.lengths, dim=0)).double().numpy()
+    points = scale_streamlines(lines, voxel_sizes).points.double().numpy()
     travelled = travelled_mm(points, offsets)
     lengths = travelled[offsets[1:] - 1] - travelled[offsets[:-1]]
     num_cuts = np.maximum(0, np.floor((lengths - AHEAD_MM) / EVERY_MM + 1e-6)).astype(np.int64)
@@ -268,12 +265,3 @@ def _cuts(lines: Streamlines, voxel_sizes: Tensor) -> tuple[NDArray[np.int64], N
     cut = after - (target - travelled[after - 1] < travelled[after] - target)
     has_rest = travelled[offsets[line + 1] - 1] - travelled[cut] >= AHEAD_MM - 1e-6
     return line[has_rest], cut[has_rest]
-
-
-def _pieces(points: Tensor, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> Streamlines:
-    """Points `starts` to `ends` - 1 of flat points, a line each."""
-    lengths = torch.from_numpy(ends - starts)
-    offsets = offsets_of(lengths)
-    shift = (torch.from_numpy(starts) - offsets[:-1]).repeat_interleave(lengths)
-    rows: Any = torch.arange(int(offsets[-1])) + shift
-    return Streamlines(points[rows], offsets)

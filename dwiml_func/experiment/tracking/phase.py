@@ -26,7 +26,7 @@ from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.hdf5.layout import group_of, read_volume, subject_group
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.resampling import resample_streamlines
-from dwiml_func.data.streamlines import Streamlines, offsets_of
+from dwiml_func.data.streamlines import Streamlines, pieces, scale_streamlines
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.tracking.lag_validation import Followed, space_of_subject
 from dwiml_func.experiment.training_config import PHASE_METRICS
@@ -94,7 +94,7 @@ def open_phase(config: RunConfig, dataset: StreamlineDataset) -> TrackingPhase:
     subject = torch.from_numpy(dataset.index.subject_of(ids))
     sizes = dataset.voxel_sizes[subject]
     real = resample_streamlines(dataset.streamlines.select(ids), sizes, config.batches.resampling)
-    in_mm = Streamlines(real.points * sizes.repeat_interleave(real.lengths, dim=0), real.offsets)
+    in_mm = scale_streamlines(real, sizes)
     steps = line_lengths(in_mm) / (real.lengths.numpy() - 1)
     masks, connectivity = [], []
     with open_hdf5(dataset.path) as file:
@@ -145,10 +145,7 @@ def _measure(model: Any, phase: TrackingPhase, config: RunConfig, dataset: Strea
 
 def _first_points(lines: Streamlines, num: int) -> Streamlines:
     """The first points of each line: `num`, or all of a shorter one."""
-    lengths = lines.lengths.clamp(max=num)
-    offsets = offsets_of(lengths)
-    shift = (lines.offsets[:-1] - offsets[:-1]).repeat_interleave(lengths)
-    return Streamlines(lines.points[torch.arange(int(offsets[-1])) + shift], offsets)
+    return pieces(lines.points, lines.offsets[:-1], lines.lengths.clamp(max=num))
 
 
 def _regions(known: Connectivity, ends: np.ndarray, shape: torch.Size) -> np.ndarray:
