@@ -6,24 +6,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
-from dwiml_func.core.epoch import check_has_batch
+from dwiml_func.core.epoch import EvalStep, check_has_batch, eval_epoch_fn
 from dwiml_func.core.interval import Interval, validation_interval
 from dwiml_func.core.loop_options import LoopOptions
-from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import location
 from dwiml_func.core.rates import counts_steps, epoch_rates, next_plateau
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.ensemble.state import EnsembleState, member_sums
 from dwiml_func.optim.schedules import value_at
-from dwiml_func.types import Metrics, Plateau, Schedule, Sum
+from dwiml_func.types import Metrics, Schedule, Sum
 
 __all__ = ["EnsembleReport", "train_and_validate_ensemble"]
 
@@ -129,19 +128,9 @@ def train_and_validate_ensemble(
         raise ValueError(f"Expected {len(ensemble)} learning rates, one for each member. Received: {len(each)}")
     trained = ensemble  # after the last training batch
 
-    def after_batch(ensemble: EnsembleState, metrics: Metrics) -> None:
-        nonlocal trained
-        trained = ensemble
-        if on_batch is not None:
-            on_batch(ensemble, metrics)
-        after_eval_batch()
-
-    def after_eval_batch() -> None:
+    def check_interrupt() -> None:
         if interrupt is not None and interrupt():
             raise Interrupted(trained)
-
-    def means(report: EpochReport) -> Mapping[str, float]:
-        return report.train if valid is None else report.valid
 
     def epochs(ensemble: EnsembleState) -> Iterator[tuple[EnsembleState, EnsembleReport]]:
         ensemble = _without_patience(ensemble, patience)
@@ -161,7 +150,9 @@ def train_and_validate_ensemble(
             failed = {n: _failure(ensemble, n) for n, ran in enumerate(running) if ran and not still[n]}
             train_sums, valid_sums = member_sums(sums, len(ensemble)), [{}] * len(ensemble)
             if valid is not None and eval_step is not None and (ensemble.batch or every.due_after_epoch(epoch + 1)):
-                evaluated = _evaluate(ensemble.replace(epoch=epoch + 1), valid, eval_step, after_eval_batch)
+                at_end: Any = ensemble.replace(epoch=epoch + 1)
+                batches, evaluate = valid(ensemble.keys[0], epoch, 0), cast(EvalStep, eval_step)
+                evaluated = eval_epoch_fn(at_end, batches, step=evaluate, on_batch=lambda *_: check_interrupt())
                 valid_sums = member_sums(evaluated, len(ensemble))
             train_minutes = (trained_at - start - in_validation) / 60
             reports = {
@@ -189,7 +180,8 @@ def train_and_validate_ensemble(
             best, plateau, validations = list(ensemble.best), list(ensemble.plateau), list(ensemble.validations)
             for n, own in reports.items():
                 best[n] = own.best
-                plateau[n] = next_plateau(each[n], plateau[n], means(own), monitor=monitor, mode=mode)
+                means = own.train if valid is None else own.valid
+                plateau[n] = next_plateau(each[n], plateau[n], means, monitor=monitor, mode=mode)
                 validations[n] = own.validations if ensemble.batch else ()
             judgement = {"best": tuple(best), "plateau": tuple(plateau), "validations": tuple(validations)}
             report = EnsembleReport(epoch=epoch + 1, members=reports, failed=failed, batch=ensemble.batch)
@@ -207,7 +199,10 @@ def train_and_validate_ensemble(
                     return
                 bound = _at_its_rate(step, each, ensemble)  # a plateau may have changed it
             ensemble, metrics = bound(ensemble, batch)
-            after_batch(ensemble, metrics)
+            trained = ensemble
+            if on_batch is not None:
+                on_batch(ensemble, metrics)
+            check_interrupt()
         check_has_batch(ensemble)
         yield judged(*_close_epoch(ensemble))
 
@@ -222,36 +217,19 @@ def _is_due(every: Interval, ensemble: EnsembleState) -> bool:
     return not any(is_active and own and own[-1].batch == ensemble.batch for own, is_active in pairs)
 
 
-def _evaluate(
-    ensemble: EnsembleState,
-    valid: Batches,
-    eval_step: Callable[[EnsembleState, Any], Metrics],
-    on_batch: Callable[[], None],
-) -> Metrics:
-    sums: dict[str, Sum] = {}
-    for index, batch in enumerate(valid(ensemble.keys[0], ensemble.epoch - 1, 0)):
-        sums = add_metrics(sums, eval_step(ensemble.replace(batch=index), batch))
-        on_batch()
-    return sums
-
-
-def _rates(schedules: list[float | Schedule], plateaus: Sequence[Plateau], epoch: int, step: int) -> list[float]:
-    pairs = zip(schedules, plateaus, strict=True)
-    return [value_at(each, epoch=epoch, step=step, plateau=plateau) for each, plateau in pairs]
-
-
 def _at_its_rate(step: EnsembleStep, schedules: list[float | Schedule], ensemble: EnsembleState) -> Any:
-    """Bind the learning rates to a step, until the next validation or epoch."""
-    rates = partial(_rates, schedules, ensemble.plateau, ensemble.epoch)
+    """The step with the learning rate of all members, or a (K,) tensor of each one's; bound again at each epoch."""
+
+    def rate(ensemble: EnsembleState) -> float | Tensor:
+        pairs = zip(schedules, ensemble.plateau, strict=True)
+        rates = [value_at(each, epoch=ensemble.epoch, step=ensemble.step, plateau=plateau) for each, plateau in pairs]
+        if len(set(rates)) == 1:
+            return rates[0]
+        return torch.tensor(rates, dtype=torch.float64, device=ensemble.active.device)
+
     if not any(map(counts_steps, schedules)):
-        return partial(step, lr=_one_or_each(rates(ensemble.step), ensemble))
-    return lambda ensemble, batch: step(ensemble, batch, lr=_one_or_each(rates(ensemble.step), ensemble))
-
-
-def _one_or_each(rates: list[float], ensemble: EnsembleState) -> float | Tensor:
-    if len(set(rates)) == 1:
-        return rates[0]
-    return torch.tensor(rates, dtype=torch.float64, device=ensemble.active.device)
+        return partial(step, lr=rate(ensemble))
+    return lambda ensemble, batch: step(ensemble, batch, lr=rate(ensemble))
 
 
 def _without_patience(ensemble: EnsembleState, patience: int | None) -> EnsembleState:
