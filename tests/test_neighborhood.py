@@ -78,7 +78,7 @@ def test_no_points_give_no_rows():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"type": "ball"}, r"axes, grid\. Received: 'ball'$"),
+        ({"type": "ball"}, r"expected one of axes, grid, received 'ball'\.$"),
         ({"type": "axes", "radius": 0}, "at least 1. Received: 0$"),
         ({"type": "axes", "resolution": 0.0}, "above 0 voxels. Received: 0.0$"),
         ({"type": "axes", "resolution": float("nan")}, "above 0 voxels. Received: nan$"),

@@ -201,7 +201,7 @@ def test_each_member_of_an_ensemble_has_its_own(monitor: str, reduced: Any) -> N
         ({"cooldown": -1}, "cooldown of at least 0"),
         ({"threshold": math.inf}, "threshold that is finite"),
         ({"min_rate": -0.1}, "min_rate that is finite"),
-        ({"threshold_mode": "relative"}, "'rel' or 'abs'"),
+        ({"threshold_mode": "relative"}, "expected one of rel, abs, received 'relative'"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], named: str) -> None:
