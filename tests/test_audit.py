@@ -17,10 +17,10 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.cli.verify import format_audit
 from dwiml_func.data.example.bundles import load_bundles
+from dwiml_func.data.processes import in_processes
 from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, audit_experiment, sample_epochs
 from dwiml_func.experiment.audit.consistency import record_digest
 from dwiml_func.experiment.audit.ensemble import _replays, audit_ensemble
-from dwiml_func.experiment.audit.processes import in_processes
 from dwiml_func.experiment.folder import read_config, read_ended
 
 

@@ -13,7 +13,7 @@ from dwiml_func.benchmark.mrtrix import MRTRIX, has_mrtrix
 from dwiml_func.benchmark.settings import DATA, BenchmarkSetting
 from dwiml_func.benchmark.tasks import CEILING, Task, check_done, data_path, do, is_done, score_experiment
 from dwiml_func.data.example.bundles import SUBJECTS
-from dwiml_func.experiment.audit.processes import in_processes
+from dwiml_func.data.processes import in_processes
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
 from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION

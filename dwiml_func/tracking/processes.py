@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import traceback
 from collections.abc import Iterator
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -13,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dwiml_func.core.rng import Key
+from dwiml_func.data.processes import receive, started
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel
-from dwiml_func.tracking.track import NUM_ROWS, Tracked, check_tracking, track
+from dwiml_func.tracking.track import NUM_ROWS, Tracked, check_tracking, in_order, track
 
 __all__ = ["track_in_processes"]
 
@@ -59,28 +57,15 @@ def track_in_processes(
         return
     check_tracking(seeds, model, space, spec)
     owner = numbers // NUM_ROWS["cpu"] % num_processes
-    context = multiprocessing.get_context("spawn")
-    processes, pipes, owned = [], [], [(owner == number).nonzero()[:, 0] for number in range(num_processes)]
-    try:
-        for indices in owned:
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (sender, seeds[indices], numbers[indices], options)
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
-            sender.close()  # this process's copy: when the other one ends, the pipe has an end
-            processes.append(process)
-            pipes.append(receiver)
+    owned = [(owner == number).nonzero()[:, 0] for number in range(num_processes)]
+    shares = [(seeds[indices], numbers[indices]) for indices in owned]
+    with started(_track_share, (options,), shares) as pipes:
         yield from _merged(pipes, owned, numbers)
-    finally:
-        for process, pipe in zip(processes, pipes, strict=False):
-            pipe.close()
-            process.terminate()
-            process.join()
 
 
 def _merged(pipes: list[Connection], owned: list[Tensor], numbers: Tensor) -> Iterator[Tracked]:
     num_done = [0] * len(pipes)  # of each process's own seeds
-    waiting: list[tuple[Tensor, Tensor, Tensor]] = []  # numbers of seeds, lengths, points
+    waiting: list[tuple[Tensor, Streamlines]] = []
     num_yielded = 0
 
     def first_missing(process: int) -> int:
@@ -90,40 +75,18 @@ def _merged(pipes: list[Connection], owned: list[Tensor], numbers: Tensor) -> It
 
     while num_yielded < len(numbers):
         behind = min(range(len(pipes)), key=first_missing)
-        received = _receive(pipes[behind])
-        num_done[behind] = received[3]
-        waiting.append(received[:3])
-        num_complete = min(map(first_missing, range(len(pipes))))  # more than before: the one behind has moved on
-        seeds, lengths, points = (torch.cat(parts) for parts in zip(*waiting, strict=True))
-        lines, order = Streamlines(points, offsets_of(lengths)), seeds.argsort()
-        is_ready = seeds[order] <= numbers[num_complete - 1]
-        later = lines.select(order[~is_ready])
-        waiting = [(seeds[order[~is_ready]], later.lengths, later.points)]
-        num_yielded = num_complete
-        yield Tracked(seeds[order[is_ready]], lines.select(order[is_ready]), num_yielded)
+        seeds, lengths, points, num_done[behind] = receive(pipes[behind])
+        lines = Streamlines(torch.from_numpy(points), offsets_of(torch.from_numpy(lengths)))
+        waiting.append((torch.from_numpy(seeds), lines))
+        num_yielded = min(map(first_missing, range(len(pipes))))  # more than before: the one behind has moved on
+        (ready, lines), waiting = in_order(waiting, int(numbers[num_yielded - 1]))
+        yield Tracked(ready, lines, num_yielded)
 
 
-def _receive(pipe: Connection) -> tuple[Tensor, Tensor, Tensor, int]:
-    try:
-        received = pipe.recv()
-    except EOFError:
-        raise RuntimeError("A tracking process was killed. Is the memory full? Track with fewer processes.") from None
-    if isinstance(received, str):
-        raise RuntimeError(f"A tracking process failed:\n{received}")
-    seeds, lengths, points, num_done = received
-    return torch.from_numpy(seeds), torch.from_numpy(lengths), torch.from_numpy(points), num_done
-
-
-def _work(pipe: Connection, seeds: Tensor, numbers: Tensor, options: dict[str, Any]) -> None:
-    """Of one process: send lines as arrays, which need no shared memory."""
+def _track_share(options: dict[str, Any], share: tuple[Tensor, Tensor]) -> Iterator[tuple[Any, ...]]:
+    """Of one process, on one thread: the numbers of seeds, lengths, points, and how many seeds are done."""
     torch.set_num_threads(1)
-    with suppress(BrokenPipeError, KeyboardInterrupt):  # the reader ended, and reports it
-        try:
-            for tracked in track(seeds, numbers=numbers, **options):
-                lines = tracked.streamlines
-                arrays = (tracked.seeds.numpy(), lines.lengths.numpy(), lines.points.numpy())
-                pipe.send((*arrays, tracked.num_done))
-        except (BrokenPipeError, KeyboardInterrupt):
-            raise
-        except Exception:
-            pipe.send(traceback.format_exc())
+    seeds, numbers = share
+    for tracked in track(seeds, numbers=numbers, **options):
+        lines = tracked.streamlines
+        yield tracked.seeds.numpy(), lines.lengths.numpy(), lines.points.numpy(), tracked.num_done

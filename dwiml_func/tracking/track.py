@@ -17,7 +17,7 @@ from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, init_track_state, with_lines
 from dwiml_func.tracking.step import track_step
 
-__all__ = ["NUM_ROWS", "Tracked", "check_tracking", "track"]
+__all__ = ["NUM_ROWS", "Tracked", "check_tracking", "in_order", "track"]
 
 NUM_ROWS = {"cpu": 512, "cuda": 4096}
 """Lines that are followed at once, by type of device."""
@@ -107,7 +107,7 @@ def track(
             blocks[number] = state
         if queue.num_done - num_yielded >= num_rows or queue.is_empty:
             num_yielded = queue.num_done
-            (seeds_ready, lines), finished = _in_order(finished, int(numbers[num_yielded - 1]))
+            (seeds_ready, lines), finished = in_order(finished, int(numbers[num_yielded - 1]))
             yield Tracked(seeds_ready, lines, num_yielded)
 
 
@@ -158,7 +158,7 @@ def _lines(state: TrackState, rows: Tensor, spec: TrackingSpec) -> _Lines:
     return state.line[rows].cpu(), Streamlines(points.cpu(), offsets.cpu())
 
 
-def _in_order(finished: list[_Lines], last: int) -> tuple[_Lines, list[_Lines]]:
+def in_order(finished: list[_Lines], last: int) -> tuple[_Lines, list[_Lines]]:
     """Lines up to a number, in their order, and the others."""
     seeds = torch.cat([numbers for numbers, _ in finished])
     lines = join_streamlines([lines for _, lines in finished])

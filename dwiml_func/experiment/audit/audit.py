@@ -14,8 +14,8 @@ from dwiml_func.core.loop_options import Track
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
+from dwiml_func.data.processes import in_processes
 from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
-from dwiml_func.experiment.audit.processes import in_processes
 from dwiml_func.experiment.audit.replay import (
     NothingLeft,
     checkpoint_after,

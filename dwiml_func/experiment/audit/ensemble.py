@@ -15,11 +15,11 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
+from dwiml_func.data.processes import in_processes
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, stack_states
 from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, replayed, sample_epochs, spans, summed_up
 from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
-from dwiml_func.experiment.audit.processes import in_processes
 from dwiml_func.experiment.audit.replay import (
     NothingLeft,
     checkpoint_after,
