@@ -27,15 +27,14 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from verdicts import conclude
 
 from dwiml_func import Key, adam, ensemble_step, init_state, jit_step, module_loss, stack_states, torch_rng, train_step
-from dwiml_func.core.matmul_precision import set_matmul_precision
+from dwiml_func.core.precision import set_matmul_precision
 from dwiml_func.data import StreamlineBatch, StreamlineDataset
-from dwiml_func.data.ahead import MovedAhead
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.dataset import DatasetIndex
 from dwiml_func.data.device_data import copy_to_device, make_on_device, plan_batch
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.padding import padded_lengths, with_fixed_shape, with_padded_length
-from dwiml_func.data.prefetch import Prefetched
+from dwiml_func.data.prefetch import MovedAhead, Prefetched
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.data.streamlines import Streamlines, directions, offsets_of

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dwiml_func.core.rng import Key
 from dwiml_func.data import device_data
-from dwiml_func.data.ahead import MovedAhead
 from dwiml_func.data.augmentation import Augmentation
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
@@ -22,6 +21,7 @@ from dwiml_func.data.device_data import copy_to_device, device_bytes, make_on_de
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.neighborhood import Neighborhood
+from dwiml_func.data.prefetch import MovedAhead
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.experiment import batches as batches_of_runs
 from dwiml_func.experiment.batches import make_batches, open_data

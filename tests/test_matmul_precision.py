@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dwiml_func.core.matmul_precision import MatmulPrecision, set_matmul_precision
+from dwiml_func.core.precision import MatmulPrecision, set_matmul_precision
 from dwiml_func.experiment.folder import read_config
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

@@ -20,8 +20,8 @@ from torch.func import grad, vmap
 
 from dwiml_func import Key, adam, init_state, module_loss, read_means, train_step, value_and_grad
 from dwiml_func.compiled.step import jit_step
-from dwiml_func.core.autocast import autocast_forward, check_bf16
 from dwiml_func.core.metrics import add_metrics
+from dwiml_func.core.precision import autocast_forward, check_bf16
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.distributed.sharding import sharded_value_and_grad

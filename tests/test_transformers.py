@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dwiml_func import init_state, jit_step, module_loss, sgd, train_step
-from dwiml_func.core.autocast import autocast_forward
 from dwiml_func.core.gradients import value_and_grad
+from dwiml_func.core.precision import autocast_forward
 from dwiml_func.core.rng import Key
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.streamlines import input_offsets, offsets_of

@@ -17,7 +17,7 @@ from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.cli._tracking import check_options, header_facts, seed_columns, with_progress
-from dwiml_func.core.matmul_precision import set_matmul_precision
+from dwiml_func.core.precision import set_matmul_precision
 from dwiml_func.core.rng import Key
 from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.interpolation import Interpolation

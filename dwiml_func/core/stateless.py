@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dwiml_func._checks import at_most_three, listed, one_line
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.attributes import Attributes
-from dwiml_func.core.autocast import autocast_forward
+from dwiml_func.core.precision import autocast_forward
 
 __all__ = ["StatelessModule", "copy_structure"]
 

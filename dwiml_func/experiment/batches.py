@@ -13,7 +13,6 @@ import torch
 
 from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.rng import Key, Stream, fold_in
-from dwiml_func.data.ahead import MovedAhead
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.device_data import DeviceData, copy_to_device, device_bytes, make_on_device, plan_batch
@@ -21,7 +20,7 @@ from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, epoch_batches, load_batch
 from dwiml_func.data.neighborhood import check_cubic_voxels
 from dwiml_func.data.padding import padded_lengths, with_fixed_shape, with_padded_length
-from dwiml_func.data.prefetch import Prefetched, SizedBatches
+from dwiml_func.data.prefetch import MovedAhead, Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling, steps_for
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.experiment.config import RunConfig

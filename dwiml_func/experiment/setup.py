@@ -13,13 +13,12 @@ import torch
 from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.compiled.warmup import WarmUpStep
-from dwiml_func.core.autocast import check_bf16
 from dwiml_func.core.batch_source import Batches
 from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.epoch import EvalStep
 from dwiml_func.core.loss import LossFn, module_loss
-from dwiml_func.core.matmul_precision import set_matmul_precision
 from dwiml_func.core.metrics import read_means
+from dwiml_func.core.precision import check_bf16, set_matmul_precision
 from dwiml_func.core.rates import Step
 from dwiml_func.core.report import check_monitor
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng

@@ -9,7 +9,7 @@ import tyro
 
 from dwiml_func._checks import STRICT, check_number
 from dwiml_func.core.interval import validation_interval
-from dwiml_func.core.matmul_precision import MatmulPrecision
+from dwiml_func.core.precision import MatmulPrecision
 from dwiml_func.core.skip_batches import parse_batch
 from dwiml_func.experiment.learning_rate import parse_learning_rate
 from dwiml_func.experiment.optimizers import OptimizerName, configured_optimizer

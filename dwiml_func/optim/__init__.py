@@ -7,12 +7,9 @@ from dwiml_func.optim.averaging import ema, lookahead
 from dwiml_func.optim.by_name import by_name
 from dwiml_func.optim.chain import chain
 from dwiml_func.optim.gates import accumulate, skip_not_finite, skipped_too_often
-from dwiml_func.optim.lion import lion
 from dwiml_func.optim.muon import muon
-from dwiml_func.optim.nadam import nadam
-from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
+from dwiml_func.optim.optimizers import adam, adamw, lion, nadam, radam, rmsprop, sgd
 from dwiml_func.optim.plateau import reduce_on_plateau
-from dwiml_func.optim.rmsprop import rmsprop
 from dwiml_func.optim.schedule_free import schedule_free_adamw, schedule_free_sgd
 from dwiml_func.optim.schedules import (
     constant,

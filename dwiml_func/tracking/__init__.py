@@ -1,6 +1,6 @@
 """Tracking: from a trained model and seeds to streamlines, and from streamlines to scores, as pure functions."""
 
-from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
+from dwiml_func.tracking.baselines import KeepStraight, NearestDirection, PrincipalDirection, position_space
 from dwiml_func.tracking.connectivity import (
     ConnectivityScores,
     connection_counts,
@@ -11,7 +11,6 @@ from dwiml_func.tracking.connectivity import (
     regions_of_labels,
 )
 from dwiml_func.tracking.distances import final_distances, lags, remainder
-from dwiml_func.tracking.nearest_direction import NearestDirection, position_space
 from dwiml_func.tracking.overlap import Overlap, overlap_within, voxel_overlap
 from dwiml_func.tracking.processes import track_in_processes
 from dwiml_func.tracking.protocols import ProtocolLines, ProtocolScores, score_protocols, track_protocols

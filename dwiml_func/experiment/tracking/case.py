@@ -19,8 +19,7 @@ from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.resampling import resample_streamlines
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
-from dwiml_func.tracking.nearest_direction import NearestDirection, position_space
+from dwiml_func.tracking.baselines import KeepStraight, NearestDirection, PrincipalDirection, position_space
 from dwiml_func.tracking.protocols import Protocol, ProtocolLines, Tracker, ask_tracker, track_protocols
 from dwiml_func.tracking.scores import ReferenceBundle, TractogramScores, ceiling_scores, reference_bundles
 from dwiml_func.tracking.space import TrackingMask, TrackingSpace

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dwiml_func._checks import check_choice
 from dwiml_func.models.direction_getters.base import DirectionGetter
-from dwiml_func.models.direction_getters.fisher_von_mises import FisherVonMises
-from dwiml_func.models.direction_getters.fisher_von_mises_mixture import FisherVonMisesMixture
-from dwiml_func.models.direction_getters.gaussian import Gaussian
-from dwiml_func.models.direction_getters.gaussian_mixture import GaussianMixture
+from dwiml_func.models.direction_getters.fisher_von_mises import FisherVonMises, FisherVonMisesMixture
+from dwiml_func.models.direction_getters.gaussian import Gaussian, GaussianMixture
 from dwiml_func.models.direction_getters.regression import CosinePlusL2Regression, CosineRegression, L2Regression
 from dwiml_func.models.direction_getters.sphere_classification import (
     SmoothSphereClassification,

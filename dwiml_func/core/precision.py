@@ -1,15 +1,16 @@
-"""Mixed precision: a module's forward under torch.autocast; parameters and loss stay in float32."""
+"""The precision of training: bfloat16 for a module's operations, and that of float32 products."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["autocast_forward", "check_bf16"]
+__all__ = ["MatmulPrecision", "autocast_forward", "check_bf16", "set_matmul_precision"]
 
 
 def autocast_forward(module: torch.nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
@@ -52,3 +53,19 @@ def _to_float32(value: Any, dtype: torch.dtype) -> Any:
         changes = {each.name: _to_float32(getattr(value, each.name), dtype) for each in fields(value) if each.init}
         return replace(value, **changes)
     return value
+
+
+MatmulPrecision = Literal["highest", "high", "medium"]
+"""A precision of float32 products, by name, see `torch.set_float32_matmul_precision`."""
+
+
+def set_matmul_precision(precision: MatmulPrecision) -> None:
+    """Set the precision of float32 products for this process, also for cuDNN, whose own default is TF32.
+
+    cuDNN then takes only algorithms that give the same bits again; by default its gradients of convolutions may not.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use the new API", UserWarning)  # torch 2.9 to 2.11, of these settings
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision != "highest"
+    torch.backends.cudnn.deterministic = True
