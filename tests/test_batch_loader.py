@@ -197,7 +197,7 @@ def test_a_negative_number_of_workers_is_refused(dataset):
 
 def test_an_unknown_interpolation_is_refused(dataset):
     spec = LoaderSpec(interpolation="cubic")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"Received: 'cubic'$"):
+    with pytest.raises(ValueError, match=r"^interpolation: .* received 'cubic'\.$"):
         load_batch(BatchRequest(np.arange(3), None, 0, 0), dataset=dataset, spec=spec)
 
 

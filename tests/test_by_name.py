@@ -8,7 +8,7 @@ import torch
 from optimizer_cases import addresses, assert_same_bits, evaluated, gradient, run_torch, run_updates, some_tensors
 
 from dwiml_func.optim import adam, adamw, by_name, chain, clip_by_global_norm, ema, muon, nadam, rmsprop, sgd
-from dwiml_func.optim.names import first_matches
+from dwiml_func.optim.name_patterns import first_matches
 
 FACTORIES = {
     "sgd": (partial(sgd, momentum=0.9), partial(torch.optim.SGD, momentum=0.9)),

@@ -19,7 +19,7 @@ from dwiml_func.data.hdf5.subject import read_subject_streamlines
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.data.tractogram_file import new_tractogram
+from dwiml_func.data.tractogram_writers import new_tractogram
 from dwiml_func.experiment.config import ModelConfig, RunConfig
 from dwiml_func.experiment.figures.losses import colours_of, draw_eos, draw_losses, thirds
 from dwiml_func.experiment.model_store import LoadedModel, load_model

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dwiml_func.cli._output import folders_above
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.tractogram_file import check_name
+from dwiml_func.data.tractogram_writers import check_name
 from dwiml_func.experiment.figures.plots import check_format
 from dwiml_func.files.atomic import atomic_file, atomic_write
 from dwiml_func.tracking.connectivity import regions_of_blocs

@@ -12,7 +12,7 @@ from typing import Any
 
 from dwiml_func._checks import check_number
 from dwiml_func.cli._messages import is_quiet
-from dwiml_func.data.tractogram_file import check_name
+from dwiml_func.data.tractogram_writers import check_name
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.training_facts import TRAINED_ON
 from dwiml_func.tracking.track import Tracked

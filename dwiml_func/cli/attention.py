@@ -20,7 +20,7 @@ from dwiml_func.data.hdf5.subject import read_subject_streamlines
 from dwiml_func.data.loader import BatchRequest, load_batch
 from dwiml_func.data.neighborhood import direction_units
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.data.tractogram_file import write_trk
+from dwiml_func.data.tractogram_writers import write_trk
 from dwiml_func.experiment.batches import check_usable, loader_spec
 from dwiml_func.experiment.figures.losses import Colormap, colours_of
 from dwiml_func.experiment.figures.plots import save_figure

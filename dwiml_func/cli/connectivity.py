@@ -22,7 +22,7 @@ from dwiml_func.data.creation.tractograms import Tractogram, load_streamlines
 from dwiml_func.data.creation.volumes import load_grid, load_labels
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.data.tractogram_file import new_tractogram
+from dwiml_func.data.tractogram_writers import new_tractogram
 from dwiml_func.experiment.figures.connectivity import draw_connectivity
 from dwiml_func.experiment.figures.plots import save_figure
 from dwiml_func.files.atomic import atomic_write

@@ -19,7 +19,7 @@ from dwiml_func.data.hdf5.grid import read_grid
 from dwiml_func.data.hdf5.layout import read_volume, subject_group
 from dwiml_func.data.hdf5.problems import open_hdf5, present, raise_first, scalar
 from dwiml_func.data.hdf5.subject import SubjectStreamlines, read_subject_streamlines
-from dwiml_func.data.tractogram_file import FORMATS, new_tractogram
+from dwiml_func.data.tractogram_writers import FORMATS, new_tractogram
 from dwiml_func.files.atomic import atomic_write
 
 __all__ = ["Options", "run"]

@@ -22,7 +22,7 @@ from dwiml_func.core.rng import Key
 from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.interpolation import Interpolation
 from dwiml_func.data.resampling import Resampling, lengths_mm, resample_streamlines
-from dwiml_func.data.tractogram_file import new_tractogram
+from dwiml_func.data.tractogram_writers import new_tractogram
 from dwiml_func.experiment.model_store import LoadedModel, find_model, load_model
 from dwiml_func.experiment.tracking.input import TrackingInput, read_dataset_input, read_nifti_input
 from dwiml_func.experiment.training_facts import TRAINED_ON

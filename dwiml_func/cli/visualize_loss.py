@@ -22,7 +22,7 @@ from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.subject import read_subject_streamlines
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines, offsets_of
-from dwiml_func.data.tractogram_file import write_trk
+from dwiml_func.data.tractogram_writers import write_trk
 from dwiml_func.experiment.figures.losses import Colormap, colours_of, draw_eos, draw_losses
 from dwiml_func.experiment.figures.plots import save_figure
 from dwiml_func.experiment.model_store import LoadedModel, find_model, load_model

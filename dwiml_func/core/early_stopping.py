@@ -2,6 +2,12 @@
 
 The best epoch is part of the training state, so a checkpoint commits it together with the latest epoch. To stop by
 another rule, leave the `for` loop over `train_and_validate`.
+
+To build a rule in: what it remembers is a field of `Best` with a default, which `to_fields` leaves out while it has it,
+so that old checkpoints are read; `update_best` counts and `should_stop` decides. Its option stands beside `patience` in
+`LoopOptions`, `train_and_validate`, `run_epoch`, their twin of ensembles and `experiment/training_config.py`; its name
+is one more of `EpochReport.stop`, which `LoopOptions.judge` sets and `cli/_summary.py` and `experiment/page/page.py`
+put into words.
 """
 
 from __future__ import annotations

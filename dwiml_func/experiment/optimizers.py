@@ -27,7 +27,7 @@ from dwiml_func.optim import (
     sgd,
     skip_not_finite,
 )
-from dwiml_func.optim.names import check_patterns, first_matches
+from dwiml_func.optim.name_patterns import check_patterns, first_matches
 from dwiml_func.types import Number, Optimizer
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor
 from dwiml_func._checks import truncated_repr
 from dwiml_func.optim._kernel import check_options
 from dwiml_func.optim.chain import update_gated, without_gate
-from dwiml_func.optim.names import check_patterns, first_matches
+from dwiml_func.optim.name_patterns import check_patterns, first_matches
 from dwiml_func.types import Gate, Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["by_name"]

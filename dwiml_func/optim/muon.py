@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dwiml_func.optim._kernel import apply_kernel, check_options, lerp
 from dwiml_func.optim.chain import check_optimizer, update_with
-from dwiml_func.optim.names import check_patterns, first_matches
+from dwiml_func.optim.name_patterns import check_patterns, first_matches
 from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["muon"]

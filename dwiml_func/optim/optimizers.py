@@ -1,4 +1,4 @@
-"""Optimizers as pairs of pure functions, bitwise identical to `torch.optim`.
+"""Optimizers as pairs of pure functions, bitwise identical to `torch.optim` where it has them.
 
 Each formula is written once, on lists of tensors: `_foreach.arithmetic_for` chooses torch's fused operations, in place
 on donated memory, or one operation a tensor where the update is differentiated, mapped or compiled.

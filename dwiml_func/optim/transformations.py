@@ -11,7 +11,7 @@ from torch import Tensor
 from dwiml_func._trees import given
 from dwiml_func.optim._foreach import arithmetic_for
 from dwiml_func.optim._kernel import check_options, is_not_zero
-from dwiml_func.optim.names import check_patterns, first_matches
+from dwiml_func.optim.name_patterns import check_patterns, first_matches
 from dwiml_func.types import Grads, Number, OptState, Params, Transform
 
 __all__ = [

@@ -1,6 +1,6 @@
 """From TRK, TCK and TRX files to the streamlines of one group of one subject, on the grid of its volumes.
 
-`dwiml_func.data.tractogram_file` writes these formats.
+`dwiml_func.data.tractogram_writers` writes these formats.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.tractogram_file import new_tractogram, write_trk
+from dwiml_func.data.tractogram_writers import new_tractogram, write_trk
 
 AFFINE = np.array([[-2.0, 0.1, 0, 80], [0.1, 2.2, 0, -100], [0, 0, 3.0, -60], [0, 0, 0, 1]])  # LAS, anisotropic
 GRID = Grid(AFFINE, (40, 50, 30))
