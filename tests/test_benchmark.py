@@ -30,6 +30,7 @@ from dwiml_func.data.example import dataset as example
 from dwiml_func.data.example.settings import ExampleSettings
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset
+from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import BatchConfig, RunConfig
 from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION, TrackingCase, tracking_case
@@ -49,7 +50,8 @@ def crossings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One person with three crossings a bundle."""
     path = tmp_path_factory.mktemp("crossings") / "data.hdf5"
     subsets: Any = {"training": ("sub_4",), "validation": (), "testing": ()}
-    with new_dataset(path, **subsets, groups_config={}, date="", step_size=1.0, overwrite=False) as file:
+    resampling = Resampling(step_size=1.0)
+    with new_dataset(path, **subsets, groups_config={}, date="", resampling=resampling, overwrite=False) as file:
         example._write_subject(file.create_group("sub_4"), 3, ExampleSettings(crossings=3))
     return path
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.resampling import Resampling
 
 File: Any = h5py.File  # typed, every item of a file could be a group, a dataset or a datatype
 AFFINE = np.array([[0.0, -2, 0, 10], [3, 0, 0, -5], [0, 0, 4, 1], [0, 0, 0, 1]])  # rotated, voxels of 3 x 2 x 4 mm
@@ -26,7 +27,7 @@ def write_small(path: Path, *, compression: int | None = None, overwrite: bool =
         validation=["c"],
         groups_config={"input": {"type": "volume"}},
         date="then",
-        step_size=0.5,
+        resampling=Resampling(step_size=0.5),
         overwrite=overwrite,
     )
     with dataset as file:

@@ -14,6 +14,7 @@ from dwiml_func.core.rng import Key, Stream, fold_in
 from dwiml_func.data import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.interpolation import interpolate
+from dwiml_func.data.resampling import Resampling
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.tracking import TrackingSpace, choose_windows, window_lags
 
@@ -25,7 +26,10 @@ def make_data(path: Path, *, num_mm: float = 70.0) -> Path:
     """Waves of streamlines along x on a random volume; 2 mm voxels and steps."""
     rng = np.random.default_rng(0)
     affine = np.diag([2.0, 2.0, 2.0, 1.0])
-    with new_dataset(path, training=["ann"], validation=["bob", "cid"], groups_config={}, date="", step_size=2) as file:
+    step = Resampling(step_size=2)
+    with new_dataset(
+        path, training=["ann"], validation=["bob", "cid"], groups_config={}, date="", resampling=step
+    ) as file:
         for subject, num in (("ann", 12), ("bob", 12), ("cid", 9)):
             group = file.create_group(subject)
             write_volume(group, "input", rng.normal(size=(45, 12, 12, 4)), affine)

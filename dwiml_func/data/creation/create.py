@@ -7,9 +7,10 @@ folder a subject, the same files in each.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from dwiml_func._checks import one_line
 from dwiml_func.data.creation.config import GroupsConfig, StreamlineGroup, VolumeGroup
 from dwiml_func.data.creation.connectivity import load_connectivity, write_connectivity
 from dwiml_func.data.creation.files import GroupFiles, check_subjects, find_files
-from dwiml_func.data.creation.tractograms import load_streamlines
+from dwiml_func.data.creation.tractograms import Tractogram, load_streamlines
 from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.data.grid import Grid, orientation_difference
 from dwiml_func.data.resampling import Resampling
@@ -68,6 +69,8 @@ def create_dataset(
         files[subject], missing = find_files(folder, subject, groups, enforce_presence=enforce_files_presence)
         notes += [f"{line}. It is skipped" for line in missing]
 
+    options: Any = {"resampling": resampling, "remove_invalid": remove_invalid, "allow_empty": allow_empty}
+    load = partial(load_streamlines, **options, note=notes.append)
     where = "before the first subject"
     try:
         with new_dataset(
@@ -75,9 +78,7 @@ def create_dataset(
             **subsets,
             groups_config={name: _plain(group) for name, group in groups.items()},
             date=date or datetime.now().strftime("%d %B %Y %X"),
-            step_size=resampling.step_size,
-            nb_points=resampling.nb_points,
-            compress=resampling.compress,
+            resampling=resampling,
             overwrite=overwrite,
         ) as file:
             num_features: dict[str, tuple[int, str]] = {}
@@ -86,8 +87,7 @@ def create_dataset(
                 where = f"at subject {subject!r}"
                 parent = file.create_group(subject)
                 grid = _write_volumes(parent, subject, groups, files[subject], num_features)
-                options = {"resampling": resampling, "remove_invalid": remove_invalid, "allow_empty": allow_empty}
-                grid = _write_streamlines(parent, groups, files[subject], grid, {**options, "note": notes.append})
+                grid = _write_streamlines(parent, groups, files[subject], grid, load)
                 if grid is not None:
                     first = first or (subject, grid)
                     difference = orientation_difference(grid, first[1])
@@ -152,7 +152,7 @@ def _write_streamlines(
     groups: GroupsConfig,
     files: dict[str, GroupFiles],
     grid: Grid | None,
-    options: dict[str, Any],
+    load: Callable[..., Tractogram],
 ) -> Grid | None:
     """Write a subject's streamline groups, and return the grid of all its groups."""
     from dwiml_func.data.hdf5.write import write_streamlines
@@ -160,12 +160,7 @@ def _write_streamlines(
     for name, group in groups.items():
         if isinstance(group, VolumeGroup) or name not in files:
             continue
-        lines = load_streamlines(
-            files[name].files,
-            expected=grid,
-            dps_keys=group.dps_keys,
-            **options,
-        )
+        lines = load(files[name].files, expected=grid, dps_keys=group.dps_keys)
         assert lines.grid is not None
         grid = grid or lines.grid
         connectivity = load_connectivity(group, files[name], lines.grid)

@@ -19,6 +19,7 @@ from dwiml_func.data.example.signal import SHELL, paint, simulate
 from dwiml_func.data.example.unlabelled import unlabelled_bundles
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.resampling import Resampling
 
 __all__ = ["make_example_data"]
 
@@ -64,7 +65,7 @@ def make_example_data(
         testing=testing,
         groups_config=groups_config,
         date="Not recorded",  # the time would make each file another one
-        step_size=_STEP_MM,
+        resampling=Resampling(step_size=_STEP_MM),
         overwrite=overwrite,
     )
     with dataset as file:

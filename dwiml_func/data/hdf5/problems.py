@@ -34,6 +34,7 @@ __all__ = [
     "present",
     "raise_first",
     "scalar",
+    "source_files",
     "to_python",
 ]
 
@@ -205,16 +206,21 @@ def _source_fault(dataset: Any, path: str, name: str) -> str | None:
         return None if fault is None else f"{name!r} in {path} {fault}"
 
 
+def source_files(dataset: Any) -> list[Path]:
+    """The other files in which a virtual or an external dataset has its values."""
+    names = [source.file_name for source in dataset.virtual_sources()] if dataset.is_virtual else []
+    files = [_source_file(dataset, name) or Path(name) for name in names if name != "."]
+    return files + [Path(name) for name, _, _ in dataset.external or ()]  # from the working directory
+
+
 def _source_file(dataset: Any, name: str) -> Path | None:
-    paths = (Path(dataset.file.filename).parent / name, Path(name))
+    paths = (Path(dataset.file.filename).parent / name, Path(name))  # as HDF5 looks for it
     return next((path for path in paths if path.is_file()), None)
 
 
 def _too_large(dataset: Any) -> str | None:
     """Data of many more bytes than the files that hold them, in words."""
-    names = [] if dataset.external is None else [name for name, _, _ in dataset.external]
-    names += [source.file_name for source in dataset.virtual_sources()] if dataset.is_virtual else []
-    files = {Path(dataset.file.filename), *filter(None, (_source_file(dataset, name) for name in names))}
+    files = {Path(dataset.file.filename), *filter(Path.is_file, source_files(dataset))}
     stored = sum(file.stat().st_size for file in files)
     if not is_bomb(dataset.nbytes, stored):
         return None

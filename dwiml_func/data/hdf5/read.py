@@ -42,7 +42,7 @@ from dwiml_func.data.hdf5.layout import (
     volume_shape,
 )
 from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes
-from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
+from dwiml_func.data.hdf5.problems import open_hdf5, raise_first, source_files
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
 if TYPE_CHECKING:
@@ -180,13 +180,7 @@ def linked_files(*groups: h5py.Group) -> set[str]:
     """The files that hold the values of groups: their own, and the sources of virtual and of external datasets."""
     datasets: list[Any] = [group[name] for group in groups for name in ("data", "offsets", "lengths") if name in group]
     found = {entry.file.filename for entry in (*groups, *datasets)}
-    for dataset in datasets:
-        folder = Path(dataset.file.filename).parent
-        found |= {name for name, _, _ in dataset.external or ()}  # from the working directory
-        for name in [source.file_name for source in dataset.virtual_sources()] if dataset.is_virtual else []:
-            beside = folder / name  # else the path is taken from the working directory
-            found |= set() if name == "." else {str(beside if beside.exists() else Path(name))}
-    return found
+    return found | {str(path) for dataset in datasets for path in source_files(dataset)}
 
 
 class _Subject(NamedTuple):

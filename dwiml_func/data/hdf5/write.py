@@ -19,6 +19,7 @@ from nibabel.affines import voxel_sizes
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.grid import orientation_of
 from dwiml_func.data.hdf5.consistency import disjoint_subsets
+from dwiml_func.data.resampling import Resampling
 from dwiml_func.files.atomic import remove_leftovers, temporary_beside
 
 __all__ = ["WatchedFile", "new_dataset", "write_streamlines", "write_volume"]
@@ -37,16 +38,15 @@ def new_dataset(
     testing: Sequence[str] = (),
     groups_config: Mapping[str, Mapping[str, object]],
     date: str,
-    step_size: float | None = None,
-    nb_points: int | None = None,
-    compress: float | None = None,
+    resampling: Resampling | None = None,
     overwrite: bool = False,
 ) -> Iterator[h5py.File]:
     """Make a dataset file: open inside the `with` block, under its name once the block ends without an error.
 
     Inside the block the file lies in the same folder under a hidden name. When the block raises, it is removed, and an
-    existing file stays unchanged. `groups_config` is group name -> `type`, `files`, ...; the same content with the same
-    `date` gives the same bytes. The file's `flush`, and the end of the block, raise OSError where a write has failed.
+    existing file stays unchanged. `groups_config` is group name -> `type`, `files`, ...; `resampling` is how streamlines
+    were sampled; the same content with the same `date` gives the same bytes. The file's `flush`, and the end of the
+    block, raise OSError where a write has failed.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,8 +73,8 @@ def new_dataset(
             file.attrs["training_subjs"] = list(training)
             file.attrs["validation_subjs"] = list(validation)
             file.attrs["testing_subjs"] = list(testing)
-            options = {"step_size": step_size, "nb_points": nb_points, "compress": compress}
-            for name, option in options.items():
+            for name in ("step_size", "nb_points", "compress"):
+                option = getattr(resampling, name, None)
                 file.attrs[name] = _NOT_DEFINED if option is None else option
             yield file
             file.close_and_sync()  # the rename must not reach the disk before the content
