@@ -44,9 +44,9 @@ def new_dataset(
     """Make a dataset file: open inside the `with` block, under its name once the block ends without an error.
 
     Inside the block the file lies in the same folder under a hidden name. When the block raises, it is removed, and an
-    existing file stays unchanged. `groups_config` is group name -> `type`, `files`, ...; `resampling` is how streamlines
-    were sampled; the same content with the same `date` gives the same bytes. The file's `flush`, and the end of the
-    block, raise OSError where a write has failed.
+    existing file stays unchanged. `groups_config` is group name -> `type`, `files`, ...; `resampling` says how the
+    streamlines were sampled; the same content with the same `date` gives the same bytes. The file's `flush`, and
+    the end of the block, raise OSError where a write has failed.
     """
     path = Path(path)
     if path.is_dir():
