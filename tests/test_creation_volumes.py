@@ -18,7 +18,7 @@ from dwiml_func.data.creation.files import GroupFiles, Source
 from dwiml_func.data.creation.tractograms import load_streamlines
 from dwiml_func.data.creation.volumes import Volume, load_labels, load_volume, standardize
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.tractogram_file import write_trk
+from dwiml_func.data.tractogram_writers import write_trk
 
 
 @pytest.fixture
