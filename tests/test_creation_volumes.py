@@ -297,3 +297,12 @@ def test_points_may_leave_the_grid_by_a_thousandth_of_a_voxel(tmp_path, beyond, 
             load_streamlines([source], expected=grid)
     else:
         np.testing.assert_allclose(load_streamlines([source], expected=grid).points[1], place, atol=1e-5)
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_values_of_very_different_sizes_are_standardised_together(independent):
+    data = np.array([1e-300, 1e300, 2e300, 3e300]).reshape(4, 1, 1, 1)
+    mask, source = np.ones((4, 1, 1), bool), Source("s", "g", Path("f"))
+    mean, std = standardize(data, mask, independent=independent, source=source)
+    np.testing.assert_allclose([np.ravel(mean)[0], np.ravel(std)[0]], [1.5e300, np.sqrt(1.25) * 1e300], rtol=1e-12)
+    np.testing.assert_allclose(data.ravel(), np.array([-1.5, -0.5, 0.5, 1.5]) / np.sqrt(1.25), rtol=1e-12)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,36 @@ def test_no_shard_is_off_its_fair_part_by_more_than_a_streamline(lengths: list[i
     if len(lengths) >= 4 * num_shards:
         assert all(abs(len(shard.points) - fair) <= max(lengths) for shard in shards)
     assert all(len(shard) >= 1 for shard in shards)
+
+
+def test_batches_and_shards_are_pinned_moved_and_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU asks of them, in the place of its own functions of tensors."""
+    pinned, moved, kept = [], [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor + 0)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, non_blocking: moved.append(non_blocking) or tensor + 0)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append((tensor, stream)))
+    batch, stream = _batch([5, 1, 4], noise=True), object()
+    cut = cut_batch(batch, 3)
+    for copied in (batch.pin_memory(), batch.to("cpu", non_blocking=True)):
+        for field in fields(batch):
+            value = getattr(batch, field.name)
+            assert (
+                getattr(copied, field.name) is value
+                if value is None
+                else torch.equal(getattr(copied, field.name), value)
+            )
+    assert (len(pinned), moved) == (7, [True] * 7)
+    for copied in (cut.pin_memory(), cut.to("cpu", non_blocking=True)):
+        assert copied.ids is cut.ids
+        assert [shard and shard.points.tolist() for shard in copied] == [
+            shard and shard.points.tolist() for shard in cut
+        ]
+    assert moved == [True] * 21
+    for each in (batch, cut):
+        kept.clear()
+        each.record_stream(stream)  # type: ignore[arg-type]
+        assert len(kept) == (7 if each is batch else 14)
+        assert all(of is stream for _, of in kept)
 
 
 def test_streamlines_of_one_point_make_no_shard_of_their_own() -> None:
