@@ -38,7 +38,7 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup, sharded_loss, sharded_value_and_grad
 from dwiml_func.distributed.threads import ShardThreads
 from dwiml_func.experiment.audit.audit import audit_experiment
-from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.config import ModelConfig, RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
@@ -120,6 +120,20 @@ def test_a_model_without_random_numbers_has_one_digest_too(tmp_path):
     digests = {_run(PLAIN, (number, 1, 0), tmp_path) for number in (1, 2, 3, 4, 7)}
     assert len(digests) == 1
     assert digests != {_run(replace(PLAIN, training=replace(PLAIN.training, num_shards=2)), ALONE, tmp_path)}
+
+
+@pytest.mark.parametrize("kind", ["tts", "ttst", "tto", "autoencoder"])
+def test_transformers_and_the_autoencoder_have_one_digest_too(kind: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"input_embedded_size": 8, "nheads": 2, "n_layers_e": 1, "dropout_rate": 0.3}
+    if kind == "ttst":
+        options["target_embedded_size"] = 4
+    if kind == "autoencoder":
+        options = {"latent_space_dims": 4, "first_channels": 2}
+    batches = replace(RANDOM.batches, nb_points=33 if kind == "autoencoder" else None)
+    config = replace(RANDOM, model=ModelConfig(model=kind, **options), batches=batches)
+    cells: tuple[Cell, ...] = ALONE, (4, 1, 0), (1, 2, 0), (2, 2, 2)
+    digests = {cell: _run(config, cell, tmp_path) for cell in cells}
+    assert set(digests.values()) == {digests[ALONE]}, digests
 
 
 def test_stopped_with_one_thread_resumed_with_four_and_then_with_two_processes(tmp_path):
