@@ -47,6 +47,12 @@ def test_a_loss_that_cannot_be_traced_is_evaluated_eagerly(caplog: pytest.LogCap
         assert torch.equal(out.loss, expected.loss)
         assert torch.equal(grads["weight"], expected_grads["weight"])
     assert len([record for record in caplog.records if record.name == "dwiml_func.compiled.function"]) == 1
+    model.register_parameter("unused", torch.nn.Parameter(torch.ones(2)))
+    loss_fn = module_loss(model, lambda model, x: (model(x).mean() * (2 if x.sum().item() > 0 else 1), len(x)))
+    params |= {"unused": torch.ones(2)}
+    gradient = JitGradient(loss_fn, backend="eager")
+    assert gradient(loss_fn, params, {}, x, key=Key(0), backend="autograd")[1]["unused"] is None
+    assert torch.equal(gradient(loss_fn, params, {}, x, key=Key(0), backend="func")[1]["unused"], torch.zeros(2))
 
 
 @pytest.mark.compiles

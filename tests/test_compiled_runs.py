@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from experiment_cases import latest_digest
 from preloaded import run_command, run_ranks
 
 from dwiml_func import init_state, module_loss, sgd
+from dwiml_func.compiled import warmup
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.compiled.warmup import CompilationReport, WarmUpStep
+from dwiml_func.core.metrics import Sum
+from dwiml_func.core.non_finite import NonFiniteError
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
@@ -77,6 +82,41 @@ def test_a_step_warms_up_on_the_first_batch_of_the_run_and_changes_nothing_by_it
     assert warm.report.seconds > 0
     assert torch.equal(states[0].params["weight"], states[1].params["weight"])
     assert states[0].sums == states[1].sums
+
+
+def test_a_warm_up_measures_both_steps_on_copies_of_the_first_state_and_leaves_errors_to_the_training(monkeypatch):
+    now, seen = 0.0, []
+    monkeypatch.setattr(warmup.time, "perf_counter", lambda: now)
+
+    def step_of(name: str, seconds: list[float]) -> Any:
+        def step(state: Any, batch: Any, *, lr: float) -> Any:
+            nonlocal now
+            now += seconds.pop(0) if seconds else 0.0
+            seen.append((name, state.params["weight"], state.epoch, state.batch, dict(state.sums), batch, lr))
+            if batch == "bad":
+                raise NonFiniteError("The loss is nan in epoch 1, batch 1.")
+            return state, {}
+
+        return step
+
+    start = init_state(torch.nn.Linear(1, 1), sgd(), seed=0).replace(epoch=2, batch=3, sums={"loss": Sum(1.0, 1.0)})
+    compiled, eager = step_of("compiled", [99.0, 99.0, 1.0, 2.0, 3.0]), step_of("eager", [99.0, 4.0, 6.0, 5.0])
+    graph: Any = SimpleNamespace(eager_reason=None, compile_seconds=12.0)
+    warm = WarmUpStep(compiled, eager=eager, graph=graph, first_batch=lambda: "first")
+    warm(start, "own", lr=0.1)
+    warm(start, "next", lr=0.1)
+    assert warm.report == CompilationReport(seconds=12.0, eager_step=5.0, compiled_step=2.0)
+    *rehearsals, own, following = seen
+    assert [name for name, *_ in rehearsals] == ["compiled", *["compiled", "eager"] * 4]
+    assert {tuple(map(str, rest)) for _, _, *rest in rehearsals} == {("0", "0", "{}", "first", "0.0")}
+    assert all(weight is not start.params["weight"] for _, weight, *_ in rehearsals)
+    assert own == ("compiled", start.params["weight"], 2, 3, start.sums, "own", 0.1)
+    assert following[-2:] == ("next", 0.1)
+    for reason, first in (("it branches", "first"), (None, "bad")):
+        graph.eager_reason = reason
+        warm = WarmUpStep(compiled, eager=eager, graph=graph, first_batch=lambda first=first: first)
+        warm(start, "own", lr=0.1)
+        assert warm.report is None
 
 
 def test_a_gain_is_told_as_the_steps_that_pay_for_it_and_a_loss_as_a_loss() -> None:

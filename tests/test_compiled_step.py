@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
-from dwiml_func.compiled.function import CompiledFunction
+from dwiml_func.compiled.function import CompiledFunction, _with_tensors
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut
 from dwiml_func.core.non_finite import NonFiniteError
@@ -188,6 +189,44 @@ def test_a_batch_of_another_first_size_finds_its_dynamic_graph_at_once_and_leave
     for size in range(1, 9):
         assert total(torch.ones(size, 2)) == 2 * size
     assert len(total._shapes_seen) == 1
+
+
+@pytest.mark.parametrize("sizes", [(5, 5), (1, 1), (3, 1)])
+def test_sizes_that_are_equal_or_one_in_the_first_batch_may_differ_in_the_next(sizes):
+    def total(batch):
+        return batch[0].sum() + batch[1].sum()
+
+    graph = CompiledFunction(total, dynamic=True, max_compilations=1, backend="eager")
+    for first, second in (sizes, (4, 3), (7, 1), (1, 6)):
+        assert graph((torch.ones(first, 2), torch.ones(second))) == 2 * first + second
+    assert (graph.num_compilations, graph.eager_reason) == (1, None)
+
+
+def test_the_time_of_compiling_counts_and_that_of_calls_does_not():
+    double = CompiledFunction(lambda batch: 2 * batch, dynamic=False, max_compilations=2, backend="eager")
+    spent = [double.compile_seconds]
+    for size in (1, 1, 2, 1):
+        double(torch.ones(size))
+        spent.append(double.compile_seconds)
+    assert 0 == spent[0] < spent[1] == spent[2] < spent[3] == spent[4]
+
+
+class Pair(NamedTuple):
+    tensor: Tensor
+    number: float
+
+
+def test_numbers_of_a_batch_become_tensors_and_all_else_stays():
+    x = torch.ones(2)
+    batch = {"pair": Pair(x, 0.5), "list": [3, True, "a", None], "annealed": Annealed((x, x), 0.25, 7, is_last=True)}
+    found: Any = _with_tensors(batch)
+    numbers = [found["pair"].number, found["list"][0], found["annealed"].strength, found["annealed"].cycle]
+    assert [number.item() for number in numbers] == [0.5, 3, 0.25, 7]
+    assert [number.dtype for number in numbers] == [torch.float64, torch.int64, torch.float64, torch.int64]
+    assert (found["list"][1:], found["annealed"].is_last) == ([True, "a", None], True)
+    assert (type(found["pair"]), type(found["annealed"]), type(found["list"])) == (Pair, Annealed, list)
+    assert all(tensor is x for tensor in (found["pair"].tensor, *found["annealed"].pair))
+    assert batch["annealed"] == Annealed((x, x), 0.25, 7, is_last=True)  # not changed
 
 
 @pytest.mark.parametrize("change", ["strides", "dtype"])

@@ -15,7 +15,7 @@ from dwiml_func.core.loss import module_loss
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.state import TrainState, check_can_donate, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.core.weights import load_into
 from dwiml_func.distributed.sharding import sharded_value_and_grad
@@ -136,6 +136,8 @@ def test_a_deferred_check_and_donation_change_no_bit(name, donate):
         assert torch.equal(one, other)
     for one in expected.params:
         assert torch.equal(actual.params[one], expected.params[one])
+    for state in (actual, expected, run(COMPOSED[name], donate=donate)):
+        check_can_donate(state)
 
 
 def test_micro_batches_of_unequal_size_make_the_step_of_the_whole_batch():

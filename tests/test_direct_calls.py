@@ -2,21 +2,28 @@
 
 import math
 import weakref
+from collections import OrderedDict
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from test_compiled_step import make_model, run, same_states, some_batch, squared_error
+from test_compiled_step import Annealed, make_model, run, same_states, some_batch, squared_error
 from test_compiled_step import make_steps as make_steps_with
 from test_composed_steps import COMPOSED
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from dwiml_func import adam, adamw, epoch_fn, jit_step, module_loss, radam, sgd, train_step
+from dwiml_func import adam, adamw, epoch_fn, init_state, jit_step, module_loss, radam, sgd, train_step
 from dwiml_func.compiled import _torch_private as private
+from dwiml_func.compiled import direct, fold
+from dwiml_func.compiled import step as step_module
 from dwiml_func.compiled._torch_private import missing
+from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.core.non_finite import NonFiniteError
+from dwiml_func.optim import accumulate, chain, skip_not_finite
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
@@ -49,13 +56,22 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_direct_calls_and_runs_of_them_have_the_bits_of_traced_ones(options):
+def test_direct_calls_and_runs_of_them_have_the_bits_of_traced_ones(options, monkeypatch):
+    in_runs = []
+
+    def fold_alike(state: Any, *rest: Any, **others: Any) -> Any:
+        end, batch = fold.fold_alike(state, *rest, **others)
+        in_runs.append(end.batch - state.batch)
+        return end, batch
+
+    monkeypatch.setattr(step_module, "fold_alike", fold_alike)
     batches = [some_batch(number, size) for number, size in enumerate([8] * 4 + [4] + [8] * 2)]
     start, compiled, _ = make_steps(make_model(0.5), **options)
     calls = count_traced(compiled)
     step = partial(compiled, lr=0.1)
     actual, sums = epoch_fn(start.replace(epoch=2), batches, step=step)
     assert len(calls) == 3  # two of the first size, and the fifth
+    assert in_runs == ([] if "non_finite" in options else [2, 1])
     assert (actual.step, actual.epoch, actual.batch) == (7, 3, 0)
     for is_traced in (False, True):
         if is_traced:
@@ -151,6 +167,122 @@ def test_a_tensor_that_a_batch_holds_twice_does_not_stand_for_two():
         compiled(start, (one, one), lr=0.1)
     actual, expected = (step(start, (one, other), lr=0.1)[0] for step in (compiled, eager))
     torch.testing.assert_close(actual.params, expected.params)
+
+
+def test_values_of_other_names_types_and_numbers_are_of_other_kinds():
+    x, y = torch.zeros(1), torch.ones(1)
+    frozen = Annealed((x, y), 0.5, 1)
+    values: list[Any] = [x, (x,), [x], (x, x), {"a": x}, {"b": x}, {"a": x, "b": x}, {"b": x, "a": x}, OrderedDict(a=x)]
+    values += [{"a": x, "b": each} for each in (1, 2, True, 1.0, None, "1", b"1", {}, {"c": x}, (x,))]
+    values += [frozen, replace(frozen, cycle=2), replace(frozen, is_last=True), {"a": {"a": x}}, {}, ()]
+    structures = [direct.flatten(value, []) for value in values]
+    assert len(set(structures)) == len(values)
+    leaves: list[Tensor] = []
+    tree = {"a": {"b": x, "c": {"d": y}}, "e": y, "f": {}}
+    structure = direct.flatten(tree, leaves)
+    assert list(map(id, leaves)) == list(map(id, (x, y, y)))
+    assert direct.rebuild(structure, iter([y, x, x])) == {"a": {"b": y, "c": {"d": x}}, "e": x, "f": {}}
+    direct.flatten((frozen, [y]), found := [])
+    assert list(map(id, found)) == list(map(id, (x, y, y)))
+    for unknown in (object(), {1}, (x, object())):
+        with pytest.raises(TypeError, match="Expected tensors, numbers, texts and containers of such"):
+            direct.flatten(unknown, [])
+        assert direct.leaves_of(unknown, ({}, {}, {}), None) is None
+    kinds = {direct.leaves_of(x, ({"w": x}, {}, {}), more).kind for more in (0, 1)}  # type: ignore[union-attr]
+    kinds |= {direct.leaves_of(batch, ({"w": x}, {}, {}), 0).kind for batch in (x, torch.ones(2))}  # type: ignore[union-attr]
+    assert len(kinds) == 3
+
+
+def test_a_graph_is_called_directly_from_the_third_call_on_and_few_kinds_are_kept(monkeypatch):
+    monkeypatch.setattr(direct, "_MAX_KINDS", 2)
+    calls, numbers = direct.DirectCalls(), torch.zeros(1)
+
+    def call(size: int, *, is_written: bool = False) -> bool:
+        batch, weight = torch.ones(size), torch.full((size,), 2.0)
+        leaves = direct.leaves_of(batch, ({"w": weight}, {}, {}), is_written)
+        assert leaves is not None
+        if found := calls.find(leaves):
+            (new,), values = found(leaves.batch, leaves.state, numbers)
+            assert (new is weight) == is_written
+            assert (new.tolist(), values.tolist()) == ([3.0] * size, [6.0])
+            return True
+
+        def graph(*inputs: Any) -> Any:  # in another order, with a number that is no leaf
+            weight, factor, batch = inputs
+            new = weight.add_(batch) if is_written else weight + batch
+            return torch.full((1,), 2.0 * factor), *(() if is_written else (new,))
+
+        inputs = weight, 3, batch
+        outputs = graph(*inputs)
+        state = {"w": outputs[-1] if not is_written else weight}
+        after = direct.leaves_of(batch, (state, {}, {}), None)
+        assert after is not None
+        heard = direct.Heard(graph, inputs, outputs)
+        calls.learn(leaves, after, numbers, heard, values=outputs[0], names=("loss",), policy="raise")
+        return False
+
+    assert [call(size) for size in (1, 1, 1, 2, 2, 2, 1)] == [False, False, True, False, False, True, True]
+    # A third kind takes the place of the first, the oldest.
+    assert [call(size) for size in (3, 3, 3, 2, 1, 1, 1)] == [False, False, True, True, False, False, True]
+    assert [call(4, is_written=True) for _ in range(3)] == [False, False, True]
+
+
+def test_what_a_call_checks_of_tensors_and_of_those_who_watch():
+    like = private.tensor_guard([torch.ones(2, 3), torch.ones(1)])
+    assert like(torch.zeros(2, 3), torch.zeros(1))
+    first = [torch.zeros(3, 3), torch.zeros(3, 2).t(), torch.zeros(2, 3).double()]
+    first += [torch.zeros(2, 3, requires_grad=True), torch.zeros(2, 3, device="meta")]
+    assert not any(like(other, torch.zeros(1)) for other in first)
+    assert (private.tensor_guard([])(), private.tensor_guard([])(torch.ones(1))) == (True, False)
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    assert not private.is_watched()
+    for mode in (torch.overrides.BaseTorchFunctionMode(), Watching()):
+        with mode:
+            assert private.is_watched()
+
+
+def test_a_run_takes_a_rate_that_is_a_tensor_and_averages_micro_batches_by_their_points():
+    optimizer = chain(accumulate(2), sgd())
+    start, compiled, eager = make_steps(optimizer=optimizer)
+    batches = [some_batch(number, size) for number, size in enumerate((8, 2, 8, 2, 8, 2, 8, 8, 8, 8))]
+    ends = [
+        epoch_fn(start, batches, step=partial(step, lr=rate))[0]
+        for step in (compiled, eager)
+        for rate in (0.1, torch.tensor(0.1, dtype=torch.float64))
+    ]
+    for end in ends[1:]:
+        torch.testing.assert_close(end.params, ends[0].params)
+
+
+def test_a_function_around_a_module_loss_draws_what_the_loss_draws():
+    """Only `module_loss` itself may say that it draws nothing."""
+    inner = module_loss(make_model(0.5), squared_error)
+
+    def loss_fn(*args: Any, **options: Any) -> Any:
+        return inner(*args, **options)
+
+    start = init_state(make_model(0.5), sgd(), seed=3)
+    options = {"loss_fn": loss_fn, "optimizer": sgd()}
+    for step in (
+        jit_step(**options, backend="eager"),
+        partial(train_step, gradient_fn=JitGradient(loss_fn, backend="eager"), **options),
+    ):
+        torch.manual_seed(5)  # not what it draws from
+        end, _ = run(step, start, 3)
+        torch.testing.assert_close(end.params, run(partial(train_step, **options), start, 3)[0].params)
+
+
+@pytest.mark.parametrize("policy", ["raise", "defer"])
+def test_who_asks_for_another_policy_than_skipping_gets_it(policy):
+    start, compiled, eager = make_steps(optimizer=chain(skip_not_finite(3), sgd()), non_finite=policy)
+    inputs, targets = some_batch(1)
+    for step in (compiled, eager):
+        with pytest.raises(NonFiniteError, match=r"not finite in|is nan in"):
+            epoch_fn(start, [some_batch(0), (inputs * math.nan, targets)], step=partial(step, lr=0.1))
 
 
 def test_a_step_keeps_no_state_and_no_batch():

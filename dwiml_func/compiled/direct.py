@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -42,7 +42,6 @@ class DirectCall(NamedTuple):
         constants: inputs that are no leaves: sizes, and tensors that the loss closes over.
         new_state: takes the leaves of the next state from a list: outputs, leaves of the old one; None where the graph
             writes into the old ones.
-        moved: the places of the leaves that the graph does not write into, but returns anew.
         values: which output the values are.
         names, policy: of the metrics, and for steps that are not finite.
         has_settings: whether torch's settings are those of the first call.
@@ -53,7 +52,6 @@ class DirectCall(NamedTuple):
     pick: Callable[[list[Any]], tuple[Any, ...]]
     constants: tuple[Any, ...]
     new_state: Callable[[list[Any]], tuple[Tensor, ...]] | None
-    moved: tuple[int, ...]
     values: int
     names: tuple[str, ...]
     policy: NonFinite
@@ -153,15 +151,13 @@ class DirectCalls:
         if not is_known or len(places) < len(own):  # the same tensor twice may be another graph
             return
         places = _places([*own, *constants])
-        moved = tuple(i for i, (own, old) in enumerate(zip(new.state, leaves.state, strict=True)) if own is not old)
         if len(self._calls) >= _MAX_KINDS:
             self._calls.pop(next(iter(self._calls)))
         self._calls[leaves.kind] = DirectCall(
             graph=heard.graph,
             pick=_getter([places[id(value)] for value in heard.inputs]),
             constants=tuple(constants),
-            new_state=_getter([results[id(leaf)] for leaf in new.state]) if moved else None,
-            moved=moved,
+            new_state=None if all(map(is_, new.state, leaves.state)) else _getter([results[id(x)] for x in new.state]),
             values=results[id(values)],
             names=names,
             policy=policy,
