@@ -105,20 +105,25 @@ def test_what_cannot_be_captured_says_why_once_and_runs(caplog):
         with torch_rng(fold_in(key, 1)):
             return loss_fn(params, buffers, batch, key=key, train=train)
 
+    class Opaque:
+        pair = some_batch(1)
+
     loss_fn = module_loss(make_model(), squared_error)
+    of_opaque = module_loss(make_model(), lambda model, batch: squared_error(model, batch.pair))
     start = init_state(make_model(), adam(), seed=3)
-    for loss, capture, message in (
-        (loss_fn, refuse, "operation not permitted when stream is capturing"),
-        (with_key, lambda step: step, "a key cannot be used in a compiled step"),
+    for loss, capture, message, batch in (
+        (loss_fn, refuse, "operation not permitted when stream is capturing", some_batch(1)),
+        (with_key, lambda step: step, "a key cannot be used in a compiled step", some_batch(1)),
+        (of_opaque, refuse, "the batch has parts other than tensors, numbers and texts", Opaque()),
     ):
         fixed = {"loss_fn": loss, "optimizer": adam(), "donate": True}
         step = captured_step(2, capture, **fixed)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            state = take_steps(step, copy.deepcopy(start), [some_batch(1)] * 5)
+            state = take_steps(step, copy.deepcopy(start), [batch] * 5)
         messages = [record.message for record in caplog.records if record.name == "dwiml_func.compiled.cuda_graphs"]
         assert messages == [f"Training steps run without CUDA graphs from now on: {message}"]
-        expected = take_steps(partial(train_step, **fixed), copy.deepcopy(start), [some_batch(1)] * 5)
+        expected = take_steps(partial(train_step, **fixed), copy.deepcopy(start), [batch] * 5)
         torch.testing.assert_close(state.params, expected.params)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="no CUDA device was found"):

@@ -197,7 +197,7 @@ def test_a_graph_is_called_directly_from_the_third_call_on_and_few_kinds_are_kep
     monkeypatch.setattr(direct, "_MAX_KINDS", 2)
     calls, numbers = direct.DirectCalls(), torch.zeros(1)
 
-    def call(size: int, *, is_written: bool = False) -> bool:
+    def call(size: int, *, is_written: bool = False, unknown: str = "") -> bool:
         batch, weight = torch.ones(size), torch.full((size,), 2.0)
         leaves = direct.leaves_of(batch, ({"w": weight}, {}, {}), is_written)
         assert leaves is not None
@@ -214,17 +214,20 @@ def test_a_graph_is_called_directly_from_the_third_call_on_and_few_kinds_are_kep
 
         inputs = weight, 3, batch
         outputs = graph(*inputs)
-        state = {"w": outputs[-1] if not is_written else weight}
+        state = {"w": weight if is_written else outputs[-1].clone() if unknown == "state" else outputs[-1]}
+        values = outputs[0].clone() if unknown == "values" else outputs[0]
         after = direct.leaves_of(batch, (state, {}, {}), None)
         assert after is not None
         heard = direct.Heard(graph, inputs, outputs)
-        calls.learn(leaves, after, numbers, heard, values=outputs[0], names=("loss",), policy="raise")
+        calls.learn(leaves, after, numbers, heard, values=values, names=("loss",), policy="raise")
         return False
 
     assert [call(size) for size in (1, 1, 1, 2, 2, 2, 1)] == [False, False, True, False, False, True, True]
     # A third kind takes the place of the first, the oldest.
     assert [call(size) for size in (3, 3, 3, 2, 1, 1, 1)] == [False, False, True, True, False, False, True]
     assert [call(4, is_written=True) for _ in range(3)] == [False, False, True]
+    for unknown in ("state", "values"):  # what a graph did not return is not found again
+        assert not any(call(5, unknown=unknown) for _ in range(4))
 
 
 def test_what_a_call_checks_of_tensors_and_of_those_who_watch():

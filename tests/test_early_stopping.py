@@ -42,6 +42,15 @@ def test_an_improvement_must_exceed_the_delta_by_one_bit_at_least(best_value, de
     assert follow([best_value, math.nextafter(edge, math.inf)], patience_delta=delta) == Best(best_value, 1, 1)
     below = math.nextafter(edge, -math.inf)
     assert follow([best_value, below], patience_delta=delta) == Best(below, 2, 0)
+    assert follow([-best_value, -edge], patience_delta=delta, mode="max") == Best(-best_value, 1, 1)
+    assert follow([-best_value, -below], patience_delta=delta, mode="max") == Best(-below, 2, 0)
+
+
+def test_the_best_may_be_within_an_epoch():
+    best = update_best(Best(0.5, 1, 2), 0.25, 3, batch=4)
+    assert best == Best(0.25, 3, 0, batch=4)
+    assert update_best(best, 1.0, 3) == Best(0.25, 3, 1, batch=4)
+    assert update_best(best, 0.125, 3) == Best(0.125, 3, 0)
 
 
 def test_the_default_delta_is_the_one_of_the_reference():

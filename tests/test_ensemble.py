@@ -566,6 +566,7 @@ def test_a_frozen_parameter_is_stored_once_for_all_members():
         frozen = ensemble.buffers["0.weight"]
         assert frozen.shape == (3, 8, 4)
         assert frozen.untyped_storage().nbytes() == 8 * 4 * 8
+        assert frozen.data_ptr() != states[0].buffers["0.weight"].data_ptr()
     again = stack_states([member(ensemble, number) for number in range(3)], active=[True, False, True])
     assert again.buffers["0.weight"].untyped_storage().nbytes() == 8 * 4 * 8
     for state, lr in ((states[0], 0.1), (states[2], 0.3)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -41,5 +42,20 @@ def test_no_page_is_asked_for_again() -> None:
     assert run("default")[1] > 20 * 1024
 
 
-def test_the_environment_decides() -> None:
-    assert run("kept", MALLOC_TRIM_THRESHOLD_="65536")[0] == "False"
+@pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES", "no mallopt", "no library", "refused"])
+def test_the_environment_and_the_library_decide(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def library(_: None) -> object:
+        if name == "no library":
+            raise OSError
+        return SimpleNamespace() if name == "no mallopt" else SimpleNamespace(mallopt=lambda *call: asked.append(call))
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", library)
+    for each in os.environ:
+        if each.startswith("MALLOC_") or each == "GLIBC_TUNABLES":
+            monkeypatch.delenv(each)
+    if name.isupper():
+        monkeypatch.setenv(name, "65536")
+    assert memory.keep_freed_memory() is False
+    assert asked == ([(-3, 32 << 20)] if name == "refused" else [])

@@ -84,7 +84,9 @@ def test_a_terminal_shows_a_bar_with_the_loss_and_then_clears_it(state):
             assert "Epoch 3/4 training" in text
             assert f"{batch}/8" in text  # a resumed epoch continues where it was
             assert "loss 0.7500" in text
-        assert shown().endswith(" \r")
+        rest = shown()
+        assert rest.endswith(" \r")
+        assert "Epochs:" not in rest  # that bar is for a `with` block
 
 
 def test_the_speed_is_that_of_the_points_since_the_loss_was_last_read(state):
@@ -100,6 +102,32 @@ def test_the_speed_is_that_of_the_points_since_the_loss_was_last_read(state):
             shown.append(progress._batches.postfix)
     # 50 points in the first quarter of a second; not read again; 100 points in half a second
     assert shown == ["loss 0.2500, 200 points/s", "loss 0.2500, 200 points/s", "loss 0.0625, 200 points/s"]
+
+
+def test_a_validation_within_an_epoch_has_a_bar_below_and_its_time_is_not_that_of_the_training(state):
+    now = 0.0
+    progress = Progress(max_epochs=2, clock=lambda: now)
+
+    def after(points: float, new: float) -> None:
+        progress.on_batch(state.replace(sums={"loss": Sum(points / 2, points)}), {"loss": Sum(0.0, new)})
+
+    with terminal():
+        batches = progress.track([1, 2, 3], "training", epoch=0, start_batch=0)
+        next(batches)
+        bar = progress._batches
+        after(10.0, 10.0)  # at once: no time has passed
+        assert bar.postfix.startswith("loss 0.5000, ")
+        now = 1.0
+        after(30.0, 20.0)
+        assert bar.postfix == "loss 0.5000, 20 points/s"
+        for _ in progress.track(["one"], "validation", epoch=0, start_batch=0):
+            assert abs(progress._batches.pos) == 1
+            now = 100.0
+        assert progress._batches is bar
+        next(batches)
+        now = 100.25  # the first batch after it is shown
+        after(40.0, 10.0)
+        assert bar.postfix == "loss 0.5000, 40 points/s"
 
 
 class Unreadable:
@@ -187,11 +215,20 @@ def test_the_line_of_an_epoch_tells_the_window_lag(capsys):
 
 def test_the_line_of_an_epoch_tells_only_what_there_is(capsys):
     progress = Progress(max_epochs=4)
-    progress(replace(THREE, is_best=False))
+    progress(replace(THREE, is_best=False, monitor="angular_error"))
     progress(replace(THREE, valid={}, valid_minutes=0.0))
     lines = capsys.readouterr().out.splitlines()
     assert "best" not in lines[0]
+    assert lines[0].count("angular") == 1
     assert lines[1] == "Epoch 3/4  training loss 0.1235  30.0 s  best"
+    more = {"reconstruction_error": 1.234, "accuracy": 0.98765}
+    progress(replace(THREE, valid={**THREE.valid, **more}, monitor="accuracy"))
+    progress(replace(THREE, valid={}, train={**THREE.train, **more}, monitor="accuracy"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "12.3 deg  reconstruction error 1.23 voxels  accuracy 0.9877  31.5 s" in lines[0]
+    assert "training loss 0.1235  accuracy 0.9877  31.5 s" in lines[1]
+    progress()
+    assert capsys.readouterr().out == ""
 
 
 def test_a_line_is_written_at_once_also_into_a_pipe(monkeypatch):

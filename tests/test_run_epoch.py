@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,7 @@ from dwiml_func import (
 )
 from dwiml_func import ensemble_step as ensemble_step_of
 from dwiml_func.checkpoint import state_digest
+from dwiml_func.core.batch_source import checked_batches
 from dwiml_func.core.rates import epoch_rates
 from dwiml_func.core.report import Validation
 from dwiml_func.types import Plateau
@@ -197,6 +199,61 @@ def test_a_source_that_ignores_where_to_start_is_found_out() -> None:
         next(loop(state, train=lambda key, epoch, start: BATCHES[:1]))
     resumed, _ = next(loop(state))
     assert resumed.step == 5
+
+
+ALL = [torch.full((2,), float(number)) for number in range(4)]
+
+
+class Unsized(list[Any]):
+    def __len__(self) -> int:
+        raise TypeError("of an IterableDataset")
+
+
+def generated(values: Iterable[Any]) -> Iterator[Any]:
+    yield from values
+
+
+@pytest.mark.parametrize(
+    ("made", "refused"),
+    [
+        (lambda start: ALL[start:], None),
+        (lambda start: ALL, r"Expected the last 2 of the 4 batches of epoch 3, since 2 are done. Received: 4 batches"),
+        (lambda start: ALL[start:3] if start else ALL, "Received: 1 batches"),
+        (lambda start: ALL[:1], "Expected a state within the 1 batches of epoch 3. Received: one after 2"),
+        (lambda start: ALL[:2][start:], None),  # none left
+        (lambda start: Unsized(ALL), None),  # nothing is known of it
+        (lambda start: iter(ALL), None),
+        (lambda start: generated(ALL[start:]), None),
+        (
+            lambda start: generated(ALL),
+            "from batch 3 on. Received: them from the first on",
+        ),
+        (lambda start: generated([{"x": x, "more": (x,)} for x in ALL]), "Received: them from the first on"),
+        (lambda start: generated(ALL[:1] * 4), None),  # they are all alike
+        (lambda start: generated([each.tolist() for each in ALL]), None),  # not tensors: cheap to compare, or not
+        (lambda start: generated(ALL[:2][start:]), None),
+        (lambda start: ALL[start:] if start else generated(ALL), None),
+        (lambda start: generated(ALL[start:]) if start else ALL, None),
+    ],
+)
+def test_what_a_source_gives_is_what_is_trained_unless_it_plainly_ignores_where_to_start(made, refused):
+    def source(key: Key, epoch: int, start: int) -> Any:
+        asked.append((key, epoch, start))
+        return made(start)
+
+    asked: list[Any] = []
+    if refused is None:
+        given, expected = checked_batches(source, Key(7), 2, 2), list(made(2))
+        assert list(map(str, given)) == list(map(str, expected))
+    else:
+        with pytest.raises(ValueError, match=refused):
+            checked_batches(source, Key(7), 2, 2)
+    assert set(asked) <= {(Key(7), 2, 2), (Key(7), 2, 0)}
+    asked.clear()
+    assert len(list(checked_batches(source, Key(7), 2, 0))) == len(list(made(0)))
+    assert asked == [(Key(7), 2, 0)]  # once: it may read the disk
+    with pytest.raises(TypeError, match=r"Expected a source train that returns batches. Received: int"):
+        checked_batches(lambda *_: 3, Key(7), 2, 0)  # type: ignore[arg-type,return-value]
 
 
 def test_a_rate_by_steps_is_that_of_each_step() -> None:

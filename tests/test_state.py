@@ -92,6 +92,8 @@ def test_a_repr_is_one_short_line():
     assert repr(state) == (
         "TrainState(step=0, epoch=0, batch=0, params=3 float32 on cpu, key=Key(seed=7, path=()), best=none)"
     )
+    assert repr(state.replace(best=Best(0.123456789, 3, 0, batch=2))).endswith("best=0.123457 in epoch 3, batch 2)")
+    assert repr(state.replace(best=Best(0.5, 3, 1))).endswith("best=0.5 in epoch 3)")
     mixed = {
         name: p.to(dtype) for (name, p), dtype in zip(state.params.items(), (torch.half, torch.double), strict=True)
     }
