@@ -428,5 +428,6 @@ def test_eos_is_most_likely_where_no_direction_is_likelier() -> None:
     outputs[:, -1] = torch.tensor([0.99, 1.01, -2.0])  # the likeliest direction has a logit just below 1
     assert getter.eos_is_most_likely(outputs).tolist() == [False, True, False]
     assert (getter.eos_probability(outputs) < 0.5).all()
+    assert not getter.eos_is_most_likely(torch.zeros_like(outputs)).any()  # of equals the first, as argmax
     with pytest.raises(ValueError, match="add_eos=True"):
         SphereClassification(6).eos_is_most_likely(outputs[:, :-1])

@@ -19,6 +19,7 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.streamlines import input_offsets, offsets_of
 from dwiml_func.ensemble import ensemble_step, member, stack_states
 from dwiml_func.models.learn2track import compute_batch_loss
+from dwiml_func.models.transformers.attention import _Pad, sequences_of
 from dwiml_func.models.transformers.transformer import Transformer
 
 F = 6
@@ -386,3 +387,25 @@ def test_the_model_sees_the_noisy_points() -> None:
     outputs = model(replace(batch, noisy_points=noisy))
     assert torch.equal(outputs, model(replace(batch, points=noisy)))
     assert not torch.equal(outputs, model(batch))
+
+
+def test_rows_are_padded_and_unpadded_alike_under_transforms_as_on_a_gpu() -> None:
+    """Forward, backward and along many members; a gradient of padding is none."""
+    sequences = sequences_of(torch.tensor([0, 3, 4, 9]), 9)
+    assert sequences.padding is not None
+    flat = torch.randn(5, 9, 2, dtype=torch.float64)
+    padded = torch.stack([sequences._pad(each) for each in flat])
+    assert torch.equal(padded[:, sequences.places], flat)
+    assert torch.equal(torch.vmap(sequences._pad)(flat), padded)
+    assert torch.equal(torch.vmap(sequences._pad, in_dims=2)(flat.permute(1, 2, 0)), padded)
+    noise = torch.randn_like(padded)
+    assert torch.equal(torch.vmap(sequences._unpad)(noise), noise[:, sequences.places])
+    gradient = torch.func.grad(lambda rows: (sequences._unpad(rows) ** 2).sum())
+    expected = torch.zeros_like(padded)
+    expected[:, sequences.places] = 2 * noise[:, sequences.places]
+    assert torch.equal(torch.vmap(gradient)(noise), expected)
+    assert torch.autograd.gradcheck(sequences._unpad, noise[0].requires_grad_())
+    with pytest.raises(NotImplementedError, match="vmap over the offsets"):
+        torch.vmap(lambda rows: _Pad.apply(flat[0], rows, sequences.places, sequences.padding))(
+            sequences.rows.expand(2, -1)
+        )
