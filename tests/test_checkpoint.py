@@ -254,9 +254,7 @@ def test_keep_every_third_keeps_it_the_latest_two_and_the_best(tmp_path):
     assert list_checkpoints(tmp_path) == ["3", "4", "6", "9", "10", "11"]
 
 
-@pytest.mark.parametrize(
-    "keep", [0, -1, True, "", "all", "every", "every:0", "every:x", "every:-1", "every: 2", "every:²"]
-)
+@pytest.mark.parametrize("keep", [0, -1, True, "", "every", "every:0", "every:x", "every:-1", "every: 2", "every:²"])
 def test_a_number_to_keep_that_is_none_is_refused(tmp_path, keep):
     with pytest.raises(ValueError, match="keep: expected a number of at least 1"):
         save(tmp_path, linear_state(epoch=1), keep=keep)

@@ -245,7 +245,8 @@ def save(
         data: a fingerprint of the data to record.
         environment: what computed the state; None takes this process and the devices of the state's tensors.
         keep: how many of the latest checkpoints at an epoch's end stay, besides that of the best epoch and the latest
-            two within the current epoch. "every:5": the latest two, and those of every fifth epoch. None keeps all.
+            two within the current epoch. "every:5": the latest two, and those of every fifth epoch. "all" and None keep
+            all.
         keep_always: names of checkpoints that stay whatever `keep` is.
 
     Returns:

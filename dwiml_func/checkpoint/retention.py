@@ -17,7 +17,9 @@ _EVERY = "every:"
 
 
 def check_keep(keep: int | str) -> None:
-    """Raise ValueError unless `names_to_keep` takes it."""
+    """Raise ValueError unless it is "all", or `names_to_keep` takes it."""
+    if keep == "all":
+        return
     number = keep.removeprefix(_EVERY) if isinstance(keep, str) else ""
     is_every = isinstance(keep, str) and keep.startswith(_EVERY) and number.isascii() and number.isdecimal()
     if isinstance(keep, bool) or not (is_every or isinstance(keep, int)) or int(number or keep) < 1:
@@ -46,8 +48,8 @@ def names_to_keep(
 def remove_old(
     directory: str | Path, state: TrainState, keep: int | str | None, keep_always: Collection[str] = ()
 ) -> None:
-    """Remove the checkpoints that need not stay once `state` has been saved; None keeps all."""
-    if keep is None:
+    """Remove the checkpoints that need not stay once `state` has been saved; None and "all" keep all."""
+    if keep is None or keep == "all":
         return
     names = list_checkpoints(directory)
     kept = names_to_keep(names, state, keep, keep_always)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func.cli._output import folders_above
+from dwiml_func.cli._output import check_new_file, folders_above
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.tractogram_writers import check_name
 from dwiml_func.experiment.figures.plots import check_format
@@ -61,8 +60,8 @@ def check_options(options: Any) -> None:
     for out in lines:
         check_name(Path(out), columns={})
     for out in (given[1], options.save_blocs, options.figure, *lines):
-        if out is not None and os.path.lexists(out) and not options.overwrite:
-            raise FileExistsError(f"The file exists: {out}. Choose another name, or overwrite it with --overwrite.")
+        if out is not None:
+            check_new_file(out, overwrite=options.overwrite)
 
 
 def read_matrix(path: str) -> NDArray:

@@ -12,7 +12,14 @@ from typing import Any
 
 from dwiml_func.files.atomic import make_directory, remove_leftovers
 
-__all__ = ["drop_unwritable_output", "enduring_output", "folders_above", "new_folder", "open_standard_streams"]
+__all__ = [
+    "check_new_file",
+    "drop_unwritable_output",
+    "enduring_output",
+    "folders_above",
+    "new_folder",
+    "open_standard_streams",
+]
 
 _STREAMS = ("stdin", "stdout", "stderr")
 
@@ -36,6 +43,12 @@ def folders_above(path: str | Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         raise
+
+
+def check_new_file(path: str | Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError where there is a file, unless it may be replaced."""
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(f"The file exists: {path}. Choose another name, or overwrite it with --overwrite.")
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 from dwiml_func._checks import check_number
 from dwiml_func.cli._messages import is_quiet
+from dwiml_func.cli._output import check_new_file
 from dwiml_func.data.tractogram_writers import check_name
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.training_facts import TRAINED_ON
@@ -49,8 +50,7 @@ def check_options(options: Any) -> str:
         raise ValueError("subject: expected the name of a subject of the dataset. Received none. Give --subject.")
     out = options.paths[-1]
     check_name(Path(out), columns=seed_columns(options.save_seeds))
-    if Path(out).exists() and not options.overwrite:
-        raise FileExistsError(f"The file exists: {out}. Choose another name, or overwrite it with --overwrite.")
+    check_new_file(out, overwrite=options.overwrite)
     return out
 
 

@@ -72,7 +72,8 @@ def run(options: Options) -> int:
         lines, weights, grid = _weights(options, model, module)
         with atomic_directory(folder, replace=False) as out:
             for number, own in zip(options.ids, weights, strict=True):
-                save_figure(draw_matrices(own, title=f"Streamline {number} of {options.subject}"), out / _png(number))
+                figure = draw_matrices(own, title=f"Streamline {number} of {options.subject}")
+                save_figure(figure, out / f"matrices_{number}.png")
             for name in weights[0]:
                 _write_tractograms(out, name, lines, [own[name] for own in weights], grid, options.colormap)
     print(f"{options.out_dir}: {pluralize(len(lines), 'streamline')}, attentions {', '.join(weights[0])}")
@@ -140,7 +141,3 @@ def draw_matrices(weights: dict[str, Tensor], *, title: str) -> Figure:
     below = "point attended to (rows: the point that attends; weights / largest of the row)"
     figure.supxlabel(textwrap.fill(below, int(14 * figure.get_figwidth())), fontsize=9)  # about 14 letters an inch
     return figure
-
-
-def _png(number: int) -> str:
-    return f"matrices_{number}.png"

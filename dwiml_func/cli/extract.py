@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ import tyro
 from numpy.typing import NDArray
 
 from dwiml_func.cli._connectivity import write_nifti
-from dwiml_func.cli._output import folders_above
+from dwiml_func.cli._output import check_new_file, folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.data.hdf5.grid import read_grid
 from dwiml_func.data.hdf5.layout import read_volume, subject_group
@@ -49,8 +48,7 @@ class Options(CommandOptions):
 
 def run(options: Options) -> int:
     """Write the file."""
-    if os.path.lexists(options.out) and not options.overwrite:
-        raise FileExistsError(f"The file exists: {options.out}. Choose another name, or overwrite it with --overwrite.")
+    check_new_file(options.out, overwrite=options.overwrite)
     path, name = Path(options.hdf5_file), options.group
     with open_hdf5(path) as file:
         if options.subject not in file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import tyro
 
 from dwiml_func._checks import check_number
 from dwiml_func.checkpoint.retention import kept_checkpoints
-from dwiml_func.cli._output import folders_above
+from dwiml_func.cli._output import check_new_file, folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.cli.verify import format_audit
 from dwiml_func.experiment.audit.audit import audit_experiment
@@ -49,8 +48,7 @@ def run(options: Options) -> int:
         raise ValueError(f"Expected a name that ends in .html. Received: {str(out)!r}.")
     if options.sample is not None:
         check_number("sample", options.sample, at_least=1)
-    if os.path.lexists(out) and not options.overwrite:
-        raise FileExistsError(f"The file exists: {out}. Choose another name, or overwrite it with --overwrite.")
+    check_new_file(out, overwrite=options.overwrite)
     with kept_checkpoints(directory):  # of a run that is being trained
         audit = None if options.sample is None else audit_experiment(directory, sample=options.sample)
         lines = None if audit is None else format_audit(audit, directory.resolve().name).splitlines()

@@ -19,7 +19,6 @@ from dwiml_func.experiment.audit.audit import Audit, audit_experiment
 from dwiml_func.experiment.audit.ensemble import audit_ensemble
 from dwiml_func.experiment.audit.verify import Verification, verify_epoch
 from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
-from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.writers.progress import Progress
 
 __all__ = ["Options", "format_audit", "format_verification", "run"]
@@ -89,7 +88,8 @@ def _audit(directory: Path, options: Options) -> int:
             check_number(name, value, at_least=1)
     folders = member_folders(directory) if is_ensemble(directory) else [directory]
     training = read_config(folders[0]).training
-    number = options.jobs or _num_free(training)
+    num_free = 1 if training.use_gpu else max((os.cpu_count() or 1) // training.num_threads, 1)
+    number = options.jobs or num_free  # as many processes as have CPUs for their threads
     how: dict[str, Any] = {"sample": options.sample, "num_processes": number, "hdf5_file": options.hdf5_file}
     with ExitStack() as stack:
         for folder in folders:  # of runs that are being trained
@@ -100,11 +100,6 @@ def _audit(directory: Path, options: Options) -> int:
             audit = audit_experiment(directory, **how, track=Progress(max_epochs=training.max_epochs).track)
     print(format_audit(audit, options.experiment_dir))
     return 1 if audit.problems or not audit.replayed else 0
-
-
-def _num_free(training: TrainingConfig) -> int:
-    """How many processes have CPUs for their threads."""
-    return 1 if training.use_gpu else max((os.cpu_count() or 1) // training.num_threads, 1)
 
 
 def format_audit(audit: Audit, directory: str) -> str:

@@ -22,6 +22,7 @@ from dwiml_func.data.neighborhood import check_cubic_voxels
 from dwiml_func.data.padding import padded_lengths, with_fixed_shape, with_padded_length
 from dwiml_func.data.prefetch import MovedAhead, Prefetched, SizedBatches
 from dwiml_func.data.resampling import Resampling, steps_for
+from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.shards import cut_batch
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.files.fingerprint import size_and_time
@@ -35,6 +36,7 @@ __all__ = [
     "make_batches",
     "open_data",
     "sampled_batch",
+    "whole_batches",
     "with_padded_lengths",
 ]
 
@@ -161,6 +163,14 @@ def sampled_batch(dataset: StreamlineDataset, config: RunConfig) -> StreamlineBa
     total = dataset.index.num_total
     ids = np.linspace(0, total - 1, min(total, _MOST_SAMPLED)).astype(np.int64)
     return load_batch(BatchRequest(ids, None, 0, 0), dataset=dataset, spec=loader_spec(config))
+
+
+def whole_batches(dataset: StreamlineDataset, config: RunConfig, *, batch_size: int) -> SizedBatches[StreamlineBatch]:
+    """All streamlines of a dataset, read and resampled as for a training, not augmented; ValueError if it has none."""
+    if dataset.index.num_total == 0:
+        raise ValueError(f"{dataset.path} has no streamlines of {dataset.subset} subjects to evaluate on.")
+    sampler = SamplerSpec(batch_size=batch_size, max_batches=None)
+    return Prefetched(epoch_batches(dataset, sampler, loader_spec(config), key=Key(0), epoch=0))
 
 
 def loader_spec(config: RunConfig) -> LoaderSpec:

@@ -65,13 +65,9 @@ def model_card(directory: str | Path) -> str:
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> str:
-    flat = {name: pair[0] for name, pair in differing(rows, {}).items()}
-    lines = [f"| {name} | {_cell(value)} |" for name, value in flat.items()]
+    flat = {name: text.strip('"').replace("|", "\\|") for name, (text, _) in differing(rows, {}).items()}
+    lines = [f"| {name} | {cell} |" for name, cell in flat.items()]
     return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines])
-
-
-def _cell(text: str) -> str:
-    return text.strip('"').replace("|", "\\|")
 
 
 def _tracking_table(found: RecordedTracking) -> str:

@@ -52,8 +52,7 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         if self.check_every is not None:
             check_number("check_every", self.check_every, at_least=1)
-        if self.keep != "all":
-            check_keep(self.keep)
+        check_keep(self.keep)
         _ = self.save_interval
 
     @property

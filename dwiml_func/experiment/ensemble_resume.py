@@ -61,7 +61,8 @@ def resume_ensemble(
         states = [checkpoint.state for checkpoint in checkpoints]
         histories = [checkpoint.history for checkpoint in checkpoints]
         active = [
-            ended.get(number) != checkpoint.name and not _has_stopped(checkpoint.state, config)
+            # patience may have ended a member, and a kill may have come before that was written
+            ended.get(number) != checkpoint.name and not should_stop(checkpoint.state.best, config.training.patience)
             for number, (checkpoint, config) in enumerate(zip(checkpoints, old_configs, strict=True))
         ]
     ensemble = stack_states(states, active=active)
@@ -121,8 +122,3 @@ def _newest_of_all(
             f"Resume each by itself: dwiml-func resume {folders[0].parent} 0. {' '.join(problems.values())}".strip()
         )
     return None, []
-
-
-def _has_stopped(state: TrainState, config: RunConfig) -> bool:
-    """Whether patience had ended a member; a kill may have come before that was written."""
-    return should_stop(state.best, config.training.patience)

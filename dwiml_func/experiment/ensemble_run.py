@@ -113,8 +113,7 @@ def run_ensemble(
                 save_best_model(folder, state, parts)
             if new[number]:
                 writers[number](*new[number])
-            keep = parts.config.checkpoints.keep
-            remove_old(folder, state, None if keep == "all" else keep)
+            remove_old(folder, state, parts.config.checkpoints.keep)
         write_ended(directory, len(members), ended_members(states, active))
 
     with ExitStack() as stack:

@@ -23,11 +23,8 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
-from dwiml_func.data.loader import epoch_batches
-from dwiml_func.data.prefetch import Prefetched
-from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.data.streamlines import directions
-from dwiml_func.experiment.batches import check_usable, loader_spec
+from dwiml_func.experiment.batches import check_usable, whole_batches
 from dwiml_func.experiment.model_store import LoadedModel, load_model
 from dwiml_func.experiment.reconstruction import EVALUATION_FILE, Reconstruction, read_reconstruction
 from dwiml_func.experiment.setup import RunParts
@@ -141,16 +138,13 @@ def evaluate_model(model: LoadedModel, dataset: StreamlineDataset, *, batch_size
     streamlines or the model cannot use it.
     """
     module = model.tracker
-    if dataset.index.num_total == 0:
-        raise ValueError(f"{dataset.path} has no streamlines of {dataset.subset} subjects to evaluate on.")
+    batches = whole_batches(dataset, model.config, batch_size=batch_size)
     if dataset.num_features != module.nb_features:
         raise ValueError(
             f"{dataset.path}: expected input volumes with {module.nb_features} features, as the model's, "
             f"received {dataset.num_features}. Evaluate on the volumes it was trained on (see --input-group-name)."
         )
     check_usable(dataset, model.config)
-    sampler = SamplerSpec(batch_size=batch_size, max_batches=None)
-    batches = Prefetched(epoch_batches(dataset, sampler, loader_spec(model.config), key=Key(0), epoch=0))
     sums: Metrics = {}
 
     def predict(batch: StreamlineBatch) -> Tensor:

@@ -15,11 +15,8 @@ from torch import Tensor
 from dwiml_func.core.rng import Key
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
-from dwiml_func.data.loader import epoch_batches
 from dwiml_func.data.neighborhood import direction_units
-from dwiml_func.data.prefetch import Prefetched
-from dwiml_func.data.sampler import SamplerSpec
-from dwiml_func.experiment.batches import loader_spec, sampled_batch
+from dwiml_func.experiment.batches import sampled_batch, whole_batches
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.files.json import read_record
@@ -76,11 +73,8 @@ def reconstruction_of_subset(
     model: LoadedModel, dataset: StreamlineDataset, *, batch_size: int = 100
 ) -> Reconstruction:
     """Reconstruct all streamlines of a dataset; ValueError if it has none."""
-    if dataset.index.num_total == 0:
-        raise ValueError(f"{dataset.path} has no streamlines of {dataset.subset} subjects to evaluate on.")
+    batches = whole_batches(dataset, model.config, batch_size=batch_size)
     assert isinstance(model.module, Autoencoder)
-    sampler = SamplerSpec(batch_size=batch_size, max_batches=None)
-    batches = Prefetched(epoch_batches(dataset, sampler, loader_spec(model.config), key=Key(0), epoch=0))
     return _evaluate(model.module, batches, dataset, {})
 
 

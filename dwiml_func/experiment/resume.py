@@ -206,9 +206,9 @@ def with_new_options(
 def repair_experiment(directory: Path, parts: RunParts, state: TrainState, history: Sequence[EpochReport]) -> None:
     """Remove what a crash left behind, and bring best model and logs up to date with the checkpoint."""
     if not names_after(list_checkpoints(directory), state):  # else some are corrupt, or wait for an ensemble's members
-        checkpoints, origin = parts.config.checkpoints, parts.config.origin
+        origin = parts.config.origin
         keep_always = () if origin is None else (origin.checkpoint,)
-        remove_old(directory, state, None if checkpoints.keep == "all" else checkpoints.keep, keep_always)
+        remove_old(directory, state, parts.config.checkpoints.keep, keep_always)
     for folder in ("", CHECKPOINTS, "logs", "logs/comet", "logs/tensorboard", "plots"):
         remove_leftovers(directory / folder)
     if history:

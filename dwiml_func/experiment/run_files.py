@@ -50,7 +50,7 @@ class RunFiles:
             directory,
             config=parts.config.to_dict(),
             data=self.data,
-            keep=None if checkpoints.keep == "all" else checkpoints.keep,
+            keep=checkpoints.keep,
             keep_always=() if origin is None else (origin.checkpoint,),  # a fork cannot make it again
         )
 

@@ -97,7 +97,7 @@ def fan_out(*writers: Writer) -> StepWriter:
         each(lambda writer: writer(*reports))
 
     def write_scalars(step: int, values: Mapping[str, Number]) -> None:
-        each(lambda writer: getattr(writer, "write_scalars", _nothing)(step, values))
+        each(lambda writer: getattr(writer, "write_scalars", lambda *_: None)(step, values))
 
     return WithScalars(write, write_scalars)
 
@@ -127,10 +127,6 @@ def from_history(rewrite: Callable[[Sequence[EpochReport]], None]) -> Writer:
 def whole_epochs(reports: Sequence[EpochReport]) -> tuple[EpochReport, ...]:
     """The reports without those of validations within an epoch, unless the run has ended there."""
     return tuple(report for report in reports if not report.batch or report.stop is not None)
-
-
-def _nothing(*_: object) -> None:
-    pass
 
 
 def _reason(error: Exception) -> str:

@@ -89,9 +89,10 @@ def audit_experiment(
         )
     latest, reports = recorded_run(directory)
     replayed_config = with_new_options(config, hdf5_file=hdf5_file)
-    first = 1 if config.origin is None else int(config.origin.checkpoint.partition("-")[0]) + 1
+    first, left_out = 1, []
+    if config.origin is not None and (first := int(config.origin.checkpoint.partition("-")[0]) + 1) > 1:
+        left_out = [f"epochs 1 to {first - 1}: trained before the fork. Audit {config.origin.experiment}."]
     recorded = tuple(epoch for epoch in sorted(reports) if epoch >= first)
-    left_out = [f"epochs 1 to {first - 1}: trained before the fork. Audit {_origin(config)}."] if first > 1 else []
     if not recorded:
         raise ValueError(f"{directory} has trained no epoch of its own yet. Expected at least one. {left_out[0]}")
 
@@ -230,7 +231,3 @@ class _Replay:
         for state, report in epochs:
             self._end = state
             yield state, report
-
-
-def _origin(config: RunConfig) -> str:
-    return "" if config.origin is None else config.origin.experiment

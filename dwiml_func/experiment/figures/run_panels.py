@@ -59,22 +59,25 @@ def _drawings_of(name: PanelName, runs: dict[int, PlottedRun]) -> Iterator[Panel
             for kind, text in zip(kinds, kind_names(kinds), strict=True):
                 of_kind = {number: run for number, run in runs.items() if run.loss_kind == kind}
                 title = "Loss" if len(kinds) == 1 else f"Loss of {text}"
-                yield PanelDrawing(name, of_kind, partial(_each, draw=partial(_losses, title=title)))
+                yield PanelDrawing(name, of_kind, _of_metric("loss", title, "loss (mean over points)"))
         case "angle":
             yield PanelDrawing(name, _having(runs, "angular_error"), _angular_errors)
-            yield PanelDrawing(name, _having(runs, RECONSTRUCTION_ERROR), partial(_each, draw=_reconstructions))
+            draw = _of_metric(RECONSTRUCTION_ERROR, "Reconstruction error", "mean distance (voxels)")
+            yield PanelDrawing(name, _having(runs, RECONSTRUCTION_ERROR), draw)
         case "lag":
-            yield PanelDrawing(name, _having(runs, WINDOW_LAG), partial(_each, draw=_lags))
+            draw = _of_metric(WINDOW_LAG, "Window lag", "distance after 20 mm alone (mm)")
+            yield PanelDrawing(name, _having(runs, WINDOW_LAG), draw)
         case "monitored":
             monitors = dict.fromkeys(run.history[-1].monitor for run in runs.values())
             for metric in [monitor for monitor in monitors if monitor not in _WITH_OWN_PANEL]:
-                yield PanelDrawing(name, _having(runs, metric), partial(_each, draw=partial(_monitored, metric=metric)))
+                yield PanelDrawing(name, _having(runs, metric), _of_metric(metric, "Monitored metric", metric))
         case "gradient":
             yield PanelDrawing(name, _having(runs, "grad_norm"), partial(_each, draw=_norms))
         case "rate":
             yield PanelDrawing(name, runs, partial(_each, draw=draw_rates))
         case "speed":
-            timed = {n: run for n, run in runs.items() if any(map(_is_timed, run.history))}
+            speeds = {n: [report.points_per_second for report in run.history] for n, run in runs.items()}
+            timed = {n: run for n, run in runs.items() if any(map(math.isfinite, speeds[n]))}
             yield PanelDrawing(name, timed, partial(_each, draw=_speeds))
         case "tracking":
             scored = {n: run for n, run in runs.items() if run.tracking.get("model")}
@@ -94,26 +97,14 @@ def _having(runs: dict[int, PlottedRun], metric: str) -> dict[int, PlottedRun]:
     return {number: run for number, run in runs.items() if known(run)}
 
 
-def _is_timed(report: EpochReport) -> bool:
-    return math.isfinite(report.points_per_second)
+def _of_metric(metric: str, title: str, unit: str) -> Callable[[Panel, dict[int, PlottedRun]], None]:
+    """Draws a metric of each run."""
 
+    def draw(panel: Panel, run: PlottedRun, number: int) -> None:
+        panel.name(title, unit)
+        _train_and_valid(panel, run, number, metric)
 
-def _losses(panel: Panel, run: PlottedRun, number: int, *, title: str = "Loss") -> None:
-    panel.name(title, "loss (mean over points)")
-    _train_and_valid(panel, run, number, "loss")
-    _ring(panel, run, number, "loss")
-
-
-def _lags(panel: Panel, run: PlottedRun, number: int) -> None:
-    panel.name("Window lag", "distance after 20 mm alone (mm)")
-    _train_and_valid(panel, run, number, WINDOW_LAG)
-    _ring(panel, run, number, WINDOW_LAG)
-
-
-def _monitored(panel: Panel, run: PlottedRun, number: int, *, metric: str) -> None:
-    panel.name("Monitored metric", metric)
-    _train_and_valid(panel, run, number, metric)
-    _ring(panel, run, number, metric)
+    return partial(_each, draw=draw)
 
 
 def _ring(panel: Panel, run: PlottedRun, number: int, metric: str) -> None:
@@ -137,19 +128,11 @@ def _within(report: EpochReport, batch: int) -> float:
     return report.epoch - 1 + batch / max(report.num_batches, batch, 1)
 
 
-def _reconstructions(panel: Panel, run: PlottedRun, number: int) -> None:
-    """Of an autoencoder the distance between points and their reconstructions."""
-    panel.name("Reconstruction error", "mean distance (voxels)")
-    _train_and_valid(panel, run, number, RECONSTRUCTION_ERROR)
-    _ring(panel, run, number, RECONSTRUCTION_ERROR)
-
-
 def _angular_errors(panel: Panel, runs: dict[int, PlottedRun]) -> None:
     """Angular errors of the epochs, and of the best model at the points where the baselines give a direction too."""
     panel.name("Angular error", "mean angle (degrees)")
     for number, run in runs.items():
         _train_and_valid(panel, run, number, "angular_error")
-        _ring(panel, run, number, "angular_error")
         best, value = _place_of_best(run), run.evaluation.model if run.evaluation else math.nan
         if best is not None and math.isfinite(value):
             diamond = {"marker": "D", "markersize": 7, "linestyle": "none"}
@@ -197,6 +180,7 @@ def _speeds(panel: Panel, run: PlottedRun, number: int) -> None:
 
 
 def _train_and_valid(panel: Panel, run: PlottedRun, number: int, metric: str) -> None:
+    """The means of the epochs, of validations within them, and a ring at the best epoch."""
     panel.curve(run, _means(run, "train", metric), number, "training", colour=_BLUE, **_TRAINING)
     panel.curve(run, _means(run, "valid", metric), number, "validation", colour=_ORANGE, **_VALIDATION)
     inner = [
@@ -208,6 +192,7 @@ def _train_and_valid(panel: Panel, run: PlottedRun, number: int, metric: str) ->
         style = {"marker": ".", "markersize": 4, "linestyle": "none"}
         x, y = zip(*inner, strict=True)
         panel.draw(run, x, y, number, "validation within epochs", colour=_ORANGE, **style)
+    _ring(panel, run, number, metric)
 
 
 def _means(run: PlottedRun, part: str, metric: str) -> list[float]:
