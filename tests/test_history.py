@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from dwiml_func import EpochReport, init_state, save, sgd
 from dwiml_func.checkpoint import history as module
 from dwiml_func.checkpoint.checkpoint import read, write
-from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json
-from dwiml_func.checkpoint.last_saved import last_saved
+from dwiml_func.checkpoint.history import fill_digests, history_from_json, history_to_json, last_saved
 from dwiml_func.core.early_stopping import Best
 
 FLOATS = st.floats() | st.sampled_from([0.1 + 0.2, 5e-324, -0.0, math.nan, math.inf])

@@ -24,20 +24,18 @@ from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
 from dwiml_func.experiment.folder import create_experiment, read_config
-from dwiml_func.experiment.page.lines import MOST_POINTS, viewer_data
 from dwiml_func.experiment.page.page import _epochs, run_page
 from dwiml_func.experiment.page.scores import score_sections
-from dwiml_func.experiment.page.viewer import viewer
-from dwiml_func.experiment.tracking.evaluation import (
-    ORACLE,
+from dwiml_func.experiment.page.viewer import MOST_POINTS, viewer, viewer_data
+from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation, _shown, write_tracking_evaluation
+from dwiml_func.experiment.tracking.recorded import (
+    Drift,
     ShownLines,
     TrackedLines,
-    TrackingEvaluation,
-    _shown,
-    write_tracking_evaluation,
+    read_tracked_lines,
+    tracked_lines_path,
+    write_tracked_lines,
 )
-from dwiml_func.experiment.tracking.recorded import Drift
-from dwiml_func.experiment.tracking.tracked_lines import read_tracked_lines, tracked_lines_path, write_tracked_lines
 from dwiml_func.tracking.protocols import ProtocolScores
 
 HOSTILE = "</script><img src=x>&\"'$^{"

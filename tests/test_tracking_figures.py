@@ -21,8 +21,8 @@ from dwiml_func.experiment.figures.panels import COLOURS
 from dwiml_func.experiment.figures.streamline_views import VIEWS, bundle_colours
 from dwiml_func.experiment.figures.tracking import NOT_VALID, draw_drift, draw_drifts, draw_tracked
 from dwiml_func.experiment.finish import is_whole
-from dwiml_func.experiment.tracking.evaluation import ORACLE, ShownLines, TrackedLines, TrackingEvaluation
-from dwiml_func.experiment.tracking.recorded import Drift, read_drift
+from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
+from dwiml_func.experiment.tracking.recorded import Drift, ShownLines, TrackedLines, read_drift
 from dwiml_func.tracking.protocols import DRIFT_MM, LAG_MM, ProtocolScores
 
 BLUE, ORANGE = COLOURS[:2]

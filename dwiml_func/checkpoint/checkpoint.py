@@ -27,7 +27,7 @@ from dwiml_func.checkpoint.digest import (
     state_leaves,
     state_numbers,
 )
-from dwiml_func.checkpoint.history import fill_digests, history_from_json, serialize_history
+from dwiml_func.checkpoint.history import fill_digests, history_from_json, last_saved, remember_saved, serialize_history
 from dwiml_func.checkpoint.index import (
     checkpoint_folder,
     checkpoint_name,
@@ -36,7 +36,6 @@ from dwiml_func.checkpoint.index import (
     names_after,
     position_name,
 )
-from dwiml_func.checkpoint.last_saved import last_saved, remember_saved
 from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.checkpoint.retention import check_keep, remove_old
 from dwiml_func.core.non_finite import check_finite

@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.manifest import Serialized, report_text
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport, Validation
 from dwiml_func.files.json import to_json_data
 
-__all__ = ["fill_digests", "history_from_json", "history_to_json", "one_an_epoch", "serialize_history"]
+__all__ = [
+    "fill_digests",
+    "history_from_json",
+    "history_to_json",
+    "last_saved",
+    "one_an_epoch",
+    "remember_saved",
+    "serialize_history",
+]
 
 T = TypeVar("T")
 
@@ -134,3 +144,29 @@ def one_an_epoch(history: Sequence[EpochReport]) -> tuple[EpochReport, ...]:
 def _text(report: EpochReport) -> str:
     """All but the digest; as text, since NaN is not equal to itself."""
     return json.dumps(history_to_json([replace(report, digest=None)]))
+
+
+_saved: dict[Path, tuple[tuple[int, ...] | None, tuple[EpochReport, ...]]] = {}
+"""By path of a checkpoint folder: the stamp of the checkpoint that was saved last there, and its history."""
+
+
+def remember_saved(path: Path, history: tuple[EpochReport, ...]) -> None:
+    """Remember the history of the checkpoint at `path`, which has just been written."""
+    _saved[path.parent.absolute()] = _stamp(path), history
+
+
+def last_saved(directory: str | Path) -> tuple[EpochReport, ...] | None:
+    """The history of the newest checkpoint; None where another process, or nobody, has written it."""
+    folder = (Path(directory) / "checkpoint").absolute()
+    stamp, history = _saved.get(folder, (None, ()))
+    newest = list_checkpoints(directory)[-1:]
+    return history if stamp is not None and newest and _stamp(folder / newest[0]) == stamp else None
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What no other checkpoint has."""
+    try:
+        status = (path / "manifest.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -29,12 +29,11 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import write_ended
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.optimizers import configured_optimizer
-from dwiml_func.experiment.run import set_num_threads
+from dwiml_func.experiment.run import set_num_threads, train_and_save
 from dwiml_func.experiment.run_files import HASH_PATIENCE, data_in_background
 from dwiml_func.experiment.setup import RunParts, check_monitored, make_parts
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.experiment.tracking.lag_validation import with_window_lag
-from dwiml_func.experiment.train_and_save import train_and_save
 from dwiml_func.files.lock import same_folder
 from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import step_scalars

@@ -17,7 +17,7 @@ from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.reconstruction import Reconstruction, evaluate_reconstruction
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.tracking.evaluation import TrackingEvaluation, evaluate_tracking, write_tracking_evaluation
-from dwiml_func.experiment.tracking.tracked_lines import tracked_lines_path
+from dwiml_func.experiment.tracking.recorded import tracked_lines_path
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 
 __all__ = ["Finished", "finish_run", "is_whole"]

@@ -1,32 +1,43 @@
-"""Training an experiment: `run_experiment` trains one run in its directory, with checkpoints, best model and logs."""
+"""Training an experiment: `run_experiment` trains one run in its directory, with checkpoints, best model and logs.
+
+`train_and_save` is the loop for runs and ensembles: it saves when that is due, and before an error or a signal ends it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dwiml_func.checkpoint.digest import state_digest
+from dwiml_func.checkpoint.index import checkpoint_name
+from dwiml_func.core.interval import Interval
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loop_options import Track
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
+from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.core.state import TrainState
+from dwiml_func.distributed.process_group import ProcessLostError
 from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.run_files import run_files
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
-from dwiml_func.experiment.train_and_save import train_and_save
 from dwiml_func.types import Metrics
 from dwiml_func.writers.steps import log_steps
 from dwiml_func.writers.writer import StepWriter, Writer, fan_out
 
-__all__ = ["run_experiment", "set_num_threads"]
+__all__ = ["run_experiment", "set_num_threads", "train_and_save"]
+
+Report = TypeVar("Report")
 
 
 def run_experiment(
@@ -119,3 +130,83 @@ def _check_same_start(parts: RunParts, state: TrainState) -> None:
             f"Processes {', '.join(map(str, different))} do not start from the config and state of process 0. "
             "Expected the same command line, versions and checkpoints in all of them."
         )
+
+
+def train_and_save(
+    loop: Callable[..., Iterator[tuple[Any, Report]]],
+    state: Any,
+    *,
+    save: Callable[[Any, tuple[Report, ...]], None],
+    must_save: Callable[[Report], bool],
+    interval: Interval,
+    on_batch: Sequence[Callable[[Any, Metrics], object]] = (),
+    on_report: Callable[[Any, Report], object] | None = None,
+    stop: StopRequest,
+    directory: Path,
+) -> Iterator[Report]:
+    """Run a training loop from `state` and yield its reports; save when the interval, a report or a stop request asks.
+
+    `loop(state, on_batch=..., interrupt=...)` is `train_and_validate` or `train_and_validate_ensemble`. `save(state,
+    reports)` gets the reports since the last save. After a stop request the last state is saved, also when another
+    error ends the loop, and `TrainingStopped` is raised. Any other error but that of a step that was not finite, such
+    as one in the validation, costs no batch that was trained either.
+    """
+    saves = _Saves(save, newest=checkpoint_name(state) if state.epoch or state.batch else None)
+
+    def after_batch(state: Any, metrics: Metrics) -> None:
+        saves.unsaved = state
+        for call in on_batch:
+            call(state, metrics)
+        if interval.due_within_epoch(batch=state.batch, seconds=time.monotonic() - saves.saved_at):
+            saves.save(state)
+
+    try:
+        for done, report in loop(state, on_batch=after_batch, interrupt=stop.agreed):
+            saves.unsaved, saves.reports = done, (*saves.reports, report)
+            if on_report is not None:  # before a save: a resume does not repeat it
+                on_report(done, report)
+            if interval.due_after_epoch(done.epoch) or must_save(report):
+                saves.save(done)
+            yield report
+    except ProcessLostError:
+        raise  # the signal may be torchrun's, which stops the others when one process has ended
+    except Exception as error:
+        if stop.signal is None:
+            if not isinstance(error, NonFiniteError):
+                saves.save_despite(error)
+            raise
+        failure = None if isinstance(error, Interrupted) else error
+        try:
+            saves.save_rest()
+        except NonFiniteError as not_finite:  # the checkpoint before is the last one to resume from
+            failure = not_finite
+        raise TrainingStopped(stop.signal, directory, saves.newest, error=failure) from failure
+
+
+@dataclass(slots=True)
+class _Saves:
+    """What is saved and what is not: the newest checkpoint's name, the last state, the reports since the last save."""
+
+    function: Callable[[Any, tuple[Any, ...]], None]
+    newest: str | None
+    unsaved: Any = None
+    reports: tuple[Any, ...] = ()
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def save(self, state: Any) -> None:
+        """Save a state, which is the last one."""
+        self.function(state, self.reports)
+        self.newest, self.unsaved, self.reports, self.saved_at = checkpoint_name(state), None, (), time.monotonic()
+
+    def save_rest(self) -> None:
+        """Save the last state, if it is not saved."""
+        if self.unsaved is not None:
+            self.save(self.unsaved)
+
+    def save_despite(self, error: Exception) -> None:
+        """Save the last state after an error; where that fails, the error says so."""
+        try:
+            self.save_rest()
+        except Exception as failure:  # a step that failed may have reused the state's memory
+            if type(failure) is not type(error):  # else it was a save that failed, and the disk fails again
+                error.add_note(f"The state before the error could not be saved: {failure}")

@@ -20,15 +20,18 @@ from dwiml_func.experiment.figures.streamline_views import (
     view_rows,
 )
 from dwiml_func.experiment.folder import is_run, read_config
-from dwiml_func.experiment.tracking.evaluation import ORACLE, ShownLines, TrackedLines, TrackingEvaluation
+from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.experiment.tracking.recorded import (
     Drift,
+    ShownLines,
+    TrackedLines,
     has_tracking_evaluation,
     read_drift,
     read_scores,
+    read_tracked_lines,
     read_tracking,
+    write_tracked_lines,
 )
-from dwiml_func.experiment.tracking.tracked_lines import read_tracked_lines, write_tracked_lines
 from dwiml_func.tracking.protocols import ProtocolScores
 
 if TYPE_CHECKING:

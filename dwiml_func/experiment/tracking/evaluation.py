@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.tracking.case import ORACLE, tracking_case
-from dwiml_func.experiment.tracking.recorded import TRACKING_FILE, Drift
+from dwiml_func.experiment.tracking.recorded import TRACKING_FILE, Drift, ShownLines, TrackedLines
 from dwiml_func.files.json import write_record
 from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.tracking.protocols import DRIFT_MM, Protocol, ProtocolScores
@@ -26,31 +26,12 @@ from dwiml_func.tracking.spec import TrackingSpec
 
 __all__ = [
     "ORACLE",
-    "ShownLines",
-    "TrackedLines",
     "TrackingEvaluation",
     "evaluate_tracking",
     "write_tracking_evaluation",
 ]
 
 _MOST_SHOWN = 300  # streamlines of a protocol that are kept for pictures
-
-
-class ShownLines(NamedTuple):
-    """Some of a set of streamlines, evenly spaced in their order: RAS mm, rows of bundles (S,), and which are valid
-    (S,)."""
-
-    lines: Streamlines
-    bundle: NDArray[np.int64]
-    valid: NDArray[np.bool_]
-
-
-class TrackedLines(NamedTuple):
-    """What a model tracked, beside the real streamlines, all of which are valid; `names` are those of the bundles."""
-
-    names: tuple[str, ...]
-    real: ShownLines
-    tracked: dict[Protocol, ShownLines]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
