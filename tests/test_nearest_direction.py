@@ -44,6 +44,14 @@ def test_from_a_seed_on_a_circle_it_goes_round_both_ways(sizes: Any, mode: Any) 
     np.testing.assert_allclose(np.linalg.norm(points, axis=1), np.sqrt(400 + 0.25 * num_steps), atol=0.03)
 
 
+def test_the_nearest_segment_is_that_whose_middle_is_nearest_in_mm() -> None:
+    sizes = (1.0, 0.5, 2.0)
+    model = NearestDirection(Streamlines.from_list([[[0, 0, 0], [4, 0, 0], [4, 8, 0]]]), sizes)
+    where = torch.tensor([[2.2, 0.2, 0.0], [3.9, 0.6, 0.0], [2.0, 3.0, 1.0]])  # voxels: middles at 2, 0 and 4, 2 mm
+    found, _ = model.run_step(where, torch.tensor([[0.0, 0, 0], [0, 1, 0], [-1, 0.0, 0.0]]))
+    assert found.tolist() == [[4, 0, 0], [0, 4, 0], [-4, 0, 0]]  # mm, on the side of the previous direction
+
+
 def test_a_volume_of_positions_is_read_as_the_point_itself() -> None:
     space = TrackingSpace(
         volume=torch.zeros(5, 6, 7, 2),

@@ -15,7 +15,7 @@ from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.tracking.baselines import KeepStraight, PrincipalDirection
-from dwiml_func.tracking.protocols import ProtocolScores, _seeds_near, score_protocols, track_protocols
+from dwiml_func.tracking.protocols import ProtocolScores, _seeds_near, _split, score_protocols, track_protocols
 from dwiml_func.tracking.scores import reference_bundles
 from dwiml_func.tracking.space import TrackingMask, TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
@@ -126,6 +126,23 @@ def test_core_seeds_lie_within_half_a_voxel_of_points_and_in_the_volume() -> Non
     assert (away.amax(dim=0) > 0.45).all()
     assert space.contains(seeds).all()
     assert not torch.equal(_seeds_near(points, space, Key(2)), seeds)
+
+
+def test_what_is_given_is_6_mm_and_two_points_at_least() -> None:
+    lines = Streamlines.from_list(
+        [
+            [[x, 0, 0] for x in range(6)],  # steps of 2 mm: up to 6 mm
+            [[0, y, 0] for y in range(6)],  # of 2.5 mm: up to 5 mm
+            [[0, 0, 0], [0, 0, 20], [0, 0, 40]],  # of 30 mm
+            [[1, 1, 1]],
+        ]
+    )
+    given, ahead = _split(lines, torch.tensor(SIZES), 6.0)
+    assert given.lengths.tolist() == [4, 3, 2, 1]
+    assert ahead.lengths.tolist() == [3, 4, 2, 1]  # from the last given point on
+    for line, first, rest in zip(lines.to_list(), given.to_list(), ahead.to_list(), strict=True):
+        assert torch.equal(torch.cat([first, rest[1:]]), line)
+        assert torch.equal(first[-1], rest[0])
 
 
 def test_the_principal_direction_is_that_of_the_baseline_on_the_side_of_the_line() -> None:

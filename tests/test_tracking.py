@@ -393,5 +393,7 @@ def test_lines_are_as_long_as_the_model_reads_and_no_longer():
 def test_one_process_keeps_the_numbers_of_the_seeds():
     options = {"model": ALONG_X, "space": positions(10, 9, 9), "spec": TrackingSpec(step_size=1.0, min_length=0.0)}
     seeds = torch.tensor([[1.5, 2, 2], [2.5, 2, 2]])
-    (tracked,) = track_in_processes(seeds, key=Key(5), numbers=torch.tensor([7, 9]), num_processes=1, **options)
-    assert tracked.seeds.tolist() == [7, 9]
+    for num_processes in (1, 4):  # nor do others start for few seeds: they could not have this model, of a lambda
+        where = {"key": Key(5), "numbers": torch.tensor([7, 9]), "num_processes": num_processes}
+        (tracked,) = track_in_processes(seeds, **where, **options)
+        assert tracked.seeds.tolist() == [7, 9]
