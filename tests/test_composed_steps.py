@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.epoch import end_epoch, epoch_fn
@@ -138,6 +138,21 @@ def test_a_deferred_check_and_donation_change_no_bit(name, donate):
         assert torch.equal(actual.params[one], expected.params[one])
     for state in (actual, expected, run(COMPOSED[name], donate=donate)):
         check_can_donate(state)
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_donated_update_takes_no_memory_but_for_a_restart_and_for_a_first_micro_batch(name):
+    def places(*trees: Any) -> dict[str, int]:
+        return {keystr(path): leaf.data_ptr() for path, leaf in tree_flatten_with_path(trees)[0] if leaf.dim()}
+
+    optimizer, params = COMPOSED[name], {"a.weight": torch.ones(3, 3), "a.bias": torch.ones(3)}
+    opt_state, moved = optimizer.init(params), set()
+    for step in range(6):
+        old, grads = places(params, opt_state), {name: torch.full_like(p, 0.1) for name, p in params.items()}
+        params, opt_state = optimizer.update(grads, opt_state, params, lr=0.1, step=step, donate=True)
+        new = places(params, opt_state)
+        moved |= {(step, "mean" if "mean" in leaf else leaf[:3]) for leaf in old if new[leaf] != old[leaf]}
+    assert moved == {"lookahead": {(3, "[0]")}, "chain": {(step, "mean") for step in (0, 2, 4)}}.get(name, set())
 
 
 def test_micro_batches_of_unequal_size_make_the_step_of_the_whole_batch():

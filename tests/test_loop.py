@@ -348,6 +348,19 @@ def test_a_validation_within_an_epoch_does_not_count_as_training_time():
     minutes = [(report.batch, report.train_minutes, report.valid_minutes) for report in reports]
     assert minutes == [(2, 2.0, 1.5), (0, 4.0, 3.0)]
 
+    now, calls = 0.0, iter(range(9))
+
+    def fails_later(*args: Any, **options: Any) -> Any:
+        if next(calls) == 3:
+            raise MemoryError
+        return EVALUATE(*args, **options)
+
+    options |= {"eval_step": takes(30, fails_later), "step": takes(60, STEP)}
+    epochs = loop(first_state(), max_epochs=1, clock=lambda: now, keep_unvalidated=True, **options)
+    next(epochs)
+    _, unvalidated = next(epochs)
+    assert (unvalidated.train_minutes, unvalidated.valid_minutes, unvalidated.valid) == (4.0, 1.5, {})
+
 
 def test_the_speed_of_an_epoch_counts_the_points_since_the_resume():
     states: list[TrainState] = []

@@ -12,9 +12,9 @@ from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.metrics import Sum
-from dwiml_func.core.non_finite import NON_FINITE, NonFiniteError
+from dwiml_func.core.non_finite import NON_FINITE, NonFiniteError, skip_metrics
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
-from dwiml_func.core.state import TrainState, init_state
+from dwiml_func.core.state import TrainState, check_can_donate, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
 
@@ -294,7 +294,9 @@ def test_a_state_whose_tensors_overlap_is_not_donated(run, overlap):
     compiled = jit_step(**options, donate=True)
     for donating in (partial(step, donate=True), partial(compiled, lr=0.1)):
         if overlap == "none":
-            donating(copy.deepcopy(state), batch)  # equal addresses on other devices, and none on meta, are no overlap
+            donating(copy.deepcopy(state), batch)
+            check_can_donate(init_state(noisy_mlp().to("meta"), adam(), seed=0))  # no addresses
+            check_can_donate(state.replace(params={name: torch.ones(3, 0) for name in "ab"}, opt_state={}))  # the same
             break
         with pytest.raises(ValueError, match=r"memory of their own.*Received: \['\S+'\] and \['\S+'\] overlap\."):
             donating(state, batch)
@@ -464,6 +466,26 @@ def test_many_ids_are_shortened_and_none_are_needed(ids, text):
     batch = Batch(BAD.x, BAD.y, ids=ids)
     with pytest.raises(NonFiniteError, match=text):
         train_step(small_state(), batch, loss_fn=bad_loss("loss nan"), optimizer=adam(), lr=0.1)
+
+
+@pytest.mark.parametrize(("weight", "text"), [(3, "The step was not taken"), (0, "The batch has no points")])
+def test_a_batch_without_points_is_said_to_have_none(weight, text):
+    def loss_fn(params, buffers, batch, *, key, train):
+        return LossOut(params["weight"].sum() * torch.nan, weight, buffers, {})
+
+    with pytest.raises(NonFiniteError, match=rf"\(step 1\)\. {text}\. Check these inputs"):
+        train_step(small_state(), None, loss_fn=loss_fn, optimizer=adam(), lr=0.1)
+
+
+def test_the_sums_of_a_skipped_batch_are_zero_and_float64_where_they_cannot_be_read():
+    for is_bad in (True, False):
+        loss = Sum(torch.tensor(torch.nan if is_bad else 6.0), torch.tensor(2.0))
+        sums = skip_metrics(torch.tensor(is_bad), {"loss": loss})
+        assert {name: tuple(map(float, own)) for name, own in sums.items()} == {
+            "loss": (0.0, 0.0) if is_bad else (6.0, 2.0),
+            "skipped": (float(is_bad), 1.0),
+        }
+        assert {part.dtype for part in sums["skipped"] if isinstance(part, Tensor)} == {torch.float64}
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "unclipped_grad_norm"])
