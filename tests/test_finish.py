@@ -39,6 +39,7 @@ def test_what_a_kill_after_the_last_checkpoint_left_out_is_made_by_a_resume(cli,
     done = cli("resume", run.parent, "run")
     assert (done.code, done.err) == (0, "")
     assert "Nothing is left to train." in done.out
+    assert "Resuming from" not in done.out
     after = contents(run)
     assert after.keys() == before.keys()
     assert after[EVALUATION] == before[EVALUATION]

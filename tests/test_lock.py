@@ -314,3 +314,40 @@ def test_folders_are_kept_for_readers_and_only_while_they_read(tmp_path):
     with same_folder(tmp_path):
         pass
     assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_commands_that_train_lock_what_they_write_and_wait_for_the_folder_of_all(cli, tmp_path, monkeypatch):
+    from dwiml_func.cli import _ensemble, _sweep, _training, evaluate, fork
+    from dwiml_func.cli import train as train_command
+
+    locked: list[tuple[str, bool]] = []
+
+    def spy(directory: str | Path, *, wait: bool = False) -> Any:
+        locked.append((str(Path(directory).relative_to(tmp_path)), wait))
+        return experiment_lock(directory, wait=wait)
+
+    for module in (_ensemble, _sweep, _training, evaluate, fork, train_command):
+        monkeypatch.setattr(module, "experiment_lock", spy)
+    data = Path(__file__).parent / "data" / "phantom.hdf5"
+    shutil.copy(data, tmp_path / "example_data.hdf5")
+    tiny = ("--rnn-layer-sizes", 2, "--batch-size-training", 90, "--max-epochs", 1, "-q")
+
+    def locks(*arguments: object) -> list[tuple[str, bool]]:
+        locked.clear()
+        outcome = cli(*arguments)
+        assert outcome.code in (0, 142), outcome.err
+        return list(locked)
+
+    train = ("train", tmp_path, "run", data, *tiny)
+    assert locks(*train) == [(".", True), ("run", False)]
+    assert locks(*train) == locks("resume", tmp_path, "run", "--new-max-epochs", 2) == [("run", False)]
+    assert locks("fork", tmp_path / "run", "new", "--max-epochs", 3) == [(".", True), ("new", False)]
+    assert locks("evaluate", tmp_path / "run", "--write") == [("run", False)]
+    plain = ("--monitor", "loss", "--skip-window-lag", "--stop-after", "0s")
+    assert locks("train", tmp_path, "example", *tiny, *plain)[0] == (".", True)
+    locked_members = [("two", False), ("two/0", False), ("two/1", False)]
+    two = ("train", tmp_path, "two", data, *tiny, "--num-models", 2)
+    assert locks(*two, "--stop-after", "0s") == [(".", True), *locked_members]
+    assert locks(*two) == locked_members
+    swept = locks("train", tmp_path, "all", data, *tiny, "--sweep", "dg-dropout=0.1", "--stop-after", "0s")
+    assert swept == [(".", True), ("all", True), ("all/dg-dropout=0.1", False)]

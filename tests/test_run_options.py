@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +80,36 @@ def test_only_example_options_that_are_not_overridden_are_printed(given: list[st
         "--reverse-ratio 0.5"
     )
     assert kept_example_options(RunOptions()) == []
+
+
+@pytest.mark.parametrize("given", [["--rule", "*bias*: lr=0.5"], ["--rule=*bias*: lr=0.5"], ["--rng", "3"]])
+def test_rules_of_the_command_line_replace_those_of_a_config(given: list[str]) -> None:
+    base = RunOptions(training=TrainingConfig(rule=("*weight*: lr=0.25",)))
+    options = parse(RunOptions, given, "", default=RunOptions(**base.for_command_line(given)))
+    assert options.training.rule == (base.training.rule if given[0] == "--rng" else ("*bias*: lr=0.5",))
+
+
+def test_a_flag_of_the_example_options_is_printed_without_a_value() -> None:
+    example = example_options("sphere-classification")
+    options = replace(example, model=replace(example.model, dg_key="sphere-classification"))
+    assert kept_example_options(options) == [
+        *("--max-epochs", "30", "--monitor", "tracking_window_lag", "--learning-rate", "0.005*20 0.001"),
+        *("--weight-decay", "0", "--clip-grad", "1", "--nb-previous-dirs", "1", "--use-skip-connection"),
+        *("--batch-size-training", "10", "--step-size", "2", "--reverse-ratio", "0.5"),
+    ]
+
+
+def test_parameters_that_a_rule_freezes_are_not_counted(cli, folder: Path) -> None:
+    def num_parameters(*options: str) -> int:
+        found = re.search(r"6 features, (\d+) parameters$", cli(*train, *options).err.strip())
+        assert found is not None
+        return int(found[1])
+
+    train = ("train", folder, "new", PHANTOM, "--dry-run", "--rnn-layer-sizes", "2", "--rule")
+    lstm = 4 * 2 * (6 + 2 + 2)  # two biases
+    head = (2 + 1) * 1 + (1 + 1) * 3
+    assert num_parameters("none") == lstm + head
+    assert num_parameters("*weight_ih*: frozen") == lstm - 4 * 2 * 6 + head
 
 
 def test_classification_on_the_example_data_has_its_own_options_below_the_given_ones(cli, tmp_path: Path) -> None:

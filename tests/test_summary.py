@@ -127,3 +127,28 @@ def test_the_summary_says_better_worse_or_unknown():
     unknown = format_summary([report(stop="patience")], evaluation(principal_direction=None), subset="validation")
     assert unknown.strip().startswith("Stopped early after 1 epoch")
     assert "principal direction  unknown" in unknown
+
+
+def test_a_run_without_a_finite_metric_has_no_best_model_and_says_so(capsys, tmp_path):
+    from types import SimpleNamespace
+
+    from dwiml_func.cli._training import print_end
+    from dwiml_func.core.early_stopping import Best
+
+    parts: Any = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(monitor="overlap")))
+    print_end(tmp_path, parts, [report(best=Best())])
+    assert capsys.readouterr().out == "No epoch had a finite overlap, so there is no best model.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validations_within_epochs_are_no_epochs_of_the_summary(cli, tmp_path):
+    from pathlib import Path
+
+    data = Path(__file__).parent / "data" / "phantom.hdf5"
+    options = ("--validate-every", "1batches", "--batch-size-training", 40, "--rnn-layer-sizes", 2, "--max-epochs", 2)
+    text = cli("train", tmp_path, "run", data, *options).out
+    losses = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
+    best = int(losses[-1]["best_epoch"])
+    loss = losses[best - 1]["train_loss"]
+    assert len(losses) == 2
+    assert re.search(rf"^Best epoch {best}(, batch \d)?: training loss {loss:.4f}, ", text, re.MULTILINE)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from experiment_cases import PHANTOM, contents, latest_digest
 
+from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.cli import _sweep
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.sweep import is_ensemble_sweep, sweep_configs
+from dwiml_func.files.lock import experiment_lock
 
 OPTIONS = (
     *("--rnn-layer-sizes", "4", "--batch-size-training", "60", "--batch-size-validation", "60", "--max-epochs", "2"),
@@ -98,6 +104,49 @@ def test_one_that_breaks_off_does_not_end_the_others(tmp_path: Path, cli) -> Non
     assert done.code == 1
     assert "clip-grad=none ended with an error: " in done.out
     assert (tmp_path / "all" / "clip-grad=1e-22" / "evaluation.json").is_file()
+
+
+def test_one_that_another_process_trains_is_passed_over(copied: Path, cli) -> None:
+    running = copied / "all" / NAMES[1]
+    for gone in ("checkpoint/2", "plots", "best_model"):
+        shutil.rmtree(running / gone)
+    with experiment_lock(running):
+        done = cli("train", copied, "all", PHANTOM, *OPTIONS[:-1], "--rnn-layer-sizes", "4", "3", *SWEEP)
+    assert done.code == 0, done.err
+    assert f"[2/3] {NAMES[1]}: running in another process\n" in done.out
+    assert f"[3/3] {NAMES[2]}: has ended\n" in done.out
+    assert list_checkpoints(running) == ["1"]
+
+
+def test_one_has_ended_where_it_has_all_epochs_or_no_patience_is_left_and_all_its_files(copied: Path, monkeypatch):
+    folder = copied / "all" / NAMES[0]  # whose best epoch is the first of two
+
+    def has_ended(**options: int) -> bool:
+        config = read_config(folder)
+        return _sweep._has_ended(folder, replace(config, training=replace(config.training, **options)))
+
+    record = newest(folder)
+    assert record is not None
+    assert record.history[-1].best.num_bad_epochs == 1
+    assert has_ended()
+    assert not has_ended(max_epochs=3)
+    assert has_ended(max_epochs=3, patience=1)
+    assert not has_ended(max_epochs=3, patience=2)
+    within = (*record.history[:-1], replace(record.history[-1], batch=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(_sweep, "newest", lambda _: replace(record, history=within))
+        assert not has_ended()
+        patch.setattr(_sweep, "newest", lambda _: replace(record, history=()))
+        assert not has_ended()
+    (folder / "evaluation.json").unlink()
+    assert not has_ended()
+    assert not _sweep._has_ended(copied / "nothing", read_config(folder))
+
+
+def test_what_is_wrong_with_the_last_shows_before_the_first_is_trained(tmp_path: Path, cli) -> None:
+    train = ("train", tmp_path, "all", PHANTOM, *OPTIONS, "--sweep", "input-group-name=input,no_such")
+    cli(*train).check_refusal("'no_such'")
+    assert not any(tmp_path.iterdir())
 
 
 def test_values_are_read_as_the_options_are() -> None:

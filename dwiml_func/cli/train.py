@@ -126,9 +126,8 @@ class _Early:
 
     @property
     def monitor(self) -> str:
-        """What chooses the best epoch on the example data; an autoencoder does not track."""
-        has_none = self.skip_window_lag or self.model == "autoencoder"
-        return TrainingConfig.monitor if has_none else WINDOW_LAG
+        """What chooses the best epoch on the example data."""
+        return TrainingConfig.monitor if self.skip_window_lag else WINDOW_LAG
 
 
 def run(options: Options) -> int:
