@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,9 @@ def test_learning_rates_and_decays_are_swept(tmp_path, cli):
     done = cli("train", tmp_path, "sweep", PHANTOM, *OPTIONS, *sweep)
     assert done.code == 0, done.err
     assert "3: learning rate 0.002*1 0.001, weight decay 0.1, rng 1234" in done.out
+    heading, *rows = [re.split("  +", line) for line in done.out.splitlines()[-5:]]
+    assert heading[:3] == ["name", "learning_rate", "weight_decay"]
+    assert ["3", "0.002*1 0.001", "0.1"] in [row[:3] for row in rows]
     numbers = ("--learning-rate", "0.002*1 0.001", "--weight-decay", "0.1")
     assert cli("train", tmp_path, "alone", PHANTOM, *OPTIONS, *numbers).code == 0
     (tmp_path / "sweep" / "3").rename(tmp_path / "moved")

@@ -19,6 +19,7 @@ from dwiml_func.core.checked_step import StepMismatchError
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError
 from dwiml_func.experiment.signals import TrainingStopped
+from dwiml_func.writers.progress import Progress
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 TINY = ("--rnn-layer-sizes", "4", "--batch-size-training", "40", "--max-epochs", "1")
@@ -32,6 +33,20 @@ def test_quiet_prints_only_results(cli, tmp_path: Path) -> None:
     assert normal.out.endswith(outcome.out.partition("\n")[2])
     assert "Epoch 1/1" in normal.out
     assert cli("--quiet", "digest", tmp_path / "quiet").out == cli("digest", tmp_path / "normal").out
+
+
+def test_quiet_makes_no_bars_on_a_terminal_either(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    class Bars(Progress):
+        def __init__(self, *, max_epochs: int) -> None:
+            made.append(max_epochs)
+            super().__init__(max_epochs=max_epochs)
+
+    monkeypatch.setattr("dwiml_func.cli._training.Progress", Bars)
+    for number, more in enumerate(((), ("--quiet",), ("--verbose",))):
+        assert cli("train", tmp_path, number, PHANTOM, *TINY, "--stop-after", "0s", *more).code == 142
+    assert made == [1, 1]
 
 
 def test_verbose_prints_the_environment_and_the_traceback_of_an_error(cli, tmp_path: Path) -> None:

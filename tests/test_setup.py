@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from experiment_cases import (
 
 from dwiml_func import Key
 from dwiml_func.checkpoint.checkpoint import read
+from dwiml_func.cli._training import describe_run
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
@@ -43,6 +45,18 @@ def test_a_model_is_never_judged_on_augmented_streamlines(tmp_path):
     batches = list(parts.evaluation(Key(1234), 0, 0))
     assert sum(len(batch) for batch in batches) == 96
     assert all(batch.noisy_points is None for batch in batches)
+
+
+@pytest.mark.parametrize("subset", ["training", "validation"])
+def test_voxels_that_are_no_cubes_are_told_whichever_subset_has_them(subset):
+    parts = prepare(CONFIG)
+    assert "cubes" not in describe_run(Path("run"), parts)
+    dataset = getattr(parts.data, subset)
+    sizes = dataset.voxel_sizes.clone()
+    sizes[-1, 2] *= 1.5
+    changed: Any = {subset: replace(dataset, voxel_sizes=sizes)}
+    told = describe_run(Path("run"), replace(parts, data=replace(parts.data, **changed)))
+    assert told.endswith(". Voxels are no cubes: directions, steps and noise are in mm along the voxel axes")
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])

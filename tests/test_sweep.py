@@ -64,6 +64,7 @@ def test_it_ends_in_a_table_that_does_not_rank_by_losses_that_cannot_be_compared
     assert done.code == 0, done.err
     title, heading, *lines = done.out.strip().splitlines()
     assert title == f"{copied / 'all'}, the best by angular error first:"
+    assert heading.split()[:4] == ["name", "state", "epochs", "best"]  # names say the options
     angle = heading.index("angle deg")
     angles = [float(line[angle : angle + len("angle deg")]) for line in lines]
     assert len(angles) == 3
