@@ -14,15 +14,22 @@ import re
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from dwiml_func.dwi_ml.models import _kind
-from dwiml_func.dwi_ml.parameters import config_of, parameters_of
+from dwiml_func.dwi_ml.models import _kind, shift_warning, write_dwi_ml_model
+from dwiml_func.dwi_ml.parameters import check_whole_grid, config_of, parameters_of
+from dwiml_func.dwi_ml.transformers import joined_state
 from dwiml_func.dwi_ml.upgrade import upgraded_parameters
+from dwiml_func.experiment.config import BatchConfig, DataConfig, ModelConfig, RunConfig
+from dwiml_func.experiment.model_store import LoadedModel
+from dwiml_func.experiment.training_facts import TRAINED_ON
+from dwiml_func.models.config import build_model
 
 DATA = Path(__file__).parent / "data"
 PARITY = DATA / "parity"
@@ -354,3 +361,75 @@ def test_a_model_for_dwi_ml_has_what_its_tracker_needs_as_in_the_guide(cli, tmp_
     for options, text in refusals.items():
         cli("train", "experiments", "refused", "data.hdf5", "--for-dwi-ml", *options).check_refusal(text)
         assert not Path("experiments", "refused").exists()
+
+
+def written(folder: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    neighborhood = config.data.neighborhood
+    model: Any = build_model(config.model, nb_features=6, neighborhood=neighborhood)
+    write_dwi_ml_model(folder, LoadedModel(module=model, config=config, facts=facts), experiment_name="a")
+    return json.loads((folder / "parameters.json").read_text())
+
+
+def test_what_is_written_of_a_model_depends_on_how_its_streamlines_were_sampled(tmp_path):
+    model, trained_on = ModelConfig(rnn_layer_sizes=(4,), dg_key="gaussian"), {TRAINED_ON: {"step_size": 0.5}}
+    for number, (batches, expected) in enumerate(
+        (
+            ({}, (0.5, None, None)),  # as in the file
+            ({"step_size": 0.8}, (0.8, None, None)),
+            ({"nb_points": 20}, (None, 20, None)),
+            ({"compress": 0.01}, (None, None, 0.01)),
+        )
+    ):
+        config = RunConfig(hdf5_file="", model=model, batches=BatchConfig(**batches))
+        found = written(tmp_path / str(number), config, trained_on)
+        assert tuple(found[name] for name in ("step_size", "nb_points", "compress_lines")) == expected
+    own = {"experiment_name": "theirs"}
+    for name in ("dwi_ml_parameters", "reference_parameters"):  # the second is that of earlier versions
+        assert written(tmp_path / name, RunConfig(hdf5_file="", model=model), {name: own}) == own
+    with pytest.raises(OSError, match="not empty"):
+        written(tmp_path / "0", RunConfig(hdf5_file="", model=model), {})
+    assert json.loads((tmp_path / "0" / "parameters.json").read_text())["step_size"] == 0.5
+
+
+@pytest.mark.parametrize(("max_len", "num"), [(None, 1000), (77, 77)])
+def test_a_transformer_is_written_with_the_parts_of_its_projections_and_a_table_of_positions(tmp_path, max_len, num):
+    options: dict[str, Any] = {"model": "tto", "input_embedded_size": 8, "nheads": 2, "n_layers_e": 1}
+    config = RunConfig(hdf5_file="", model=ModelConfig(max_len=max_len, dropout_rate=0, **options))
+    assert written(tmp_path / "a", config, {})["max_len"] == num
+    state = read_state(tmp_path / "a")
+    assert state["position_encoding_layer.pos_emb"].shape == (1, num, 8)
+    parts = [name for name in state if name.endswith(("q_proj_weight", "k_proj_weight", "v_proj_weight"))]
+    assert len(parts) == 9
+    for name in parts:  # no third of a tensor that is written whole
+        assert state[name].untyped_storage().nbytes() == 4 * state[name].numel()
+    joined = joined_state(state, source="a")
+    assert {name for name in joined if name.endswith("in_proj_weight")} == {
+        f"{name.rpartition('.')[0]}.in_proj_weight" for name in parts
+    }
+    state["position_encoding_layer.pos_emb"][0, -1, -1] += 1e-3
+    with pytest.raises(ValueError, match="expected the sinusoidal encoding"):
+        joined_state(state, source="a")
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "warns"), [("trilinear-corner", False), ("trilinear", True), ("nearest", True)]
+)
+def test_who_exports_is_warned_of_inputs_that_dwi_ml_shifts(interpolation, warns):
+    config = RunConfig(hdf5_file="", data=DataConfig(interpolation=interpolation))
+    assert (shift_warning(config) is not None) == warns
+    autoencoder = RunConfig(hdf5_file="", model=ModelConfig(model="autoencoder"))
+    assert shift_warning(autoencoder) is None
+
+
+@pytest.mark.parametrize("resolution", [0.1, 0.3, 0.5, 0.7, 1.0, 1.1, 1.3])
+@pytest.mark.parametrize("radius", [1, 2, 3])
+def test_grids_that_dwi_mls_rounding_leaves_empty_are_refused(resolution, radius):
+    model = ModelConfig(input_embedding_key="cnn_embedding", nb_cnn_filters=(2,), kernel_size=(2,))
+    data = DataConfig(neighborhood_type="grid", neighborhood_radius=radius, neighborhood_resolution=resolution)
+    steps = range(-radius, radius + 1)
+    fits = [int(np.float32(step * resolution) / np.float32(resolution)) for step in steps] == list(steps)
+    with (
+        nullcontext() if fits else pytest.raises(ValueError, match="dwi_ml's rounding leaves points of the grid empty")
+    ):
+        check_whole_grid(RunConfig(hdf5_file="", model=model, data=data), source="a")
+    check_whole_grid(RunConfig(hdf5_file="", data=data), source="a")  # without convolutions any grid will do
