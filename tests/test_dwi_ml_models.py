@@ -372,14 +372,13 @@ def written(folder: Path, config: RunConfig, facts: dict[str, Any]) -> dict[str,
 
 def test_what_is_written_of_a_model_depends_on_how_its_streamlines_were_sampled(tmp_path):
     model, trained_on = ModelConfig(rnn_layer_sizes=(4,), dg_key="gaussian"), {TRAINED_ON: {"step_size": 0.5}}
-    for number, (batches, expected) in enumerate(
-        (
-            ({}, (0.5, None, None)),  # as in the file
-            ({"step_size": 0.8}, (0.8, None, None)),
-            ({"nb_points": 20}, (None, 20, None)),
-            ({"compress": 0.01}, (None, None, 0.01)),
-        )
-    ):
+    cases: list[tuple[dict[str, Any], tuple[Any, ...]]] = [
+        ({}, (0.5, None, None)),  # as in the file
+        ({"step_size": 0.8}, (0.8, None, None)),
+        ({"nb_points": 20}, (None, 20, None)),
+        ({"compress": 0.01}, (None, None, 0.01)),
+    ]
+    for number, (batches, expected) in enumerate(cases):
         config = RunConfig(hdf5_file="", model=model, batches=BatchConfig(**batches))
         found = written(tmp_path / str(number), config, trained_on)
         assert tuple(found[name] for name in ("step_size", "nb_points", "compress_lines")) == expected
