@@ -27,6 +27,7 @@ from dwiml_func.experiment.logs import experiment_comet
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.writers import jsonl
 from dwiml_func.writers.comet import Comet, comet_key, comet_metrics
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -229,6 +230,43 @@ def test_a_report_given_twice_counts_once_in_an_archive(tmp_path, caplog):
     wait_for_the_end()
     assert list((tmp_path / "logs" / "comet").iterdir()) == [Path(place)]
     assert warnings_of(caplog) == []
+
+
+def test_values_of_steps_wait_for_the_first_report_and_each_is_sent_once(tmp_path, monkeypatch):
+    sent: list[Any] = []
+
+    class Process:
+        """Keeps what it is sent."""
+
+        def __init__(self, run: dict[str, Any]) -> None:
+            sent.append(run["key"])
+
+        def send(self, message: dict[str, Any]) -> None:
+            sent.append(message["metrics"])
+
+        def close(self) -> None: ...
+
+        def finish(self, patience: float) -> str:
+            return f"after {patience:g} s"
+
+    monkeypatch.setattr("dwiml_func.writers.comet._CometProcess", Process)
+    comet = Comet(tmp_path, branch="fork", patience=7.0)
+    jsonl(tmp_path).write_scalars(1, {"loss": 3.0})  # by a process before
+    comet.write_scalars(2, {"loss": 1.0})
+    assert sent == []
+    comet(report(1), report(1, batch=2))  # a validation within the epoch is none of Comet's epochs
+    first = [("train", "loss_per_step", value, step, True) for step, value in ((1, 3.0), (2, 1.0))]
+    assert sent == [comet_key(report(1), branch="fork"), [*comet_metrics(report(1)), *first]]
+    comet.write_scalars(3, {"loss": 0.5, "size": 2})
+    comet.write_scalars(4, {})
+    comet(report(2), report(3))
+    rest = [("train", "loss_per_step", 0.5, 3, True), ("train", "size_per_step", 2.0, 3, True)]
+    assert sent[2:] == [rest, [*comet_metrics(report(2)), *comet_metrics(report(3))]]
+    assert comet.send(report(4)) == "after 7 s"
+    assert sent[4:] == [comet_metrics(report(4))]
+    comet(report(5))  # after the end: another process gets all of them
+    history = [row for epoch in range(1, 6) for row in comet_metrics(report(epoch))]
+    assert sent[5:] == [sent[0], [*history, *first[:1]]]
 
 
 def test_the_first_report_must_be_that_of_epoch_1(tmp_path):
