@@ -331,7 +331,9 @@ def test_models_come_from_dwi_ml_and_go_back_with_standardisation_folded_in(cli,
     standardised = load_model(tmp_path / "run" / "best_model").module
     assert isinstance(standardised, Autoencoder)
     assert standardised.center.abs().sum() > 1
-    theirs.load_state_dict(torch.load(tmp_path / "exported" / "model_state.pkl", weights_only=True))
+    exported = torch.load(tmp_path / "exported" / "model_state.pkl", weights_only=True)
+    assert {tensor.dtype for tensor in exported.values()} == {torch.float32}
+    theirs.load_state_dict(exported)
     with torch.no_grad():
         expected = standardised.decode(standardised.encode(points))
         torch.testing.assert_close(theirs(points), expected, rtol=1e-4, atol=1e-3)
