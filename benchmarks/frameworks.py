@@ -27,7 +27,7 @@ from verdicts import conclude
 from dwiml_func import adam, epoch_fn, init_state, jit_step, module_loss, train_step
 
 BARE, EAGER, COMPILED = "bare torch.optim.Adam loop", "ours, eager (donated)", "ours, compiled (donated)"
-FOLDED, FOLDED_CPP = "ours, compiled, a run in epoch_fn", "ours, the same with options cpp_wrapper"
+FOLDED = "ours, compiled, a run in epoch_fn"
 LIGHTNING, IGNITE = "Lightning Trainer.fit", "ignite Engine"
 LINEN, NNX, SCAN = (
     "JAX: flax.linen TrainState, jax.jit",
@@ -35,7 +35,7 @@ LINEN, NNX, SCAN = (
     "JAX: a run as one lax.scan",
 )
 LIMIT = 0.2  # compiled, of Lightning's time
-LIMITS = {COMPILED: 0.2, FOLDED_CPP: 0.1}  # of the bare loop's time
+LIMITS = {COMPILED: 0.2, FOLDED: 0.1}  # of the bare loop's time
 TOLERANCE = 1e-5  # of losses, relative; rounding differs, and the steps carry it on
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
@@ -59,7 +59,7 @@ def main() -> int:
     sizes = ((BATCH, 16), (BATCH, 3))
     batches: Any = [tuple(torch.randn(size, generator=generator) for size in sizes) for _ in range(options.steps)]
     variants = {BARE: bare(batches), EAGER: ours(False, batches), COMPILED: ours(True, batches)}
-    variants |= {FOLDED: folded(batches), FOLDED_CPP: folded(batches, {"cpp_wrapper": True})}
+    variants[FOLDED] = folded(batches)
     for modules, makers in LIBRARIES.items():
         try:
             for module in modules:
@@ -125,10 +125,10 @@ def ours(is_compiled: bool, batches: Batches) -> Variant:
     return Variant(run, loss)
 
 
-def folded(batches: Batches, inductor: dict[str, Any] | None = None) -> Variant:
+def folded(batches: Batches) -> Variant:
     """`jit_step` through `epoch_fn`, which takes batches of equal shapes in one loop around the graph."""
     fixed = {"loss_fn": module_loss(make_model(), squared_error, stochastic=False), "optimizer": adam(), "donate": True}
-    step = partial(jit_step(**fixed, options=inductor), lr=LR)
+    step = partial(jit_step(**fixed), lr=LR)
     state = init_state(make_model(), adam(), seed=0)
 
     def run() -> None:

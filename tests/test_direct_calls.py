@@ -14,6 +14,7 @@ from test_compiled_step import Annealed, make_model, run, same_states, some_batc
 from test_compiled_step import make_steps as make_steps_with
 from test_composed_steps import COMPOSED
 from torch import Tensor
+from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwiml_func import adam, adamw, epoch_fn, init_state, jit_step, module_loss, radam, sgd, train_step
@@ -319,9 +320,24 @@ def test_tensors_that_a_loss_closes_over_are_inputs_of_its_graph_too():
 
 
 @pytest.mark.parametrize("is_code", [True, False])
-def test_a_direct_call_is_inductors_code_unless_torch_changes_outputs_around_it(is_code: bool) -> None:
-    """A view of an input that is an output is made by torch, outside the code."""
+def test_a_direct_call_is_inductors_code_unless_torch_changes_outputs_around_it(
+    is_code: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A view of an input that is an output is made by torch, outside the code.
+
+    The code is called from C++; the second time that cannot be made, and Python calls it.
+    """
     heard: list[Any] = []
+    in_cpp: list[bool] = []
+    generate = CppWrapperCpu.generate
+
+    def generated(wrapper: Any, is_inference: bool) -> Any:
+        in_cpp.append(is_code)
+        if not is_code:
+            raise NotImplementedError
+        return generate(wrapper, is_inference)
+
+    monkeypatch.setattr(CppWrapperCpu, "generate", generated)
 
     def function(batch: Tensor) -> tuple[Tensor, ...]:
         return (batch.add_(1).sum(),) if is_code else (batch.add_(1), batch.t())
@@ -342,5 +358,6 @@ def test_a_direct_call_is_inductors_code_unless_torch_changes_outputs_around_it(
     inputs, outputs, direct = heard
     own = direct(*(second if value is first else value for value in inputs))
     assert ("compile_graph" in direct.__qualname__) == is_code
+    assert in_cpp == [is_code]
     assert torch.equal(first, second)
     assert all(torch.equal(one, other) for one, other in zip(own, outputs, strict=True))

@@ -65,8 +65,8 @@ def jit_step(
             compiles a graph for each combination of shapes.
         max_compilations: largest number of graphs; a batch that needs one more turns compilation off.
         backend: a backend of torch.compile.
-        options: settings of inductor, as for torch.compile. `{"cpp_wrapper": True}` makes the steps of small models
-            faster still, and takes longer to compile.
+        options: settings of inductor, as for torch.compile. Steps of fixed sizes on the CPU have `cpp_wrapper` where
+            they can.
         cuda_graphs: capture the step as it is, without torch.compile, as a CUDA graph for each combination of shapes
             that comes for the third time, up to `max_compilations`; needs `donate`. Later steps are one replay, on the
             first state's tensors, buffers included. Steps with and without a graph are bitwise identical. Where there

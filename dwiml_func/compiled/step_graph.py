@@ -11,11 +11,10 @@ from torch import Tensor
 from dwiml_func._trees import choose
 from dwiml_func.compiled.function import NO_KEY, as_float64
 from dwiml_func.core.gradients import value_and_grad
-from dwiml_func.core.in_place import can_update_in_place, update_in_place
 from dwiml_func.core.loss import LossFn
 from dwiml_func.core.non_finite import NonFinite, can_skip, is_bad_step, skip_metrics, spoil
 from dwiml_func.core.step import clip_and_measure
-from dwiml_func.optim.chain import resolve_optimizer, update_with
+from dwiml_func.optim.chain import resolve_optimizer, update_where, update_with
 from dwiml_func.types import Optimizer, OptState, Sum
 
 __all__ = ["make_graph", "merged"]
@@ -54,15 +53,12 @@ def make_graph(
         keep_old = is_bad | (blocked > 0)
         keep_own = blocked > 0 if skips else keep_old
         is_compiled = torch.compiler.is_compiling()
-        if donate and not is_compiled and can_update_in_place(own, opt_state):
-            new_params, new_opt_state = update_in_place(
-                *(own, grads, opt_state, params), keep_old=keep_own, lr=lr, step=step
-            )
+        given = own, grads, opt_state, params
+        rates = {"lr": lr, "step": step, "weight": as_float64(out.weight, out.loss) if own.uses_weight else 1}
+        if donate and not is_compiled:
+            new_params, new_opt_state = update_where(*given, **rates, keep_old=keep_own)
         else:
-            weight = as_float64(out.weight, out.loss) if own.uses_weight else 1
-            new_params, new_opt_state = update_with(
-                *(own, grads, opt_state, params), lr=lr, step=step, donate=False, weight=weight
-            )
+            new_params, new_opt_state = update_with(*given, **rates, donate=False)
             new_params = choose(keep_own, params, new_params)
             new_opt_state = choose(keep_own, opt_state, new_opt_state)
         new_buffers = choose(keep_old, buffers, out.buffers)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwiml_func._transforms import read_number
+from dwiml_func._transforms import is_transformed, read_number
 from dwiml_func._trees import choose
 from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, global_norm, is_differentiated, value_and_grad
-from dwiml_func.core.in_place import can_update_in_place, update_in_place
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import weighted_sum
@@ -29,7 +28,7 @@ from dwiml_func.core.non_finite import (
 from dwiml_func.core.rng import Stream, fold_in
 from dwiml_func.core.state import TrainState, advance, check_can_donate, check_not_donated
 from dwiml_func.core.weights import with_eval_params
-from dwiml_func.optim.chain import resolve_optimizer, update_with
+from dwiml_func.optim.chain import resolve_optimizer, update_where, update_with
 from dwiml_func.optim.schedules import as_rate
 from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.optim.transformations import clip_grad_norm
@@ -115,23 +114,15 @@ def train_step(
         grads, metrics = spoil(grads, is_bad), skip_metrics(is_bad, metrics)
     else:
         is_bad, metrics = defer_check(state, out.loss, norm, metrics)
-    rates: dict[str, Any] = {"lr": lr, "step": state.step}
-    if (
-        policy == "defer"
-        and donate
-        and can_update_in_place(own, state.opt_state)
-        and not is_differentiated(state.params, lr)
-    ):
-        params, opt_state = update_in_place(own, grads, state.opt_state, state.params, keep_old=is_bad, **rates)
+    rates: dict[str, Any] = {"lr": lr, "step": state.step, "weight": out.weight}
+    given = own, grads, state.opt_state, state.params
+    if policy != "defer":
+        params, opt_state = update_with(*given, **rates, donate=donate)
+    elif donate and not is_transformed() and not is_differentiated(state.params, lr):
+        params, opt_state = update_where(*given, **rates, keep_old=is_bad)
     else:
-        params, opt_state = update_with(
-            *(own, grads, state.opt_state, state.params),
-            **rates,
-            donate=donate and policy != "defer",
-            weight=out.weight,
-        )
-        if policy == "defer":
-            params, opt_state = choose(is_bad, state.params, params), choose(is_bad, state.opt_state, opt_state)
+        params, opt_state = update_with(*given, **rates, donate=False)
+        params, opt_state = choose(is_bad, state.params, params), choose(is_bad, state.opt_state, opt_state)
     buffers = choose(is_bad, state.buffers, out.buffers)
     return advance(state, params, buffers, opt_state, metrics, donate=donate), metrics
 

@@ -9,9 +9,18 @@ from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func._trees import choose
+from dwiml_func.optim.in_place import can_update_in_place, commit, update_in_place
 from dwiml_func.types import Gate, Grads, Number, Optimizer, OptState, Params, Transform
 
-__all__ = ["chain", "check_optimizer", "resolve_optimizer", "update_gated", "update_with", "without_gate"]
+__all__ = [
+    "chain",
+    "check_optimizer",
+    "resolve_optimizer",
+    "update_gated",
+    "update_where",
+    "update_with",
+    "without_gate",
+]
 
 
 def chain(*links: Transform | Optimizer) -> Optimizer:
@@ -67,6 +76,7 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         step: Any,
         donate: bool = False,
         weight: Number = 1,
+        keep_old: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], OptState, Gate]:
         new_state = dict(opt_state)
         is_closed: bool | Tensor = False
@@ -92,6 +102,7 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
             step=step,
             donate=donate and is_closed is False,
             weight=weight,
+            keep_old=None if keep_old is None else keep_old | is_closed,
         )
         store("optimizer", state)
         if is_closed is False:
@@ -146,13 +157,48 @@ def update_with(
     return optimizer.update(grads, opt_state, params, lr=lr, step=step, donate=donate, **further)
 
 
+def update_where(
+    optimizer: Optimizer,
+    grads: Grads,
+    opt_state: OptState,
+    params: Params,
+    *,
+    keep_old: Tensor,
+    lr: Number,
+    step: Number,
+    weight: Number,
+) -> tuple[dict[str, Tensor], OptState]:
+    """What `choose(keep_old, old, update_with(...))` gives, in the memory of the old tensors where that is possible."""
+    if can_update_in_place(optimizer, opt_state):
+        return update_in_place(optimizer, grads, opt_state, params, keep_old=keep_old, lr=lr, step=step)
+    options = {"lr": lr, "step": step, "weight": weight, "donate": False, "keep_old": keep_old}
+    new_params, new_state, _ = update_gated(optimizer, grads, opt_state, params, **options)
+    old, new = {"params": params, "opt_state": opt_state}, {"params": new_params, "opt_state": new_state}
+    chosen = commit(keep_old, old, new)
+    return chosen["params"], chosen["opt_state"]
+
+
 def update_gated(
-    optimizer: Optimizer, grads: Grads, opt_state: OptState, params: Params, **options: Any
+    optimizer: Optimizer,
+    grads: Grads,
+    opt_state: OptState,
+    params: Params,
+    *,
+    keep_old: Tensor | None = None,
+    **options: Any,
 ) -> tuple[dict[str, Tensor], OptState, Gate]:
-    """`update_with`, and which of the steps the optimizer takes."""
+    """`update_with`, and which of the steps the optimizer takes.
+
+    With `keep_old`, a () bool tensor, `update_in_place` where it can be: the result must then be given to `commit`.
+    """
     if (gated := getattr(optimizer.update, "gated", None)) is not None:
-        return gated(grads, opt_state, params, **options)
+        further = {} if keep_old is None else {"keep_old": keep_old}
+        return gated(grads, opt_state, params, **further, **options)
     weight = options["weight"] if optimizer.uses_weight else options.pop("weight")
+    if keep_old is not None and can_update_in_place(optimizer, opt_state):
+        rates = {name: options[name] for name in ("lr", "step")}
+        new = update_in_place(optimizer, grads, opt_state, params, keep_old=keep_old, **rates)
+        return *new, Gate(True, options["step"], weight)
     return *optimizer.update(grads, opt_state, params, **options), Gate(True, options["step"], weight)
 
 
