@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -28,7 +29,7 @@ from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.writers import jsonl
-from dwiml_func.writers.comet import Comet, comet_key, comet_metrics
+from dwiml_func.writers.comet import Comet, _log, comet_key, comet_metrics
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 CONFIG = RunConfig(
@@ -296,15 +297,34 @@ def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return latest_digest(directory)
 
 
-@pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_comet_costs_one_warning_and_changes_nothing(tmp_path, monkeypatch, caplog, digest, broken):
+def comet_ml_of(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put another package in place of comet_ml."""
     package = tmp_path / "broken" / "comet_ml"
     package.mkdir(parents=True)
-    (package / "__init__.py").write_text(BROKEN[broken])
+    (package / "__init__.py").write_text(code)
     (package / "config.py").write_text(
         "get_config = get_backend_address = lambda *_: None\nget_api_key = lambda *_: None\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
+
+
+def test_a_run_is_sent_at_once_and_one_that_is_interrupted_ends_the_process_without_a_word(tmp_path, monkeypatch):
+    comet_ml_of(tmp_path, "", monkeypatch)
+    warned, is_told = [], threading.Event()
+    monkeypatch.setattr(_log, "warning", lambda *args: warned.append(str(args)) or is_told.set())
+    comet = Comet(tmp_path)
+    comet(report(1))
+    assert is_told.wait(PATIENCE)
+    del comet
+    gc.collect()
+    wait_for_the_end()
+    assert ["no API key was found" in text for text in warned] == [True]
+    assert not list(tmp_path.rglob("*.zip"))
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_comet_costs_one_warning_and_changes_nothing(tmp_path, monkeypatch, caplog, digest, broken):
+    comet_ml_of(tmp_path, BROKEN[broken], monkeypatch)
     directory = create_experiment(tmp_path, "run", CONFIG)
     comet = experiment_comet(directory, CONFIG, patience=2.0 if broken == "hangs at the end" else PATIENCE)
     reports = list(run_experiment(directory, prepare(CONFIG), write=comet))

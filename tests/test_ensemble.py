@@ -267,6 +267,24 @@ def test_an_epoch_of_members_is_that_of_separate_runs_with_every_option_of_the_l
     assert {call[1] for call in calls} == {Key(SEEDS[0])}
 
 
+def test_a_validation_that_was_done_is_not_done_again_after_a_resume_beside_a_member_that_has_stopped():
+    def epochs(ensemble: EnsembleState) -> Any:
+        return train_and_validate_ensemble(
+            ensemble,
+            train=batches,
+            valid=lambda key, epoch, start: batches(key, 1000, start),
+            step=partial(ensemble_step, loss_fn=LOSS, optimizer=adam()),
+            eval_step=partial(ensemble_eval_step, loss_fn=LOSS),
+            learning_rate=0.02,
+            max_epochs=1,
+            validate_every="2batches",
+        )
+
+    within, report = next(epochs(stack_states(starts(), active=[True, False, True])))
+    assert (report.batch, sorted(report.members)) == (2, [0, 2])
+    assert [(report.batch, sorted(report.members)) for _, report in epochs(within)] == [(0, [0, 2])]
+
+
 def test_a_member_that_stopped_early_stays_as_it_is_to_the_byte():
     rates = [0.03, 1e-12, 0.02]
     step = partial(ensemble_step, loss_fn=LOSS, optimizer=adam())
