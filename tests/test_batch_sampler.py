@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import hashlib
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -267,3 +269,32 @@ def test_batches_in_mm_of_a_few_subjects_take_all_that_fits_next(index, batch_si
         np.subtract.at(left, index.subject_of(plan[number]), 1)
         if left[chosen].sum() > 0:  # more was there to take: whatever came next did not fit
             assert index.lengths_mm[plan[number]].sum() + index.lengths_mm.max() > batch_size - 1e-3
+
+
+PLANS = {
+    "all": "a5927c0da4d1ad6a",
+    "mm": "a91d4a38205b527a",
+    "subjects": "2a115af897fa8b20",
+    "cycles": "72152bb08a990490",
+    "mm of subjects": "8f3b4fba563c84c5",
+}
+"""SHA-256 of the ids and offsets of plans of earlier versions: their runs are resumed with the same batches."""
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_are_those_of_earlier_versions(name):
+    lengths = np.random.default_rng(0).uniform(20, 200, 600)
+    index = DatasetIndex(tuple("abcd"), np.array([50, 300, 150, 100]), lengths)
+    mm: dict[str, Any] = {"batch_size": 2000, "batch_size_units": "length_mm"}
+    options: dict[str, dict[str, Any]] = {
+        "all": {"batch_size": 40},
+        "mm": mm,
+        "subjects": {"batch_size": 40, "nb_subjects_per_batch": 2, "max_batches": None},
+        "cycles": {"batch_size": 40, "nb_subjects_per_batch": 3, "cycles": 2, "max_batches": 9},
+        "mm of subjects": {**mm, "nb_subjects_per_batch": 2, "cycles": 1, "nb_streamlines_per_chunk": 8},
+    }
+    digest = hashlib.sha256()
+    for epoch in (0, 3):
+        plan = sample_epoch(index, SamplerSpec(**options[name]), KEY, epoch)
+        digest.update(plan.ids.astype("<i8").tobytes() + plan.batch_offsets.astype("<i8").tobytes())
+    assert digest.hexdigest()[:16] == PLANS[name]

@@ -103,6 +103,16 @@ def test_points_that_are_not_finite_are_refused_when_they_are_read_and_only_then
         lines.select([3, 48 + 9, 48 + 8])
 
 
+def test_of_any_subject_the_streamline_is_told_by_its_own_number(edited):
+    with h5py.File(edited, "r+") as file:
+        file.attrs["training_subjs"] = ["subj0", "subj1", "subj2"]
+        del file.attrs["validation_subjs"]
+        group: Any = file["subj2/streamlines"]
+        group["data"][group["offsets"][5], 1] = np.inf
+    with pytest.raises(ValueError, match=r"subject 'subj2', .* 1 of 48 streamlines have NaN .* number 5 "):
+        open_dataset(edited, lazy=True).streamlines.select([3, 96 + 5, 48 + 8])
+
+
 def test_a_volume_that_is_not_finite_is_refused_when_it_is_read_and_only_then(edited):
     with h5py.File(edited, "r+") as file:
         contents: Any = file
