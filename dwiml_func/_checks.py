@@ -35,9 +35,14 @@ _COUNT_END = 1 << 31  # torch accepts no larger counts
 
 
 def check_number(
-    name: str, value: float, *, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+    name: str, value: float | None, *, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> None:
-    """Raise a ValueError if an option is out of range or not finite, an integer of 2**31 or more, or no float32."""
+    """Raise a ValueError if an option is out of range or not finite, an integer of 2**31 or more, or no float32.
+
+    None, an option that is not given, passes.
+    """
+    if value is None:
+        return
     if isinstance(value, int) and below == math.inf:
         below = _COUNT_END
     if not (at_least <= value < below and value > above):  # false also for not-a-number

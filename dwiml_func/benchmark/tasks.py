@@ -99,15 +99,8 @@ def score_experiment(out: Path, directory: Path, *, data: str, person: str, name
     """Write how an experiment's best model tracks in the person whom its dataset leaves out."""
     case = _case(out, data, person, config)
     model = load_model(find_model(directory)).module
-    seed = config.training.rng
-    _write(
-        _score_path(out, data, name, person, seed),
-        {
-            **_who(data, person, name, seed),
-            "scores": _scores(case, model, case.space),
-            "config": _recipe(config),
-        },
-    )
+    scores, seed = case.track(model, case.space, key=_KEY), config.training.rng
+    _write(out, data, name, person, seed, scores=_by_protocol(scores), config=_recipe(config))
 
 
 def _make_data(out: Path, task: Task) -> None:
@@ -147,17 +140,11 @@ def _score_baselines(out: Path, task: Task) -> None:
     assert task.name is not None
     case = _case(out, task.data, task.person, _BASELINE_CONFIG)
     for name, (tracker, space) in case.baselines().items():
-        path = _score_path(out, task.data, name, task.person)
-        _write(path, {**_who(task.data, task.person, name, None), "scores": _scores(case, tracker, space)})
+        scores = _by_protocol(case.track(tracker, space, key=_KEY))
+        _write(out, task.data, name, task.person, scores=scores)
     ceiling = case.ceiling()
-    _write(
-        _score_path(out, task.data, task.name, task.person),
-        {
-            **_who(task.data, task.person, task.name, None),
-            "valid": None if ceiling is None else ceiling.all.valid,
-            "both_ends": None if ceiling is None else ceiling.all.both_ends,
-        },
-    )
+    reached = {name: None if ceiling is None else getattr(ceiling.all, name) for name in ("valid", "both_ends")}
+    _write(out, task.data, task.name, task.person, **reached)
 
 
 def _score_mrtrix(out: Path, task: Task) -> None:
@@ -167,8 +154,7 @@ def _score_mrtrix(out: Path, task: Task) -> None:
         trackers = mrtrix_trackers(case, Path(folder), nb_directions=DATA[task.data].nb_directions)
         for name, tracker in trackers.items():
             scores = _by_protocol(case.ask(tracker, key=_KEY))
-            path = _score_path(out, task.data, name, task.person)
-            _write(path, {**_who(task.data, task.person, name, None), "scores": scores})
+            _write(out, task.data, name, task.person, scores=scores)
 
 
 def _case(out: Path, data: str, person: str, config: RunConfig) -> TrackingCase:
@@ -186,10 +172,6 @@ def _recipe(config: RunConfig) -> dict[str, Any]:
     recipe = {name: value for name, value in config.to_dict().items() if name not in _NO_RECIPE}
     recipe["training"] = {name: value for name, value in recipe["training"].items() if name != "rng"}
     return recipe
-
-
-def _scores(case: TrackingCase, tracker: Any, space: Any) -> dict[str, Any]:
-    return _by_protocol(case.track(tracker, space, key=_KEY))
 
 
 def _by_protocol(tracked: Mapping[Protocol, ProtocolLines]) -> dict[str, Any]:
@@ -213,9 +195,10 @@ def _score_path(out: Path, data: str, name: str, person: str, seed: int | None =
     return out / "scores" / data / name / (f"{person}.json" if seed is None else f"{person}_seed_{seed}.json")
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
+def _write(out: Path, data: str, name: str, person: str, seed: int | None = None, **values: Any) -> None:
+    path = _score_path(out, data, name, person, seed)
     make_directory(path.parent)
-    write_record(path, values)
+    write_record(path, {**_who(data, person, name, seed), **values})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from dwiml_func.cli._messages import Verbosity
 
-__all__ = ["CommandOptions", "parse"]
+__all__ = ["CommandOptions", "optional_value", "parse"]
 
 T = TypeVar("T")
 
@@ -36,6 +37,17 @@ class CommandOptions:
     def parse(cls, arguments: Sequence[str], program: str) -> Self:
         """Read the options of this command; see `parse`."""
         return parse(cls, arguments, program)
+
+
+def optional_value(kind: type[T], read: Callable[[str], T], metavar: str, *, alone: T) -> Any:
+    """An option that may be given without a value, which means `alone`."""
+    return PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar=metavar,
+        instance_from_str=lambda strings: read(strings[0]) if strings else alone,
+        is_instance=lambda value: isinstance(value, kind),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def parse(

@@ -29,8 +29,7 @@ def check_options(options: Any) -> str:
     check_number("processes", options.processes, at_least=1)
     check_number("simultaneous_tracking", options.simultaneous_tracking, at_least=1)
     check_number("skip", options.skip, at_least=0)
-    if options.compress is not None:
-        check_number("compress", options.compress, above=0)
+    check_number("compress", options.compress, above=0)
     if options.processes > 1 and options.use_gpu:
         raise ValueError("processes: expected 1 with --use-gpu, where one process keeps the GPU busy.")
     given = [option for option in ("npv", "nt", "in_custom_seeds") if getattr(options, option) is not None]

@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,16 @@ from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.files.lock import experiment_lock, same_folder
 from dwiml_func.writers.progress import Progress
 
-__all__ = ["TimeLimit", "describe_run", "describe_start", "new_run", "print_end", "resumed_run", "train_with_progress"]
+__all__ = [
+    "TimeLimit",
+    "created",
+    "describe_run",
+    "describe_start",
+    "new_run",
+    "print_end",
+    "resumed_run",
+    "train_with_progress",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -91,16 +100,23 @@ def new_run(
     if init_from is not None:
         parts, state, report = initialize_from(parts, init_from)
         print_progress(f"{init_from}: {report}")
-    if process_group.rank > 0:  # the first process writes
+    create = partial(create_experiment, path, name, parts.config)
+    if state is not None:
+        create = partial(create_initialized, path, name, parts, state)
+    with created(directory, process_group, create):
         yield parts, state, ()
+
+
+@contextlib.contextmanager
+def created(directory: Path, process_group: ProcessGroup, create: Callable[[], object]) -> Iterator[None]:
+    """Create an experiment, and hold its lock in the block; of several processes only the first does."""
+    if process_group.rank > 0:
+        yield
         return
-    with experiment_lock(path, wait=True):
-        if state is None:
-            create_experiment(path, name, parts.config)
-        else:
-            create_initialized(path, name, parts, state)
+    with experiment_lock(directory.parent, wait=True):
+        create()
     with experiment_lock(directory):
-        yield parts, state, ()
+        yield
 
 
 @contextlib.contextmanager

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
 
 from dwiml_func.cli._output import folders_above
-from dwiml_func.cli._parsing import CommandOptions
+from dwiml_func.cli._parsing import CommandOptions, optional_value
 from dwiml_func.data.creation.config import read_groups_config
 from dwiml_func.data.creation.create import create_dataset
 from dwiml_func.data.creation.files import read_subjects
@@ -20,20 +18,8 @@ from dwiml_func.data.resampling import Resampling
 
 __all__ = ["Options", "run"]
 
-_Value = TypeVar("_Value")
 _log = logging.getLogger(__name__)
 _NUM_NOTES = 10  # warnings, at most
-
-
-def _optional(kind: type[_Value], read: Callable[[str], _Value], metavar: str, *, alone: _Value) -> Any:
-    """An option that may be given without a value, which means `alone`."""
-    return PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar=metavar,
-        instance_from_str=lambda strings: read(strings[0]) if strings else alone,
-        is_instance=lambda value: isinstance(value, kind),
-        str_from_instance=lambda value: [str(value)],
-    )
 
 
 def _read_bool(text: str) -> bool:
@@ -71,7 +57,7 @@ class Options(CommandOptions):
     """Resample streamlines to this distance between points, in mm. None: points as in the tractograms."""
     nb_points: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Resample streamlines to this number of points. None: points as in the tractograms."""
-    compress: Annotated[float | None, _optional(float, float, "[MM]", alone=0.01)] = None
+    compress: Annotated[float | None, optional_value(float, float, "[MM]", alone=0.01)] = None
     """Remove points within this distance of a straight line, in mm; 0.01 without a value. None: points as in the
     tractograms."""
     remove_invalid: bool = False
@@ -79,7 +65,7 @@ class Options(CommandOptions):
     allow_empty: bool = False
     """Pass over tractograms without streamlines, with a warning. Without it or --remove-invalid they are an error."""
     enforce_files_presence: Annotated[
-        tyro.conf.FlagConversionOff[bool], _optional(bool, _read_bool, "[True|False]", alone=True)
+        tyro.conf.FlagConversionOff[bool], optional_value(bool, _read_bool, "[True|False]", alone=True)
     ] = True
     """Fail when a file is missing. False: skip it, with a warning."""
     skip_enforce_files_presence: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -12,13 +13,12 @@ import tyro
 from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import RunOptions
-from dwiml_func.cli._training import TimeLimit, train_with_progress
+from dwiml_func.cli._training import TimeLimit, created, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in
 from dwiml_func.experiment.comparison.compare import differences
 from dwiml_func.experiment.folder import check_new_experiment, experiment_directory, read_config
 from dwiml_func.experiment.fork import create_fork, prepare_fork
 from dwiml_func.experiment.resume import repair_experiment
-from dwiml_func.files.lock import experiment_lock
 
 __all__ = ["Options", "run"]
 
@@ -72,17 +72,12 @@ def run(options: Options) -> int:
             source, config, name=options.from_checkpoint, accept=options.accept, process_group=process_group
         )
         start = (directory, fork.parts, fork.state, fork.checkpoint.history)
-        if process_group.rank > 0:  # the first process writes
-            train_with_progress(*start, deadline)
-            return 0
-        with experiment_lock(experiments_path, wait=True):
-            create_fork(experiments_path, options.new_name, fork)
-        with experiment_lock(directory):
-            old, new = ({**each.to_dict(), "origin": None} for each in (recorded, config))
-            changes = (*differences(old, new, ("there", "here")), *fork.notes)
-            print_progress(
-                "\n  ".join([f"{directory}: forked from {source}, checkpoint {fork.checkpoint.name}", *changes])
-            )
-            repair_experiment(*start)
+        with created(directory, process_group, partial(create_fork, experiments_path, options.new_name, fork)):
+            if process_group.rank == 0:
+                old, new = ({**each.to_dict(), "origin": None} for each in (recorded, config))
+                changes = (*differences(old, new, ("there", "here")), *fork.notes)
+                head = f"{directory}: forked from {source}, checkpoint {fork.checkpoint.name}"
+                print_progress("\n  ".join([head, *changes]))
+                repair_experiment(*start)
             train_with_progress(*start, deadline)
     return 0

@@ -46,8 +46,7 @@ def run(options: Options) -> int:
     out = directory / "page.html" if options.out is None else Path(options.out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"Expected a name that ends in .html. Received: {str(out)!r}.")
-    if options.sample is not None:
-        check_number("sample", options.sample, at_least=1)
+    check_number("sample", options.sample, at_least=1)
     check_new_file(out, overwrite=options.overwrite)
     with kept_checkpoints(directory):  # of a run that is being trained
         audit = None if options.sample is None else audit_experiment(directory, sample=options.sample)

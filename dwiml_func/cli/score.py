@@ -80,8 +80,7 @@ class Options(CommandOptions):
 
 def run(options: Options) -> int:
     """Score the tractogram and print the tables."""
-    if options.nb_seeds is not None:
-        check_number("nb_seeds", options.nb_seeds, at_least=1)
+    check_number("nb_seeds", options.nb_seeds, at_least=1)
     real = read_subject_streamlines(options.hdf5_file, options.subject, options.streamline_group)
     if not Path(options.tractogram).is_file():
         raise FileNotFoundError(f"The tractogram does not exist: {options.tractogram}")

@@ -11,11 +11,10 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from tyro.constructors import PrimitiveConstructorSpec
 
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._output import folders_above
-from dwiml_func.cli._parsing import CommandOptions
+from dwiml_func.cli._parsing import CommandOptions, optional_value
 from dwiml_func.cli._tracking import check_options, header_facts, seed_columns, with_progress
 from dwiml_func.core.precision import set_matmul_precision
 from dwiml_func.core.rng import Key
@@ -35,17 +34,6 @@ from dwiml_func.tracking.track import NUM_ROWS, check_tracking
 __all__ = ["Options", "run"]
 
 _log = logging.getLogger(__name__)
-
-_Compress = Annotated[
-    float | None,
-    PrimitiveConstructorSpec(
-        nargs=(0, 1),
-        metavar="[MM]",
-        instance_from_str=lambda strings: float(strings[0]) if strings else 0.1,
-        is_instance=lambda value: isinstance(value, float),
-        str_from_instance=lambda value: [str(value)],
-    ),
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +109,7 @@ class Options(CommandOptions):
     simultaneous_tracking: int = 1
     """Number of lines that are followed at once, rounded up to what the model reads at once (512; on a GPU 4096). It
     does not change the file."""
-    compress: _Compress = None
+    compress: Annotated[float | None, optional_value(float, float, "[MM]", alone=0.1)] = None
     """Remove points within this distance of a straight line; 0.1 mm without a value. None: keep all points."""
     save_seeds: bool = False
     """Store each line's seed as data per streamline `seeds` (TRK, TRX): voxel space, the first voxel's centre at 0."""

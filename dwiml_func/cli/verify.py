@@ -84,8 +84,7 @@ def _audit(directory: Path, options: Options) -> int:
     if not options.all and options.sample is None:
         raise ValueError("--jobs: expected an audit. Give --all or --sample.")
     for name in ("sample", "jobs"):
-        if (value := getattr(options, name)) is not None:
-            check_number(name, value, at_least=1)
+        check_number(name, getattr(options, name), at_least=1)
     folders = member_folders(directory) if is_ensemble(directory) else [directory]
     training = read_config(folders[0]).training
     num_free = 1 if training.use_gpu else max((os.cpu_count() or 1) // training.num_threads, 1)

@@ -50,8 +50,7 @@ class CheckpointConfig:
     memory and processors. None: no step."""
 
     def __post_init__(self) -> None:
-        if self.check_every is not None:
-            check_number("check_every", self.check_every, at_least=1)
+        check_number("check_every", self.check_every, at_least=1)
         check_keep(self.keep)
         _ = self.save_interval
 
@@ -80,8 +79,7 @@ class LoggingConfig:
     else the run is logged. None: only epochs are logged."""
 
     def __post_init__(self) -> None:
-        if self.log_every is not None:
-            check_number("log_every", self.log_every, at_least=1)
+        check_number("log_every", self.log_every, at_least=1)
 
     @property
     def uses_comet(self) -> bool:

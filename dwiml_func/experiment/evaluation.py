@@ -25,12 +25,13 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment.batches import check_usable, whole_batches
-from dwiml_func.experiment.model_store import LoadedModel, load_model
+from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.reconstruction import EVALUATION_FILE, Reconstruction, read_reconstruction
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.tracking.lag_validation import measure_window_lag, run_windows, space_of_subject
 from dwiml_func.files.json import read_record, write_record
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
+from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.types import Metrics
 
 __all__ = [
@@ -104,10 +105,9 @@ def evaluate_directions(
     )
 
 
-def evaluate_best_model(directory: str | Path, parts: RunParts) -> Evaluation:
-    """Compare a run's best model with the baselines on its validation batches; without any, on training batches."""
+def evaluate_best_model(model: TractographyModel, parts: RunParts) -> Evaluation:
+    """Compare a run's best model, on the CPU, with the baselines on its validation batches, or else on training's."""
     dataset, key = parts.data.evaluation, Key(parts.config.training.rng)
-    model = load_model(Path(directory) / "best_model").tracker  # on the CPU, also if it was trained on a GPU
     batches = (batch.to(torch.device("cpu")) for batch in parts.evaluation(key, 0, 0))
     return evaluate_directions(model.directions, batches, dataset.input_attributes, num_features=dataset.num_features)
 

@@ -46,7 +46,7 @@ def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport])
     if isinstance(module, Autoencoder):
         evaluation = evaluate_reconstruction(module, parts)
     else:
-        evaluation = evaluate_best_model(directory, parts)
+        evaluation = evaluate_best_model(module, parts)
         tracking = evaluate_tracking(module, parts.data.evaluation, parts.config)
     try:
         for figure in (run_figure_path(directory), tracked_lines_path(directory), *tracking_figures(directory)):

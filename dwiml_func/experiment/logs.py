@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from dwiml_func.experiment.comparison.compare import flatten
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.learning_rate import parse_rates
 from dwiml_func.files.atomic import atomic_write
@@ -70,10 +70,13 @@ def experiment_writer(directory: str | Path, config: RunConfig) -> StepWriter:
 def experiment_comet(directory: str | Path, config: RunConfig, **options: Any) -> Comet:
     """Make the Comet writer, with the run's options as parameters; `options` replace those of the config."""
     logging, origin = config.logging, config.origin
+    named = {name.rpartition(".")[2]: value for name, value in flatten(config.to_dict()).items()}  # they are unique
     defaults = {
         "workspace": logging.comet_workspace,
         "project": logging.comet_project,
-        "parameters": _flat(config.to_dict()),
+        "parameters": {
+            name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in named.items()
+        },
         "branch": "" if origin is None else f"{origin.digest} {Path(directory).absolute().name}",
     }
     return Comet(directory, **(defaults | options))
@@ -86,14 +89,3 @@ def _rates(training: TrainingConfig) -> tuple[float, ...] | str:
         return parse_rates(text.split(), text)
     except ValueError:
         return text
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options by their names on the command line, which are unique; lists as text."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value)
-        else:
-            flat[name] = " ".join(map(str, value)) if isinstance(value, list) else value
-    return flat

@@ -113,16 +113,13 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_number("max_epochs", self.max_epochs, at_least=1)
-        if self.patience is not None:
-            check_number("patience", self.patience, at_least=1)
+        check_number("patience", self.patience, at_least=1)
         check_number("patience_delta", self.patience_delta, at_least=0)
         validation_interval(self.validate_every)
         check_number("weight_decay", self.weight_decay, at_least=0)
-        if self.clip_grad is not None:
-            check_number("clip_grad", self.clip_grad, above=0)
+        check_number("clip_grad", self.clip_grad, above=0)
         check_number("accumulate", self.accumulate, at_least=1)
-        if self.skip_not_finite is not None:
-            check_number("skip_not_finite", self.skip_not_finite, at_least=1)
+        check_number("skip_not_finite", self.skip_not_finite, at_least=1)
         for text in self.skip_batches:
             parse_batch(text)
         if self.rule == ("none",):
@@ -141,8 +138,7 @@ class TrainingConfig:
                 "a tracking_phase_frequency of 1. To validate less often, use validate_every."
             )
         check_number("rng", self.rng, at_least=0, below=1 << 64)
-        if self.data_rng is not None:
-            check_number("data_rng", self.data_rng, at_least=0, below=1 << 64)
+        check_number("data_rng", self.data_rng, at_least=0, below=1 << 64)
         parse_learning_rate(" ".join(self.learning_rate))
         configured_optimizer(self)
 
