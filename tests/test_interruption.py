@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dwiml_func.cli._sweep import train_sweep
 from experiment_cases import CONFIG
 from gated_run import OPTIONS, check_same_end, gated, train_whole
 from reproduction_cases import DATA, differences, files, results
@@ -21,7 +22,6 @@ from torch import Tensor
 
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.cli._sweep import train_sweep
 from dwiml_func.cli._training import new_run
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals

@@ -43,11 +43,9 @@ class AsyncCheckpointer:
         keep: int | str | None = 2,
         keep_always: Collection[str] = (),
     ) -> None:
-        self._directory = directory
-        self._config = to_json_data(config or {}, "config")  # an error here costs no epoch
-        self._data = data
-        self._keep = keep
-        self._keep_always = tuple(keep_always)
+        config = to_json_data(config or {}, "config")  # an error here costs no epoch
+        self._options: dict[str, Any] = {"config": config, "keep": keep, "keep_always": tuple(keep_always)}
+        self._directory, self._data = directory, data
         self._copy: TrainState | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -74,16 +72,8 @@ class AsyncCheckpointer:
         def work() -> None:
             try:
                 data = self._data() if self._data else None
-                save(
-                    self._directory,
-                    copied,
-                    reports,
-                    config=self._config,
-                    data=data,
-                    environment=environment(devices),
-                    keep=self._keep,
-                    keep_always=self._keep_always,
-                )
+                facts = {"data": data, "environment": environment(devices), **self._options}
+                save(self._directory, copied, reports, **facts)
                 _log.debug("Checkpoint %s saved in %s.", checkpoint_name(copied), self._directory)
                 if then is not None:
                     then(copied)

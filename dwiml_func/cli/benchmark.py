@@ -113,9 +113,6 @@ def _models(options: Options) -> tuple[dict[str, RunConfig], list[tuple[str, Pat
         recipes[options.name or _OURS] = example_options().to_config("")
     if options.max_epochs is not None:
         check_number("max_epochs", options.max_epochs, at_least=1)
-        recipes = {name: _shortened(config, options.max_epochs) for name, config in recipes.items()}
+        for name, config in recipes.items():
+            recipes[name] = replace(config, training=replace(config.training, max_epochs=options.max_epochs))
     return recipes, experiments
-
-
-def _shortened(config: RunConfig, max_epochs: int) -> RunConfig:
-    return replace(config, training=replace(config.training, max_epochs=max_epochs))

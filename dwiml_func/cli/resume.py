@@ -8,8 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from dwiml_func.cli._ensemble import resume_members
 from dwiml_func.cli._parsing import CommandOptions
+from dwiml_func.cli._several import resume_members
 from dwiml_func.cli._training import TimeLimit, resumed_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group
 from dwiml_func.experiment.finish import is_whole

@@ -15,7 +15,6 @@ from typing import Annotated, Self
 
 import tyro
 
-from dwiml_func.cli._ensemble import describe_members, resume_members, train_members
 from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._parsing import CommandOptions, parse
 from dwiml_func.cli._run_options import (
@@ -26,7 +25,14 @@ from dwiml_func.cli._run_options import (
     options_for_dwi_ml,
     read_config_part,
 )
-from dwiml_func.cli._sweep import check_sweep, describe_sweep, train_sweep
+from dwiml_func.cli._several import (
+    check_sweep,
+    describe_members,
+    describe_sweep,
+    resume_members,
+    train_members,
+    train_sweep,
+)
 from dwiml_func.cli._training import TimeLimit, describe_run, new_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in
 from dwiml_func.experiment.config import ModelConfig

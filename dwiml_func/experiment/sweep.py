@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from dwiml_func.experiment.comparison.log_values import check_known
+from dwiml_func.experiment.comparison.run_values import check_known
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import SWEEP_FILE
 from dwiml_func.files.atomic import atomic_write

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dwiml_func.experiment.comparison.log_values import find_log
 from dwiml_func.experiment.comparison.run_labels import loss_kind
-from dwiml_func.experiment.comparison.run_values import check_names, run_value
+from dwiml_func.experiment.comparison.run_values import check_names, find_log, run_value
 from dwiml_func.experiment.comparison.runs import RunOverview
 from dwiml_func.experiment.figures.panels import COLOURS, Panel, marker_of, plain_axes
 

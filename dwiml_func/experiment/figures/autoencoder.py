@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.experiment.batches import sampled_batch
-from dwiml_func.experiment.figures.panels import COLOURS, plain_axes
+from dwiml_func.experiment.figures.panels import COLOURS, GREY, plain_axes
 from dwiml_func.experiment.figures.plots import save_figure
 from dwiml_func.experiment.figures.streamline_views import VIEWS
 from dwiml_func.experiment.reconstruction import to_mm
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["latent_figure", "reconstruction_figure", "save_autoencoder_figures"]
 
 _MOST_DRAWN = 60  # streamlines of the figure of reconstructions
-_GREY = "#666666"
 _OTHER = "other bundles"
 _AXES = ("x (mm)", "y (mm)", "z (mm)")
 
@@ -73,7 +72,7 @@ def latent_figure(latent: NDArray[Any], bundles: Sequence[str] | None, *, title:
         rest = ~np.isin(labels, shown)
         entries = {}  # given as they are: in a legend that is made by itself, names that begin with _ are hidden
         if rest.any():
-            entries[f"{_OTHER} ({rest.sum()})"] = axes.scatter(places[rest, 0], places[rest, 1], s=14, color=_GREY)
+            entries[f"{_OTHER} ({rest.sum()})"] = axes.scatter(places[rest, 0], places[rest, 1], s=14, color=GREY)
         for name, colour in zip(sorted(shown), COLOURS, strict=False):
             own = labels == name
             entries[f"{name} ({own.sum()})"] = axes.scatter(places[own, 0], places[own, 1], s=14, color=colour)
@@ -97,7 +96,7 @@ def reconstruction_figure(real: NDArray[Any], reconstructed: NDArray[Any], *, ti
     axes: Any = figure.subplots(1, 3)
     figure.subplots_adjust(left=0.05, right=0.99, top=0.8, bottom=0.1, wspace=0.16)
     for panel, (view, first, second) in zip(axes, VIEWS, strict=True):
-        for lines, colour, text in ((real, _GREY, "streamline"), (reconstructed, COLOURS[1], "reconstruction")):
+        for lines, colour, text in ((real, GREY, "streamline"), (reconstructed, COLOURS[1], "reconstruction")):
             paths = lines[drawn][:, :, [first, second]]
             panel.add_collection(LineCollection(list(paths), colors=colour, linewidths=0.9, alpha=0.8, label=text))
         panel.autoscale()

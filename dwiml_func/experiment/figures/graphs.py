@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func.core.report import EpochReport
-from dwiml_func.experiment.comparison.log_values import check_known, find_log, log_names
 from dwiml_func.experiment.comparison.run_labels import kind_names
+from dwiml_func.experiment.comparison.run_values import check_known, find_log, log_names
 from dwiml_func.experiment.figures.panels import COLOURS, Panel, PlottedRun
 
 __all__ = ["Graph", "GraphDrawing", "graph_drawings", "parse_graph"]

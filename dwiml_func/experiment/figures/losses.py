@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.panels import COLOURS, GREY
 from dwiml_func.experiment.figures.plots import without_formulas
 from dwiml_func.experiment.point_losses import PointLosses
 
@@ -21,7 +21,6 @@ Colormap = Literal["viridis", "cividis", "plasma", "inferno", "magma"]
 """Gradients of matplotlib whose lightness rises evenly: colour-blind readers, and prints in grey, keep the order."""
 
 _FEWEST_BINS, _MOST_BINS = 10, 200
-_GREY = "#666666"
 
 
 def colours_of(values: ArrayLike, low: float, high: float, colormap: Colormap) -> NDArray[np.float32]:
@@ -47,10 +46,7 @@ def draw_losses(losses: PointLosses, low: float, high: float, colormap: Colormap
     scale = ScalarMappable(Normalize(low, high), colormap)
     bar = figure.colorbar(scale, cax=panels[3], orientation="horizontal", extend="both")
     bar.set_label("loss, in the colours of the tractograms")
-    figure.suptitle(title, x=0.01, ha="left")
-    without_formulas(figure)
-    figure.tight_layout()
-    return figure
+    return _titled(figure, title)
 
 
 def draw_eos(losses: PointLosses, *, title: str) -> Figure:
@@ -66,6 +62,10 @@ def draw_eos(losses: PointLosses, *, title: str) -> Figure:
     third = thirds(losses)
     for row, name in enumerate(("first third", "second third", "last third, without the last point", "last points")):
         _histogram(panels[row + 1], probability[third == row], f"Probability of EOS: {name}", "points", within=(0, 1))
+    return _titled(figure, title)
+
+
+def _titled(figure: Figure, title: str) -> Figure:
     figure.suptitle(title, x=0.01, ha="left")
     without_formulas(figure)
     figure.tight_layout()
@@ -94,7 +94,7 @@ def _histogram(
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     if len(values) == 0:
-        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+        axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=GREY)
         return
     num_bins = int(np.clip(2 * np.sqrt(len(values)), _FEWEST_BINS, _MOST_BINS))
     counts, edges = np.histogram(values, bins=num_bins, range=within)

@@ -98,11 +98,9 @@ def _best(directory: Path, history: Sequence[EpochReport], best: int | None) -> 
             "principal direction": evaluation.principal_direction,
             "keep going straight": evaluation.keep_straight,
         }
+        known = {name: angle for name, angle in angles.items() if angle is not None and math.isfinite(angle)}
+        cells = [(name, f"{known[name]:.2f} deg" if name in known else "unknown") for name in angles]
         caption = f"Mean angular error at {evaluation.num_points:,} points that have a previous direction"
-        cells = [
-            (name, "unknown" if angle is None or not math.isfinite(angle) else f"{angle:.2f} deg")
-            for name, angle in angles.items()
-        ]
         yield rows_table(("", ""), cells, caption=caption)
     elif reconstruction is not None:
         distances = {

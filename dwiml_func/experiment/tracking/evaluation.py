@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,21 +102,13 @@ def evaluate_tracking(
 
 def write_tracking_evaluation(directory: str | Path, evaluation: TrackingEvaluation, *, epoch: int) -> None:
     """Write the scores of a run's best model, of a best epoch."""
-    values: dict[str, Any] = {
-        "epoch": epoch,
-        "subject": evaluation.subject,
-        "subset": evaluation.subset,
-        "step_size": evaluation.step_size,
-        "has_mask": evaluation.has_mask,
-        "scores": {
-            name: {protocol: found._asdict() for protocol, found in by_protocol.items()}
-            for name, by_protocol in evaluation.scores.items()
-        },
-        "ceiling_valid": evaluation.ceiling_valid,
-        "ceiling_both_ends": evaluation.ceiling_both_ends,
-        "drift": None if evaluation.drift is None else evaluation.drift._asdict(),
+    values = {each.name: getattr(evaluation, each.name) for each in fields(evaluation) if each.name != "lines"}
+    values["scores"] = {
+        name: {protocol: found._asdict() for protocol, found in by_protocol.items()}
+        for name, by_protocol in evaluation.scores.items()
     }
-    write_record(Path(directory) / TRACKING_FILE, values)
+    values["drift"] = None if evaluation.drift is None else evaluation.drift._asdict()
+    write_record(Path(directory) / TRACKING_FILE, {"epoch": epoch, **values})
 
 
 def _readable(spec: TrackingSpec, model: TractographyModel) -> TrackingSpec:

@@ -1,34 +1,50 @@
-"""Sweeps over options that no ensemble can have: experiments under one name, trained one after the other."""
+"""What `train` and `resume` do with several models: sweeps, one after the other, and ensembles, all at once."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dwiml_func._checks import one_line
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._messages import pluralize, print_progress
-from dwiml_func.cli._training import new_run, train_with_progress
+from dwiml_func.cli._training import describe_start, new_run, train_with_progress
 from dwiml_func.cli.runs import format_runs
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.non_finite import NonFiniteError
+from dwiml_func.core.report import EpochReport
 from dwiml_func.distributed.process_group import join_process_group
+from dwiml_func.ensemble.loop import EnsembleReport
+from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.experiment.comparison.compare import distinguishing
 from dwiml_func.experiment.comparison.run_values import best_first
 from dwiml_func.experiment.comparison.runs import list_runs
 from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.ensemble_resume import resume_ensemble
+from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
 from dwiml_func.experiment.finish import is_whole
-from dwiml_func.experiment.folder import check_new_experiment, is_sweep
+from dwiml_func.experiment.folder import check_new_experiment, create_ensemble, is_sweep, read_ended
 from dwiml_func.experiment.resume import check_same_run
-from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.setup import RunParts, prepare
+from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.experiment.sweep import write_sweep
 from dwiml_func.files.lock import experiment_lock, is_locked
 
-__all__ = ["check_sweep", "describe_sweep", "print_table", "train_sweep"]
+__all__ = [
+    "check_sweep",
+    "describe_members",
+    "describe_sweep",
+    "print_table",
+    "resume_members",
+    "train_members",
+    "train_sweep",
+]
 
 
 def check_sweep(directory: Path, configs: Mapping[str, RunConfig]) -> None:
@@ -108,3 +124,81 @@ def _has_ended(folder: Path, config: RunConfig) -> bool:
         return False
     is_over = last.epoch >= config.training.max_epochs or should_stop(last.best, config.training.patience)
     return is_over and is_whole(folder)
+
+
+def train_members(
+    experiments_path: str, experiment_name: str, configs: Sequence[RunConfig], deadline: float | None = None
+) -> None:
+    """Make an ensemble and train it, with a line per member and epoch."""
+    members = [parts.as_new() for parts in prepare_ensemble(configs)]
+    with experiment_lock(experiments_path, wait=True):
+        directory = create_ensemble(experiments_path, experiment_name, [parts.config for parts in members])
+    with _locks(directory, len(configs)):
+        failed = _train_at_once(directory, members, None, [()] * len(configs), deadline)
+    print_table(directory, failed)  # when no lock makes the members look as if they were running
+
+
+def resume_members(directory: Path, *, deadline: float | None = None, **options: Any) -> None:
+    """Resume an ensemble; `options` are those of `resume_ensemble`."""
+    num_members, _ = read_ended(directory)
+    with _locks(directory, num_members):
+        members, ensemble, histories = resume_ensemble(directory, **options)
+        failed = _train_at_once(directory, members, ensemble, histories, deadline)
+    print_table(directory, failed)  # when no lock makes the members look as if they were running
+
+
+def describe_members(directory: Path, configs: Sequence[RunConfig]) -> str:
+    """The ensemble, and a line for each member with what it does not share."""
+    lines = [f"{directory}: an ensemble of {len(configs)} members, each in its own folder"]
+    for number, training in enumerate(config.training for config in configs):
+        rate = " ".join(training.learning_rate)
+        lines.append(f"  {number}: learning rate {rate}, weight decay {training.weight_decay:g}, rng {training.rng}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _locks(directory: Path, num_members: int) -> Iterator[None]:
+    with ExitStack() as stack:
+        for path in (directory, *(directory / str(number) for number in range(num_members))):
+            stack.enter_context(experiment_lock(path))
+        yield
+
+
+def _train_at_once(
+    directory: Path,
+    members: Sequence[RunParts],
+    ensemble: EnsembleState | None,
+    histories: Sequence[tuple[EpochReport, ...]],
+    deadline: float | None,
+) -> dict[str, str]:
+    """Train, and return the errors of members that have failed."""
+    print_progress(describe_members(directory, [parts.config for parts in members]))
+    if ensemble is not None and any(histories):
+        print_progress(describe_start(ensemble.epoch, ensemble.batch))
+    failed: dict[int, str] = {}
+    own = list(histories)
+    max_epochs = members[0].config.training.max_epochs
+    with stop_on_signals(deadline=deadline) as stop:
+        for report in run_ensemble(directory, members, ensemble=ensemble, histories=histories, stop=stop):
+            failed |= report.failed
+            own = [
+                (*history, report.members[number]) if number in report.members else history
+                for number, history in enumerate(own)
+            ]
+            _print_epoch(report, max_epochs)
+    if not any(own):
+        raise NonFiniteError(next(iter(failed.values()), "No member was trained."))
+    return {str(number): text for number, text in failed.items()}
+
+
+def _print_epoch(report: EnsembleReport, max_epochs: int) -> None:
+    position = f"Epoch {report.epoch}/{max_epochs}" + (f", batch {report.batch}" if report.batch else "")
+    for number, own in report.members.items():
+        best = "  best" if own.is_best else ""
+        valid = f"  validation loss {own.valid['loss']:.4f}" if own.valid else ""
+        if own.monitor != "loss" and own.monitor in (means := own.valid or own.train):
+            valid += f"  {own.monitor} {means[own.monitor]:.4f}"
+        stop = "  stopped early" if own.stop == "patience" else ""
+        print_progress(f"{position}  {number}: training loss {own.train['loss']:.4f}{valid}{best}{stop}")
+    for number, text in report.failed.items():
+        print_progress(f"{position}  {number}: {text}")
