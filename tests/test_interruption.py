@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from dwiml_func.cli._sweep import train_sweep
 from experiment_cases import CONFIG
 from gated_run import OPTIONS, check_same_end, gated, train_whole
 from reproduction_cases import DATA, differences, files, results
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.cli._several import train_sweep
 from dwiml_func.cli._training import new_run
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.signals import TrainingStopped, stop_on_signals
@@ -275,8 +275,8 @@ def test_a_process_that_does_not_write_resumes_where_the_first_one_does(monkeypa
         (tmp_path / "run").mkdir(exist_ok=True)
     assert resumed == [(tmp_path / "run", config, True)] * 2 * exists
     assert list((tmp_path / "run").iterdir()) == []
-    monkeypatch.setattr("dwiml_func.cli._sweep.join_process_group", lambda _: contextlib.nullcontext(_Second(exists)))
-    monkeypatch.setattr("dwiml_func.cli._sweep.train_with_progress", lambda *given: trained.append(given))
+    monkeypatch.setattr("dwiml_func.cli._several.join_process_group", lambda _: contextlib.nullcontext(_Second(exists)))
+    monkeypatch.setattr("dwiml_func.cli._several.train_with_progress", lambda *given: trained.append(given))
     assert train_sweep(tmp_path / "all", {"a": config, "b": config}, ["dropout=0,1"], deadline=6.0) == 0
     assert [(each[0], each[-1]) for each in trained] == (
         [] if exists else [(tmp_path / "all" / name, 6.0) for name in "ab"]  # the first one knows what is done

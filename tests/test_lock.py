@@ -317,7 +317,7 @@ def test_folders_are_kept_for_readers_and_only_while_they_read(tmp_path):
 
 
 def test_commands_that_train_lock_what_they_write_and_wait_for_the_folder_of_all(cli, tmp_path, monkeypatch):
-    from dwiml_func.cli import _ensemble, _sweep, _training, evaluate, fork
+    from dwiml_func.cli import _several, _training, evaluate
     from dwiml_func.cli import train as train_command
 
     locked: list[tuple[str, bool]] = []
@@ -326,7 +326,7 @@ def test_commands_that_train_lock_what_they_write_and_wait_for_the_folder_of_all
         locked.append((str(Path(directory).relative_to(tmp_path)), wait))
         return experiment_lock(directory, wait=wait)
 
-    for module in (_ensemble, _sweep, _training, evaluate, fork, train_command):
+    for module in (_several, _training, evaluate, train_command):
         monkeypatch.setattr(module, "experiment_lock", spy)
     data = Path(__file__).parent / "data" / "phantom.hdf5"
     shutil.copy(data, tmp_path / "example_data.hdf5")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from dwiml_func.checkpoint.arrays import CheckpointError
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.config import TrainingConfig
 from dwiml_func.experiment.folder import create_ensemble, create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
@@ -219,10 +220,10 @@ def test_another_version_or_machine_is_warned_of_once_and_the_run_resumes(copy, 
     assert caplog.records == []
     now = environment()
 
-    def elsewhere(devices: Iterable[str]) -> dict[str, Any]:
+    def elsewhere(state: TrainState) -> dict[str, Any]:
         return {**now, "torch": "9.9.9", "cpu": "Another", "num_threads": 64, "python": "4.0"}
 
-    monkeypatch.setattr("dwiml_func.experiment.record.environment", elsewhere)
+    monkeypatch.setattr("dwiml_func.experiment.record.environment_of", elsewhere)
     _, state, _ = resume_experiment(copy)
     assert state.epoch == 4
     _, record = caplog.records  # the first is about the patience, of which no checkpoint knows yet

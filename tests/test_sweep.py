@@ -12,7 +12,7 @@ from experiment_cases import PHANTOM, contents, latest_digest
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.cli import _sweep
+from dwiml_func.cli import _several
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.sweep import is_ensemble_sweep, sweep_configs
@@ -124,7 +124,7 @@ def test_one_has_ended_where_it_has_all_epochs_or_no_patience_is_left_and_all_it
 
     def has_ended(**options: int) -> bool:
         config = read_config(folder)
-        return _sweep._has_ended(folder, replace(config, training=replace(config.training, **options)))
+        return _several._has_ended(folder, replace(config, training=replace(config.training, **options)))
 
     record = newest(folder)
     assert record is not None
@@ -135,13 +135,13 @@ def test_one_has_ended_where_it_has_all_epochs_or_no_patience_is_left_and_all_it
     assert not has_ended(max_epochs=3, patience=2)
     within = (*record.history[:-1], replace(record.history[-1], batch=2))
     with monkeypatch.context() as patch:
-        patch.setattr(_sweep, "newest", lambda _: replace(record, history=within))
+        patch.setattr(_several, "newest", lambda _: replace(record, history=within))
         assert not has_ended()
-        patch.setattr(_sweep, "newest", lambda _: replace(record, history=()))
+        patch.setattr(_several, "newest", lambda _: replace(record, history=()))
         assert not has_ended()
     (folder / "evaluation.json").unlink()
     assert not has_ended()
-    assert not _sweep._has_ended(copied / "nothing", read_config(folder))
+    assert not _several._has_ended(copied / "nothing", read_config(folder))
 
 
 def test_what_is_wrong_with_the_last_shows_before_the_first_is_trained(tmp_path: Path, cli) -> None:
