@@ -207,6 +207,51 @@ def test_an_empty_argument_is_refused_and_not_taken_for_the_current_folder(cli, 
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("benchmark", "OUT", "--seeds", 1, 2, 1), "--seeds: expected each seed once. Received: 1 2 1."),
+        (("benchmark", "OUT", "--people", "sub_1", "sub_1"), "--people: expected each of sub_1, "),
+        (("benchmark", "OUT", "--people", "sub_9"), "at most once. Received: 'sub_9'."),
+        (("benchmark", "OUT", "--data", "none"), "--data: expected each of "),
+        (("benchmark", "OUT", "--processes", 0), "processes: expected"),
+        (("benchmark", "OUT", "--max-epochs", 0), "max_epochs: expected"),
+        (("create-hdf5", "OUT", "a.json", "b.hdf5", "--enforce-files-presence", "maybe"), "maybe"),
+        (("track", "m", "d.hdf5", "o.trk", "--processes", 2, "--use-gpu"), "processes: expected 1 with --use-gpu"),
+        (("track", "m", "d.hdf5", "o.trk", "--npv", 1, "--nt", 2), "npv: expected without nt. Received both."),
+        (("track", "m", "d.hdf5", "o.trk", "--nt", 1, "--in-custom-seeds", "s.npy"), "nt: expected without in_custom"),
+        (("track", "m", "d.hdf5", "o.trk"), "subject: expected the name of a subject"),
+        (("track", "m", "o.trk", "--subject", "a"), "Expected HDF5_FILE and OUT"),
+        (("track", "m", "d.hdf5", "o.trk", "--input", "a.nii"), "Expected OUT, as --input is given"),
+        (("track", "m", "d.hdf5", "o.trk", "--subject", "a", "--skip", -1), "skip: expected"),
+        (("track", "m", "d.hdf5", "o.trk", "--subject", "a", "--compress", 0), "compress: expected"),
+        (
+            ("track", "m", "d.hdf5", "o.trk", "--subject", "a", "--tracking-mask", "b"),
+            "tracking_mask: expected with --in",
+        ),
+        (
+            ("track", "m", "o.trk", "--input", "a.nii", "--subject", "a"),
+            "subject: expected with a dataset, not --input",
+        ),
+        (("visualize-loss", "m", "d", "o", "--subject", "a", "--best-and-worst", 0), "best_and_worst: expected"),
+        (("visualize-loss", "m", "d", "o", "--subject", "a", "--best-and-worst", 101), "received 101"),
+        (("visualize-loss", "m", "d", "o", "--subject", "a", "--displacement", -1), "displacement: expected"),
+        (("runs", "OUT", "--json", "--csv"), "Expected --json or --csv. Received: both."),
+        (("plot", "OUT", "--drift", "--csv", "a.csv"), "--drift: expected no --panels"),
+        (("plot", "OUT", "--tracking", "--drift"), "--tracking: expected one experiment"),
+        (("plot", "OUT", "--correlate", "loss"), "--correlate: expected NAME NAME. Received: loss."),
+        (("plot", "OUT", "--correlate", "loss", "lr", "--csv", "a.csv"), "--correlate: expected no --panels"),
+        (("page", "OUT", "a.txt"), "Expected a name that ends in .html. Received: 'a.txt'."),
+        (("page", "OUT", "a.html", "--sample", 0), "sample: expected"),
+    ],
+    ids=lambda value: " ".join(map(str, value[:1] + value[-2:])) if isinstance(value, tuple) else "",
+)
+def test_options_that_need_no_file_are_checked_first_and_nothing_is_written(cli, tmp_path, arguments, named):
+    out = tmp_path / "out"
+    cli(*(out if each == "OUT" else each for each in arguments)).check_refusal(named)
+    assert not out.exists()
+
+
 def test_a_link_to_nothing_is_a_file_that_exists(cli, tmp_path):
     (tmp_path / "data.hdf5").symlink_to("nowhere")
     cli("example-data", tmp_path / "data.hdf5").check_refusal("The file exists")

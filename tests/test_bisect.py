@@ -168,3 +168,8 @@ def test_tensors_that_one_run_lacks_or_that_have_another_shape_are_told():
     assert re.fullmatch(r"grad/wide: .*3.* in A, .*2.* in B", wide)
     assert re.fullmatch(r"grad/kind: .*float32.* in A, .*float64.* in B", kind)
     assert tensor_differences(a, a) == []
+    ones, zeros = ({name: torch.full((1,), value) for name in "abcde"} for value in (1.0, 0.0))
+    three = [tensor_differences({n: ones[n] for n in "abcde"[:num]}, zeros)[:3] for num in (3, 5)]
+    assert [line[:2] for line in three[0]] == [line[:2] for line in three[1]] == ["a:", "b:", "c:"]
+    assert len(tensor_differences({n: ones[n] for n in "abc"}, {n: zeros[n] for n in "abc"})) == 3
+    assert tensor_differences(ones, zeros)[3:] == ["2 more tensors differ"]

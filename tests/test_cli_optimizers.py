@@ -383,6 +383,8 @@ def test_a_fork_resets_the_optimizer_state_and_keeps_the_best_model(
         (["--optimizer", "Muon", "--rule", "*: exclude=enc*"], ["'enc*'"]),
         (["--rule", "*bias*: lr=0.1", "--rule", "*bias*: frozen"], ["one rule for '*bias*'"]),
         (["--rule", "*bias*"], ["expected 'PATTERN: NAME=VALUE, ...'"]),
+        (["--rule", "*bias*: lr=1, lr=2"], ["rule '*bias*': expected lr once, received it twice"]),
+        (["--rule", "*bias*: lr"], ["expected NAME=VALUE with one of ", " lr, ", "received 'lr' for Adam"]),
         (["--rule", "*bias*: frozen, lr=1"], ["frozen alone", "'frozen'"]),
         (["--rule", "*bias*: momentum=0.9"], ["beta1, beta2, eps, lr, weight_decay", "'momentum=0.9' for Adam"]),
         (["--rule", "*bias*: lr=fast"], ["expected a number for lr", "'fast'"]),

@@ -72,6 +72,15 @@ def test_evaluate_writes_them_at_any_time(cli, run):
     assert json.loads(before[EVALUATION])["num_epochs"] == 2
 
 
+def test_an_evaluation_that_cannot_be_written_is_a_warning_and_the_summary_is_printed(cli, run):
+    (run / EVALUATION).unlink()
+    (run / EVALUATION / "in the way").mkdir(parents=True)
+    done = cli("evaluate", run, "--write")
+    assert done.code == 0
+    assert "warning: The evaluation was not written: " in done.err
+    assert "Mean angular error of the best model" in done.out
+
+
 def test_evaluate_writes_those_of_the_members_of_an_ensemble(cli, tmp_path):
     assert cli("train", tmp_path, "e", PHANTOM, *OPTIONS, "--max-epochs", 1, "--num-models", 2).code == 0
     assert cli("evaluate", tmp_path / "e", "--write").code == 0

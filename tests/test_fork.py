@@ -174,6 +174,7 @@ def test_without_a_name_the_newest_valid_checkpoint_is_forked(cli, source):
     outcome = cli("fork", source, "a")
     assert outcome.code == 0
     assert "checkpoint 3-3" in outcome.out
+    assert f"Checkpoint 4 of {source} is corrupt. Forking from checkpoint 3-3." in outcome.err
     assert latest_digest(source.parent / "a") == end
 
 

@@ -89,6 +89,20 @@ def test_the_digest_is_of_the_loaded_values(tmp_path):
     assert a == b != c
 
 
+def test_what_cannot_be_written_whole_is_refused_and_nothing_is_written(tmp_path):
+    torch.save({"bias": torch.ones(2), "weight": torch.ones(2, 2) * 1j}, tmp_path / "a.pt")
+    module = nn.Linear(2, 2)
+    before = module.bias.tolist()
+    with pytest.raises(ValueError, match=r"Nothing was loaded from .*: weight would lose its imaginary part"):
+        load_pretrained(module, tmp_path / "a.pt")
+    assert module.bias.tolist() == before
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    torch.save(module.state_dict(), tmp_path / "b.pt")
+    with pytest.raises(ValueError, match=r"is on the meta device: call module\.to_empty first"):
+        load_pretrained(empty, tmp_path / "b.pt")
+
+
 def test_when_nothing_fits_nothing_is_written(tmp_path):
     torch.save({"weight": torch.ones(3), "other": torch.ones(2)}, tmp_path / "a.pt")
     module = nn.Linear(2, 2)
@@ -134,7 +148,7 @@ def test_a_run_may_start_from_given_parameters_and_wrong_ones_are_named():
         init_state(module, adam(), seed=0, params={"weight": [1.0] * 3, "bias": 1j * torch.ones(3)})  # type: ignore[dict-item]
 
 
-def test_train_init_from_starts_from_the_weights_and_records_their_digest(cli, experiment, tmp_path):
+def test_train_init_from_starts_from_the_weights_and_records_their_digest(cli, experiment, tmp_path, monkeypatch):
     arguments = ("second", PHANTOM, "--config", experiment / "config.json", "--rng", 8, "--init-from", experiment)
     done = cli("train", tmp_path, *arguments, "--max-epochs", 1)
     assert done.code == 0, done.err
@@ -142,6 +156,10 @@ def test_train_init_from_starts_from_the_weights_and_records_their_digest(cli, e
     assert config.origin is not None
     module = make_model(config, load_model(experiment / "best_model").facts["nb_features"])
     assert config.origin.digest == load_pretrained(module, experiment).digest
+    assert (config.origin.experiment, config.origin.checkpoint) == (str(experiment.absolute()), "0")
+    monkeypatch.chdir(experiment.parent)
+    again = cli("train", tmp_path, *arguments[:-1], experiment.name, "--max-epochs", 1)
+    assert "exists, with this config" in again.out  # by a relative path, too
     first = restore(tmp_path / "second", prepare(config).first_state(), name="0").state
     assert {name: tensor.tolist() for name, tensor in first.params.items()} == {
         name: tensor.tolist() for name, tensor in best.named_parameters()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,8 +14,9 @@ from typing import Any
 import pytest
 from test_summary import evaluation, report
 
-from dwiml_func.cli import _summary, _training, bisect, diff, evaluate, runs, verify
+from dwiml_func.cli import _ensemble, _summary, _training, bisect, diff, evaluate, runs, verify
 from dwiml_func.core.early_stopping import Best
+from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.experiment.audit.bisect import Bisection
 from dwiml_func.experiment.audit.lockstep import Difference
 from dwiml_func.experiment.audit.verify import Verification
@@ -119,6 +122,18 @@ RUNS = [
         name="c", state="corrupt", minutes=60, last_change=TIME, monitor="angular_error", best_value=3, problems=("r",)
     ),
 ]
+
+
+def of_members() -> str:
+    own = report(stop=None, valid={"loss": 0.5, "overlap": 0.75}, monitor="overlap")
+    ended = report(stop="patience", is_best=False, valid={"loss": 0.625})
+    members = {0: own, 2: ended, 3: report(stop="max_epochs", is_best=False)}
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        _ensemble._print(EnsembleReport(epoch=2, members=members, failed={1: "The loss is nan."}), 9)
+        _ensemble._print(EnsembleReport(epoch=3, members={0: own}, failed={}, batch=5), 9)
+    return shown.getvalue().strip()
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "summary": lambda: _summary.format_summary(
         HISTORY, evaluation(first_points=33.0), subset="validation", tracking="how it tracks"
@@ -163,6 +178,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     ),
     "runs": lambda: runs.format_runs(RUNS),
     "runs by name": lambda: runs.format_runs(RUNS[:1], shown=["best_loss"]),
+    "members": of_members,
     "start": lambda: f"{_training.describe_start(3, 0)}\n{_training.describe_start(3, 4)}",
 }
 
