@@ -40,8 +40,7 @@ class CheckpointConfig:
 
     checkpoint_every: str = "1epoch"
     """Interval between checkpoints: "50batches" or "10minutes" (also saves at each epoch's end), or "3epochs" (also
-    saves
-    at each best epoch)."""
+    saves at each best epoch)."""
     keep: int | str = 2
     """Number of latest checkpoints at an epoch's end to keep besides that of the best epoch; "every:5" keeps two, and
     that of every fifth epoch, for audits; or all."""
@@ -68,8 +67,8 @@ class LoggingConfig:
 
     comet_workspace: str | None = None
     """Comet workspace. With this option or --comet-project, Comet logs the run: online with an API key (COMET_API_KEY
-    or
-    comet's config) and a network, otherwise as an archive in logs/comet. None: the default workspace of the account."""
+    or comet's config) and a network, otherwise as an archive in logs/comet. None: the default workspace of the
+    account."""
     comet_project: str | None = None
     """Comet project. None: Comet's default project."""
     tensorboard: bool = False

@@ -37,7 +37,11 @@ def record_digest(latest: Checkpoint) -> str:
     so a run that is repeated has the same. Options that cannot change results are left out.
     """
     has_shards = _has_shards(latest.config)
-    config = {name: pair[0] for name, pair in differing(latest.config, {}).items() if _decides(name, has_shards)}
+    config = {
+        name: text
+        for name, (text, _) in differing(latest.config, {}).items()
+        if not _is_free(name, has_shards) or name == "training.skip_batches"
+    }
     link = _sha256({"data": content(latest.data), "config": config})
     for report in latest.history:
         link = _sha256({"before": link, "report": report_values(report), "digest": report.digest})
@@ -97,10 +101,6 @@ def _differing_options(recorded: Mapping[str, Any], named: Mapping[str, Any]) ->
         for name, (there, here) in pairs
         if not _is_free(name, has_shards)
     ]
-
-
-def _decides(name: str, has_shards: bool) -> bool:
-    return not _is_free(name, has_shards) or name == "training.skip_batches"
 
 
 def _has_shards(config: Mapping[str, Any]) -> bool:

@@ -98,7 +98,9 @@ def _replays(directory: Path, hdf5_file: str | None, chosen: Sequence[Span]) -> 
     members = _read_members(directory, hdf5_file)
     recorded = next(each.latest.environment for each in members if each.latest is not None)
     with recorded_threads(recorded, default=members[0].config.training.num_threads):
-        parts = _prepare(members)
+        is_measured = any(WINDOW_LAG in report.valid for each in members for report in each.reports.values())
+        configs = [each.config if is_measured else without_window_lag(each.config) for each in members]
+        parts = prepare_ensemble(configs)  # earlier versions recorded no window lag
         for span in chosen:
             yield span, replayed(span, partial(_replay, members, parts, recorded, span))
 
@@ -155,12 +157,6 @@ def _ends(members: Sequence[_Member]) -> set[int]:
         for end in set().union(*names)
         if all(end in own or not each.trains_in(end + 1) for each, own in zip(members, names, strict=True))
     }
-
-
-def _prepare(members: Sequence[_Member]) -> list[RunParts]:
-    """The parts of all members' runs; without the window lag where none is recorded, as by earlier versions."""
-    is_measured = any(WINDOW_LAG in report.valid for each in members for report in each.reports.values())
-    return prepare_ensemble([each.config if is_measured else without_window_lag(each.config) for each in members])
 
 
 def _replay(

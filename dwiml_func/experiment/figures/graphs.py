@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,8 +15,9 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.comparison.run_labels import kind_names
 from dwiml_func.experiment.comparison.run_values import check_known, find_log, log_names
 from dwiml_func.experiment.figures.panels import COLOURS, Panel, PlottedRun
+from dwiml_func.experiment.figures.run_panels import PanelDrawing
 
-__all__ = ["Graph", "GraphDrawing", "graph_drawings", "parse_graph"]
+__all__ = ["Graph", "graph_drawings", "parse_graph"]
 
 _STYLES = ("-", "--", ":", "-.")
 
@@ -37,14 +38,6 @@ class Graph(NamedTuple):
     limits: tuple[float, float] | None = None
 
 
-class GraphDrawing(NamedTuple):
-    """A panel with a graph: the runs that it shows, by their numbers, and what draws them."""
-
-    runs: dict[int, PlottedRun]
-    draw: Callable[[Panel, dict[int, PlottedRun]], None]
-    limits: tuple[float, float] | None
-
-
 def parse_graph(words: Sequence[str]) -> Graph:
     """A graph from the words of a command line; ValueError where they are none."""
     numbers = [_number(word) for word in words]
@@ -61,7 +54,7 @@ def parse_graph(words: Sequence[str]) -> Graph:
     return Graph(words[0], tuple(map(_parse_term, words[1:])), limits)
 
 
-def graph_drawings(graph: Graph, runs: Sequence[PlottedRun]) -> list[GraphDrawing]:
+def graph_drawings(graph: Graph, runs: Sequence[PlottedRun]) -> list[PanelDrawing]:
     """The panels of a graph: one, or one for each kind of loss where its logs are losses that cannot be compared.
 
     ValueError where no run has a log.
@@ -83,7 +76,7 @@ def graph_drawings(graph: Graph, runs: Sequence[PlottedRun]) -> list[GraphDrawin
         shown = {n: run for n, run in enumerate(runs) if not has_loss or run.loss_kind == kind}
         title = graph.title if len(kinds) == 1 else f"{graph.title}: {text}"
         if any(_evaluate(term, run.history) is not None for term in graph.terms for run in shown.values()):
-            drawings.append(GraphDrawing(shown, partial(_draw, graph=graph, title=title), graph.limits))
+            drawings.append(PanelDrawing("graph", shown, partial(_draw, graph=graph, title=title), graph.limits))
     return drawings
 
 

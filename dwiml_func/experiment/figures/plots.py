@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.experiment.comparison.run_labels import loss_kind, run_labels, run_names
 from dwiml_func.experiment.evaluation import read_evaluation
-from dwiml_func.experiment.figures.graphs import Graph, GraphDrawing, graph_drawings
+from dwiml_func.experiment.figures.graphs import Graph, graph_drawings
 from dwiml_func.experiment.figures.panels import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
 from dwiml_func.experiment.figures.run_panels import PANELS, PanelName, panel_drawings
 from dwiml_func.experiment.folder import recorded_config
@@ -61,16 +61,15 @@ def draw_runs(
             f"--panels: expected some of {', '.join(found)}, of which these runs have values. Received: "
             f"{', '.join(missing)}."
         )
-    all_graphs = [drawing for graph in graphs for drawing in graph_drawings(graph, runs)]
+    drawings += [drawing for graph in graphs for drawing in graph_drawings(graph, runs)]
     legend = 0.15 + 0.22 * len(runs) if len(runs) > 1 else 0.0  # its height in inches
-    figure, axes = _grid(len(drawings) + len(all_graphs), legend)
+    figure, axes = _grid(len(drawings), legend)
     rows: list[DrawnValue] = []
-    for each, place in zip([*drawings, *all_graphs], axes, strict=True):
+    for each, place in zip(drawings, axes, strict=True):
         panel = Panel(place, is_alone=len(runs) == 1)
         each.draw(panel, each.runs)
-        if isinstance(each, GraphDrawing) or each.name != "tracking":
-            limits = each.limits if isinstance(each, GraphDrawing) else None
-            panel.finish(num_epochs=max(run.history[-1].epoch for run in runs), limits=limits)
+        if each.name != "tracking":
+            panel.finish(num_epochs=max(run.history[-1].epoch for run in runs), limits=each.limits)
         rows += panel.rows
     if len(runs) == 1:
         figure.suptitle(runs[0].label)

@@ -34,11 +34,13 @@ _MOST_WRITTEN = 21  # bars with their value above them
 
 
 class PanelDrawing(NamedTuple):
-    """A panel: its name for `--panels`, the runs that it shows (by their numbers) and what draws them."""
+    """A panel: its name for `--panels`, or "graph"; the runs that it shows, by their numbers; what draws them; the
+    limits of its y axis."""
 
-    name: PanelName
+    name: PanelName | Literal["graph"]
     runs: dict[int, PlottedRun]
     draw: Callable[[Panel, dict[int, PlottedRun]], None]
+    limits: tuple[float, float] | None = None
 
 
 def panel_drawings(runs: Sequence[PlottedRun], names: Sequence[PanelName] = ()) -> list[PanelDrawing]:
