@@ -199,6 +199,7 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "tracked": tracked,
     "drift": lambda: draw_drift(DRIFTS),
     "latent space": lambda: upright(latent_figure(POINTS[:, 0], None, title="run")),
+    "latent space of one value": lambda: upright(latent_figure(POINTS[:, 0, :1], None, title="run")),
     "latent space of bundles": lambda: upright(
         latent_figure(POINTS[:, 1, :2], [f"b{n % 9 % 8}" for n in range(70)], title="run")
     ),

@@ -449,6 +449,7 @@ def test_how_the_best_models_of_several_runs_track_is_drawn_in_bars() -> None:
         *(("a", "continue", 3, 0.5), ("a", "core", 3, 0.25), ("b", "core", 3, 0.125)),
         ("principal direction", "core", None, 0.75),
     ]
+    assert {row.curve for row in rows if row.panel == "Speed of training"} == {"speed of training"}
     axes: Any = figure.axes[-1]
     assert sorted(bar.get_height() for bar in axes.patches) == [0.125, 0.25, 0.5]
     assert len({bar.get_facecolor() for bar in axes.patches}) == 2

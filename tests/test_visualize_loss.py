@@ -196,6 +196,8 @@ def test_colours_of_values_outside_of_the_range_are_those_at_its_ends() -> None:
     assert found[0].tolist() == found[1].tolist() == [0, 34, 78]
     assert found[3].tolist() == found[4].tolist() == [254, 232, 56]
     assert len({tuple(row) for row in colours_of([2.0, 2.0], 2.0, 2.0, "viridis")}) == 1
+    wide = colours_of([-14.0, 4.0, 8.0, 12.0, 70.0], 4.0, 12.0, "cividis")
+    assert wide.tolist() == found.tolist()
 
 
 def test_a_model_with_eos_has_a_loss_at_last_points_too(cli: Any, tmp_path: Path) -> None:
