@@ -169,6 +169,13 @@ def test_the_folders_of_a_first_checkpoint_survive_a_loss_of_power(tmp_path, mon
     assert {str(place) for place in places} <= flushed
 
 
+def test_a_save_hashes_each_tensor_once(tmp_path, monkeypatch):
+    monkeypatch.delattr("dwiml_func.checkpoint.arrays.leaf_digest")  # not again where the arrays are written
+    save(tmp_path, linear_state())
+    monkeypatch.undo()
+    assert restore(tmp_path, linear_state()).digest == state_digest(linear_state())
+
+
 def test_saving_changes_neither_the_state_nor_torchs_generator(tmp_path):
     state, generator = odd_state(), torch.get_rng_state()
     before = state_digest(state)

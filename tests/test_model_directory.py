@@ -140,3 +140,18 @@ def test_a_model_needs_16_bytes_of_memory_for_each_parameter(monkeypatch, missin
     monkeypatch.setattr(os, "sysconf", memory.__getitem__)
     with nullcontext() if fits else pytest.raises(ValueError, match=f"it has {num:.3g} parameters"):
         check_memory(CONFIG, nb_features=6)
+
+
+@pytest.mark.parametrize(
+    ("options", "drops_nothing"),
+    [
+        ({"dropout": 0.5, "rnn_layer_sizes": (4,)}, True),
+        ({"rnn_layer_sizes": (4,)}, False),
+        ({"dropout": 0.5, "rnn_layer_sizes": (4, 4)}, False),
+        ({"dropout": 0.5, "rnn_layer_sizes": (4,), "nb_previous_dirs": 1}, False),
+        ({"dropout": 0.5, "rnn_layer_sizes": (4,), "input_embedding_key": "nn_embedding"}, False),
+        ({"dropout": 0.0}, False),
+    ],
+)
+def test_dropout_acts_between_layers_and_on_what_an_embedding_gives(options, drops_nothing):
+    assert ModelConfig(**options).drops_nothing == drops_nothing

@@ -298,6 +298,12 @@ def test_a_step_leaves_the_state_before_it_as_it_was():
     assert torch.equal(after.points, again.points)
 
 
+@pytest.mark.parametrize("size", [0.0, -1.0, math.inf, math.nan])
+def test_a_voxel_without_a_size_along_any_axis_is_refused(size):
+    with pytest.raises(ValueError, match="Expected voxel sizes above 0 mm"):
+        positions(3, 3, 3, voxel_sizes=(1.0, size, 1.0))
+
+
 def test_nothing_to_track_gives_nothing():
     assert tracked_lines(torch.zeros(0, 3), ALONG_X, positions(9, 9, 9)) == {}
 

@@ -261,7 +261,7 @@ def _cuts(lines: Streamlines, voxel_sizes: Tensor) -> tuple[NDArray[np.int64], N
     line = np.repeat(np.arange(len(lines)), num_cuts)
     number = np.arange(len(line)) - np.repeat(np.cumsum(num_cuts) - num_cuts, num_cuts)
     target = travelled[offsets[line]] + EVERY_MM * (number + 1)
-    after = np.clip(np.searchsorted(travelled, target), offsets[line] + 1, offsets[line + 1] - 1)
+    after = np.searchsorted(travelled, target)  # 20 mm and more before the line's end
     cut = after - (target - travelled[after - 1] < travelled[after] - target)
     has_rest = travelled[offsets[line + 1] - 1] - travelled[cut] >= AHEAD_MM - 1e-6
     return line[has_rest], cut[has_rest]
