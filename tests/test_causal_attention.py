@@ -20,6 +20,13 @@ LENGTHS = [0, 7, 0, 2, 12, 6, 1, 0]
 SIZE, HEADS = 4, 2
 
 
+@pytest.fixture(autouse=True)
+def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of few queries and few weights, so that short sequences have several."""
+    monkeypatch.setattr("dwiml_func.models.transformers.blocks._QUERIES", 5)
+    monkeypatch.setattr("dwiml_func.models.transformers.blocks._WEIGHTS", 500)
+
+
 def _heads(seed: int, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))  # pyright: ignore[reportReturnType]
@@ -102,12 +109,12 @@ def test_dropout_keeps_a_share_of_the_weights_and_scales_it() -> None:
     assert kept.unique().round().tolist() == [0, 1]
     assert abs(kept.mean().item() - (1 - rate)) < 4 * (rate * (1 - rate) / kept.numel()) ** 0.5
     assert not torch.equal(kept[0], kept[1])
+    assert len(weights[:, 4:, :5].round().transpose(0, 1).flatten(1).unique(dim=0)) == length - 4  # other bits a row
     almost_all = sequences.attend(torch.cat([zeros, zeros, value], 1), num_heads=1, dropout_rate=1 - 1e-9)
     assert almost_all.isfinite().all()
 
 
-def test_members_drop_what_each_drops_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dwiml_func.models.transformers.blocks._WEIGHTS", 1500)  # blocks of several members, and parts
+def test_members_drop_what_each_drops_alone() -> None:
     rows, keys = torch.cat(_heads(2, 3, sum(LENGTHS), SIZE), 2).detach(), [Key(1), Key(2), Key(1)]
     sequences = sequences_of(offsets_of(torch.tensor(LENGTHS)), sum(LENGTHS))
 
