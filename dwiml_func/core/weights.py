@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import at_most_three
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.types import Optimizer
@@ -59,9 +60,8 @@ def load_into(
     tensors = {**(state.params if params is None else params), **state.buffers}
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     if problems := list(_differences(own, tensors)):
-        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(
-            f"The state does not fit the module {type(module).__name__}: {'; '.join(problems[:3])}{more}. "
+            f"The state does not fit the module {type(module).__name__}: {at_most_three(problems)}. "
             f"Expected the module that the run was made from. Nothing was written."
         )
     with torch.no_grad():

@@ -98,7 +98,7 @@ def make_on_device(
 ) -> StreamlineBatch | ShardedBatch:
     """Make the batch, or the shards, of a plan that was moved to the device. No device is waited for."""
     if isinstance(plan, ShardedBatch):
-        return ShardedBatch(tuple(None if each is None else _made(each, data, spec) for each in plan), plan.ids)
+        return plan.mapped(lambda shard: _made(shard, data, spec))
     return _made(plan, data, spec)
 
 

@@ -167,11 +167,8 @@ def split_and_reverse(
 
 def noise_of(num_points: int, request: BatchRequest, augmentation: Augmentation) -> tuple[Tensor | None, Tensor | None]:
     """(num_points, 3) noise of the points that the model sees, and of those of the targets; None for none."""
-    forward, targets, rng = (
-        augmentation.noise_gaussian_size_forward,
-        augmentation.noise_gaussian_size_loss,
-        _rng(request),
-    )
+    forward, targets = augmentation.noise_gaussian_size_forward, augmentation.noise_gaussian_size_loss
+    rng = _rng(request)
     return (
         normal_noise(num_points, forward, rng(Kind.NOISE_FORWARD)) if forward > 0 else None,
         normal_noise(num_points, targets, rng(Kind.NOISE_LOSS)) if targets > 0 else None,

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -98,6 +99,7 @@ class Prefetched(Generic[T_co]):
 Batch = TypeVar("Batch", StreamlineBatch, ShardedBatch)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class MovedAhead(Generic[Batch]):
     """The results of `make`, which moves a batch of the host to the device, in the same order.
 
@@ -105,22 +107,21 @@ class MovedAhead(Generic[Batch]):
     they run beside the training step. Pinned memory makes the copies asynchronous.
     """
 
-    def __init__(self, batches: SizedBatches[Batch], make: Callable[[Batch], Batch], device: torch.device) -> None:
-        self._batches = batches
-        self._make = make
-        self._device = device
+    batches: SizedBatches[Batch]
+    make: Callable[[Batch], Batch]
+    device: torch.device
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         if stream is not None:
-            stream.wait_stream(torch.cuda.current_stream(self._device))  # which may still fill what `make` reads
+            stream.wait_stream(torch.cuda.current_stream(self.device))  # which may still fill what `make` reads
         waiting: list[tuple[Batch, Any]] = []
-        for batch in self._batches:
+        for batch in self.batches:
             with nullcontext() if stream is None else torch.cuda.stream(stream):
-                made = self._make(batch)
+                made = self.make(batch)
                 ready = None if stream is None else stream.record_event()
             waiting.append((made, ready))
             if len(waiting) > 1:
@@ -131,7 +132,7 @@ class MovedAhead(Generic[Batch]):
     def _handed_over(self, batch: Batch, ready: Any) -> Batch:
         """Let the current stream wait for the batch; neither the host nor the other stream does."""
         if ready is not None:
-            current = torch.cuda.current_stream(self._device)
+            current = torch.cuda.current_stream(self.device)
             current.wait_event(ready)
             batch.record_stream(current)
         return batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -44,12 +44,15 @@ class ShardedBatch(Sequence[StreamlineBatch | None]):
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ShardedBatch:
         """Move every shard to a device."""
-        moved = (None if shard is None else shard.to(device, non_blocking=non_blocking) for shard in self.shards)
-        return ShardedBatch(tuple(moved), self.ids)
+        return self.mapped(lambda shard: shard.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ShardedBatch:
         """Copy every shard to pinned memory."""
-        return ShardedBatch(tuple(None if shard is None else shard.pin_memory() for shard in self.shards), self.ids)
+        return self.mapped(StreamlineBatch.pin_memory)
+
+    def mapped(self, function: Callable[[StreamlineBatch], StreamlineBatch]) -> ShardedBatch:
+        """Change every shard that there is."""
+        return ShardedBatch(tuple(None if shard is None else function(shard) for shard in self.shards), self.ids)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Keep the memory of every shard until a CUDA stream has done what it was given so far."""

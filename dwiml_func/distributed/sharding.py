@@ -164,10 +164,9 @@ class _Part(NamedTuple):
     """Sums over some shards, which are added along the tree."""
 
     gradients: dict[torch.dtype, Tensor]  # flat, of the total loss: means times weights
-    numbers: (
-        Tensor  # (1 + 2 M + P,) float64: whether buffers changed; totals and weights of loss and auxiliary metrics;
-    )
-    # how many shards use each parameter
+    # (1 + 2 M + P,) float64: whether buffers changed; totals and weights of loss and auxiliary metrics; how many shards
+    # use each parameter
+    numbers: Tensor
     names: tuple[str, ...]  # of the auxiliary metrics
     buffers: Buffers  # of the first shard
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from dwiml_func._checks import one_line
 from dwiml_func.dwi_ml.autoencoder import autoencoder_config, autoencoder_parameters, raw_state
 from dwiml_func.dwi_ml.parameters import check_whole_grid, config_of, parameters_of
 from dwiml_func.dwi_ml.transformers import MODEL_TYPES, TRANSFORMERS, joined_state, split_state
@@ -177,7 +178,7 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
         with warnings.catch_warnings(action="ignore"):  # torch warns before it raises
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, max_length=200)
         raise ValueError(f"{path} cannot be read as named tensors: {reason}") from None
     if not isinstance(state, Mapping) or not all(isinstance(n, str) and _is_dense(t) for n, t in state.items()):
         raise ValueError(f"{path} has no named tensors. Expected a model_state.pkl that dwi_ml wrote.")

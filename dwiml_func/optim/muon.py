@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import at_most_three
 from dwiml_func.optim._kernel import apply_kernel, check_options, lerp
 from dwiml_func.optim.chain import check_optimizer, update_with
 from dwiml_func.optim.name_patterns import check_patterns, first_matches
@@ -77,10 +78,9 @@ def muon(
                 raise ValueError(f"Expected real matrices for Muon. Received: complex {name}. Name it in exclude.")
         rest = {name: p for name, p in params.items() if name not in matrices}
         if rest and others is None:
-            listed, more = ", ".join(list(rest)[:3]), f" and {len(rest) - 3} more" if len(rest) > 3 else ""
             raise ValueError(
-                f"Muon updates matrices only. Received: {listed}{more}. Give muon an optimizer for them, "
-                "such as others=adamw()."
+                f"Muon updates matrices only. Received: {at_most_three(list(rest), ', ')}. Give muon an optimizer for "
+                "them, such as others=adamw()."
             )
         buffers = {name: torch.zeros_like(p) for name, p in matrices.items()}
         rest_state = others.init(rest) if rest and others is not None else {}

@@ -118,16 +118,13 @@ def score_protocols(
     real: Streamlines,
     bundles: Bundles,
     references: Sequence[ReferenceBundle],
-    *,
-    space: TrackingSpace,
-    spec: TrackingSpec,
-    seeding_mask: Tensor | None,
-    key: Key,
+    **where: Any,
 ) -> dict[Protocol, ProtocolScores]:
     """Track by the three protocols, and score what comes.
 
     Args:
-        model, real, bundles, references, space, spec, seeding_mask, key: as of `track_protocols`.
+        model, real, bundles, references: as of `track_protocols`.
+        where: space, spec, seeding_mask and key, as of it too.
 
     Returns:
         The scores by protocol.
@@ -136,7 +133,6 @@ def score_protocols(
         >>> score_protocols(model, real, bundles, references, **where)["free"].valid  # doctest: +SKIP
         0.31
     """
-    where: Any = {"space": space, "spec": spec, "seeding_mask": seeding_mask, "key": key}
     tracked = track_protocols(model, real, bundles, references, **where)
     return {protocol: lines.scores for protocol, lines in tracked.items()}
 

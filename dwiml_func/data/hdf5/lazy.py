@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,11 +29,12 @@ from dwiml_func.data.streamlines import Streamlines, as_ids, offsets_of
 if TYPE_CHECKING:
     import h5py
 
-__all__ = ["LazyStreamlines", "LazyVolumes"]
+__all__ = ["FileVersion", "LazyStreamlines", "LazyVolumes"]
 
 _MOST_OPEN_FILES = 8
 
 
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LazyVolumes:
     """The input volumes of all subjects, by row. A process keeps the last used ones.
 
@@ -40,19 +42,11 @@ class LazyVolumes:
     datasets together; a larger volume is read again for every batch.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        subjects: tuple[str, ...],
-        group_name: str,
-        shapes: tuple[tuple[int, int, int, int], ...],
-        cache_bytes: int,
-    ) -> None:
-        self._version = _FileVersion.of(path)
-        self._subjects = subjects
-        self._group_name = group_name
-        self._shapes = shapes
-        self._cache_bytes = cache_bytes
+    version: FileVersion
+    subjects: tuple[str, ...]
+    group_name: str
+    shapes: tuple[tuple[int, int, int, int], ...]
+    cache_bytes: int
 
     def __repr__(self) -> str:
         return f"<LazyVolumes: {len(self)} volumes, {self.num_features} features>"
@@ -60,24 +54,20 @@ class LazyVolumes:
     @property
     def num_features(self) -> int:
         """F, the same for all; 0 without subjects."""
-        return self._shapes[0][3] if self._shapes else 0
-
-    @property
-    def shapes(self) -> tuple[tuple[int, int, int, int], ...]:
-        """(X, Y, Z, F) of each volume."""
-        return self._shapes
+        return self.shapes[0][3] if self.shapes else 0
 
     def __len__(self) -> int:
-        return len(self._subjects)
+        return len(self.subjects)
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[row] for row in range(len(self)))
 
     def __getitem__(self, row: int) -> Tensor:
-        num_bytes = 4 * int(np.prod(self._shapes[row], dtype=np.int64))
-        return _store.volume(self._version, self._subjects[row], self._group_name, num_bytes, self._cache_bytes)
+        num_bytes = 4 * int(np.prod(self.shapes[row], dtype=np.int64))
+        return _store.volume(self.version, self.subjects[row], self.group_name, num_bytes, self.cache_bytes)
 
 
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LazyStreamlines:
     """The streamlines of all subjects, by id. `select` reads those it is asked for and no others.
 
@@ -85,29 +75,23 @@ class LazyStreamlines:
     number of points.
     """
 
-    def __init__(self, path: Path, index: DatasetIndex, group_name: str, starts: Tensor, lengths: Tensor) -> None:
-        self._version = _FileVersion.of(path)
-        self._index = index
-        self._group_name = group_name
-        self._starts = starts
-        self._lengths = lengths
-        self._addresses: dict[int, int | None] = {}  # by subject, where in the file its points lie as plain bytes
+    version: FileVersion
+    index: DatasetIndex
+    group_name: str
+    starts: Tensor
+    lengths: Tensor
+    addresses: dict[int, int | None] = field(default_factory=dict)  # by subject, where its points lie as plain bytes
 
     def __repr__(self) -> str:
-        return f"<LazyStreamlines: {len(self)} streamlines, {int(self._lengths.sum())} points>"
+        return f"<LazyStreamlines: {len(self)} streamlines, {int(self.lengths.sum())} points>"
 
     def __len__(self) -> int:
-        return len(self._lengths)
-
-    @property
-    def lengths(self) -> Tensor:
-        """(S,) int64, points a streamline."""
-        return self._lengths
+        return len(self.lengths)
 
     @property
     def offsets(self) -> Tensor:
         """(S + 1,) int64, of the points of all streamlines."""
-        return offsets_of(self._lengths)
+        return offsets_of(self.lengths)
 
     @property
     def points(self) -> Tensor:
@@ -126,15 +110,15 @@ class LazyStreamlines:
             ValueError: a point is NaN or infinite; the file is corrupt, or has changed since the dataset was opened.
         """
         numbers = as_ids(ids).numpy()
-        lengths = self._lengths.index_select(0, torch.from_numpy(numbers))
+        lengths = self.lengths.index_select(0, torch.from_numpy(numbers))
         offsets = offsets_of(lengths)
         points = np.empty((int(offsets[-1]), 3), dtype=np.float32)
-        subjects = self._index.subject_of(numbers)
-        starts = self._starts.numpy()[numbers]
+        subjects = self.index.subject_of(numbers)
+        starts = self.starts.numpy()[numbers]
         rows, sizes = offsets.tolist(), lengths.tolist()
         # In the order of the file, and each subject's group is looked up once.
         order = np.lexsort([starts, subjects]).tolist()
-        with _store.open(self._version) as file:
+        with _store.open(self.version) as file:
             readers = {subject: self._reader(file, subject, points) for subject in np.unique(subjects).tolist()}
             for i in order:
                 readers[subjects[i]](int(starts[i]), sizes[i], rows[i])
@@ -143,20 +127,20 @@ class LazyStreamlines:
         return Streamlines(torch.from_numpy(points), offsets)
 
     def _reader(self, file: h5py.File, subject: int, out: np.ndarray) -> _ReadRows:
-        group = partial(_known_group, file, self._index.subjects[subject], self._group_name)
-        if subject not in self._addresses:
-            self._addresses[subject] = _address_of(file, group()["data"])
-        address = self._addresses[subject]
+        group = partial(_known_group, file, self.index.subjects[subject], self.group_name)
+        if subject not in self.addresses:
+            self.addresses[subject] = _address_of(file, group()["data"])
+        address = self.addresses[subject]
         return _hdf5_reader(group()["data"], out) if address is None else _byte_reader(file, address, out)
 
     def _raise_not_finite(self, file: h5py.File, ids: Any, subjects: Any, offsets: Any, points: Any) -> None:
         """Name the first streamline that is not finite: its subject, and its number among the subject's."""
         bad = np.logical_or.reduceat(~np.isfinite(points).all(axis=1), offsets[:-1])
         subject = int(subjects[np.argmax(bad)])
-        numbers = self._index.num_streamlines
+        numbers = self.index.num_streamlines
         marked = np.zeros(numbers[subject], dtype=bool)
         marked[(ids - numbers[:subject].sum())[bad & (subjects == subject)]] = True
-        group = _known_group(file, self._index.subjects[subject], self._group_name)
+        group = _known_group(file, self.index.subjects[subject], self.group_name)
         raise_first(streamlines_that(group, marked, "have NaN or infinite points"), file.filename)
 
 
@@ -206,7 +190,7 @@ def _known_group(file: h5py.File, subject: str, name: str) -> Any:
     return file[f"{subject}/{name}"]
 
 
-class _FileVersion(NamedTuple):
+class FileVersion(NamedTuple):
     """A file as it was when the dataset was opened: another process must not read another one under its name."""
 
     path: Path
@@ -215,7 +199,7 @@ class _FileVersion(NamedTuple):
     modified_ns: int
 
     @classmethod
-    def of(cls, path: Path) -> _FileVersion:
+    def of(cls, path: Path) -> FileVersion:
         path = path.absolute()
         status = path.stat()
         return cls(path, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -226,18 +210,18 @@ class _ProcessStore:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.files: OrderedDict[_FileVersion, h5py.File] = OrderedDict()
-        self.volumes: OrderedDict[tuple[_FileVersion, str, str], Tensor] = OrderedDict()
+        self.files: OrderedDict[FileVersion, h5py.File] = OrderedDict()
+        self.volumes: OrderedDict[tuple[FileVersion, str, str], Tensor] = OrderedDict()
         self.volume_bytes = 0
 
     @contextmanager
-    def open(self, version: _FileVersion) -> Iterator[h5py.File]:
+    def open(self, version: FileVersion) -> Iterator[h5py.File]:
         """The open file; no other thread reads meanwhile."""
         import h5py
 
         with self.lock:
             if version not in self.files:
-                if _FileVersion.of(version.path) != version:
+                if FileVersion.of(version.path) != version:
                     raise ValueError(f"The HDF5 file has changed since it was opened: {version.path}. Open it again")
                 while len(self.files) >= _MOST_OPEN_FILES:
                     self.files.popitem(last=False)[1].close()
@@ -248,7 +232,7 @@ class _ProcessStore:
             except (OSError, RuntimeError, KeyError) as error:
                 raise corrupt_file(version.path, error) from error
 
-    def volume(self, version: _FileVersion, subject: str, group: str, num_bytes: int, budget: int) -> Tensor:
+    def volume(self, version: FileVersion, subject: str, group: str, num_bytes: int, budget: int) -> Tensor:
         """A volume, from memory or read; the least recently used ones are dropped to keep within the budget."""
         key = (version, subject, group)
         with self.lock:

@@ -41,7 +41,7 @@ from dwiml_func.data.hdf5.layout import (
     subject_group,
     volume_shape,
 )
-from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes
+from dwiml_func.data.hdf5.lazy import FileVersion, LazyStreamlines, LazyVolumes
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first, source_files
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
@@ -153,8 +153,9 @@ def open_dataset(
         lengths = _joined([part.table.lengths for part in parts])
         if lazy:
             starts = _joined([part.table.starts for part in parts])
-            volumes = LazyVolumes(path, subjects, input_group_name, tuple(part.shape for part in parts), budget)
-            streamlines = LazyStreamlines(path, index, streamline_group_name, starts, lengths)
+            version, shapes = FileVersion.of(path), tuple(part.shape for part in parts)
+            volumes = LazyVolumes(version, subjects, input_group_name, shapes, budget)
+            streamlines = LazyStreamlines(version, index, streamline_group_name, starts, lengths)
         else:
             volumes = tuple(torch.from_numpy(raise_first(read_volume(part.volume), path)) for part in parts)
             points = [raise_first(read_points(part.streamlines, part.table), path) for part in parts]
