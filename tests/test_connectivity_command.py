@@ -16,8 +16,8 @@ from nibabel.affines import apply_affine
 from trx.trx_file_memmap import load as trx_load
 
 from dwiml_func.cli._connectivity import read_matrix
-from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.creation.connectivity import read_connectivity
+from dwiml_func.data.hdf5.consistency import matrix_fault
 
 SHAPE = (12, 9, 6)
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.grid import Grid, grid_difference, orientation_difference
+from dwiml_func.data.hdf5.consistency import matrix_fault
 from dwiml_func.data.hdf5.layout import read_resampling
 from dwiml_func.data.hdf5.problems import raise_first
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets

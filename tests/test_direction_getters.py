@@ -12,7 +12,7 @@ from torch.func import functional_call, grad, vmap
 
 from dwiml_func.core.rng import Key
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS, DirectionGetter, make_direction_getter
-from dwiml_func.models.direction_getters._parts import TwoLayerNetwork
+from dwiml_func.models.direction_getters.base import TwoLayerNetwork
 from dwiml_func.models.direction_getters.sphere_classification import SphereClassification
 
 KEYS = [

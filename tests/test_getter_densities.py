@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS, DirectionGetter, make_direction_getter
-from dwiml_func.models.direction_getters._parts import sample_classes
+from dwiml_func.models.direction_getters.base import sample_classes
 from dwiml_func.models.direction_getters.fisher_von_mises import (
     fisher_von_mises_log_density,
     sample_fisher_von_mises,

@@ -23,8 +23,7 @@ from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.optim.optimizers import adam, sgd
-from dwiml_func.optim.plateau import reduce_on_plateau
-from dwiml_func.optim.schedules import per_epoch, per_step
+from dwiml_func.optim.schedules import per_epoch, per_step, reduce_on_plateau
 
 with torch_rng(Key(12)):
     DATA = torch.randn(23, 3)

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from dwiml_func.core.rates import counts_steps
 from dwiml_func.experiment.learning_rate import parse_learning_rate, parse_rates
-from dwiml_func.optim.plateau import reduce_on_plateau
 from dwiml_func.optim.schedules import (
     constant,
     cosine,
     one_cycle,
     per_epoch,
     per_step,
+    reduce_on_plateau,
     value_at,
     warm_up,
     warmup_stable_decay,

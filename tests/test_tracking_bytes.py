@@ -12,8 +12,7 @@ from tracking_cases import FieldModel, positions
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.models import Learn2Track, Transformer
 from dwiml_func.tracking import TrackingSpace, TrackingSpec, track
-from dwiml_func.tracking.queue import SeedQueue
-from dwiml_func.tracking.rows import row_period
+from dwiml_func.tracking.queue import SeedQueue, row_period
 from dwiml_func.tracking.state import StepModel, init_track_state
 
 SEEDS = 3 + 10 * torch.rand(1000, 3, generator=torch.Generator().manual_seed(1))

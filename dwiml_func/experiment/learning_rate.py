@@ -6,8 +6,16 @@ import math
 from collections.abc import Callable
 
 from dwiml_func._checks import GREATEST, LEAST, truncated_repr
-from dwiml_func.optim.plateau import reduce_on_plateau
-from dwiml_func.optim.schedules import constant, cosine, one_cycle, per_epoch, per_step, warm_up, warmup_stable_decay
+from dwiml_func.optim.schedules import (
+    constant,
+    cosine,
+    one_cycle,
+    per_epoch,
+    per_step,
+    reduce_on_plateau,
+    warm_up,
+    warmup_stable_decay,
+)
 from dwiml_func.types import Schedule
 
 __all__ = ["parse_learning_rate", "parse_rates"]

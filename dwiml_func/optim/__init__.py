@@ -9,7 +9,6 @@ from dwiml_func.optim.chain import chain
 from dwiml_func.optim.gates import accumulate, skip_not_finite, skipped_too_often
 from dwiml_func.optim.muon import muon
 from dwiml_func.optim.optimizers import adam, adamw, lion, nadam, radam, rmsprop, sgd
-from dwiml_func.optim.plateau import reduce_on_plateau
 from dwiml_func.optim.schedule_free import schedule_free_adamw, schedule_free_sgd
 from dwiml_func.optim.schedules import (
     constant,
@@ -17,6 +16,7 @@ from dwiml_func.optim.schedules import (
     one_cycle,
     per_epoch,
     per_step,
+    reduce_on_plateau,
     warm_up,
     warmup_stable_decay,
 )

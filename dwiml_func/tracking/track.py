@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dwiml_func.core.rng import Key
 from dwiml_func.data.streamlines import Streamlines, join_streamlines, offsets_of
-from dwiml_func.tracking.queue import SeedQueue
-from dwiml_func.tracking.rows import row_period
+from dwiml_func.tracking.queue import SeedQueue, row_period
 from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.spec import TrackingSpec
 from dwiml_func.tracking.state import StepModel, TrackState, init_track_state, with_lines

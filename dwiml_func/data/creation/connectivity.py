@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwiml_func._checks import one_line
-from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.creation.config import StreamlineGroup
 from dwiml_func.data.creation.files import GroupFiles
 from dwiml_func.data.creation.volumes import load_labels
 from dwiml_func.data.grid import Grid
+from dwiml_func.data.hdf5.consistency import matrix_fault
 
 if TYPE_CHECKING:
     import h5py

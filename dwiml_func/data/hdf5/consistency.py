@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dwiml_func.data.connectivity import matrix_fault
 from dwiml_func.data.grid import Grid, orientation_difference
 from dwiml_func.data.hdf5.problems import Checked, Problem, attribute_of, collect, dataset_of, location, to_python
 from dwiml_func.data.spherical_harmonics import HARMONICS, harmonics_fault
 
 if TYPE_CHECKING:
     import h5py
+from numpy.typing import NDArray
 
 __all__ = [
     "Volume",
     "connectivity_fits",
     "copied_streamlines",
     "disjoint_subsets",
+    "matrix_fault",
     "same_volumes",
     "separate_streamlines",
     "subjects_of",
@@ -151,3 +152,24 @@ def connectivity_fits(group: h5py.Group, shape: Sequence[int] | None) -> Checked
     fault = matrix_fault(matrix.shape, blocs, None if labels is None else labels.astype(np.int64))
     if fault is not None:
         yield Problem(location(group), f"connectivity: {fault}")
+
+
+def matrix_fault(shape: Sequence[int], blocs: Sequence[int] | None, labels: NDArray[np.integer] | None) -> str | None:
+    """Why a matrix of this shape does not fit its blocs or its (X, Y, Z) labels, in words; None where it fits.
+
+    Rows are blocs, or labels: all labels in rising order, with the background 0 or without, or else labels that are
+    numbers of rows, from 1.
+    """
+    if len(shape) != 2 or shape[0] != shape[1]:
+        return f"a matrix of shape {tuple(shape)}. Expected a square one"
+    if blocs is not None and shape[0] != np.prod(blocs):
+        text = " x ".join(map(str, blocs))
+        return f"a matrix of {shape[0]} rows. Expected {np.prod(blocs)}, one for each of {text} blocs"
+    if labels is not None:
+        found = np.unique(labels[labels > 0])
+        if len(found) == 0:
+            return "labels without any region: all voxels are 0"
+        num_labels = len(np.unique(labels))  # the background too, as dwi_ml counts
+        if shape[0] not in (len(found), num_labels) and found[-1] > shape[0]:
+            return f"a matrix of {shape[0]} rows. Expected {len(found)}, one for each label (up to {found[-1]})"
+    return None

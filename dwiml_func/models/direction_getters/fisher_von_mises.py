@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import check_number
-from dwiml_func.models.direction_getters._parts import (
+from dwiml_func.models.direction_getters.base import (
+    DirectionGetter,
     TwoLayerNetwork,
     component,
     mixture_log_density,
     sample_classes,
     unit_vectors,
 )
-from dwiml_func.models.direction_getters.base import DirectionGetter
 
 __all__ = ["FisherVonMises", "FisherVonMisesMixture", "fisher_von_mises_log_density", "sample_fisher_von_mises"]
 

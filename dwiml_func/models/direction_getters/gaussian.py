@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import check_number
-from dwiml_func.models.direction_getters._parts import (
+from dwiml_func.models.direction_getters.base import (
+    DirectionGetter,
     TwoLayerNetwork,
     check_length,
     component,
@@ -16,7 +17,6 @@ from dwiml_func.models.direction_getters._parts import (
     sample_classes,
     with_length,
 )
-from dwiml_func.models.direction_getters.base import DirectionGetter
 
 __all__ = ["Gaussian", "GaussianMixture", "bounded_log_sigmas", "gaussian_log_density", "sample_gaussian"]
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from dwiml_func.models.direction_getters._parts import TwoLayerNetwork, check_length, with_length
-from dwiml_func.models.direction_getters.base import DirectionGetter
+from dwiml_func.models.direction_getters.base import DirectionGetter, TwoLayerNetwork, check_length, with_length
 
 __all__ = ["CosinePlusL2Regression", "CosineRegression", "L2Regression", "Regression", "cosine_losses", "l2_losses"]
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import check_choice
-from dwiml_func.models.direction_getters._parts import TwoLayerNetwork, sample_classes
-from dwiml_func.models.direction_getters.base import DirectionGetter
+from dwiml_func.models.direction_getters.base import DirectionGetter, TwoLayerNetwork, sample_classes
 
 __all__ = ["SmoothSphereClassification", "SphereClassification", "nearest_vertices", "sphere_vertices"]
 
