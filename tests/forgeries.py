@@ -72,7 +72,7 @@ def audit(run: Path) -> Audit:
     return audit_ensemble(run) if is_ensemble(run) else audit_experiment(run)
 
 
-def read_record(run: Path) -> Record:
+def read_checked(run: Path) -> Record:
     """All checkpoints of a run but that which it was forked from."""
     origin = read_config(run).origin
     first = 0 if origin is None else int(origin.checkpoint)
@@ -80,7 +80,7 @@ def read_record(run: Path) -> Record:
     return {epoch: {**read_manifest(path), "leaves": load_leaves(path)} for epoch, path in paths.items()}
 
 
-def write_record(run: Path, record: Record, hdf5_file: Path) -> None:
+def write_checked(run: Path, record: Record, hdf5_file: Path) -> None:
     """Write all checkpoints with digests and histories that fit, and the best model of them."""
     digests = {}
     for epoch, facts in sorted(record.items()):
@@ -200,9 +200,9 @@ def forged(run: Path, folder: Path, kind: str, draws: random.Random) -> tuple[Pa
     copied = Path(shutil.copytree(run, folder / "run"))
     one = copied / draws.choice("01") if is_ensemble(run) else copied
     data = Path(shutil.copy(read_config(one).hdf5_file, folder / "data.hdf5"))
-    record = read_record(one)
+    record = read_checked(one)
     what = FORGERIES[kind](record, data, draws)
-    write_record(one, record, data)
+    write_checked(one, record, data)
     return copied, what
 
 

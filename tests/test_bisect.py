@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from experiment_cases import CONFIG, PHANTOM, trained
-from forgeries import read_record, write_record
+from forgeries import read_checked, write_checked
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.core.state import TrainState
@@ -134,10 +134,10 @@ def test_a_run_is_compared_with_its_own_record_and_the_piece_that_differs_is_nam
 
 def test_a_first_epoch_that_differs_is_named(cli, run, tmp_path):
     forged = Path(shutil.copytree(run, tmp_path / "run"))
-    record = read_record(forged)
+    record = read_checked(forged)
     name = sorted(record[1]["leaves"])[0]
     record[1]["leaves"][name].view(-1)[0] += 1
-    write_record(forged, record, PHANTOM)
+    write_checked(forged, record, PHANTOM)
     outcome = cli("bisect", forged)
     assert (outcome.code, outcome.err) == (1, "")
     assert (

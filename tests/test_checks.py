@@ -28,10 +28,10 @@ from dwiml_func._checks import (
 from dwiml_func.files.json import (
     null_if_not_finite,
     parse_json,
+    read_checked,
     read_config_file,
-    read_record,
     to_json_data,
-    write_record,
+    write_checked,
 )
 from dwiml_func.files.paths import missing_text
 
@@ -137,21 +137,21 @@ def test_a_path_that_is_not_there_is_told_with_the_link_that_is_broken(tmp_path:
 
 def test_a_record_holds_what_was_written_or_is_corrupt(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    assert read_record(file) is None
-    write_record(file, {"b": [1.5, math.nan], "a": {"d": 1, "c": "x"}})
-    assert read_record(file) == {"b": [1.5, None], "a": {"d": 1, "c": "x"}}
+    assert read_checked(file) is None
+    write_checked(file, {"b": [1.5, math.nan], "a": {"d": 1, "c": "x"}})
+    assert read_checked(file) == {"b": [1.5, None], "a": {"d": 1, "c": "x"}}
     written = json.loads(file.read_text())
     file.write_text(json.dumps(written, sort_keys=True))  # the order of keys says nothing
-    assert read_record(file) == {"a": {"c": "x", "d": 1}, "b": [1.5, None]}
+    assert read_checked(file) == {"a": {"c": "x", "d": 1}, "b": [1.5, None]}
     file.write_text(json.dumps(written | {"b": [1.6, None]}))
     with pytest.raises(ValueError, match=r"a\.json is corrupt: it does not hold what was written\.$"):
-        read_record(file)
+        read_checked(file)
     del written["checksum"]
     file.write_text(json.dumps(written))  # of an earlier version
-    assert read_record(file) == written
+    assert read_checked(file) == written
     file.write_text("[1]")
     with pytest.raises(ValueError, match=r"a\.json is corrupt\. Expected a JSON object\. Received: \[1\]\.$"):
-        read_record(file)
+        read_checked(file)
 
 
 class _Number(int):

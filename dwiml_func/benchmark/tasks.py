@@ -25,7 +25,7 @@ from dwiml_func.experiment.resume import check_same_run, resume_experiment
 from dwiml_func.experiment.run import run_experiment, set_num_threads
 from dwiml_func.experiment.tracking.case import TrackingCase, tracking_case
 from dwiml_func.files.atomic import make_directory, remove_leftovers
-from dwiml_func.files.json import read_record, write_record
+from dwiml_func.files.json import read_checked, write_checked
 from dwiml_func.files.lock import experiment_lock
 from dwiml_func.tracking.protocols import Protocol, ProtocolLines
 
@@ -198,12 +198,12 @@ def _score_path(out: Path, data: str, name: str, person: str, seed: int | None =
 def _write(out: Path, data: str, name: str, person: str, seed: int | None = None, **values: Any) -> None:
     path = _score_path(out, data, name, person, seed)
     make_directory(path.parent)
-    write_record(path, {**_who(data, person, name, seed), **values})
+    write_checked(path, {**_who(data, person, name, seed), **values})
 
 
 def _read(path: Path) -> dict[str, Any]:
     """Scores as they were written; a file that was moved, or whose entries are missing, is not that of its place."""
-    content = read_record(path) or {}
+    content = read_checked(path) or {}
     place = [content.get(name) for name in ("data", "tracker")]
     name = f"{content.get('person')}" + ("" if content.get("seed") is None else f"_seed_{content['seed']}")
     if [*place, name] != [path.parent.parent.name, path.parent.name, path.stem]:

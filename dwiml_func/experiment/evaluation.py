@@ -29,7 +29,7 @@ from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.reconstruction import EVALUATION_FILE, Reconstruction, read_reconstruction
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.tracking.lag_validation import measure_window_lag, run_windows, space_of_subject
-from dwiml_func.files.json import read_record, write_record
+from dwiml_func.files.json import read_checked, write_checked
 from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.types import Metrics
@@ -182,14 +182,14 @@ def write_evaluation(
     """Write the evaluation of a run's best model, of a best epoch of `num_epochs`, on the "validation" or "training"
     subset."""
     facts = {"epoch": epoch, "num_epochs": num_epochs, "subset": subset}
-    write_record(Path(directory) / EVALUATION_FILE, {**facts, **asdict(evaluation)})
+    write_checked(Path(directory) / EVALUATION_FILE, {**facts, **asdict(evaluation)})
 
 
 def is_evaluated(directory: str | Path, history: Sequence[EpochReport]) -> bool:
     """Whether the folder has the evaluation of the best model after these epochs."""
     if read_evaluation(directory) is None and read_reconstruction(directory) is None:
         return False
-    values = read_record(Path(directory) / EVALUATION_FILE) or {}
+    values = read_checked(Path(directory) / EVALUATION_FILE) or {}
     num_epochs = values.get("num_epochs", history[-1].epoch)  # earlier versions did not write it
     return (values.get("epoch"), num_epochs) == (history[-1].best.epoch, history[-1].epoch)
 
@@ -199,7 +199,7 @@ def read_evaluation(directory: str | Path) -> Evaluation | None:
     import pydantic
 
     try:
-        values = read_record(Path(directory) / EVALUATION_FILE)
+        values = read_checked(Path(directory) / EVALUATION_FILE)
         if values is None:
             return None
         angles = {name: math.nan if values[name] is None else values[name] for name in ("model", "keep_straight")}

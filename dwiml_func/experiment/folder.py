@@ -16,7 +16,7 @@ from dwiml_func.checkpoint.checkpoint import Checkpoint
 from dwiml_func.checkpoint.index import is_checkpoint_name, list_checkpoints
 from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.files.atomic import atomic_directory, remove_leftovers
-from dwiml_func.files.json import read_config_file, read_record, write_record
+from dwiml_func.files.json import read_checked, read_config_file, write_checked
 from dwiml_func.files.paths import missing_text
 
 __all__ = [
@@ -175,7 +175,7 @@ def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
     ValueError where the file does not hold what was written, or its numbers cannot be those of the folder.
     """
     path = directory / ENSEMBLE_FILE
-    content = read_record(path) or {}
+    content = read_checked(path) or {}
     num_members, ended = content.get("num_members"), content.get("ended")
     numbers = {str(number) for number in range(len(member_folders(directory)))}
     if (
@@ -196,4 +196,4 @@ def read_ended(directory: Path) -> tuple[int, dict[int, str]]:
 def write_ended(directory: Path, num_members: int, ended: dict[int, str]) -> None:
     """Write what `read_ended` reads; the checkpoints must be on the disk before."""
     content = {"num_members": num_members, "ended": {str(number): name for number, name in ended.items()}}
-    write_record(directory / ENSEMBLE_FILE, content)
+    write_checked(directory / ENSEMBLE_FILE, content)

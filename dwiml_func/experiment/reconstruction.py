@@ -19,7 +19,7 @@ from dwiml_func.data.neighborhood import direction_units
 from dwiml_func.experiment.batches import sampled_batch, whole_batches
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.setup import RunParts
-from dwiml_func.files.json import read_record
+from dwiml_func.files.json import read_checked
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 
 __all__ = [
@@ -88,7 +88,7 @@ def read_reconstruction(directory: str | Path) -> Reconstruction | None:
     import pydantic
 
     try:
-        values = read_record(Path(directory) / EVALUATION_FILE) or {}
+        values = read_checked(Path(directory) / EVALUATION_FILE) or {}
         known: dict[str, Any] = {name: values[name] for name in Reconstruction.__slots__}
         return pydantic.TypeAdapter(Reconstruction).validate_json(json.dumps(known), strict=True)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):

@@ -14,7 +14,7 @@ from typing import Any
 from dwiml_func._checks import truncated_repr
 from dwiml_func.files.atomic import atomic_write
 
-__all__ = ["null_if_not_finite", "parse_json", "read_config_file", "read_record", "to_json_data", "write_record"]
+__all__ = ["null_if_not_finite", "parse_json", "read_checked", "read_config_file", "to_json_data", "write_checked"]
 
 _MAX_BYTES = 1 << 20
 
@@ -40,14 +40,14 @@ def parse_json(text: str | bytes, *, source: str) -> Any:
         raise ValueError(f"{source} is not JSON: {error}.") from None
 
 
-def write_record(path: Path, content: dict[str, Any]) -> None:
+def write_checked(path: Path, content: dict[str, Any]) -> None:
     """Write JSON data, complete or not at all, with their SHA-256: nobody else checks the numbers."""
     content = null_if_not_finite(content)
     atomic_write(path, json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n")
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """Read what `write_record` wrote, or what has no checksum yet; None without a file, ValueError if corrupt."""
+def read_checked(path: Path) -> dict[str, Any] | None:
+    """Read what `write_checked` wrote, or what has no checksum yet; None without a file, ValueError if corrupt."""
     try:
         text = read_config_file(path, source=str(path))
     except FileNotFoundError:

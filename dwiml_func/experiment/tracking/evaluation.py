@@ -18,7 +18,7 @@ from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.tracking.case import ORACLE, tracking_case
 from dwiml_func.experiment.tracking.recorded import TRACKING_FILE, Drift, ShownLines, TrackedLines
-from dwiml_func.files.json import write_record
+from dwiml_func.files.json import write_checked
 from dwiml_func.models.tractography_model import TractographyModel
 from dwiml_func.tracking.protocols import DRIFT_MM, Protocol, ProtocolScores
 from dwiml_func.tracking.space import TrackingSpace
@@ -108,7 +108,7 @@ def write_tracking_evaluation(directory: str | Path, evaluation: TrackingEvaluat
         for name, by_protocol in evaluation.scores.items()
     }
     values["drift"] = None if evaluation.drift is None else evaluation.drift._asdict()
-    write_record(Path(directory) / TRACKING_FILE, {"epoch": epoch, **values})
+    write_checked(Path(directory) / TRACKING_FILE, {"epoch": epoch, **values})
 
 
 def _readable(spec: TrackingSpec, model: TractographyModel) -> TrackingSpec:

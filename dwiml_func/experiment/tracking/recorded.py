@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dwiml_func._checks import one_line
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.files.atomic import atomic_write
-from dwiml_func.files.json import read_record
+from dwiml_func.files.json import read_checked
 from dwiml_func.tracking.protocols import Protocol
 
 __all__ = [
@@ -83,7 +83,7 @@ def read_tracking(directory: str | Path) -> RecordedTracking | None:
     if not path.is_file():
         return None
     try:
-        values = read_record(path) or {}
+        values = read_checked(path) or {}
         scores = values["scores"]
         facts = {name: values[name] for name in ("epoch", "subject", "subset", "step_size", "has_mask")}
         shares = {
@@ -115,7 +115,7 @@ def _part(directory: str | Path, name: str, type_: Any) -> Any:
     import pydantic
 
     try:
-        recorded = read_record(Path(directory) / TRACKING_FILE) or {}
+        recorded = read_checked(Path(directory) / TRACKING_FILE) or {}
     except (OSError, ValueError) as error:
         logging.getLogger(__name__).warning("%s", one_line(error))
         return None
