@@ -84,6 +84,14 @@ def test_streamlines_of_entries_and_blocs_are_written(cli, tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "l.npy"), np.load(tmp_path / "m.npy"))
 
 
+def test_where_no_connection_is_left_the_files_of_entries_are_empty(cli, tmp_path):
+    tractogram, volume = save(tmp_path / "a.trk", LINES), write_labels(tmp_path / "l.nii.gz", np.ones(SHAPE))
+    outs = ["--save-biggest", tmp_path / "big.trk", "--save-rejected", tmp_path / "out.trk"]
+    outcome = cli("connectivity", tractogram, tmp_path / "m.npy", "--labels", volume, "--hide-background", 1, *outs)
+    assert (outcome.code, np.load(tmp_path / "m.npy").tolist()) == (0, [[0]])
+    assert [len(nib.streamlines.load(tmp_path / name).streamlines) for name in ("big.trk", "out.trk")] == [0, 4]
+
+
 def test_labels_are_counted_as_dipy_counts_them(cli, tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, size=SHAPE)
