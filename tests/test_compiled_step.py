@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
-from dwiml_func.compiled.function import CompiledFunction, _with_tensors
+from dwiml_func.compiled.function import CompiledFunction, _with_tensors, as_float64
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut
 from dwiml_func.core.non_finite import NonFiniteError
@@ -227,6 +227,13 @@ def test_numbers_of_a_batch_become_tensors_and_all_else_stays():
     assert (type(found["pair"]), type(found["annealed"]), type(found["list"])) == (Pair, Annealed, list)
     assert all(tensor is x for tensor in (found["pair"].tensor, *found["annealed"].pair))
     assert batch["annealed"] == Annealed((x, x), 0.25, 7, is_last=True)  # not changed
+
+
+def test_a_number_of_points_in_a_graph_is_exact_and_has_no_gradient():
+    like, many = torch.ones((), requires_grad=True), 2**24 + 1  # float32 has no such number
+    for number in (many, torch.tensor(many), torch.tensor(float(many), dtype=torch.float64, requires_grad=True)):
+        found = as_float64(number, like)
+        assert (found.item(), found.dtype, found.shape, found.requires_grad) == (many, torch.float64, (), False)
 
 
 @pytest.mark.parametrize("change", ["strides", "dtype"])
