@@ -33,6 +33,7 @@ from dwiml_func import (
 )
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.core.rng import torch_rng
 from dwiml_func.core.run_epoch import Interrupted
 from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup, sharded_loss, sharded_value_and_grad
@@ -207,6 +208,32 @@ def test_the_functions_run_side_by_side_in_order_and_with_the_callers_grad_mode(
 
     with torch.no_grad():
         assert ShardThreads(2).run([partial(meet, 1), partial(meet, 2)]) == [(1, False, 1), (2, False, 1)]
+
+
+def test_one_function_and_those_of_a_transform_stay_in_the_callers_thread():
+    threads, here = ShardThreads(2), threading.get_ident()
+    assert threads.run([threading.get_ident]) == [here]
+
+    def mapped(x: Tensor) -> Tensor:
+        assert threads.run([threading.get_ident] * 3) == [here] * 3
+        return x
+
+    torch.func.vmap(mapped)(torch.ones(2))
+    assert here not in threads.run([threading.get_ident] * 3)
+
+
+def test_functions_that_draw_are_called_again_only_the_first_time():
+    threads, calls = ShardThreads(2), []
+
+    def draw(number: int) -> float:
+        calls.append(number)
+        with torch_rng(Key(number)):
+            return float(torch.rand(()))
+
+    first = threads.run([partial(draw, 1), partial(draw, 2)])
+    assert sorted(calls) == [1, 1, 2, 2]
+    assert threads.run([partial(draw, 1), partial(draw, 2)]) == first == [draw(1), draw(2)]
+    assert sorted(calls[4:6]) == [1, 2]
 
 
 def test_each_operation_of_a_thread_runs_on_one_thread():
