@@ -486,6 +486,8 @@ def test_the_sums_of_a_skipped_batch_are_zero_and_float64_where_they_cannot_be_r
             "skipped": (float(is_bad), 1.0),
         }
         assert {part.dtype for part in sums["skipped"] if isinstance(part, Tensor)} == {torch.float64}
+        kept = Sum(0.0, 0.0) if is_bad else Sum(6.0, 2.0)
+        assert skip_metrics(is_bad, {"loss": Sum(6.0, 2.0)}) == {"loss": kept, "skipped": Sum(float(is_bad), 1.0)}
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "unclipped_grad_norm"])
