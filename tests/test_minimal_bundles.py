@@ -78,7 +78,7 @@ def test_another_step_size_is_kept():
 
 
 def test_bad_values_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"among sub_1, .*, sub_5\. Received: 'sub_6'"):
+    with pytest.raises(ValueError, match=r"expected one of sub_1, .*, sub_5, received 'sub_6'"):
         load_bundles("sub_6")
     for step in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match=f"above 0 mm. Received: {step}"):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_summary import evaluation, report
 
-from dwiml_func.cli import _ensemble, _summary, _training, bisect, diff, evaluate, runs, verify
+from dwiml_func.cli import _several, _summary, _training, bisect, diff, evaluate, runs, verify
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.experiment.audit.bisect import Bisection
@@ -129,8 +129,8 @@ def of_members() -> str:
     ended = report(stop="patience", is_best=False, valid={"loss": 0.625})
     members = {0: own, 2: ended, 3: report(stop="max_epochs", is_best=False)}
     with contextlib.redirect_stdout(io.StringIO()) as shown:
-        _ensemble._print(EnsembleReport(epoch=2, members=members, failed={1: "The loss is nan."}), 9)
-        _ensemble._print(EnsembleReport(epoch=3, members={0: own}, failed={}, batch=5), 9)
+        _several._print_epoch(EnsembleReport(epoch=2, members=members, failed={1: "The loss is nan."}), 9)
+        _several._print_epoch(EnsembleReport(epoch=3, members={0: own}, failed={}, batch=5), 9)
     return shown.getvalue().strip()
 
 

@@ -135,7 +135,7 @@ def test_reports_and_logs_of_steps_show_the_weight_decays_that_were_used(tmp_pat
 
 
 def test_a_gradient_goes_through_the_decay_of_a_step() -> None:
-    state, batch = init_state(MODEL, adamw(), seed=0), BATCHES[0]
+    state, batch = init_state(MODEL, sgd(), seed=0), BATCHES[0]
 
     def loss(decay: Tensor) -> Tensor:
         new, _ = train_step(state, batch, loss_fn=LOSS, optimizer=sgd, lr=0.1, weight_decay=decay)
