@@ -114,7 +114,7 @@ def in_lightning(folder: Path, kill_at: int | None) -> list[torch.Tensor]:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     class Kill(L.Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
             if trainer.current_epoch * NUM_BATCHES + trainer.fit_loop.batch_idx + 1 == kill_at:
                 raise Killed
 
