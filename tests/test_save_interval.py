@@ -5,10 +5,15 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from dwiml_func import init_state
 from dwiml_func.core.interval import Interval, parse_interval
+from dwiml_func.experiment.run import train_and_save
+from dwiml_func.experiment.signals import StopRequest
+from dwiml_func.optim import sgd
 
 
 @pytest.mark.parametrize(
@@ -63,3 +68,24 @@ def test_the_end_of_an_epoch_is_due_but_where_the_unit_is_epochs():
     assert all(Interval(7, unit).due_after_epoch(epoch) for unit in ("batch", "minute") for epoch in range(1, 20))
     assert [epoch for epoch in range(1, 13) if Interval(5, "epoch").due_after_epoch(epoch)] == [5, 10]
     assert not any(Interval(1, "epoch").due_within_epoch(batch=b, seconds=math.inf) for b in range(1, 9))
+
+
+@pytest.mark.parametrize("place", ["validation", "save"])
+def test_an_error_says_that_the_state_before_it_could_not_be_saved_unless_it_is_that_of_a_save(tmp_path, place):
+    """Both errors are of one type, as on a disk that fails."""
+    first = init_state(torch.nn.Linear(1, 1), sgd(), seed=0)
+
+    def loop(state, *, on_batch, interrupt):
+        on_batch(state.replace(batch=1, step=1), {})
+        raise OSError("validation: the disk")
+        yield
+
+    def save(state, reports):
+        raise OSError("save: no space")
+
+    save_interval = Interval(1 if place == "save" else 9, "batch")
+    options = {"must_save": bool, "interval": save_interval, "stop": StopRequest(), "directory": tmp_path}
+    with pytest.raises(OSError, match=place) as raised:
+        list(train_and_save(loop, first, save=save, **options))
+    notes = [] if place == "save" else ["The state before the error could not be saved: save: no space"]
+    assert getattr(raised.value, "__notes__", []) == notes

@@ -1,6 +1,4 @@
-"""By how much two tensors of the same shape and dtype differ, down to the last bit.
-
-What a state is made of, leaf by leaf, and the SHA-256 of it.
+"""What a state is made of, leaf by leaf, and the SHA-256 of it; by how much two tensors differ, down to the last bit.
 
 Two states have the same digest exactly when every tensor has the same name, shape, dtype and bytes, and every number is
 the same. The device does not count.

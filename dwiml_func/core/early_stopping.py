@@ -1,4 +1,4 @@
-"""The best epoch and early stopping, as values.
+r"""The best epoch and early stopping, as values.
 
 The best epoch is part of the training state, so a checkpoint commits it together with the latest epoch. To stop by
 another rule, leave the `for` loop over `train_and_validate`.
@@ -7,7 +7,7 @@ To build a rule in: what it remembers is a field of `Best` with a default, which
 so that old checkpoints are read; `update_best` counts and `should_stop` decides. Its option stands beside `patience` in
 `LoopOptions`, `train_and_validate`, `run_epoch`, their twin of ensembles and `experiment/training_config.py`; its name
 is one more of `EpochReport.stop`, which `LoopOptions.judge` sets and `cli/_summary.py` and `experiment/page/page.py`
-put into words.
+put into words. `grep -rnE 'should_stop|"patience"' dwiml_func` lists the other places.
 """
 
 from __future__ import annotations

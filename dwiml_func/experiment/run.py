@@ -192,10 +192,13 @@ class _Saves:
     unsaved: Any = None
     reports: tuple[Any, ...] = ()
     saved_at: float = field(default_factory=time.monotonic)
+    has_failed: bool = False
 
     def save(self, state: Any) -> None:
         """Save a state, which is the last one."""
+        self.has_failed = True  # until it is saved
         self.function(state, self.reports)
+        self.has_failed = False
         self.newest, self.unsaved, self.reports, self.saved_at = checkpoint_name(state), None, (), time.monotonic()
 
     def save_rest(self) -> None:
@@ -205,8 +208,9 @@ class _Saves:
 
     def save_despite(self, error: Exception) -> None:
         """Save the last state after an error; where that fails, the error says so."""
+        is_of_a_save = self.has_failed
         try:
             self.save_rest()
         except Exception as failure:  # a step that failed may have reused the state's memory
-            if type(failure) is not type(error):  # else it was a save that failed, and the disk fails again
+            if not is_of_a_save:  # else the disk has failed again
                 error.add_note(f"The state before the error could not be saved: {failure}")

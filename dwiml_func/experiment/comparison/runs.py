@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.folder import is_ensemble, is_run, is_sweep, member_folders, named_in_order, read_config
 from dwiml_func.experiment.tracking.recorded import read_scores
@@ -136,7 +137,7 @@ def _state(training: TrainingConfig | None, history: tuple[EpochReport, ...]) ->
         return "unfinished" if stop is None else "finished" if stop == "max_epochs" else "stopped early"
     if history and history[-1].epoch >= training.max_epochs and not history[-1].batch:
         return "finished"
-    if history and training.patience is not None and history[-1].best.num_bad_epochs >= training.patience:
+    if history and should_stop(history[-1].best, training.patience):
         return "stopped early"
     return "interrupted"
 
