@@ -142,3 +142,15 @@ def test_info_draws_what_it_is_asked_for_and_what_is_corrupt_is_left_out(cli: An
     num = [sum(len(lines) for lines in drawn(panel).values()) for panel in figure.axes[:-1:3]]
     assert num == [0, 48, 0]
     assert [len(panel.images) for panel in figure.axes[:-1:3]] == [1, 0, 1]
+
+    with h5py.File(path, "r+") as file:
+        del file["subj2/input"].attrs["affine"]
+    inspection = inspect_dataset(path)
+    with h5py.File(path, "r+") as file:  # changed since
+        for name in ("offsets", "lengths"):
+            shorter = file[f"subj1/streamlines/{name}"][:-1]
+            del file[f"subj1/streamlines/{name}"]
+            file[f"subj1/streamlines/{name}"] = shorter
+    panels = draw_dataset(inspection).axes[:-1]
+    assert not any(any(drawn(panel).values()) for panel in panels)
+    assert [len(panel.images) for panel in panels[::3]] == [1, 0, 0]

@@ -93,12 +93,20 @@ def of_legend(legend: Any, what: str) -> Iterator[str]:
         yield f"  {text.get_text()!r} {type(handle).__name__} {[to_hex(colour) for colour in colours]}"
 
 
+def ticks_of(locator: Any) -> str:
+    """A locator, and how it would mark other ranges than the one drawn, where that does not depend on the font."""
+    name = type(locator).__name__
+    if name == "MaxNLocator":
+        return f"{name} every {short([np.diff(locator.tick_values(0.7, high))[0] for high in (1.4, 8.3, 88, 97)])}"
+    return f"{name} {short(locator.tick_values(0.7, 12.3))}" if name == "LogLocator" else name
+
+
 def of_axes(axes: Any) -> Iterator[str]:
     place = " ".join(f"{part:.2g}" for part in axes.get_position().bounds)
     yield f"axes at {place}: {axes.get_title(loc='left')!r} {axes.get_title()!r}"
     for name, axis, limits in (("x", axes.xaxis, axes.get_xlim()), ("y", axes.yaxis, axes.get_ylim())):
         drawn = [key for key, value in axis.get_tick_params().items() if value is True]
-        ticks = f"{type(axis.get_major_locator()).__name__} {' '.join(drawn)}"
+        ticks = f"{ticks_of(axis.get_major_locator())} {' '.join(drawn)}"
         ends = " ".join(f"{end + 0.0:.2g}" for end in limits)  # room for legends depends on the font
         scale = f"{axis.get_scale()} {ends} {axis.get_major_formatter()(1234.5)!r}"
         yield f"{name} {axis.label.get_text()!r} {scale} {ticks}"

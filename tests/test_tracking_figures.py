@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
-from dwiml_func.experiment.figures.streamline_views import VIEWS, bundle_colours
+from dwiml_func.experiment.figures.streamline_views import VIEWS, bundle_colours, view_limits
 from dwiml_func.experiment.figures.tracking import NOT_VALID, draw_drift, draw_drifts, draw_tracked
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
@@ -96,6 +96,7 @@ def test_a_row_of_a_model_that_tracked_nothing_says_so() -> None:
     figure = draw_tracked(found.scores["model"], found.lines, title="")
     assert [text.get_text() for panel in figure.axes[3:] for text in panel.texts] == ["none"]
     assert sum(len(lines) for panel in figure.axes[3:] for lines in drawn(panel).values()) == 0
+    assert view_limits([none.lines]) == pytest.approx(np.array([[-0.03, 1.03]] * 3))  # a cube of 1 mm, with margins
 
 
 def test_of_many_bundles_the_largest_have_their_own_colours() -> None:
@@ -132,6 +133,8 @@ def test_the_drift_is_drawn_by_the_distance_gone_and_what_is_not_known_is_a_gap(
     lines = draw_drift({str(number): first for number in range(9)}).axes[0].get_lines()
     colours = [line.get_color() for line in lines[:9]]
     assert colours == [*COLOURS[:-1], *COLOURS[:-1]][:9]  # without black, which others have
+    (axes,) = draw_drift({"a": Drift((0.0, 2.0), {"model": (None, None)})}).axes
+    assert (axes.get_xlim(), axes.get_ylim(), len(axes.get_lines())) == ((0, 1), (0, 1), 0)
 
 
 def test_a_legend_names_models_whose_names_begin_with_an_underscore() -> None:

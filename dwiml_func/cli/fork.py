@@ -18,7 +18,6 @@ from dwiml_func.distributed.process_group import join_process_group, rank_in
 from dwiml_func.experiment.comparison.compare import differences
 from dwiml_func.experiment.folder import check_new_experiment, experiment_directory, read_config
 from dwiml_func.experiment.fork import create_fork, prepare_fork
-from dwiml_func.experiment.resume import repair_experiment
 
 __all__ = ["Options", "run"]
 
@@ -78,6 +77,5 @@ def run(options: Options) -> int:
                 changes = (*differences(old, new, ("there", "here")), *fork.notes)
                 head = f"{directory}: forked from {source}, checkpoint {fork.checkpoint.name}"
                 print_progress("\n  ".join([head, *changes]))
-                repair_experiment(*start)
             train_with_progress(*start, deadline)
     return 0
