@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from experiment_cases import PHANTOM
+from matplotlib import colormaps
 
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
@@ -77,6 +78,9 @@ def test_the_command_writes_matrices_and_coloured_tractograms(cli, tmp_path: Pat
         assert len(tractogram.streamlines) == 2
         values = np.asarray(tractogram.data_per_point[name][0])[:, 0]
         np.testing.assert_allclose(values, getattr(expected, name), rtol=1e-4, atol=1e-6)
+        both, colours = (np.concatenate(list(tractogram.data_per_point[key])) for key in (name, "color"))
+        share = both[:, 0] / (both.max() or 1)
+        np.testing.assert_allclose(colours, 255 * colormaps["viridis"](share)[:, :3], atol=1)
 
 
 def test_a_model_without_attention_is_refused(cli, experiments: Path, tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ def test_every_epoch_is_trained_again_in_two_processes_and_nothing_is_written(cl
     assert first == f"{run}: 4 of 4 epochs trained again, bitwise identical to the record."
     assert re.fullmatch("Record [0-9a-f]{64}", last)
     assert contents(run) == before
+    latest = newest(run)
+    assert latest
+    records = [
+        record_digest(replace(latest, config={**latest.config, "training": {**latest.config["training"], **change}}))
+        for change in ({}, {"max_epochs": 99}, {"skip_batches": ["9-1"]})
+    ]
+    assert last == f"Record {records[0]}"
+    assert records[0] == records[1] != records[2]  # how long is no part of the results, which batches are
 
 
 @pytest.mark.parametrize("kind", FORGERIES)

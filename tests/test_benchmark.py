@@ -371,4 +371,9 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(
 
 
 def test_an_experiment_on_other_data_is_refused(cli: Any, tmp_path: Path, stopped_early: Path) -> None:
-    cli("benchmark", tmp_path / "out", "--model", stopped_early / "run").check_refusal("data.hdf5", "config to train")
+    run = tmp_path / f"{ORACLE}.1"  # of a folder the whole name counts, of a file what is before its ending
+    run.symlink_to(stopped_early / "run")
+    cli("benchmark", tmp_path / "out", "--model", run).check_refusal("data.hdf5", "config to train")
+    config = tmp_path / f"{ORACLE}.json"
+    config.symlink_to(run / "config.json")
+    cli("benchmark", tmp_path / "out", "--model", config).check_refusal("--name: expected", repr(ORACLE))

@@ -235,9 +235,14 @@ def test_data_per_streamline_are_extracted(cli, tmp_path):
         for key, values in expected.items():
             np.testing.assert_array_equal(np.asarray(found[key]), values)
     trx.close()
-    with h5py.File(data, "r+") as file:
-        file["subj0/streamlines/data_per_streamline/name"] = np.zeros(3)
-    cli("extract", data, "subj0", "streamlines", tmp_path / "b.trk").check_refusal("data per streamline 'name'")
+    for number, wrong in enumerate((np.zeros(num), np.zeros((num + 1, 1)), np.full((num, 1), b"a"))):
+        with h5py.File(data, "r+") as file:
+            file[f"subj0/streamlines/data_per_streamline/name{number}"] = wrong
+        cli("extract", data, "subj0", "streamlines", tmp_path / "b.trk").check_refusal(
+            f"data per streamline 'name{number}'", f"of shape {wrong.shape}"
+        )
+        with h5py.File(data, "r+") as file:
+            del file[f"subj0/streamlines/data_per_streamline/name{number}"]
     assert not (tmp_path / "b.trk").exists()
 
 

@@ -21,6 +21,8 @@ from dwiml_func.data.hdf5.lazy import LazyStreamlines, LazyVolumes
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
+from dwiml_func.experiment.batches import open_data
+from dwiml_func.experiment.config import RunConfig
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 VOLUME_BYTES = 24**3 * 6 * 4
@@ -148,9 +150,10 @@ def test_the_cache_keeps_the_volumes_used_last_within_its_bytes(fresh_store):
 
 
 def test_a_volume_larger_than_the_cache_is_read_each_time_and_not_kept(fresh_store):
-    volumes = open_dataset(PHANTOM, lazy=True, cache_size=VOLUME_BYTES - 1).volumes
-    assert volumes[0] is not volumes[0]
-    assert torch.equal(volumes[0], open_dataset(PHANTOM).volumes[0])
+    config = RunConfig(hdf5_file=str(PHANTOM), data=DataConfig(lazy=True, cache_size="0"))
+    for dataset in (open_dataset(PHANTOM, lazy=True, cache_size=VOLUME_BYTES - 1), open_data(config).training):
+        assert dataset.volumes[0] is not dataset.volumes[0]
+        assert torch.equal(dataset.volumes[0], open_dataset(PHANTOM).volumes[0])
     assert not fresh_store.volumes
 
 

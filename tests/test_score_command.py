@@ -85,6 +85,7 @@ def test_without_bundles_the_scores_that_need_none_are_given(cli, folder: Path, 
     outcome = score(cli, folder, "tracked.trk", "no_bundles.hdf5", "--out", out, "--nb-seeds", 500)
     assert (outcome.code, outcome.err) == (0, "")
     assert "does not say of which bundle" in outcome.out
+    assert any(line.startswith("  ceiling ") for line in outcome.out.splitlines())
     found = json.loads(out.read_text())
     assert found["thresholds"] is None
     assert "valid" not in found["scores"]["all"]

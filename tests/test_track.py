@@ -90,7 +90,7 @@ def test_the_bar_counts_the_seeds_that_are_done(monkeypatch):
     for stream, is_shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr("sys.stderr", stream)
         assert list(with_progress(iter(results), 40)) == results
-        assert ("40/40" in stream.getvalue()) == is_shown
+        assert ("40/40" in stream.getvalue()) == ("seed/s" in stream.getvalue()) == is_shown
         assert is_shown or not stream.getvalue()
 
 

@@ -178,6 +178,6 @@ def _print_scores(counts: NDArray, real: NDArray, options: Options) -> None:
     scores = connectivity_scores(counts.astype(np.int64), real)
     print(f"false connections {scores.false_connections:.4f} of the streamlines, beside {options.real}")
     print(f"missing connections {scores.missing_connections:.4f} of the real ones")
-    if max(counts.max(initial=0), real.max(initial=0)) > 1 and counts.any() and real.any():
+    if counts.any() and real.any() and max(counts.max(), real.max()) > 1:
         raw, shares = mean_square_differences(counts, real)
         print(f"mean square of the difference {raw:.6g}, of shares of all streamlines {shares:.6g}")
