@@ -147,10 +147,11 @@ def test_info_draws_what_it_is_asked_for_and_what_is_corrupt_is_left_out(cli: An
         del file["subj2/input"].attrs["affine"]
     inspection = inspect_dataset(path)
     with h5py.File(path, "r+") as file:  # changed since
+        group: Any = file["subj1/streamlines"]
         for name in ("offsets", "lengths"):
-            shorter = file[f"subj1/streamlines/{name}"][:-1]
-            del file[f"subj1/streamlines/{name}"]
-            file[f"subj1/streamlines/{name}"] = shorter
+            shorter = group[name][:-1]
+            del group[name]
+            group[name] = shorter
     panels = draw_dataset(inspection).axes[:-1]
     assert not any(any(drawn(panel).values()) for panel in panels)
     assert [len(panel.images) for panel in panels[::3]] == [1, 0, 0]
