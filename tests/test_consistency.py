@@ -362,6 +362,9 @@ def test_attributes_that_are_arrays_of_one_are_that_one(cli, data, tmp_path):
     assert "Expected" not in outcome.out
     assert open_dataset(data).resampling == Resampling(step_size=3.0)
     assert cli("train", tmp_path, "run", data, "--dry-run").code == 0
+    with File(data, "a") as file:
+        file["a/input"].attrs["type"] = ["volume", "streamlines"]
+    assert "type ['volume', 'streamlines']" in cli("info", data).out
 
 
 @pytest.mark.parametrize("number", [4000, 4001, 4200, 30_000])

@@ -232,10 +232,12 @@ def test_a_donated_state_has_no_digest():
         (torch.bfloat16, "int16"),
         (torch.float8_e4m3fn, "int8"),
         (torch.uint16, "uint16"),
+        (torch.complex32, "int32"),
         (torch.complex64, "complex64"),
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_a_dtype_that_numpy_lacks_becomes_integers_of_its_width(dtype, stored):
     tensor = torch.tensor([1.0, 0.0]).to(dtype)
     array = tensor_bytes(tensor)
