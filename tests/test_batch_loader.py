@@ -103,11 +103,12 @@ def test_an_epoch_loads_the_plans_batches_in_order(dataset):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
-def test_workers_change_neither_a_byte_nor_a_global_random_state(dataset):
+def test_workers_change_neither_a_byte_nor_a_global_random_state_and_end(dataset):
     alone = all_bytes(epoch_batches(dataset, SPEC, LoaderSpec(), key=KEY, epoch=1))
-    states = global_random_states()
+    states, processes = global_random_states(), multiprocessing.active_children()
     helped = all_bytes(epoch_batches(dataset, SPEC, LoaderSpec(), key=KEY, epoch=1, start_batch=1, num_workers=2))
     assert global_random_states() == states
+    assert {*multiprocessing.active_children()} <= {*processes}  # they have ended with their epoch
     assert len(helped) == 4
     for start_batch, num_workers in ((1, 2), (4, 1)):  # no more than batches
         options = {"key": KEY, "epoch": 1, "start_batch": start_batch, "num_workers": 2}

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, vmap
 from dwiml_func.core.rng import Key
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS, DirectionGetter, make_direction_getter
 from dwiml_func.models.direction_getters.base import TwoLayerNetwork
+from dwiml_func.models.direction_getters.regression import cosine_losses, l2_losses
 from dwiml_func.models.direction_getters.sphere_classification import SphereClassification
 
 KEYS = [
@@ -206,6 +207,14 @@ def test_directions_without_length_have_finite_losses_and_gradients(options: dic
         assert losses.isfinite().all()
         assert gradient.isfinite().all()
         assert gradient.abs().max() < 1e3
+
+
+def test_lengths_below_1e_8_count_as_1e_8_in_a_cosine_and_distances_are_shifted_by_1e_6() -> None:
+    directions = torch.tensor([[0.5e-8, 0, 0], [1e-8, 0, 0], [1, 0, 0]], dtype=torch.float64)
+    ones = directions[2:].expand(3, 3)
+    for given in ((directions, ones), (ones, directions)):
+        torch.testing.assert_close(cosine_losses(*given).tolist(), [0.5, 0.0, 0.0])
+    torch.testing.assert_close(l2_losses(ones, ones), torch.full((3,), 3**0.5 * 1e-6, dtype=torch.float64))
 
 
 def test_a_network_that_gives_zeros_has_finite_gradients_and_can_learn(options: dict[str, Any]) -> None:

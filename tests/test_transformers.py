@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from dwiml_func import init_state, jit_step, module_loss, sgd, train_step
 from dwiml_func.core.gradients import value_and_grad
@@ -19,7 +20,8 @@ from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.streamlines import input_offsets, offsets_of
 from dwiml_func.ensemble import ensemble_step, member, stack_states
 from dwiml_func.models.learn2track import compute_batch_loss
-from dwiml_func.models.transformers.attention import _Pad, sequences_of
+from dwiml_func.models.transformers.attention import _attend, _Pad, sequences_of
+from dwiml_func.models.transformers.causal import causal_weights
 from dwiml_func.models.transformers.transformer import Transformer
 
 F = 6
@@ -387,6 +389,20 @@ def test_the_model_sees_the_noisy_points() -> None:
     outputs = model(replace(batch, noisy_points=noisy))
     assert torch.equal(outputs, model(replace(batch, points=noisy)))
     assert not torch.equal(outputs, model(batch))
+
+
+def test_one_kernel_attends_but_not_with_dropout_nor_under_transforms_some_of_which_it_lacks() -> None:
+    def with_outputs(rows: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = _attend(rows, key, value, 0.0)
+        return outputs.sum(), outputs
+
+    query, key, value = torch.randn(3, 2, 2, 40, 8).unbind()
+    plain = causal_weights(query, key) @ value
+    fused = scaled_dot_product_attention(query, key, value, is_causal=True)
+    assert not torch.equal(fused, plain)
+    assert torch.equal(_attend(query, key, value, 0.0), fused)
+    assert torch.equal(torch.func.grad(with_outputs, has_aux=True)(query)[1], plain)
+    assert not torch.allclose(_attend(query, key, value, 0.5), plain, atol=1e-2)
 
 
 def test_rows_are_padded_and_unpadded_alike_under_transforms_as_on_a_gpu() -> None:
