@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import subprocess
 import sys
 import threading
 import zipfile
@@ -13,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ from dwiml_func.experiment.logs import experiment_comet
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
-from dwiml_func.writers import jsonl
+from dwiml_func.writers import _comet_process, jsonl
 from dwiml_func.writers.comet import Comet, _log, comet_key, comet_metrics
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -280,8 +282,9 @@ BROKEN = {
     "raises": "class OfflineExperiment:\n    def __init__(self, **_):\n        raise RuntimeError('broken')",
     "dies": "import os\nos._exit(3)",
     "hangs at the end": (
-        "import threading\nclass OfflineExperiment:\n    def __init__(self, **_): pass\n    def end(self):\n"
-        "        threading.Event().wait()\n    set_name = log_parameters = log_metric = train = validate = "
+        "import threading\nclass OfflineExperiment:\n    streamer = None\n    def __init__(self, **_): pass\n"
+        "    def end(self):\n        threading.Event().wait()\n"
+        "    set_name = log_parameters = log_metric = train = validate = "
         "lambda self, *_, **__: __import__('contextlib').nullcontext()"
     ),
 }
@@ -320,6 +323,39 @@ def test_a_run_is_sent_at_once_and_one_that_is_interrupted_ends_the_process_with
     wait_for_the_end()
     assert ["no API key was found" in text for text in warned] == [True]
     assert not list(tmp_path.rglob("*.zip"))
+
+
+WITHOUT_A_TRAINING = """
+import runpy, sys, threading
+Timer = threading.Timer
+threading.Timer = lambda seconds, *how: Timer(seconds / 600, *how)  # a tenth of a second
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def test_a_process_that_hangs_after_the_training_ends_by_itself(tmp_path, monkeypatch):
+    comet_ml_of(tmp_path, BROKEN["hangs at the end"], monkeypatch)
+    run = {"directory": str(tmp_path / "run"), "key": "key", "name": "run", "parameters": {}, "offline": True}
+    lines = [json.dumps(line) for line in (run | {"workspace": None, "project": None}, {"end": True})]
+    command = [sys.executable, "-c", WITHOUT_A_TRAINING, _comet_process.__file__]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "error" not in done.stdout
+
+
+def test_what_comet_has_is_known_whichever_way_its_server_names_it(monkeypatch):
+    inside = {"metricName": "train_loss", "runContext": "train", "step": 3}
+    beside = {"metricName": "loss", "runContext": "train", "step": 4}
+    rows = [inside, beside, {"metricName": "rate", "step": 5}, {"metricName": "duration", "step": None}]
+    runs = {"run": SimpleNamespace(get_metrics=lambda: rows), "empty": SimpleNamespace(get_metrics=lambda: None)}
+    api = SimpleNamespace(get_experiment_by_key=runs.get)
+    monkeypatch.setitem(sys.modules, "comet_ml", SimpleNamespace(API=lambda: api, ExistingExperiment=dict))
+    settings, known = _comet_process._open({"key": "run"})
+    assert known >= {("train_loss", 3), ("train_loss", 4), ("rate", 5)}
+    assert {step for _, step in known} == {3, 4, 5}
+    assert settings.pop("experiment_key") == "run"
+    assert set(map(int, settings.values())) == {0}  # it logs nothing by itself
+    assert _comet_process._open({"key": "empty"})[1] == set()
 
 
 @pytest.mark.parametrize("broken", BROKEN)

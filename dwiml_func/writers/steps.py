@@ -113,13 +113,13 @@ class ScalarLines:
             kept = {own["step"]: own for own in _read(self._path) if own["step"] <= step}
             if values:
                 kept[step] = kept.get(step, {}) | row
-            content = "".join(json.dumps(own, allow_nan=False) + "\n" for own in kept.values())
+            content = "".join(json.dumps(own) + "\n" for own in kept.values())
             if content if not self._path.exists() else self._path.read_text(encoding="utf-8") != content:
                 atomic_write(self._path, content, flush=False)
             self._last = max(kept, default=-1)
         elif values:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.write(json.dumps(row) + "\n")
             self._last = step
         else:
             self._last = last
