@@ -317,6 +317,7 @@ def test_a_step_that_is_differentiated_is_that_of_train_step_and_others_stay_com
     torch.testing.assert_close(gradient, expected)
     run(compiled, start, 2)
     assert (compiled.num_compilations, compiled.eager_reason) == (1, None)
+    assert compiled.compile_seconds > 0
 
 
 @pytest.mark.parametrize("donate", [False, True])

@@ -22,7 +22,7 @@ from dwiml_func import (
     train_step,
 )
 from dwiml_func.compiled.cuda_graphs import OnCuda
-from dwiml_func.compiled.sums import VectorSums, add_vectors
+from dwiml_func.compiled.sums import VectorSums, add_vectors, vector_of
 from dwiml_func.core.metrics import Sum, add_metrics
 from dwiml_func.optim import chain, clip_by_value
 
@@ -162,6 +162,7 @@ def test_sums_of_the_same_names_are_added_as_one_vector_also_to_those_that_were_
     assert add_vectors({}, new) is new
     for others in ({"b": Sum(20.0, 2.0), "a": Sum(10.0, 1.0)}, {"c": Sum(5.0, 5.0)}):
         assert add_vectors(others, new) == add_metrics(others, new)
+    assert vector_of(torch.device("meta"), 1.0).is_meta  # a device that is not the CPU
 
 
 @pytest.mark.cuda

@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dwiml_func.core.attributes import is_same_loss
 from dwiml_func.core.gradients import value_and_grad
-from dwiml_func.core.loss import LossOut, module_loss
+from dwiml_func.core.loss import LossOut, _Views, module_loss
 from dwiml_func.core.rng import Key, torch_rng
 
 
@@ -262,3 +263,13 @@ def test_names_that_do_not_fit_are_listed(batch):
     loss_fn = module_loss(nn.Linear(4, 3), squared_error)
     with pytest.raises(ValueError, match=r"Missing: bias\. Unexpected: extra\."):
         loss_fn({"weight": torch.zeros(3, 4)}, {"extra": torch.zeros(1)}, batch, key=Key(0), train=True)
+
+
+def test_each_thread_runs_a_model_of_its_own_and_a_graph_that_of_the_first(monkeypatch):
+    views = _Views(nn.Linear(1, 1), None)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        own, *others = views.here(), one.submit(views.here).result(), other.submit(views.here).result()
+        assert len({id(view) for view in (own, *others)}) == 3
+        assert (views.here() is own, one.submit(views.here).result() is others[0]) == (True, True)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert [pool.submit(views.here).result() is own for pool in (one, other)] == [True, True]

@@ -134,16 +134,23 @@ def test_reports_and_logs_of_steps_show_the_weight_decays_that_were_used(tmp_pat
     assert [report.train["weight_decay"] for report in reports] == pytest.approx(means, rel=1e-12)
 
 
-def test_a_gradient_goes_through_the_decay_of_a_step() -> None:
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_a_gradient_goes_through_the_decay_of_a_step(is_compiled: bool) -> None:
     state, batch = init_state(MODEL, sgd(), seed=0), BATCHES[0]
+    compiled = jit_step(loss_fn=LOSS, optimizer=sgd, backend="aot_eager")
+    step = compiled if is_compiled else partial(train_step, loss_fn=LOSS, optimizer=sgd)
+    step(state, batch, lr=0.1, weight_decay=0.1)  # from now on, a graph is called directly
 
     def loss(decay: Tensor) -> Tensor:
-        new, _ = train_step(state, batch, loss_fn=LOSS, optimizer=sgd, lr=0.1, weight_decay=decay)
+        new, _ = step(state, batch, lr=0.1, weight_decay=decay)
         return new.params["0.weight"].square().sum()
 
     decay = torch.tensor(0.1, dtype=torch.float64)
     up, down = (float(loss(decay + shift)) for shift in (1e-2, -1e-2))
     assert float(torch.func.grad(loss)(decay)) == pytest.approx((up - down) / 2e-2, rel=1e-3)
+    (gradient,) = torch.autograd.grad(loss(decay.requires_grad_()), decay)
+    assert float(gradient) == pytest.approx((up - down) / 2e-2, rel=1e-3)
+    assert (compiled.num_compilations, compiled.eager_reason) == (int(is_compiled), None)
 
 
 def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
