@@ -64,7 +64,12 @@ def test_an_average_is_of_what_its_optimizer_evaluates_with():
     )
 
 
-@pytest.mark.parametrize("wrap", [ema, lookahead, lambda inner: by_name(lambda: inner, {"none|*": {}})])
+def by_group(inner):
+    """One group for all parameters, beside a default that they do not use."""
+    return by_name(lambda own=None: sgd() if own is None else own, {"none|*": {"own": inner}})
+
+
+@pytest.mark.parametrize("wrap", [ema, lookahead, by_group])
 def test_what_wraps_an_accumulation_hands_it_the_weights_of_the_batches(wrap):
     optimizer, start = wrap(chain(accumulate(2), sgd())), some_tensors(0, F64)
     assert (optimizer.uses_weight, wrap(sgd()).uses_weight) == (True, False)

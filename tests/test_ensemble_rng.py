@@ -22,7 +22,7 @@ DRAWS = {
     "normal": lambda x: x + torch.randn_like(x) + torch.randn((3, 4)),
     "integers": lambda x: x + torch.randint(0, 100, (3, 4)) + torch.randperm(4),
     "bernoulli": lambda x: x * torch.bernoulli(x.detach().sigmoid()),
-    "none": lambda x: F.dropout(x, 0.3, training=False) + F.dropout(x, 0.0),
+    "none and all": lambda x: F.dropout(x, 0.3, training=False) + F.dropout(x, 0.0) + F.dropout(x, 1.0),
 }
 
 

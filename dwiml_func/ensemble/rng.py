@@ -21,7 +21,7 @@ from dwiml_func.core.rng import Key, default_generators, fold_in, torch_rng
 __all__ = ["per_member_rng"]
 
 
-def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> tuple:
+def _dropout(input: Tensor, p: float, training: bool, inplace: bool) -> tuple:
     return input, p, training, inplace
 
 
