@@ -255,6 +255,20 @@ def test_an_error_in_a_shard_is_that_of_one_thread():
         gradient(loss_fn, {"w": torch.ones(())}, {}, [torch.ones(1), torch.ones(2)], key=Key(0))
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_shards_run_in_other_threads_where_there_are_to_be_several(num_threads):
+    here, seen = threading.get_ident(), []
+
+    def loss_fn(params: Any, buffers: Any, batch: Tensor, *, key: Key, train: bool) -> LossOut:
+        seen.append(threading.get_ident() == here)
+        return LossOut((params["w"] * batch).mean(), len(batch), buffers, {})
+
+    params, shards = {"w": torch.ones(())}, [torch.ones(1), torch.ones(2)]
+    sharded_value_and_grad(num_threads=num_threads)(loss_fn, params, {}, shards, key=Key(0))
+    sharded_loss(loss_fn, num_threads=num_threads)(params, {}, shards, key=Key(0), train=True)
+    assert set(seen) == {num_threads == 1}
+
+
 def test_threads_may_call_one_module_loss_side_by_side():
     model = torch.nn.LSTM(3, 4, batch_first=True)
     loss_fn = module_loss(model, lambda model, x: (model(x)[0].square().mean(), len(x)))
