@@ -12,6 +12,7 @@ import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -356,6 +357,26 @@ def test_what_comet_has_is_known_whichever_way_its_server_names_it(monkeypatch):
     assert settings.pop("experiment_key") == "run"
     assert set(map(int, settings.values())) == {0}  # it logs nothing by itself
     assert _comet_process._open({"key": "empty"})[1] == set()
+
+
+@pytest.mark.parametrize("is_delivered", [True, False])
+def test_online_what_is_new_is_logged_once_and_what_did_not_arrive_is_an_error(monkeypatch, is_delivered):
+    logged_rows, answers, ended = [], [], []
+    online = SimpleNamespace(url="https://comet/run", flush=lambda: is_delivered, end=lambda: ended.append(True))
+    online.train, online.validate = nullcontext, nullcontext
+    online.log_metric = lambda name, value, step, epoch: logged_rows.append((name, value, step, epoch))
+    monkeypatch.setattr(_comet_process, "_why_offline", lambda run: None)
+    monkeypatch.setattr(_comet_process, "_open", lambda run: (online, {("train_loss", 1)}))
+    first, again = (
+        [["train", "loss", 1.5, 1], [None, "rate", 0.1, 1]],
+        [[None, "rate", 0.1, 1], ["train", "b", 2.0, 9, True]],
+    )
+    messages = iter([{"metrics": first}, {"metrics": again}, {"end": True}, {"metrics": [[None, "late", 1.0, 2]]}])
+    with nullcontext() if is_delivered else pytest.raises(ConnectionError, match="did not receive all metrics"):
+        _comet_process._log({}, messages, lambda **answer: answers.append(answer))
+    assert logged_rows == [("rate", 0.1, 1, 1), ("b", 2.0, 9, None)]
+    assert answers == [{"online": "https://comet/run"}, {"done": "https://comet/run"}][: 1 + is_delivered]
+    assert ended == [True]
 
 
 @pytest.mark.parametrize("broken", BROKEN)
