@@ -518,6 +518,13 @@ def test_sums_are_each_members_own():
     assert member(after, 1).step == 0
 
 
+def test_an_ensemble_made_of_its_parts_alone_is_at_its_beginning():
+    whole = stack_states([init_state(mlp(0), adam(), seed=0)])
+    names = ("params", "buffers", "opt_state", "keys", "active", "done")
+    bare = EnsembleState(**{name: getattr(whole, name) for name in names})
+    assert (bare.step, bare.epoch, bare.batch) == (0, 0, 0)
+
+
 def test_members_that_do_not_fit_together_are_refused():
     state = init_state(mlp(0), adam(), seed=0)
     with pytest.raises(ValueError, match="at least one state"):
