@@ -205,6 +205,19 @@ def test_an_ensemble_that_was_cut_off_between_members_resumes_from_what_they_sha
     assert [latest_digest(directory / str(number)) for number in range(3)] == digests
 
 
+def test_members_that_have_ended_leave_the_others_their_epochs(tmp_path):
+    configs = small(max_epochs=1)
+    directory = create(tmp_path, configs)
+    list(run_ensemble(directory, prepare_ensemble(configs)))
+    write_ended(directory, 3, {0: "1", 2: "1"})
+    members, ensemble, _ = resume_ensemble(directory, new_max_epochs=2)
+    assert list(ensemble.active) == [False, True, False]
+    assert [parts.config.training.max_epochs for parts in members] == [2, 2, 2]
+    write_ended(directory, 3, dict.fromkeys(range(3), "1"))
+    with pytest.raises(ValueError, match=r"No member of .*run has an epoch left to do after epoch 1"):
+        resume_ensemble(directory, new_max_epochs=2)
+
+
 def test_the_command_resumes_an_ensemble(trained, tmp_path, cli):
     seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
     assert "--new-max-epochs" in cli("resume", tmp_path, "seeds").err
