@@ -1,4 +1,4 @@
-r"""The best epoch and early stopping, as values.
+"""The best epoch and early stopping, as values.
 
 The best epoch is part of the training state, so a checkpoint commits it together with the latest epoch. To stop by
 another rule, leave the `for` loop over `train_and_validate`.
