@@ -1,4 +1,4 @@
-"""Kills at random moments, on demand: `python tests/kills.py --seconds 480`. Not part of the suite, which has few.
+"""Kills at random moments, on demand: `python tests/kills.py --kills 60`. Not part of the suite, which has few.
 
 Single runs, ensembles, forks and runs of two processes are killed with SIGKILL again and again, put back by the same
 command until their end, and compared with a run that nobody killed: digest, history, logs, best model, evaluation, and
@@ -104,9 +104,10 @@ def check(kind: Kind, folder: Path, whole: Path) -> list[str]:
 
 
 def main() -> int:
-    """Kill until the time is over; returns the number of runs that did not come to the same end."""
+    """Kill until each kind has its kills or the time is over; returns how many runs came to another end."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=480)
+    parser.add_argument("--kills", type=int, default=60, help="of each kind")
+    parser.add_argument("--seconds", type=float, default=3600, help="at most, and a run that has begun ends")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     options = parser.parse_args()
@@ -125,7 +126,9 @@ def main() -> int:
             wholes[name], durations[name] = folder, time.monotonic() - began
         number = 0
         while time.monotonic() < until:
-            name, number = options.kinds[number % len(options.kinds)], number + 1
+            name, number = min(counts, key=lambda name: counts[name][0]), number + 1
+            if counts[name][0] >= options.kills:
+                break
             kind, folder = KINDS[name], Path(temporary, name, str(number))
             folder.mkdir()
             if name == "fork":
