@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from dwiml_func import (
@@ -605,6 +606,17 @@ def test_a_step_with_another_optimizer_than_the_states_is_refused(run: Callable[
     for optimizer in optimizers:
         with pytest.raises(ValueError, match=r"made for another optimizer: of their trees, .* only one"):
             run(init_state(model, optimizer, seed=0), BATCH, module_loss(model, loss))
+
+
+@pytest.mark.parametrize("run", [train_step, ensemble_step, jit_step])
+def test_an_optimizer_state_of_other_shapes_is_refused(run: Callable[..., Any]) -> None:
+    optimizer, loss_fn = adam(), module_loss(model := mlp(), loss)
+    state = init_state(model, optimizer, seed=0)
+    wide = tree_map(lambda leaf: torch.cat([leaf, leaf]) if leaf.dim() else leaf, state.opt_state)
+    state, step = state.replace(opt_state=wide), {"loss_fn": loss_fn, "optimizer": optimizer}
+    state = stack_states([state]) if run is ensemble_step else state
+    with pytest.raises(ValueError, match=r"expected exp_avg/0\.weight of shape \(8, 4\), .* Received: \(16, 4\)"):
+        run(**step, backend="eager")(state, BATCH, lr=0.1) if run is jit_step else run(state, BATCH, **step, lr=0.1)
 
 
 def test_a_state_of_other_groups_is_refused() -> None:

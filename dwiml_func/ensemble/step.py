@@ -237,7 +237,7 @@ def _updated(
     if isinstance(optimizer, Optimizer) and weight_decay is not None:
         raise ValueError("weight_decay requires an optimizer factory, such as dwiml_func.adam.")
     example = optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)
-    check_opt_state(optimizer, ensemble.opt_state, {name: param[0] for name, param in ensemble.params.items()})
+    check_opt_state(optimizer, ensemble.opt_state, ensemble.params, is_stacked=True)
     dense = given(grads)
     if not example.is_elementwise or len(dense) < len(grads) or "missed" in ensemble.opt_state:
         return _updated_by_vmap(ensemble, grads, optimizer, lr=lr, weight_decay=weight_decay, weight=weight)

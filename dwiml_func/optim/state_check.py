@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from weakref import WeakSet
 
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
 from dwiml_func._checks import listed
 from dwiml_func._transforms import is_transformed
 from dwiml_func.types import Optimizer, OptState, Params
@@ -18,32 +21,45 @@ _CHECKED: WeakSet[Any] = WeakSet()
 _LATER = frozenset({"missed", "unused"})  # counts that start with the first parameter that a batch does not use
 
 
-def check_opt_state(optimizer: Optimizer | Callable[..., Optimizer], opt_state: OptState, params: Params) -> None:
-    """Compare the tree of a state with that of the optimizer, before its first update; ValueError if they differ."""
+def check_opt_state(
+    optimizer: Optimizer | Callable[..., Optimizer], opt_state: OptState, params: Params, *, is_stacked: bool = False
+) -> None:
+    """Compare the tree of a state with that of the optimizer, before its first update; ValueError if they differ.
+
+    `is_stacked`: state and parameters are those of an ensemble, with its members along their first dimension.
+    """
     known = optimizer.update if isinstance(optimizer, Optimizer) else optimizer
     if is_transformed() or known in _CHECKED:
         return
+    if is_stacked:
+        opt_state, params = tree_map(lambda leaf: leaf[0], (opt_state, params))
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)
     try:
-        like = set(_paths(made.init({n: p.detach()[:0] if p.dim() else p for n, p in params.items()})))
+        like = dict(_leaves(made.init({name: param.detach().to("meta") for name, param in params.items()})))
     except (RuntimeError, NotImplementedError):  # an optimizer that reads values
         return
-    own = set(_paths(opt_state))
+    own = dict(_leaves(opt_state))
     kinds, own_kinds = ({path[:-1] or path for path in paths} for paths in (like, own))
-    if differing := kinds ^ own_kinds or like ^ own:
+    if differing := kinds ^ own_kinds or like.keys() ^ own.keys():
         raise ValueError(
             f"The state was made for another optimizer: of their trees, {listed(map('/'.join, differing))} "
             f"{'is' if len(differing) == 1 else 'are'} in only one. Give init_state and the step the same optimizer, "
             f"or start a new one by state.replace(opt_state=optimizer.init(state.params))."
         )
+    for path, expected in like.items():
+        if isinstance(expected, Tensor) and isinstance(given := own[path], Tensor) and given.shape != expected.shape:
+            raise ValueError(
+                f"opt_state: expected {'/'.join(path)} of shape {tuple(expected.shape)}, as the parameters have it. "
+                f"Received: {tuple(given.shape)}. To start anew: state.replace(opt_state=optimizer.init(state.params))."
+            )
     _CHECKED.add(known)
 
 
-def _paths(tree: Any, *path: str) -> Iterator[tuple[str, ...]]:
-    """The kinds of tensors, which are the branches above the parameters' names, and the names."""
+def _leaves(tree: Any, *path: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The tensors and numbers by the branches above the parameters' names, and the names."""
     if not isinstance(tree, Mapping):
-        yield path
+        yield path, tree
         return
     for name, part in tree.items():
         if name not in _LATER:
-            yield from _paths(part, *path, name)
+            yield from _leaves(part, *path, name)
