@@ -132,9 +132,12 @@ def test_a_resume_removes_what_a_crash_left_anywhere_in_the_experiment(cli, tmp_
         (place / leftover).mkdir(parents=True, exist_ok=True)
         (place / ".tmp-notes").mkdir(exist_ok=True)
     (run / ".dwiml-old-moved").mkdir()  # not a name that our functions give
+    for place in {tmp_path, run, *members}:
+        (place / ".lock").touch()  # of a kill while it was made
     with writing(members[0] / "figure") as (temporary, end):
         assert cli("resume", tmp_path, "a", "--new-max-epochs", "2").code == 0
         assert (members[0] / temporary).exists()
         assert end() == 0
     assert [str(path) for path in run.rglob(".dwiml-*")] == [str(run / ".dwiml-old-moved")]
+    assert list(tmp_path.rglob(".lock")) == []
     assert all((place / ".tmp-notes").is_dir() for place in places)

@@ -25,6 +25,7 @@ from dwiml_func.files.lock import (
     is_kept,
     is_locked,
     kept_folders,
+    remove_left_lock,
     same_folder,
 )
 
@@ -298,6 +299,15 @@ def test_a_link_to_where_a_folder_was_moved_leads_to_the_same_folder(tmp_path):
         move(folder)
         folder.symlink_to(tmp_path / "moved")
         check()
+
+
+def test_a_lock_that_is_held_is_not_taken_for_one_that_was_left(tmp_path):
+    with experiment_lock(tmp_path):
+        remove_left_lock(tmp_path)
+        assert is_locked(tmp_path)
+    (tmp_path / ".lock").mkdir()  # and what is no lock is somebody's
+    remove_left_lock(tmp_path)
+    assert (tmp_path / ".lock").is_dir()
 
 
 def test_folders_are_kept_for_readers_and_only_while_they_read(tmp_path):

@@ -34,7 +34,7 @@ from dwiml_func.experiment.resume import check_same_run
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.signals import stop_on_signals
 from dwiml_func.experiment.sweep import write_sweep
-from dwiml_func.files.lock import experiment_lock, is_locked
+from dwiml_func.files.lock import experiment_lock, is_locked, remove_left_lock
 
 __all__ = [
     "check_sweep",
@@ -141,6 +141,7 @@ def train_members(
 def resume_members(directory: Path, *, deadline: float | None = None, **options: Any) -> None:
     """Resume an ensemble; `options` are those of `resume_ensemble`."""
     num_members, _ = read_ended(directory)
+    remove_left_lock(directory.parent)  # of a kill when the ensemble had just been made
     with _locks(directory, num_members):
         members, ensemble, histories = resume_ensemble(directory, **options)
         failed = _train_at_once(directory, members, ensemble, histories, deadline)

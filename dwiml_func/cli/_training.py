@@ -42,7 +42,7 @@ from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
 from dwiml_func.experiment.signals import stop_on_signals
-from dwiml_func.files.lock import experiment_lock, same_folder
+from dwiml_func.files.lock import experiment_lock, remove_left_lock, same_folder
 from dwiml_func.writers.progress import Progress
 
 __all__ = [
@@ -128,6 +128,8 @@ def resumed_run(
     With `may_have_ended`, a run that has is summarized.
     """
     resume = partial(resume_experiment, directory, process_group=process_group, **options)
+    if process_group.rank == 0:
+        remove_left_lock(directory.parent)  # of a kill when the experiment had just been made
     with experiment_lock(directory) if process_group.rank == 0 else contextlib.nullcontext():
         yield rank_zero_first(process_group, resume)
 

@@ -17,7 +17,16 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-__all__ = ["FolderLostError", "LockedError", "experiment_lock", "is_kept", "is_locked", "kept_folders", "same_folder"]
+__all__ = [
+    "FolderLostError",
+    "LockedError",
+    "experiment_lock",
+    "is_kept",
+    "is_locked",
+    "kept_folders",
+    "remove_left_lock",
+    "same_folder",
+]
 
 _NAME = ".lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EINVAL}  # what file systems without flock answer, beside ENOSYS
@@ -69,6 +78,13 @@ def experiment_lock(directory: str | Path, *, wait: bool = False) -> Iterator[No
 def is_locked(directory: str | Path) -> bool:
     """Whether a process holds the lock of a directory, which need not exist. Nothing is written."""
     return _refuses(Path(directory) / _NAME, _LOOK, fcntl.LOCK_SH)
+
+
+def remove_left_lock(directory: Path) -> None:
+    """Remove the lock's file that a killed process left, where nobody holds it."""
+    if os.path.lexists(directory / _NAME) and not is_locked(directory):
+        with suppress(OSError, ValueError), experiment_lock(directory):
+            pass
 
 
 @contextmanager
