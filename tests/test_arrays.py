@@ -132,6 +132,14 @@ def test_any_text_is_a_name(names, tmp_path_factory):
     assert same(load_leaves(path), leaves)
 
 
+@pytest.mark.parametrize("name", ["[ab]", "a*", "a?", "a\\b", "a\udcff"])
+def test_a_folder_may_have_a_name_that_is_a_pattern_or_no_text(tmp_path, name):
+    (tmp_path / name).mkdir()
+    save_leaves(tmp_path / name / "store", {"w": torch.ones(3)}, {})
+    assert load_leaves(tmp_path / name / "store")["w"].tolist() == [1, 1, 1]
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("leaves", [{}, {"a": torch.zeros(0, 2)}], ids=["none", "empty"])
 def test_a_store_without_any_value_is_whole(tmp_path, leaves):
     save_leaves(tmp_path / "empty", leaves, {"fact": 1})

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ __all__ = ["CheckpointError", "CorruptError", "load_leaves", "read_manifest", "s
 _MAX_ERROR = 300  # orbax and tensorstore write long ones
 _SETTLE_SECONDS = 0.1
 _METADATA = "_METADATA"  # orbax's own description of the arrays, which other programs read
+_SPECIAL = re.compile(r"[*?\[\\\udc80-\udcff]")  # of patterns, of other systems' paths, and bytes that are no UTF-8
 _MOST_COMPRESSED = 64  # times; present versions do not compress
 _quiet_lock = threading.RLock()
 
@@ -126,8 +128,12 @@ def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     import orbax.checkpoint as ocp
 
     try:  # without compression, which takes most of the time and saves a tenth of the bytes of trained floats
-        with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
-            checkpointer.save(path.absolute(), args=ocp.args.PyTreeSave(dict(arrays)))
+        with (
+            _plain_path(path.parent) as folder,
+            _quiet(),
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer,
+        ):
+            checkpointer.save(folder / path.name, args=ocp.args.PyTreeSave(dict(arrays)))
     except OSError:
         raise
     except Exception as error:  # orbax and tensorstore raise many kinds
@@ -146,27 +152,28 @@ def _read_arrays(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[str, np
         _escape(row["name"]): (tuple(row["shape"]), tensor_bytes(torch.empty(0, dtype=_dtype(row))).dtype)
         for row in table
     }
-    leaves = (path / "leaves").absolute()
+    leaves = path / "leaves"
     if missing := [name for name in (_METADATA, "manifest.ocdbt") if not (leaves / name).is_file()]:
         raise CorruptError(f"{path} is corrupt: it has no file leaves/{missing[0]}.")
     declared = sum(math.prod(shape) * dtype.itemsize for shape, dtype in expected.values())
     stored = sum(file.stat().st_size for file in leaves.rglob("*") if file.is_file())
     if declared > _MOST_COMPRESSED * stored + (1 << 20):  # arrays of which nothing is stored are filled with zeros
         raise CorruptError(f"{path} is corrupt: its leaves have {stored} bytes for tensors of {declared} bytes.")
-    store: dict[str, Any] = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{leaves}/"}}
     context = tensorstore.Context()  # one for all arrays, which then read the index once
     try:
-        opening = {
-            name: tensorstore.open(
-                {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, open=True, read=True, context=context
-            )
-            for name in expected
-        }
-        arrays = {name: future.result() for name, future in opening.items()}
-        stored = {name: (array.shape, array.dtype.numpy_dtype) for name, array in arrays.items()}
-        if stored == expected:
-            reading = {name: array.read() for name, array in arrays.items()}
-            return {name: future.result() for name, future in reading.items()}
+        with _plain_path(leaves) as folder:
+            store: dict[str, Any] = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
+            opening = {
+                name: tensorstore.open(
+                    {"driver": "zarr", "kvstore": {**store, "path": f"{name}/"}}, open=True, read=True, context=context
+                )
+                for name in expected
+            }
+            arrays = {name: future.result() for name, future in opening.items()}
+            stored = {name: (array.shape, array.dtype.numpy_dtype) for name, array in arrays.items()}
+            if stored == expected:
+                reading = {name: array.read() for name, array in arrays.items()}
+                return {name: future.result() for name, future in reading.items()}
     except MemoryError:
         raise
     except Exception as error:
@@ -174,6 +181,18 @@ def _read_arrays(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[str, np
         raise CorruptError(f"{path} is corrupt: {problem}.") from None
     name = next(row["name"] for row in table if stored[_escape(row["name"])] != expected[_escape(row["name"])])
     raise CorruptError(f"{path} is corrupt: {name} does not have the shape and dtype that were saved.")
+
+
+@contextmanager
+def _plain_path(directory: Path) -> Iterator[Path]:
+    """The directory by a path that neither orbax takes for a pattern nor tensorstore for another path."""
+    if not _SPECIAL.search(str(directory.absolute())):
+        yield directory.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="dwiml-func-") as folder:
+        link = Path(folder) / "directory"
+        link.symlink_to(directory.absolute())
+        yield link
 
 
 @contextmanager
