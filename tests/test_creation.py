@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,29 @@ def test_each_file_is_a_bundle_and_removed_streamlines_are_not_counted(tmp_path,
     assert np.bincount(bundles.ids).tolist() == [8, 7, 6, 2, 7, 2]
     assert main(["info", str(out)]) == 0
     assert "with 6 bundles: CST, bundles/a, b, other/a, a, z\n" in capfd.readouterr().out
+
+
+def test_bundles_of_files_of_one_name_stay_apart(tmp_path):
+    files = ["x/b/t.trk", "y/b/t.trk", "t.trk", "t.tck"]
+    subject = make_subject(tmp_path / "subjects", "s1")
+    for number, name in enumerate(files):
+        save_lines(subject / name, some_lines(number + 1))
+    out = create(tmp_path, {"input": CONFIG["input"], "streamlines": {"type": "streamlines", "files": files}}, ("s1",))
+    bundles = open_dataset(out).bundles
+    assert bundles is not None
+    assert bundles.names == ("x/b/t", "y/b/t", "t.trk", "t.tck")  # without the subject's: they differ between subjects
+    assert np.bincount(bundles.ids).tolist() == [1, 2, 3, 4]
+
+
+def test_what_nibabel_warns_of_is_told_with_the_file(tmp_path, cli):
+    arguments = make_folder(tmp_path)
+    path = tmp_path / "subjects" / "s1" / "bundles" / "a.trk"
+    content = bytearray(path.read_bytes())
+    content[948:952] = bytes(4)  # voxel_order
+    path.write_bytes(content)
+    outcome = cli("create-hdf5", *arguments)
+    assert outcome.code == 0
+    assert re.search(r"warning: subject 's1', group 'streamlines', file \S*/a.trk: Voxel order is not", outcome.err)
 
 
 def test_the_file_has_the_attributes_of_the_layout(tmp_path):

@@ -167,6 +167,7 @@ def test_a_config_is_read_strictly(folder, refused, group, message):
         ("[1]", "expected|should be"),
         (" " * (1 << 20) + "{}", "larger than any config"),
         ('{"a/b": {"type": "volume", "files": "a"}}', "without '/'"),
+        ('{"a\\u0000b": {"type": "volume", "files": "a"}}', "zero bytes"),
     ],
 )
 def test_a_config_that_is_no_config_is_refused(folder, refused, text, message):
@@ -204,9 +205,10 @@ def test_volumes_of_one_group_lie_on_one_grid(folder, refused, change):
 @pytest.mark.parametrize(("standardization", "value"), [("none", 1), ("none", 255), ("all", 1)])
 def test_a_mask_is_no_input(folder, refused, standardization, value):
     mask: Any = nib.load(folder / "subjects" / "s1" / "mask.nii.gz")
-    save_volume(folder / "subjects" / "s1" / "mask.nii.gz", (value * (mask.get_fdata() > 0)).astype(np.uint8))
+    data = (value * (mask.get_fdata() > 0)).astype(np.uint8)
+    save_volume(folder / "subjects" / "s1" / "mask.nii.gz", data if value == 255 else data[..., None])
     set_config(folder, input={"type": "volume", "files": "mask.nii.gz", "standardization": standardization})
-    assert re.search(place("input", "mask.nii.gz", "s1") + "a 3-D mask", refused())
+    assert re.search(place("input", "mask.nii.gz", "s1") + "a mask .zero", refused())
 
 
 def test_subjects_have_the_same_number_of_features(folder, refused):
@@ -398,6 +400,15 @@ def rename_positions(members: dict[str, bytes]) -> dict[str, Any]:
     return {name: None, "positions.3.int32": np.zeros(len(members[name]) // 4, np.int32).tobytes()}
 
 
+def duplicate_key(members: dict[str, bytes]) -> dict[str, Any]:
+    return {"header.json": members["header.json"].replace(b"{", b'{"NB_STREAMLINES": 5,', 1)}
+
+
+def member_twice(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as packed, pytest.warns(UserWarning, match="Duplicate name"):
+        packed.writestr("header.json", "{}")
+
+
 def outside_the_mask(path: Path) -> None:
     """Too large for float32, where nobody looks: fine in float64, and infinite in the dataset."""
     data = np.random.default_rng(0).normal(size=(*SHAPE, 4))
@@ -415,11 +426,19 @@ HOSTILE = {
     "no size": ("a.trk", header_field("voxel_sizes", 0), "header has voxels of .0.0, 0.0, 0.0. mm, and an affine"),
     "other size": ("a.trk", header_field("voxel_sizes", [2, 1.5, 3.1]), "header has voxels of .2.0, 1.5, 3.0999"),
     "no affine": ("a.trk", header_field("voxel_to_rasmm", 0), "header has no vox_to_ras"),
+    "version 1": ("a.trk", header_field("version", 1), "header has no vox_to_ras"),
     "properties": ("a.trk", header_field("nb_properties_per_streamline", 32767), "cannot be read as TRK"),
     "part": ("a.trx", trx_header(DIMENSIONS=[12.5, 10, 9]), "grid has 12.5 x 10.0 x 9.0 voxels"),
     "four": ("a.trx", trx_header(DIMENSIONS=[12, 10, 9, 4]), "DIMENSIONS of .12, 10, 9, 4., expected three numbers"),
     "half": ("a.trx", trx_header(NB_STREAMLINES=5.5), "of 5.5 streamlines, expected whole numbers"),
     "nothing": ("a.trx", trx_members(lambda members: {"header.json": "[]"}), "no VOXEL_TO_RASMM, DIMENSIONS, NB_"),
+    "key twice": ("a.trx", trx_members(duplicate_key), "header.json: duplicate key 'NB_STREAMLINES'"),
+    "array twice": (
+        "a.trx",
+        trx_members(lambda _: {f"dps/a.{kind}": b"" for kind in ("int8", "uint8")}),
+        "dps/ have one",
+    ),
+    "member twice": ("a.trx", member_twice, "the archive has two files of one name"),
     "whole mm": ("a.trx", trx_members(rename_positions), "positions.3.int32: expected float numbers"),
     "bomb": ("a.trx", trx_members(lambda members: {"dpv/x.uint8": bytes(1 << 27)}), r"it unpacks to \d+ bytes, from"),
     "after": ("a.trx", lambda path: path.write_bytes(path.read_bytes() + b"1234"), "continues after the end"),
@@ -540,7 +559,7 @@ def test_labels_and_matrix_fit(folder, refused):
     assert re.search("m.npy: labels without any region", refused())
 
 
-@pytest.mark.parametrize("key", ["", "a/", "/a", "a//b", ".", "a/.."])
+@pytest.mark.parametrize("key", ["", "a/", "/a", "a//b", ".", "a/..", "a\0b"])
 def test_a_key_that_hdf5_cannot_keep_is_refused(folder, refused, key):
     set_config(folder, streamlines={**CONFIG["streamlines"], "dps_keys": [key]})
     assert f"dps_keys: {key!r}: expected a name" in refused()

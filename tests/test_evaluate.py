@@ -207,7 +207,7 @@ def test_what_is_not_a_number_is_null_in_json(cli, stopped_early, tmp_path):
     assert math.isfinite(result["loss"])
     assert result["num_points"] == 48
     assert result["compared"]["model"] is None
-    assert "nan deg" in cli("evaluate", stopped_early / "run", data).out
+    assert "unknown: there are none" in cli("evaluate", stopped_early / "run", data).out
 
 
 def test_the_function_gives_what_the_command_prints(cli, stopped_early):

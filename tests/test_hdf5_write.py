@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
 from dwiml_func.data.resampling import Resampling
 
@@ -95,6 +96,18 @@ def test_a_streamline_group_holds_what_was_given(tmp_path):
         assert group["offsets"][:].tolist() == [0, 2]
         assert group["lengths"][:].tolist() == [2, 3]
         assert group["data_per_streamline/weight"].shape == (2, 1)
+
+
+def test_an_attribute_may_have_any_number_of_values():
+    names = tuple(map(str, range(5000)))
+    with File("any", "w", driver="core", backing_store=False) as file:
+        group = file.create_group("a")
+        write_volume(group, "v", np.ones((1, 1, 1, 1)), AFFINE, attributes={"standardization_mean": np.arange(9000.0)})
+        lines = np.zeros((0, 3)), np.zeros(1)
+        bundles = Bundles(names, np.empty(0, np.int64))
+        write_streamlines(group, "s", *lines, affine=AFFINE, dimensions=(9, 9, 9), bundles=bundles)
+        assert tuple(group["s"].attrs["bundle_names"]) == names
+        assert group["v"].attrs["standardization_mean"].sum() == sum(range(9000))
 
 
 @given(st.lists(st.integers(0, 6), max_size=6), st.integers(0, 2**32 - 1))

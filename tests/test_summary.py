@@ -96,6 +96,13 @@ def evaluation(**changes: Any) -> Evaluation:
     return Evaluation(**values | changes)
 
 
+def test_without_a_third_point_no_angle_is_told():
+    nothing = evaluation(model=float("nan"), keep_straight=float("nan"), num_points=0)
+    text = format_summary([report()], nothing, subset="validation")
+    assert "nan" not in text
+    assert text.count("unknown: there are none") == 2
+
+
 def test_the_summary_says_when_the_window_lag_would_have_chosen_another_epoch():
     from dwiml_func.core.early_stopping import Best
 

@@ -91,6 +91,7 @@ def header(num_points: int, num_streamlines: int) -> str:
         ({"offsets.uint64": np.array([0, 8, 7], "u8").tobytes()}, "do not rise"),
         ({"offsets.uint64": np.array([1, 3, 7], "u8").tobytes()}, "do not rise from 0"),
         ({"positions.3.float32": None, "positions.2.float32": bytes(56)}, "positions.2.float32 holds 56 bytes"),
+        ({"offsets.uint64": None, "offsets.2.uint32": np.array([0, 3, 7], "u8").tobytes()}, "offsets.2.uint32"),
         ({"offsets.uint64": None}, "0 arrays of offsets"),
         ({"offsets.uint32": b""}, "2 arrays of offsets"),
         ({"positions.3.float32": None}, "0 arrays of positions"),

@@ -13,7 +13,7 @@ from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
 from dwiml_func.tracking.protocols import LAG_MM, ProtocolScores
 
-__all__ = ["NO_PRINCIPAL_DIRECTION", "format_reconstruction", "format_summary", "format_tracking"]
+__all__ = ["NO_PRINCIPAL_DIRECTION", "format_degrees", "format_reconstruction", "format_summary", "format_tracking"]
 
 NO_PRINCIPAL_DIRECTION = "unknown: the input has no attribute sh_order (order of its spherical harmonics)"
 """Printed instead of a number without a principal direction to compare with."""
@@ -56,7 +56,7 @@ def format_summary(
         f"Mean angular error of the best model on the {subset} subjects,",
         f"at the {evaluation.num_points} points of {evaluation.num_streamlines} streamlines that have a previous "
         "direction:",
-        f"  model                {evaluation.model:6.2f} deg",
+        f"  model                {format_degrees(evaluation.model)}",
     ]
     for name, value in (
         ("principal direction", evaluation.principal_direction),
@@ -64,6 +64,8 @@ def format_summary(
     ):
         if value is None:
             lines.append(f"  {name}  {NO_PRINCIPAL_DIRECTION}")
+        elif math.isnan(value - evaluation.model):
+            lines.append(f"  {name}  {format_degrees(value)}")
         else:
             gain = value - evaluation.model
             verdict = f"the model is {abs(gain):.2f} deg {'better' if gain > 0 else 'worse'}"
@@ -71,6 +73,11 @@ def format_summary(
     if evaluation.first_points is not None:
         lines.append(f"  model, first points  {evaluation.first_points:6.2f} deg  (nothing says which way to go)")
     return "\n".join(lines) + _WHY_STRAIGHT_IS_GOOD * (evaluation.keep_straight < evaluation.model)
+
+
+def format_degrees(value: float) -> str:
+    """A mean angular error; NaN where no streamline has a third point."""
+    return "unknown: there are none" if math.isnan(value) else f"{value:6.2f} deg"
 
 
 def format_reconstruction(evaluation: Reconstruction, *, subset: str) -> str:

@@ -13,7 +13,7 @@ import tyro
 from dwiml_func._checks import check_number
 from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._parsing import CommandOptions
-from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION, format_reconstruction
+from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION, format_degrees, format_reconstruction
 from dwiml_func.cli._training import print_end
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.evaluation import ModelEvaluation, evaluate_model
@@ -115,9 +115,9 @@ def _text(result: ModelEvaluation, subset: str, num_subjects: int) -> str:
         f"Mean loss at {result.num_points} points: {result.loss:.6g}",
         f"Mean angular error at all points that have a next direction: {result.angular_error:.2f} deg",
         f"Mean angular error at the {compared.num_points} points that have a previous direction too:",
-        f"  model                {compared.model:6.2f} deg",
-        "  principal direction  " + (NO_PRINCIPAL_DIRECTION if principal is None else f"{principal:6.2f} deg"),
-        f"  keep going straight  {compared.keep_straight:6.2f} deg",
+        f"  model                {format_degrees(compared.model)}",
+        "  principal direction  " + (NO_PRINCIPAL_DIRECTION if principal is None else format_degrees(principal)),
+        f"  keep going straight  {format_degrees(compared.keep_straight)}",
     ]
     if result.window_lag is not None:
         lines.append(f"Window lag (up to 60 mm of a streamline are read, 20 mm predicted): {result.window_lag:.2f} mm")

@@ -96,9 +96,9 @@ class StreamlineGroup:
     def __post_init__(self) -> None:
         _check_files(self.files)
         for key in self.dps_keys:
-            if any(part in ("", ".", "..") for part in key.split("/")):
+            if any(part in ("", ".", "..") for part in key.split("/")) or "\0" in key:
                 raise ValueError(
-                    f"dps_keys: {key!r}: expected a name that is no path of '.' or '..', nor has empty parts"
+                    f"dps_keys: {key!r}: expected a name that is no path of '.' or '..', no empty part, no zero byte"
                 )
             if any(other.startswith(f"{key}/") for other in self.dps_keys):
                 raise ValueError(f"dps_keys: {key!r} and {key}/...: HDF5 cannot keep both. Rename one")
@@ -140,8 +140,10 @@ def check_groups_config(content: object, *, source: str = "config") -> GroupsCon
     if not groups:
         raise ValueError(f"{source}: expected at least one group, received none")
     for name in groups:
-        if not name or "/" in name or name in (".", ".."):
-            raise ValueError(f"{source}: group {name!r}: expected a name without '/', as HDF5 takes that for a path")
+        if not name or "/" in name or "\0" in name or name in (".", ".."):
+            raise ValueError(
+                f"{source}: group {name!r}: expected a name without '/' and zero bytes, as HDF5 takes it for a path"
+            )
     return groups
 
 

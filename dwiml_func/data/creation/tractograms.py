@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwiml_func._checks import one_line
-from dwiml_func.data.bundles import Bundles, join_bundles
+from dwiml_func.data.bundles import Bundles, bundles_of_files
 from dwiml_func.data.creation.files import Source
 from dwiml_func.data.creation.trx import read_trx
 from dwiml_func.data.grid import Grid, grid_difference, grid_of, to_voxel
@@ -59,7 +60,7 @@ def load_streamlines(
     parts: list[Tractogram] = []
     filled: list[Source] = []
     for source in files:
-        tractogram = _read(source)
+        tractogram = _read(source, note)
         if len(tractogram.offsets) == 1:
             if not (allow_empty or remove_invalid):
                 raise ValueError(
@@ -85,33 +86,28 @@ def load_streamlines(
         np.concatenate([[0], *(part.offsets[1:] + end for part, end in zip(parts, ends[:-1], strict=True))]),
         {key: np.concatenate([part.per_streamline[key] for part in parts]) for key in dps_keys},
         expected,
-        _bundles(filled, parts),
+        bundles_of_files([source.path for source in filled], [len(part.offsets) - 1 for part in parts]),
     )
 
 
-def _bundles(files: Sequence[Source], parts: Sequence[Tractogram]) -> Bundles:
-    """Each file is a bundle of its name; files of the same name in several folders have the folder's name before it."""
-    stems = [source.path.stem for source in files]
-    names = [
-        stem if stems.count(stem) == 1 else f"{source.path.parent.name}/{stem}"
-        for source, stem in zip(files, stems, strict=True)
-    ]
-    sizes = [len(part.offsets) - 1 for part in parts]
-    filled = [(name, size) for name, size in zip(names, sizes, strict=True) if size > 0]
-    return join_bundles([Bundles((name,), np.zeros(size, dtype=np.int64)) for name, size in filled])
-
-
-def _read(source: Source) -> Tractogram:
+def _read(source: Source, note: Callable[[str], None]) -> Tractogram:
     suffix = source.path.suffix.lower()
     readers = {".trk": _read_nibabel, ".tck": _read_nibabel, ".trx": _read_trx}
     if suffix not in readers:
         raise ValueError(f"{source}: expected a tractogram, .trk, .tck or .trx")
     try:
-        with np.errstate(all="ignore"):  # what comes of a corrupt header is told below
-            return readers[suffix](source)
+        with (
+            np.errstate(all="ignore"),
+            warnings.catch_warnings(record=True) as caught,
+        ):  # a corrupt header is told below
+            warnings.simplefilter("always")
+            tractogram = readers[suffix](source)
     except Exception as error:  # the readers raise of many kinds about corrupt files
         reason = one_line(error) or type(error).__name__
         raise ValueError(f"{source}: cannot be read as {suffix[1:].upper()} ({reason})") from error
+    for text in dict.fromkeys(str(warning.message).rstrip(".") for warning in caught):
+        note(f"{source}: {text}")
+    return tractogram
 
 
 def _with_keys(source: Source, tractogram: Tractogram, dps_keys: Sequence[str]) -> Tractogram:
@@ -164,7 +160,7 @@ def _check_trk_header(path: Path) -> None:
     if header["hdr_size"] != header_2_dtype.itemsize:
         header = np.frombuffer(content, header_2_dtype.newbyteorder(">"))[0]
     affine, sizes = header["voxel_to_rasmm"].astype(np.float64), header["voxel_sizes"].astype(np.float64)
-    if affine[3, 3] == 0:
+    if affine[3, 3] == 0 or header["version"] < 2:
         raise ValueError("its header has no vox_to_ras, which says where the voxels lie")
     if not np.allclose(np.sqrt((affine[:3, :3] ** 2).sum(axis=0)), sizes, rtol=1e-2):
         raise ValueError(f"its header has voxels of {sizes.tolist()} mm, and an affine of others: {affine.tolist()}")

@@ -6,7 +6,6 @@ each array, and the header's numbers must be those of the arrays.
 
 from __future__ import annotations
 
-import json
 import os
 import zipfile
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from dwiml_func.data.grid import Grid, grid_of
 from dwiml_func.files.archive import is_bomb
+from dwiml_func.files.json import parse_json
 
 __all__ = ["Trx", "read_trx"]
 
@@ -51,7 +51,10 @@ def read_trx(path: Path) -> Trx:
         return _read(archive)
     with path.open("rb") as file, zipfile.ZipFile(file) as packed:
         _check_end(file, len(packed.comment))
-        members = {info.filename: info.file_size for info in packed.infolist() if not info.is_dir()}
+        entries = [info for info in packed.infolist() if not info.is_dir()]
+        members = {info.filename: info.file_size for info in entries}
+        if len(members) < len(entries):
+            raise ValueError("the archive has two files of one name")
         if is_bomb(sum(members.values()), path.stat().st_size):
             raise ValueError(f"it unpacks to {sum(members.values())} bytes, from {path.stat().st_size}")
         return _read(_Archive(members, packed.read))
@@ -67,7 +70,7 @@ def _check_end(file: BinaryIO, num_comment_bytes: int) -> None:
 def _read(archive: _Archive) -> Trx:
     if archive.sizes.get("header.json", _MOST_HEADER_BYTES) >= _MOST_HEADER_BYTES:
         raise ValueError("no header.json of less than 16 MB")
-    header = json.loads(archive.read("header.json"))
+    header = parse_json(archive.read("header.json"), source="header.json")
     missing = [name for name in _IN_HEADER if not isinstance(header, dict) or name not in header]
     if missing:
         raise ValueError(f"no {', '.join(missing)} in header.json")
@@ -83,6 +86,8 @@ def _read(archive: _Archive) -> Trx:
     positions = _only(archive, "positions", "float")
     points = _array(archive, positions, num_points, "NB_VERTICES", columns=3)
     offsets = _offsets(archive, num_streamlines, num_points)
+    if len({_name_of(member) for member in tables}) < len(tables):
+        raise ValueError("two arrays in dps/ have one name")
     per_streamline = {_name_of(member): _array(archive, member, num_streamlines, "NB_STREAMLINES") for member in tables}
     for member in _members(archive.sizes, "dpv/"):
         _check_size(archive, member, num_points, "NB_VERTICES")
@@ -98,7 +103,7 @@ def _offsets(archive: _Archive, num_streamlines: int, num_points: int) -> NDArra
     member = _only(archive, "offsets", "int")
     size = np.dtype(_kind_of(member)).itemsize
     has_last = archive.sizes[member] != num_streamlines * size
-    stored = _array(archive, member, num_streamlines + has_last, "NB_STREAMLINES, and one more,")[:, 0]
+    stored = _array(archive, member, num_streamlines + has_last, "NB_STREAMLINES, and one more,", columns=1)[:, 0]
     offsets = stored.astype(np.int64) if has_last else np.append(stored.astype(np.int64), num_points)
     is_rising = (np.diff(offsets) >= 0).all() and (has_last or offsets[-2] < num_points)
     if offsets[0] != 0 or offsets[-1] != num_points or not is_rising:

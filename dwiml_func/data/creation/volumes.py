@@ -42,7 +42,7 @@ def load_volume(
     """Read the NIfTI files of a group, (X, Y, Z) or (X, Y, Z, F), and join them along their features.
 
     The union of `masks` says which voxels are measured; without, those whose features are all other than zero. With
-    `forbid_masks`, a 3-D file of zeros and one other value is an error.
+    `forbid_masks`, a file of one feature that is zero or one other value is an error.
     """
     images = [_open(source) for source in files]
     grid = _grid(files[0], images[0])
@@ -61,9 +61,9 @@ def load_volume(
         with np.errstate(over="ignore"):  # told below
             part[...] = _read(source, image, data.dtype).reshape(part.shape)
         _check_finite(source, part)
-        if forbid_masks and len(image.shape) == 3 and ((part == 0) | (part == part.max())).all():
+        if forbid_masks and width == 1 and ((part == 0) | (part == part.max())).all():
             raise ValueError(
-                f"{source}: a 3-D mask (zero and one other value) as a model's input. Expected a diffusion or "
+                f"{source}: a mask (zero and one other value) as a model's input. Expected a diffusion or "
                 "anatomical volume. A mask belongs in std_mask, or in another group with standardization 'none'"
             )
         if standardization == "per_file":

@@ -25,7 +25,7 @@ from dwiml_func.files.atomic import remove_leftovers, temporary_beside
 __all__ = ["WatchedFile", "new_dataset", "write_streamlines", "write_volume"]
 
 
-_MOST_IN_HEADER = 4000  # names in an attribute of HDF5's first format; later ones store larger attributes elsewhere
+_MOST_IN_HEADER = 4000  # values of an attribute in HDF5's first format; objects that track order store larger ones
 _NOT_DEFINED = "Not defined by user"  # dwi_ml's words for an option that was left out
 
 
@@ -100,7 +100,8 @@ def write_volume(
         raise ValueError(f"Expected a volume of shape (X, Y, Z, F) for group '{name}'. Received: {data.shape}")
     affine = _check_affine(affine, name)
     _check_name("group", name)
-    group = subject.create_group(name)
+    is_large = any(np.asarray(value).size > _MOST_IN_HEADER for value in (attributes or {}).values())
+    group = subject.create_group(name, track_order=is_large or None)
     group.attrs["type"] = "volume"
     group.attrs["affine"] = affine
     group.attrs["voxres"] = voxel_sizes(affine).astype(np.float32)
@@ -150,7 +151,8 @@ def write_streamlines(
         if any(other.startswith(f"{key}/") for other in tables):
             raise ValueError(f"HDF5 cannot keep data per streamline of both names {key!r} and {key}/... Rename one")
     _check_name("group", name)
-    group = subject.create_group(name)
+    is_large = bundles is not None and len(bundles.names) > _MOST_IN_HEADER
+    group = subject.create_group(name, track_order=is_large or None)
     group.attrs["type"] = "streamlines"
     group.attrs["space"] = "Space.VOX"
     group.attrs["origin"] = "Origin.TRACKVIS"  # the corner
@@ -171,9 +173,9 @@ def write_streamlines(
 
 
 def _check_name(what: str, name: str) -> None:
-    """HDF5 takes names with '/' for paths."""
-    if not name or "/" in name or name in (".", ".."):
-        raise ValueError(f"Expected a name without '/' for a {what}. Received: {name!r}. Rename it")
+    """HDF5 takes names with '/' for paths, and cuts names at a zero byte."""
+    if not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise ValueError(f"Expected a name without '/' and zero bytes for a {what}. Received: {name!r}. Rename it")
 
 
 def _check_affine(affine: np.ndarray, name: str) -> np.ndarray:
