@@ -158,7 +158,9 @@ def eval_step(state: TrainState, batch: Any, *, loss_fn: LossFn, optimizer: Opti
         return loss_metrics(loss_fn(state.params, state.buffers, batch, key=key, train=False))
 
 
-def clip_and_measure(out: LossOut, grads: Grads, clip_grad: float | None) -> tuple[Grads, Tensor, dict[str, Sum]]:
+def clip_and_measure(
+    out: LossOut, grads: Grads, clip_grad: float | None
+) -> tuple[dict[str, Tensor | None], Tensor, dict[str, Sum]]:
     """Clip gradients to a global norm; return them, their norm before clipping, and the batch's sums."""
     metrics = loss_metrics(out)
     if clip_grad is None:
@@ -167,7 +169,7 @@ def clip_and_measure(out: LossOut, grads: Grads, clip_grad: float | None) -> tup
     else:
         grads, norm, clipped_norm = clip_grad_norm(grads, clip_grad)
         metrics["unclipped_grad_norm"], metrics["grad_norm"] = weighted_sum(norm, 1), weighted_sum(clipped_norm, 1)
-    return grads, norm, metrics
+    return dict(grads), norm, metrics  # the update may replace them
 
 
 def loss_metrics(out: LossOut) -> dict[str, Sum]:

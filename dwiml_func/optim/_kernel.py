@@ -11,6 +11,7 @@ from torch import Tensor
 from dwiml_func._transforms import read_number
 from dwiml_func._trees import given
 from dwiml_func.optim._foreach import Arithmetic, Tensors, arithmetic_for
+from dwiml_func.optim.in_place import separable
 from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = [
@@ -57,7 +58,7 @@ def optimizer_from_kernel(
             on_reals=on_reals,
         )
 
-    return Optimizer(init, update, is_elementwise=True)
+    return Optimizer(init, separable(update), is_elementwise=True)
 
 
 def apply_kernel(

@@ -12,6 +12,7 @@ from dwiml_func._trees import choose
 from dwiml_func.optim._foreach import arithmetic_for
 from dwiml_func.optim._kernel import check_count, lerp
 from dwiml_func.optim.chain import check_optimizer, update_gated, without_gate
+from dwiml_func.optim.in_place import separable
 from dwiml_func.types import Gate, Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["ema", "lookahead"]
@@ -132,7 +133,8 @@ def lookahead(optimizer: Optimizer, num_steps: int = 5, alpha: float = 0.5) -> O
 
 
 def _optimizer(init: Callable[[Params], OptState], gated: Callable[..., Any], kind: str, inner: Optimizer) -> Optimizer:
-    return Optimizer(init, without_gate(gated), lambda opt_state, _: opt_state[kind], inner.uses_weight)
+    update = separable(without_gate(gated), inner)
+    return Optimizer(init, update, lambda opt_state, _: opt_state[kind], inner.uses_weight)
 
 
 def _inner_state(state: OptState) -> OptState:

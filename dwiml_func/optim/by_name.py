@@ -10,6 +10,7 @@ from torch import Tensor
 from dwiml_func._checks import truncated_repr
 from dwiml_func.optim._kernel import check_options
 from dwiml_func.optim.chain import update_gated, without_gate
+from dwiml_func.optim.in_place import separable
 from dwiml_func.optim.name_patterns import check_patterns, first_matches
 from dwiml_func.types import Gate, Grads, Number, Optimizer, OptState, Params
 
@@ -101,7 +102,7 @@ def by_name(
         gates: list[Gate] = []
         for (key, optimizer, factor), part in split(params):
             own_lr = lr if factor is None else lr * factor
-            own = optimizer, grads, opt_state.get(key, {}), part
+            own = optimizer, dict(grads), opt_state.get(key, {}), part  # a group may use its gradients up
             updated, state, gate = update_gated(*own, lr=own_lr, weight=weight, **options)
             new_params.update(updated)
             gates.append(gate)
@@ -111,7 +112,7 @@ def by_name(
 
     def gated(*args: Any, **options: Any) -> tuple[dict[str, Tensor], OptState, Gate]:
         new_params, new_state, gates = update_all(*args, **options)
-        return new_params, new_state, _together(gates)
+        return new_params, new_state, _together(gates) if gates else Gate(True, options["step"], options["weight"])
 
     def eval_params(opt_state: OptState, params: Params) -> Params:
         averaged = dict(params)
@@ -123,7 +124,7 @@ def by_name(
     optimizers = [group.optimizer for group in groups if group is not None]
     return Optimizer(
         init,
-        without_gate(update_all, gated),
+        separable(without_gate(update_all, gated), *optimizers),
         eval_params if any(optimizer.eval_params for optimizer in optimizers) else None,
         any(optimizer.uses_weight for optimizer in optimizers),
     )

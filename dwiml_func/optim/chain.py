@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
 from dwiml_func._trees import choose
-from dwiml_func.optim.in_place import can_update_in_place, commit, update_in_place
+from dwiml_func.optim.in_place import can_update_in_place, commit, is_separable, transform_in_place, update_in_place
 from dwiml_func.types import Gate, Grads, Number, Optimizer, OptState, Params, Transform
 
 __all__ = [
@@ -62,13 +62,14 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
                 f"{number + 1} of {len(links)}. An optimizer can only be the last link."
             )
         transforms[str(number)] = link
+    are_ours = is_separable(optimizer) and all(hasattr(link.update, "start") for link in transforms.values())
 
     def init(params: Params) -> OptState:
         states = {key: link.init(params) for key, link in {**transforms, "optimizer": optimizer}.items()}
         return {key: state for key, state in states.items() if state}
 
     def gated(
-        grads: Grads,
+        grads: Any,
         opt_state: OptState,
         params: Params,
         *,
@@ -88,7 +89,11 @@ def chain(*links: Transform | Optimizer) -> Optimizer:
         for key, link in transforms.items():
             reuse = donate and is_closed is False
             options = {"lr": lr, "step": step, "weight": weight, "donate": reuse}
-            grads, state, *gates = link.update(grads, opt_state.get(key, {}), params, **options)
+            own = opt_state.get(key, {})
+            if keep_old is not None and are_ours:
+                state, gates = transform_in_place(link, grads, own, params, keep_old=keep_old | is_closed, **options)
+            else:
+                grads, state, *gates = link.update(grads, own, params, **options)
             store(key, state)
             for gate in gates:
                 if isinstance(gate.is_open, Tensor):
@@ -168,9 +173,10 @@ def update_where(
     step: Number,
     weight: Number,
 ) -> tuple[dict[str, Tensor], OptState]:
-    """What `choose(keep_old, old, update_with(...))` gives, in the memory of the old tensors where that is possible."""
-    if can_update_in_place(optimizer, opt_state):
-        return update_in_place(optimizer, grads, opt_state, params, keep_old=keep_old, lr=lr, step=step)
+    """What `choose(keep_old, old, update_with(...))` gives, in the memory of the old tensors where that is possible.
+
+    `grads` is a dict that the caller does not need again: its tensors may be replaced.
+    """
     options = {"lr": lr, "step": step, "weight": weight, "donate": False, "keep_old": keep_old}
     new_params, new_state, _ = update_gated(optimizer, grads, opt_state, params, **options)
     old, new = {"params": params, "opt_state": opt_state}, {"params": new_params, "opt_state": new_state}
@@ -189,16 +195,17 @@ def update_gated(
 ) -> tuple[dict[str, Tensor], OptState, Gate]:
     """`update_with`, and which of the steps the optimizer takes.
 
-    With `keep_old`, a () bool tensor, `update_in_place` where it can be: the result must then be given to `commit`.
+    With `keep_old`, a () bool tensor, `update_in_place` where it can be: the result must then be given to `commit`, and
+    `grads`, a dict, may be used up.
     """
+    if keep_old is not None and can_update_in_place(optimizer, opt_state):
+        rates = {name: options[name] for name in ("lr", "step")}
+        new = update_in_place(optimizer, grads, opt_state, params, keep_old=keep_old, **rates)
+        return *new, Gate(True, options["step"], options["weight"])
     if (gated := getattr(optimizer.update, "gated", None)) is not None:
         further = {} if keep_old is None else {"keep_old": keep_old}
         return gated(grads, opt_state, params, **further, **options)
     weight = options["weight"] if optimizer.uses_weight else options.pop("weight")
-    if keep_old is not None and can_update_in_place(optimizer, opt_state):
-        rates = {name: options[name] for name in ("lr", "step")}
-        new = update_in_place(optimizer, grads, opt_state, params, keep_old=keep_old, **rates)
-        return *new, Gate(True, options["step"], weight)
     return *optimizer.update(grads, opt_state, params, **options), Gate(True, options["step"], weight)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ def accumulate(num_steps: int) -> Transform:
             new_state["unused"] = counts
         return emitted, new_state, Gate(is_last, step // num_steps, total)
 
+    update.start = lambda grads: update  # type: ignore[attr-defined]  # see `transform_in_place`
     return Transform(init, update)
 
 
@@ -133,10 +135,15 @@ def skip_not_finite(max_in_a_row: int) -> Transform:
         counts = {"skipped": 0, "in_a_row": 0, "max_in_a_row": max_in_a_row}
         return {name: scalar(like, count, torch.int64) for name, count in counts.items()}
 
-    def update(
-        grads: Grads, state: OptState, params: Params, *, step: Any, weight: Number, **_: object
+    def update(grads: Grads, state: OptState, params: Params, **options: Any) -> tuple[Grads, OptState, Gate]:
+        return start(grads)(grads, state, params, **options)
+
+    def start(all_grads: Grads) -> Callable[..., tuple[Grads, OptState, Gate]]:
+        return partial(decide, read_number(_all_finite(all_grads)))
+
+    def decide(
+        is_finite: Any, grads: Grads, state: OptState, params: Params, *, step: Any, weight: Number, **_: object
     ) -> tuple[Grads, OptState, Gate]:
-        is_finite = read_number(_all_finite(grads, like=state["skipped"]))
         skipped = read_number(state["skipped"])
         in_a_row = state["in_a_row"] + 1
         new_state = {
@@ -146,6 +153,7 @@ def skip_not_finite(max_in_a_row: int) -> Transform:
         }
         return grads, new_state, Gate(is_finite, step - skipped, weight)
 
+    update.start = start  # type: ignore[attr-defined]
     return Transform(init, update)
 
 
@@ -171,9 +179,9 @@ def skipped_too_often(opt_state: OptState) -> bool | Tensor:
     return found
 
 
-def _all_finite(grads: Grads, like: Tensor) -> Tensor:
+def _all_finite(grads: Grads) -> bool | Tensor:
     tensors = [grad for grad in given(grads).values() if grad.numel()]
     if not tensors:
-        return torch.ones_like(like, dtype=torch.bool)
+        return True
     largest = arithmetic_for(tensors)("norm", tensors, math.inf)  # the L2 norm of finite numbers can be infinite
     return torch.isfinite(torch.stack(list(largest))).all()

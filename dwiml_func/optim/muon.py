@@ -11,6 +11,7 @@ from torch import Tensor
 from dwiml_func._checks import at_most_three
 from dwiml_func.optim._kernel import apply_kernel, check_options, lerp
 from dwiml_func.optim.chain import check_optimizer, update_with
+from dwiml_func.optim.in_place import separable
 from dwiml_func.optim.name_patterns import check_patterns, first_matches
 from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
@@ -90,12 +91,12 @@ def muon(
     def kernel(run, grads, params, opt_state, lr, step, donate):
         buffers = lerp(run, opt_state["momentum_buffer"], grads, 1 - momentum, reuse=donate)
         directions = lerp(run, grads, buffers, momentum) if nesterov else buffers
-        params = run("mul", params, 1 - lr * weight_decay, reuse=donate)
         new_params = []
         for param, direction in zip(params, directions, strict=True):
             orthogonal = _orthogonalize(direction, ns_coefficients, eps, ns_steps).to(param.dtype)
             rate = lr * _lr_factor(param, adjust_lr_fn)
-            new_params += run("add", [param], [orthogonal], alpha=-rate, reuse=True)
+            decayed = run("mul", [param], 1 - lr * weight_decay, reuse=donate)
+            new_params += run("add", decayed, [orthogonal], alpha=-rate, reuse=True)
         return new_params, {"momentum_buffer": buffers}
 
     def update(
@@ -132,8 +133,9 @@ def muon(
         return {**params, **others.eval_params(opt_state.get("others", {}), rest)}
 
     if others is None:
-        return Optimizer(init, update)
+        return Optimizer(init, separable(update, by="parameter"))
     check_optimizer("in others", others)
+    separable(update, others, by="parameter")
     return Optimizer(init, update, eval_params if others.eval_params else None, others.uses_weight)
 
 

@@ -267,7 +267,6 @@ def nadam(
 
     products = {"mu_product": lambda param: scalar(param, 1.0, torch.float32)}  # as in torch, for all dtypes
     optimizer = optimizer_from_kernel(kernel, ADAM_STATE | products, weight_decay, uses_step=True)
-    optimizer.update.has_numbers = True  # type: ignore[attr-defined]  # see `can_update_in_place`
     return optimizer._replace(is_elementwise=False)  # mu_product has not the parameter's shape
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from dwiml_func._transforms import read_number
 from dwiml_func.optim._foreach import arithmetic_for
 from dwiml_func.optim._kernel import Kernel, apply_kernel, check_options, is_not_zero, lerp, scalar
+from dwiml_func.optim.in_place import separable
 from dwiml_func.types import Grads, Number, Optimizer, OptState, Params
 
 __all__ = ["schedule_free_adamw", "schedule_free_sgd"]
@@ -137,4 +138,4 @@ def _schedule_free(
         y, z = list(params.values()), [opt_state["z"][name] for name in params]
         return dict(zip(params, arithmetic_for([*y, *z])("lerp", y, z, 1 - 1 / beta), strict=True))
 
-    return Optimizer(init, update, eval_params)
+    return Optimizer(init, separable(update), eval_params)

@@ -24,6 +24,10 @@ __all__ = [
 ]
 
 
+_Change = Callable[[Params, Params], Params]
+"""From gradients and their parameters to other gradients."""
+
+
 def clip_by_global_norm(max_norm: Number) -> Transform:
     """Scale all gradients so that their global L2 norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`.
 
@@ -44,7 +48,12 @@ def clip_by_global_norm(max_norm: Number) -> Transform:
         tensor([-0.6000, -0.8000])
     """
     _check_above_zero("max_norm", max_norm)
-    return _stateless(lambda grads, params: _clipped(grads, global_norm(grads), max_norm)[0])
+
+    def start(grads: Params) -> _Change:
+        norm = global_norm(grads)
+        return lambda grads, params: _clipped(grads, norm, max_norm)[0]
+
+    return _stateless(start)
 
 
 def clip_by_value(max_value: Number) -> Transform:
@@ -83,7 +92,7 @@ def clip_by_value(max_value: Number) -> Transform:
         run = arithmetic_for(tensors)
         return dict(zip(grads, run("clamp_max", run("clamp_min", tensors, -max_value), max_value), strict=True))
 
-    return _stateless(clip)
+    return _stateless(lambda grads: clip)
 
 
 def add_decayed_weights(weight_decay: Number, *, mask: str = "*") -> Transform:
@@ -127,7 +136,7 @@ def add_decayed_weights(weight_decay: Number, *, mask: str = "*") -> Transform:
         check_patterns((mask,), params)
         return {}
 
-    return _stateless(decay)._replace(init=init)
+    return _stateless(lambda grads: decay)._replace(init=init)
 
 
 def global_norm(grads: Grads) -> Tensor:
@@ -179,13 +188,26 @@ def _clipped(grads: Params, norm: Tensor, max_norm: Number) -> tuple[dict[str, T
     return dict(zip(grads, same, strict=True)), factor
 
 
-def _stateless(change: Callable[[Params, Params], Params]) -> Transform:
-    """A link that changes the gradients that are there, and leaves None as it is."""
+def _stateless(start: Callable[[Params], _Change]) -> Transform:
+    """A link that changes the gradients that are there, and leaves None as it is.
+
+    `start` makes, of all of them, the function that changes some of them; see `transform_in_place`.
+    """
+
+    def start_update(all_grads: Params) -> Callable[..., tuple[Grads, OptState]]:
+        change = start(all_grads)
+
+        def update_some(grads: Grads, state: OptState, params: Params, **_: object) -> tuple[Grads, OptState]:
+            used = given(grads)
+            return ({**grads, **change(used, params)} if used else grads), state
+
+        return update_some
 
     def update(grads: Grads, state: OptState, params: Params, **_: object) -> tuple[Grads, OptState]:
         used = given(grads)
-        return ({**grads, **change(used, params)} if used else grads), state
+        return start_update(used)(grads, state, params) if used else (grads, state)
 
+    update.start = start_update  # type: ignore[attr-defined]
     return Transform(lambda params: {}, update)
 
 
