@@ -125,3 +125,9 @@ def test_a_metrics_name_is_no_path(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert len(files) == len(epoch_arrays([report(1)])) + 1
     assert f"train_{quote(name, safe=' ')}_monitor_per_epoch.npy" in files
+
+
+def test_metrics_of_names_too_long_for_a_file_stay_apart(tmp_path):
+    names = ["é" * 150, "é" * 149 + "e"]
+    npy(tmp_path)(report(1, train=report(1).train | dict.fromkeys(names, 0.5)))
+    assert len(list((tmp_path / "logs").iterdir())) == len(epoch_arrays([report(1)])) + 2

@@ -48,6 +48,39 @@ def test_tied_weights_appear_once():
     assert list(init_state(model, sgd(), seed=0).params) == ["0.weight", "0.bias", "1.bias"]
 
 
+def tied_by_data(model: Any) -> None:
+    model[1].weight.data = model[0].weight.data
+
+
+def tied_by_a_view(model: Any) -> None:
+    model[1].weight = nn.Parameter(model[0].weight.detach().T)
+
+
+def made_sparse(model: Any) -> None:
+    model[1].weight = nn.Parameter(torch.eye(2).to_sparse())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (tied_by_data, "0.weight and 1.weight overlap"),
+        (tied_by_a_view, "0.weight and 1.weight overlap"),
+        (made_sparse, "1.weight is torch.sparse_coo"),
+    ],
+)
+def test_weights_that_a_state_would_hold_apart_or_cannot_hold_are_refused(change, message):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        init_state(model, sgd(), seed=0)
+
+
+def test_columns_of_one_matrix_are_parameters_of_their_own():
+    model, matrix = nn.Module(), torch.ones(4, 4)
+    model.a, model.b = nn.Parameter(matrix[:, ::2]), nn.Parameter(matrix[:, 1::2])
+    assert list(init_state(model, sgd(), seed=0).params) == ["a", "b"]
+
+
 def test_an_optimizer_of_torch_is_refused_with_what_to_give():
     model = nn.Linear(1, 1)
     with pytest.raises(TypeError, match=r"such as adam\(\)\. Received: SGD \(.*Those of torch\.optim are functions"):

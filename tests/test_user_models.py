@@ -35,6 +35,7 @@ from dwiml_func import (
     module_loss,
     sgd,
     stack_states,
+    train_and_validate,
     train_step,
 )
 from dwiml_func.checkpoint import state_digest
@@ -655,6 +656,12 @@ def test_inference_mode_is_for_evaluation_only(name: str) -> None:
             STEPS[name](state, BATCH, loss_fn)
 
 
+def validated_by(valid: Any, state: Any, model: nn.Module) -> Any:
+    one = partial(train_step, loss_fn=module_loss(model, loss), optimizer=sgd())
+    run: dict[str, Any] = {"step": one, "eval_step": one, "learning_rate": 0.1, "max_epochs": 1}
+    return train_and_validate(state, train=lambda *_: [BATCH], valid=valid, **run)
+
+
 WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "a criterion": (lambda state, model: module_loss(model, nn.MSELoss()), r"Received: MSELoss\(\)\. Call the model"),
     "swapped": (lambda state, model: module_loss(loss, model), "Expected a torch.nn.Module. Received: function"),  # type: ignore[arg-type]
@@ -662,6 +669,8 @@ WRONG: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "a module as state": (lambda state, model: STEPS["train_step"](model, BATCH, loss), "Expected a TrainState"),
     "a state as ensemble": (lambda state, model: ensemble_step(state, BATCH, loss_fn=None, optimizer=sgd(), lr=0.1),  # type: ignore[arg-type]
                             "Expected an EnsembleState"),
+    "a validation of nothing": (lambda state, model: list(validated_by(lambda *_: None, state, model)),
+                                "Expected a source valid that returns batches. Received: NoneType"),
     "parameters as module": (lambda state, model: init_state(state.params, sgd(), seed=0), "Expected a torch.nn.Mod"),
 }  # fmt: skip
 
@@ -672,7 +681,9 @@ def test_things_in_the_wrong_place_are_named(call, named) -> None:
         call(init_state(model := mlp(), sgd(), seed=0), model)
 
 
-@pytest.mark.parametrize("lr", [-0.1, float("nan"), None, "0.1", True, [0.1], 0.1j, torch.tensor(float("inf")), adam])
+@pytest.mark.parametrize(
+    "lr", [-0.1, float("nan"), None, "0.1", True, np.True_, 10**400, [0.1], 0.1j, torch.tensor(float("inf")), adam]
+)
 @pytest.mark.parametrize("run", [train_step, jit_step, ensemble_step])
 def test_a_learning_rate_that_is_none_is_refused_before_the_step(lr: Any, run: Any) -> None:
     state: Any = init_state(model := mlp(), sgd(), seed=0)
@@ -697,6 +708,7 @@ RETURNS: dict[str, tuple[dict[str, Any], str]] = {
     "no weight": ({"weight": None}, "a weight that is a number of points"),
     "a weight below 0": ({"weight": -1}, "finite and at least 0. Received: -1"),
     "a weight not finite": ({"weight": torch.tensor(torch.inf)}, "finite and at least 0. Received: inf"),
+    "a weight above all floats": ({"weight": 10**400}, "finite and at least 0. Received: 1000"),
     "a vector metric": ({"aux": {"error": torch.ones(3)}}, r"the auxiliary metric 'error' to be a \(\) tensor"),
     "a metric's weight below 0": ({"aux": {"error": (1.0, -1)}}, "'error' with a weight .* Received: -1"),
     "no buffers": ({"buffers": {}}, "returns all buffers it is given, changed or not. Missing: b"),

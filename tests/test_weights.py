@@ -77,9 +77,22 @@ def test_a_module_without_memory_and_an_optimizer_without_an_average_are_refused
         load_into(nn.Linear(2, 1), state, optimizer=ema(sgd()))
 
 
+def expanded() -> nn.Module:
+    module = nn.Linear(2, 1)
+    module.weight = nn.Parameter(torch.ones(1, 1).expand(1, 2))
+    return module
+
+
+def of_inference() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(2, 1)
+
+
 @pytest.mark.parametrize(
     ("module", "named"),
     [
+        (expanded(), "weight is expanded: its elements share memory"),
+        (of_inference(), "weight was made in torch.inference_mode"),
         (nn.Linear(3, 1), "weight has shape (1, 2) in the state and (1, 3) in the module"),
         (nn.Linear(2, 1, bias=False), "the module has no bias"),
         (nn.Linear(2, 1).double(), "weight is torch.float32 in the state and torch.float64 in the module"),

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_structure
 
 from dwiml_func.core.rng import Key
 
-__all__ = ["Batches", "checked_batches"]
+__all__ = ["Batches", "check_iterable", "checked_batches"]
 
 Batches = Callable[[Key, int, int], Iterable[Any]]
 """`batches(key, epoch, start_batch)`: the batches of an epoch from `start_batch` on, a pure function of the three."""
@@ -21,8 +21,7 @@ Batches = Callable[[Key, int, int], Iterable[Any]]
 def checked_batches(source: Batches, key: Key, epoch: int, start_batch: int) -> Iterable[Any]:
     """The remaining batches of an epoch; ValueError where the source plainly ignores where it should start."""
     batches = source(key, epoch, start_batch)
-    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
-        raise TypeError(f"Expected a source train that returns batches. Received: {type(batches).__name__}")
+    check_iterable("train", batches)
     if start_batch == 0:
         return batches
     if (num_left := _length(batches)) is not None:
@@ -39,6 +38,13 @@ def checked_batches(source: Batches, key: Key, epoch: int, start_batch: int) -> 
             )
     if isinstance(batches, Generator):
         return _checked_start(batches, source(key, epoch, 0), epoch, start_batch)
+    return batches
+
+
+def check_iterable(name: str, batches: Any) -> Any:
+    """What a source returned; TypeError unless it can be iterated over."""
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"Expected a source {name} that returns batches. Received: {type(batches).__name__}")
     return batches
 
 

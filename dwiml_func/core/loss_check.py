@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import random
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -119,8 +119,9 @@ def check_loss_out(out: Any, buffers: Mapping[str, Tensor]) -> None:
 
 def _check_weight(what: str, weight: Any) -> None:
     _check_scalar(f"{what} that is a number of points", weight)
-    if not isinstance(weight := read_number(weight), Tensor) and not 0 <= weight < math.inf:
-        raise ValueError(f"Expected {what} that is a number of points, finite and at least 0. Received: {weight}")
+    if not isinstance(weight := read_number(weight), Tensor) and not 0 <= weight <= sys.float_info.max:
+        received = truncated_repr(weight)
+        raise ValueError(f"Expected {what} that is a number of points, finite and at least 0. Received: {received}")
 
 
 def _generator_states() -> tuple[Any, ...]:

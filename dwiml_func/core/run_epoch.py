@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from dwiml_func._transforms import is_transformed
-from dwiml_func.core.batch_source import Batches, checked_batches
+from dwiml_func.core.batch_source import Batches, check_iterable, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import EvalStep, OnBatch, TrainStep, checked_result, end_epoch, epoch_sums, eval_epoch_fn
 from dwiml_func.core.gradients import is_differentiated
@@ -213,7 +213,7 @@ class _Epoch:
         assert valid is not None
         assert evaluate is not None
         closed = last.replace(epoch=number + 1, batch=0, sums={}, validations=())
-        batches = self.tracked(valid(last.key, number, 0), "validation", start_batch=0)
+        batches = self.tracked(check_iterable("valid", valid(last.key, number, 0)), "validation", start_batch=0)
         return eval_epoch_fn(closed, batches, step=evaluate, on_batch=lambda *_: self.check_interrupt(last))
 
     def _rates(self, last: TrainState) -> list[float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +21,7 @@ from torch.utils._pytree import (  # the same in torch 2.11 and 2.13
 
 from dwiml_func._checks import at_most_three, listed, truncated_repr
 from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.layout import memory_problems, overlapping
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.report import Validation
 from dwiml_func.core.rng import Key, fold_in
@@ -147,8 +147,9 @@ def init_state(
         A state at step 0, epoch 0.
 
     Raises:
-        ValueError: the module has no trainable parameter, the seed is out of range, or `params` has a name or a shape
-            that the module does not have.
+        ValueError: the module has no trainable parameter, or tensors that are sparse or overlap (tied by `.data` or by
+            views, a state would hold two); the seed is out of range; `params` has a name or a shape that the module
+            does not have.
         TypeError: the optimizer is one of torch.optim.
 
     Example:
@@ -167,6 +168,8 @@ def init_state(
             f"Expected a module whose tensors have shapes. Received: {listed(lazy)} of a lazy module. Call the module "
             f"once on a batch before."
         )
+    if problems := list(memory_problems({**named, **buffers})):
+        raise ValueError(f"Expected a module of dense tensors with memory of their own: {at_most_three(problems)}.")
     given = _check_given(params or {}, {**named, **buffers})
 
     def start(name: str, tensor: Tensor) -> Tensor:
@@ -254,18 +257,12 @@ def check_not_donated(state: TrainState) -> None:
 
 def check_can_donate(state: TrainState) -> None:
     """Raise a ValueError where tensors of a state overlap: a step that writes into one would change the other too."""
-    spans = []
-    for path, tensor in tree_flatten_with_path((state.params, state.buffers, state.opt_state))[0]:
-        if tensor.numel() and not tensor.is_meta:
-            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            start = tensor.data_ptr()
-            spans.append((start, start + (last + 1) * tensor.itemsize, keystr(path[1:])))
-    for (_, end, one), (start, _, other) in pairwise(sorted(spans)):
-        if start < end:
-            raise ValueError(
-                f"Expected a state whose tensors have memory of their own, which donate=True reuses. Received: {one} "
-                f"and {other} overlap. Clone them, or pass donate=False."
-            )
+    leaves = tree_flatten_with_path((state.params, state.buffers, state.opt_state))[0]
+    for one, other in overlapping({keystr(path[1:]): tensor for path, tensor in leaves}):
+        raise ValueError(
+            f"Expected a state whose tensors have memory of their own, which donate=True reuses. Received: {one} "
+            f"and {other} overlap. Clone them, or pass donate=False."
+        )
 
 
 def check_state(state: TrainState) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import at_most_three
+from dwiml_func.core.layout import memory_problems
 from dwiml_func.core.state import TrainState, check_not_donated
 from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.types import Optimizer
@@ -71,11 +72,16 @@ def load_into(
 
 def _differences(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[str]:
     yield from (f"the module has no {name}" for name in tensors if name not in own)
+    yield from memory_problems(own)
     for name, tensor in own.items():
         if name not in tensors:
             yield f"the state has no {name}"
         elif tensor.is_meta:
             yield f"{name} is on the meta device, where nothing can be written (see module.to_empty)"
+        elif tensor.is_inference() and not torch.is_inference_mode_enabled():
+            yield f"{name} was made in torch.inference_mode, outside of which it cannot be written"
+        elif any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+            yield f"{name} is expanded: its elements share memory"
         elif tensors[name].shape != tensor.shape:
             yield f"{name} has shape {tuple(tensors[name].shape)} in the state and {tuple(tensor.shape)} in the module"
         elif tensors[name].dtype != tensor.dtype:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from dwiml_func._checks import check_choice, check_takes, truncated_repr
@@ -268,8 +269,9 @@ def check_schedule(name: str, schedule: Any) -> None:
 def check_rate(lr: Any) -> float:
     """Return a learning rate as a float, also of numpy or a () tensor; ValueError if it is negative or not finite."""
     try:
-        rate = math.nan if isinstance(lr, str | bool) else float(lr.detach() if isinstance(lr, Tensor) else lr)
-    except (TypeError, ValueError, RuntimeError):  # no number at all
+        number = lr.detach().item() if isinstance(lr, Tensor) else lr
+        rate = math.nan if isinstance(number, str | bool | np.bool_) else float(number)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # no number at all, or one that is too large
         rate = math.nan
     if not (math.isfinite(rate) and rate >= 0):
         received = truncated_repr(lr)

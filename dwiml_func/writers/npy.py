@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from dwiml_func.writers.writer import Writer, from_history
 
 __all__ = ["epoch_arrays", "monitor_name", "npy"]
 
+_MAX_NAME = 200  # bytes of a file's name without its suffix
 _NAMES = {
     ("train", "grad_norm"): "grad_norm_monitor",
     ("train", "unclipped_grad_norm"): "unclipped_grad_norm_monitor",
@@ -29,7 +31,8 @@ _NAMES = {
 def npy(directory: str | Path) -> Writer:
     """A writer of `logs/*.npy` and `best_epoch_losses.json`; every report rewrites them.
 
-    A slash in a metric's name, as in "acc/left", is written as %2F in the file's name.
+    A slash in a metric's name, as in "acc/left", is written as %2F in the file's name; of a name that is too long for a
+    file, the first part and a digest.
 
     Args:
         directory: the experiment.
@@ -76,8 +79,15 @@ def _write(directory: Path, history: Sequence[EpochReport]) -> None:
     for name, array in epoch_arrays(history).items():
         content = io.BytesIO()
         np.save(content, array)
-        atomic_write(logs / f"{quote(name, safe=' ')}.npy", content.getvalue(), flush=False)
+        atomic_write(logs / _file_name(name), content.getvalue(), flush=False)
     if history and history[-1].best.epoch is not None:
         best = history[history[-1].best.epoch - 1]
         losses = {"train_loss": best.train["loss"], "valid_loss": best.best_means.get("loss") if best.valid else None}
         atomic_write(directory / "best_epoch_losses.json", json.dumps(losses, indent=4) + "\n", flush=False)
+
+
+def _file_name(name: str) -> str:
+    quoted = quote(name, safe=" ")
+    if len(quoted) > _MAX_NAME:
+        quoted = f"{quoted[: _MAX_NAME - 9]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{quoted}.npy"
