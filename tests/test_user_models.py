@@ -657,8 +657,9 @@ def test_inference_mode_is_for_evaluation_only(name: str) -> None:
 
 
 def validated_by(valid: Any, state: Any, model: nn.Module) -> Any:
-    one = partial(train_step, loss_fn=module_loss(model, loss), optimizer=sgd())
-    run: dict[str, Any] = {"step": one, "eval_step": one, "learning_rate": 0.1, "max_epochs": 1}
+    loss_fn = module_loss(model, loss)
+    run: dict[str, Any] = {"step": partial(train_step, loss_fn=loss_fn, optimizer=sgd())}
+    run |= {"eval_step": partial(eval_step, loss_fn=loss_fn), "learning_rate": 0.1, "max_epochs": 1}
     return train_and_validate(state, train=lambda *_: [BATCH], valid=valid, **run)
 
 
