@@ -21,7 +21,8 @@ from dwiml_func import (
     torch_rng,
     train_step,
 )
-from dwiml_func.compiled.cuda_graphs import OnCuda
+from dwiml_func.compiled.cuda_graphs import OnCuda, Replays
+from dwiml_func.compiled.direct import leaves_of
 from dwiml_func.compiled.sums import VectorSums, add_vectors, vector_of
 from dwiml_func.core.metrics import Sum, add_metrics
 from dwiml_func.optim import chain, clip_by_value
@@ -129,6 +130,51 @@ def test_what_cannot_be_captured_says_why_once_and_runs(caplog):
             OnCuda()(lambda: None)
     with pytest.raises(ValueError, match="Expected donate=True with cuda_graphs=True"):
         jit_step(loss_fn=loss_fn, optimizer=adam(), cuda_graphs=True)
+
+
+@pytest.mark.parametrize("kind", ["the same tensor twice", "views of many", "one row for all"])
+def test_a_replay_reads_the_batch_that_it_is_given(kind):
+    """Whatever the first batches share: each tensor has a place of its own in the graph."""
+
+    def batch(number, *, first):
+        inputs, more = torch.randn(2, 8, 3, generator=torch.Generator().manual_seed(number))
+        if kind == "the same tensor twice":
+            return inputs, inputs if first else more
+        if kind == "views of many":
+            return many[number], more
+        return inputs, more[:1].expand(8, 3)
+
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean(), len(batch[0])
+
+    many, taken = torch.randn(50, 8, 3, generator=torch.Generator().manual_seed(9)), []
+    fixed = {"loss_fn": module_loss(torch.nn.Linear(3, 3), loss), "optimizer": sgd(), "donate": True}
+    start = init_state(torch.nn.Linear(3, 3), sgd(), seed=0)
+    batches = [batch(number, first=number < 4) for number in range(8)]
+    step, without = (captured_step(8, lambda step: taken.append(0) or step, **fixed) for _ in range(2))
+    assert step._replays is not None
+    assert without._replays is not None
+    without._replays._is_stopped = True
+    state = take_steps(step, copy.deepcopy(start), batches)
+    assert same_states(state, take_steps(without, copy.deepcopy(start), batches))
+    assert len(taken) == (2 if kind == "the same tensor twice" else 1)
+    for replay in step._replays._replays.values():
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes == 8 * 3 * 4 for tensor in replay._batch)
+
+
+def test_a_step_with_tensors_elsewhere_is_not_captured():
+    """A capture would run what the host computes once, and never again."""
+    x = torch.ones(2)
+    replays = Replays(
+        lambda batch, params, buffers, opt_state, numbers: (params, buffers, opt_state, (), numbers),
+        max_graphs=2,
+        capture=lambda step: pytest.fail("it was captured"),
+    )
+    batch = (x, x.to("meta"))
+    for _ in range(4):
+        leaves = leaves_of(batch, ({"w": x}, {}, {}), None)
+        assert replays(batch, leaves, torch.zeros(3)) is not None
+    assert replays.reason == "tensors of the batch or of the state are not on cpu"
 
 
 @pytest.mark.compiles

@@ -39,7 +39,10 @@ _WARM_UPS = 2  # steps of a kind before its capture; waits are errors in the las
 
 
 class OnCuda:
-    """Captures CUDA graphs, all on one stream and in one pool of memory: only one of them runs at a time."""
+    """Captures CUDA graphs, all on one stream and in one pool of memory.
+
+    Only one of them runs at a time, and none reads what another has left in the pool: a replay may overwrite it.
+    """
 
     def __init__(self) -> None:
         self._options: dict[str, Any] = {}
@@ -52,9 +55,14 @@ class OnCuda:
         if not self._options:
             self._options = {"pool": torch.cuda.graph_pool_handle(), "stream": torch.cuda.Stream()}
         graph = torch.cuda.CUDAGraph()
-        # Other threads may pin memory meanwhile, which "global" would forbid them.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local", **self._options):
-            step()
+        # Other threads may pin memory meanwhile, which "global" would forbid them. Where torch cannot end a capture, it
+        # leaves its stream as the current one.
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local", **self._options):
+                step()
+        finally:
+            torch.cuda.set_stream(before)
         self._newest = graph
         return graph.replay
 
@@ -90,7 +98,8 @@ class Replays:
             return self._warn("Training steps run", "the batch has parts other than tensors, numbers and texts")
         if self._fails:
             return None
-        kind = leaves.kind, tuple([tensor.dtype for tensor in leaves.batch])
+        places = [id(tensor) for tensor in leaves.batch]  # the same tensor twice is one of the graph's own
+        kind = leaves.kind, tuple([t.dtype for t in leaves.batch]), tuple(map(places.index, places)), numbers.device
         if leaves.state[0] is not self._last():
             self._replays.clear()  # their tensors may be those of a state that is still in use
         replay = self._replays.get(kind)
@@ -146,7 +155,10 @@ class _Replay:
     def __init__(
         self, function: Callable[..., Any], batch: Any, leaves: Leaves, numbers: Tensor, capture: Capture
     ) -> None:
-        own = copy.deepcopy(batch)
+        if any(tensor.device != numbers.device for tensor in (*leaves.batch, *leaves.state)):
+            raise RuntimeError(f"tensors of the batch or of the state are not on {numbers.device}")
+        clones = {id(tensor): tensor.clone() for tensor in leaves.batch}  # not all of what they are views of
+        own = copy.deepcopy(batch, clones)
         static = leaves_of(own, leaves.rebuild(leaves.state), None)
         assert static is not None
         self._state, self._batch, self._numbers = static.state, static.batch, numbers.clone()
@@ -163,7 +175,8 @@ class _Replay:
             for place in self._moved:
                 self._state[place].copy_(new.state[place])
 
-        self._replay = capture(step)
+        with torch.cuda.device_of(numbers):
+            self._replay = capture(step)
 
     def fits(self, state: list[Tensor]) -> bool:
         """Whether a state has the tensors that the graph writes into; others can be copied."""

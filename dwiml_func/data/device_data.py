@@ -38,6 +38,7 @@ class DeviceData:
     offsets: (S + 1,) int64 on the host.
     volumes: on the device; None where nothing reads them.
     units: (num_subjects, 3) on the device, see `direction_units`; None where all are 1.
+    vectors: (V, 3) on the device, of the neighbourhood; None without one.
     """
 
     dataset: StreamlineDataset
@@ -45,6 +46,7 @@ class DeviceData:
     offsets: NDArray[np.int64]
     volumes: FlatVolumes | None
     units: Tensor | None
+    vectors: Tensor | None
 
 
 def device_bytes(dataset: StreamlineDataset) -> int:
@@ -64,6 +66,7 @@ def copy_to_device(dataset: StreamlineDataset, spec: LoaderSpec, device: torch.d
         offsets=lines.offsets.numpy(),
         volumes=FlatVolumes.of(dataset.volumes, shapes, device) if reads_volumes else None,
         units=units.to(device) if (units != 1).any() else None,
+        vectors=None if spec.neighborhood is None else neighborhood_vectors(spec.neighborhood).to(device),
     )
 
 
@@ -125,9 +128,7 @@ def _inputs(points: Tensor, plan: StreamlineBatch, volumes: FlatVolumes, data: D
     num_rows, subject = len(points), None
     if len(data.dataset.index.subjects) > 1:
         subject = plan.subject.repeat_interleave(plan.input_offsets.diff(), output_size=num_rows)
-    if spec.neighborhood is not None:
-        vectors = neighborhood_vectors(spec.neighborhood).to(points.device, non_blocking=True)
-        points = (points[:, None, :] + vectors).reshape(-1, 3)
-        num_around = spec.neighborhood.num_points
-        subject = None if subject is None else subject.repeat_interleave(num_around, output_size=len(points))
+    if data.vectors is not None:
+        points = (points[:, None, :] + data.vectors).reshape(-1, 3)
+        subject = None if subject is None else subject.repeat_interleave(len(data.vectors), output_size=len(points))
     return volumes.read(points, subject, mode=spec.interpolation).reshape(num_rows, -1)
