@@ -12,6 +12,7 @@ import sys
 from functools import partial
 
 import torch
+from ensemble import measure
 from timing import interleaved, medians_of
 from torch import Tensor, nn
 from verdicts import conclude
@@ -70,7 +71,8 @@ def main() -> int:
 def compare_ensembles(rounds: int) -> int:
     """Steps of 4 models of 2 layers and 4 heads: one after the other, as an ensemble, and of one on 4 times the batch.
 
-    The last is what no ensemble can be faster than: the same rows, and each operation called once.
+    The last is what no ensemble can be faster than: the same rows, and each operation called once. Times are those of
+    the processor, as in `ensemble.py`.
     """
     verdicts = []
     for num, shortest, longest, size in ((10, 20, 40, 32), (10, 40, 100, 32), (20, 40, 100, 32), (20, 40, 100, 64)):
@@ -86,7 +88,7 @@ def compare_ensembles(rounds: int) -> int:
             TOGETHER: partial(ensemble_step, stack_states(states), batch, **static),
             LARGE: partial(train_step, states[0], large, **static),
         }
-        medians = medians_of(interleaved(runs, rounds, warm_up=1))
+        medians = medians_of(measure(runs, rounds))
         print(
             f"{num} streamlines of {shortest} to {longest} points, d {size}: {1e3 * medians[ONE]:.0f} ms {ONE};", end=""
         )

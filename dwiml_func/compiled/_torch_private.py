@@ -1,10 +1,10 @@
 """What compiled steps need of torch beyond its documented interface. `missing` names what a torch lacks of it.
 
 Other rooms use private things of torch that all supported versions have: the `_foreach_` operations
-(`optim/_foreach.py`), `torch._C._are_functorch_transforms_active` (`_transforms.py`), `torch.utils._pytree` for states
-as trees, and in `core/stateless.py` the dicts `_parameters` and `_buffers` of a module, a tensor's `_version`,
-`_backward_hooks` and `_post_accumulate_grad_hooks`, and the caches `_flat_weights` and `_flat_weight_refs` of recurrent
-layers.
+(`optim/_foreach.py`), `torch._C._are_functorch_transforms_active` and what is beneath `vmap` (`_transforms.py`,
+`ensemble/rng.py`), `torch.utils._pytree` for states as trees, and in `core/stateless.py` the dicts `_parameters` and
+`_buffers` of a module, a tensor's `_version`, `_backward_hooks` and `_post_accumulate_grad_hooks`, and the caches
+`_flat_weights` and `_flat_weight_refs` of recurrent layers.
 """
 
 from __future__ import annotations

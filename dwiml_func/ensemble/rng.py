@@ -17,6 +17,7 @@ from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
 from dwiml_func.core.rng import Key, default_generators, fold_in, torch_rng
+from dwiml_func.ensemble.linear import linear
 
 __all__ = ["per_member_rng"]
 
@@ -68,6 +69,8 @@ class per_member_rng(TorchFunctionMode):
                 f"The model calls Tensor.{func.__name__}. Hooks of tensors do not act where all members of an ensemble "
                 f"train at once. Leave it out, or train the members one after the other."
             )
+        if func is F.linear:  # not random, but this mode sees all calls of a model
+            return linear(*args, **kwargs)
         if func in _DRAWS and not any(isinstance(value, Tensor | torch.Generator) for value in kwargs.values()):
             return self._draw(lambda *args: func(*args, **kwargs), *args)
         return func(*args, **kwargs)

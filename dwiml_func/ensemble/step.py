@@ -97,6 +97,7 @@ def ensemble_step(
                 "The model computes activations again in the backward pass (torch.utils.checkpoint), which torch "
                 "cannot do for all members of an ensemble at once. Leave it out, or train them one after the other."
             ) from error
+    tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]  # a batched product's are not
     grads, norm, clipped_norm = _clipped(dict(zip(leaves, tensors, strict=True)), clip_grad)
     one = torch.ones_like(norm, dtype=torch.float64)
     metrics |= {"unclipped_grad_norm": Sum(norm.double(), one), "grad_norm": Sum(clipped_norm.double(), one)}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from dwiml_func._transforms import beneath_vmap
 from dwiml_func.models.derivatives import push_forward, vjp
 from dwiml_func.models.transformers.blocks import (
     Dropout,
@@ -37,8 +38,13 @@ def causal_attention(projected: Tensor, rows: Tensor, places: Tensor, layout: La
     `projected` (N, 3 d) are queries, keys and values; `rows` and `places` those of `Sequences`.
     """
     seed = torch.randint(2**62, (1,)) if layout.dropped else torch.zeros(1, dtype=torch.int64)
+
+    def attend(projected: Tensor, seeds: Tensor) -> Tensor:
+        return cast(Tensor, _Attention.apply(projected, seeds.flatten(), rows, places, layout))
+
     with _no_autocast():
-        return cast(Tensor, _Attention.apply(projected[None], seed, rows, places, layout))[0]
+        mapped = beneath_vmap(attend, projected, seed)
+        return attend(projected[None], seed)[0] if mapped is None else mapped
 
 
 def causal_weights(query: Tensor, key: Tensor) -> Tensor:
