@@ -1,7 +1,8 @@
 """Training on a GPU: our steps, with loading and augmentation, beside cuDNN in the usual loop, and what a step does.
 
-It downloads nothing and takes at most four minutes. `--device cpu --tiny` runs all of it without a GPU, to see that it
-runs: the requirements are those of one H100 or H200, and are skipped.
+It downloads nothing and takes at most four minutes: what has not started after three is left out. What fails prints a
+line, and the rest goes on. `--device cpu --tiny` runs all of it without a GPU, to see that it runs: the requirements
+are those of one H100 or H200, and are skipped.
 """
 
 from __future__ import annotations
@@ -43,9 +44,18 @@ from dwiml_func.models.transformers.transformer import Transformer
 
 EAGER, CAPTURED = "ours, eager", "ours, captured"
 PACKED, PADDED = "packed cuDNN, usual loop", "padded cuDNN, usual loop"
+MLP, BARE = "tiny MLP", "bare torch.optim.Adam loop"
 FEATURES, LR = 48, 1e-3
 AUGMENTATION = Augmentation(reverse_ratio=0.5, split_ratio=0.2, noise_gaussian_size_forward=0.1)
 MAX_GRAPHS, CAPTURES = 64, 60  # steps before the measurement, in which graphs are captured
+LAST_START = 180.0  # seconds after which no further part of the benchmark starts
+TURN = 0.4  # seconds that the steps of a turn take at most, unless one takes longer
+LOSSES = "loss on the device, relative to the CPU's"
+
+
+NAN = float("nan")
+Variants = dict[tuple[str, str], Callable[[], Callable[[], None]]]
+"""By model and variant: what makes a function that takes a step."""
 
 
 class Case(NamedTuple):
@@ -86,32 +96,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     start = time.monotonic()
     describe(device)
-    verdicts: list[tuple[bool, str]] = []
     print(f"\n{'a training step':34} {'':26} {'time':>10} {'kernels':>8} {'waits':>6} {'busy':>6} {'peak':>9}")
-    results = {}
-    for name, case in cases(tiny).items():
-        for variant, measured in measure_case(case, device, tiny).items():
+    results: dict[tuple[str, str], Measured] = {}
+    parts: dict[str, Callable[[], dict[tuple[str, str], Measured]]] = {
+        name: partial(measure_case, name, case, device, tiny) for name, case in cases(tiny).items()
+    }
+    parts |= {"tiny MLP": partial(measure_mlp, device, tiny), "ensembles": partial(measure_ensembles, device, tiny)}
+    difference = attempt(LOSSES, partial(loss_difference, device, tiny))
+    for what, part in parts.items():
+        if time.monotonic() - start > LAST_START:
+            print(f"left out: {what}: {LAST_START:.0f} s have passed")
+            continue
+        for (name, variant), measured in (attempt(what, part) or {}).items():
             results[name, variant] = measured
             print_row(name, variant, measured)
-    for variant, measured in measure_mlp(device, tiny).items():
-        results["tiny MLP", variant] = measured
-        print_row("tiny MLP", variant, measured)
-    for name, measured in measure_ensembles(device, tiny).items():
-        results[name, EAGER] = measured
-        print_row(name, EAGER, measured)
-    difference = loss_difference(device, tiny)
     if not tiny:
-        print_jax(device)
+        attempt("JAX", partial(print_jax, device))
     print(
         f"\n{time.monotonic() - start:.0f} s in all. Steps of ours load and augment their batches, those of the usual"
     )
     print("loops have batches in the device's memory. Waits are those that torch's sync debug mode warns of.")
-    verdicts = judge(results, difference)
+    verdicts = judge(results, difference, tiny)
     if device.type == "cpu" or tiny:
         for _, text in verdicts:
             print(f"skip: {text.rsplit(', at most', 1)[0]}: not judged on {device}{' with --tiny' if tiny else ''}")
         return 0
     return conclude(verdicts)
+
+
+def attempt(what: str, function: Callable[[], Any]) -> Any:
+    """What a function returns; None, and a line that says why, where it fails."""
+    try:
+        return function()
+    except Exception as error:
+        print(f"failed: {what}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        return None
 
 
 def describe(device: torch.device) -> None:
@@ -136,10 +155,10 @@ def cases(tiny: bool) -> dict[str, Case]:
     transformer = partial(Transformer, FEATURES, model="tts", **options)
     return {
         "100 x LSTM 100+100": rnn(100, "lstm", (100, 100), "float32"),
-        "1,000 x LSTM 512+512, tf32": rnn(1000, "lstm", (512, 512), "tf32"),
         "1,000 x LSTM 512+512, bf16": rnn(1000, "lstm", (512, 512), "bf16"),
         "1,000 x GRU 500+500, bf16": rnn(1000, "gru", (500, 500), "bf16"),
         "100 x transformer 6 x 128, bf16": Case(100, transformer, "bf16"),
+        "1,000 x LSTM 512+512, tf32": rnn(1000, "lstm", (512, 512), "tf32"),
     }
 
 
@@ -185,7 +204,7 @@ class Plans:
             yield batch.pin_memory() if self._pin else batch
 
 
-def measure_case(case: Case, device: torch.device, tiny: bool) -> dict[str, Measured]:
+def measure_case(name: str, case: Case, device: torch.device, tiny: bool) -> dict[tuple[str, str], Measured]:
     """Each variant of a case that this machine can run."""
     set_matmul_precision("high" if case.precision == "tf32" else "highest")
     dataset = make_dataset(4 * case.num_streamlines, tiny)
@@ -215,16 +234,18 @@ def measure_case(case: Case, device: torch.device, tiny: bool) -> dict[str, Meas
         return run
 
     options: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": adam(), "donate": True, "non_finite": "defer"}
-    variants = {EAGER: ours(partial(train_step, **options))}
     captured = jit_step(**options, cuda_graphs=True, max_compilations=MAX_GRAPHS)
-    variants[CAPTURED] = captured_before(ours(captured, fill=True), captured, tiny)
+    variants: Variants = {
+        (name, EAGER): lambda: ours(partial(train_step, **options)),
+        (name, CAPTURED): lambda: captured_before(ours(captured, fill=True), captured, tiny),
+    }
     if case.rnn_key is not None:
         batch = with_padded_length(
             load_batch(BatchRequest(np.arange(case.num_streamlines), Key(1), 0, 0), dataset=dataset, spec=LoaderSpec()),
             (1,),
         ).to(device)
-        variants[PACKED] = usual_loop(case, batch, packed=True)
-        variants[PADDED] = usual_loop(case, batch, packed=False)
+        variants[name, PACKED] = lambda: usual_loop(case, batch, packed=True)
+        variants[name, PADDED] = lambda: usual_loop(case, batch, packed=False)
     return measure(variants, device, tiny)
 
 
@@ -276,7 +297,7 @@ def usual_loop(case: Case, batch: StreamlineBatch, *, packed: bool) -> Callable[
     return run
 
 
-def measure_mlp(device: torch.device, tiny: bool) -> dict[str, Measured]:
+def measure_mlp(device: torch.device, tiny: bool) -> dict[tuple[str, str], Measured]:
     """A step of the MLP of `step_overhead.py`."""
     inputs, targets = mlp_batch()
     batch = inputs.to(device), targets.to(device)
@@ -304,34 +325,42 @@ def measure_mlp(device: torch.device, tiny: bool) -> dict[str, Measured]:
 
         return run
 
-    variants = {"bare torch.optim.Adam loop": usual, EAGER: ours(partial(train_step, **options))}
     captured = jit_step(**options, cuda_graphs=True)
-    variants[CAPTURED] = captured_before(ours(captured), captured, tiny)
+    variants: Variants = {
+        (MLP, BARE): lambda: usual,
+        (MLP, EAGER): lambda: ours(partial(train_step, **options)),
+        (MLP, CAPTURED): lambda: captured_before(ours(captured), captured, tiny),
+    }
     return measure(variants, device, tiny)
 
 
-def measure_ensembles(device: torch.device, tiny: bool) -> dict[str, Measured]:
+def measure_ensembles(device: torch.device, tiny: bool) -> dict[tuple[str, str], Measured]:
     """One step of all members, for a few numbers of members."""
     on_device = tuple(part.to(device) for part in mlp_batch())
     lines = streamlines()
     lines = with_padded_length((cut_batch(lines, 12)[0] or lines) if tiny else lines, (1,)).to(device)
-    numbers = ((1, 2), (1, 2)) if tiny else ((1, 8, 64), (1, 16))
     kinds: Any = (
         ("MLPs", make_mlp, squared_error, on_device),
         ("Learn2Track", make_learn2track, compute_batch_loss, lines),
     )
-    variants: dict[str, Callable[[], None]] = {}
-    for (kind, make, loss, batch), counts in zip(kinds, numbers, strict=True):
-        for count in counts:
-            states = [init_state(make(seed).to(device), adam(), seed=seed) for seed in range(count)]
-            options = {"loss_fn": module_loss(make(0).to(device), loss), "optimizer": adam(), "lr": LR}
-            variants[f"{count} {kind}"] = ensemble_of(states, batch, options)
+    counts, variants = members(tiny), Variants()
+    for kind, make, loss, batch in kinds:
+        for count in counts[kind]:
+            variants[f"{count} {kind}", EAGER] = partial(ensemble_of, count, make, loss, batch, device)
     return measure(variants, device, tiny)
 
 
-def ensemble_of(states: list[Any], batch: Any, options: dict[str, Any]) -> Callable[[], None]:
+def members(tiny: bool) -> dict[str, tuple[int, ...]]:
+    """Numbers of members, by kind."""
+    return {"MLPs": (1, 2), "Learn2Track": (1, 2)} if tiny else {"MLPs": (1, 8, 64), "Learn2Track": (1, 16)}
+
+
+def ensemble_of(
+    count: int, make: Callable[[int], nn.Module], loss: Any, batch: Any, device: torch.device
+) -> Callable[[], None]:
     """A function that takes a step of all members."""
-    ensemble = stack_states(states)
+    ensemble = stack_states([init_state(make(seed).to(device), adam(), seed=seed) for seed in range(count)])
+    options: dict[str, Any] = {"loss_fn": module_loss(make(0).to(device), loss), "optimizer": adam(), "lr": LR}
 
     def run() -> None:
         nonlocal ensemble
@@ -340,9 +369,25 @@ def ensemble_of(states: list[Any], batch: Any, options: dict[str, Any]) -> Calla
     return run
 
 
-def measure(variants: dict[str, Callable[[], None]], device: torch.device, tiny: bool) -> dict[str, Measured]:
-    """Seconds of a step in turns of steps in a row, then what a few steps do."""
-    num_steps, rounds = (1, 1) if tiny else (20, 3)
+def measure(variants: Variants, device: torch.device, tiny: bool) -> dict[tuple[str, str], Measured]:
+    """Seconds of a step in turns of steps in a row, then what a few steps do; of the variants that run."""
+
+    def started(make: Callable[[], Callable[[], None]]) -> tuple[Callable[[], None], float]:
+        run = make()
+        if not tiny:
+            run()
+            synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        return run, time.perf_counter() - start
+
+    ready = {key: attempt(", ".join(key), partial(started, make)) for key, make in variants.items()}
+    runs = {key: run for key, own in ready.items() if own is not None for run in own[:1]}
+    if not runs:
+        return {}
+    slowest = max(own[1] for own in ready.values() if own is not None)
+    num_steps, rounds = (1, 1) if tiny else (max(1, min(20, int(TURN / slowest))), 3)
 
     def turn(run: Callable[[], None]) -> float:
         synchronize(device)
@@ -352,13 +397,15 @@ def measure(variants: dict[str, Callable[[], None]], device: torch.device, tiny:
         synchronize(device)
         return (time.perf_counter() - start) / num_steps
 
-    turns = {name: partial(turn, run) for name, run in variants.items()}
+    turns = {", ".join(key): partial(turn, run) for key, run in runs.items()}
     seconds = medians_of(interleaved(turns, rounds, warm_up=int(not tiny)))
-    inspected = 1 if tiny else 3
-    return {
-        name: Measured(seconds[name], *inspect_step(run, device, seconds[name], inspected))
-        for name, run in variants.items()
-    }
+    results = {}
+    for key, run in runs.items():
+        name = ", ".join(key)
+        inspected = attempt(f"{name}, inspected", partial(inspect_step, run, device, seconds[name], 1 if tiny else 3))
+        num_kernels, num_waits, busy, peak = inspected or (NAN, NAN, NAN, 0)
+        results[key] = Measured(seconds[name], num_kernels, num_waits, busy, peak)
+    return results
 
 
 def inspect_step(
@@ -371,9 +418,11 @@ def inspect_step(
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
-            for _ in range(num_steps):
-                run()
-            torch.cuda.set_sync_debug_mode("default")
+            try:
+                for _ in range(num_steps):
+                    run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         waits = sum("synchronizing" in str(each.message) for each in found)
         peak = torch.cuda.max_memory_allocated(device)
     activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])]
@@ -435,33 +484,43 @@ def print_row(name: str, variant: str, measured: Measured) -> None:
     print(f"{name:34} {variant:26} {1e3 * measured.seconds:7.2f} ms {numbers} {measured.peak / 2**20:5.0f} MiB")
 
 
-def judge(results: dict[tuple[str, str], Measured], difference: float) -> list[tuple[bool, str]]:
-    """Whether each requirement is met, by ours captured where there is that, else eager."""
-    names = dict.fromkeys(name for name, _ in results)
-    ours = {name: results.get((name, CAPTURED), results.get((name, EAGER))) for name in names}
-    first, bf16 = next(iter(names)), next((name for name in names if "LSTM 512" in name and "bf16" in name), None)
+def judge(results: dict[tuple[str, str], Measured], difference: float | None, tiny: bool) -> list[tuple[bool, str]]:
+    """Whether each requirement is met, by ours captured where there is that, else eager; not what was not measured."""
     verdicts = []
 
-    def limit(value: float, most: float, text: str, unit: str = "") -> None:
-        verdicts.append((value <= most, f"{text}: {value:.3g}{unit}, at most {most:g}{unit} required"))
+    def limit(value: float | None, most: float, text: str, unit: str = "") -> None:
+        found = "not measured" if value is None or value != value else f"{value:.3g}{unit}"
+        verdicts.append((value is not None and value <= most, f"{text}: {found}, at most {most:g}{unit} required"))
 
-    def step(name: str) -> Measured:
-        found = ours[name]
-        assert found is not None
-        return found
+    def seconds(name: str, *variants: str) -> float | None:
+        found = [results[name, variant].seconds for variant in variants if (name, variant) in results]
+        return found[0] if found else None
 
-    limit(1e3 * step(first).seconds, 2.5, f"{first}, loaded, augmented and trained", " ms")
-    limit(step(first).seconds / results[first, PADDED].seconds, 0.5, f"{first}, times {PADDED}")
-    if bf16 is not None:
-        limit(1e3 * step(bf16).seconds, 20, f"{bf16}, loaded, augmented and trained", " ms")
-    bare = results["tiny MLP", "bare torch.optim.Adam loop"].seconds
-    limit(step("tiny MLP").seconds / bare, 0.12, "tiny MLP, times the bare loop")
-    for kind in ("MLPs", "Learn2Track"):
-        members = [name for name in names if name.endswith(kind)]
-        limit(step(members[-1]).seconds / step(members[0]).seconds, 1.5, f"{members[-1]}, times one")
-    limit(max(each.num_waits for each in ours.values() if each is not None), 0, "waits of the host in a step")
-    limit(difference, 1e-5, "loss on the device, relative to the CPU's")
+    def step(name: str) -> float | None:
+        return seconds(name, CAPTURED, EAGER)
+
+    def ratio(one: float | None, other: float | None) -> float | None:
+        return None if one is None or other is None else one / other
+
+    first, *others = cases(tiny)
+    limit(scaled(step(first)), 2.5, f"{first}, loaded, augmented and trained", " ms")
+    limit(ratio(step(first), seconds(first, PADDED)), 0.5, f"{first}, times {PADDED}")
+    for name in others:
+        if "LSTM 512" in name and "bf16" in name:
+            limit(scaled(step(name)), 20, f"{name}, loaded, augmented and trained", " ms")
+    limit(ratio(step(MLP), seconds(MLP, BARE)), 0.12, f"{MLP}, times the bare loop")
+    for kind, counts in members(tiny).items():
+        names = [f"{count} {kind}" for count in (counts[0], counts[-1])]
+        limit(ratio(step(names[1]), step(names[0])), 1.5, f"{names[1]}, times one")
+    waits = [own.num_waits for (_, variant), own in results.items() if variant in (EAGER, CAPTURED)]
+    limit(sum(waits) if waits else None, 0, "waits of the host in a step")
+    limit(difference, 1e-5, LOSSES)
     return verdicts
+
+
+def scaled(seconds: float | None) -> float | None:
+    """Milliseconds."""
+    return None if seconds is None else 1e3 * seconds
 
 
 if __name__ == "__main__":

@@ -98,6 +98,9 @@ def test_the_benchmark_of_a_gpu_runs_without_one_and_judges_nothing(monkeypatch,
     lines = [line for line in out.splitlines() if line.startswith(("skip: ", "pass: ", "FAIL: "))]
     assert len(lines) == 7
     assert all(line.endswith("not judged on cpu with --tiny") for line in lines)
+    assert [text for passed, text in gpu.judge({}, None, tiny=False) if passed or "not measured" not in text] == []
+    assert gpu.attempt("part", lambda: 1 // 0) is None
+    assert capsys.readouterr().out == "failed: part: ZeroDivisionError: integer division or modulo by zero\n"
     if not gpu.torch.cuda.is_available():
         assert gpu.main([]) == 0
         assert "skip: no CUDA device was found" in capsys.readouterr().out

@@ -2,12 +2,14 @@
 
 import copy
 import logging
+import math
 from functools import partial
 
 import pytest
 import torch
 from test_compiled_step import make_steps as make_steps_with
 from test_compiled_step import same_states, some_batch, squared_error
+from torch.utils._pytree import tree_leaves
 
 from dwiml_func import (
     adam,
@@ -25,7 +27,7 @@ from dwiml_func.compiled.cuda_graphs import OnCuda, Replays
 from dwiml_func.compiled.direct import leaves_of
 from dwiml_func.compiled.sums import VectorSums, add_vectors, vector_of
 from dwiml_func.core.metrics import Sum, add_metrics
-from dwiml_func.optim import chain, clip_by_value
+from dwiml_func.optim import accumulate, chain, clip_by_global_norm, clip_by_value
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 make_steps = partial(make_steps_with, backend="eager")
@@ -160,6 +162,22 @@ def test_a_replay_reads_the_batch_that_it_is_given(kind):
     assert len(taken) == (2 if kind == "the same tensor twice" else 1)
     for replay in step._replays._replays.values():
         assert all(tensor.untyped_storage().nbytes() == tensor.nbytes == 8 * 3 * 4 for tensor in replay._batch)
+
+
+@pytest.mark.parametrize("optimizer", [radam(), chain(accumulate(2), clip_by_global_norm(0.5), ema(adam(), 0.9))])
+def test_a_replay_keeps_all_from_a_batch_on_that_is_not_finite(optimizer):
+    fixed = {"loss_fn": module_loss(make_model(), squared_error), "optimizer": optimizer, "non_finite": "defer"}
+    step = captured_step(1, lambda step: step, **fixed, donate=True)
+    state = take_steps(step, init_state(make_model(), optimizer, seed=3), [some_batch(n) for n in range(5)])
+    kept = copy.deepcopy(state)
+    inputs, targets = some_batch(5)
+    state = take_steps(step, state, [(inputs * math.nan, targets), some_batch(6), some_batch(7)])
+    assert step.num_cuda_graphs == 1
+    assert state.step == 8
+    assert [*map(float, state.sums["non_finite"])] == [5.0, 1.0]
+    for name in ("params", "buffers", "opt_state"):
+        ours, theirs = (tree_leaves(getattr(own, name)) for own in (state, kept))
+        assert all(map(torch.equal, ours, theirs))
 
 
 def test_a_step_with_tensors_elsewhere_is_not_captured():
