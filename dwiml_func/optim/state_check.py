@@ -34,8 +34,9 @@ def check_opt_state(
     if is_stacked:
         opt_state, params = tree_map(lambda leaf: leaf[0], (opt_state, params))
     made = optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)
+    rows = {name: param.detach()[:0] if param.dim() else param for name, param in params.items()}
     try:
-        like = dict(_leaves(made.init({name: param.detach().to("meta") for name, param in params.items()})))
+        like = dict(_leaves(made.init(rows)))  # on the device meta, torch would import sympy, in half a second
     except (RuntimeError, NotImplementedError):  # an optimizer that reads values
         return
     own = dict(_leaves(opt_state))
@@ -46,10 +47,14 @@ def check_opt_state(
             f"{'is' if len(differing) == 1 else 'are'} in only one. Give init_state and the step the same optimizer, "
             f"or start a new one by state.replace(opt_state=optimizer.init(state.params))."
         )
-    for path, expected in like.items():
-        if isinstance(expected, Tensor) and isinstance(given := own[path], Tensor) and given.shape != expected.shape:
+    for path, leaf in like.items():
+        if not isinstance(leaf, Tensor) or not isinstance(given := own[path], Tensor):
+            continue
+        is_like_param = path[-1] in rows and leaf.shape == rows[path[-1]].shape
+        expected = params[path[-1]].shape if is_like_param else leaf.shape
+        if given.shape != expected and (is_like_param or 0 not in leaf.shape):
             raise ValueError(
-                f"opt_state: expected {'/'.join(path)} of shape {tuple(expected.shape)}, as the parameters have it. "
+                f"opt_state: expected {'/'.join(path)} of shape {tuple(expected)}, as the parameters have it. "
                 f"Received: {tuple(given.shape)}. To start anew: state.replace(opt_state=optimizer.init(state.params))."
             )
     _CHECKED.add(known)
