@@ -34,6 +34,7 @@ from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import BatchConfig, RunConfig
 from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION, TrackingCase, tracking_case
+from dwiml_func.files.lock import experiment_lock
 from dwiml_func.tracking import protocols
 from dwiml_func.tracking.protocols import Tracker
 
@@ -204,6 +205,15 @@ def test_the_settings_are_those_of_the_table() -> None:
 def test_a_setting_that_does_not_tell_trackers_apart_gives_no_coverage() -> None:
     scores = [made_up(ORACLE, "sub_1", 0.74), made_up(PRINCIPAL_DIRECTION, "sub_1", 0.76)]
     assert [row["coverage"]["all"] for row in leaderboard(scores)] == [None, None]
+    for high, coverage in ((0.05, 1.0), (0.0499, None)):
+        oracle, _ = leaderboard([made_up(ORACLE, "sub_1", high), made_up(PRINCIPAL_DIRECTION, "sub_1", 0.0)])
+        assert oracle["coverage"]["core"] == coverage
+
+
+def test_a_ceiling_that_is_not_known_of_a_person_is_none() -> None:
+    of_people = [{**made_up(CEILING, person, 0), "valid": valid} for person, valid in (("sub_1", 0.9), ("sub_2", None))]
+    found = [*of_people, *(made_up(ORACLE, person, 0.8) for person in ("sub_1", "sub_2"))]
+    assert [row["ceiling_valid"] for row in leaderboard(found)] == [None]
 
 
 @pytest.fixture
@@ -280,6 +290,14 @@ def checked(tracker: Tracker) -> Tracker:
     return Tracker(ahead, from_seeds)
 
 
+def played_mrtrix(case: TrackingCase, folder: Path, *, nb_directions: int) -> dict[str, Tracker]:
+    """Trackers that go nowhere, from an empty folder and the data's number of directions."""
+    assert (list(folder.iterdir()), nb_directions) == ([], 60)
+    ends = lambda given: Streamlines(given.points[given.offsets[1:] - 1], torch.arange(len(given) + 1))  # noqa: E731
+    from_seeds = lambda seeds: Streamlines(seeds, torch.arange(len(seeds) + 1))  # noqa: E731
+    return dict.fromkeys(MRTRIX, Tracker(lambda given, _: ends(given), from_seeds))
+
+
 def every_fifth(bundles: Bundles) -> Bundles:
     return Bundles(bundles.names, bundles.ids[::5])
 
@@ -293,10 +311,27 @@ def test_a_benchmark_that_was_stopped_continues_with_the_same_command_and_ends_i
     out: Path, cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}_other")) / "out"
+    monkeypatch.setattr(run, "has_mrtrix", lambda: True)
+    monkeypatch.setattr(tasks, "mrtrix_trackers", played_mrtrix)
+    locked: list[tuple[str, bool]] = []
+
+    def lock(directory: Path, *, wait: bool) -> Any:
+        locked.append((directory.name, wait))
+        return experiment_lock(directory, wait=wait)
+
+    monkeypatch.setattr(tasks, "experiment_lock", lock)
     whole = cli(*command(out))
     assert whole.code == 0, whole.err
+    assert locked == [("tiny", True), ("sub_5_seed_1", True)]  # another process may train other seeds, or the same
+    notes = whole.out.splitlines()[:3]
+    assert notes == [
+        "1 of 1: baselines of crossings, sub_5 left out",
+        "1 of 1: MRtrix iFOD2 and MRtrix SD_STREAM, crossings, sub_5 left out",
+        "1 of 1: tiny, seed 1, crossings, sub_5 left out",
+    ]
     rows = rows_of(out)
-    assert set(rows) == {"tiny", ORACLE, PRINCIPAL_DIRECTION, KEEP_STRAIGHT}
+    assert set(rows) == {"tiny", *MRTRIX, ORACLE, PRINCIPAL_DIRECTION, KEEP_STRAIGHT}
+    assert rows["MRtrix iFOD2"]["valid"] == rows["MRtrix SD_STREAM"]["valid"]
     assert rows["tiny"]["config"]["model"]["rnn_layer_sizes"] == [8]
     assert rows["tiny"]["config"]["batches"]["step_size"] == 2.0  # what a part of a config leaves out is the recipe's
     assert "hdf5_file" not in rows["tiny"]["config"]

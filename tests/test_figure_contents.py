@@ -52,7 +52,8 @@ def short(values: Any) -> str:
 def of_line(line: Any) -> str:
     marks = [] if line.get_markevery() is None else np.flatnonzero(line.get_markevery()).tolist()
     style = f"{line.get_linestyle()} {line.get_linewidth():g} {line.get_drawstyle()}"
-    mark = f"{line.get_marker()} {line.get_markersize():g} {line.get_fillstyle()} at {short(marks)}"
+    edge = f"{line.get_markeredgewidth():g} {line.get_fillstyle()}"
+    mark = f"{line.get_marker()} {line.get_markersize():g} {edge} at {short(marks)}"
     text = f"{line.get_label()!r} {to_hex(line.get_color())} {style}, {mark}, z {line.get_zorder():g}"
     return f"line {text}: {short(line.get_xdata())} | {short(line.get_ydata())}"
 
@@ -75,22 +76,36 @@ def of_collection(group: Any) -> str:
 
 def of_patch(patch: Any) -> str:
     kind = type(patch).__name__
+    edge = f"{to_hex(patch.get_edgecolor())} {patch.get_linewidth():g}"
     if kind == "StepPatch":
         data = patch.get_data()
-        return f"steps {to_hex(patch.get_edgecolor())} {patch.get_fill()}: {short(data.values)} | {short(data.edges)}"
+        return f"steps {edge} {patch.get_fill()}: {short(data.values)} | {short(data.edges)}"
     if kind != "Rectangle":  # an end of a scale of colours
         return f"{kind} {to_hex(patch.get_facecolor())}"
     size = short([*patch.get_xy(), patch.get_width(), patch.get_height()])
-    return f"bar {to_hex(patch.get_facecolor())} {patch.get_hatch()!r}: {size}"
+    return f"bar {to_hex(patch.get_facecolor())} {edge} {patch.get_hatch()!r}: {size}"
+
+
+def of_text(text: Any, *, has_place: bool = True) -> str:
+    place = f" {short(text.get_position())} {text.get_ha()} {text.get_va()}" if has_place else ""
+    style = f"{text.get_fontsize():g} {text.get_fontweight()} {text.get_rotation():g} {to_hex(text.get_color())}"
+    return f"{text.get_text()!r} {style}{place}"
 
 
 def of_legend(legend: Any, what: str) -> Iterator[str]:
-    frame = f"frame {legend.get_frame_on()} columns {legend._ncols} title {legend.get_title().get_text()!r}"
-    yield f"{what} {legend._get_loc()}, {frame}"
+    box = legend.get_frame()
+    frame = f"{legend.get_frame_on()} {box.get_alpha()} {to_hex(box.get_edgecolor(), keep_alpha=True)}"
+    anchor = legend.get_bbox_to_anchor()
+    whole = legend.parent.bbox  # by default
+    beside = short([(anchor.x0 - whole.x0) / whole.width, (anchor.y0 - whole.y0) / whole.height])
+    title = legend.get_title().get_text()
+    yield f"{what} {legend._get_loc()} at {beside}, frame {frame} columns {legend._ncols} title {title!r}"
     for handle, text in zip(legend.legend_handles, legend.get_texts(), strict=True):
         named = [name for name in ("get_color", "get_edgecolor") if hasattr(handle, name)]
         colours = np.atleast_2d(to_rgba_array(getattr(handle, named[0])())) if named else []
-        yield f"  {text.get_text()!r} {type(handle).__name__} {[to_hex(colour) for colour in colours]}"
+        line = f" {handle.get_linewidth():g} {handle.get_marker()!r}" if type(handle).__name__ == "Line2D" else ""
+        size = f"{text.get_fontsize():g}"
+        yield f"  {text.get_text()!r} {size} {type(handle).__name__}{line} {[to_hex(colour) for colour in colours]}"
 
 
 def ticks_of(locator: Any) -> str:
@@ -103,29 +118,37 @@ def ticks_of(locator: Any) -> str:
 
 def of_axes(axes: Any) -> Iterator[str]:
     place = " ".join(f"{part:.2g}" for part in axes.get_position().bounds)
-    yield f"axes at {place}: {axes.get_title(loc='left')!r} {axes.get_title()!r}"
+    titles = f"{of_text(axes._left_title, has_place=False)}, {axes.get_title()!r}"
+    yield f"axes at {place}: {titles} grid below {axes.get_axisbelow()}"
     for name, axis, limits in (("x", axes.xaxis, axes.get_xlim()), ("y", axes.yaxis, axes.get_ylim())):
         drawn = [key for key, value in axis.get_tick_params().items() if value is True]
-        ticks = f"{ticks_of(axis.get_major_locator())} {' '.join(drawn)}"
+        at = axis.get_tick_params()
+        look = [
+            f"{key} {at[key]}" for key in ("labelsize", "grid_color", "grid_linewidth", "labelrotation") if key in at
+        ]
+        ticks = f"{ticks_of(axis.get_major_locator())} {' '.join([*drawn, *look])}"
         ends = " ".join(f"{end + 0.0:.2g}" for end in limits)  # room for legends depends on the font
         scale = f"{axis.get_scale()} {ends} {axis.get_major_formatter()(1234.5)!r}"
-        yield f"{name} {axis.label.get_text()!r} {scale} {ticks}"
+        yield f"{name} {of_text(axis.label, has_place=False)} {scale} {ticks}"
+        if ticks.startswith("FixedLocator") and len(axis.get_ticklocs()) < 9:
+            yield f"  {short(axis.get_ticklocs())}: {', '.join(map(of_text, axis.get_ticklabels()))}"
     yield f"spines {[name for name, spine in axes.spines.items() if spine.get_visible()]} aspect {axes.get_aspect()}"
     yield from map(of_line, axes.get_lines())
     yield from map(of_collection, axes.collections)
     yield from map(of_patch, axes.patches)
     for image in axes.images:
         values = np.ma.asarray(image.get_array())
-        yield f"image {image.get_cmap().name} {short(image.get_clim())} {short(image.get_extent())}: {short(values)}"
+        look = f"{image.get_cmap().name} {image.get_interpolation()} {image.origin} {short(image.get_clim())}"
+        yield f"image {look} {short(image.get_extent())}: {short(values)}"
     for text in axes.texts:
-        place = f"{short(text.get_position())} {text.get_ha()} {text.get_va()} {text.get_fontsize():g}"
-        yield f"text {text.get_text()!r} {place}"
+        yield f"text {of_text(text)} {'of axes' if text.get_transform() == axes.transAxes else 'of data'}"
     if axes.get_legend():
         yield from of_legend(axes.get_legend(), "legend")
 
 
 def described(figure: Any) -> str:
-    lines = [f"size {short(figure.get_size_inches())} {figure.get_suptitle()!r} {figure.get_supxlabel()!r}"]
+    title = of_text(figure._suptitle) if figure.get_suptitle() else ""
+    lines = [f"size {short(figure.get_size_inches())} {title} {figure.get_supxlabel()!r}"]
     for axes in figure.axes:
         lines += of_axes(axes)
     for legend in figure.legends:
@@ -202,6 +225,19 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "graphs": lambda: draw_runs(
         TRACKED[:2],
         graphs=[parse_graph(["Gap", "diff(loss, train_loss)", "lr", "0", "2.5"]), parse_graph(["A", "angle"])],
+    )[0],
+    "bars of eight runs": lambda: draw_runs(
+        [plotted(str(n), tracking={"model": SCORES | {"free": {"valid": n / 8}}}) for n in range(8)],
+        panels=["tracking"],
+    )[0],
+    "rates of which some change within epochs": lambda: draw_runs(
+        [plotted("a", history=(*history(2), *rich_history()[2:]))], panels=["rate"]
+    )[0],
+    "graphs with limits": lambda: draw_runs(
+        [plotted("a")],
+        graphs=[
+            parse_graph([name, "loss", "lr", low, "2"]) for name, low in (("A", "0"), ("B", "0.0001"), ("C", "-1"))
+        ],
     )[0],
     "correlation": lambda: draw_correlation(Correlation(["lr", "loss"], PAIRS, False), ["A", "B"]),
     "tracked": tracked,

@@ -179,6 +179,14 @@ def test_what_a_run_lacks_is_left_out() -> None:
     assert list(lines(unclipped)) == ["not clipped"]
 
 
+def test_a_run_that_was_saved_within_its_first_epoch_has_nothing_to_draw(stopped_early: Path, monkeypatch) -> None:
+    record = newest(stopped_early / "run")
+    assert record is not None
+    monkeypatch.setattr("dwiml_func.experiment.figures.plots.newest", lambda _: dataclasses.replace(record, history=()))
+    with pytest.raises(ValueError, match="run' has no finished epoch yet"):
+        read_runs([stopped_early / "run"])
+
+
 def test_training_writes_a_figure_and_its_evaluation(stopped_early: Path) -> None:
     run = stopped_early / "run"
     assert (run / "plots" / "training.png").read_bytes().startswith(b"\x89PNG")

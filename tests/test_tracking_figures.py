@@ -19,7 +19,7 @@ from matplotlib.image import imread
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
 from dwiml_func.experiment.figures.streamline_views import VIEWS, bundle_colours, view_limits
-from dwiml_func.experiment.figures.tracking import NOT_VALID, draw_drift, draw_drifts, draw_tracked
+from dwiml_func.experiment.figures.tracking import NOT_VALID, _some, draw_drift, draw_drifts, draw_tracked
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.experiment.tracking.recorded import Drift, ShownLines, TrackedLines, read_drift
@@ -97,6 +97,11 @@ def test_a_row_of_a_model_that_tracked_nothing_says_so() -> None:
     assert [text.get_text() for panel in figure.axes[3:] for text in panel.texts] == ["none"]
     assert sum(len(lines) for panel in figure.axes[3:] for lines in drawn(panel).values()) == 0
     assert view_limits([none.lines]) == pytest.approx(np.array([[-0.03, 1.03]] * 3))  # a cube of 1 mm, with margins
+
+
+def test_a_title_says_how_many_are_drawn_where_not_all_are() -> None:
+    shown = ShownLines(walks(6, 1), np.zeros(6, dtype=np.int64), np.ones(6, dtype=bool))
+    assert [_some(shown, num) for num in (None, 6, 7)] == ["", "", ", 6 drawn"]
 
 
 def test_of_many_bundles_the_largest_have_their_own_colours() -> None:

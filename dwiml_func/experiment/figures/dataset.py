@@ -146,8 +146,10 @@ def _lines(file: h5py.File, subject: str, group_name: str) -> Checked[Streamline
     parent = yield from subject_group(file, subject)
     group = None if parent is None else (yield from group_of(parent, group_name, "streamlines"))
     table = None if group is None else (yield from read_table(group))
-    points = None if group is None or table is None else (yield from read_points(group, table))
-    if points is None or table is None:
+    if group is None or table is None:
+        return None
+    points = yield from read_points(group, table)
+    if points is None:
         return None
     return Streamlines(torch.from_numpy(np.ascontiguousarray(points)), offsets_of(torch.from_numpy(table.lengths)))
 
@@ -167,7 +169,7 @@ def _to_ras(lines: Streamlines, grid: Grid) -> Streamlines:
 
 
 def _corners(grid: Grid) -> Streamlines:
-    corners = np.stack(np.meshgrid(*[(0, size) for size in grid.shape], indexing="ij"), axis=-1).reshape(-1, 3)
+    corners = np.stack(np.meshgrid(*[(0, size) for size in grid.shape]), axis=-1).reshape(-1, 3)
     return _to_ras(Streamlines.from_list([corners]), grid)
 
 

@@ -28,7 +28,7 @@ def colours_of(values: ArrayLike, low: float, high: float, colormap: Colormap) -
     from matplotlib import colormaps
 
     share = (np.asarray(values, dtype=np.float64) - low) / (high - low if high > low else 1.0)
-    return np.round(255 * colormaps[colormap](np.clip(share, 0.0, 1.0))[:, :3]).astype(np.float32)
+    return np.round(255 * colormaps[colormap](share)[:, :3]).astype(np.float32)
 
 
 def draw_losses(losses: PointLosses, low: float, high: float, colormap: Colormap, *, title: str) -> Figure:
@@ -76,7 +76,7 @@ def thirds(losses: PointLosses) -> NDArray[np.int64]:
     """(N,) 0, 1 or 2 by the third of the streamline in which a point is, 3 at last points."""
     lengths = losses.lines.lengths.numpy()
     place = np.arange(len(losses.loss)) - np.repeat(losses.lines.offsets.numpy()[:-1], lengths)
-    return np.where(losses.is_last, 3, np.minimum(3 * place // np.repeat(lengths, lengths), 2))
+    return np.where(losses.is_last, 3, 3 * place // np.repeat(lengths, lengths))
 
 
 def _histogram(
