@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from test_composed_steps import COMPOSED
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from dwiml_func import Key, adam, adamw, init_state, module_loss, radam, sgd, train_step
-from dwiml_func.compiled.function import CompiledFunction, _with_tensors, as_float64
+from dwiml_func.compiled import _torch_private as private
+from dwiml_func.compiled.function import CompiledFunction, _numbers, _shortened, _with_tensors, as_float64
+from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut
 from dwiml_func.core.non_finite import NonFiniteError
@@ -227,6 +231,120 @@ def test_numbers_of_a_batch_become_tensors_and_all_else_stays():
     assert (type(found["pair"]), type(found["annealed"]), type(found["list"])) == (Pair, Annealed, list)
     assert all(tensor is x for tensor in (found["pair"].tensor, *found["annealed"].pair))
     assert batch["annealed"] == Annealed((x, x), 0.25, 7, is_last=True)  # not changed
+
+
+def test_the_numbers_of_a_batch_are_those_of_all_its_parts_but_not_what_is_true_or_false():
+    x = torch.ones(2)
+    batch = {"pair": Pair(x, 0.5), "list": [3, True, "a", None], "annealed": Annealed((x, x), 0.25, 7, is_last=True)}
+    assert list(_numbers((batch, 1))) == [0.5, 3, 0.25, 7, 1]
+    assert list(_numbers((x, True, "a"))) == []
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_activations_that_are_computed_again_are_not_left_to_a_backend_that_draws_anew(backend):
+    def loss(model, batch):
+        hidden = checkpoint(model[:2], batch[0], use_reentrant=False)
+        return squared_error(model[2:], (hidden, batch[1]))[:2]
+
+    start, compiled, eager = make_steps(make_model(0.5), loss, optimizer=sgd(), backend=backend)
+    actual, _ = run(compiled, start, 2)
+    torch.testing.assert_close(actual.params, run(eager, start, 2)[0].params)
+    assert ("computes activations again" in str(compiled.eager_reason)) == (backend == "eager")
+
+
+def test_every_graph_is_made_under_the_settings_of_tracing(monkeypatch):
+    made, compile_graph = [], private.compile_graph
+
+    def noted(*args: Any) -> Any:
+        made.append(import_module("torch.fx.experimental._config").backed_size_oblivious)
+        return compile_graph(*args)
+
+    monkeypatch.setattr(private, "compile_graph", noted)
+    double = CompiledFunction(lambda batch: 2 * batch, dynamic=False, max_compilations=4, backend="eager")
+    for tensor in (torch.ones(2), torch.ones(2, dtype=torch.float64), torch.ones(3), torch.ones(4)[::2]):
+        assert torch.equal(double(tensor), 2 * tensor)
+    assert (made, double.num_compilations) == ([True] * 4, 4)
+
+
+def test_a_batch_may_hold_numbers_that_are_tensors_where_its_sizes_vary():
+    scaled = CompiledFunction(
+        lambda batch: batch[0].sum() * batch[1], dynamic=True, max_compilations=1, backend="eager"
+    )
+    for size in (3, 1, 4):
+        assert scaled((torch.ones(size), torch.tensor(0.5 * size))) == 0.5 * size**2
+    assert (scaled.num_compilations, scaled.eager_reason) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "RuntimeError"),
+        ("\n  it branches  \n\n as told", "it branches"),
+        ("backend='x' raised:\nMemoryError: none", "MemoryError: none"),
+        ("backend='x' raised:", "backend='x' raised:"),
+        ("it says\nbackend='x' raised:", "it says"),
+        ('it branches\n  File "a.py", line 1\n  code\n  File "b.py", line 2\n', 'it branches (File "b.py", line 2)'),
+    ],
+)
+def test_a_reason_is_the_first_line_of_an_error_and_the_last_place_in_code(text, told):
+    assert _shortened(RuntimeError(text)) == told
+
+
+def test_steps_and_gradients_compile_up_to_eight_graphs_of_fixed_sizes_by_inductor_unless_told():
+    loss_fn = module_loss(make_model(), squared_error)
+    step = jit_step(loss_fn=loss_fn, optimizer=adam())
+    for graph in (step.graph, JitGradient(loss_fn).graph):
+        assert (graph._max_compilations, graph._dynamic, graph._backend, graph._options) == (8, False, "inductor", {})
+    assert (step.num_compilations, step.compile_seconds, step.num_cuda_graphs, step.cuda_graphs_reason) == (
+        0,
+        0,
+        0,
+        None,
+    )
+    assert step.eager.keywords["donate"] is False
+    assert step.eager.keywords["non_finite"] is step.eager.keywords["clip_grad"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"non_finite": "ignore"}, "Expected non_finite"),
+        ({"clip_grad": 0.0}, "Expected a clipping norm above 0"),
+        ({"clip_grad": math.nan}, "Expected a clipping norm above 0"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_before_any_step(options, message):
+    with pytest.raises(ValueError, match=message):
+        jit_step(loss_fn=module_loss(make_model(), squared_error), optimizer=adam(), **options)
+
+
+def test_a_state_of_another_optimizer_and_a_loss_that_forgets_a_parameter_are_refused_as_by_train_step():
+    start, compiled, eager = make_steps(optimizer=sgd(momentum=0.9), backend="eager")
+    forgotten = torch.nn.Parameter(torch.ones(()))
+    _, forgetful, forgetful_eager = make_steps(
+        None, lambda model, batch: (squared_error(model, batch)[0] * forgotten, 1), optimizer=sgd(), backend="eager"
+    )
+    other = start.replace(opt_state={"momentum": {name: torch.ones(7) for name in start.params}})
+    for state, steps in ((other, (compiled, eager)), (start.replace(opt_state={}), (forgetful, forgetful_eager))):
+        messages = []
+        for step in steps:
+            with pytest.raises(ValueError, match=r"opt_state|are not in the state") as error:
+                step(state, some_batch(1), lr=0.1)
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
+    assert (compiled.num_compilations, forgetful.num_compilations) == (0, 0)
+
+
+def test_a_factory_that_must_be_given_its_weight_decay_trains_in_the_memory_of_its_state():
+    loss_fn = module_loss(make_model(), squared_error)
+    options: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": lambda weight_decay: sgd(weight_decay=weight_decay)}
+    ends = []
+    for step in (jit_step(**options, donate=True, backend="eager"), partial(train_step, **options)):
+        state = init_state(make_model(), sgd(), seed=3)
+        for number in range(3):
+            state, _ = step(state, some_batch(number), lr=0.1, weight_decay=0.5)
+        ends.append(state.params)
+    torch.testing.assert_close(*ends)
 
 
 def test_a_number_of_points_in_a_graph_is_exact_and_has_no_gradient():

@@ -3,7 +3,12 @@
 import copy
 import logging
 import math
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +28,7 @@ from dwiml_func import (
     torch_rng,
     train_step,
 )
+from dwiml_func.compiled import cuda_graphs
 from dwiml_func.compiled.cuda_graphs import OnCuda, Replays
 from dwiml_func.compiled.direct import leaves_of
 from dwiml_func.compiled.sums import VectorSums, add_vectors, vector_of
@@ -81,6 +87,7 @@ def test_a_replayed_step_follows_schedule_dropout_and_buffers_to_the_bit(non_fin
     state = take_steps(kept_out, copy.deepcopy(start), batches)
     eager = take_steps(partial(train_step, **fixed), start, batches)
     assert calls == []
+    assert state.sums.keys() == eager.sums.keys()
     for ours, theirs in ((state.params, eager.params), (state.buffers, eager.buffers)):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     replays = captured_step(2, captured, **fixed, donate=True)
@@ -193,6 +200,168 @@ def test_a_step_with_tensors_elsewhere_is_not_captured():
         leaves = leaves_of(batch, ({"w": x}, {}, {}), None)
         assert replays(batch, leaves, torch.zeros(3)) is not None
     assert replays.reason == "tensors of the batch or of the state are not on cpu"
+def taken_by(replays: Replays, size: int, *, state: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+    """The next state after a step, on a batch of ones of that size."""
+    batch, state = torch.ones(size, dtype=dtype), {"w": torch.zeros(2)} if state is None else state
+    results = replays(batch, leaves_of(batch, (state, {}, {}), 0), torch.tensor([0.5, 1.0]))
+    return None if results is None else results[0]
+
+
+def add_batch(batch: Any, params: Any, buffers: Any, opt_state: Any, numbers: torch.Tensor) -> Any:
+    return {"w": params["w"] + batch.sum() * numbers[0]}, buffers, opt_state, ("loss",), numbers + batch.sum()
+
+
+def record(step: Any) -> Any:
+    return step
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 4])
+def test_a_step_that_fails_before_its_capture_is_taken_again_without_and_other_errors_are_raised(fails_at):
+    """The first of all says whether there can be steps at all, the second of a size whether there can be a graph."""
+    calls = []
+
+    def function(*given: Any) -> Any:
+        calls.append(len(given[0]))
+        if len(calls) == fails_at:
+            raise RuntimeError("\n it waits\n more")
+        return add_batch(*given)
+
+    replays = Replays(function, max_graphs=2, capture=record)
+    state, sizes = {"w": torch.zeros(2)}, (3, 3, 5, 5, 5)
+    if fails_at == 3:  # the first of another size
+        for size in (3, 3):
+            state = taken_by(replays, size, state=state)
+        with pytest.raises(RuntimeError, match="it waits"):
+            taken_by(replays, 5, state=state)
+        assert (calls, replays.reason) == ([3, 3, 5], None)
+        return
+    states = [state := taken_by(replays, size, state=state) for size in sizes]
+    assert replays.reason == "it waits"
+    assert replays.num_graphs == 0
+    if fails_at == 1:
+        assert (calls, states) == ([3], [None] * 5)
+    else:
+        assert [new["w"].tolist() for new in states] == [[n] * 2 for n in (1.5, 3, 5.5, 8, 10.5)]
+        assert len(calls) == 6
+    if fails_at == 2:  # once stopped, nothing is taken again
+        calls[:] = [0]
+        with pytest.raises(RuntimeError, match="it waits"):
+            taken_by(replays, 7)
+
+
+def test_each_size_and_dtype_has_a_graph_on_the_state_that_it_gave_last(caplog):
+    replays = Replays(add_batch, max_graphs=2, capture=record)
+    state = {"w": torch.zeros(2)}
+    for number in range(4):
+        state = taken_by(replays, 3, state=state)
+        assert replays.num_graphs == (number >= 2)
+    place = state["w"]
+    assert state["w"].tolist() == [6.0, 6.0]
+    for _ in range(4):
+        state = taken_by(replays, 3, state=state, dtype=torch.float64)
+    assert (replays.num_graphs, state["w"].tolist()) == (2, [12.0, 12.0])
+    assert place is not state["w"]
+    for _ in range(4):
+        state = taken_by(replays, 5, state=state)
+    assert (replays.num_graphs, replays.reason) == (2, "more than 2 would be needed")
+    state = taken_by(replays, 5, state=state)
+    assert state["w"].tolist() == [24.5, 24.5]
+    assert [record.message for record in caplog.records] == [
+        "Some training steps run without CUDA graphs from now on: more than 2 would be needed"
+    ]
+
+
+def test_a_replay_gives_values_of_its_own_and_copies_numbers_and_batches_into_its_own():
+    replays, state = Replays(add_batch, max_graphs=1, capture=record), {"w": torch.zeros(2)}
+    found = []
+    for number in range(5):
+        batch, numbers = torch.full((2,), number + 1.0), torch.tensor([1.0, number])
+        results = replays(batch, leaves_of(batch, (state, {}, {}), 0), numbers)
+        assert results is not None
+        state, *_, names, values = results
+        found.append(values)
+        assert (batch.tolist(), numbers.tolist(), names) == ([number + 1.0] * 2, [1.0, number], ("loss",))
+    assert [values.tolist() for values in found] == [[2.0 * n + 3, 3.0 * n + 2] for n in range(5)]
+    assert state["w"].tolist() == [30.0, 30.0]
+
+
+def test_a_state_that_changes_its_structure_has_no_graph():
+    def rename(batch: Any, params: Any, *rest: Any) -> Any:
+        new, *others = add_batch(batch, params, *rest)
+        return (new if "w" not in params else {"v": new["w"]}), *others
+
+    def capture(step: Any) -> Any:
+        step()
+        return step
+
+    replays = Replays(rename, max_graphs=1, capture=capture)
+    for _ in range(3):
+        assert taken_by(replays, 3)["v"].tolist() == [1.5, 1.5]
+    assert replays.reason == "the state gets another structure"
+
+
+def test_an_error_without_words_is_named_by_its_type():
+    def refuse(step: Any) -> Any:
+        raise MemoryError
+
+    replays = Replays(add_batch, max_graphs=1, capture=refuse)
+    for _ in range(3):
+        assert taken_by(replays, 3)["w"].tolist() == [1.5, 1.5]
+    assert replays.reason == "MemoryError"
+
+
+def test_captures_share_a_stream_and_a_pool_which_the_newest_graph_keeps(monkeypatch):
+    captured: list[dict[str, Any]] = []
+
+    class Graph:
+        def replay(self) -> str:
+            return "replayed"
+
+    @contextmanager
+    def capturing(graph: Any, **options: Any) -> Iterator[None]:
+        captured.append(options)
+        calls.append("begin")
+        yield
+        calls.append("end")
+
+    calls: list[str] = []
+    for name, value in {"is_available": lambda: True, "graph_pool_handle": object, "Stream": object}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    capture = OnCuda()
+    replays = [capture(lambda: calls.append("step")) for _ in range(2)]
+    assert calls == ["begin", "step", "end"] * 2
+    assert [replay() for replay in replays] == ["replayed"] * 2
+    assert captured[0] == captured[1]
+    assert captured[0].keys() == {"pool", "stream", "capture_error_mode"}
+    assert captured[0]["capture_error_mode"] == "thread_local"
+    newest = weakref.ref(getattr(replays[1], "__self__"))  # noqa: B009
+    del replays
+    assert newest() is not None
+
+
+def test_waiting_is_an_error_only_on_a_cuda_device_and_only_in_the_step_before_a_capture(monkeypatch):
+    def set_mode(mode: Any) -> None:
+        if mode == "error":
+            warnings.warn("a prototype", stacklevel=2)
+        modes.append(mode)
+
+    modes: list[Any] = [1]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with cuda_graphs._no_waits(torch.device("cpu")):
+        assert modes == [1]
+    with pytest.raises(KeyError, match=r"\[1, 'error'\]"), cuda_graphs._no_waits(torch.device("cuda")):
+        raise KeyError(modes.copy())
+    assert modes == [1, "error", 1]
+    entered = []
+    monkeypatch.setattr(cuda_graphs, "_no_waits", lambda device: entered.append(device) or nullcontext())
+    replays, state = Replays(add_batch, max_graphs=1, capture=record), {"w": torch.zeros(2)}
+    for number in range(4):
+        state = taken_by(replays, 3, state=state)
+        assert len(entered) == (number >= 1)
+    assert entered == [torch.device("cpu")]
 
 
 @pytest.mark.compiles

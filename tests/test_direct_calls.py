@@ -23,6 +23,7 @@ from dwiml_func.compiled import direct, fold
 from dwiml_func.compiled import step as step_module
 from dwiml_func.compiled._torch_private import missing
 from dwiml_func.compiled.gradient import JitGradient
+from dwiml_func.core.metrics import Sum
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.optim import accumulate, chain, skip_not_finite
 
@@ -132,6 +133,114 @@ def test_a_run_stops_at_the_batch_that_is_not_finite_with_the_steps_before_it_ta
     batches = [some_batch(number) for number in range(5)]
     with pytest.raises(NonFiniteError, match=r"loss is inf in epoch 1, batch 6 \(step 6\)"):
         compiled.fold(start, [*batches, (inputs, targets + math.inf)], lr=0.1)
+
+
+def test_a_run_stops_at_a_gradient_that_is_not_finite_while_the_loss_is():
+    def loss(model, batch):
+        return squared_error(model, batch)[0] + (model[0].weight.sum() * batch[0].sum()).abs().sqrt(), len(batch[0])
+
+    start, compiled, eager = make_steps(compute_batch_loss=loss)
+    inputs, targets = some_batch(9)
+    batches = [*(some_batch(number) for number in range(5)), (0 * inputs, targets)]
+    for step in (partial(compiled, lr=0.1), partial(eager, lr=0.1)):
+        with pytest.raises(NonFiniteError, match=r"gradient norm is nan in epoch 1, batch 6 \(step 6\)"):
+            epoch_fn(start, batches, step=step)
+
+
+class Opaque:
+    def __init__(self, pair: Any) -> None:
+        self.pair = pair
+
+
+def test_a_run_ends_at_a_batch_of_a_kind_that_is_unknown_and_another_begins_after_it():
+    def loss(model, batch):
+        return squared_error(model, batch.pair if isinstance(batch, Opaque) else batch)
+
+    start, compiled, eager = make_steps(compute_batch_loss=loss)
+    batches = [some_batch(number) for number in range(9)]
+    mixed = [Opaque(batch) if number in (3, 4, 7) else batch for number, batch in enumerate(batches)]
+    ends = [epoch_fn(start, mixed, step=partial(step, lr=0.1)) for step in (compiled, eager)]
+    torch.testing.assert_close(ends[0][0].params, ends[1][0].params)
+    assert (ends[0][0].step, ends[0][1]["loss"].weight) == (9, 72)
+
+
+def test_no_step_is_taken_after_one_that_was_noted_as_not_finite_also_not_in_a_run():
+    start, compiled, _ = make_steps()
+    batches = [some_batch(number) for number in range(6)]
+    run(compiled, start, 3)
+    noted = {"non_finite": Sum(2.0, 1.0), "other": Sum(3.0, 4.0)}
+    end = compiled.fold(start.replace(sums=noted, step=5), batches, lr=0.1)
+    assert same_states(end, start)
+    assert {name: end.sums[name] for name in noted} == noted
+    assert (end.step, end.batch, end.sums["loss"].weight) == (11, 6, 48)
+
+
+def test_once_compilation_is_off_every_step_is_one_of_train_step():
+    start, compiled, _ = make_steps()
+    state, _ = run(compiled, start, 4)
+    taken: list[int] = []
+
+    def noted(*args: Any, **others: Any) -> Any:
+        taken.append(1)
+        return train_step(*args, **others)
+
+    compiled.eager = partial(noted, **compiled.eager.keywords)
+    compiled(state, some_batch(1), lr=0.1)
+    assert not taken
+    compiled.graph.eager_reason = "it branches"
+    compiled(state, some_batch(1), lr=0.1)
+    compiled.fold(state, [some_batch(1)] * 3, lr=0.1)
+    assert len(taken) == 4
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_number_that_is_differentiated_is_not_left_to_a_graph_that_is_known(name):
+    options: dict[str, Any] = {"loss_fn": module_loss(make_model(), squared_error), "optimizer": adamw}
+    compiled, eager = jit_step(**options, backend="eager"), partial(train_step, **options)
+    start = init_state(make_model(), adamw(), seed=3)
+    rates = {"lr": torch.tensor(0.1), "weight_decay": torch.tensor(0.5)}
+    for number in range(3):
+        compiled(start, some_batch(number), **rates)
+    rates[name].requires_grad_()
+    gradients = []
+    for step in (compiled, eager):
+        state, _ = step(start, some_batch(1), **rates)
+        gradients += torch.autograd.grad(torch.stack([p.sum() for p in state.params.values()]).sum(), rates[name])
+    assert torch.equal(*gradients)
+
+
+def test_a_graph_that_ran_while_someone_watched_is_not_learned():
+    calls, batch = direct.DirectCalls(), torch.ones(2)
+    state, numbers = ({"w": torch.ones(2)}, {}, {}), torch.zeros(1)
+    leaves = direct.leaves_of(batch, state, 0)
+    assert leaves is not None
+    heard = direct.Heard(lambda *inputs: inputs, (batch, leaves.state[0]), (leaves.state[0], numbers))
+    options: dict[str, Any] = {"values": numbers, "names": ("loss",), "policy": "raise"}
+    with torch.overrides.BaseTorchFunctionMode():
+        for _ in range(3):
+            calls.learn(leaves, leaves, numbers, heard, **options)
+        assert calls.find(leaves) is None
+    assert calls.find(leaves) is None
+    grown = leaves._replace(structures=({}, {}, {}))
+    for _ in range(3):  # a state of another structure than before
+        calls.learn(leaves, grown, numbers, heard, **options)
+    assert calls.find(leaves) is None
+    for _ in range(2):
+        calls.learn(leaves, leaves, numbers, heard, **options)
+    assert calls.find(leaves) is not None
+
+
+@pytest.mark.parametrize(
+    "constants", [[(3,), (4,)], [(3,), (3, 3)], [(3, 4), (3,)], [(torch.ones(1),), (torch.ones(1),)], [("a",), ("b",)]]
+)
+def test_a_graph_whose_constants_change_is_not_called_directly(constants):
+    calls, numbers, weight, batch = direct.DirectCalls(), torch.zeros(1), torch.ones(1), torch.ones(2)
+    leaves = direct.leaves_of(batch, ({"w": weight}, {}, {}), 0)
+    assert leaves is not None
+    for own in constants:
+        heard = direct.Heard(lambda *inputs: inputs, (batch, weight, *own), (weight, numbers))
+        calls.learn(leaves, leaves, numbers, heard, values=numbers, names=("loss",), policy="raise")
+    assert calls.find(leaves) is None
 
 
 def test_a_batch_that_skips_too_often_ends_a_run():
