@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from functools import partial
@@ -155,6 +156,28 @@ def test_a_run_that_stops_saves_the_state_before_the_step_and_resumes_to_the_sam
     assert calls == 4
     assert cli("resume", tmp_path, "run").code == 0
     assert latest_digest(directory) == latest_digest(trained(tmp_path, CONFIG, "plain"))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        ({"mean": torch.ones(2)}, {"mean": torch.ones(2)}, None),
+        ({"mean": torch.tensor([math.nan, 0.0])}, {"mean": torch.tensor([math.nan, 0.0])}, None),
+        ({"mean": torch.zeros(2)}, {"mean": -torch.zeros(2)}, "buffers/mean"),
+        ({"mean": torch.ones(2)}, {"mean": torch.ones(2, 1)}, "buffers/mean"),
+        ({"mean": torch.zeros(2)}, {"mean": torch.zeros(2, dtype=torch.float64)}, "buffers/mean"),
+        ({"mean": torch.ones(2)}, {"mean": torch.ones(2), "more": torch.ones(1)}, "which tensors there are"),
+        ({"mean": torch.ones(2), "b": torch.ones(())}, {"mean": torch.ones(2), "b": torch.zeros(())}, "buffers/b"),
+    ],
+)
+def test_results_differ_in_any_bit_shape_dtype_or_name(one, other, told):
+    state, results = init_state(torch.nn.Linear(1, 1), adam(), seed=0), iter((one, other) * 2)
+    step = checked_step(lambda state, batch, *, lr: (state.replace(buffers=next(results)), {}), every=1)
+    if told is None:
+        assert step(state, None, lr=0.1)[0].buffers is one
+    else:
+        with pytest.raises(StepMismatchError, match=rf"differ in {told}, twice in a row"):
+            step(state, None, lr=0.1)
 
 
 @pytest.mark.parametrize("place", ["metrics/loss/0", "buffers/mean"])

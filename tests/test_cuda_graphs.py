@@ -285,6 +285,21 @@ def test_a_replay_gives_values_of_its_own_and_copies_numbers_and_batches_into_it
     assert state["w"].tolist() == [30.0, 30.0]
 
 
+def test_a_state_of_which_one_tensor_is_another_has_a_graph_of_its_own_tensors():
+    def read(batch: Any, params: Any, buffers: Any, opt_state: Any, numbers: torch.Tensor) -> Any:
+        return {"w": params["w"] + params["v"], "v": params["v"]}, buffers, opt_state, ("loss",), numbers
+
+    replays = Replays(read, max_graphs=2, capture=record)
+    state = {"w": torch.zeros(1), "v": torch.ones(1)}
+    for _ in range(3):
+        state = taken_by(replays, 3, state=state)
+    assert (replays.num_graphs, state["w"].item()) == (1, 3.0)
+    kept, other = state["v"], torch.full((1,), 5.0)
+    state = taken_by(replays, 3, state={**state, "v": other})
+    assert (replays.num_graphs, state["w"].item(), kept.item()) == (2, 8.0, 1.0)
+    assert state["v"] is other
+
+
 def test_a_state_that_changes_its_structure_has_no_graph():
     def rename(batch: Any, params: Any, *rest: Any) -> Any:
         new, *others = add_batch(batch, params, *rest)

@@ -54,6 +54,12 @@ def test_a_mean_of_nothing_does_not_spoil_the_means_of_other_batches(weight):
     assert math.isnan(weighted_sum(torch.tensor(math.nan), 1).total)
 
 
+def test_a_mean_on_a_device_of_a_batch_without_points_counts_nothing():
+    assert weighted_sum(torch.ones((), device="meta"), 0) == Sum(0.0, 0.0)
+    assert weighted_sum(torch.ones((), device="meta"), 2).total.is_meta  # type: ignore[union-attr]
+    assert torch.func.vmap(lambda mean: weighted_sum(mean, 2).total)(torch.tensor([3.0])) == 6.0
+
+
 def test_a_tensor_on_a_device_is_not_read():
     # A meta tensor has no value: reading it raises an error.
     sums = {"loss": weighted_sum(torch.ones((), device="meta", requires_grad=True), torch.ones((), device="meta"))}

@@ -9,12 +9,15 @@ import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from preloaded import run_program
 
 import dwiml_func
+from dwiml_func.checkpoint import provenance
 from dwiml_func.checkpoint.provenance import environment, environment_differences
 
 PACKAGE = Path(__file__).parent.parent / "dwiml_func"
@@ -94,6 +97,56 @@ def test_a_checkout_is_named_by_its_commit_and_a_change_shows_in_commit_and_sour
     assert changed["git"] == f"{committed['git']} changed"
     assert changed["source"] != committed["source"] == environment()["source"]
     assert [text.split(":")[0] for text in environment_differences(committed, changed)] == ["git", "source"]
+
+
+@pytest.mark.parametrize(
+    ("status", "told"), [("", "c0ffee"), (" M dwiml_func/types.py\n", "c0ffee changed"), (OSError(), None)]
+)
+def test_git_is_asked_in_the_folder_of_the_package_and_given_ten_seconds(status, told, tmp_path, monkeypatch):
+    asked = []
+
+    def answer(command: list[str], **options: Any) -> Any:
+        asked.append(command)
+        assert options == {"capture_output": True, "text": True, "check": True, "timeout": 10}
+        if isinstance(status, Exception):
+            raise status
+        return subprocess.CompletedProcess(command, 0, "c0ffee\n" if "rev-parse" in command else status)
+
+    monkeypatch.setattr(provenance, "_PACKAGE", tmp_path / "dwiml_func")
+    monkeypatch.setattr(provenance.subprocess, "run", answer)
+    ask = provenance._git_commit.__wrapped__
+    assert (ask(), asked) == (None, [])  # no checkout
+    (tmp_path / ".git").touch()  # a worktree has a file
+    assert ask() == told
+    at = ["git", "-C", str(tmp_path)]
+    commands = [[*at, "rev-parse", "HEAD"], [*at, "status", "--porcelain", "--", "dwiml_func"]]
+    assert asked == commands[: 1 if told is None else 2]
+
+
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "git"), subprocess.TimeoutExpired("git", 10)])
+def test_a_git_that_fails_is_no_error(error, tmp_path, monkeypatch):
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(provenance, "_PACKAGE", tmp_path / "dwiml_func")
+    monkeypatch.setattr(provenance.subprocess, "run", fail)
+    assert provenance._git_commit.__wrapped__() is None
+
+
+def test_a_processor_and_a_package_that_are_not_known_are_no_errors(monkeypatch):
+    assert provenance._record_digest.__wrapped__("no-such-package-of-dwiml") is None
+    known = {"model name\t: A & B  \n": "A & B", "x\nmodel name : C\nmodel name : D\n": "C", "vendor: E\n": "F"}
+    monkeypatch.setattr(platform, "processor", lambda: "F")
+    for text, name in known.items():
+        monkeypatch.setattr(Path, "read_text", lambda path, text=text: text)
+        assert provenance._cpu_model.__wrapped__() == name
+
+    def no_file(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", no_file)
+    assert provenance._cpu_model.__wrapped__() == "F"
 
 
 def test_what_an_earlier_version_did_not_record_is_no_difference():

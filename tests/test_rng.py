@@ -180,6 +180,27 @@ def test_watched_generators_tell_whether_something_was_drawn_and_are_put_back():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("drawn_from", [(), (0,), (1,), (0, 1)])
+def test_the_generators_of_all_devices_are_seeded_watched_and_put_back(drawn_from, monkeypatch):
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    monkeypatch.setattr(rng, "default_generators", lambda: generators)
+    before = [generator.get_state() for generator in generators]
+
+    def draw() -> list[float]:
+        return [torch.rand(1, generator=generators[number]).item() for number in drawn_from]
+
+    with watched_generators() as has_drawn:
+        draw()
+        assert has_drawn() == bool(drawn_from)
+    assert all(map(torch.equal, before, (generator.get_state() for generator in generators)))
+    with torch_rng(Key(1)):
+        first = draw()
+    assert all(map(torch.equal, before, (generator.get_state() for generator in generators)))
+    with torch_rng(Key(1)):
+        assert first == draw()
+        assert len({generator.initial_seed() for generator in generators}) == 1
+
+
 def test_without_seeds_a_thread_draws_from_the_generators_as_they_are():
     def first() -> list[float]:
         with torch_rng(Key(1)):

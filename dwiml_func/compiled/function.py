@@ -201,7 +201,7 @@ def _with_tensors(value: Any) -> Any:
     if isinstance(value, tuple | list):
         parts = [_with_tensors(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
-    if is_dataclass(value) and not isinstance(value, type):
+    if is_dataclass(value):
         copied = copy.copy(value)
         for field in fields(value):
             object.__setattr__(copied, field.name, _with_tensors(getattr(value, field.name)))  # it may be frozen

@@ -214,8 +214,7 @@ class JitStep:
         if results is None:
             return eager()
         params, buffers, opt_state, names, values = results
-        if self._replays is None and self._donate and _is_elementwise(self.eager.keywords["optimizer"]):
-            # The graph wrote into these tensors.
+        if self._replays is None:  # the graph may have written into these tensors
             params, opt_state = merged(state.params, params), merged(state.opt_state, opt_state)
         policy = choose_policy(self._non_finite, state.opt_state, values)
         if leaves is not None and heard is not None and (new := leaves_of(batch, (params, buffers, opt_state), None)):
@@ -262,7 +261,3 @@ class JitStep:
             raise_if_not_finite(state, batch, float(numbers[0]), float(numbers[1]))
         metrics = {name: Sum(numbers[2 * i], numbers[2 * i + 1]) for i, name in enumerate(names, start=2)}
         return advance(state, params, buffers, opt_state, metrics, donate=self._donate), metrics
-
-
-def _is_elementwise(optimizer: Optimizer | Callable[..., Optimizer]) -> bool:
-    return (optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)).is_elementwise
