@@ -200,6 +200,8 @@ def test_a_step_with_tensors_elsewhere_is_not_captured():
         leaves = leaves_of(batch, ({"w": x}, {}, {}), None)
         assert replays(batch, leaves, torch.zeros(3)) is not None
     assert replays.reason == "tensors of the batch or of the state are not on cpu"
+
+
 def taken_by(replays: Replays, size: int, *, state: Any = None, dtype: torch.dtype = torch.float32) -> Any:
     """The next state after a step, on a batch of ones of that size."""
     batch, state = torch.ones(size, dtype=dtype), {"w": torch.zeros(2)} if state is None else state
@@ -336,17 +338,23 @@ def test_captures_share_a_stream_and_a_pool_which_the_newest_graph_keeps(monkeyp
     def capturing(graph: Any, **options: Any) -> Iterator[None]:
         captured.append(options)
         calls.append("begin")
-        yield
+        yield  # an error passes: torch may then leave the stream of the capture
         calls.append("end")
 
     calls: list[str] = []
     for name, value in {"is_available": lambda: True, "graph_pool_handle": object, "Stream": object}.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
+    monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", capturing)
     capture = OnCuda()
     replays = [capture(lambda: calls.append("step")) for _ in range(2)]
-    assert calls == ["begin", "step", "end"] * 2
+    assert calls == ["begin", "step", "end", "before"] * 2
+    calls.clear()
+    with pytest.raises(IndexError):
+        capture(lambda: calls.pop(7))
+    assert calls == ["begin", "before"]
     assert [replay() for replay in replays] == ["replayed"] * 2
     assert captured[0] == captured[1]
     assert captured[0].keys() == {"pool", "stream", "capture_error_mode"}
