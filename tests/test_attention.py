@@ -67,6 +67,7 @@ def test_the_command_writes_matrices_and_coloured_tractograms(cli, tmp_path: Pat
     assert not (tmp_path / "out").exists()
     outcome = cli("attention", *given, "--ids", 0, 3)
     assert outcome.code == 0, outcome.err
+    assert outcome.out == f"{tmp_path / 'out'}: 2 streamlines, attentions encoder_1\n"
     assert (tmp_path / "out" / "matrices_3.png").read_bytes().startswith(b"\x89PNG")
     from dwiml_func.experiment.model_store import load_model
 

@@ -199,6 +199,8 @@ def test_the_text_of_a_sample_counts_the_epochs_that_were_chosen_and_shortens_ma
     assert lines[2].startswith("Epochs 1 to 3 have no checkpoint between them")
     assert lines[3].endswith("at most (1 - f)^3: 0.97 for 1%, 0.86 for 5%, 0.73 for 10%, 0.12 for 50%.")
     assert lines[4:] == ["Record ab"]
+    other = format_audit(replace(audit, context=("other torch", "other numpy")), "run").splitlines()
+    assert other == [*lines[:-1], "Different: other torch; other numpy", "Record ab"]
     many = replace(audit, problems=tuple(f"problem {number}" for number in range(15)), context=("other torch",))
     lines = format_audit(many, "run").splitlines()
     assert lines[0].endswith("some differ.")

@@ -162,6 +162,7 @@ def test_matrices_are_compared(cli, tmp_path):
 
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, tmp_path):
+    cli("connectivity").check_refusal("Expected TRACTOGRAM and OUT.npy", "Received: nothing.")
     tractogram, tck = save(tmp_path / "a.trk", LINES), save(tmp_path / "a.tck", LINES)
     other = tmp_path / "other.nii.gz"
     nib.Nifti1Image(np.ones((4, 4, 4), dtype=np.int32), AFFINE).to_filename(other)

@@ -148,7 +148,8 @@ def of_axes(axes: Any) -> Iterator[str]:
 
 def described(figure: Any) -> str:
     title = of_text(figure._suptitle) if figure.get_suptitle() else ""
-    lines = [f"size {short(figure.get_size_inches())} {title} {figure.get_supxlabel()!r}"]
+    below = of_text(figure._supxlabel) if figure.get_supxlabel() else ""
+    lines = [f"size {short(figure.get_size_inches())} {title} {below}".rstrip()]
     for axes in figure.axes:
         lines += of_axes(axes)
     for legend in figure.legends:

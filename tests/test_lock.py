@@ -10,14 +10,17 @@ import shutil
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from filelock import FileLock
 from preloaded import start_program
 
+from dwiml_func.cli import _training
 from dwiml_func.files.lock import (
     FolderLostError,
     LockedError,
@@ -361,3 +364,37 @@ def test_commands_that_train_lock_what_they_write_and_wait_for_the_folder_of_all
     assert locks(*two) == locked_members
     swept = locks("train", tmp_path, "all", data, *tiny, "--sweep", "dg-dropout=0.1", "--stop-after", "0s")
     assert swept == [(".", True), ("all", True), ("all/dg-dropout=0.1", False)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_joined_processes_the_first_holds_the_locks(rank: int, tmp_path: Path, monkeypatch) -> None:
+    """It alone looks whether the experiment is there, removes what a kill left, and makes the experiment."""
+    done: list[Any] = []
+
+    @contextmanager
+    def lock(directory: Path, *, wait: bool = False) -> Iterator[None]:
+        done.append((directory.name, wait))
+        yield
+        done.append(directory.name)
+
+    group: Any = SimpleNamespace(rank=rank, gather=lambda values: [bool(values)])
+    monkeypatch.setattr(_training, "experiment_lock", lock)
+    monkeypatch.setattr(_training, "remove_left_lock", lambda directory: done.append(f"left in {directory.name}"))
+    monkeypatch.setattr(_training, "rank_zero_first", lambda *_: "resumed")
+    run = tmp_path / "all" / "run"
+    with _training.created(run, group, lambda: done.append("created")):
+        done.append("trained")
+    made = [("all", True), "created", "all", ("run", False), "trained", "run"]
+    assert done == (made if rank == 0 else ["trained"])
+
+    done.clear()
+    with _training.resumed_run(run, group) as resumed:
+        done.append(resumed)
+    assert done == (["left in all", ("run", False), "resumed", "run"] if rank == 0 else ["resumed"])
+
+    run.mkdir(parents=True)
+    new: Any = lambda *_: SimpleNamespace(as_new=lambda: SimpleNamespace(config=None))  # noqa: E731
+    monkeypatch.setattr(_training, "prepare", new)
+    monkeypatch.setattr(_training, "create_experiment", lambda *_: None)
+    with _training.new_run(run.parent, "run", new, group) as (*_, last):
+        assert last == ("d" if rank == 0 else ())  # the last of "resumed": the first process has found it

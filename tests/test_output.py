@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-from dwiml_func.cli._output import drop_unwritable_output, folders_above, new_folder
+from dwiml_func.cli._output import (
+    drop_unwritable_output,
+    enduring_output,
+    folders_above,
+    new_folder,
+    open_standard_streams,
+)
+from dwiml_func.cli.main import main
 
 DATA = Path(__file__).parent / "data"
 
@@ -76,6 +84,72 @@ def test_what_a_full_disk_did_not_take_is_dropped_and_comes_out_nowhere_later(tm
     finally:
         os.dup2(kept, 1)
         os.close(kept)
+
+
+def test_output_that_cannot_be_written_is_dropped_with_one_warning(tmp_path: Path, monkeypatch) -> None:
+    kept = os.dup(1), os.dup(2)
+    try:
+        with Path("/dev/full").open("w") as full, (tmp_path / "err").open("w") as errors:
+            os.dup2(full.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            monkeypatch.setattr(sys, name, os.fdopen(number, "w", closefd=False))
+        with enduring_output():
+            print("lost")
+            print("lost", file=sys.stderr)
+            print("lost")
+        reason = "dwiml-func: warning: standard output cannot be written to (No space left on device)"
+        assert (tmp_path / "err").read_text().splitlines() == [f"{reason}. Training continues.", "lost"]
+        with Path("/dev/full").open("w") as full:
+            os.dup2(full.fileno(), 2)
+        with (tmp_path / "out").open("w") as out, enduring_output():
+            os.dup2(out.fileno(), 1)
+            print("lost", file=sys.stderr)
+            print("kept")
+        assert (tmp_path / "out").read_text() == "kept\n"
+        for stream in (sys.stdout, sys.stderr):
+            stream.close()
+    finally:
+        for number, other in zip((1, 2), kept, strict=True):
+            os.dup2(other, number)
+            os.close(other)
+
+
+def test_a_stream_that_is_not_the_standard_one_is_left_as_it_is(tmp_path: Path, monkeypatch) -> None:
+    with (tmp_path / "out").open("w") as out:
+        for stream in (out, io.StringIO()):
+            monkeypatch.setattr(sys, "stdout", stream)
+            with enduring_output():
+                assert sys.stdout is stream
+            assert sys.stdout is stream
+
+
+def test_a_standard_stream_that_is_closed_gets_the_null_device(monkeypatch) -> None:
+    kept = os.dup(0)
+    try:
+        os.close(0)
+        monkeypatch.setattr(sys, "stdin", None)
+        open_standard_streams()
+        assert os.fstat(0).st_rdev == os.stat(os.devnull).st_rdev
+        assert os.get_inheritable(0)
+        assert sys.stdin.read() == ""
+        sys.stdin.close()
+        monkeypatch.setattr(sys, "stderr", None)
+        open_standard_streams()
+        print("nothing", file=sys.stderr)
+        sys.stderr.close()
+    finally:
+        os.dup2(kept, 0)
+        os.close(kept)
+
+
+def test_a_name_that_the_terminal_lacks_is_printed_with_a_backslash(monkeypatch) -> None:
+    binary = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(binary, encoding="ascii"))
+    assert main(["--version"]) == 0
+    print("é")
+    sys.stdout.flush()
+    assert binary.getvalue().endswith(b"\n\\xe9\n")
 
 
 @pytest.mark.parametrize("name", ["model", "./a/../b/model"])

@@ -128,6 +128,7 @@ def of_members() -> str:
     own = report(stop=None, valid={"loss": 0.5, "overlap": 0.75}, monitor="overlap")
     ended = report(stop="patience", is_best=False, valid={"loss": 0.625})
     members = {0: own, 2: ended, 3: report(stop="max_epochs", is_best=False)}
+    members[4] = report(train={"loss": 0.5, "overlap": 0.25}, valid={}, monitor="overlap", stop=None)
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         _several._print_epoch(EnsembleReport(epoch=2, members=members, failed={1: "The loss is nan."}), 9)
         _several._print_epoch(EnsembleReport(epoch=3, members={0: own}, failed={}, batch=5), 9)

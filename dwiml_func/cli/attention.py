@@ -123,7 +123,7 @@ def draw_matrices(weights: dict[str, Tensor], *, title: str) -> Figure:
     """
     from matplotlib.figure import Figure
 
-    num_heads = max(len(own) for own in weights.values())
+    num_heads = len(next(iter(weights.values())))
     figure = Figure(figsize=(1.0 + 1.7 * num_heads, 1.05 + 1.7 * len(weights)))
     axes = figure.subplots(len(weights), num_heads, squeeze=False)
     height = figure.get_figheight()

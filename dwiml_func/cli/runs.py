@@ -124,7 +124,7 @@ def _csv(runs: Sequence[RunOverview], shown: Sequence[str]) -> str:
         rows.append(row | shares | {name: run_value(run, name) for name in shown})
     text = io.StringIO()
     names = dict.fromkeys(name for row in rows for name in row)
-    table = csv.DictWriter(text, [*names], restval="", lineterminator="\n")
+    table = csv.DictWriter(text, [*names], lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     return text.getvalue()
