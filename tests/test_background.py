@@ -143,6 +143,8 @@ def test_the_training_thread_goes_on_while_a_checkpoint_is_written(tmp_path, hel
     with AsyncCheckpointer(tmp_path) as checkpointer:
         checkpointer.save(state_at(1), history)
         history.append(report(2))  # it writes what was given
+        assert checkpointer._thread is not None
+        assert checkpointer._thread.daemon  # an interpreter that ends does not wait for it
         assert list_checkpoints(tmp_path) == []
         held.set()
     assert list_checkpoints(tmp_path) == ["1"]

@@ -353,7 +353,7 @@ def test_captures_share_a_stream_and_a_pool_which_the_newest_graph_keeps(monkeyp
     assert calls == ["begin", "step", "end", "before"] * 2
     calls.clear()
     with pytest.raises(IndexError):
-        capture(lambda: calls.pop(7))
+        capture(lambda: print(calls[7]))
     assert calls == ["begin", "before"]
     assert [replay() for replay in replays] == ["replayed"] * 2
     assert captured[0] == captured[1]

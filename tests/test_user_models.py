@@ -418,6 +418,19 @@ def test_global_generators_of_python_and_numpy_are_refused_whatever_they_give(dr
         step(mlp(), lambda model, x: (loss(model, x)[0] * (1 if draw() >= 0 else 2), len(x)))
 
 
+@pytest.mark.parametrize("drawn_at", [(0,), (1,)])
+def test_numbers_that_another_thread_draws_meanwhile_are_no_error_of_the_loss(drawn_at: tuple[int, ...]) -> None:
+    """A loss that draws does so each time it is called."""
+    calls = iter(range(9))
+
+    def compute(model: Any, x: Tensor) -> tuple[Tensor, int]:
+        if next(calls) in drawn_at:
+            random.random()
+        return loss(model, x)
+
+    step(mlp(), compute)
+
+
 @pytest.mark.parametrize("make", [lambda: torch.Generator(), lambda: None], ids=["own", "captured"])
 def test_random_numbers_from_another_generator_are_refused(make) -> None:
     captured, own = torch.Generator(), make()
