@@ -24,8 +24,8 @@ import torch
 
 from dwiml_func.dwi_ml.models import _kind, shift_warning, write_dwi_ml_model
 from dwiml_func.dwi_ml.parameters import check_whole_grid, config_of, parameters_of
-from dwiml_func.dwi_ml.transformers import joined_state
-from dwiml_func.dwi_ml.upgrade import upgraded_parameters
+from dwiml_func.dwi_ml.transformers import DEFAULT_MAX_LEN, joined_state, split_state
+from dwiml_func.dwi_ml.upgrade import _neighborhood, upgraded_parameters
 from dwiml_func.experiment.config import BatchConfig, DataConfig, ModelConfig, RunConfig
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.training_facts import TRAINED_ON
@@ -435,3 +435,22 @@ def test_grids_that_dwi_mls_rounding_leaves_empty_are_refused(resolution, radius
     ):
         check_whole_grid(RunConfig(hdf5_file="", model=model, data=data), source="a")
     check_whole_grid(RunConfig(hdf5_file="", data=data), source="a")  # without convolutions any grid will do
+
+
+@pytest.mark.parametrize(
+    ("radius", "expected"),
+    [
+        ([1.5], (1, 1.5)),
+        ([0.5, 1.0, 1.5], (3, 0.5)),
+        *((other, None) for other in ([], [1.0, 2.5], [1.0, "2"], ["1"], 3, None, "12")),
+    ],
+)
+def test_former_lists_of_distances_are_a_radius_and_a_resolution_where_they_are_even(radius: Any, expected: Any):
+    names = ("neighborhood_radius", "neighborhood_resolution")
+    assert _neighborhood(radius) == ({} if expected is None else dict(zip(names, expected, strict=True)))
+
+
+def test_without_a_longest_line_the_table_of_positions_has_that_of_dwi_ml():
+    given = {"modified_torch_transformer.encoder.layers.0.self_attn.in_proj_weight": torch.ones(12, 4)}
+    found = {tuple(tensor.shape) for name, tensor in split_state(given, max_len=None).items() if "position" in name}
+    assert found == {(1, DEFAULT_MAX_LEN, 4)}

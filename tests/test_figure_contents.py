@@ -17,6 +17,7 @@ import pytest
 import torch
 from experiment_cases import PHANTOM
 from matplotlib.colors import to_hex, to_rgba_array
+from matplotlib.figure import Figure
 from test_plots import EVALUATION, history, plotted
 from test_tracking_figures import evaluation as tracking_evaluation
 from test_tracking_figures import walks
@@ -29,7 +30,7 @@ from dwiml_func.data.inspection.inspect import inspect_dataset
 from dwiml_func.experiment.comparison.correlation import Correlation, Pairs, draw_correlation
 from dwiml_func.experiment.figures.autoencoder import latent_figure, reconstruction_figure
 from dwiml_func.experiment.figures.connectivity import draw_connectivity
-from dwiml_func.experiment.figures.dataset import draw_dataset
+from dwiml_func.experiment.figures.dataset import _draw_lengths, draw_dataset
 from dwiml_func.experiment.figures.graphs import parse_graph
 from dwiml_func.experiment.figures.losses import draw_eos, draw_losses
 from dwiml_func.experiment.figures.plots import draw_runs
@@ -211,6 +212,12 @@ def upright(figure: Any) -> Any:
     return figure
 
 
+def of_panel(draw: Callable[[Any], object]) -> Any:
+    figure = Figure()
+    draw(figure.add_subplot())
+    return figure
+
+
 def tracked() -> Any:
     found = tracking_evaluation({"continue": SHOWN, "free": SHOWN})
     assert found.lines is not None
@@ -254,6 +261,7 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "losses": lambda: draw_losses(three_lines(eos=False), 0.1, 0.8, "cividis", title="a title"),
     "ends": lambda: draw_eos(three_lines(eos=True), title="a title"),
     "dataset": lambda: draw_dataset(inspect_dataset(PHANTOM)),
+    "lengths of nothing": lambda: of_panel(lambda axes: _draw_lengths(axes, [], [], {})),
     "attention": lambda: draw_matrices(
         {"encoder_1": torch.tril(torch.arange(1.0, 19).reshape(2, 3, 3)), "cross_1": torch.eye(3).expand(2, 3, 3)},
         title="a title",

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dwiml_func.data.bundles import Bundles
-from dwiml_func.data.hdf5.write import new_dataset, write_streamlines, write_volume
+from dwiml_func.data.hdf5.write import _lengths_mm, new_dataset, write_streamlines, write_volume
 from dwiml_func.data.resampling import Resampling
 
 File: Any = h5py.File  # typed, every item of a file could be a group, a dataset or a datatype
@@ -224,3 +224,9 @@ def test_a_full_disk_at_the_end_of_the_block_is_an_error_and_leaves_the_old_file
         write_small(path, overwrite=True)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_streamline_without_points_has_a_length_of_zero():
+    points = np.array([[0, 0, 0], [1, 0, 0], [1, 2, 0], [5, 5, 5]], dtype=np.float32)
+    found = _lengths_mm(points, np.array([0, 0, 3, 3, 4]), np.diag([2.0, 3, 4, 1]))
+    assert (found.dtype, found.tolist()) == (np.float32, [0, 8, 0, 0])

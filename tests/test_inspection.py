@@ -218,3 +218,33 @@ def test_a_missing_file_is_named(tmp_path, capfd):
     assert "does not exist" in capfd.readouterr().err
     assert main(["info", str(tmp_path)]) == 2
     assert "not a file" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("date", [None, "Not recorded", "2026-01-31"])
+def test_the_date_is_told_where_it_is_known(edited, date):
+    def change(file):
+        file.attrs.pop("data_and_time", None)
+        if date is not None:
+            file.attrs["data_and_time"] = date
+
+    text = format_inspection(inspect_dataset(edited(change)))
+    assert ("made 2026-01-31" in text) == (date == "2026-01-31")
+    assert ("made" in text) == (date == "2026-01-31")
+
+
+def test_a_group_of_no_known_type_is_named_and_not_read(edited):
+    found = inspect_dataset(edited(lambda file: file["subj0/streamlines"].attrs.update(type="other")))
+    (problem,) = (each for each in found.problems if "type" in str(each))
+    assert "type 'other'. Expected a group of type 'volume' or 'streamlines'" in str(problem)
+    assert "streamlines" not in found.subjects["subj0"]
+
+
+def test_a_dataset_behind_a_broken_link_is_said_to_be_so(edited):
+    def change(file):
+        del file["subj0/input/data"], file["subj1/input/data"]
+        file["subj0/input/data"] = h5py.SoftLink("/gone")
+        file["subj1/input/data"] = h5py.ExternalLink("gone.hdf5", "/a")
+
+    problems = " ".join(map(str, inspect_dataset(edited(change)).problems))
+    assert "dataset 'data' is a broken link, to /gone" in problems
+    assert "dataset 'data' is a broken link, to gone.hdf5 /a" in problems

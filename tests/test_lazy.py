@@ -296,3 +296,10 @@ def test_a_cache_that_holds_no_volume_is_refused_with_what_the_option_of_dwi_ml_
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match=r"^cache_size: .* Received: "):
         parse_bytes(text)
+
+
+def test_a_training_subject_that_is_not_in_the_file_is_nothing_to_other_subsets(tmp_path):
+    path = Path(shutil.copy(PHANTOM, tmp_path / "a.hdf5"))
+    with h5py.File(path, "r+") as file:
+        file.attrs["training_subjs"] = ["gone", "subj1"]
+    assert open_dataset(path, "validation").index.subjects == ("subj2",)

@@ -24,6 +24,7 @@ from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
 from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.page.html import json_block
 from dwiml_func.experiment.page.page import _epochs, run_page
 from dwiml_func.experiment.page.scores import score_sections
 from dwiml_func.experiment.page.viewer import MOST_POINTS, viewer, viewer_data
@@ -363,3 +364,9 @@ def test_a_browser_runs_no_script_that_came_from_a_file(made: Made, window: Brow
     window.open(file)
     assert window.run("window.ran") is None
     assert any("Content Security Policy" in error for error in window.errors)
+
+
+def test_data_for_a_script_have_an_id_and_cannot_end_their_element():
+    block = json_block("lines", {"a": "</script>"})
+    assert (block.tag, block.attrib) == ("script", {"type": "application/json", "id": "lines"})
+    assert block.text == '{"a": "\\u003c/script>"}'

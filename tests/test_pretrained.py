@@ -176,3 +176,8 @@ def test_train_init_from_starts_from_the_weights_and_records_their_digest(cli, e
     )
     assert cli("train", tmp_path, *("third", *arguments[1:-1], tmp_path / "gone")).code == 2
     assert not (tmp_path / "third").exists()
+
+
+def test_a_source_that_is_not_there_is_told_from_one_that_holds_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"No model at .*gone\. Expected a torch\.save file, a model directory"):
+        load_pretrained(nn.Linear(2, 2), tmp_path / "gone")

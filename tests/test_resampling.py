@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.data.resampling import Resampling, resample, resample_others, resample_streamlines
+from dwiml_func.data.resampling import Resampling, resample, resample_others, resample_streamlines, steps_for
 from dwiml_func.data.streamlines import Streamlines
 
 resamplings = st.one_of(
@@ -164,3 +164,8 @@ def test_both_ends_of_every_streamline_are_bitwise_those_given(seed, num_steps):
     found, new_offsets = resample(points, offsets, np.full(20, num_steps))
     assert found[new_offsets[:-1]].tobytes() == points[offsets[:-1]].tobytes()
     assert found[new_offsets[1:] - 1].tobytes() == points[offsets[1:] - 1].tobytes()
+
+
+@pytest.mark.parametrize(("rule", "steps"), [("nearest", [1, 1, 2, 2, 4]), ("dwi_ml", [1, 1, 1, 2, 3])])
+def test_the_number_of_steps_is_the_nearest_or_of_the_points_the_quotient_rounded_up(rule, steps):
+    assert steps_for(np.array([0.2, 1.2, 1.75, 2.25, 3.75]), 1.0, rule).tolist() == steps

@@ -11,6 +11,7 @@ from dipy.reconst.shm import sf_to_sh
 from dipy.sims.voxel import multi_tensor
 
 from dwiml_func.data.spherical_harmonics import (
+    assumed_signal,
     half_sphere_directions,
     harmonics_fault,
     multi_tensor_signal,
@@ -102,3 +103,10 @@ def test_bad_values_are_refused():
             sh_matrix(np.eye(3), order)
     with pytest.raises(ValueError, match=r"sh_basis: expected one of descoteaux07, tournier07, received 'tournier'"):
         sh_matrix(np.eye(3), 4, basis="tournier")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "is_assumed"), [({"sh_order": 2}, True), ({"sh_order": 2, "sh_of": "fod"}, False), ({}, False)]
+)
+def test_harmonics_that_do_not_say_what_they_describe_are_taken_for_the_signals(attributes, is_assumed):
+    assert assumed_signal(attributes) == (", taken for the signal's (no 'sh_of')" if is_assumed else "")

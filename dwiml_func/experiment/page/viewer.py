@@ -60,7 +60,7 @@ def viewer_data(recorded: RecordedLines, titles: Mapping[str, str]) -> dict[str,
     """
     entries, colours = legend(recorded), _colours(recorded)
     rows = [entry.colour for entry in entries]
-    of_bundle = np.array([rows.index(colour) for colour in colours], dtype=np.int64)
+    of_bundle = np.array([rows.index(colour) for colour in colours])
     shown = {"real": recorded.lines.real, **recorded.lines.tracked}
     every = max(1, -(-sum(len(each.lines.points) for each in shown.values()) // MOST_POINTS))
     centre = view_limits([each.lines for each in shown.values()]).mean(axis=1)
