@@ -124,7 +124,10 @@ def test_another_dtype_is_refused_by_name():
 
 
 def test_a_device_without_bfloat16_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
+    check_bf16(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    check_bf16(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
     with pytest.raises(ValueError, match=r"precision bf16: Old Card has no .*Use precision float32"):
         check_bf16(torch.device("cuda"))
