@@ -17,6 +17,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # processes that tests start find the package compiled,
 sys.dont_write_bytecode = False  # and the next run of the tests finds them compiled
+os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"  # or inductor tries for 8 s what the compiler knows of the processor
 MEMORY = Path("/dev/shm")  # a disk needs a tenth of a second for each checkpoint, as its files are synced
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))

@@ -112,10 +112,10 @@ def test_code_made_by_inductor_draws_what_an_eager_step_draws_and_leaves_the_gen
 
 
 def test_a_new_graph_continues_bitwise():
-    start, first, _ = make_steps(make_model(0.5), backend="inductor")
+    start, first, _ = make_steps(make_model(0.5), optimizer=sgd(momentum=0.9), backend="inductor")
     whole, _ = run(first, start, 5)
     state, _ = run(first, start, 2)
-    _, second, _ = make_steps(make_model(0.5), backend="inductor")
+    _, second, _ = make_steps(make_model(0.5), optimizer=sgd(momentum=0.9), backend="inductor")
     for number in range(2, 5):
         state, _ = second(state, some_batch(number), lr=0.1 / (number + 1))
     assert same_states(state, whole)

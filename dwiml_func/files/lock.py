@@ -154,7 +154,7 @@ def _refuses(path: Path, flags: int, operation: int) -> bool:
 
 def _remove_own(path: Path, own: os.stat_result) -> None:
     """Remove the lock's file, unless the directory was taken over meanwhile."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):  # or a file stands in its place
         if os.path.samestat(path.lstat(), own):
             path.unlink()
 
