@@ -1,7 +1,8 @@
 """What compiling the training step of Learn2Track costs and brings, over batches that all have another length.
 
 Data, model and steps are those of the default example run, as `dwiml-func train` makes them with and without
-`--compile`. The compiler's cache is empty at the start.
+`--compile`. The compiler's cache is empty at the start. With `--padded`, the same beside `--pad-batches on`: batches
+padded to one of 8 lengths of the dataset, and a graph for each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dwiml_func.data import StreamlineBatch
 from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.experiment.setup import RunParts, prepare
 
-EAGER, COMPILED, LR = "eager", "compiled", 1e-3
+EAGER, COMPILED, PADDED, LR = "eager", "compiled", "compiled, padded", 1e-3
 MAX_RATIO, MAX_COMPILATIONS = 0.9, 3
 NUM_COMPARED = 10
 # Float32 sums in another order differ by 1e-6 or less of a loss; each of the updates between carries that on.
@@ -37,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="torch.set_num_threads (default: 1)")
     parser.add_argument("--batches", type=int, default=200, help="batches; a step of each kind on each (default: 200)")
+    parser.add_argument("--padded", action="store_true", help="also compile steps on padded batches")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -46,6 +48,17 @@ def main() -> int:
         losses: dict[str, list[float]] = {EAGER: [], COMPILED: []}
         steps = {EAGER: step_through(eager, batches, losses[EAGER])}
         steps[COMPILED] = step_through(compiled, batches, losses[COMPILED])
+        if options.padded:
+            padded, warm_padded = make_padded_parts(Path(folder) / "data.hdf5")
+            own = list(islice(different_batches(padded), options.batches))
+            for number in {batch.padded_length: place for place, batch in enumerate(own)}.values():
+                step_through(padded, [own[number]], [])()  # compiles for each length
+            steps[PADDED] = step_through(padded, own, [])
+            lengths = {batch.padded_length for batch in own}
+            print(
+                f"padded to {len(lengths)} lengths: {warm_padded.graph.num_compilations} compilations in "
+                f"{warm_padded.graph.compile_seconds:.0f} s, {warm_padded.graph.eager_reason or 'none eager'}"
+            )
         times = interleaved(steps, len(batches), warm_up=1)
     points = [batch.num_points for batch in batches]
     num_compilations = warm.graph.num_compilations
@@ -75,6 +88,14 @@ def make_parts(path: Path) -> tuple[RunParts, RunParts, WarmUpStep]:
     compiled = prepare(replace(config, training=replace(config.training, compile=True)))
     assert isinstance(compiled.step, WarmUpStep)
     return prepare(config), compiled, compiled.step
+
+
+def make_padded_parts(path: Path) -> tuple[RunParts, WarmUpStep]:
+    """The compiled run with `--pad-batches on`, and its step."""
+    config = example_options().to_config(path)
+    parts = prepare(replace(config, training=replace(config.training, compile=True, pad_batches="on")))
+    assert isinstance(parts.step, WarmUpStep)
+    return parts, parts.step
 
 
 def different_batches(parts: RunParts) -> Iterator[StreamlineBatch]:
