@@ -37,6 +37,7 @@ SERVER = """
 import atexit, gc, json, os, sys, threading
 import h5py, matplotlib.backends.backend_agg, matplotlib.figure, orbax.checkpoint
 import dwiml_func.cli.fork, dwiml_func.cli.resume, dwiml_func.cli.train
+import nibabel, PIL.BmpImagePlugin, PIL.JpegImagePlugin, PIL.PpmImagePlugin  # what trainings import later
 
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
 gc.collect()

@@ -208,14 +208,21 @@ def test_a_hang_up_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, previous)
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGXCPU])
+def test_the_warnings_of_other_schedulers_ask_for_a_stop_too(number):
+    with stop_on_signals() as request:
+        signal.raise_signal(number)
+    assert request.signal == number
+
+
 def test_with_an_answer_to_the_second_signal_those_that_do_not_end_a_program_are_ignored_after_the_first():
     answered: list[signal.Signals] = []
     own: list[int] = []
-    gentle = (signal.SIGHUP, signal.SIGUSR1)
+    gentle = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
     previous = {number: signal.signal(number, lambda received, _: own.append(received)) for number in gentle}
     try:
         with stop_on_signals(at_second=answered.append) as stop:
-            for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGUSR1):
+            for number in (signal.SIGUSR1, *gentle):
                 signal.raise_signal(number)
             assert (stop.signal, answered, own) == (signal.SIGUSR1, [], [])
             signal.raise_signal(signal.SIGTERM)

@@ -269,6 +269,15 @@ def test_the_lock_of_another_process_in_the_same_place_stays(tmp_path):
     assert (tmp_path / ".lock").read_text() == "process 1 on anvil"
 
 
+def test_a_file_in_the_place_of_the_folder_is_no_error_of_the_lock(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with experiment_lock(folder):
+        shutil.rmtree(folder)
+        folder.write_text("not ours")
+    assert folder.read_text() == "not ours"
+
+
 def move(folder: Path) -> None:
     folder.rename(folder.with_name("moved"))
 

@@ -20,7 +20,8 @@ __all__ = ["StopRequest", "TrainingStopped", "stop_on_signals"]
 
 _TIME_LIMIT = signal.SIGALRM
 _AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # a second one of these ends the program immediately
-_SIGNALS = (*_AT_ONCE, signal.SIGHUP, signal.SIGUSR1)  # a lost terminal, a scheduler's warning
+_WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # of schedulers: Slurm; LSF and Grid Engine; their limits
+_SIGNALS = (*_AT_ONCE, signal.SIGHUP, *_WARNINGS)  # SIGHUP: a lost terminal
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ def stop_on_signals(
     at_second: Callable[[signal.Signals], object] | None = None,
     deadline: float | None = None,
 ) -> Iterator[StopRequest]:
-    """Turn the first SIGINT (Ctrl-C), SIGTERM, SIGHUP or SIGUSR1 within the block into a request, which is yielded.
+    """Turn the first SIGINT (Ctrl-C), SIGTERM, SIGHUP or scheduler's warning in the block into a request, yielded.
 
     `at_second` is called at a later SIGINT or SIGTERM; without it, later signals act as usual. SIGHUP stays ignored
     where it is, as under nohup. Outside the main thread, where Python cannot handle signals, only `deadline` fills the
