@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.data.grid import Grid, grid_difference, orientation_difference
+from dwiml_func.data.grid import Grid, grid_difference, orientation_difference, shear_of
 from dwiml_func.data.hdf5.consistency import matrix_fault
 from dwiml_func.data.hdf5.layout import read_resampling
 from dwiml_func.data.hdf5.problems import raise_first
@@ -269,6 +269,15 @@ def test_grids_are_the_same_to_a_thousandth_in_each_element():
             affine = grid.affine.copy()
             affine[place] += change
             assert (grid_difference(Grid(affine, grid.shape), grid) is not None) == differs
+
+
+@pytest.mark.parametrize(("shear", "told"), [(0.0, None), (0.008, None), (-0.1, "voxel axes at 84.3 degrees")])
+def test_axes_at_other_than_right_angles_are_told_whatever_the_size_of_voxels(shear, told):
+    turned = np.eye(4)
+    turned[:3, :3] = [[0.36, -0.48, 0.8], [0.8, 0.6, 0.0], [-0.48, 0.64, 0.6]]
+    turned[:3, :3] = turned[:3, :3] @ [[1, shear, 0], [0, 1, 0], [0, 0, 1]] * [0.2, 3.0, -1.0]
+    found = shear_of(Grid(turned, (5, 6, 7)))
+    assert found is told if told is None else str(found).startswith(told)
 
 
 @pytest.mark.parametrize(("degrees", "differs"), [(0, False), (58, False), (62, True), (180, True)])

@@ -514,6 +514,19 @@ def test_each_subject_keeps_its_own_voxels_bundles_and_standardisation(differing
         read_subject_streamlines(differing, "c", "lines")
 
 
+def test_a_grid_whose_axes_are_not_at_right_angles_is_told(differing, caplog):
+    with h5py.File(differing, "r+") as file:
+        contents: Any = file
+        affine = contents["b/input"].attrs["affine"]
+        affine[:3, 1] += 0.1 * affine[:3, 0]
+        for group in ("input", "lines"):
+            contents[f"b/{group}"].attrs["affine"] = affine
+        contents["b/lines"].attrs["voxel_sizes"] = np.linalg.norm(affine[:3, :3], axis=0)
+    open_dataset(differing, streamline_group_name="lines")
+    (record,) = caplog.records
+    assert "subject 'b': voxel axes at 81.5 degrees" in record.message
+
+
 @pytest.mark.parametrize(("last", "is_copy"), [(0.0, True), (1.0, False)])
 def test_all_points_tell_whether_a_subject_is_a_copy(differing, caplog, last, is_copy):
     with h5py.File(differing, "r+") as file:

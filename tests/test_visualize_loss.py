@@ -180,6 +180,14 @@ def test_histograms_count_all_points_and_streamlines() -> None:
     assert low < 0.5 < high
 
 
+def test_losses_that_are_almost_equal_have_a_histogram_too() -> None:
+    lines = three_lines(eos=False)
+    nearly = np.full(len(lines.loss), 0.5, np.float32)
+    nearly[0] = np.nextafter(nearly[0], np.float32(1))
+    figure = draw_losses(lines._replace(loss=nearly), 0.0, 0.9, "cividis", title="")
+    assert num_counted(figure.axes[0]) == 10
+
+
 def test_the_probability_of_eos_is_shown_by_thirds_and_at_last_points() -> None:
     losses = three_lines(eos=True)
     assert thirds(losses).tolist() == [0, 0, 1, 1, 2, 3, 0, 1, 3, 3]

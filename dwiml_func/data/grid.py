@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Grid", "grid_difference", "grid_of", "orientation_difference", "orientation_of", "to_voxel"]
+__all__ = ["Grid", "grid_difference", "grid_of", "orientation_difference", "orientation_of", "shear_of", "to_voxel"]
 
 _TOLERANCE = 1e-3  # of an affine's elements: what `open_dataset`, and dipy's is_header_compatible, let pass
+
+_SHEAR = 0.01  # cosine between two axes of a grid: half a degree, and less than a percent of a length
 
 _SAME_AXIS = 0.5  # cosine between two subjects' axes; scans are tilted by less
 
@@ -55,6 +57,16 @@ def orientation_difference(received: Grid, expected: Grid) -> str | None:
         return None
     codes = (orientation_of(grid.affine) for grid in (received, expected))
     return "the orientation {} of the voxel axes, expected {}".format(*codes)
+
+
+def shear_of(grid: Grid) -> str | None:
+    """How the voxel axes of a grid are not at right angles, in words; None where they are."""
+    axes = grid.affine[:3, :3] / np.linalg.norm(grid.affine[:3, :3], axis=0)
+    cosine = float(np.abs(axes.T @ axes - np.eye(3)).max())
+    if cosine <= _SHEAR:
+        return None
+    angle = np.degrees(np.arccos(min(cosine, 1.0)))
+    return f"voxel axes at {angle:.1f} degrees, but lengths and angles are taken as if at 90. Resample to a grid of 90"
 
 
 def orientation_of(affine: ArrayLike) -> str:

@@ -20,7 +20,7 @@ from dwiml_func.data.creation.connectivity import load_connectivity, write_conne
 from dwiml_func.data.creation.files import GroupFiles, check_subjects, find_files
 from dwiml_func.data.creation.tractograms import Tractogram, load_streamlines
 from dwiml_func.data.creation.volumes import load_volume
-from dwiml_func.data.grid import Grid, orientation_difference
+from dwiml_func.data.grid import Grid, orientation_difference, shear_of
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.spherical_harmonics import harmonics_fault
 
@@ -90,6 +90,7 @@ def create_dataset(
                 grid = _write_streamlines(parent, groups, files[subject], grid, load)
                 if grid is not None:
                     first = first or (subject, grid)
+                    notes += [] if (fault := shear_of(grid)) is None else [f"subject {subject!r}: {fault}"]
                     difference = orientation_difference(grid, first[1])
                     if difference is not None:
                         raise ValueError(

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dwiml_func._checks import check_choice
+from dwiml_func._checks import at_most_three, check_choice
 from dwiml_func.data.bundles import Bundles, join_bundles
 from dwiml_func.data.dataset import DatasetIndex, StreamlineDataset
-from dwiml_func.data.grid import Grid
+from dwiml_func.data.grid import Grid, shear_of
 from dwiml_func.data.hdf5.cache_size import parse_bytes
 from dwiml_func.data.hdf5.consistency import (
     Volume,
@@ -147,6 +147,12 @@ def open_dataset(
             expected = parts[0] if first == subjects[0] else read(first)
             for subject, part in zip(subjects, parts, strict=True):
                 raise_first(same_volumes(input_group_name, first, expected.common, subject, part.common), path)
+        if sheared := [
+            f"subject {name!r}: {fault}"
+            for name, part in zip(subjects, parts, strict=True)
+            if (fault := shear_of(part.grid))
+        ]:
+            _log.warning("%s: %s", path, at_most_three(sheared))
         index = _index(subjects, parts)
         if subset == "training" and index.num_total == 0:
             raise ValueError(f"{path}: the training subjects have no streamlines in group {streamline_group_name!r}")
