@@ -175,7 +175,7 @@ def write_streamlines(
 def _check_name(what: str, name: str) -> None:
     """HDF5 takes names with '/' for paths, and cuts names at a zero byte."""
     if not name or "/" in name or "\0" in name or name in (".", ".."):
-        raise ValueError(f"Expected a name without '/' and zero bytes for a {what}. Received: {name!r}. Rename it")
+        raise ValueError(f"Expected a name without '/' for a {what}, nor a zero byte. Received: {name!r}. Rename it")
 
 
 def _check_affine(affine: np.ndarray, name: str) -> np.ndarray:
