@@ -400,7 +400,7 @@ def test_a_new_dataset_has_each_subject_in_one_subset(tmp_path, subsets):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["", "a/b", ".", ".."])
+@pytest.mark.parametrize("name", ["", "a/b", ".", "..", "a\0b"])
 def test_names_that_hdf5_takes_for_paths_are_refused(tmp_path, name):
     with (
         pytest.raises(ValueError, match="Expected a name without '/' for a subject"),
