@@ -107,7 +107,7 @@ def bit_difference(a: Tensor, b: Tensor) -> BitDifference | None:
 
 
 def _bits(tensor: Tensor) -> NDArray[np.signedinteger]:
-    array = np.ascontiguousarray(tensor_bytes(tensor)).reshape(-1)
+    array = np.ascontiguousarray(tensor_bytes(tensor)).ravel()
     return array.view(f"i{array.itemsize}")
 
 
