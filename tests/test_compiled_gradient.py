@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from test_compiled_learn2track import NUM_FEATURES, some_batch
@@ -53,6 +55,30 @@ def test_a_loss_that_cannot_be_traced_is_evaluated_eagerly(caplog: pytest.LogCap
     gradient = JitGradient(loss_fn, backend="eager")
     assert gradient(loss_fn, params, {}, x, key=Key(0), backend="autograd")[1]["unused"] is None
     assert torch.equal(gradient(loss_fn, params, {}, x, key=Key(0), backend="func")[1]["unused"], torch.zeros(2))
+
+
+@pytest.mark.compiles
+def test_all_that_a_loss_returns_comes_back_with_its_own_random_numbers_and_means_of_any_weight() -> None:
+    def loss(model: Any, x: torch.Tensor) -> Any:
+        y = model(x)
+        return y.square().mean(), len(x), {"plain": y.sum(), "of few": (y[:2].mean(), 2), "of one": (y[0, 0], x[0, 0])}
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5))
+    loss_fn, x = module_loss(model, loss), torch.linspace(1, 2, 8).reshape(4, 2)
+    params = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    gradient = JitGradient(loss_fn, backend="eager")
+    for seed in (1, 2):
+        found, expected = (f(loss_fn, params, buffers, x, key=Key(seed)) for f in (gradient, value_and_grad))
+        assert (float(found[0].weight), found[0].aux.keys()) == (4, expected[0].aux.keys())
+        assert [*map(float, found[0].aux["of few"])][1] == 2  # type: ignore[arg-type]
+        for name, mean in expected[0].aux.items():
+            own = found[0].aux[name]
+            pairs = zip(own, mean, strict=True) if isinstance(mean, tuple) and isinstance(own, tuple) else [(own, mean)]
+            assert all(float(one) == pytest.approx(float(other)) for one, other in pairs)  # type: ignore[arg-type]
+        torch.testing.assert_close((found[0].loss, found[0].buffers, found[1]), (*expected[0][::2], expected[1]))
+    assert (gradient.graph.eager_reason, gradient.graph.num_compilations) == (None, 1)
 
 
 @pytest.mark.compiles
