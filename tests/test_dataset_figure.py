@@ -123,6 +123,15 @@ def test_of_many_subjects_four_are_drawn_and_all_are_counted(edited: Any) -> Non
     assert sum(sum(counts) for counts in found.values()) == 9 * 48
 
 
+def test_without_subsets_all_subjects_are_drawn(edited: Any) -> None:
+    def forget(file: Any) -> None:
+        file.attrs["training_subjs"] = file.attrs["validation_subjs"] = file.attrs["testing_subjs"] = []
+
+    *views, _ = draw_dataset(inspect_dataset(edited(forget))).axes
+    titles = [panel.get_title(loc="left") for panel in views[::3]]
+    assert titles == [f"subj{n} (no subset): 48 streamlines" for n in range(3)]
+
+
 def test_info_draws_what_it_is_asked_for_and_what_is_corrupt_is_left_out(cli: Any, edited: Any, tmp_path: Path) -> None:
     plain = cli("info", PHANTOM)
     done = cli("info", PHANTOM, "--picture", tmp_path / "new" / "a.svg")

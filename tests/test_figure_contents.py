@@ -241,6 +241,10 @@ FIGURES: dict[str, Callable[[], Any]] = {
     "rates of which some change within epochs": lambda: draw_runs(
         [plotted("a", history=(*history(2), *rich_history()[2:]))], panels=["rate"]
     )[0],
+    "speeds of which one is not known": lambda: draw_runs(
+        [plotted("a", history=(dataclasses.replace(history(1)[0], train_minutes=0.0), *history(3)[1:]))],
+        panels=["speed"],
+    )[0],
     "graphs with limits": lambda: draw_runs(
         [plotted("a")],
         graphs=[
