@@ -171,9 +171,8 @@ def test_train_init_from_starts_from_the_weights_and_records_their_digest(cli, e
     assert cli("resume", tmp_path, "second", "--new-max-epochs", 3).code == 0
     assert "0" in list_checkpoints(tmp_path / "second")
     assert cli("verify", tmp_path / "second", "--epoch", 1).code == 0
-    cli("train", tmp_path, *("third", *arguments[1:]), "--num-models", 2).check_refusal(
-        "--init-from: expected one model"
-    )
+    for several in (("--num-models", 2), ("--sweep", "rng=1,2")):
+        cli("train", tmp_path, *("third", *arguments[1:]), *several).check_refusal("--init-from: expected one model")
     assert cli("train", tmp_path, *("third", *arguments[1:-1], tmp_path / "gone")).code == 2
     assert not (tmp_path / "third").exists()
 

@@ -9,19 +9,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from test_summary import evaluation, report
 
 from dwiml_func.cli import _several, _summary, _training, bisect, diff, evaluate, runs, verify
+from dwiml_func.compiled.step import JitStep
+from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.early_stopping import Best
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.experiment.audit.bisect import Bisection
 from dwiml_func.experiment.audit.lockstep import Difference
 from dwiml_func.experiment.audit.verify import Verification
 from dwiml_func.experiment.comparison.compare import Comparison
 from dwiml_func.experiment.comparison.runs import RunOverview
+from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.evaluation import ModelEvaluation
 from dwiml_func.experiment.reconstruction import Reconstruction
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
@@ -92,6 +97,8 @@ MODEL = ModelEvaluation(
     compared=evaluation(principal_direction=None, num_points=70),
     window_lag=3.456,
 )
+CONFIG = RunConfig(hdf5_file="", training=TrainingConfig(learning_rate=("0.1*2", "0.01"), rng=7))
+OTHER_TRAINING = replace(CONFIG.training, learning_rate=("0.5",), weight_decay=1e-5, rng=8)
 TIME = datetime(2026, 1, 31, 14, 5)
 RUNS = [
     RunOverview(
@@ -132,6 +139,21 @@ def of_members() -> str:
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         _several._print_epoch(EnsembleReport(epoch=2, members=members, failed={1: "The loss is nan."}), 9)
         _several._print_epoch(EnsembleReport(epoch=3, members={0: own}, failed={}, batch=5), 9)
+    return shown.getvalue().strip()
+
+
+def of_graphs() -> str:
+    played: Any = type("Played", (JitStep,), {"num_cuda_graphs": 0, "cuda_graphs_reason": None})
+    warm: Any = WarmUpStep.__new__(WarmUpStep)
+    warm.graph = SimpleNamespace(num_compilations=1)
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        for num, reason in ((2, None), (1, "too large"), (0, None)):
+            step = played.__new__(played)
+            step.num_cuda_graphs, step.cuda_graphs_reason = num, reason
+            _training._print_graphs(step)
+        _training._print_graphs(warm)
+        warm.graph.num_compilations = 0
+        _training._print_graphs(warm)
     return shown.getvalue().strip()
 
 
@@ -180,6 +202,12 @@ TEXTS: dict[str, Callable[[], str]] = {
     "runs": lambda: runs.format_runs(RUNS),
     "runs by name": lambda: runs.format_runs(RUNS[:1], shown=["best_loss"]),
     "members": of_members,
+    "not finite": lambda: "\n".join(
+        str(_training._with_command(NonFiniteError("The loss is nan.", at=at), Path("a b", "run")))
+        for at in ((2, 5), None)
+    ),
+    "graphs": of_graphs,
+    "ensemble": lambda: _several.describe_members(Path("e"), [CONFIG, replace(CONFIG, training=OTHER_TRAINING)]),
     "start": lambda: f"{_training.describe_start(3, 0)}\n{_training.describe_start(3, 4)}",
 }
 
