@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,7 +51,13 @@ def test_a_model_is_never_judged_on_augmented_streamlines(tmp_path):
 @pytest.mark.parametrize("subset", ["training", "validation"])
 def test_voxels_that_are_no_cubes_are_told_whichever_subset_has_them(subset):
     parts = prepare(CONFIG)
-    assert "cubes" not in describe_run(Path("run"), parts)
+    what = "96 streamlines of 2 training subjects, 48 of 1 validation subject"
+    own = sum(tensor.numel() for tensor in parts.model.parameters())
+    assert describe_run(Path("run"), parts) == f"run: {what}, 6 features, {own} parameters"
+    config: Any = SimpleNamespace(model=SimpleNamespace(model="autoencoder"), batches=parts.config.batches)
+    told = describe_run(Path("run"), replace(parts, config=config))
+    points = f"{parts.config.batches.nb_points} points each, {own} parameters. An autoencoder does not track: "
+    assert told == f"run: {what}, {points}no window lag, no tracking scores"
     dataset = getattr(parts.data, subset)
     sizes = dataset.voxel_sizes.clone()
     sizes[-1, 2] *= 1.5
