@@ -62,9 +62,16 @@ def _torch_encoder(model: Transformer, size: int, activation: str, norm_first: b
     """Torch's own encoder, with the model's parameters."""
     layers: Any = model.modified_torch_transformer
     layers = getattr(layers, "encoder", layers).layers
-    hidden = layers[0].linear1.out_features
+    num_heads, hidden = layers[0].self_attn.num_heads, layers[0].linear1.out_features
     layer = torch.nn.TransformerEncoderLayer(
-        size, 2, hidden, model.dropout_rate, activation, batch_first=True, norm_first=norm_first, dtype=torch.float64
+        size,
+        num_heads,
+        hidden,
+        model.dropout_rate,
+        activation,
+        batch_first=True,
+        norm_first=norm_first,
+        dtype=torch.float64,
     )
     encoder = torch.nn.TransformerEncoder(layer, len(layers), enable_nested_tensor=False)
     for theirs, ours in zip(encoder.layers, layers, strict=True):
@@ -75,9 +82,16 @@ def _torch_encoder(model: Transformer, size: int, activation: str, norm_first: b
 def _torch_decoder(model: Transformer, size: int, activation: str, norm_first: bool) -> torch.nn.TransformerDecoder:
     layers: Any = model.modified_torch_transformer
     layers = layers.decoder.layers
-    hidden = layers[0].linear1.out_features
+    num_heads, hidden = layers[0].self_attn.num_heads, layers[0].linear1.out_features
     layer = torch.nn.TransformerDecoderLayer(
-        size, 2, hidden, model.dropout_rate, activation, batch_first=True, norm_first=norm_first, dtype=torch.float64
+        size,
+        num_heads,
+        hidden,
+        model.dropout_rate,
+        activation,
+        batch_first=True,
+        norm_first=norm_first,
+        dtype=torch.float64,
     )
     decoder = torch.nn.TransformerDecoder(layer, len(layers))
     for theirs, ours in zip(decoder.layers, layers, strict=True):
@@ -130,12 +144,15 @@ def _by_torch(model: Transformer, batch: StreamlineBatch, activation: str, norm_
 
 @by_kind
 @by_norm
-@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize(
+    ("activation", "nheads", "lengths"),
+    [("relu", 2, LENGTHS), ("gelu", 2, LENGTHS), ("gelu", 1, [2]), ("relu", 4, [17, 2, 16, 33])],
+)
 def test_outputs_and_gradients_are_those_of_torchs_own_layers_with_masks(
-    kind: str, norm_first: bool, activation: str
+    kind: str, norm_first: bool, activation: str, nheads: int, lengths: list[int]
 ) -> None:
-    model = _model(kind, norm_first=norm_first, activation=activation).double()
-    batch = _batch(dtype=torch.float64)
+    model = _model(kind, norm_first=norm_first, activation=activation, nheads=nheads).double()
+    batch = _batch(lengths, dtype=torch.float64)
     outputs, expected = model(batch), _by_torch(model, batch, activation, norm_first)
     torch.testing.assert_close(outputs, expected, atol=1e-10, rtol=0)
     leaf = model.get_parameter("input_embedding_layer.linear.weight")
