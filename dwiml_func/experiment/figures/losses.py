@@ -97,8 +97,9 @@ def _histogram(
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color=GREY)
         return
     num_bins = int(np.clip(2 * np.sqrt(len(values)), _FEWEST_BINS, _MOST_BINS))
-    # In float64: values of float32 that are almost equal have no room for bins.
-    counts, edges = np.histogram(values.astype(np.float64), bins=num_bins, range=within)
+    if np.ptp(values) < 2 * num_bins * np.spacing(np.abs(values).max()):  # of float32, without room for bins
+        values = values.astype(np.float64)
+    counts, edges = np.histogram(values, bins=num_bins, range=within)
     axes.stairs(counts, edges, fill=True, color=COLOURS[0])
     if is_log:
         axes.set_yscale("log")
