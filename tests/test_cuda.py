@@ -28,6 +28,7 @@ from experiment_cases import CONFIG, latest_digest
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from dwiml_func import optim
 from dwiml_func._transforms import is_transformed
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
@@ -49,6 +50,7 @@ from dwiml_func.models.rnn.autograd import kernel_scan
 from dwiml_func.models.rnn.cudnn import cudnn_scan
 from dwiml_func.optim import adam
 from dwiml_func.tracking import TrackingSpace, TrackingSpec, track
+from dwiml_func.types import Optimizer
 
 DEVICE = torch.device(os.environ.get("DWIML_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -312,22 +314,28 @@ def test_a_step_and_the_batch_before_it_wait_for_the_device_not_once(name: str, 
 
 
 @only_on_gpu
-def test_a_deferred_donating_step_needs_the_memory_of_a_plain_loop_and_of_one_copy_of_the_gradients() -> None:
+@pytest.mark.parametrize(
+    "optimizer",
+    [adam(), optim.chain(optim.accumulate(2), optim.clip_by_global_norm(0.1), adam()), optim.schedule_free_adamw()],
+)
+def test_a_deferred_donating_step_needs_the_memory_of_a_plain_loop_and_of_one_copy_of_the_gradients(
+    optimizer: Optimizer,
+) -> None:
     with torch.device(DEVICE):
         model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(8)))
     batch, peaks = torch.randn(8, 1024, device=DEVICE), []
     loss_fn = module_loss(model, lambda model, x: (model(x).square().mean(), len(x)), stochastic=False)
-    state = init_state(model, adam(), seed=0)
-    bare, optimizer = model, torch.optim.Adam(model.parameters(), lr=1e-3)
+    state = init_state(model, optimizer, seed=0)
+    bare, plain_optimizer = model, torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def plain() -> None:
-        optimizer.zero_grad()
+        plain_optimizer.zero_grad()
         bare(batch).square().mean().backward()
-        optimizer.step()
+        plain_optimizer.step()
 
     def ours() -> None:
         nonlocal state
-        state, _ = train_step(state, batch, loss_fn=loss_fn, optimizer=adam(), lr=1e-3, donate=True)
+        state, _ = train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, lr=1e-3, donate=True)
 
     for step in (plain, ours):
         step()

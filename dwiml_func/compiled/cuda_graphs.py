@@ -157,7 +157,7 @@ class _Replay:
     ) -> None:
         if any(tensor.device != numbers.device for tensor in (*leaves.batch, *leaves.state)):
             raise RuntimeError(f"tensors of the batch or of the state are not on {numbers.device}")
-        clones = {id(tensor): tensor.clone() for tensor in leaves.batch}  # not all of what they are views of
+        clones = {id(tensor): tensor.detach().clone() for tensor in leaves.batch}  # not all of what they are views of
         own = copy.deepcopy(batch, clones)
         static = leaves_of(own, leaves.rebuild(leaves.state), None)
         assert static is not None
