@@ -314,10 +314,10 @@ def test_a_state_whose_tensors_overlap_is_not_donated(run, overlap):
     ],
 )
 def test_a_tensor_that_does_not_fit_the_model_is_named(params, message):
-    state = init_state(noisy_mlp(), adam(), seed=0)
+    state = init_state(noisy_mlp(), sgd(), seed=0)
     state = state.replace(params={**state.params, "0.weight": params(state.params["0.weight"])})
     with pytest.raises(ValueError, match=message):
-        train_step(state, make_batches(1)[0], loss_fn=module_loss(noisy_mlp(), squared_error), optimizer=adam(), lr=0.1)
+        train_step(state, make_batches(1)[0], loss_fn=module_loss(noisy_mlp(), squared_error), optimizer=sgd(), lr=0.1)
 
 
 @pytest.mark.parametrize("defer", [False, True])
