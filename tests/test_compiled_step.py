@@ -279,7 +279,7 @@ def test_a_batch_may_hold_numbers_that_are_tensors_where_its_sizes_vary():
     ("text", "told"),
     [
         ("", "RuntimeError"),
-        ("\n  it branches  \n\n as told", "it branches"),
+        ("  \n  it branches  \n\n as told", "it branches"),
         ("backend='x' raised:\nMemoryError: none", "MemoryError: none"),
         ("backend='x' raised:", "backend='x' raised:"),
         ("it says\nbackend='x' raised:", "it says"),

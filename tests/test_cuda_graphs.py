@@ -330,6 +330,9 @@ def test_an_error_without_words_is_named_by_its_type():
 def test_captures_share_a_stream_and_a_pool_which_the_newest_graph_keeps(monkeypatch):
     captured: list[dict[str, Any]] = []
 
+    class Stream:
+        pass
+
     class Graph:
         def replay(self) -> str:
             return "replayed"
@@ -342,7 +345,7 @@ def test_captures_share_a_stream_and_a_pool_which_the_newest_graph_keeps(monkeyp
         calls.append("end")
 
     calls: list[str] = []
-    for name, value in {"is_available": lambda: True, "graph_pool_handle": object, "Stream": object}.items():
+    for name, value in {"is_available": lambda: True, "graph_pool_handle": object, "Stream": Stream}.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: "before")
     monkeypatch.setattr(torch.cuda, "set_stream", calls.append)
@@ -357,6 +360,7 @@ def test_captures_share_a_stream_and_a_pool_which_the_newest_graph_keeps(monkeyp
     assert calls == ["begin", "before"]
     assert [replay() for replay in replays] == ["replayed"] * 2
     assert captured[0] == captured[1]
+    assert isinstance(captured[0]["stream"], Stream)
     assert captured[0].keys() == {"pool", "stream", "capture_error_mode"}
     assert captured[0]["capture_error_mode"] == "thread_local"
     newest = weakref.ref(getattr(replays[1], "__self__"))  # noqa: B009
