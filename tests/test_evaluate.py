@@ -316,3 +316,28 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(cli, stopped_early, tmp
         return re.sub("|".join(places), lambda match: str(places[match[0]]), text)
 
     cli("evaluate", *map(placed, arguments)).check_refusal(*map(placed, named))
+
+
+def test_the_options_of_the_data_reach_them(cli, stopped_early: Path, monkeypatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def opened(path: object, subset: str, **options: Any) -> Any:
+        asked.append({"path": path, "subset": subset, **options})
+        raise ValueError("enough")
+
+    monkeypatch.setattr("dwiml_func.cli.evaluate.open_dataset", opened)
+    run, names = stopped_early / "run", ("input_group_name", "streamline_group_name")
+    cli("evaluate", run).check_refusal("enough")
+    given = ("--input-group-name", "a", "--streamline-group-name", "b", "--lazy", "--cache-size", "3MB")
+    cli("evaluate", run, "b.hdf5", "--subset", "testing", *given).check_refusal("enough")
+    usual = {
+        "path": str(stopped_early.parent / "data.hdf5"),
+        "subset": "validation",
+        "lazy": False,
+        "cache_size": "2GB",
+    }
+    other = {"path": "b.hdf5", "subset": "testing", "lazy": True, "cache_size": "3MB"}
+    assert asked == [
+        usual | dict(zip(names, ("input", "streamlines"), strict=True)),
+        other | dict(zip(names, "ab", strict=True)),
+    ]

@@ -106,6 +106,7 @@ def test_output_that_cannot_be_written_is_dropped_with_one_warning(tmp_path: Pat
             os.dup2(out.fileno(), 1)
             print("lost", file=sys.stderr)
             print("kept")
+            assert (tmp_path / "out").read_text() == "kept\n"  # at once
         assert (tmp_path / "out").read_text() == "kept\n"
         for stream in (sys.stdout, sys.stderr):
             stream.close()

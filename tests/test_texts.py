@@ -6,7 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from test_summary import evaluation, report
 
-from dwiml_func.cli import _several, _summary, _training, bisect, diff, evaluate, runs, verify
+from dwiml_func.cli import _several, _summary, _training, bisect, diff, evaluate, runs, score, verify
 from dwiml_func.compiled.step import JitStep
 from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.early_stopping import Best
@@ -31,6 +31,7 @@ from dwiml_func.experiment.evaluation import ModelEvaluation
 from dwiml_func.experiment.reconstruction import Reconstruction
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.tracking.protocols import ProtocolScores
+from dwiml_func.tracking.scores import BundleScores, TractogramScores
 
 TEXT_FILE = Path(__file__).parent / "data" / "texts.txt"
 EXPECTED = dict(re.findall(r"^== (.+)\n((?:(?!== ).*\n)*)", TEXT_FILE.read_text(), re.MULTILINE))
@@ -157,6 +158,22 @@ def of_graphs() -> str:
     return shown.getvalue().strip()
 
 
+def bundle(num: float, valid: float, mdf: float) -> BundleScores:
+    values = (num, valid, 0.25, 0.125, 0.0625, 0.03, 12.34, mdf, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    return BundleScores(**dict(zip((each.name for each in fields(BundleScores)), values, strict=True)))
+
+
+def of_scores(*, num_seeds: int | None = None, has_bundles: bool = True) -> str:
+    found = TractogramScores(
+        {"CST": bundle(12, 0.5, 1.5), "a longer name": bundle(1234, 1.0, float("nan"))},
+        bundle(623, 0.75, 2.25),
+        bundle(1246, 0.8, 2.5),
+    )
+    of: Any = [SimpleNamespace(name=name, ends_mm=4.0, mdf_mm=10.375) for name in ("CST", "a longer name")]
+    ceiling = found._replace(mean=bundle(9, 0.95, 1.0), all=bundle(10, 0.85, 1.25))
+    return "\n".join(score._text(found, ceiling, tuple(of) if has_bundles else (), num_seeds))
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "summary": lambda: _summary.format_summary(
         HISTORY, evaluation(first_points=33.0), subset="validation", tracking="how it tracks"
@@ -208,6 +225,9 @@ TEXTS: dict[str, Callable[[], str]] = {
     ),
     "graphs": of_graphs,
     "ensemble": lambda: _several.describe_members(Path("e"), [CONFIG, replace(CONFIG, training=OTHER_TRAINING)]),
+    "scores": of_scores,
+    "scores of seeds": lambda: of_scores(num_seeds=2492),
+    "scores without bundles": lambda: of_scores(num_seeds=2492, has_bundles=False),
     "start": lambda: f"{_training.describe_start(3, 0)}\n{_training.describe_start(3, 4)}",
 }
 
