@@ -155,10 +155,11 @@ def judge(copy: Path, change: dict[str, Any], recorded: dict[str, Any], budget: 
         if gone:  # since they were recorded; pytest names a function also where one of its cases is gone
             tests = [test for test in tests if not {test, test.partition("[")[0], test.partition("::")[0]} & gone]
             continue
-        failed = re.findall(r"^(?:FAILED|ERROR) (\S+::.+?)(?: - .*)?$", output, re.M)
+        failed = re.findall(r"^(?:FAILED|ERROR) (\S+\.py(?:::.+?)?)(?: - .*)?$", output, re.M)
         if end != "found" or not failed or run_tests(copy, failed[:1], 10 * budget + 60)[0] == "survived":
             return end, " ".join(failed)[:90] or f"{len(tests)} tests"
-        tests = [test for test in tests if test.partition("[")[0] != failed[0].partition("[")[0]]
+        name = failed[0].partition("[")[0]  # of a test, or of a file that cannot be read
+        tests = [test for test in tests if name not in (test.partition("[")[0], test.partition("::")[0])]
 
 
 def main() -> None:
