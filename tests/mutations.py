@@ -91,6 +91,7 @@ def run_here(copy: Path, tests: list[str], output: Path, recorder: type[Recorder
 def run_tests(copy: Path, tests: list[str], limit: float, recorder: type[Recorder] | None = None) -> tuple[str, str]:
     """How the tests end in a fork of this process that works in the copy, and what it printed."""
     output = copy.parent / "output.txt"
+    output.write_text("")  # a fork that is stopped at once writes none
     child = os.fork()
     if child == 0:
         code = 99
