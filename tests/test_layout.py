@@ -35,6 +35,12 @@ def test_tensors_overlap_from_first_to_last_element_and_share_only_what_both_hol
         assert all("overlap in memory" in problem for problem in problems)
 
 
+def test_tensors_between_two_that_share_memory_do_not_hide_it():
+    columns = {"even": MATRIX[:, ::2], "odd": MATRIX[:, 1::2], "third": MATRIX[:, 2]}
+    (problem,) = memory_problems(columns)
+    assert problem.startswith("even and third overlap")
+
+
 def test_sparse_tensors_are_named_and_not_looked_into():
     sparse = torch.eye(2).to_sparse()
     assert list(overlapping({"a": sparse, "b": sparse})) == []

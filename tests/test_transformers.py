@@ -58,45 +58,32 @@ def _batch(
     )
 
 
+def _torch_layer(kind: Any, model: Transformer, layers: Any, size: int, activation: str, norm_first: bool) -> Any:
+    """A layer of torch's own, with the options of a model's layers."""
+    heads, hidden, dropout = layers[0].self_attn.num_heads, layers[0].linear1.out_features, model.dropout_rate
+    options: dict[str, Any] = {"batch_first": True, "norm_first": norm_first, "dtype": torch.float64}
+    return kind(size, heads, hidden, dropout, activation, **options)
+
+
+def _with_parameters(theirs: Any, layers: Any) -> Any:
+    for own, ours in zip(theirs.layers, layers, strict=True):
+        own.load_state_dict(ours.state_dict())
+    return theirs
+
+
 def _torch_encoder(model: Transformer, size: int, activation: str, norm_first: bool) -> torch.nn.TransformerEncoder:
     """Torch's own encoder, with the model's parameters."""
     layers: Any = model.modified_torch_transformer
     layers = getattr(layers, "encoder", layers).layers
-    num_heads, hidden = layers[0].self_attn.num_heads, layers[0].linear1.out_features
-    layer = torch.nn.TransformerEncoderLayer(
-        size,
-        num_heads,
-        hidden,
-        model.dropout_rate,
-        activation,
-        batch_first=True,
-        norm_first=norm_first,
-        dtype=torch.float64,
-    )
-    encoder = torch.nn.TransformerEncoder(layer, len(layers), enable_nested_tensor=False)
-    for theirs, ours in zip(encoder.layers, layers, strict=True):
-        theirs.load_state_dict(ours.state_dict())
-    return encoder
+    layer = _torch_layer(torch.nn.TransformerEncoderLayer, model, layers, size, activation, norm_first)
+    return _with_parameters(torch.nn.TransformerEncoder(layer, len(layers), enable_nested_tensor=False), layers)
 
 
 def _torch_decoder(model: Transformer, size: int, activation: str, norm_first: bool) -> torch.nn.TransformerDecoder:
     layers: Any = model.modified_torch_transformer
     layers = layers.decoder.layers
-    num_heads, hidden = layers[0].self_attn.num_heads, layers[0].linear1.out_features
-    layer = torch.nn.TransformerDecoderLayer(
-        size,
-        num_heads,
-        hidden,
-        model.dropout_rate,
-        activation,
-        batch_first=True,
-        norm_first=norm_first,
-        dtype=torch.float64,
-    )
-    decoder = torch.nn.TransformerDecoder(layer, len(layers))
-    for theirs, ours in zip(decoder.layers, layers, strict=True):
-        theirs.load_state_dict(ours.state_dict())
-    return decoder
+    layer = _torch_layer(torch.nn.TransformerDecoderLayer, model, layers, size, activation, norm_first)
+    return _with_parameters(torch.nn.TransformerDecoder(layer, len(layers)), layers)
 
 
 def _encoding(length: int, size: int) -> Tensor:

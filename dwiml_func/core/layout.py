@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +18,11 @@ def overlapping(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             start = tensor.data_ptr()
             spans.append((start, start + (last + 1) * tensor.itemsize, name))
-    return ((one, other) for (_, end, one), (start, _, other) in pairwise(sorted(spans)) if start < end)
+    reaching: list[tuple[int, str]] = []  # the ends of those before that reach as far as the next one
+    for start, end, name in sorted(spans):
+        reaching = [(other_end, other) for other_end, other in reaching if other_end > start]
+        yield from ((other, name) for _, other in reaching)
+        reaching.append((end, name))
 
 
 def memory_problems(tensors: Mapping[str, Tensor]) -> Iterator[str]:

@@ -35,7 +35,8 @@ def separable(update: Callable[..., Any], *within: Optimizer, by: _By = "element
     that calls other optimizers is no more separable than they are.
     """
     kinds = {by, *(getattr(optimizer.update, "separable_by", None) for optimizer in within)}
-    update.separable_by = None if None in kinds else max(kinds)  # type: ignore[attr-defined]
+    coarsest = "parameter" if "parameter" in kinds else "element"
+    update.separable_by = None if None in kinds else coarsest  # type: ignore[attr-defined]
     return update
 
 
