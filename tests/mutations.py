@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -76,7 +76,7 @@ def run_here(copy: Path, tests: list[str], output: Path, recorder: type[Recorder
     os.dup2(1, 2)
     os.chdir(copy)
     sys.path[:0] = [str(copy), str(copy / "tests")]
-    os.environ |= {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"PYTHONPATH": str(copy)}
     import pytest
 
     plugins = [recorder()] if recorder else []
@@ -141,6 +141,12 @@ def record(copy: Path, names: list[str], cache: Path) -> None:
         print(name, end, f"{time.monotonic() - started:.0f} s", output.splitlines()[-1:], flush=True)
 
 
+def rewrite(path: Path, source: str) -> None:
+    """Write a module and remove its bytecode, which Python would take for that of another of its size and second."""
+    path.write_text(source)
+    Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+
+
 def judge(copy: Path, change: dict[str, Any], recorded: dict[str, Any], budget: float) -> tuple[str, str]:
     """How the tests that reach a change end on it, and the first that failed, or how many there were.
 
@@ -149,9 +155,9 @@ def judge(copy: Path, change: dict[str, Any], recorded: dict[str, Any], budget: 
     tests, path = tests_of(change, recorded, budget), copy / change["file"]
     original = path.read_text()
     while True:
-        path.write_text(change["source"])
+        rewrite(path, change["source"])
         end, output = run_tests(copy, tests, 10 * budget + 60) if tests else ("survived", "")
-        path.write_text(original)
+        rewrite(path, original)
         gone = set(re.findall(r"not found: (?:.*/)?(tests/.+)$", output, re.M))
         if gone:  # since they were recorded; pytest names a function also where one of its cases is gone
             tests = [test for test in tests if not {test, test.partition("[")[0], test.partition("::")[0]} & gone]
