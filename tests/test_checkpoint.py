@@ -550,4 +550,6 @@ def test_what_json_does_not_have_is_named_before_a_training(tmp_path):
         save(tmp_path, linear_state(), config={"model": {"act": torch.relu}})
     with pytest.raises(TypeError, match="expected texts as keys"):
         AsyncCheckpointer(tmp_path, config={(1, 2): 3})  # type: ignore
+    with pytest.raises(TypeError, match=r"^history: expected the reports of epochs\. Received: 'ab'$"):
+        save(tmp_path, linear_state(), history="ab")  # type: ignore
     assert list_checkpoints(tmp_path) == []

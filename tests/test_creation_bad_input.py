@@ -83,6 +83,10 @@ def test_missing_subjects_are_named(folder, refused):
     (folder / "valid.txt").write_text("s2\nnobody\nnoone\n")
     assert "2 of 4 subjects have no folder in" in (line := refused())
     assert "'nobody', 'noone'" in line
+    assert "Unicode" not in line
+    (folder / "subjects" / "noe\u0301").mkdir()
+    (folder / "valid.txt").write_text("nobody\nno\u00e9\n")
+    assert "'no\u00e9'. Spelt with other Unicode code points (NFC, NFD): 'no\u00e9'" in refused()
 
 
 @pytest.mark.parametrize(

@@ -222,10 +222,9 @@ def test_a_loop_is_no_graph_of_all_its_epochs() -> None:
         partial(valid_batches, size=1),
         partial(valid_batches, size=11),
         lambda key, epoch, start: list(valid_batches(key, epoch, start))[:1],
-        lambda key, epoch, start: [],
         lambda key, epoch, start: (torch.rand(2, 3) for _ in range(3)),  # draws from the global generator
     ],
-    ids=["left out", "size 1", "size 11", "capped", "empty", "drawing"],
+    ids=["left out", "size 1", "size 11", "capped", "drawing"],
 )
 def test_validation_cannot_touch_training(valid):
     def run(**options: Any):
@@ -387,12 +386,6 @@ def test_without_validation_the_training_loss_decides():
     assert [report.valid for report in reports] == [{}] * 3
     assert [report.monitored for report in reports] == [3.0, 1.0, 2.0]
     assert reports[-1].best == Best(1.0, 2, 1)
-
-
-def test_a_validation_without_batches_judges_nothing():
-    options = scripted([3.0, 1.0, 2.0]) | {"valid": lambda key, epoch, start: [], "eval_step": EVALUATE}
-    reports = [report for _, report in loop(scripted_state(), **options, patience=1)]
-    assert [report.best for report in reports] == [Best()] * 3
 
 
 def test_a_validation_that_is_not_finite_is_a_bad_epoch_and_no_end():
@@ -575,6 +568,13 @@ def test_a_schedule_that_gives_no_rate_is_refused_before_a_step_is_taken(rate):
 def test_an_epoch_without_batches_is_refused():
     with pytest.raises(ValueError, match=r"Epoch 1 has no batch\."):
         next(loop(first_state(), train=lambda key, epoch, start: []))
+
+
+def test_a_validation_without_batches_is_refused_after_the_epoch_without_it():
+    epochs = loop(first_state(), valid=lambda key, epoch, start: [])
+    assert next(epochs)[1].valid == {}
+    with pytest.raises(ValueError, match=r"validation of epoch 1 has no metrics\. Expected at least one batch"):
+        next(epochs)
 
 
 def test_a_report_is_plain_data():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import signal
 import zipfile
@@ -24,7 +25,7 @@ from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import LoadedModel
-from dwiml_func.experiment.tracking.input import read_nifti_input
+from dwiml_func.experiment.tracking.input import read_dataset_input, read_nifti_input
 from dwiml_func.experiment.training_facts import check_same_kind, volume_facts
 from dwiml_func.models import Learn2Track
 
@@ -235,11 +236,31 @@ def test_nifti_files_are_standardised_as_asked_for_or_as_the_models_data(tmp_pat
     np.testing.assert_array_equal(found.volume, load_volume([source], standardization=expected).data)
 
 
+@pytest.mark.parametrize(("shear", "told"), [(0.1, ["a.nii: voxel axes at 84.3 degrees"]), (0.005, [])])
+def test_a_nifti_grid_whose_axes_are_not_at_right_angles_is_told(tmp_path, caplog, shear, told):
+    affine = np.eye(4)
+    affine[0, 1] = shear
+    nib.save(nib.Nifti1Image(np.ones((4, 4, 4, 2), np.float32), affine), tmp_path / "a.nii")
+    read_nifti_input(
+        [str(tmp_path / "a.nii")], LoadedModel(module=Learn2Track(2), config=RunConfig(hdf5_file=""), facts={})
+    )
+    assert [record.message.rpartition("/")[2].partition(",")[0] for record in caplog.records] == told
+
+
 @pytest.mark.parametrize(("size", "fits"), [(1.981, True), (1.979, False), (3.029, True), (3.031, False)])
 def test_voxels_are_as_large_as_those_of_the_training_to_a_hundredth(size, fits):
     trained_on = {"voxel_sizes": [[2.0, 2.0, 2.0], [3.0, 3.0, 3.0]]}  # the smallest and the largest
     with nullcontext() if fits else pytest.raises(ValueError, match="expected voxels of 2 x 2 x 2 to 3 x 3 x 3"):
         check_same_kind(trained_on, {}, (2.5, size, 2.5), source="a.nii")
+
+
+def test_a_subject_in_other_code_points_than_the_datasets_is_told_from_one_that_is_missing(tmp_path):
+    with h5py.File(tmp_path / "data.hdf5", "w") as file:
+        file.create_group("noe\u0301")
+    model = LoadedModel(module=Learn2Track(2), config=RunConfig(hdf5_file=""), facts={})
+    for subject, told in (("no\u00e9", ". Spelt with other Unicode code points (NFC, NFD): 'no\u00e9'."), ("noe", ".")):
+        with pytest.raises(ValueError, match=re.escape(f"received '{subject}'. Present: noe\u0301{told}") + "$"):
+            read_dataset_input(str(tmp_path / "data.hdf5"), subject, model, input_group="input")
 
 
 def test_a_volume_of_another_kind_is_refused_by_name(cli, model, data, tmp_path):

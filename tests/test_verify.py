@@ -17,6 +17,7 @@ from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.experiment.audit import verify as verification
 from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.model_store import MANIFEST
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "3", "--reverse-ratio", "0.5")
@@ -195,6 +196,17 @@ def test_corrupt_tensors_after_the_epoch_are_reported_also_where_all_else_is_as_
     assert first == f"{run}: epoch 2, replayed from the first state, differs from the recorded epoch."
     assert len(problems) == 1
     assert f"{run}/checkpoint/2 is corrupt" in problems[0]
+
+
+def test_a_best_model_that_is_not_that_of_the_best_epoch_is_found(cli, run):
+    facts = read_manifest(run / "best_model", MANIFEST)
+    leaves = load_leaves(run / "best_model", facts)
+    name = min(leaves)
+    leaves[name] = leaves[name] + 1
+    facts = {key: value for key, value in facts.items() if key not in ("format", "digest", "leaves", "checksum")}
+    save_leaves(run / "best_model", leaves, facts, manifest_name=MANIFEST)
+    outcome = cli("verify", run, "--epoch", "1")
+    assert (outcome.code, outcome.out.splitlines()[1:]) == (1, [f"  best model: {name} are not those of checkpoint 3"])
 
 
 def test_what_cannot_be_verified_is_refused_with_exit_code_2(cli, run, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dwiml_func._checks import at_most_three
+from dwiml_func._checks import at_most_three, truncated_repr
 from dwiml_func.checkpoint.arrays import CheckpointError, CorruptError, load_leaves, save_leaves
 from dwiml_func.checkpoint.digest import (
     combine_digests,
@@ -253,7 +253,7 @@ def save(
 
     Raises:
         OSError: the disk is full, or cannot be written to; the checkpoints before stay.
-        TypeError: something given is not JSON data.
+        TypeError: something given is not JSON data, or `history` has more than reports.
         CheckpointError: the folder holds later checkpoints, and they are not known to be of this run. Nothing is
             written then.
         NonFiniteError: a deferred check found that a step of the current epoch was not finite. Nothing is written then:
@@ -274,6 +274,8 @@ def save(
     check_finite(state)
     leaf_digests = {name: leaf_digest(leaf) for name, leaf in state_leaves(state).items()}
     digest = combine_digests(leaf_digests, state_numbers(state)) if state.batch == 0 else None
+    if not all(isinstance(report, EpochReport) for report in history):
+        raise TypeError(f"history: expected the reports of epochs. Received: {truncated_repr(history)}")
     earlier = _earlier_history(directory)
     history = fill_digests(history, earlier, state.epoch, digest)
     known = {report.epoch: report.digest for report in history} | ({} if digest is None else {state.epoch: digest})

@@ -1,11 +1,13 @@
-"""Paths that lead nowhere, in words."""
+"""Paths and names that lead nowhere, in words."""
 
 from __future__ import annotations
 
 import os
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["missing_text"]
+__all__ = ["missing_text", "other_spelling"]
 
 
 def missing_text(path: Path) -> str:
@@ -21,3 +23,10 @@ def missing_text(path: Path) -> str:
         if folder.exists():
             break
     return f"does not exist: {path}"
+
+
+def other_spelling(missing: Iterable[str], present: Iterable[str]) -> str:
+    """A sentence about names that are there, but in other code points, which look alike; empty if there are none."""
+    there = {unicodedata.normalize("NFC", name) for name in present}
+    spelt = [repr(name) for name in missing if unicodedata.normalize("NFC", name) in there]
+    return f". Spelt with other Unicode code points (NFC, NFD): {', '.join(spelt)}" if spelt else ""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dwiml_func.data.creation.config import GroupsConfig, VolumeGroup
-from dwiml_func.files.paths import missing_text
+from dwiml_func.files.paths import missing_text, other_spelling
 
 __all__ = ["GroupFiles", "SingleFile", "Source", "check_subjects", "find_files", "read_subjects"]
 
@@ -87,6 +87,7 @@ def check_subjects(folder: Path, subsets: Mapping[str, Sequence[str]]) -> tuple[
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(subset_of)} subjects have no folder in {folder}: {', '.join(map(repr, missing))}"
+            + other_spelling(missing, os.listdir(folder))
         )
     return tuple(subset_of)
 

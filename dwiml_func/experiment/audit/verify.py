@@ -12,6 +12,7 @@ from dwiml_func.core.loop_options import Track
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
+from dwiml_func.experiment.audit.consistency import best_model_problems
 from dwiml_func.experiment.audit.replay import (
     NothingLeft,
     Verification,
@@ -46,8 +47,9 @@ def verify_epoch(
     """Train an epoch, by default the last one, again from the nearest checkpoint before it, and compare.
 
     Compared with what was recorded are the state's digest, every metric, the digest of the state from which the replay
-    began, the checkpoint after the epoch, where there is one, and the data file. The config is that of `config.json`,
-    the number of threads is the recorded one. `hdf5_file` is the path of a dataset that was moved.
+    began, the checkpoint after the epoch, where there is one, the data file, and the best model with its checkpoint.
+    The config is that of `config.json`, the number of threads is the recorded one. `hdf5_file` is the path of a dataset
+    that was moved.
 
     ValueError where the epoch is not recorded, or nothing is left to replay it from.
     """
@@ -67,6 +69,7 @@ def verify_epoch(
     recorded_environment = (after or latest).environment
     changed_config = differences(with_defaults(latest.config), config.to_dict(), ("recorded", "in config.json"))
     other_data = data_problems(latest, replayed_config.hdf5_file)
+    other_model = best_model_problems(directory, latest, config)
     with recorded_threads(recorded_environment, default=config.training.num_threads):
         now, start, is_replayed = environment(recorded_environment.get("devices", ())), None, False
         try:
@@ -88,7 +91,7 @@ def verify_epoch(
         start=start,
         digest=reports[epoch].digest,
         num_values=len(report_values(reports[epoch])),
-        problems=(*problems, *other_data),
+        problems=(*problems, *other_data, *other_model),
         context=(
             *(f"environment: {text}" for text in environment_differences(recorded_environment, now)),
             *(f"config: {text}" for text in changed_config),

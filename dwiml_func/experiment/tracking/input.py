@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +14,17 @@ from torch import Tensor
 from dwiml_func.data.creation.config import Standardization
 from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
-from dwiml_func.data.grid import Grid, grid_difference, orientation_of
+from dwiml_func.data.grid import Grid, grid_difference, orientation_of, shear_of
 from dwiml_func.data.hdf5.grid import read_grid
 from dwiml_func.data.hdf5.layout import group_of, read_volume
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first, to_python
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.training_facts import TRAINED_ON, check_same_kind, volume_facts
+from dwiml_func.files.paths import other_spelling
 
 __all__ = ["TrackingInput", "read_dataset_input", "read_nifti_input"]
+
+_log = logging.getLogger(__name__)
 
 
 class TrackingInput(NamedTuple):
@@ -54,7 +58,7 @@ def read_dataset_input(
     with open_hdf5(Path(path)) as file:
         parent = file.get(subject)
         if not isinstance(parent, h5py.Group):
-            present = ", ".join(file) or "none"
+            present = (", ".join(file) or "none") + other_spelling([subject], file)
             raise ValueError(f"{path}: expected a subject of the dataset, received {subject!r}. Present: {present}.")
         group = raise_first(group_of(parent, input_group, "volume"), path)
         volume = raise_first(read_volume(group), path)
@@ -125,3 +129,5 @@ def _check_fits(found: TrackingInput, model: LoadedModel, attributes: Mapping[st
         )
     facts = volume_facts(attributes) | {"orientation": orientation_of(found.grid.affine)}
     check_same_kind(model.facts.get(TRAINED_ON, {}), facts, found.voxel_sizes, source=found.source)
+    if (fault := shear_of(found.grid)) is not None:
+        _log.warning("%s: %s.", found.source, fault)
