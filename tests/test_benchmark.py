@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from experiment_cases import latest_digest
 from scipy.spatial.distance import cdist
 
 from dwiml_func import Key
+from dwiml_func.benchmark import leaderboard as board
 from dwiml_func.benchmark import run, tasks
 from dwiml_func.benchmark.leaderboard import as_markdown, leaderboard
 from dwiml_func.benchmark.mrtrix import MRTRIX, has_mrtrix, mrtrix_trackers
@@ -214,6 +216,238 @@ def test_a_ceiling_that_is_not_known_of_a_person_is_none() -> None:
     of_people = [{**made_up(CEILING, person, 0), "valid": valid} for person, valid in (("sub_1", 0.9), ("sub_2", None))]
     found = [*of_people, *(made_up(ORACLE, person, 0.8) for person in ("sub_1", "sub_2"))]
     assert [row["ceiling_valid"] for row in leaderboard(found)] == [None]
+
+
+def test_the_table_says_all_of_a_row_and_leaves_out_what_is_not_known() -> None:
+    scores = [made_up(ORACLE, "sub_1", 0.8), made_up(PRINCIPAL_DIRECTION, "sub_1", 0.2)]
+    scores = [*scores, {**made_up(CEILING, "sub_1", 0), "valid": 0.9}, made_up("mine", "sub_1", 0.5, seed=1)]
+    for each in scores:
+        each["data_options"] = {"snr": 20.0, "nb_directions": 60}
+    scores[-1]["scores"]["continue"]["lag_mm"][-1] = None
+    alone = {**made_up("mine", "sub_2", 0.25), "data": "example"}
+    head = (
+        "| tracker | covered | valid: continue | valid: free | valid: core | lag after 80 mm | people, seeds |",
+        "|---|---|---|---|---|---|---|",
+    )
+    assert as_markdown(leaderboard([alone, *scores])).splitlines() == [
+        "### crossings",
+        "",
+        "snr 20.0, nb directions 60; half of the real streamlines beside the other half: 0.90 valid",
+        "",
+        *head,
+        f"| {ORACLE} | 100 % | 0.800 ± 0.000 | 0.800 ± 0.000 | 0.800 ± 0.000 | 4.0 mm | 1 |",
+        "| mine | 50 % | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 |  | 1, 1 |",
+        f"| {PRINCIPAL_DIRECTION} | 0 % | 0.200 ± 0.000 | 0.200 ± 0.000 | 0.200 ± 0.000 | 4.0 mm | 1 |",
+        "",
+        "### example",
+        "",
+        "snr 20.0",
+        "",
+        *head,
+        "| mine |  | 0.250 ± 0.000 | 0.250 ± 0.000 | 0.250 ± 0.000 | 4.0 mm | 1 |",
+    ]
+
+
+def test_a_leaderboard_is_written_of_the_scores_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = made_up("mine", "sub_1", 0.5)
+    scores["scores"]["continue"]["lag_mm"][-1] = float("nan")
+    monkeypatch.setattr(board, "read_scores", {tmp_path: [scores]}.__getitem__)
+    rows = board.write_leaderboard(tmp_path)
+    assert [row["tracker"] for row in rows] == ["mine"]
+    (line,) = (tmp_path / "leaderboard.jsonl").read_text().splitlines()
+    assert json.loads(line) == {**rows[0], "lag_80_mm": None}
+    assert (tmp_path / "leaderboard.md").read_text() == as_markdown(rows)
+    del scores["person"]
+    with pytest.raises(ValueError, match=r"scores: expected scores of a benchmark\. Received: without 'person'"):
+        board.write_leaderboard(tmp_path)
+
+
+def test_stages_follow_each_other_and_what_is_done_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[Any, ...]] = []
+    notes: list[str] = []
+
+    def played(work: Any, arguments: tuple[Any, ...], left: list[Any], num_processes: int) -> Any:
+        called.append((work, arguments, num_processes, [task.name for task in left]))
+        assert all(tasks.data_path(tmp_path, task.data, task.person).parent.is_dir() for task in left)
+        return ((task, None) for task in left)
+
+    monkeypatch.setattr(run, "in_processes", played)
+    monkeypatch.setattr(run, "write_leaderboard", lambda out: [{"out": out}])
+    people, kinds, model = ("sub_1", "sub_2"), ("crossings", "example"), replace(CONFIG, hdf5_file="a")
+    setting = BenchmarkSetting(data=kinds, people=people, seeds=(4, 5))
+    there = tasks.data_path(tmp_path, "crossings", "sub_1")
+    there.parent.mkdir(parents=True)
+    there.touch()
+    assert run.run_benchmark(tmp_path, setting, {"a": CONFIG, "b": model}, num_processes=3, note=notes.append) == [
+        {"out": tmp_path}
+    ]
+    cells = [f"{data}, {person} left out" for data in kinds for person in people]
+    seeds = [
+        f"{name}, seed {seed}, {data}, {person} left out"
+        for name in "ab"
+        for data in kinds
+        for seed in (4, 5)
+        for person in people
+    ]
+    assert notes == [
+        *(f"{number} of 4: data {cell}" for number, cell in enumerate(cells[1:], 2)),
+        *(f"{number} of 4: baselines of {cell}" for number, cell in enumerate(cells, 1)),
+        *(f"{number} of 16: {text}" for number, text in enumerate(seeds, 1)),
+    ]
+    names = [[None] * 3, [CEILING] * 4, [], ["a"] * 8 + ["b"] * 8]
+    assert called == [(tasks.do, (tmp_path,), 3, each) for each in names]
+
+    monkeypatch.setattr(run, "has_mrtrix", lambda: True)
+    called.clear()
+    run.run_benchmark(tmp_path, setting, {}, note=notes.append)
+    assert [each[2:] for each in called] == [(1, names[0]), (1, names[1]), (1, ["MRtrix SD_STREAM"] * 4), (1, [])]
+    assert notes[-1] == f"4 of 4: MRtrix iFOD2 and MRtrix SD_STREAM, {cells[-1]}"
+    with pytest.raises(ValueError, match="--name: expected"):
+        run.run_benchmark(tmp_path, setting, {"a": CONFIG, "a/b": CONFIG})
+
+
+def test_a_name_is_none_of_a_baseline_and_fits_a_folder() -> None:
+    for name in ("mine", "_a b.c+d-1", "a" * 80):
+        run.check_name(name)
+    for name in (
+        "",
+        " a",
+        "-a",
+        "a\n",
+        "a/b",
+        "\u00e9",
+        "a" * 81,
+        CEILING,
+        *MRTRIX,
+        ORACLE,
+        PRINCIPAL_DIRECTION,
+        KEEP_STRAIGHT,
+    ):
+        with pytest.raises(ValueError, match="--name: expected"):
+            run.check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("path", "is_taken"),
+    [
+        ("data/example/sub_2.hdf5", True),
+        ("data/nothing/sub_2.hdf5", False),
+        ("data/example/sub_9.hdf5", False),
+        ("example/sub_2.hdf5", False),
+    ],
+)
+def test_experiments_are_scored_that_trained_on_data_of_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, is_taken: bool
+) -> None:
+    config, scored = replace(CONFIG, hdf5_file=str(tmp_path / path)), []
+    monkeypatch.setattr(run, "read_config", lambda directory: config)
+    monkeypatch.setattr(run, "is_ensemble", lambda directory: directory.name == "all")
+    monkeypatch.setattr(run, "member_folders", lambda directory: [directory / "1", directory / "2"])
+    monkeypatch.setattr(run, "score_experiment", lambda *given, **facts: scored.append((given, facts)))
+    if not is_taken:
+        with pytest.raises(ValueError, match=r"expected an experiment on one of the datasets .*data/DATA/sub_N\.hdf5"):
+            run.add_experiment(tmp_path, tmp_path / "all", name="mine")
+        assert scored == []
+        return
+    run.add_experiment(tmp_path, tmp_path / "all", name="mine")
+    run.add_experiment(tmp_path, tmp_path / "one", name="mine")
+    facts = {"data": "example", "person": "sub_2", "name": "mine", "config": config}
+    assert scored == [((tmp_path, tmp_path / name), facts) for name in ("all/1", "all/2", "one")]
+    with pytest.raises(ValueError, match="--name: expected"):
+        run.add_experiment(tmp_path, tmp_path / "one", name=ORACLE)
+
+
+def test_scores_are_those_of_their_place(tmp_path: Path) -> None:
+    tasks._write(tmp_path, "example", "mine", "sub_2", 3, valid=0.5)
+    tasks._write(tmp_path, "example", "another", "sub_1", valid=0.25)
+    options = {
+        name: value for name, value in asdict(DATA["example"]).items() if name not in ("test_subject", "simulator")
+    }
+    who = {"data": "example", "data_options": options}
+    another, mine = ({name: each[name] for name in each if name != "checksum"} for each in tasks.read_scores(tmp_path))
+    assert another == {**who, "tracker": "another", "person": "sub_1", "seed": None, "valid": 0.25}
+    assert mine == {**who, "tracker": "mine", "person": "sub_2", "seed": 3, "valid": 0.5}
+    assert tasks._data_options("crossings-trxscan")["simulator"] == "trxscan"
+    whole = tmp_path / "scores" / "example" / "mine" / "sub_2_seed_3.json"
+    for place in (
+        "crossings/mine/sub_2_seed_3",
+        "example/yours/sub_2_seed_3",
+        "example/mine/sub_2_seed_4",
+        "example/mine/sub_2",
+    ):
+        other = tmp_path / "scores" / f"{place}.json"
+        other.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(whole, other)
+        with pytest.raises(ValueError, match=f"{place}.json is corrupt: its scores are of .*'mine'.*, sub_2_seed_3"):
+            tasks.read_scores(tmp_path)
+        other.unlink()
+
+
+def test_scores_that_are_there_are_of_the_data_and_the_config_asked_for(tmp_path: Path) -> None:
+    task = tasks.Task(data="example", person="sub_2", name="mine", seed=3, config=replace(CONFIG, hdf5_file="a"))
+    baselines, data = (tasks.Task(data="example", person="sub_2", name=name) for name in (CEILING, None))
+    for each in (task, baselines, data):
+        tasks.check_done(tmp_path, each)
+        assert not tasks.is_done(tmp_path, each)
+    tasks._write(tmp_path, "example", CEILING, "sub_2")
+    tasks._write(tmp_path, "example", "mine", "sub_2", 3, config=tasks._recipe(CONFIG))
+    for each in (task, baselines, data):
+        tasks.check_done(tmp_path, each)
+        assert tasks.is_done(tmp_path, each) == (each is not data)
+    other = replace(CONFIG, batches=BatchConfig(step_size=3.0))
+    with pytest.raises(ValueError, match=r"other scores: config\.batches\.step_size: 2\.0 scored, 3\.0 asked for"):
+        tasks.check_done(tmp_path, replace(task, config=other))
+    for name, value in (("rng", 7), ("max_epochs", 3)):
+        changed = replace(CONFIG, training=replace(CONFIG.training, **{name: value}))
+        assert (tasks._recipe(changed) == tasks._recipe(CONFIG)) == (name == "rng")
+    tasks._write(tmp_path, "example", "mine", "sub_2", 3, config=tasks._recipe(CONFIG), data_options={"snr": 9.0})
+    with pytest.raises(ValueError, match="other scores: data_options"):
+        tasks.check_done(tmp_path, task)
+
+
+def test_a_training_that_a_kill_ended_after_its_last_epoch_is_only_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: dict[str, Any] = {}
+    resumed = ["parts", "state", "history"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, "resume_experiment", lambda *given, **how: called.update(resume=(given, how)) or resumed)
+    monkeypatch.setattr(tasks, "run_experiment", lambda *given, **how: iter([called.update(run=(given, how))]))
+    monkeypatch.setattr(tasks, "score_experiment", lambda *given, **facts: called.update(score=(given, facts)))
+    task = tasks.Task(data="example", person="sub_2", name="mine", seed=3, config=CONFIG)
+    out, directory = Path("out"), Path("out/experiments/example/mine/sub_2_seed_3")
+    given = replace(
+        CONFIG,
+        hdf5_file=str(tmp_path / "out/data/example/sub_2.hdf5"),  # wherever the next command is called
+        training=replace(CONFIG.training, rng=3),
+    )
+    expected = {
+        "resume": ((directory,), {"given": given, "may_have_ended": True}),
+        "run": ((directory, "parts"), {"state": "state", "history": "history"}),
+        "score": ((out, directory), {"data": "example", "person": "sub_2", "name": "mine", "config": given}),
+    }
+    for _ in range(2):  # made, then found there
+        called.clear()
+        assert list(tasks.do(out, [task])) == [(task, None)]
+        assert called == expected
+    other = replace(task, config=replace(CONFIG, batches=BatchConfig(step_size=3.0)))
+    with pytest.raises(ValueError, match="step_size"):
+        list(tasks.do(out, [other]))
+    tasks._write(out, "example", "mine", "sub_2", 3)
+    called.clear()
+    assert list(tasks.do(out, [task])) == [(task, None)]
+    assert called == {}
+
+
+def test_a_person_without_known_bundles_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(tasks, "open_dataset", lambda *given, **names: opened.append((given, names)))
+    monkeypatch.setattr(tasks, "tracking_case", lambda dataset, config: None)
+    config = replace(CONFIG, data=replace(CONFIG.data, input_group_name="a", streamline_group_name="b"))
+    with pytest.raises(ValueError, match=r"sub_2\.hdf5: expected streamlines of known bundles, in even steps"):
+        tasks._case(tmp_path, "example", "sub_2", config)
+    names = {"input_group_name": "a", "streamline_group_name": "b"}
+    assert opened == [((tasks.data_path(tmp_path, "example", "sub_2"), "testing"), names)]
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -191,6 +193,7 @@ def test_evaluation_gives_the_means_of_the_whole_batch_on_any_number_of_processe
 
 def test_buffers_are_those_of_the_first_shard() -> None:
     model = torch.nn.BatchNorm1d(3)
+    model.register_buffer("fixed", torch.ones(2))  # beside those that change
 
     def loss(model: torch.nn.Module, x: Tensor) -> tuple[Tensor, int]:
         return model(x).square().mean(), len(x)
@@ -254,6 +257,63 @@ def test_without_torchrun_a_process_is_alone() -> None:
             assert (process_group.rank, process_group.size) == (0, 1)
             assert rank_zero_first(process_group, lambda: "called") == "called"
     assert (rank_in({}), rank_in({"RANK": "3", "LOCAL_RANK": "1"})) == (0, 3)
+
+
+def test_each_shard_has_the_backend_that_was_asked_for() -> None:
+    given: list[Any] = []
+
+    def gradient_fn(*arguments: Any, backend: Any = None, **options: Any) -> Any:
+        given.append(backend)
+        return value_and_grad(*arguments, backend=backend, **options)
+
+    model, shards = _model(), _cut(_rows(3), [2, 1])
+    params, loss_fn = dict(model.named_parameters()), module_loss(model, _loss)
+    sharded_value_and_grad(gradient_fn=gradient_fn)(loss_fn, params, {}, shards, key=Key(0), backend="autograd")
+    assert given == ["autograd"] * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "environment", "store", "backend", "devices"),
+    [
+        ("cpu", {"LOCAL_RANK": "1"}, ("attempt_0", "store"), "gloo", []),
+        ("cuda", {"LOCAL_RANK": "1", "TORCHELASTIC_RESTART_COUNT": "3"}, ("attempt_3", "store"), None, [1]),
+        ("cuda", {"GROUP_WORLD_SIZE": "2"}, "store", None, [0]),  # over several machines torchrun makes a new store
+    ],
+)
+def test_processes_of_torchrun_meet_over_its_store(
+    monkeypatch: Any, device: str, environment: dict[str, str], store: Any, backend: str | None, devices: list[int]
+) -> None:
+    called: list[Any] = []
+    limit = timedelta(minutes=10)
+
+    def rendezvous(url: str, *, timeout: timedelta) -> Any:
+        assert (url, timeout) == ("env://", limit)
+        return iter([("store", 1, 3)])
+
+    monkeypatch.setattr("torch.cuda.set_device", called.append)
+    monkeypatch.setattr("torch.distributed.rendezvous", rendezvous)
+    monkeypatch.setattr("torch.distributed.PrefixStore", lambda prefix, store: (prefix, store))
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda name, **how: called.append((name, how)))
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: called.append("left"))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    environment = {"WORLD_SIZE": "3", **environment}
+    with suppress(ZeroDivisionError), join_process_group(device, environment=environment) as group:
+        assert (group.rank, group.size) == (1, 3)
+        assert called[-1] != "left"
+        raise ZeroDivisionError
+    how = {"store": store, "rank": 1, "world_size": 3, "timeout": limit}
+    assert called == [*devices, (backend or "cpu:gloo,cuda:nccl", how), "left"]
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("connection refused\nand more")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", refused)
+    with (
+        pytest.raises(ProcessLostError, match=r"could not join the others of this run: connection refused\. See"),
+        join_process_group(device, environment=environment),
+    ):
+        pass
 
 
 def test_the_first_process_goes_first_and_all_wait_for_all() -> None:

@@ -107,7 +107,6 @@ def _row(data: str, tracker: str, scores: list[_Scores], baselines: Mapping[str,
         tables["all"] = np.mean(list(tables.values()), axis=0)
     ceilings = [each["valid"] for each in baselines[CEILING] if each["person"] in people]
     lags = [each["scores"]["continue"]["lag_mm"][-1] for each in scores]
-    has_lags = bool(lags) and None not in lags
     return {
         "data": data,
         "data_options": scores[0]["data_options"],
@@ -124,7 +123,7 @@ def _row(data: str, tracker: str, scores: list[_Scores], baselines: Mapping[str,
             if len(seeds) > 1
             else None,
         },
-        "lag_80_mm": _rounded(np.mean(lags)) if has_lags else None,
+        "lag_80_mm": None if None in lags else _rounded(np.mean(lags)),
         "ceiling_valid": _rounded(np.mean(ceilings)) if ceilings and None not in ceilings else None,
         "config": scores[0].get("config"),
     }

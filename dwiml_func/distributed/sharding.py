@@ -215,7 +215,7 @@ def _over_shards(
     branches = [_tree(parts[start : start + branch]) for start in range(0, block, branch)]
     gathered = _exchange(branches, process_group)
     total = _tree([partial(_itself, part) for part in gathered])
-    changed, loss, weight, *rest = total.numbers.unbind()
+    changed, loss, weight, *rest = total.numbers
     if not float(weight) > 0:
         raise ValueError("Expected a batch with at least one point. Received: shards without any.")
     if float(changed) > 0:
