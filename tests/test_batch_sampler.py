@@ -277,6 +277,8 @@ PLANS = {
     "subjects": "2a115af897fa8b20",
     "cycles": "72152bb08a990490",
     "mm of subjects": "8f3b4fba563c84c5",
+    "mm of whole subjects": "704080deea47344d",
+    "mm of two subjects": "aa6d5355e59ffff9",
 }
 """SHA-256 of the ids and offsets of plans of earlier versions: their runs are resumed with the same batches."""
 
@@ -292,6 +294,8 @@ def test_plans_are_those_of_earlier_versions(name):
         "subjects": {"batch_size": 40, "nb_subjects_per_batch": 2, "max_batches": None},
         "cycles": {"batch_size": 40, "nb_subjects_per_batch": 3, "cycles": 2, "max_batches": 9},
         "mm of subjects": {**mm, "nb_subjects_per_batch": 2, "cycles": 1, "nb_streamlines_per_chunk": 8},
+        "mm of whole subjects": {**mm, "nb_subjects_per_batch": 2, "nb_streamlines_per_chunk": 8, "max_batches": None},
+        "mm of two subjects": {**mm, "nb_subjects_per_batch": 2, "cycles": 3, "max_batches": 10},
     }
     digest = hashlib.sha256()
     for epoch in (0, 3):

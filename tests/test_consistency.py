@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dwiml_func.data.grid import Grid, grid_difference, orientation_difference, shear_of
-from dwiml_func.data.hdf5.consistency import matrix_fault
+from dwiml_func.data.hdf5.consistency import Volume, copied_streamlines, matrix_fault, same_volumes
 from dwiml_func.data.hdf5.layout import read_resampling
 from dwiml_func.data.hdf5.problems import raise_first
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
@@ -265,7 +265,7 @@ def test_grids_are_the_same_to_a_thousandth_in_each_element():
         grid_difference(grid, Grid(grid.affine.copy(), (5, 7, 6))) == "a grid of 5 x 6 x 7 voxels, expected 5 x 7 x 6"
     )
     for place in ((0, 0), (1, 2), (2, 3)):
-        for change, differs in ((0.9e-3, False), (1.1e-3, True), (-1.1e-3, True)):
+        for change, differs in ((0.9e-3, False), (1e-3, False), (1.1e-3, True), (-1.1e-3, True)):
             affine = grid.affine.copy()
             affine[place] += change
             assert (grid_difference(Grid(affine, grid.shape), grid) is not None) == differs
@@ -312,6 +312,46 @@ def test_a_copy_of_a_subject_is_told_and_no_error(cli, data, tmp_path, name, of)
     assert (told.code, told.out.count(f"Warning: {sentence}\n")) == (0, 1)
     trained = cli("train", tmp_path, "run", data, "--dry-run")
     assert (trained.code, trained.err.count(sentence)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "subsets", "copies"),
+    [
+        ({}, {"training": ["a", "b"]}, ["b"]),
+        ({"last": 1.0}, {"training": ["a", "b"]}, []),  # the first points are the same
+        ({"first": 1.0}, {"training": ["a", "b"]}, []),
+        ({}, {"training": ["a", "a"], "testing": ["a"]}, []),
+        ({}, {"training": ["x", "a"], "validation": ["y", "b"]}, ["b"]),
+        ({"dtype": "i4"}, {"training": ["b", "a"]}, []),
+    ],
+)
+def test_copies_have_all_points_in_common(tmp_path, other, subsets, copies):
+    points = {"a": np.zeros((20, 3), "f4"), "b": np.zeros((20, 3), other.get("dtype", "f4"))}
+    points["b"][-1, -1], points["b"][0, 0] = other.get("last", 0), other.get("first", 0)
+    with File(tmp_path / "a.hdf5", "w") as file:
+        for name, data in (*points.items(), ("y", np.zeros((0, 3), "f4"))):
+            file[f"{name}/s/data"] = data
+        found = [str(problem) for problem in copied_streamlines(file, subsets, "s")]
+    of = "validation" if "validation" in subsets else "training"
+    assert found == [f"subject '{name}': in {of}, has the same points as 'a', in training" for name in copies]
+
+
+def test_volumes_are_compared_in_what_is_known_of_both():
+    grid, flipped = (Grid(np.diag([x, 1.0, 1.0, 1.0]), (5, 6, 7)) for x in (1.0, -1.0))
+    known = Volume(6, grid, {"sh_order": 2})
+
+    def told(volume: Volume, expected: Volume = known) -> list[str]:
+        return [str(problem) for problem in same_volumes("input", "a", expected, "b", volume)]
+
+    assert told(known) == told(known._replace(grid=None)) == told(known, known._replace(grid=None)) == []
+    where = "subject 'b', group 'input': "
+    (found,) = told(known._replace(grid=flipped))
+    assert found.startswith(f"{where}the orientation LAS of the voxel axes, expected RAS, as subject 'a' has. Reorient")
+    assert told(known._replace(attributes={"sh_basis": "x"}, num_features=7)) == [
+        f"{where}7 features, but subject 'a' has 6",
+        f"{where}attribute 'sh_order' is None, but that of subject 'a' is 2",
+        f"{where}attribute 'sh_basis' is x, but that of subject 'a' is None",
+    ]
 
 
 @pytest.mark.parametrize("of", [None, "signal", "fodf"])

@@ -245,7 +245,8 @@ def test_missing_files_are_passed_over_only_when_asked(tmp_path):
     subject = make_subject(tmp_path / "subjects", "s1")
     (subject / "mask.nii.gz").unlink()
     config = {"input": {"type": "volume", "files": ["dwi.nii.gz", "mask.nii.gz"]}, "wm": CONFIG["wm_mask"]}
-    with pytest.raises(FileNotFoundError, match=r"subject 's1', group 'input', file .*mask.nii.gz: .*1 more"):
+    config["lines"] = {"type": "streamlines", "files": "none.trx"}
+    with pytest.raises(FileNotFoundError, match=r"subject 's1', group 'input', file .*mask.nii.gz: .*\(and 2 more"):
         create(tmp_path, config)
     groups = check_groups_config(config)
     options: dict[str, Any] = {"training": ["s1"], "enforce_files_presence": False}
@@ -253,7 +254,9 @@ def test_missing_files_are_passed_over_only_when_asked(tmp_path):
     assert [note.partition(", file")[0] for note in notes] == [
         "subject 's1', group 'input'",
         "subject 's1', group 'wm'",
+        "subject 's1', group 'lines'",
     ]
+    assert all(note.endswith("does not exist. It is skipped") for note in notes)
     with File(tmp_path / "out.hdf5") as file:
         assert list(file["s1"]) == ["input"]
         assert file["s1/input/data"].shape[3] == 4

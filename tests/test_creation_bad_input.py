@@ -124,6 +124,7 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
         ({"type": "image", "files": ["a"]}, "group 'x': type: expected 'volume' or 'streamlines', received 'image'"),
         ({"type": "volume"}, "group 'x': files: expected, but missing"),
         ({"type": "volume", "files": []}, "group 'x': files: expected at least one file"),
+        ({"type": "volume", "files": ["a", ""]}, "group 'x': files: expected at least one file"),
         ({"type": "volume", "files": "a", "colour": 1}, "group 'x': unknown key 'colour'. Known: type, files"),
         ({"type": "volume", "files": ["a", "../s1/a"]}, "group 'x': .*'../s1/a': expected a path below"),
         ({"type": "streamlines", "files": "/data/a.trk"}, "group 'x': .*'/data/a.trk': expected a path below"),
@@ -135,11 +136,12 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
             {"type": "volume", "files": "a", "sh_order": 3},
             "sh_order: expected an even number of at least 0, received 3",
         ),
+        ({"type": "volume", "files": "a", "sh_order": -2}, "at least 0, received -2"),
         ({"type": "volume", "files": "a", "sh_order": 2, "sh_basis": "mine"}, "group 'x': sh_basis: .*received 'mine'"),
         ({"type": "volume", "files": "a", "sh_basis": "tournier07"}, "expected sh_order with them, received none"),
         ({"type": "volume", "files": "a", "sh_legacy": True}, "expected sh_order with them, received none"),
         ({"type": "volume", "files": "a", "sh_order": 2, "sh_of": "odf"}, "group 'x': sh_of: .*received 'odf'"),
-        ({"type": "streamlines", "files": "a", "standardization": "all"}, "unknown key 'standardization'"),
+        ({"type": "streamlines", "files": "a", "standardization": "all"}, "'standardization'. Known: type, files, dps"),
         (
             {"type": "streamlines", "files": "a", "connectivity_matrix": "m.npy"},
             "connectivity_matrix: .*received neither",
@@ -155,6 +157,15 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
             "connectivity_matrix: .*received both",
         ),
         ({"type": "streamlines", "files": "a", "connectivity_nb_blocs": 2}, "expected a connectivity_matrix"),
+        (
+            {"type": "streamlines", "files": "a", "connectivity_matrix": "m", "connectivity_nb_blocs": [2, 0, 3]},
+            r"group 'x': connectivity_nb_blocs: expected at least 1, received \(2, 0, 3\)",
+        ),
+        (
+            {"type": "streamlines", "files": "a", "connectivity_matrix": "m", "connectivity_nb_blocs": [2, 2]},
+            "group 'x': connectivity_nb_blocs.*2",
+        ),
+        (3, "group 'x': .*received 3"),
     ],
 )
 def test_a_config_is_read_strictly(folder, refused, group, message):
@@ -595,6 +606,11 @@ def test_a_matrix_fits_its_blocs(folder, refused):
     assert re.search(place("streamlines", "m.npy") + "a matrix of 7 rows. Expected 8", refused())
     np.save(folder / "subjects" / "s2" / "m.npy", np.ones((8, 7)))
     assert "Expected a square one" in refused()
+    np.save(folder / "subjects" / "s2" / "m.npy", np.full((8, 8), "1"))
+    assert re.search(place("streamlines", "m.npy") + "expected a matrix of numbers in .npy", refused())
+    set_config(folder, streamlines={**CONFIG["streamlines"], **keys, "connectivity_matrix": "*.n[ip]*"})
+    told = place("streamlines", "fa.nii.gz", "s1") + r"'\*.n\[ip\]\*' also gives \S*/s1/dwi.nii.gz. Expected one file"
+    assert re.search(told, refused())
 
 
 def test_a_file_given_twice_is_named(folder, refused):

@@ -111,6 +111,16 @@ def test_where_sform_and_qform_differ_the_sform_is_used_and_it_is_said(subject, 
     assert (told in caplog.text) == (turned[0, 0] < 0)
 
 
+def test_voxels_whose_header_says_no_place_nor_size_are_refused(subject):
+    nib.save(nib.Nifti1Image(np.ones(SHAPE, np.float32), np.eye(4)), subject / "map.nii")
+    content = bytearray((subject / "map.nii").read_bytes())
+    content[252:256] = bytes(4)  # no qform and no sform: the affine is made of pixdim
+    content[80:84] = np.float32(np.nan).tobytes()
+    (subject / "map.nii").write_bytes(content)
+    with pytest.raises(ValueError, match=r"map.nii: the header's affine does not turn voxels into mm"):
+        load(subject, ["map.nii"], "none")
+
+
 def test_means_of_large_values_are_exact():
     data = np.full((60, 60, 60, 1), 16_777_216, np.float32)
     data[::2] += 4
@@ -134,12 +144,13 @@ def test_maps_in_any_unit_have_a_mean_of_0_and_a_std_of_1(subject, unit, standar
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.int32])
-def test_small_changes_of_large_values_are_kept(subject, kind):
+@pytest.mark.parametrize("others", [[], ["fa.nii.gz"]])
+def test_small_changes_of_large_values_are_kept(subject, kind, others):
     data = 10**9 + np.random.default_rng(0).integers(-50, 50, (*SHAPE, 2))  # float32 has steps of 64 there
     save_volume(subject / "map.nii.gz", data.astype(kind))
-    volume = load(subject, ["map.nii.gz"], "independent")
+    volume = load(subject, [*others, "map.nii.gz"], "independent")
     measured = data.reshape(-1, 2).astype(np.float64)
-    np.testing.assert_allclose(volume.data, (data - measured.mean(0)) / measured.std(0), atol=1e-5)
+    np.testing.assert_allclose(volume.data[..., -2:], (data - measured.mean(0)) / measured.std(0), atol=1e-5)
 
 
 def test_scaled_integers_are_standardised_as_scaled(subject):
@@ -203,6 +214,20 @@ def test_whatever_is_above_zero_is_in_a_mask(subject):
     save_volume(subject / "part.nii.gz", (0.25 * mask - (mask == 0)).astype(np.float32))
     volumes = [load(subject, FILES, "all", (name,)) for name in ("mask.nii.gz", "part.nii.gz")]
     np.testing.assert_array_equal(volumes[0].data, volumes[1].data)
+    assert volumes[0].data.dtype == np.float32
+
+
+def test_a_mask_may_have_one_feature_and_no_more(subject):
+    mask = raw(subject, "mask.nii.gz").astype(np.float32)
+    save_volume(subject / "one.nii.gz", mask)
+    found, expected = (load(subject, FILES, "all", (name,)).data for name in ("one.nii.gz", "mask.nii.gz"))
+    np.testing.assert_array_equal(found, expected)
+    save_volume(subject / "two.nii.gz", np.concatenate([mask, mask], axis=-1))
+    with pytest.raises(ValueError, match=r"two.nii.gz: a mask of shape \(12, 10, 9, 2\). Expected \(X, Y, Z\)"):
+        load(subject, FILES, "all", ("two.nii.gz",))
+    save_volume(subject / "nan.nii.gz", np.where(mask > 0, mask, np.nan).astype(np.float32))
+    with pytest.raises(ValueError, match=r"nan.nii.gz: 864 of 1080 values are NaN"):
+        load(subject, FILES, "all", ("nan.nii.gz",))
 
 
 def test_labels_that_the_header_scales_are_scaled(subject):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import trxscan
 from scipy.spatial.transform import Rotation
 
 from dwiml_func.core.rng import Key, numpy_rng
@@ -20,6 +21,24 @@ from dwiml_func.data.example.unlabelled import mean_line, rotation, unlabelled_b
 from dwiml_func.data.spherical_harmonics import half_sphere_directions, sh_matrix
 
 CLEAN = ExampleSettings(snr=float("inf"))
+SCANNED = [1000965.2496070862, 681208.0966619253]
+CROSSED = [
+    197594.1601,
+    158127.5798,
+    178337.1545,
+    196916.44,
+    223850.0602,
+    201557.3764,
+    93938.2773,
+    231924.9164,
+    204797.7064,
+    200018.5373,
+    149823.7469,
+    155930.8642,
+    140027.2564,
+    197456.9597,
+    171522.2943,
+]
 B, PARALLEL, PERPENDICULAR = 1000.0, 1.5e-3, 3e-4
 
 
@@ -215,6 +234,24 @@ def test_a_scan_has_the_snr_asked_and_the_same_bytes() -> None:
     assert abs(measured / 20 - 1) < 5 / np.sqrt(2 * 29 * inside.sum())  # five standard errors
     again, _, _ = scanned(20.0)
     np.testing.assert_array_equal(again, unweighted)
+
+
+def test_a_scan_and_what_crosses_are_those_of_earlier_versions(bundles: dict[str, list[np.ndarray]]) -> None:
+    """Data that were made with these options and the same versions stay the same."""
+    rng, voxels = np.random.default_rng(0), np.array([3, 20, 21, 46, 50])
+    axes = rng.normal(size=(5, 2, 3))
+    fractions = np.array([[0.9, 0.0], [0.3, 0.4], [0.0, 0.5], [0.25, 0.5], [0.6, 0.1]])
+    fibres = Fibres(voxels, axes / np.linalg.norm(axes, axis=-1, keepdims=True), fractions)
+    tissue = rng.random((6, 5, 2)) > 0.3
+    tissue.reshape(-1)[voxels] = True
+    images = scan(fibres, tissue, ExampleSettings(nb_directions=7), numpy_rng(Key(5)))
+    found = [float((image * np.arange(1, image.size + 1).reshape(image.shape)).sum()) for image in images]
+    if trxscan.__version__ == "0.3.0":
+        np.testing.assert_allclose(found, SCANNED, rtol=1e-6)
+    settings = ExampleSettings(crossings=2, distractors=3)
+    made = unlabelled_bundles(bundles, settings, subject=3, key=Key(4))
+    sums = [sum(float(np.abs(line).sum()) for line in lines) for lines in made.values()]
+    np.testing.assert_allclose(sums, CROSSED, rtol=1e-9)
 
 
 def test_a_simulator_that_is_not_installed_is_named(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ class Disk:
 
 
 def make(path: Path, num_bytes: int) -> WatchedFile:
-    file = WatchedFile(path)
+    file = WatchedFile(path, has_large_attributes=False)
     file._sink._file = Disk(file._sink._file, num_bytes)  # type: ignore[assignment]
     return file
 
@@ -84,5 +84,5 @@ def test_closing_says_nothing(tmp_path):
 def test_a_file_that_is_there_is_not_replaced(tmp_path):
     (tmp_path / "a.hdf5").write_text("old")
     with pytest.raises(FileExistsError):
-        WatchedFile(tmp_path / "a.hdf5")
+        WatchedFile(tmp_path / "a.hdf5", has_large_attributes=False)
     assert (tmp_path / "a.hdf5").read_text() == "old"

@@ -137,8 +137,10 @@ def test_numbers_of_another_kind_are_read_as_in_memory(edited):
     assert torch.equal(there.volumes[0], here.volumes[0])
 
 
-def test_the_cache_keeps_the_volumes_used_last_within_its_bytes(fresh_store):
-    subsets = [open_dataset(PHANTOM, s, lazy=True, cache_size=2 * VOLUME_BYTES + 7) for s in ("training", "validation")]
+@pytest.mark.parametrize("rest", [0, 7, VOLUME_BYTES - 1])
+def test_the_cache_keeps_the_volumes_used_last_within_its_bytes(fresh_store, rest):
+    size = 2 * VOLUME_BYTES + rest
+    subsets = [open_dataset(PHANTOM, subset, lazy=True, cache_size=size) for subset in ("training", "validation")]
     training, validation = subsets[0].volumes, subsets[1].volumes
     kept = [training[0], training[1]]
     assert training[0] is kept[0]
@@ -159,12 +161,16 @@ def test_a_volume_larger_than_the_cache_is_read_each_time_and_not_kept(fresh_sto
 
 def test_a_process_holds_few_open_files(tmp_path, fresh_store):
     datasets = []
-    for number in range(20):
+    for number in range(10):
         path = Path(shutil.copy(PHANTOM, tmp_path / f"{number}.hdf5"))
         datasets.append(open_dataset(path, lazy=True))
     for dataset in [*datasets, *datasets]:
         assert len(dataset.streamlines.select([1])) == 1
         assert len(fresh_store.files) <= 8
+    assert [version.path.stem for version in fresh_store.files] == [str(number) for number in range(2, 10)]
+    datasets[3].streamlines.select([1])
+    datasets[0].streamlines.select([1])  # the file used longest ago is closed
+    assert [version.path.stem for version in fresh_store.files] == ["4", "5", "6", "7", "8", "9", "3", "0"]
 
 
 def test_a_pickle_is_small_and_opens_the_file_itself(fresh_store):

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_summary import evaluation, report
 
@@ -20,6 +21,11 @@ from dwiml_func.compiled.step import JitStep
 from dwiml_func.compiled.warmup import WarmUpStep
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.non_finite import NonFiniteError
+from dwiml_func.data.grid import Grid
+from dwiml_func.data.hdf5.problems import Problem
+from dwiml_func.data.inspection.groups import Steps, StreamlineSummary, VolumeSummary
+from dwiml_func.data.inspection.inspect import Inspection
+from dwiml_func.data.inspection.report import format_inspection
 from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.experiment.audit.bisect import Bisection
 from dwiml_func.experiment.audit.lockstep import Difference
@@ -174,6 +180,45 @@ def of_scores(*, num_seeds: int | None = None, has_bundles: bool = True) -> str:
     return "\n".join(score._text(found, ceiling, tuple(of) if has_bundles else (), num_seeds))
 
 
+AFFINE = np.array([[0, -2.0, 0, 1], [1.25, 0, 0, 2], [0, 0, 3, 3], [0, 0, 0, 1]])
+GRID = Grid(AFFINE, (9, 8, 7))
+HARMONICS: dict[str, Any] = {"sh_order": 2, "sh_legacy": True, "sh_of": "fodf"}
+LINES = StreamlineSummary(
+    num_streamlines=3,
+    num_points=1200,
+    lengths=np.array([10.0, 20, 60]),
+    steps=Steps(4, 2.0, 0.4, 0.25, 0.75),
+    grid=GRID,
+    extras=("data per streamline 'w'",),
+    bundles=tuple("abcde"),
+)
+OTHER_LINES = LINES._replace(num_points=34, lengths=np.array([40.0]), bundles=tuple("edfghi"), extras=("a matrix",))
+UNKNOWN_LINES = StreamlineSummary(2, 5, None, None, None, ())
+INSPECTED = Inspection(
+    path=Path("a.hdf5"),
+    num_bytes=1_250_000,
+    attributes={"data_and_time": "01 May 2026", "step_size": "0.5", "nb_points": "Not defined by user"},
+    subsets={"training": ("anna", "bo"), "validation": ("c",), "testing": ()},
+    subjects={
+        "anna": {"input": VolumeSummary((9, 8, 7, 6), GRID, HARMONICS), "lines": LINES},
+        "bo": {
+            "input": VolumeSummary((9, 8, 7, 28), None, {"sh_order": 6, "sh_basis": "tournier07"}),
+            "lines": OTHER_LINES._replace(steps=Steps(12, 9.0, 0.7, 0.5, 1.5)),
+        },
+        "c": {"input": VolumeSummary((9, 8, 7, 6), GRID, HARMONICS), "mask": VolumeSummary(None, None)},
+        "d": {"lines": UNKNOWN_LINES, "mask": VolumeSummary((9, 8, 7, 1), GRID), "input": UNKNOWN_LINES},
+    },
+    problems=(Problem("", "wrong"),) * 52,
+    warnings=(Problem("subject 'bo'", "a copy"),),
+)
+ALONE = replace(INSPECTED, subjects={"d": {"lines": UNKNOWN_LINES}}, warnings=(), num_bytes=49_999)
+
+
+def inspected(inspection: Inspection, **changes: Any) -> str:
+    text = format_inspection(replace(inspection, **changes)) + "\n"
+    return text.replace("  wrong\n" * 50, "  wrong, 50 times\n").rstrip("\n")
+
+
 TEXTS: dict[str, Callable[[], str]] = {
     "summary": lambda: _summary.format_summary(
         HISTORY, evaluation(first_points=33.0), subset="validation", tracking="how it tracks"
@@ -228,6 +273,16 @@ TEXTS: dict[str, Callable[[], str]] = {
     "scores": of_scores,
     "scores of seeds": lambda: of_scores(num_seeds=2492),
     "scores without bundles": lambda: of_scores(num_seeds=2492, has_bundles=False),
+    "inspected": lambda: inspected(INSPECTED),
+    "inspected and nothing found": lambda: inspected(
+        ALONE, problems=(), attributes={}, subsets={"training": tuple("abcdefghi")}
+    ),
+    "inspected and one problem": lambda: inspected(
+        ALONE, problems=INSPECTED.problems[:1], attributes={"nb_points": "9"}, subsets={}
+    ),
+    "inspected and fifty problems": lambda: inspected(
+        ALONE, problems=INSPECTED.problems[:50], attributes={"compress": "0.1"}, subjects={}
+    ),
     "start": lambda: f"{_training.describe_start(3, 0)}\n{_training.describe_start(3, 4)}",
 }
 

@@ -61,15 +61,19 @@ def test_what_unpacks_to_64_mb_or_to_100_times_its_size_is_no_bomb(unpacked, sto
 @pytest.mark.parametrize("offset_kind", ["uint32", "uint64"])
 def test_an_unpacked_tractogram_of_any_kind_is_read(tmp_path, kind, has_last, offset_kind):
     points = np.random.default_rng(0).uniform(0, 9, (7, 3)).astype(kind)
-    (tmp_path / "header.json").write_text(header(7, 2))
+    (tmp_path / "header.json").write_text(header(7, 3))
     (tmp_path / f"positions.3.{kind}").write_bytes(points.tobytes())
     (tmp_path / "dps" / "of_another_program").mkdir(parents=True)
     (tmp_path / "dps" / "of_another_program" / "notes.txt").write_bytes(b"passed over")
-    offsets = np.array([0, 3, 7], offset_kind)
-    (tmp_path / f"offsets.{offset_kind}").write_bytes(offsets[: 2 + has_last].tobytes())
+    (tmp_path / "groups").mkdir()
+    for name, ids in (("both", [0, 2]), ("first", [0]), ("none", [])):
+        (tmp_path / "groups" / f"{name}.int32").write_bytes(np.array(ids, "<i4").tobytes())
+    offsets = np.array([0, 3, 3, 7], offset_kind)  # the second streamline has no point
+    (tmp_path / f"offsets.{offset_kind}").write_bytes(offsets[: 3 + has_last].tobytes())
     trx = read_trx(tmp_path)
     np.testing.assert_array_equal(trx.points, points)
-    assert trx.offsets.tolist() == [0, 3, 7]
+    assert trx.points.dtype == kind
+    assert (trx.offsets.tolist(), trx.offsets.dtype) == ([0, 3, 3, 7], np.int64)
 
 
 def header(num_points: int, num_streamlines: int) -> str:
@@ -97,6 +101,12 @@ def header(num_points: int, num_streamlines: int) -> str:
         ({"positions.3.float32": None}, "0 arrays of positions"),
         ({"dps/weight.float32": bytes(12)}, "dps/weight.float32 holds 12 bytes"),
         ({"dps/weight.words": bytes(8)}, "expected a name such as"),
+        ({"dps/weight.3.1.uint8": bytes(6)}, "expected a name such as"),
+        ({"dps/weight.uint8": bytes(2), "dps/weight.2.uint8": bytes(4)}, "two arrays in dps/ have one name"),
+        ({"header.json": header(7, 2.0)}, "7 points of 2.0 streamlines, expected whole numbers"),  # type: ignore[arg-type]
+        ({"header.json": header(7.0, 2)}, "7.0 points of 2 streamlines, expected whole numbers"),  # type: ignore[arg-type]
+        ({"header.json": "{}" + " " * (1 << 24)}, "no header.json of less than 16 MB"),
+        ({"positions.3.float32": None, "positions.float32": bytes(28)}, "positions.float32 holds 28 bytes"),
         ({"dpv/fa.float32": bytes(24)}, "dpv/fa.float32 holds 24 bytes, NB_VERTICES of the header promises 28"),
         ({"groups/left.uint32": np.array([0, 2], "u4").tobytes()}, "groups/left.uint32 has streamlines 0 to 2 of 2"),
         ({"groups/left.int32": np.array([-1, 1], "i4").tobytes()}, "groups/left.int32 has streamlines -1 to 1 of 2"),

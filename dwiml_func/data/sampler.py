@@ -152,7 +152,7 @@ def _cut(sizes: NDArray[np.int64] | None, num: int, budget: int, max_batches: in
         chain = [0]
         while chain[-1] < num:
             chain.append(after[chain[-1]])
-        offsets = np.array(chain, dtype=np.int64)
+        offsets = np.array(chain)
     return offsets if max_batches is None else offsets[: max_batches + 1]
 
 

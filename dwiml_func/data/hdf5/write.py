@@ -238,7 +238,7 @@ class _Sink(io.RawIOBase):
 class WatchedFile(h5py.File):
     """A new HDF5 file. `flush` and `close_and_sync` raise the first error of any write before."""
 
-    def __init__(self, path: Path, *, has_large_attributes: bool = False) -> None:
+    def __init__(self, path: Path, *, has_large_attributes: bool) -> None:
         self._sink = _Sink(path)
         super().__init__(self._sink, "w", libver=("v108", "latest") if has_large_attributes else None)
 
