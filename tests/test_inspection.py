@@ -185,6 +185,8 @@ def test_what_is_wrong_is_told(edited, capfd, change, problem):
     text = capfd.readouterr().out
     assert re.search(r"^\d+ PROBLEMS?$", text, re.MULTILINE)
     assert re.search(problem, text.split("PROBLEM")[1]), text
+    places = [line.strip() for line in text.split("PROBLEM")[1].splitlines()[1:]]
+    assert all(place.startswith(("subject '", "no training subjects")) for place in places), places
 
 
 def test_all_problems_are_told_and_many_are_shortened(edited, capfd):
