@@ -30,6 +30,7 @@ from dwiml_func.data.prefetch import Prefetched
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.sampler import SamplerSpec, sample_epoch
 from dwiml_func.data.streamlines import Streamlines, directions
+from dwiml_func.data.workers import WorkerLoader, process_context
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 KEY = Key(1234, (1,))
@@ -147,6 +148,20 @@ def test_starting_later_gives_the_rest_of_the_epoch(dataset):
         loader = epoch_batches(dataset, SPEC, LoaderSpec(), key=KEY, epoch=1, start_batch=start)
         assert len(loader) == len(whole) - start
         assert all_bytes(loader) == whole[start:]
+
+
+def test_a_loader_of_workers_starts_them_with_what_makes_them_end_and_in_their_own_way():
+    loaders = [WorkerLoader(range(3), num_workers=number) for number in (0, 1)]  # type: ignore[arg-type]
+    assert [loader.worker_init_fn for loader in loaders] == [workers._begin] * 2
+    assert loaders[0].multiprocessing_context is None
+    assert loaders[1].multiprocessing_context is process_context("dwiml_func.data.workers")
+    assert all(isinstance(loader.generator, torch.Generator) for loader in loaders)
+
+
+def test_models_of_streamlines_alone_have_no_inputs(dataset):
+    around = Neighborhood(type="axes")
+    assert LoaderSpec(streamlines_only=True, neighborhood=around).num_inputs(dataset) == 0
+    assert [LoaderSpec(neighborhood=each).num_inputs(dataset) for each in (around, None)] == [7 * 6, 6]
 
 
 def test_a_request_knows_its_place_in_the_epoch(dataset):

@@ -12,8 +12,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from dwiml_func.data.creation.files import Source
+from dwiml_func.data.creation.tractograms import load_streamlines
 from dwiml_func.data.grid import Grid
-from dwiml_func.data.tractogram_writers import new_tractogram, write_trk
+from dwiml_func.data.tractogram_writers import check_name, new_tractogram, write_trk
 
 AFFINE = np.array([[-2.0, 0.1, 0, 80], [0.1, 2.2, 0, -100], [0, 0, 3.0, -60], [0, 0, 0, 1]])  # LAS, anisotropic
 GRID = Grid(AFFINE, (40, 50, 30))
@@ -145,6 +147,52 @@ def test_names_and_files_that_cannot_be_written_are_refused(tmp_path):
     (tmp_path / "folder.trk").mkdir()
     with pytest.raises(IsADirectoryError, match="Received a folder"), new_tractogram(tmp_path / "folder.trk", GRID):
         pass
+
+
+@pytest.mark.parametrize(
+    ("columns", "fits"),
+    [
+        *(({"n" * 20: 1}, True), ({"n" * 21: 1}, False), ({"n" * 18: 3}, True), ({"n" * 17: 12}, True)),
+        *(({"n" * 18: 12}, False), ({"a": 255}, True), ({"a": 256}, False), ({"\u00e9": 1}, False)),
+        ({str(number): 1 for number in range(10)}, True),
+    ],
+)
+def test_a_name_and_its_columns_have_20_bytes_in_a_trk(columns, fits):
+    assert check_name(Path("a.TRX"), columns=columns) == ".trx"
+    if fits:
+        assert check_name(Path("a.TRK"), columns=columns) == ".trk"
+    else:
+        with pytest.raises(ValueError, match="a TRK file has room"):
+            check_name(Path("a.trk"), columns=columns)
+
+
+@pytest.mark.parametrize("kind", ["trk", "trx"])
+def test_tables_are_told_apart_by_name_in_any_order(tmp_path, kind):
+    weights = np.arange(4.0)[:, None]
+    with new_tractogram(tmp_path / f"a.{kind}", GRID, columns={"seeds": 3, "w": 1}) as file:
+        for rows, points in ((slice(0, 3), POINTS[:11]), (slice(3, 4), POINTS[11:])):
+            offsets = OFFSETS[rows.start : rows.stop + 1] - OFFSETS[rows.start]
+            file.write(points, offsets, {"w": weights[rows], "seeds": SEEDS[rows]})
+    options: dict[str, Any] = {"expected": GRID, "remove_invalid": True}
+    source = Source("s", "g", tmp_path / f"a.{kind}")
+    found = load_streamlines([source], dps_keys=["w", "seeds"], **options)  # without the line of one point
+    np.testing.assert_array_equal(found.per_streamline["w"], weights[[0, 2, 3]])
+    np.testing.assert_array_equal(found.per_streamline["seeds"], SEEDS[[0, 2, 3]])
+    np.testing.assert_allclose(found.points, np.delete(POINTS, 3, axis=0), atol=2e-5)
+    assert found.offsets.tolist() == [0, 3, 10, 12]
+
+
+@pytest.mark.parametrize("num", range(6, 42, 5))
+def test_a_tck_says_where_its_points_begin(tmp_path, num):
+    write(tmp_path / "a.tck", facts={"a": "x" * num, "b": "y"})
+    head, _, points = (tmp_path / "a.tck").read_bytes().partition(b"\nEND\n")
+    lines = head.decode().splitlines()
+    assert lines[:5] == ["mrtrix tracks", "count: 0000000004", "datatype: Float32LE", f"a: {'x' * num}", "b: y"]
+    assert lines[5:] == [f"file: . {len(head) + 5}"]
+    values = np.frombuffer(points, "<f4").reshape(-1, 3)
+    assert len(values) == 13 + 4 + 1
+    assert np.flatnonzero(np.isnan(values).all(axis=1)).tolist() == [3, 5, 13, 16]
+    assert np.isposinf(values[-1]).all()
 
 
 def test_data_per_point_are_read_as_they_were_written(tmp_path):
