@@ -128,7 +128,8 @@ def replaced(source: str, node: Any, text: str) -> str:
 
 def draw(room: str, count: int, seed: int) -> list[dict[str, Any]]:
     """`count` mutations of a room: first a kind, then one of that kind, so that no frequent kind crowds out others."""
-    known = {tuple(line.split(" | ")[:2]) for line in EQUIVALENT.read_text().splitlines()}
+    listed = (line.rpartition(" | ")[0].partition(" | ") for line in EQUIVALENT.read_text().splitlines())
+    known = {(name, changed) for name, _, changed in listed}
     by_kind = defaultdict(list)
     for part in PARTS.get(room, (room,)):
         package = TREE / "dwiml_func"
