@@ -1,5 +1,6 @@
 """Claims about `dwiml_func.optim`: torch.optim's arithmetic bitwise, out of place unless donated, differentiable."""
 
+import re
 from functools import partial
 from itertools import product
 from typing import Any
@@ -9,9 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
+from dwiml_func.optim import accumulate, chain, ema, lion, schedule_free_adamw, schedule_free_sgd
 from dwiml_func.optim._foreach import _one_by_one, arithmetic_for
 from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
+from dwiml_func.optim.state_check import check_opt_state
 
 SHAPES = {"weight": (3, 2), "bias": (3,), "scale": ()}
 KINDS = ["sgd", "momentum", "nesterov", "adam", "adamw", "radam"]
@@ -396,3 +400,43 @@ def test_fused_operations_with_tensors_for_numbers_have_the_bits_of_single_ones(
         for mine, theirs in zip(ours, _one_by_one(name, x, *others, **factors), strict=True):
             assert mine.dtype == theirs.dtype
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "other", "named"),
+    [
+        (adam(), sgd(momentum=0.9), "exp_avg, exp_avg_sq, momentum_buffer are in only one"),
+        (sgd(), schedule_free_sgd(), "lr_max, weight_sum, z are in only one"),
+        (ema(adam()), ema(lion()), "optimizer/exp_avg_sq is in only one"),
+        (chain(accumulate(2), sgd()), sgd(), "0, 0/mean are in only one"),
+    ],
+)
+def test_a_state_of_another_optimizer_is_told_by_the_branches_that_differ(
+    optimizer: Optimizer, other: Optimizer, named: str
+) -> None:
+    params = {"w": torch.ones(2, 3), "b": torch.ones(())}
+    for _ in range(2):  # it is not taken for checked
+        with pytest.raises(ValueError, match=f"another optimizer: of their trees, {named}"):
+            check_opt_state(optimizer, other.init(params), params)
+    check_opt_state(optimizer, {**optimizer.init(params), "missed": {"w": torch.ones(())}}, params)
+    check_opt_state(optimizer, {}, params)  # no longer looked at
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_a_state_of_other_shapes_is_told_by_its_first_leaf(is_stacked: bool) -> None:
+    params = {"w": torch.ones(2, 3), "b": torch.ones(())}
+    state = schedule_free_adamw().init(params)
+    for path, shape, expected in (
+        ("exp_avg_sq/w", (3, 2), (2, 3)),
+        ("z/w", (1, 3), (2, 3)),
+        ("z/b", (1,), ()),
+        ("lr_max", (2,), ()),
+    ):
+        kind, _, name = path.partition("/")
+        changed = {**state, kind: {**state[kind], name: torch.ones(shape)} if name else torch.ones(shape)}
+        given = tree_map(lambda leaf: torch.stack([leaf, leaf]), (changed, params)) if is_stacked else (changed, params)
+        with pytest.raises(
+            ValueError, match=re.escape(f"{path} of shape {expected}, as the parameters have it")
+        ) as error:
+            check_opt_state(schedule_free_adamw(), *given, is_stacked=is_stacked)
+        assert f"Received: {shape}. To start anew" in str(error.value)
