@@ -27,7 +27,18 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from verdicts import conclude
 
-from dwiml_func import Key, adam, ensemble_step, init_state, jit_step, module_loss, stack_states, torch_rng, train_step
+from dwiml_func import (
+    Key,
+    adam,
+    capture_ensemble_step,
+    ensemble_step,
+    init_state,
+    jit_step,
+    module_loss,
+    stack_states,
+    torch_rng,
+    train_step,
+)
 from dwiml_func.core.precision import set_matmul_precision
 from dwiml_func.data import StreamlineBatch, StreamlineDataset
 from dwiml_func.data.augmentation import Augmentation
@@ -346,7 +357,10 @@ def measure_ensembles(device: torch.device, tiny: bool) -> dict[tuple[str, str],
     counts, variants = members(tiny), Variants()
     for kind, make, loss, batch in kinds:
         for count in counts[kind]:
-            variants[f"{count} {kind}", EAGER] = partial(ensemble_of, count, make, loss, batch, device)
+            for variant in (EAGER, CAPTURED):
+                is_captured = variant == CAPTURED
+                own = partial(ensemble_of, count, make, loss, batch, device, is_captured=is_captured, tiny=tiny)
+                variants[f"{count} {kind}", variant] = own
     return measure(variants, device, tiny)
 
 
@@ -356,17 +370,25 @@ def members(tiny: bool) -> dict[str, tuple[int, ...]]:
 
 
 def ensemble_of(
-    count: int, make: Callable[[int], nn.Module], loss: Any, batch: Any, device: torch.device
+    count: int,
+    make: Callable[[int], nn.Module],
+    loss: Any,
+    batch: Any,
+    device: torch.device,
+    *,
+    is_captured: bool,
+    tiny: bool,
 ) -> Callable[[], None]:
     """A function that takes a step of all members."""
     ensemble = stack_states([init_state(make(seed).to(device), adam(), seed=seed) for seed in range(count)])
-    options: dict[str, Any] = {"loss_fn": module_loss(make(0).to(device), loss), "optimizer": adam(), "lr": LR}
+    options: dict[str, Any] = {"loss_fn": module_loss(make(0).to(device), loss), "optimizer": adam()}
+    step = capture_ensemble_step(**options) if is_captured else partial(ensemble_step, **options)
 
     def run() -> None:
         nonlocal ensemble
-        ensemble, _ = ensemble_step(ensemble, batch, **options)
+        ensemble, _ = step(ensemble, batch, lr=LR)
 
-    return run
+    return captured_before(run, step, tiny) if is_captured else run
 
 
 def measure(variants: Variants, device: torch.device, tiny: bool) -> dict[tuple[str, str], Measured]:

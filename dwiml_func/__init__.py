@@ -65,7 +65,13 @@ if TYPE_CHECKING:
     from dwiml_func.checkpoint import list_checkpoints, restore, restore_or, save
     from dwiml_func.compiled import jit_step
     from dwiml_func.data.dataloader import from_loader
-    from dwiml_func.ensemble import ensemble_step, member, stack_states, train_and_validate_ensemble
+    from dwiml_func.ensemble import (
+        capture_ensemble_step,
+        ensemble_step,
+        member,
+        stack_states,
+        train_and_validate_ensemble,
+    )
     from dwiml_func.experiment.audit.replay import verify
     from dwiml_func.experiment.pretrained import load_pretrained
 
@@ -95,6 +101,7 @@ __all__ = [
     "adamw",
     "add_decayed_weights",
     "by_name",
+    "capture_ensemble_step",
     "chain",
     "checked_step",
     "clip_by_global_norm",
@@ -157,7 +164,8 @@ __all__ = [
 
 _MODULES = {  # loaded at the first use of a name: a loop that saves nothing does not wait for them
     **dict.fromkeys(("list_checkpoints", "restore", "restore_or", "save"), "checkpoint"),
-    **dict.fromkeys(("ensemble_step", "member", "stack_states", "train_and_validate_ensemble"), "ensemble"),
+    **dict.fromkeys(("capture_ensemble_step", "ensemble_step", "member", "stack_states"), "ensemble"),
+    "train_and_validate_ensemble": "ensemble",
     "from_loader": "data.dataloader",
     "jit_step": "compiled",
     "load_pretrained": "experiment.pretrained",

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.data.streamlines import offsets_of
-from dwiml_func.ensemble.rng import per_member_rng
+from dwiml_func.ensemble.rng import MemberGenerators, per_member_rng
 from dwiml_func.models.transformers.attention import sequences_of
 from dwiml_func.models.transformers.causal import causal_weights
 
@@ -122,7 +122,7 @@ def test_members_drop_what_each_drops_alone() -> None:
         return sequences.attend(own, num_heads=HEADS, dropout_rate=0.4).square().sum()
 
     def member(own: Tensor, index: Tensor) -> Tensor:
-        with per_member_rng(keys, index):
+        with per_member_rng(MemberGenerators(keys), index):
             return loss(own)
 
     for of_member, alone in ((member, loss), (torch.func.grad(member), torch.func.grad(loss))):

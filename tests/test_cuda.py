@@ -276,6 +276,17 @@ def test_members_of_an_ensemble_train_as_they_do_alone(cli: Any, tmp_path: Path)
         torch.testing.assert_close(tensor, theirs.params[name], rtol=1e-3, atol=1e-4)
 
 
+@only_on_gpu
+def test_a_captured_ensemble_is_resumed_to_the_same_bits_and_reports_its_graphs(cli: Any, tmp_path: Path) -> None:
+    options = ("--num-models", "2", "--compile", "--dropout", "0.2")
+    whole = train(cli, tmp_path, "whole", *options, "--max-epochs", "2")
+    stopped = train(cli, tmp_path, "stopped", *options, "--max-epochs", "1")
+    done = cli("resume", tmp_path, "stopped", "--new-max-epochs", "2")
+    assert "Steps were replays of" in done.out
+    for number in "01":
+        assert latest_digest(stopped / number) == latest_digest(whole / number)
+
+
 def test_lines_tracked_on_the_device_are_those_of_the_cpu_to_rounding() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)

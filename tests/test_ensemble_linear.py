@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwiml_func.core.rng import Key
 from dwiml_func.ensemble.linear import linear
-from dwiml_func.ensemble.rng import per_member_rng
+from dwiml_func.ensemble.rng import MemberGenerators, per_member_rng
 
 MEMBERS, INPUTS, OUTPUTS = 3, 4, 2
 
@@ -92,7 +92,7 @@ def test_the_layers_of_all_members_of_an_ensemble_are_one_product_in_the_precisi
     layer = torch.nn.Linear(INPUTS, OUTPUTS)
 
     def member(weight: Tensor, bias: Tensor, index: Tensor) -> Tensor:
-        with per_member_rng([Key(1)] * MEMBERS, index):
+        with per_member_rng(MemberGenerators([Key(1)] * MEMBERS), index):
             return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
 
     with torch.autocast("cpu", precision, enabled=precision != torch.float32), _Recorded() as recorded:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwiml_func.core.rng import Key, torch_rng
-from dwiml_func.ensemble.rng import per_member_rng
+from dwiml_func.ensemble.rng import MemberGenerators, per_member_rng
 
 KEYS = [Key(1), Key(2, (7,)), Key(3)]
 
@@ -40,7 +40,7 @@ def test_each_member_draws_what_it_would_draw_alone(draw, keys, is_shared):
         return out.detach(), torch.autograd.grad(out.sum(), x)[0]
 
     def value(x: Tensor, index: Tensor) -> Tensor:
-        with per_member_rng(keys, index):
+        with per_member_rng(MemberGenerators(keys), index):
             return draw(x)
 
     def mapped(x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def test_each_member_draws_what_it_would_draw_alone(draw, keys, is_shared):
 
 def test_it_works_with_the_gradients_of_torch_func():
     def loss(x: Tensor, index: Tensor) -> Tensor:
-        with per_member_rng(KEYS, index):
+        with per_member_rng(MemberGenerators(KEYS), index):
             return F.dropout(x, 0.5).square().sum()
 
     x = torch.ones(3, 16)
@@ -80,7 +80,7 @@ def test_derivatives_of_torch_func_may_be_taken_in_the_model(derivative):
     x = torch.linspace(-1, 1, 36).reshape(3, 12)
 
     def value(x: Tensor, index: Tensor) -> Tensor:
-        with per_member_rng(KEYS, index):
+        with per_member_rng(MemberGenerators(KEYS), index):
             return derivative(x).sin().sum()
 
     mapped = torch.func.vmap(torch.func.grad(value))(x, torch.arange(3))
@@ -94,7 +94,7 @@ def test_derivatives_of_torch_func_may_be_taken_in_the_model(derivative):
 
 def test_draws_that_have_no_member_are_refused():
     def value(x: Tensor, index: Tensor) -> Tensor:
-        with per_member_rng(KEYS, index):
+        with per_member_rng(MemberGenerators(KEYS), index):
             return x + torch.empty(3).normal_()
 
     with pytest.raises(RuntimeError, match="random"):
@@ -105,7 +105,7 @@ def test_the_global_generators_stay_as_they_were():
     before = torch.get_rng_state()
 
     def value(index: Tensor) -> Tensor:
-        with per_member_rng(KEYS, index):
+        with per_member_rng(MemberGenerators(KEYS), index):
             return F.dropout(torch.ones(3)) + torch.rand(3)
 
     torch.func.vmap(value)(torch.arange(3))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,20 @@ import torch
 from dwiml_func._checks import one_line
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli._messages import pluralize, print_progress
-from dwiml_func.cli._training import describe_start, new_run, train_with_progress
+from dwiml_func.cli._training import describe_start, new_run, print_graphs, train_with_progress
 from dwiml_func.cli.runs import format_runs
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.distributed.process_group import join_process_group
 from dwiml_func.ensemble.loop import EnsembleReport
-from dwiml_func.ensemble.state import EnsembleState
+from dwiml_func.ensemble.state import EnsembleState, stack_states
 from dwiml_func.experiment.comparison.compare import distinguishing
 from dwiml_func.experiment.comparison.run_values import best_first
 from dwiml_func.experiment.comparison.runs import list_runs
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.ensemble_resume import resume_ensemble
-from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
+from dwiml_func.experiment.ensemble_run import loop_arguments, prepare_ensemble, run_ensemble
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.folder import check_new_experiment, create_ensemble, is_sweep, read_ended
 from dwiml_func.experiment.resume import check_same_run
@@ -176,17 +178,23 @@ def _train_at_once(
     print_progress(describe_members(directory, [parts.config for parts in members]))
     if ensemble is not None and any(histories):
         print_progress(describe_start(ensemble.epoch, ensemble.batch))
+    if ensemble is None:
+        ensemble = stack_states([parts.first_state() for parts in members])
+    arguments = loop_arguments(members, ensemble.active.device)
     failed: dict[int, str] = {}
     own = list(histories)
     max_epochs = members[0].config.training.max_epochs
     with stop_on_signals(deadline=deadline) as stop:
-        for report in run_ensemble(directory, members, ensemble=ensemble, histories=histories, stop=stop):
+        run = run_ensemble(directory, members, arguments, ensemble=ensemble, histories=histories, stop=stop)
+        for report in run:
             failed |= report.failed
             own = [
                 (*history, report.members[number]) if number in report.members else history
                 for number, history in enumerate(own)
             ]
             _print_epoch(report, max_epochs)
+    step = inspect.unwrap(arguments["step"])
+    print_graphs(step.func if isinstance(step, partial) else step)
     if not any(own):
         raise NonFiniteError(next(iter(failed.values()), "No member was trained."))
     return {str(number): text for number, text in failed.items()}

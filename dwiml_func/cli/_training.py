@@ -34,6 +34,7 @@ from dwiml_func.data.neighborhood import direction_units
 from dwiml_func.data.spherical_harmonics import assumed_signal
 from dwiml_func.distributed.process_group import rank_zero_first
 from dwiml_func.distributed.sharding import ProcessGroup
+from dwiml_func.ensemble.captured import CapturedEnsembleStep
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.finish import finish_run
 from dwiml_func.experiment.folder import create_experiment
@@ -52,6 +53,7 @@ __all__ = [
     "describe_start",
     "new_run",
     "print_end",
+    "print_graphs",
     "resumed_run",
     "train_with_progress",
 ]
@@ -202,7 +204,7 @@ def print_end(directory: Path, parts: RunParts, history: Sequence[EpochReport]) 
         print(f"No epoch had a finite {parts.config.training.monitor}, so there is no best model.")
         return
     evaluation, tracking = finish_run(directory, parts, history)
-    _print_graphs(inspect.unwrap(parts.step))
+    print_graphs(inspect.unwrap(parts.step))
     print_progress("")
     how = None if tracking is None else format_tracking(tracking)
     print(format_summary(history, evaluation, subset=parts.data.evaluation.subset, tracking=how))
@@ -225,9 +227,9 @@ def _print_compilation(parts: RunParts) -> None:
         step.report = None
 
 
-def _print_graphs(step: Any) -> None:
+def print_graphs(step: Any) -> None:
     """Print how many graphs a compiled step has made."""
-    if isinstance(step, JitStep) and step.num_cuda_graphs:
+    if isinstance(step, JitStep | CapturedEnsembleStep) and step.num_cuda_graphs:
         reason = "" if step.cuda_graphs_reason is None else f". Others ran without: {step.cuda_graphs_reason}"
         print_progress(f"Steps were replays of {pluralize(step.num_cuda_graphs, 'CUDA graph')}{reason}")
     elif isinstance(step, WarmUpStep) and step.graph.num_compilations:

@@ -17,7 +17,7 @@ import logging
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,9 +42,13 @@ class OnCuda:
     """Captures CUDA graphs, all on one stream and in one pool of memory.
 
     Only one of them runs at a time, and none reads what another has left in the pool: a replay may overwrite it.
+
+    Args:
+        generators: those that a step draws from beside torch's own, asked for at each capture.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, generators: Callable[[], Iterable[torch.Generator]] = tuple) -> None:
+        self._generators = generators
         self._options: dict[str, Any] = {}
         self._newest: Any = None  # a pool whose graphs are all gone cannot be used again
 
@@ -55,6 +59,8 @@ class OnCuda:
         if not self._options:
             self._options = {"pool": torch.cuda.graph_pool_handle(), "stream": torch.cuda.Stream()}
         graph = torch.cuda.CUDAGraph()
+        for generator in self._generators():
+            graph.register_generator_state(generator)
         # Other threads may pin memory meanwhile, which "global" would forbid them. Where torch cannot end a capture, it
         # leaves its stream as the current one.
         before = torch.cuda.current_stream()

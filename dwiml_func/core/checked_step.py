@@ -80,9 +80,15 @@ def checked_step(step: Step, every: int) -> Step:
 
 
 def _own(state: Any) -> Any:
-    """The state with its own copy of what a step that donates writes into; buffers may be large, and are shared."""
-    copies = {name: tree_map(torch.clone, dict(getattr(state, name))) for name in ("params", "opt_state")}
-    return state.replace(**copies)
+    """The state, or the ensemble, with its own copy of what a step that donates or is replayed may write into."""
+    parts = {name: dict(getattr(state, name)) for name in ("params", "buffers", "opt_state")}
+    members = {name: getattr(state, name) for name in ("active", "done") if hasattr(state, name)}
+    return state.replace(**tree_map(_copy, {**parts, **members}))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    is_shared = 0 in tensor.stride() and tensor.numel() > 1  # one for all members, which nothing writes into
+    return tensor if is_shared else tensor.clone()
 
 
 def _different(one: Any, other: Any) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from dwiml_func.compiled.sums import vector_of
 from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
 from dwiml_func.core.epoch import EvalStep, check_has_batch, eval_epoch_fn
@@ -225,7 +226,7 @@ def _at_its_rate(step: EnsembleStep, schedules: list[float | Schedule], ensemble
         rates = [value_at(each, epoch=ensemble.epoch, step=ensemble.step, plateau=plateau) for each, plateau in pairs]
         if len(set(rates)) == 1:
             return rates[0]
-        return torch.tensor(rates, dtype=torch.float64, device=ensemble.active.device)
+        return vector_of(ensemble.active.device, *rates)
 
     if not any(map(counts_steps, schedules)):
         return partial(step, lr=rate(ensemble))

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from dwiml_func.core.rng import Key, default_generators, fold_in, torch_rng
 from dwiml_func.ensemble.linear import linear
 
-__all__ = ["per_member_rng"]
+__all__ = ["MemberGenerators", "per_member_rng"]
 
 
 def _dropout(input: Tensor, p: float, training: bool, inplace: bool) -> tuple:
@@ -41,14 +41,14 @@ _HOOKS = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook, Tenso
 class per_member_rng(TorchFunctionMode):
     """Give each member of a `vmap` the random numbers of its own key, in a `with` block inside the mapped function.
 
-    Member `index`, a () tensor mapped from `torch.arange(len(keys))`, gets those of
-    `torch_rng(fold_in(keys[index], *path))`. It covers dropout (`torch.nn.functional.dropout`, its variants for
-    channels and their modules), `torch.rand`, `randn`, `randint`, `randperm`, `rand_like`, `randn_like` and
-    `bernoulli`, without gradient; `vmap` refuses others by default. The global generators keep their states.
+    Member `index`, a () tensor mapped from `torch.arange(K)`, gets those of its own among the `generators`. It covers
+    dropout (`torch.nn.functional.dropout`, its variants for channels and their modules), `torch.rand`, `randn`,
+    `randint`, `randperm`, `rand_like`, `randn_like` and `bernoulli`, without gradient; `vmap` refuses others by
+    default. The global generators keep their states.
     """
 
-    def __init__(self, keys: Sequence[Key], index: Tensor, *, path: Sequence[int] = ()) -> None:
-        self._generators = _Generators(keys, path)
+    def __init__(self, generators: MemberGenerators, index: Tensor) -> None:
+        self._generators = generators
         self._index = index
 
     def __torch_function__(
@@ -92,10 +92,13 @@ def _mask(func: Any, shape: torch.Size, p: float, options: Mapping[str, Any]) ->
     return func(ones, p, True)
 
 
-class _Generators:
-    """The states of each member's generators, made at their first use."""
+class MemberGenerators:
+    """The random numbers of each member for one step: those of `torch_rng(fold_in(keys[member], *path))`.
 
-    def __init__(self, keys: Sequence[Key], path: Sequence[int]) -> None:
+    The states of a member's generators are made at their first use.
+    """
+
+    def __init__(self, keys: Sequence[Key], path: Sequence[int] = ()) -> None:
         self._keys = keys
         self._path = path
         self._states: dict[int, list[Tensor]] = {}
@@ -118,7 +121,7 @@ class _Generators:
 class _Opaque:
     """A value that torch.func's tree functions do not look into."""
 
-    def __init__(self, generators: _Generators, draw: Callable[..., Tensor]) -> None:
+    def __init__(self, generators: MemberGenerators, draw: Callable[..., Tensor]) -> None:
         self.generators = generators
         self.draw = draw
 

@@ -102,13 +102,16 @@ class EnsembleState:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-_TENSORS = ("params", "buffers", "opt_state", "active", "done", "sums")
+_TENSORS = ("params", "buffers", "opt_state", "active", "done")
 _OTHERS = ("keys", "step", "epoch", "batch", "best", "plateau", "validations")
 register_pytree_node(
     EnsembleState,
-    lambda ensemble: ([getattr(ensemble, n) for n in _TENSORS], tuple(getattr(ensemble, n) for n in _OTHERS)),
+    lambda ensemble: (
+        [*(getattr(ensemble, n) for n in _TENSORS), dict(ensemble.sums)],
+        tuple(getattr(ensemble, n) for n in _OTHERS),
+    ),
     lambda parts, others: EnsembleState(
-        **dict(zip(_TENSORS, parts, strict=True)), **dict(zip(_OTHERS, others, strict=True))
+        **dict(zip((*_TENSORS, "sums"), parts, strict=True)), **dict(zip(_OTHERS, others, strict=True))
     ),
 )
 

@@ -7,8 +7,7 @@ backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,16 +19,16 @@ from dwiml_func.core.loss import LossFn
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import SKIPPED, can_skip, is_bad_step
-from dwiml_func.core.rng import Stream, fold_in
+from dwiml_func.core.rng import Key, Stream, fold_in
 from dwiml_func.core.step import loss_metrics
-from dwiml_func.ensemble.rng import per_member_rng
+from dwiml_func.ensemble.rng import MemberGenerators, per_member_rng
 from dwiml_func.ensemble.state import EnsembleState
-from dwiml_func.optim.chain import update_with
+from dwiml_func.ensemble.update import broadcast_to, update_members
 from dwiml_func.optim.gates import skipped_too_often
 from dwiml_func.optim.schedules import as_rate
 from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.optim.transformations import check_clip_norm
-from dwiml_func.types import Buffers, Grads, Metrics, Optimizer, OptState, Params, Sum
+from dwiml_func.types import Buffers, Grads, Metrics, Optimizer, Params, Sum
 
 __all__ = ["ensemble_eval_step", "ensemble_step"]
 
@@ -80,12 +79,56 @@ def ensemble_step(
         >>> ensemble.step, torch.equal(ensemble.params["weight"][1], model.weight), metrics["loss"].weight
         (1, True, tensor([4., 4.], dtype=torch.float64))
     """
+    check_members(ensemble, batch, loss_fn=loss_fn, optimizer=optimizer)
+    path = (Stream.TRAIN_STEP, ensemble.epoch, ensemble.batch)
+    new, metrics = step_members(
+        ensemble,
+        batch,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        lr=as_rate(lr),
+        weight_decay=None if weight_decay is None else as_rate(weight_decay),
+        clip_grad=clip_grad,
+        key=fold_in(ensemble.keys[0], *path),
+        generators=MemberGenerators(ensemble.keys, path),
+        step=ensemble.step,
+    )
+    sums = add_metrics(ensemble.sums, metrics)
+    return new.replace(step=ensemble.step + 1, batch=ensemble.batch + 1, sums=sums), metrics
+
+
+def check_members(
+    ensemble: EnsembleState, batch: Any, *, loss_fn: LossFn, optimizer: Optimizer | Callable[..., Optimizer]
+) -> None:
+    """Check what a training step is given, before its first one."""
     if not isinstance(ensemble, EnsembleState):
         raise TypeError(f"Expected an EnsembleState, from stack_states. Received: {type(ensemble).__name__}")
-    lr, weight_decay = as_rate(lr), None if weight_decay is None else as_rate(weight_decay)
+    _check_loss(loss_fn, ensemble, ensemble.params, batch, Stream.TRAIN_STEP)
+    check_opt_state(optimizer, ensemble.opt_state, ensemble.params, is_stacked=True)
+
+
+def step_members(
+    ensemble: EnsembleState,
+    batch: Any,
+    *,
+    loss_fn: LossFn,
+    optimizer: Optimizer | Callable[..., Optimizer],
+    lr: float | Tensor,
+    weight_decay: float | Tensor | None,
+    clip_grad: float | None,
+    key: Key,
+    generators: MemberGenerators,
+    step: int | Tensor,
+) -> tuple[EnsembleState, dict[str, Sum]]:
+    """The tensors of the ensemble after a step, and the batch's sums. Nothing is read on an accelerator.
+
+    Numbers, random numbers and the count of steps come from the arguments, never from the ensemble's own.
+    """
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in ensemble.params.items()}
     with torch.enable_grad():
-        losses, metrics, buffers = _evaluate(ensemble, leaves, batch, loss_fn, Stream.TRAIN_STEP)
+        losses, metrics, buffers = _evaluate(
+            ensemble, leaves, batch, loss_fn, key=key, generators=generators, is_training=True
+        )
         if not losses.requires_grad:
             raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
         try:
@@ -106,7 +149,8 @@ def ensemble_step(
     takes, skips = ensemble.active & is_good, can_skip(ensemble.opt_state)
     if skips:  # a loss alone can be infinite
         grads = {n: g if g is None else choose(is_good, g, torch.full_like(g, torch.nan)) for n, g in grads.items()}
-    params, opt_state = _updated(ensemble, grads, optimizer, lr, weight_decay, metrics["loss"].weight)
+    rates = {"lr": lr, "weight_decay": weight_decay, "step": step}
+    params, opt_state = update_members(ensemble, grads, optimizer, weight=metrics["loss"].weight, **rates)
     continues = takes
     if skips:
         continues = ensemble.active & ~torch.func.vmap(skipped_too_often)(opt_state)
@@ -118,17 +162,9 @@ def ensemble_step(
     if skips:
         counts = ensemble.active
         metrics[SKIPPED] = Sum((counts & ~is_good).double(), counts.double())
-    new_ensemble = ensemble.replace(
-        params=params,
-        buffers=buffers,
-        opt_state=opt_state,
-        active=continues,
-        done=ensemble.done + torch.stack([counts, torch.zeros_like(counts), counts], dim=1),
-        step=ensemble.step + 1,
-        batch=ensemble.batch + 1,
-        sums=add_metrics(ensemble.sums, metrics),
-    )
-    return new_ensemble, metrics
+    done = ensemble.done + torch.stack([counts, torch.zeros_like(counts), counts], dim=1)
+    new = {"params": params, "buffers": buffers, "opt_state": opt_state, "active": continues, "done": done}
+    return ensemble.replace(**new), metrics
 
 
 def ensemble_eval_step(
@@ -158,20 +194,35 @@ def ensemble_eval_step(
     params = ensemble.params
     if optimizer is not None and optimizer.eval_params is not None:
         params = torch.func.vmap(optimizer.eval_params)(dict(ensemble.opt_state), dict(params))
+    _check_loss(loss_fn, ensemble, params, batch, Stream.VALID_STEP)
+    path = (Stream.VALID_STEP, ensemble.epoch, ensemble.batch)
+    key, generators = fold_in(ensemble.keys[0], *path), MemberGenerators(ensemble.keys, path)
     with torch.no_grad():
-        return _evaluate(ensemble, params, batch, loss_fn, Stream.VALID_STEP)[1]
+        return _evaluate(ensemble, params, batch, loss_fn, key=key, generators=generators, is_training=False)[1]
+
+
+def _check_loss(loss_fn: LossFn, ensemble: EnsembleState, params: Params, batch: Any, stream: Stream) -> None:
+    """Try the loss with the first member, see `check_loss_fn`."""
+    first, own = ({name: leaf[0] for name, leaf in leaves.items()} for leaves in (params, ensemble.buffers))
+    key = fold_in(ensemble.keys[0], stream, ensemble.epoch, ensemble.batch)
+    check_loss_fn(loss_fn, first, own, batch, key=key, train=stream is Stream.TRAIN_STEP)
 
 
 def _evaluate(
-    ensemble: EnsembleState, params: Params, batch: Any, loss_fn: LossFn, stream: Stream
+    ensemble: EnsembleState,
+    params: Params,
+    batch: Any,
+    loss_fn: LossFn,
+    *,
+    key: Key,
+    generators: MemberGenerators,
+    is_training: bool,
 ) -> tuple[Tensor, dict[str, Sum], Buffers]:
     """The losses (K,), the sums (K,) and the buffers of all members after a batch."""
-    path = (stream, ensemble.epoch, ensemble.batch)
-    key, is_training = fold_in(ensemble.keys[0], *path), stream is Stream.TRAIN_STEP
     numbers: dict[str, float] = {}  # weights that are not tensors: vmap returns only tensors
 
     def one(params: Params, buffers: Buffers, index: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, ...]], Buffers]:
-        with per_member_rng(ensemble.keys, index, path=path):
+        with per_member_rng(generators, index):
             out = loss_fn(params, buffers, batch, key=key, train=is_training)
         if out.loss.dim() != 0:
             shape = tuple(out.loss.shape)
@@ -181,8 +232,6 @@ def _evaluate(
         tensors = {name: tuple(part for part in own if isinstance(part, Tensor)) for name, own in sums.items()}
         return out.loss, tensors, {name: buffer.detach() for name, buffer in out.buffers.items()}
 
-    first, own = ({name: leaf[0] for name, leaf in leaves.items()} for leaves in (params, ensemble.buffers))
-    check_loss_fn(loss_fn, first, own, batch, key=key, train=is_training)
     index = torch.arange(len(ensemble), device=ensemble.active.device)
     try:
         losses, tensors, buffers = torch.func.vmap(one)(dict(params), dict(ensemble.buffers), index)
@@ -222,78 +271,5 @@ def _clipped(grads: Grads, clip_grad: float | None) -> tuple[Grads, Tensor, Tens
         return grads, norm, norm
     check_clip_norm(clip_grad)
     factor = torch.clamp(clip_grad / (norm + 1e-6), max=1.0)
-    clipped = {name: grad * _broadcast(factor, like=grad) for name, grad in given(grads).items()}
+    clipped = {name: grad * broadcast_to(factor, like=grad) for name, grad in given(grads).items()}
     return {**grads, **clipped}, norm, norm * factor
-
-
-def _updated(
-    ensemble: EnsembleState,
-    grads: Grads,
-    optimizer: Optimizer | Callable[..., Optimizer],
-    lr: float | Tensor,
-    weight_decay: float | Tensor | None,
-    weight: float | Tensor,
-) -> tuple[Params, OptState]:
-    """The optimizer's update of all members at once."""
-    if isinstance(optimizer, Optimizer) and weight_decay is not None:
-        raise ValueError("weight_decay requires an optimizer factory, such as dwiml_func.adam.")
-    example = optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)
-    check_opt_state(optimizer, ensemble.opt_state, ensemble.params, is_stacked=True)
-    dense = given(grads)
-    if not example.is_elementwise or len(dense) < len(grads) or "missed" in ensemble.opt_state:
-        return _updated_by_vmap(ensemble, grads, optimizer, lr=lr, weight_decay=weight_decay, weight=weight)
-    if isinstance(optimizer, Optimizer) and not isinstance(lr, Tensor):
-        return optimizer.update(dense, ensemble.opt_state, ensemble.params, lr=lr, step=ensemble.step)
-    return _updated_by_broadcast(ensemble, dense, optimizer, lr, weight_decay)
-
-
-def _updated_by_vmap(
-    ensemble: EnsembleState, grads: Grads, optimizer: Optimizer | Callable[..., Optimizer], **numbers: Any
-) -> tuple[Params, OptState]:
-    mapped = {name: number for name, number in numbers.items() if isinstance(number, Tensor)}
-
-    def one(dense: Params, opt_state: OptState, params: Params, own: dict[str, Tensor]) -> tuple[Params, OptState]:
-        options = {**numbers, **own}
-        decay = options.pop("weight_decay")
-        made = optimizer if isinstance(optimizer, Optimizer) else optimizer(**decayed(decay))
-        values = {name: dense.get(name) for name in params}, opt_state, params
-        return update_with(made, *values, step=ensemble.step, donate=False, **options)
-
-    def decayed(decay: float | Tensor | None) -> dict[str, float | Tensor]:
-        return {} if decay is None else {"weight_decay": decay}
-
-    trees = given(grads), dict(ensemble.opt_state), dict(ensemble.params)
-    return torch.func.vmap(one)(*trees, mapped)
-
-
-def _updated_by_broadcast(
-    ensemble: EnsembleState,
-    grads: Params,
-    optimizer: Optimizer | Callable[..., Optimizer],
-    lr: float | Tensor,
-    weight_decay: float | Tensor | None,
-) -> tuple[Params, OptState]:
-    params: dict[str, Tensor] = {}
-    opt_state: dict[str, dict[str, Tensor]] = {kind: {} for kind in ensemble.opt_state}
-    groups: dict[Any, list[str]] = {}  # leaves to which the members' numbers broadcast in one shape and dtype
-    for name, leaf in grads.items():
-        groups.setdefault((leaf.dim(), leaf.dtype), []).append(name)
-    for names in groups.values():
-        broadcast = partial(_broadcast, like=grads[names[0]])
-        decay = {} if weight_decay is None else {"weight_decay": broadcast(weight_decay)}
-        made = optimizer if isinstance(optimizer, Optimizer) else optimizer(**decay)
-        old_state = {kind: _some(own, names) for kind, own in ensemble.opt_state.items()}
-        values = (_some(grads, names), old_state, _some(ensemble.params, names))
-        new_params, new_state = made.update(*values, lr=broadcast(lr), step=ensemble.step)
-        params |= new_params
-        opt_state = {kind: {**own, **new_state[kind]} for kind, own in opt_state.items()}
-    return _some(params, grads), {kind: _some(own, grads) for kind, own in opt_state.items()}
-
-
-def _some(leaves: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    return {name: leaves[name] for name in names}
-
-
-def _broadcast(number: float | Tensor, like: Tensor) -> float | Tensor:
-    """A number (K,) for each member, in the dtype of a leaf (K, ...) and a shape that broadcasts to it."""
-    return number.to(like).reshape(-1, *(1,) * (like.dim() - 1)) if isinstance(number, Tensor) else number

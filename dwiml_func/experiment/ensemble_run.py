@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -20,6 +20,7 @@ from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
+from dwiml_func.ensemble.captured import capture_ensemble_step
 from dwiml_func.ensemble.loop import EnsembleReport, train_and_validate_ensemble
 from dwiml_func.ensemble.state import EnsembleState, member, member_sums, stack_states
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
@@ -31,7 +32,7 @@ from dwiml_func.experiment.logs import experiment_writer, write_parameters
 from dwiml_func.experiment.optimizers import configured_optimizer
 from dwiml_func.experiment.run import set_num_threads, train_and_save
 from dwiml_func.experiment.run_files import HASH_PATIENCE, data_in_background
-from dwiml_func.experiment.setup import RunParts, check_monitored, make_parts
+from dwiml_func.experiment.setup import MAX_GRAPHS, RunParts, check_monitored, make_parts
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.experiment.tracking.lag_validation import with_window_lag
 from dwiml_func.files.lock import same_folder
@@ -46,14 +47,17 @@ Histories = Sequence[tuple[EpochReport, ...]]
 
 
 def prepare_ensemble(configs: Sequence[RunConfig]) -> list[RunParts]:
-    """Make the parts of all members' runs, which share the data; ValueError for shards or compilation."""
+    """Make the parts of all members' runs, which share the data; ValueError for what an ensemble cannot do."""
     if configs[0].training.num_shards > 1:
         raise ValueError("An ensemble trains in one process. Expected --num-shards 1.")
     if configs[0].training.skip_batches:
         raise ValueError("An ensemble leaves no batch out. Expected no --skip-batches.")
-    if configs[0].training.compile:
+    if configs[0].training.compile and not configs[0].training.captures:
         # Under vmap the recurrent layers are a loop over time steps: a graph for each length, minutes to compile.
-        raise ValueError("An ensemble cannot be compiled: each length would need its own graph. Leave --compile out.")
+        raise ValueError(
+            "An ensemble is compiled on a GPU only, as CUDA graphs: torch.compile would make a graph for each length. "
+            "Leave --compile out, or add --use-gpu."
+        )
     data = open_data(configs[0])
     members = [make_parts(config, data, is_member=True) for config in configs]
     check_monitored(members[0], is_member=True)
@@ -63,6 +67,7 @@ def prepare_ensemble(configs: Sequence[RunConfig]) -> list[RunParts]:
 def run_ensemble(
     directory: Path,
     members: Sequence[RunParts],
+    arguments: Mapping[str, Any] | None = None,
     *,
     ensemble: EnsembleState | None = None,
     histories: Histories | None = None,
@@ -70,9 +75,10 @@ def run_ensemble(
 ) -> Iterator[EnsembleReport]:
     """Train all members from `ensemble`, by default their first states, and yield each epoch's report.
 
-    Saves checkpoints, best models and logs of each member as `run_experiment` does for one. A member that has stopped
-    is not saved again. A request in `stop` ends the run with `TrainingStopped`, after all members have been saved. Hold
-    the locks of the ensemble and of its members.
+    `arguments` are those of the loop, by default `loop_arguments(members, device)`. Saves checkpoints, best models and
+    logs of each member as `run_experiment` does for one. A member that has stopped is not saved again. A request in
+    `stop` ends the run with `TrainingStopped`, after all members have been saved. Hold the locks of the ensemble and of
+    its members.
     """
     if ensemble is None:
         ensemble = stack_states([parts.first_state() for parts in members])
@@ -118,7 +124,7 @@ def run_ensemble(
     with ExitStack() as stack:
         checks = [stack.enter_context(same_folder(folder)) for folder in (directory, *folders)]
         yield from train_and_save(
-            partial(train_and_validate_ensemble, **loop_arguments(members, ensemble.active.device)),
+            partial(train_and_validate_ensemble, **(arguments or loop_arguments(members, ensemble.active.device))),
             ensemble,
             save=save_members,
             must_save=lambda report: (
@@ -158,18 +164,11 @@ def _log_validation(writers: Sequence[StepWriter], ensemble: EnsembleState, repo
 def loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[str, Any]:
     """The arguments of `train_and_validate_ensemble`; members may differ in learning rate, weight decay and seed."""
     first, options = members[0], [parts.config.training for parts in members]
-    decays = [training.weight_decay for training in options]
-    bound: dict[str, Any] = {"loss_fn": first.loss_fn, "clip_grad": options[0].step_clip_grad}
     valid, evaluate = first.valid, partial(ensemble_eval_step, loss_fn=first.loss_fn, optimizer=first.optimizer)
     if valid is not None and not options[0].skip_window_lag:
         tracked: dict[str, Any] = {"dataset": first.data.validation, "model": first.model, "optimizer": first.optimizer}
         valid, evaluate = with_window_lag(valid, evaluate, config=first.config, **tracked)
-    if len(set(decays)) == 1:
-        bound["optimizer"] = first.optimizer
-    else:
-        bound["optimizer"] = partial(configured_optimizer, options[0])
-        bound["weight_decay"] = torch.tensor(decays, dtype=torch.float64, device=device)
-    step: Any = partial(ensemble_step, **bound)
+    step = _make_step(first, [training.weight_decay for training in options], device)
     every = first.config.checkpoints.check_every
     return {
         **first.loop_options,
@@ -180,6 +179,20 @@ def loop_arguments(members: Sequence[RunParts], device: torch.device) -> dict[st
         "max_epochs": options[0].max_epochs,
         "patience": options[0].patience,
     }
+
+
+def _make_step(first: RunParts, decays: Sequence[float], device: torch.device) -> Any:
+    """The training step, on a GPU with `compile` as CUDA graphs."""
+    training = first.config.training
+    options: dict[str, Any] = {"loss_fn": first.loss_fn, "clip_grad": training.step_clip_grad}
+    if differ := len(set(decays)) > 1:
+        options["optimizer"] = partial(configured_optimizer, training)
+    else:
+        options["optimizer"] = first.optimizer
+    step: Any = partial(ensemble_step, **options)
+    if training.captures:
+        step = capture_ensemble_step(**options, max_graphs=MAX_GRAPHS)
+    return step if not differ else partial(step, weight_decay=torch.tensor(decays, dtype=torch.float64, device=device))
 
 
 def ended_members(states: Sequence[TrainState], active: Sequence[bool]) -> dict[int, str]:

@@ -53,9 +53,9 @@ from dwiml_func.models.learn2track import compute_batch_loss
 from dwiml_func.tracking.window_lag import AHEAD_MM, EVERY_MM
 from dwiml_func.types import Optimizer
 
-__all__ = ["RunParts", "check_monitored", "make_model", "make_parts", "make_steps", "prepare"]
+__all__ = ["MAX_GRAPHS", "RunParts", "check_monitored", "make_model", "make_parts", "make_steps", "prepare"]
 
-_MAX_GRAPHS = 64  # of the training step on a GPU: 8 lengths, times numbers of streamlines after splitting
+MAX_GRAPHS = 64  # of the training step on a GPU: 8 lengths, times numbers of streamlines after splitting
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16}
 
 
@@ -226,7 +226,7 @@ def make_steps(
         if not training.compile:
             return partial(train_step, **bound), evaluate
         if training.captures:
-            return jit_step(**bound, cuda_graphs=True, max_compilations=_MAX_GRAPHS), evaluate
+            return jit_step(**bound, cuda_graphs=True, max_compilations=MAX_GRAPHS), evaluate
         step = jit_step(**bound, dynamic=True)
         return WarmUpStep(step, eager=step.eager, graph=step.graph, first_batch=first_batch), evaluate
     num_threads = 1 if training.use_gpu or training.compile else training.num_threads
