@@ -27,7 +27,7 @@ from torch import Tensor
 from dwiml_func.compiled.direct import Leaves, leaves_of
 from dwiml_func.core.rng import without_seeds
 
-__all__ = ["Capture", "Replays"]
+__all__ = ["Capture", "OnCuda", "Replays"]
 
 _Results = tuple[Any, Any, Any, tuple[str, ...], Tensor]
 """Parameters, buffers, optimizer state; names and values of the sums."""

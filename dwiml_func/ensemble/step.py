@@ -30,7 +30,7 @@ from dwiml_func.optim.state_check import check_opt_state
 from dwiml_func.optim.transformations import check_clip_norm
 from dwiml_func.types import Buffers, Grads, Metrics, Optimizer, Params, Sum
 
-__all__ = ["ensemble_eval_step", "ensemble_step"]
+__all__ = ["check_members", "ensemble_eval_step", "ensemble_step", "step_members"]
 
 
 def ensemble_step(

@@ -55,7 +55,8 @@ from dwiml_func.types import Optimizer
 
 __all__ = ["MAX_GRAPHS", "RunParts", "check_monitored", "make_model", "make_parts", "make_steps", "prepare"]
 
-MAX_GRAPHS = 64  # of the training step on a GPU: 8 lengths, times numbers of streamlines after splitting
+MAX_GRAPHS = 64
+"""CUDA graphs of a training step: 8 lengths, times numbers of streamlines after splitting."""
 _AUTOCAST = {"float32": None, "bf16": torch.bfloat16}
 
 
