@@ -439,6 +439,20 @@ def test_a_training_that_a_kill_ended_after_its_last_epoch_is_only_scored(
     assert called == {}
 
 
+def test_data_are_made_of_a_kind_in_which_one_person_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+    monkeypatch.setattr(tasks, "make_example_data", lambda *given, **how: made.append((given, how)))
+    folder = tmp_path / "data" / "crossings-6dir"
+    folder.mkdir(parents=True)
+    (folder / ".dwiml-tmp-sub_2.hdf5.999999-01234567").touch()  # of a process that was killed
+    task = tasks.Task(data="crossings-6dir", person="sub_2")
+    assert list(tasks.do(tmp_path, [task])) == [(task, None)]
+    assert made == [((folder / "sub_2.hdf5",), {"settings": data_of("crossings-6dir", "sub_2")})]
+    assert list(folder.iterdir()) == []
+
+
 def test_a_person_without_known_bundles_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
     monkeypatch.setattr(tasks, "open_dataset", lambda *given, **names: opened.append((given, names)))

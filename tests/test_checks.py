@@ -19,7 +19,9 @@ from dwiml_func._checks import (
     GREATEST,
     LEAST,
     at_most_three,
+    check_choice,
     check_number,
+    check_takes,
     error_text,
     listed,
     one_line,
@@ -64,15 +66,44 @@ def test_the_bounds_themselves_are_in_or_out() -> None:
         ):
             check_number("size", beyond, above=0)
     check_number("size", math.nextafter(1, 0), below=1)
+    check_number("size", 1 << 31, below=1 << 40)  # a bound of one's own
+    for value in (None, 0, -0.0, -5.0, -GREATEST):
+        check_number("size", value)
+    for value in (-1e-39, -1e39):
+        with pytest.raises(ValueError, match="that float32 can hold"):
+            check_number("size", value)
+
+
+def test_a_choice_is_one_of_those_there_are() -> None:
+    check_choice("mode", "min", ("min", "max"))
+    with pytest.raises(ValueError, match=r"^mode: expected one of min, max, 3, received 'mid'\.$"):
+        check_choice("mode", "mid", ("min", "max", 3))
+
+
+def test_a_function_is_refused_that_cannot_be_called_as_it_will_be() -> None:
+    def rate(step: int, *, lr: float) -> None: ...
+
+    check_takes("rate", "(step, *, lr)", rate, 1, lr=0.5)
+    check_takes("rate", "(step, *, lr)", max, 1, lr=0.5)  # of which nothing is known
+    for function, named in (
+        (rate, r"<function .* \(missing a required argument: 'lr'\)"),
+        (3, "int"),
+    ):
+        with pytest.raises(TypeError, match=rf"^Expected rate: a function \(step, \*, lr\)\. Received: {named}\.$"):
+            check_takes("rate", "(step, *, lr)", function, 1)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        check_takes("rate", "(step, *, lr)", rate, 1, 2, lr=0.5)
 
 
 def test_texts_are_cut_and_on_one_line() -> None:
     assert truncated_repr("a" * 58) == f"'{'a' * 58}'"  # 60 characters
     assert truncated_repr("a" * 59) == f"'{'a' * 56}..."
+    assert truncated_repr(np.eye(2)) == "array([[1., 0.], [0., 1.]])"
     assert truncated_repr(10**5000) == "a number that is too long to show"
     assert one_line(" a\n\tb\x1b[1m é ") == "a b\\x1b[1m é"
     assert [one_line("abcdef", max_length=length) for length in (6, 5)] == ["abcdef", "ab..."]
     assert at_most_three(["c", "b", "a"]) == "c; b; a"
+    assert at_most_three(["d", "c", "b", "a"]) == "d; c; b and 1 more"
     assert at_most_three(["d", "c", "b", "a", "e"]) == "d; c; b and 2 more"
     assert (listed(["b", "a"]), listed([]), listed("dcba")) == ("a, b", "none", "a, b, c and 1 more")
 
@@ -81,12 +112,20 @@ def test_the_text_of_an_error_names_the_place_and_what_was_received() -> None:
     def refuse(value: int) -> int:
         raise ValueError(f"expected an even number, received {value}.")
 
-    even = Annotated[int, AfterValidator(refuse)]
-    for kind, value, text in (
+    def refuse_by_name(value: int) -> int:
+        raise ValueError(f"size of {value}:\nexpected an even one.")
+
+    even, named = Annotated[int, AfterValidator(refuse)], Annotated[int, AfterValidator(refuse_by_name)]
+    kinds: Any = (
         (dict[str, int], {"a": "x"}, "a: input should be a valid integer, received 'x'"),
         (int, "x", "input should be a valid integer, received 'x'"),
         (dict[str, even], {"size": 3}, "size: expected an even number, received 3"),
-    ):
+        (dict[str, list[even]], {"size": [3]}, "size.0: expected an even number, received 3"),
+        (even, 3, "expected an even number, received 3"),
+        (dict[str, dict[str, named]], {"a": {"size": 3}}, "size of 3: expected an even one"),
+        (int, "x\ny", r"input should be a valid integer, received 'x\ny'"),
+    )
+    for kind, value, text in kinds:
         with pytest.raises(ValidationError) as error:
             TypeAdapter(kind).validate_python(value, strict=True)
         assert error_text(error.value) == text
