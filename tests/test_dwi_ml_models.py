@@ -15,6 +15,7 @@ import shlex
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_func.dwi_ml.autoencoder import autoencoder_config, autoencoder_parameters
 from dwiml_func.dwi_ml.models import _kind, shift_warning, write_dwi_ml_model
 from dwiml_func.dwi_ml.parameters import check_whole_grid, config_of, parameters_of
-from dwiml_func.dwi_ml.transformers import DEFAULT_MAX_LEN, joined_state, split_state
+from dwiml_func.dwi_ml.transformers import DEFAULT_MAX_LEN, MODEL_TYPES, joined_state, split_state
 from dwiml_func.dwi_ml.upgrade import _neighborhood, upgraded_parameters
 from dwiml_func.experiment.config import BatchConfig, DataConfig, ModelConfig, RunConfig
 from dwiml_func.experiment.model_store import LoadedModel
@@ -313,7 +315,40 @@ def test_what_is_no_model_of_dwi_ml_is_refused(cli, spoil, named, tmp_path):
 def test_the_folder_of_the_experiment_is_told_from_that_of_its_best_model(cli, tmp_path):
     shutil.copytree(DATA / "cos", tmp_path / "experiment" / "best_model")
     outcome = cli("import-dwi-ml", tmp_path / "experiment", tmp_path / "model")
-    outcome.check_refusal("no parameters.json", "Did you mean its folder best_model?")
+    outcome.check_refusal("no parameters.json and no model_state.pkl. ", "Did you mean its folder best_model?")
+    (tmp_path / "experiment" / "best_model").rename(tmp_path / "experiment" / "other")
+    assert "Did you mean" not in cli("import-dwi-ml", tmp_path / "experiment", tmp_path / "model").err
+    (tmp_path / "experiment" / "other" / "parameters.json").unlink()
+    outcome = cli("import-dwi-ml", tmp_path / "experiment" / "other", tmp_path / "model")
+    outcome.check_refusal("has no parameters.json. Expected")
+
+
+def test_the_kind_of_a_model_is_the_text_of_its_file_or_that_of_old_versions(tmp_path):
+    assert _kind(tmp_path) == "learn2track"
+    for kind, name in MODEL_TYPES.items():
+        (tmp_path / "model_type.txt").write_text(f"{name}\n")
+        assert _kind(tmp_path) == kind
+    (tmp_path / "model_type.txt").write_bytes(b"\xff" + b"x" * 99)
+    with pytest.raises(ValueError, match="expected a model of type Learn2TrackModel, .*, received '\ufffdx{59}'\\.$"):
+        _kind(tmp_path)
+
+
+def test_the_parameters_of_an_autoencoder_are_those_of_its_one_size():
+    given = {"experiment_name": "a", "step_size": 0.5, "compress_lines": None}
+    for nb_points in ({}, {"nb_points": None}, {"nb_points": 256}):
+        config = autoencoder_config(given | nb_points, source="a.json")
+        assert (config.batches.nb_points, config.batches.step_size) == (256, None)
+        assert (config.model.raw_coordinates, config.model.reconstruction_loss) == (True, "sum")
+        assert autoencoder_parameters(config, experiment_name="b") == {
+            **{"experiment_name": "b", "step_size": None, "compress_lines": None, "nb_points": None}
+        }
+    with pytest.raises(ValueError, match=r"^a.json: nb_points: expected 256 or null, received 128\.$"):
+        autoencoder_config(given | {"nb_points": 128}, source="a.json")
+    for wrong in ([], {"experiment_name": "a"}, given | {"nb_features": 3}):
+        with pytest.raises(
+            ValueError, match=r"^a.json: expected the parameters of dwi_ml's ModelAE: experiment_name, "
+        ):
+            autoencoder_config(wrong, source="a.json")
 
 
 def test_code_in_a_model_state_is_not_run(cli, tmp_path):
@@ -378,6 +413,10 @@ def test_what_is_written_of_a_model_depends_on_how_its_streamlines_were_sampled(
         ({"nb_points": 20}, (None, 20, None)),
         ({"compress": 0.01}, (None, None, 0.01)),
     ]
+    assert (
+        json.dumps(written(tmp_path / "a", RunConfig(hdf5_file="", model=replace(model, dropout=0)), {})["dropout"])
+        == "0.0"
+    )
     for number, (batches, expected) in enumerate(cases):
         config = RunConfig(hdf5_file="", model=model, batches=BatchConfig(**batches))
         found = written(tmp_path / str(number), config, trained_on)
@@ -394,7 +433,8 @@ def test_what_is_written_of_a_model_depends_on_how_its_streamlines_were_sampled(
 def test_a_transformer_is_written_with_the_parts_of_its_projections_and_a_table_of_positions(tmp_path, max_len, num):
     options: dict[str, Any] = {"model": "tto", "input_embedded_size": 8, "nheads": 2, "n_layers_e": 1}
     config = RunConfig(hdf5_file="", model=ModelConfig(max_len=max_len, dropout_rate=0, **options))
-    assert written(tmp_path / "a", config, {})["max_len"] == num
+    found = written(tmp_path / "a", config, {})
+    assert (found["max_len"], found["n_layers_d"], json.dumps(found["dropout_rate"])) == (num, 1, "0.0")
     state = read_state(tmp_path / "a")
     assert state["position_encoding_layer.pos_emb"].shape == (1, num, 8)
     parts = [name for name in state if name.endswith(("q_proj_weight", "k_proj_weight", "v_proj_weight"))]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
-from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig
+from dwiml_func.experiment.config import ModelConfig, RunConfig
 from dwiml_func.models.autoencoder.config import DEFAULT_NB_POINTS, AutoencoderOptions
 
 __all__ = ["autoencoder_config", "autoencoder_parameters", "raw_state"]
@@ -34,7 +34,6 @@ def autoencoder_config(parameters: Any, *, source: str) -> RunConfig:
     return RunConfig(
         hdf5_file="",
         model=ModelConfig(model="autoencoder", raw_coordinates=True, reconstruction_loss="sum"),
-        batches=BatchConfig(nb_points=DEFAULT_NB_POINTS),
     )
 
 
