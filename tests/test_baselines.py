@@ -70,6 +70,12 @@ def test_equal_and_opposite_directions_are_exact():
     assert (angular_error(u, -u) == 180).all()
 
 
+def test_what_has_no_direction_is_90_degrees_from_all_and_sizes_do_not_count():
+    one, none = torch.tensor([[0.0, 1, 0]]), torch.zeros(1, 3)
+    assert [angular_error(a, b).item() for a, b in ((none, one), (one, none), (none, none))] == [90, 90, 90]
+    assert angular_error(1e-30 * one, -1e30 * one).item() == 180
+
+
 def test_small_angles_do_not_round_to_zero():
     error = angular_error(torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0, 1e-5, 0]]))
     assert error.item() == pytest.approx(np.degrees(1e-5), rel=1e-3)

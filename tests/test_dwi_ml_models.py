@@ -329,7 +329,7 @@ def test_the_kind_of_a_model_is_the_text_of_its_file_or_that_of_old_versions(tmp
         (tmp_path / "model_type.txt").write_text(f"{name}\n")
         assert _kind(tmp_path) == kind
     (tmp_path / "model_type.txt").write_bytes(b"\xff" + b"x" * 99)
-    with pytest.raises(ValueError, match="expected a model of type Learn2TrackModel, .*, received '\ufffdx{59}'\\.$"):
+    with pytest.raises(ValueError, match=r"expected a model of type Learn2TrackModel, .*, received '\ufffdx{59}'\.$"):
         _kind(tmp_path)
 
 
@@ -340,7 +340,8 @@ def test_the_parameters_of_an_autoencoder_are_those_of_its_one_size():
         assert (config.batches.nb_points, config.batches.step_size) == (256, None)
         assert (config.model.raw_coordinates, config.model.reconstruction_loss) == (True, "sum")
         assert autoencoder_parameters(config, experiment_name="b") == {
-            **{"experiment_name": "b", "step_size": None, "compress_lines": None, "nb_points": None}
+            "experiment_name": "b",
+            **dict.fromkeys(("step_size", "compress_lines", "nb_points")),
         }
     with pytest.raises(ValueError, match=r"^a.json: nb_points: expected 256 or null, received 128\.$"):
         autoencoder_config(given | {"nb_points": 128}, source="a.json")

@@ -183,6 +183,19 @@ def test_a_step_in_place_is_that_of_run_step(rnn_key: str, options: dict[str, An
         torch.testing.assert_close(from_memory, from_state, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("reason", ["training", "autocast"])
+def test_a_step_in_place_is_run_step_itself_in_training_and_under_autocast(reason: str) -> None:
+    model = _model(nb_previous_dirs=1, dropout=0.5).train(reason == "training")
+    found = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=reason == "autocast"):
+        for step in (model.run_step, model.run_step_in_place):
+            torch.manual_seed(0)
+            found.append(step(torch.ones(9, model.input_size), torch.ones(9, 3)))
+    (outputs, state), (in_place, memory) = found
+    assert type(memory) is type(state)
+    assert torch.equal(outputs, in_place)
+
+
 def test_without_previous_directions_the_points_are_not_looked_at() -> None:
     model, batch = _model(nb_previous_dirs=0), _batch()
     assert torch.equal(model(batch), model(replace(batch, points=torch.zeros_like(batch.points))))

@@ -374,10 +374,13 @@ def test_options_that_make_no_model_are_refused(kind: str, options: dict[str, An
         _model(kind, **options)
 
 
-def test_streamlines_longer_than_max_len_are_refused() -> None:
+def test_streamlines_longer_than_max_len_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model("tts", max_len=12).eval()
     with pytest.raises(ValueError, match="at most 12 points, received one with 13"):
         model(_batch())
+    with monkeypatch.context() as patch:  # a graph reads no lengths: they are seen before it
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert len(model.rows(_batch())[0]) == _batch().num_points
     state = None
     for _ in range(12):
         _, state = model.run_step(torch.zeros(2, F), torch.zeros(2, 0), state)
