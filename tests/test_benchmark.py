@@ -660,3 +660,5 @@ def test_an_experiment_on_other_data_is_refused(cli: Any, tmp_path: Path, stoppe
     config = tmp_path / f"{ORACLE}.json"
     config.symlink_to(run / "config.json")
     cli("benchmark", tmp_path / "out", "--model", config).check_refusal("--name: expected", repr(ORACLE))
+    twice = (run / "config.json", run / "config.json")
+    cli("benchmark", tmp_path / "out", "--model", *twice).check_refusal("expected one config called 'config'")

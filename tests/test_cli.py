@@ -216,7 +216,10 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
 
 
 def test_without_a_file_the_example_data_that_is_there_is_taken(cli, folder):
+    dry = ("train", folder, "new", *TINY, "--monitor", "loss", "--dry-run")
+    assert cli(*dry).err == f"{folder / 'example_data.hdf5'} would be made.\n"
     shutil.copy(PHANTOM, folder / "example_data.hdf5")
+    assert f"{folder / 'new'}: 96 streamlines of 2 training subjects, " in cli(*dry).err
     given = ("--learning-rate", "0.125", "--skip-window-lag")  # the phantom's streamlines are too short for one
     outcome = cli("train", folder, "new", *TINY, *given)
     assert (outcome.code, outcome.err) == (0, "")

@@ -64,12 +64,12 @@ def test_blocs_are_counted_as_by_hand(cli, tmp_path, suffix):
 
 
 def test_streamlines_of_entries_and_blocs_are_written(cli, tmp_path):
-    tractogram = save(tmp_path / "a.trk", LINES)
+    tractogram = save(tmp_path / "a.trk", [*LINES[:2], LINES[1], LINES[3], LINES[3]])  # empty entries come first
     outs = ["--save-biggest", tmp_path / "big.trk", "--save-smallest", tmp_path / "small.tck"]
     blocs = ["--save-blocs", tmp_path / "blocs.nii.gz"]
     assert cli("connectivity", tractogram, tmp_path / "m.npy", "--nb-blocs", 2, *outs, *blocs).code == 0
     biggest, smallest = (nib.streamlines.load(tmp_path / name).streamlines for name in ("big.trk", "small.tck"))
-    for found, expected in ((biggest, LINES[:2]), (smallest, LINES[2:3])):
+    for found, expected in ((biggest, [*LINES[:2], LINES[1]]), (smallest, [LINES[3]] * 2)):
         assert len(found) == len(expected)
         for line, other in zip(found, world(expected), strict=True):
             np.testing.assert_allclose(line, other, atol=1e-4)
@@ -150,15 +150,27 @@ def test_the_longest_segment_joins_the_first_and_the_last_region(cli, tmp_path, 
     assert (tmp_path / "m.png").exists() == bool(figure)
 
 
-def test_matrices_are_compared(cli, tmp_path):
-    counts, real = np.array([[0, 3], [0, 1]]), np.array([[0, 1], [0, 0]])
-    np.save(tmp_path / "a.npy", counts)
-    np.save(tmp_path / "real.npy", real)
+@pytest.mark.parametrize(
+    ("counts", "real", "squares"),
+    [
+        ((3, 1), (1, 0), "mean square of the difference 1.25, of shares of all streamlines 0.03125\n"),
+        ((1, 1), (2, 0), "mean square of the difference 0.5, of shares of all streamlines 0.125\n"),
+        ((1, 1), (1, 0), ""),  # without counts
+        ((0, 0), (2, 0), ""),
+        ((2, 0), (0, 0), ""),
+    ],
+)
+def test_matrices_are_compared(cli, tmp_path, counts, real, squares):
+    np.save(tmp_path / "a.npy", np.array([[0, counts[0]], [0, counts[1]]]))
+    np.save(tmp_path / "real.npy", np.array([[0, real[0]], [0, real[1]]]))
     outcome = cli("connectivity", tmp_path / "a.npy", "--real", tmp_path / "real.npy")
-    assert outcome.code == 0
-    assert "false connections 0.2500" in outcome.out
-    assert "missing connections 0.0000" in outcome.out
-    assert "mean square of the difference 1.25, of shares of all streamlines 0.03125" in outcome.out
+    assert (outcome.code, outcome.err) == (0, "")
+    false, missing, *more = outcome.out.splitlines(keepends=True)
+    share = (counts[0] * (not real[0]) + counts[1]) / sum(counts) if any(counts) else np.nan
+    lost = float(not counts[0]) if any(real) else np.nan
+    assert false == f"false connections {share:.4f} of the streamlines, beside {tmp_path / 'real.npy'}\n"
+    assert missing == f"missing connections {lost:.4f} of the real ones\n"
+    assert "".join(more) == squares
 
 
 def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, tmp_path):
@@ -167,6 +179,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, tmp_path):
     other = tmp_path / "other.nii.gz"
     nib.Nifti1Image(np.ones((4, 4, 4), dtype=np.int32), AFFINE).to_filename(other)
     np.save(tmp_path / "two.npy", np.zeros((2, 2)))
+    np.save(tmp_path / "three.npy", np.zeros((3, 3)))
     (tmp_path / "text.npy").write_text("no matrix")
     out = tmp_path / "new.npy"
     cases = {
@@ -185,6 +198,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, tmp_path):
         (tractogram, out, "--nb-blocs", 2, "--real", tmp_path / "two.npy"): "expected a matrix of 8 rows, received 2",
         (tractogram, out, "--nb-blocs", 2, "--real", tmp_path / "text.npy"): "cannot be read as a matrix",
         (tmp_path / "two.npy",): "real: expected with one matrix",
+        (tmp_path / "two.npy", "--real", tmp_path / "three.npy"): "expected a matrix of 2 rows, received 3",
     }
     before = sorted(tmp_path.iterdir())
     for arguments, text in cases.items():

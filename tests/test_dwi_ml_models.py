@@ -53,10 +53,13 @@ def evaluated(cli, model: Path) -> dict[str, Any]:
 
 @by_name
 def test_the_loss_is_the_one_that_dwi_ml_reported(cli, folder, tmp_path):
-    assert cli("import-dwi-ml", folder, tmp_path / "model").code == 0
+    outcome = cli("import-dwi-ml", folder, tmp_path / "model")
+    parameters = json.loads((folder / "parameters.json").read_text())
+    kind = parameters["dg_key"] + " with EOS" * parameters["dg_args"]["add_eos"]
+    num_parameters = sum(tensor.numel() for name, tensor in read_state(folder).items() if "position_enc" not in name)
+    assert (outcome.code, outcome.out) == (0, f"{tmp_path / 'model'}: {kind}, {num_parameters} parameters\n")
     result = evaluated(cli, tmp_path / "model")
     expected = json.loads((folder.parent / "expected_losses.json").read_text())[folder.name]
-    parameters = json.loads((folder / "parameters.json").read_text())
     assert result["loss"] == pytest.approx(expected, rel=1e-5)
     num_points = 1997 if parameters["step_size"] in (0.5, None) else 1006  # the file has steps of 0.5 mm
     last_points = 0 if parameters["dg_args"]["add_eos"] else 48

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from preloaded import finished, start_program
 
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.cli._messages import Verbosity, messages, print_progress
+from dwiml_func.cli._training import _stop_at_once
 from dwiml_func.core.checked_step import StepMismatchError
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.distributed.process_group import ProcessLostError
@@ -145,6 +147,37 @@ def test_an_error_that_is_no_users_is_raised(cli, monkeypatch) -> None:
     monkeypatch.setattr("dwiml_func.cli.digest.run", run)
     with pytest.raises(RuntimeError, match="shapes"):
         cli("digest", "experiments")
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "code", "told"),
+    [
+        (BrokenPipeError(32, "Broken pipe"), ("--version",), 141, ""),
+        (OSError(28, "No space left on device"), ("--version",), 2, "cannot be written to: No space left on device"),
+        (OSError(28, "No space left on device"), ("diggest",), 2, "diggest"),  # of two errors the first is told
+        (None, ("--version",), 0, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written_ends_a_command(cli, monkeypatch, error, arguments, code, told) -> None:
+    monkeypatch.setattr("dwiml_func.cli.main.drop_unwritable_output", lambda: error)
+    outcome = cli(*arguments)
+    assert (outcome.code, len(outcome.err.splitlines())) == (code, int(told != ""))
+    assert told in outcome.err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGALRM, 142)])
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_second_signal_ends_a_training_at_once(monkeypatch, number, code, is_closed) -> None:
+    written, codes = [], []
+
+    def write(file: int, text: bytes) -> None:
+        written.append((file, text))
+        if is_closed:
+            raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr("dwiml_func.cli._training.os", SimpleNamespace(write=write, _exit=codes.append))
+    _stop_at_once(number)
+    assert (written, codes) == ([(2, b"dwiml-func: stopped immediately. The last checkpoint is kept.\n")], [code])
 
 
 def test_an_output_that_is_closed_ends_a_command_without_a_traceback() -> None:

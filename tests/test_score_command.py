@@ -68,7 +68,9 @@ def test_the_scores_are_those_of_loops_in_mm(cli, folder: Path, tmp_path: Path, 
         of_bundle = [kind for bundle, kind in expected if bundle == row]
         assert scores["num_streamlines"] == len(of_bundle)
         assert scores["valid"] == pytest.approx(of_bundle.count("valid") / len(of_bundle))
-    assert found["of_seeds"]["valid"] == pytest.approx(kinds.count("valid") / 100)
+    shares = {name: found["scores"]["all"][name] * len(kinds) / 100 for name in ("valid", "both_ends")}
+    assert found["of_seeds"] == pytest.approx({"num_seeds": 100, **shares})
+    assert shares["valid"] == pytest.approx(kinds.count("valid") / 100)
     assert 0.5 < found["ceiling"]["mean"]["valid"] <= 1
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -18,9 +20,10 @@ from experiment_cases import (
 from dwiml_func import Key
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.cli._training import describe_run
+from dwiml_func.experiment.batches import first_batch, open_data
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.run import run_experiment
-from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.setup import make_parts, prepare
 
 
 def test_a_capped_validation_sees_the_same_streamlines_every_epoch():
@@ -36,6 +39,49 @@ def test_batches_on_another_device_are_as_many_and_arrive_there(monkeypatch):
     batches: Any = prepare(CONFIG).train(Key(1234), 0, 1)
     assert len(batches) == 2
     assert [batch.points.device.type for batch in batches] == ["meta", "meta"]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2, 50])  # of batches of 40 streamlines
+@pytest.mark.parametrize("pads", ["off", "on"])
+def test_steps_are_compiled_for_the_first_batch_or_its_first_shard(num_shards, pads):
+    training = replace(CONFIG.training, num_shards=num_shards, pad_batches=pads, rng=7)
+    parts = prepare(replace(CONFIG, training=training))
+    expected = next(iter(parts.train(parts.first_state().key, 0, 0)))
+    expected = expected[0] if num_shards > 1 else expected
+    batch = first_batch(parts.config, parts.data, torch.device("cpu"))
+    assert torch.equal(batch.points, expected.points)
+    assert batch.padded_length == expected.padded_length
+    assert (batch.padded_length is None) == (pads == "off")
+    assert first_batch(parts.config, parts.data, torch.device("meta")).points.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_member", "expected"),
+    [
+        ({}, False, ["lag"]),
+        ({}, True, []),
+        ({"skip_window_lag": True}, False, []),
+        ({"add_a_tracking_validation_phase": True, "tracking_mask": "wm_mask"}, False, ["lag", "phase"]),
+        ({"add_a_tracking_validation_phase": True, "tracking_mask": "wm_mask"}, True, []),
+    ],
+)
+@pytest.mark.parametrize("validates", [True, False])
+def test_what_is_tracked_at_validations(tmp_path, monkeypatch, changes, is_member, expected, validates):
+    found = []
+
+    def note(name, valid, evaluate, **given):
+        found.append(name)
+        assert given == {"config": config, "dataset": data.validation, "model": ANY, "optimizer": ANY}
+        return valid, evaluate
+
+    monkeypatch.setattr("dwiml_func.experiment.setup.with_window_lag", partial(note, "lag"))
+    monkeypatch.setattr("dwiml_func.experiment.setup.with_tracking_phase", partial(note, "phase"))
+    path = CONFIG.hdf5_file if validates else str(without_validation(tmp_path))
+    config = replace(CONFIG, hdf5_file=path, training=replace(CONFIG.training, **changes))
+    data = open_data(config)
+    parts = make_parts(config, data, is_member=is_member)
+    assert (parts.valid is not None) == validates
+    assert found == (expected if validates else [])
 
 
 def test_a_model_is_never_judged_on_augmented_streamlines(tmp_path):

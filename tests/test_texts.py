@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from test_summary import evaluation, report
 
+from dwiml_func.checkpoint.checkpoint import Checkpoint
 from dwiml_func.cli import _several, _summary, _training, bisect, diff, evaluate, runs, score, verify
 from dwiml_func.compiled.step import JitStep
 from dwiml_func.compiled.warmup import WarmUpStep
@@ -30,7 +31,7 @@ from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.experiment.audit.bisect import Bisection
 from dwiml_func.experiment.audit.lockstep import Difference
 from dwiml_func.experiment.audit.verify import Verification
-from dwiml_func.experiment.comparison.compare import Comparison
+from dwiml_func.experiment.comparison.compare import Comparison, compare_experiments
 from dwiml_func.experiment.comparison.runs import RunOverview
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.evaluation import ModelEvaluation
@@ -157,10 +158,10 @@ def of_graphs() -> str:
         for num, reason in ((2, None), (1, "too large"), (0, None)):
             step = played.__new__(played)
             step.num_cuda_graphs, step.cuda_graphs_reason = num, reason
-            _training._print_graphs(step)
-        _training._print_graphs(warm)
+            _training.print_graphs(step)
+        _training.print_graphs(warm)
         warm.graph.num_compilations = 0
-        _training._print_graphs(warm)
+        _training.print_graphs(warm)
     return shown.getvalue().strip()
 
 
@@ -217,6 +218,40 @@ ALONE = replace(INSPECTED, subjects={"d": {"lines": UNKNOWN_LINES}}, warnings=()
 def inspected(inspection: Inspection, **changes: Any) -> str:
     text = format_inspection(replace(inspection, **changes)) + "\n"
     return text.replace("  wrong\n" * 50, "  wrong, 50 times\n").rstrip("\n")
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, **of_b: Any) -> Comparison:
+    """A run of three epochs, whose second has no digest, beside one that differs from it in what is given."""
+    history = (report(epoch=1, digest="a"), report(epoch=2, digest=None), report(epoch=3, digest="c"))
+    known: dict[str, Any] = {"history": history, "environment": {"torch": "2"}, "data": {"sha256": "d", "size": 3}}
+    a = Checkpoint(name="3", digest="c", config={}, read_state=lambda: pytest.fail("not read"), **known)
+    both = {Path("a"): a, Path("b"): replace(a, **of_b) if of_b.get("name") != "" else None}
+    monkeypatch.setattr("dwiml_func.experiment.comparison.compare.newest", both.get)
+    monkeypatch.setattr("dwiml_func.experiment.folder.recorded_config", lambda directory, _: {"name": str(directory)})
+    return compare_experiments(Path("a"), Path("b"))
+
+
+def test_a_comparison_says_what_differs_from_when_and_what_could_not_be_compared(monkeypatch) -> None:
+    same = compared(monkeypatch)
+    undigested = "1 of the common epochs have no digest: no checkpoint was due there"
+    assert same == replace(
+        EQUAL, config=('name: "a" in A, "b" in B',), num_epochs=(3, 3), num_digests=2, notes=(undigested,)
+    )
+    train = {"loss": 0.5}
+    others = (report(epoch=1, digest="a"), report(epoch=2, train=train, train_minutes=9), report(epoch=3, digest="x"))
+    data = {"sha256": "e", "size": 3, "modified": 1}
+    found = compared(monkeypatch, history=(*others, report(epoch=4)), environment={"torch": "3"}, data=data)
+    assert (found.num_epochs, found.num_digests, found.first_state, found.first_metrics) == ((3, 4), 2, 3, 2)
+    assert found.metrics == ("train.loss: 0.25 in A, 0.5 in B",)
+    assert (found.environment, found.data) == (('torch: "2" in A, "3" in B',), ('sha256: "d" in A, "e" in B',))
+    assert not found.is_equal
+    partly = compared(monkeypatch, history=others[:1], data={}, corrupt={"2": "2 is corrupt"})
+    assert (partly.num_epochs, partly.num_digests, partly.first_state, partly.first_metrics) == ((3, 1), 1, None, None)
+    assert (partly.data, partly.environment) == (None, ())
+    assert partly.notes == ("B has no recorded fingerprint of its data", "B: 2 is corrupt")
+    alone = compared(monkeypatch, name="")
+    assert (alone.num_epochs, alone.num_digests, alone.environment, alone.data) == ((3, 0), 0, None, None)
+    assert alone.notes == ("B has no checkpoint yet",)
 
 
 TEXTS: dict[str, Callable[[], str]] = {

@@ -9,6 +9,7 @@ import shutil
 import signal
 import zipfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,17 +18,22 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from nibabel.affines import apply_affine
 from preloaded import finished, start_program
 
 from dwiml_func.cli._tracking import with_progress
+from dwiml_func.core.rng import Key
 from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
+from dwiml_func.data.grid import Grid
+from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.config import RunConfig
-from dwiml_func.experiment.model_store import LoadedModel
-from dwiml_func.experiment.tracking.input import read_dataset_input, read_nifti_input
+from dwiml_func.experiment.model_store import LoadedModel, find_model, load_model
+from dwiml_func.experiment.tracking.input import TrackingInput, read_dataset_input, read_nifti_input
 from dwiml_func.experiment.training_facts import check_same_kind, volume_facts
 from dwiml_func.models import Learn2Track
+from dwiml_func.tracking.track import Tracked
 
 LOADERS: Any = nib.streamlines
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -79,6 +85,38 @@ def test_it_writes_lines_and_says_how_many(cli, model, data, tmp_path):
     assert f"{len(file.streamlines)} streamlines of 40 seeds, mean length {mean:.1f} mm;" in result.out
     assert not result.err
     np.testing.assert_allclose(steps(file), 0.5, rtol=1e-4)  # the step of the data that it was trained on
+
+
+def test_what_is_asked_for_reaches_the_tracking_and_lengths_are_in_mm(cli, model, data, tmp_path, monkeypatch):
+    loaded = load_model(find_model(model))
+    around: Any = {"neighborhood_type": "axes", "neighborhood_radius": 1, "neighborhood_resolution": 1.0}
+    config = replace(loaded.config, data=replace(loaded.config.data, **around))
+    mask, volume = torch.ones(4, 4, 4), torch.rand(4, 4, 4, 6)
+    found = TrackingInput(volume, Grid(np.diag([2.0, 2.0, 2.0, 1.0]), (4, 4, 4)), None, mask, "data")
+    asked: dict[str, Any] = {}
+
+    def tracked(seeds, **given):
+        asked.update(given, seeds=seeds)
+        yield Tracked(torch.tensor([7, 9]), Streamlines.from_list([[[0, 0, 0], [0, 1, 0], [0, 1, 1]], [[1, 1, 1]]]), 4)
+
+    for name, value in (("load_model", lambda _: replace(loaded, config=config)), ("track_in_processes", tracked)):
+        monkeypatch.setattr(f"dwiml_func.cli.track.{name}", value)
+    for name, value in (("_read_input", lambda *_: found), ("check_tracking", lambda *_: None)):
+        monkeypatch.setattr(f"dwiml_func.cli.track.{name}", value)
+    np.save(tmp_path / "seeds.npy", np.arange(30, dtype=np.float32).reshape(10, 3))
+    options = ("--subject", "a", "--in-custom-seeds", tmp_path / "seeds.npy", "--skip", 6, "--rng-seed", 5)
+    options += ("--simultaneous-tracking", 513, "--processes", 3, "--mask-interp", "trilinear", "--save-seeds")
+    outcome = cli("track", model, data, tmp_path / "a.trk", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"{tmp_path / 'a.trk'}: 2 streamlines of 4 seeds, mean length 2.0 mm; " in outcome.out
+    file = LOADERS.load(tmp_path / "a.trk").tractogram
+    assert file.data_per_streamline["seeds"].tolist() == [[20.5, 21.5, 22.5], [26.5, 27.5, 28.5]]
+    space = asked["space"]
+    assert space.mask.values is mask
+    assert (space.mask.interpolation, space.interpolation) == ("trilinear", config.data.interpolation)
+    assert (space.neighborhood, space.voxel_sizes) == (config.data.neighborhood, (2, 2, 2))
+    assert (asked["num_processes"], asked["num_blocks"], asked["key"]) == (3, 2, Key(5))
+    assert (asked["numbers"].tolist(), len(asked["seeds"])) == ([6, 7, 8, 9], 4)
 
 
 class Terminal(io.StringIO):

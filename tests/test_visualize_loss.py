@@ -223,7 +223,9 @@ def test_a_model_with_eos_has_a_loss_at_last_points_too(cli: Any, tmp_path: Path
     last = np.cumsum([len(line) for line in tractogram.streamlines]) - 1
     assert_allclose(error[last], 1 - probability[last], atol=1e-6)
     assert_array_equal(np.delete(error, last), np.delete(probability, last))
-    assert_array_equal(per_point(tractogram, "color"), colours_of(probability, 0.0, 1.0, "viridis"))
+    for name, values in (("eos_probability", probability), ("eos_error", error)):
+        colours = per_point(read(tmp_path / "a" / f"{name}.trk"), "color")
+        assert_array_equal(colours, colours_of(values, 0.0, 1.0, "viridis"))
 
     real = read_subject_streamlines(PHANTOM, "subj0")
     with new_tractogram(tmp_path / "own.trk", real.grid) as file:

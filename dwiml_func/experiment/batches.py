@@ -133,8 +133,10 @@ def make_batches(config: RunConfig, data: RunData, device: torch.device) -> tupl
 def first_batch(config: RunConfig, data: RunData, device: torch.device) -> StreamlineBatch:
     """The first batch of the run, or its first shard."""
     plan = _training_plan(config, data, Key(config.training.rng))
-    batch, num_shards = next(iter(epoch_batches(**plan, epoch=0))), config.training.num_shards
-    batch = cut_batch(batch, num_shards)[0] or batch if num_shards > 1 else batch
+    batch = next(iter(epoch_batches(**plan, epoch=0)))
+    if config.training.num_shards > 1:
+        batch = cut_batch(batch, config.training.num_shards)[0]
+        assert batch is not None  # of the shards only the last can be empty
     prepare = _preparation(config, data)
     return (batch if prepare is None else prepare(batch)).to(device)
 
