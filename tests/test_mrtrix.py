@@ -48,7 +48,7 @@ def case() -> TrackingCase:
         grid=Grid(AFFINE, (3, 4, 2)),
         attributes={
             "sh_order": 2,
-            "sh_basis": "descoteaux07",
+            "sh_basis": "tournier07",
             "standardization_mean": 0.5,
             "standardization_std": 2.0,
         },
@@ -93,7 +93,7 @@ def test_the_orientations_are_fitted_to_the_signal_of_the_example_data(case: Tra
     mask: Any = nib.load(commands.folder / "mask.nii")
     directions = half_sphere_directions(NB_DIRECTIONS)
     harmonics = case.space.volume.double().numpy() * 2.0 + 0.5
-    weighted = np.einsum("xyzc,dc->xyzd", harmonics, sh_matrix(directions, 2, basis="descoteaux07"))
+    weighted = np.einsum("xyzc,dc->xyzd", harmonics, sh_matrix(directions, 2, basis="tournier07"))
     assert (weighted < 0).any()  # which no signal is
     found = signal.get_fdata()
     assert (signal.get_data_dtype(), mask.get_data_dtype()) == (np.float32, np.uint8)

@@ -214,6 +214,15 @@ def test_one_cycle_is_that_of_torch(options):
     assert schedule(1000) == schedule(39)
 
 
+@pytest.mark.parametrize(("length", "share"), [(10, 0.1), (20, 0.05)])
+def test_one_cycle_whose_first_count_is_the_top_begins_there(length, share):
+    schedule = one_cycle(0.3, length=length, warmup_share=share)  # torch's divides by zero
+    assert schedule(0) == pytest.approx(0.3, rel=1e-12)
+    middle = 0.3 * (1 + 4e-6) / 2
+    assert (schedule(3) + schedule(length - 4)) / 2 == pytest.approx(middle, rel=1e-12)
+    assert schedule(length - 1) == pytest.approx(0.3 / 25 / 1e4, rel=1e-12)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "named"),
     [

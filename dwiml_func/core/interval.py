@@ -37,8 +37,7 @@ class Interval:
 def parse_interval(text: str, *, name: str, units: Collection[str] = ("batch", "minute", "epoch")) -> Interval:
     """Read a number and a unit: "50batches", "10minutes", "0.5 minutes", "1epoch"; ValueError for any other text."""
     match = _FORM.fullmatch(text)
-    number = float(match["number"]) if match else 0.0
-    if match and number > 0:
+    if match and (number := float(match["number"])) > 0:
         if match["minute"] and "minute" in units:
             return Interval(number, "minute")
         if number.is_integer() and not match["minute"]:

@@ -214,7 +214,7 @@ def one_cycle(
 
     def schedule(count: int) -> float:
         count = min(count, end)
-        if count <= top:
+        if count <= top and top > 0:  # at 0 it begins at the peak
             return _half_cosine(first, peak, count / top)
         return _half_cosine(peak, first / final_divisor, (count - top) / (end - top))
 
