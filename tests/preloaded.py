@@ -34,10 +34,42 @@ __all__ = [
 COMMAND = "import sys; from dwiml_func.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 SERVER = """
-import atexit, gc, json, os, sys, threading
+import atexit, gc, json, os, re, signal, socket, sys, threading
+from multiprocessing import util
 import h5py, matplotlib.backends.backend_agg, matplotlib.figure, orbax.checkpoint
 import dwiml_func.cli.fork, dwiml_func.cli.resume, dwiml_func.cli.train
 import nibabel, PIL.BmpImagePlugin, PIL.JpegImagePlugin, PIL.PpmImagePlugin  # what trainings import later
+
+def fork_a_server():  # that becomes multiprocessing's forkserver when one is asked for, and need not import torch
+    near, far = socket.socketpair()
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])  # not meant for it yet
+    number = os.fork()
+    if number == 0:
+        near.close()
+        try:
+            text, files, *_ = socket.recv_fds(far, 1 << 20, 2)
+            if text:  # else the other has ended without a forkserver
+                code, environment, mask = json.loads(text)
+                os.environ.update(environment)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                exec(re.sub(r"main\\(\\d+, \\d+", f"main({files[0]}, {files[1]}", code))
+        finally:
+            os._exit(0)
+    signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+    far.close()
+    start, group = util.spawnv_passfds, os.getpgrp()
+
+    def start_or_take(path, arguments, files):
+        is_server = arguments[-1].startswith("from multiprocessing.forkserver")
+        if not is_server or near.fileno() < 0 or os.getpgrp() != group:
+            return start(path, arguments, files)
+        mask = list(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+        socket.send_fds(near, [json.dumps([arguments[-1], dict(os.environ), mask]).encode()], files)
+        near.close()
+        return number
+
+    util.spawnv_passfds = start_or_take
+
 
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
 gc.collect()
@@ -58,6 +90,7 @@ for line in sys.stdin:
     os.environ.update(order["environment"])
     os.chdir(order["folder"])
     sys.argv[1:] = order["arguments"]
+    fork_a_server()
     break
 else:
     sys.exit()

@@ -69,7 +69,7 @@ def parse(
             prog=program,
             default=tyro.MISSING_NONPROP if default is None else default,
             console_outputs=not is_silent,
-            config=(tyro.conf.OmitArgPrefixes,),
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
         )
     except SystemExit:
         sys.stdout.flush()  # while a closed pipe can still be reported
