@@ -19,8 +19,10 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = [
+    "TORCHRUN",
     "Fork",
     "finished",
     "run_command",
@@ -32,6 +34,8 @@ __all__ = [
 ]
 
 COMMAND = "import sys; from dwiml_func.cli.main import main; sys.exit(main(sys.argv[1:]))"
+TORCHRUN = "from torch.distributed.run import main; main()"
+"""`torchrun`. The processes that it starts are no forks."""
 
 SERVER = """
 import atexit, gc, json, os, re, signal, socket, sys, threading
@@ -74,6 +78,7 @@ def fork_a_server():  # that becomes multiprocessing's forkserver when one is as
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
 gc.collect()
 gc.freeze()  # no fork looks through what all share, not even at its end
+gc.set_threshold(20_000, 20, 100)  # as in the tests
 for line in sys.stdin:
     order = json.loads(line)
     if "ended" in order:
@@ -174,10 +179,16 @@ class _Server:
         return int(self._process.stdout.readline())
 
     def start(
-        self, program: str, arguments: tuple[object, ...], environment: Mapping[str, str], folder: Path | None
+        self,
+        program: str,
+        arguments: tuple[object, ...],
+        environment: Mapping[str, str],
+        folder: Path | None,
+        err: Path | None,
     ) -> Fork:
         self._count += 1
-        out, err = (Path(self._folder.name) / f"{self._count}.{stream}" for stream in ("out", "err"))
+        out, own = (Path(self._folder.name) / f"{self._count}.{stream}" for stream in ("out", "err"))
+        err = err or own
         out.touch()
         err.touch()
         order = {"program": program, "arguments": list(map(str, arguments)), "environment": dict(environment)}
@@ -193,15 +204,19 @@ _server = functools.cache(_Server)
 
 
 def start_program(
-    program: str, *arguments: object, environment: Mapping[str, str] | None = None, folder: Path | None = None
+    program: str,
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    err: Path | None = None,
 ) -> Fork:
-    """Start a program of Python, in a folder if one is given."""
-    return _server().start(program, arguments, environment or {}, folder)
+    """Start a program of Python, in a folder and with a standard error, such as a terminal, if they are given."""
+    return _server().start(program, arguments, environment or {}, folder, err)
 
 
-def start_command(*arguments: object, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> Fork:
-    """Start a `dwiml-func` command."""
-    return start_program(COMMAND, *arguments, environment=environment, folder=folder)
+def start_command(*arguments: object, **where: Any) -> Fork:
+    """Start a `dwiml-func` command; `where` is as in `start_program`."""
+    return start_program(COMMAND, *arguments, **where)
 
 
 def run_command(*arguments: object, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> str:

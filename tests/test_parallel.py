@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from preloaded import Fork, finished, run_command, run_ranks, start_ranks
+from preloaded import TORCHRUN, Fork, finished, run_command, run_ranks, start_program, start_ranks
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results
 
 from dwiml_func.checkpoint.checkpoint import read
@@ -26,21 +26,16 @@ ENDLESS = (*STOCHASTIC, "--max-epochs", 1000, *SHARDS, "--checkpoint-every", "1b
 ENDLESS = (*ENDLESS, "--monitor", "loss")  # torchrun has options of such names
 
 
-def _torchrun(num_processes: int, *arguments: object) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes), "-m"]
-    return [sys.executable, *launcher, "dwiml_func", "--", *map(str, arguments)]
-
-
-def _start(num_processes: int, folder: Path) -> subprocess.Popen[str]:
+def _start(num_processes: int, folder: Path) -> Fork:
     """A run that saves after every batch, once it is past its first epoch. It does not end by itself."""
-    arguments = _torchrun(num_processes, "train", folder, "run", DATA, *ENDLESS)
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    launcher = ("--standalone", "--nproc-per-node", num_processes, "-m", "dwiml_func", "--")
+    process = start_program(TORCHRUN, *launcher, "train", folder, "run", DATA, *ENDLESS)
     _wait_for_second_epoch(process, folder / "run")
-    assert process.poll() is None, process.communicate()
+    assert process.poll() is None, process.err
     return process
 
 
-def _wait_for_second_epoch(process: subprocess.Popen[str] | Fork, directory: Path) -> None:
+def _wait_for_second_epoch(process: Fork, directory: Path) -> None:
     while process.poll() is None and not any(name.startswith("1-") for name in list_checkpoints(directory)):
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.01)  # between two looks at the disk
@@ -82,9 +77,9 @@ def test_in_bfloat16_two_processes_end_with_the_bits_of_one(alone: Path, tmp_pat
 
 
 def test_stopped_with_two_and_resumed_with_four_processes(tmp_path: Path) -> None:
-    with _start(2, tmp_path) as process:
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=300)
+    process = _start(2, tmp_path)
+    os.kill(process.pid, signal.SIGTERM)
+    err = finished(process).err
     assert err.count("stopped by SIGTERM and saved as checkpoint ") == 1
     assert err.count("To resume: dwiml-func resume") == 1
     assert _resumed_as_alone(4, tmp_path) == []
@@ -126,14 +121,13 @@ with join_process_group() as group:
 
 def test_processes_that_torchrun_starts_again_find_each_other_not_those_that_ended(tmp_path: Path) -> None:
     (tmp_path / "restarted.py").write_text(RESTARTED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "--max-restarts", "1", str(tmp_path / "restarted.py")], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "sum 3.0\n"
-    assert "ProcessLostError: Another of the 2 processes of this run has ended" in done.stderr
-    assert "refused" not in done.stderr
+    launcher = ("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
+    launcher = (*launcher, "--monitor-interval", 1)  # by 0.1 s it may end the other before that has told of the loss
+    done = finished(start_program(TORCHRUN, *launcher, tmp_path / "restarted.py"))
+    assert done.returncode == 0, done.err
+    assert done.out == "sum 3.0\n"
+    assert "ProcessLostError: Another of the 2 processes of this run has ended" in done.err
+    assert "refused" not in done.err
 
 
 def test_a_process_that_cannot_reach_the_others_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

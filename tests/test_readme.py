@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from creation_cases import make_folder
 from experiment_cases import latest_digest
-from preloaded import finished, run_command, run_program, start_command
+from preloaded import TORCHRUN, finished, run_command, run_program, start_command
 
 from dwiml_func.experiment.comparison.runs import list_runs
 
@@ -31,13 +28,6 @@ def _blocks(language: str, heading: str) -> list[str]:
     (text,) = (page.read_text() for page in PAGES if f"\n## {heading}\n" in page.read_text())
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     return re.findall(rf"^```{language}\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
-
-
-def _run(*command: str, folder: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def _run_script(script: str, folder: Path) -> str:
@@ -138,8 +128,11 @@ def test_the_commands_that_go_on_and_that_start_several_processes_run_as_they_st
     run_command("train", "experiments", "first_run", "--max-epochs", 1, *SHORT, folder=tmp_path)
     arguments = shlex.split(go_on.replace("80", "2"))[1:]
     assert "Finished after 2 epochs" in run_command(*arguments, folder=tmp_path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", *shlex.split(several)[1:], "--max-epochs", "1", *SHORT]
-    assert "Finished after 1 epoch" in _run(*launcher, folder=tmp_path)
+    program, *arguments = shlex.split(several)
+    assert program == "torchrun"
+    arguments += ["--max-epochs", "1", *SHORT]
+    printed = run_program(TORCHRUN, *arguments, environment={"OMP_NUM_THREADS": "1"}, folder=tmp_path)
+    assert "Finished after 1 epoch" in printed
 
 
 def test_the_commands_for_data_of_ones_own_run_as_they_stand(tmp_path: Path) -> None:

@@ -27,7 +27,6 @@ OPTIONS = (
     *("--rnn-layer-sizes", "8", "8", "--dropout", "0.25", "--dg-dropout", "0.25", "--nb-previous-dirs", "1"),
     *("--batch-size-training", "30", "--batch-size-validation", "20", "--learning-rate", "0.01*2 0.001"),
 )
-PROGRAM = (sys.executable, "-m", "dwiml_func")
 SCRIPT = (str(Path(sys.executable).parent / "resume_training_from_checkpoint"),)
 
 
@@ -143,24 +142,23 @@ def test_a_run_that_was_killed_in_its_first_epoch_starts_again(whole, tmp_path):
 
 
 def test_loading_processes_and_a_terminal_change_nothing_but_the_bar(cli, tmp_path):
-    command = [*PROGRAM, *train_command(tmp_path, "run", 1, "--processes", "2")]
     terminal, stderr = os.openpty()
     termios.tcsetwinsize(stderr, (24, 120))  # tqdm shows nothing in 0 columns
     shown = b""
-    with open(tmp_path / "out", "w") as stdout:
-        process = subprocess.Popen(command, stdout=stdout, stderr=stderr)
-        os.close(stderr)
-        while True:
-            try:
-                shown += os.read(terminal, 65536)
-            except OSError:  # how Linux says that nobody has the terminal open any more
-                break
+    command = train_command(tmp_path, "run", 1, "--processes", "2")
+    process = start_command(*command, err=Path(os.ttyname(stderr)))
+    os.close(stderr)
+    while True:
+        try:
+            shown += os.read(terminal, 65536)
+        except OSError:  # how Linux says that nobody has the terminal open any more
+            break
     os.close(terminal)
     assert process.wait(timeout=300) == 0, shown.decode()
 
     here = cli(*train_command(tmp_path, "here", 1))  # without them, in this process
     check_same_end(tmp_path / "run", tmp_path / "here")
-    assert epoch_lines((tmp_path / "out").read_text()) == epoch_lines(here.out)
+    assert epoch_lines(process.out) == epoch_lines(here.out)
     assert here.err == ""
     assert read_config(tmp_path / "run").batches.processes == 2
 
