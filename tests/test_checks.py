@@ -56,7 +56,7 @@ def test_a_number_out_of_range_is_refused_with_its_bounds(value: float, bounds: 
 
 
 def test_the_bounds_themselves_are_in_or_out() -> None:
-    assert (LEAST, GREATEST) == (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+    assert (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max) == (LEAST, GREATEST)
     check_number("size", 1, at_least=1)
     check_number("size", (1 << 31) - 1, at_least=1)
     check_number("size", GREATEST, at_least=1)
