@@ -633,6 +633,12 @@ def test_an_optimizer_state_of_other_shapes_is_refused(run: Callable[..., Any]) 
         run(**step, backend="eager")(state, BATCH, lr=0.1) if run is jit_step else run(state, BATCH, **step, lr=0.1)
 
 
+def test_another_tensor_that_requires_a_gradient_is_left_without_one() -> None:
+    weight = torch.ones((), requires_grad=True)
+    step(mlp(), lambda model, x: ((model(x) * weight).square().mean(), len(x)))
+    assert weight.grad is None
+
+
 def test_a_state_of_other_groups_is_refused() -> None:
     groups: dict[str, Any] = {"0.*": {"lr": 0.5}, "2.*": {}}
     optimizer, other = by_name(adam, groups), by_name(adam, dict(reversed(groups.items())))
