@@ -207,6 +207,11 @@ def test_corruption_that_shows_only_when_data_are_read(tmp_path):
     assert "truncated or corrupt" in one_line_error(path)
     with pytest.raises(ValueError, match=f"truncated or corrupt: {re.escape(str(path))}"):
         open_dataset(path, lazy=True).volumes[0]
+    found = inspect_dataset(path)  # the other group is looked at all the same
+    assert list(found.subjects["subj0"]) == ["streamlines"]
+    assert [str(problem).partition(" (")[0] for problem in found.problems] == [
+        "subject 'subj0', group 'input': corrupt, cannot be read"
+    ]
 
 
 @pytest.mark.parametrize("empty", [np.array([]), None])

@@ -130,6 +130,16 @@ def attribute(place: str, name: str, value: object) -> Callable[[Any], object]:
     return lambda file: file[place].attrs.__setitem__(name, value)
 
 
+def empty_streamlines(file: Any) -> None:
+    for name, data in (("data", np.zeros((0, 3))), ("lengths", np.zeros(0, int)), ("offsets", np.zeros(0, int))):
+        replace(f"subj1/streamlines/{name}", data)(file)
+
+
+def other_type(file: Any) -> None:
+    del file["subj1/wm_mask"]
+    file.copy("subj1/streamlines", "subj1/wm_mask")
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -160,6 +170,21 @@ def attribute(place: str, name: str, value: object) -> Callable[[Any], object]:
         (set_value("subj1/streamlines/data", 0, -3), "1 of 48 streamlines leave the grid of 24 x 24 x 24 voxels"),
         (set_value("subj1/streamlines/euclidean_lengths", 3, 1), "1 of 48 streamlines have another length"),
         (
+            set_value("subj1/streamlines/euclidean_lengths", 3, np.inf),
+            "1 of 48 streamlines have a length in mm that is",
+        ),
+        (replace("subj1/streamlines/euclidean_lengths", np.ones(3)), r"_lengths of shape \(3,\)\. Expected \(48,\)"),
+        (
+            lambda file: file["subj1/streamlines"].pop("euclidean_lengths"),
+            "no dataset 'euclidean_lengths', which batch",
+        ),
+        (
+            set_value("subj1/streamlines/data", slice(47), 5),
+            "streamlines have no length: all points in one place; .*0 ",
+        ),
+        (other_type, "subject 'subj1', group 'wm_mask': of another type than that of subject 'subj0'$"),
+        (empty_streamlines, "subject 'subj1', group 'streamlines': no streamlines$"),
+        (
             replace("subj1/streamlines/lengths", np.zeros(3, int)),
             r"offsets of shape \(48,\) and lengths of",
         ),
@@ -184,7 +209,7 @@ def test_what_is_wrong_is_told(edited, capfd, change, problem):
     assert main(["info", str(edited(tolerant))]) == 1
     text = capfd.readouterr().out
     assert re.search(r"^\d+ PROBLEMS?$", text, re.MULTILINE)
-    assert re.search(problem, text.split("PROBLEM")[1]), text
+    assert re.search(problem, text.split("PROBLEM")[1], re.MULTILINE), text
     places = [line.strip() for line in text.split("PROBLEM")[1].splitlines()[1:]]
     assert all(place.startswith(("subject '", "no training subjects")) for place in places), places
 

@@ -173,6 +173,15 @@ def test_a_process_holds_few_open_files(tmp_path, fresh_store):
     assert [version.path.stem for version in fresh_store.files] == ["4", "5", "6", "7", "8", "9", "3", "0"]
 
 
+def test_a_file_that_ends_before_its_points_is_corrupt(edited):
+    points = np.zeros((3, 3), np.float32)
+    with h5py.File(edited) as file:
+        read = lazy._byte_reader(file, edited.stat().st_size - 24, points)
+        read(0, 2, 1)
+        with pytest.raises(ValueError, match=r"truncated or corrupt: .*the file ends before its points"):
+            read(0, 3, 0)
+
+
 def test_a_pickle_is_small_and_opens_the_file_itself(fresh_store):
     dataset = open_dataset(PHANTOM, lazy=True)
     points, volume = dataset.streamlines.points, dataset.volumes[0]
