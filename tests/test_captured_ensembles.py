@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from experiment_cases import PHANTOM, latest_digest
+from graph_recorder import noted, recorded
 from test_ensemble import LOSS, SEEDS, batches, mlp
 from torch.utils._pytree import tree_leaves
 
@@ -19,7 +20,7 @@ from dwiml_func import init_state, optim
 from dwiml_func.compiled.cuda_graphs import OnCuda
 from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.rng import Key
-from dwiml_func.ensemble import capture_ensemble_step, ensemble_step, stack_states
+from dwiml_func.ensemble import capture_ensemble_step, captured, ensemble_step, stack_states
 from dwiml_func.ensemble.captured import GraphGenerators
 from dwiml_func.ensemble.state import EnsembleState
 from dwiml_func.experiment.training_config import TrainingConfig
@@ -65,16 +66,19 @@ def same(one: EnsembleState, other: EnsembleState) -> bool:
         (optim.chain(optim.skip_not_finite(2), optim.sgd(momentum=0.9)), {}),
     ],
 )
-def test_replays_follow_schedules_dropout_and_buffers_to_the_bit_and_end_as_steps_without_do(optimizer, more, rates):
+def test_replays_follow_schedules_dropout_and_buffers_to_the_bit_and_end_as_steps_without_do(
+    optimizer, more, rates, monkeypatch
+):
+    monkeypatch.setattr(captured, "_standing_in", noted)
     calls: list[int] = []
 
     def capture(step):
-        number = len(calls)
+        number, repeat = len(calls), recorded(step)
         calls.append(0)
 
         def replay():
             calls[number] += 1
-            step()
+            repeat()
 
         return replay
 
@@ -187,8 +191,9 @@ def test_a_run_on_a_gpu_captures_the_step_of_its_ensemble_and_ends_bitwise_where
     tmp_path, cli, monkeypatch
 ):
     """On the CPU: what needs a GPU is the choice alone, and the capture."""
+    monkeypatch.setattr(captured, "_standing_in", noted)
     monkeypatch.setattr(TrainingConfig, "captures", property(lambda training: training.compile))
-    monkeypatch.setattr(OnCuda, "__call__", lambda self, step: step)
+    monkeypatch.setattr(OnCuda, "__call__", lambda self, step: recorded(step))
     options = ("--rnn-layer-sizes", "5", "--dropout", "0.2", "--nb-previous-dirs", "1", "--batch-size-training", "30")
     several = ("--sweep", "weight-decay=0,0.1", "--compile", "--pad-batches", "on", "--learning-rate", "0.01")
     done = cli("train", tmp_path, "whole", PHANTOM, *options, *several, "--max-epochs", "2")

@@ -7,16 +7,20 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from experiment_cases import CONFIG
+from graph_recorder import recorded
 from test_compiled_step import make_steps as make_steps_with
 from test_compiled_step import same_states, some_batch, squared_error
 from torch.utils._pytree import tree_leaves
 
 from dwiml_func import (
+    Key,
     adam,
     ema,
     fold_in,
@@ -32,7 +36,10 @@ from dwiml_func.compiled import cuda_graphs
 from dwiml_func.compiled.cuda_graphs import OnCuda, Replays
 from dwiml_func.compiled.direct import leaves_of
 from dwiml_func.compiled.sums import VectorSums, add_vectors, vector_of
+from dwiml_func.core import metrics
 from dwiml_func.core.metrics import Sum, add_metrics
+from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.optim import accumulate, chain, clip_by_global_norm, clip_by_value
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
@@ -65,18 +72,19 @@ def captured_step(max_graphs, capture, **options):
 
 @pytest.mark.parametrize("non_finite", ["raise", "defer"])
 @pytest.mark.parametrize("optimizer", [radam(), chain(clip_by_value(0.5), adam()), ema(sgd(), 0.9)])
-def test_a_replayed_step_follows_schedule_dropout_and_buffers_to_the_bit(non_finite, optimizer):
+def test_a_replayed_step_follows_schedule_dropout_and_buffers_to_the_bit(non_finite, optimizer, monkeypatch):
+    monkeypatch.setattr(metrics, "is_transformed", lambda: True)  # no number is read, as on a GPU
     fixed = {"loss_fn": module_loss(make_model(), squared_error), "optimizer": optimizer, "non_finite": non_finite}
     batches = [some_batch(number, size) for number, size in enumerate([8, 8, 8, 8, 4, 8, 4, 4, 8, 4, 2])]
     start = init_state(make_model(), optimizer, seed=3)
 
     def captured(step):
-        number = len(calls)
+        number, repeat = len(calls), recorded(step, may_read=False)
         calls.append(0)
 
         def replay():
             calls[number] += 1
-            step()
+            repeat()
 
         return replay
 
@@ -104,6 +112,24 @@ def test_a_replayed_step_follows_schedule_dropout_and_buffers_to_the_bit(non_fin
     assert replays.cuda_graphs_reason == "more than 2 would be needed"
     take_steps(replays, take_steps(replays, copy.deepcopy(start), batches), batches[:1])
     assert calls[-2] > 6  # the graphs that there are go on
+
+
+def test_steps_of_learn2track_read_no_number_and_end_bitwise_as_without_graphs(monkeypatch):
+    monkeypatch.setattr(metrics, "is_transformed", lambda: True)
+    monkeypatch.setattr(TrainingConfig, "captures", property(lambda training: training.compile))
+    options = {"compile": True, "pad_batches": "on", "skip_window_lag": True}
+    model = replace(CONFIG.model, dropout=0.2)
+    parts = prepare(replace(CONFIG, model=model, training=replace(CONFIG.training, **options)))
+    batches, ends = [*parts.train(Key(1), 0, 0), *parts.train(Key(1), 0, 0)], []
+    for is_captured in (False, True):
+        step = captured_step(
+            64, partial(recorded, may_read=False), loss_fn=parts.loss_fn, optimizer=adam(), donate=True
+        )
+        assert step._replays is not None
+        step._replays._is_stopped = not is_captured
+        ends.append(take_steps(step, init_state(parts.model, adam(), seed=1), batches))
+        assert (step.num_cuda_graphs > 0, step.cuda_graphs_reason) == (is_captured, None)
+    assert same_states(*ends)
 
 
 def test_what_cannot_be_captured_says_why_once_and_runs(caplog):
