@@ -118,11 +118,16 @@ def stopped_early(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def example_hdf5(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in example data, to read only."""
+    """The built-in example data, to read only; with `-n`, one worker makes them for all."""
+    from filelock import FileLock
+
     from dwiml_func.data.example.dataset import make_example_data
 
-    path = tmp_path_factory.mktemp("example") / "example.hdf5"
-    make_example_data(path)
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "example.hdf5"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            make_example_data(path)
     return path
 
 
