@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import re
 import shutil
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import h5py
 import numpy as np
@@ -15,11 +16,13 @@ import pytest
 import torch
 from experiment_cases import CONFIG, PHANTOM, trained
 from forgeries import read_checked, write_checked
+from test_summary import report
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.core.state import TrainState
+from dwiml_func.experiment.audit import lockstep
 from dwiml_func.experiment.audit.bisect import bisect_runs
-from dwiml_func.experiment.audit.lockstep import tensor_differences
+from dwiml_func.experiment.audit.lockstep import Difference, tensor_differences
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.folder import create_ensemble, create_experiment, read_config
 from dwiml_func.experiment.run import run_experiment
@@ -35,6 +38,37 @@ RUN: RunConfig = replace(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("bisect"), RUN, "a")
+
+
+ENDS = [("a", report(epoch=1)), ("b", report(epoch=2)), ("c", report(epoch=2, batch=5))]
+OTHER_MEANS = report(epoch=2, train={"loss": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("ends", "num_batches", "expected"),
+    [
+        (ENDS, 2, ("c", "c")),
+        ([*ENDS[:1], ("x", ENDS[1][1])], 2, Difference(2, None, (), ("numbers of the state",))),
+        ([*ENDS[:1], ("b", OTHER_MEANS)], 2, Difference(2, None, (), ("train.loss: 0.25 in A, 0.5 in B",))),
+        ([*ENDS[:2], ("x", ENDS[2][1])], 2, Difference(2, 5, (), ("numbers of the state",))),
+        ([*ENDS, ("d", report(epoch=3))], 2, Difference(3, None, (), ("A has ended before it",))),
+        (ENDS, 1, Difference(1, 2, (), ("B has no such batch",))),
+        ([], 2, Difference(1, 1, (), ("B has no such batch",))),
+        ([], 3, "explained"),
+    ],
+)
+def test_what_differs_after_an_epochs_batches_is_told_too(monkeypatch, ends, num_batches, expected) -> None:
+    def traced(_: object, is_first: bool, last_epoch: int, see: Any) -> Any:
+        for batch in range(1, 1 + (2 if is_first else num_batches * bool(ends) + 3 * (num_batches == 3))):
+            see((1, batch))
+        assert last_epoch == 9
+        yield from ENDS if is_first else ends
+
+    of_batch: Any = namedtuple("Batch", ["epoch", "batch"])
+    monkeypatch.setattr(lockstep, "_explain", lambda *_: "explained")
+    monkeypatch.setattr(lockstep, "_traced", lambda a, b, c, see: traced(a, b, c, lambda at: see(of_batch(*at))))
+    starts, parts = cast(Any, (None, None)), cast(Any, (True, False))
+    assert lockstep.first_difference(starts, parts, 9) == expected
 
 
 def planted(parts: RunParts, epoch: int, batch: int, leaf: str) -> RunParts:

@@ -16,6 +16,7 @@ from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.experiment.config import (
     BatchConfig,
     DataConfig,
+    LoggingConfig,
     ModelConfig,
     RunConfig,
     TrainingConfig,
@@ -247,6 +248,14 @@ def test_a_number_that_the_sampler_refuses_is_refused_for_its_phase(phase, name,
 def test_a_number_of_any_length_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"max_epochs: expected .* received a number that is too long to show"):
         TrainingConfig(max_epochs=10**5000)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, False), ({"comet_workspace": "lab"}, True), ({"comet_project": "tracking"}, True), ({"log_every": 1}, False)],
+)
+def test_a_workspace_or_a_project_asks_for_comet(options, expected):
+    assert LoggingConfig(**options).uses_comet == expected
 
 
 def test_numbers_at_the_edges_are_taken():

@@ -15,9 +15,11 @@ import pytest
 import torch
 from experiment_cases import latest_digest
 
+from dwiml_func.checkpoint.arrays import CorruptError
 from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.experiment import ensemble_resume
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.ensemble_resume import resume_ensemble
 from dwiml_func.experiment.ensemble_run import _holds, prepare_ensemble, run_ensemble
@@ -203,6 +205,33 @@ def test_an_ensemble_that_was_cut_off_between_members_resumes_from_what_they_sha
     assert ensemble.epoch == 2
     list(run_ensemble(directory, members, ensemble=ensemble, histories=histories))
     assert [latest_digest(directory / str(number)) for number in range(3)] == digests
+
+
+@pytest.mark.parametrize(
+    ("names", "is_refused"),
+    [
+        ([[], []], False),
+        ([["0"], []], False),  # the very first save was cut off
+        ([[], ["0-2"]], False),
+        ([["0", "1"], []], True),
+        ([[], ["0", "1"]], True),
+        ([["1"], ["2"]], True),
+        ([["1"], ["1"]], True),  # both corrupt
+    ],
+)
+def test_an_ensemble_starts_anew_only_where_its_very_first_save_was_cut_off(monkeypatch, names, is_refused):
+    def corrupt(*_, **__):
+        raise CorruptError("a corrupt file")
+
+    folders = [Path("run", str(number)) for number in range(2)]
+    monkeypatch.setattr(ensemble_resume, "list_checkpoints", lambda folder: names[int(folder.name)])
+    monkeypatch.setattr(ensemble_resume, "restore", corrupt)
+    like: Any = [None, None]
+    if not is_refused:
+        assert ensemble_resume._newest_of_all(folders, like, {}) == (None, [])
+        return
+    with pytest.raises(CorruptError, match=r"run have no valid checkpoint of the same .*: dwiml-func resume run 0\."):
+        ensemble_resume._newest_of_all(folders, like, {})
 
 
 def test_members_that_have_ended_leave_the_others_their_epochs(tmp_path):

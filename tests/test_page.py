@@ -24,7 +24,7 @@ from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
 from dwiml_func.experiment.folder import create_experiment, read_config
-from dwiml_func.experiment.page.html import json_block
+from dwiml_func.experiment.page.html import json_block, rows_table, tag
 from dwiml_func.experiment.page.page import _epochs, run_page
 from dwiml_func.experiment.page.scores import score_sections
 from dwiml_func.experiment.page.viewer import MOST_POINTS, viewer, viewer_data
@@ -152,6 +152,26 @@ def test_no_text_of_a_file_is_markup_or_a_formula(made: Made) -> None:
     assert f"| {HOSTILE}|" in made.page.texts["streamlines"]
     assert "| a\\u202eb|" in made.page.texts["streamlines"]
     assert made.directory.name in made.page.texts[""]
+
+
+def test_characters_that_are_not_printable_are_shown_and_change_nothing() -> None:
+    shown = tag("p", "a\x07\u202eb\nc", "é", tag("b", "\x00"), "\x1b", id="\x7f")
+    assert (shown.text, shown[0].text, shown[0].tail) == ("a\\x07\\u202eb\ncé", "\\x00", "\\x1b")
+    assert shown.attrib == {"id": "\\x7f"}
+
+
+@pytest.mark.parametrize(
+    ("head", "caption", "label"),
+    [(("", ""), "", "names and values"), (("a", "b"), "", "a and b"), (("a", ""), "what", "what")],
+)
+def test_a_table_has_a_label_and_the_head_and_the_caption_that_it_is_given(head, caption, label) -> None:
+    table = rows_table(head, [("x", "1"), ("y", tag("b", "2"))], caption=caption, kind="narrow")
+    *captions, region = table
+    assert [each.text for each in captions] == [caption] * bool(caption)
+    assert (region.attrib["aria-label"], region.attrib["class"]) == (label, "narrow")
+    assert [each.text or "" for each in table.iter("th") if each.get("scope") == "col"] == list(head) * any(head)
+    assert [each.text for each in table.iter("th") if each.get("scope") == "row"] == ["x", "y"]
+    assert [text_of(each) for each in table.iter("td")] == ["1", "2"]
 
 
 def test_a_page_needs_no_other_file_is_the_same_each_time_and_replaces_nothing(cli, made: Made, tmp_path) -> None:

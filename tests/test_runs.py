@@ -11,12 +11,14 @@ import subprocess
 import sys
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from test_summary import report
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli.runs import format_runs
-from dwiml_func.experiment.comparison.runs import RunOverview, _last_change, list_runs
+from dwiml_func.experiment.comparison.runs import RunOverview, _last_change, list_runs, run_overview
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.files.lock import experiment_lock
@@ -43,6 +45,15 @@ def test_the_last_change_is_that_of_the_newest_file_of_a_run(tmp_path):
         os.utime(path, (2e9 - seconds, 2e9 - seconds))
     assert _last_change(tmp_path).timestamp() == 2e9
     assert _last_change(tmp_path / "gone").timestamp() == 0
+
+
+@pytest.mark.parametrize(("history", "monitor"), [((), "loss"), ((report(monitor="overlap"),), "overlap")])
+def test_of_a_scripts_run_the_last_report_says_what_it_monitors(tmp_path, monkeypatch, history, monitor) -> None:
+    checkpoint = SimpleNamespace(history=history, config={}, corrupt={}) if history else None
+    monkeypatch.setattr("dwiml_func.experiment.comparison.runs.newest", lambda _: checkpoint)
+    found = run_overview(tmp_path, "script")
+    assert (found.monitor, found.epochs, found.max_epochs) == (monitor, len(history), None)
+    assert (found.name, found.state) == ("script", "finished" if history else "unfinished")
 
 
 def test_a_run_is_listed_as_recorded(cli, experiments: Path) -> None:

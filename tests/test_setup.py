@@ -41,6 +41,13 @@ def test_batches_on_another_device_are_as_many_and_arrive_there(monkeypatch):
     assert [batch.points.device.type for batch in batches] == ["meta", "meta"]
 
 
+def test_copies_on_a_device_are_no_part_of_what_the_data_are():
+    data = open_data(CONFIG)
+    other = replace(data, on_device={"meta": {}})
+    assert other == data
+    assert "meta" not in repr(other)
+
+
 @pytest.mark.parametrize("num_shards", [1, 2, 50])  # of batches of 40 streamlines
 @pytest.mark.parametrize("pads", ["off", "on"])
 def test_steps_are_compiled_for_the_first_batch_or_its_first_shard(num_shards, pads):
