@@ -12,6 +12,7 @@ import h5py
 import pytest
 
 from dwiml_func.checkpoint.manifest import manifest_checksum
+from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
@@ -90,6 +91,47 @@ def test_an_option_of_another_getter_is_an_error(refused, option):
 )
 def test_options_that_make_no_model_are_refused(refused, options, named):
     refused(options, *named)
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "message"),
+    [
+        ({"model": "tts", "position_encoding": "relational"}, {}, "there is no relational encoding. Use sinusoidal"),
+        ({"model": "tts", "sos_token_type": "repulsion100"}, {}, "^sos_token_type, .*: require model tto or ttst, r"),
+        ({"model": "tts", "target_embedding_key": "no_embedding"}, {}, "target_embedding_key: require model tto or"),
+        ({"model": "tts", "rnn_key": "gru"}, {}, "^rnn_key: requires --model learn2track, received tts"),
+        ({"nheads": 1, "max_len": 9}, {}, "^max_len, nheads: requires --model a transformer, received learn2track"),
+        ({"first_channels": 2}, {}, "^first_channels: requires --model autoencoder, received learn2track"),
+        (
+            {"model": "autoencoder", "add_eos": True, "dg_dropout": 0.1},
+            {},
+            "^add_eos, dg_dropout: requires --model that tracks, received autoencoder",
+        ),
+        ({"model": "autoencoder"}, {"step_size": 1.0}, "^step_size: an autoencoder reads .* Use nb_points .256 by"),
+        ({"model": "autoencoder"}, {"compress": 0.1}, "^compress: an autoencoder reads"),
+        (
+            {"input_embedding_key": "cnn_embedding", "input_embedded_size": 4, "nb_cnn_filters": (2,)},
+            {},
+            "^input_embedded_size: requires input_embedding_key nn_embedding, received cnn_embedding",
+        ),
+        (
+            {"nb_previous_dirs": 1, "prev_dirs_embedded_size": 4, "prev_dirs_embedding_key": "no_embedding"},
+            {},
+            "^prev_dirs_embedded_size: requires prev_dirs_embedding_key nn_embedding, received no_embedding",
+        ),
+        ({"model": "tts", "input_embedded_size": 8, "nheads": 3}, {}, "nheads"),
+        ({}, {}, None),
+        ({"model": "tto", "input_embedded_size": 8, "sos_token_type": "repulsion100"}, {}, None),
+        ({"model": "autoencoder", "latent_space_dims": 2}, {"nb_points": 99}, None),
+    ],
+)
+def test_options_of_other_models_are_refused_in_words(options, batches, message):
+    arguments: dict[str, Any] = {"hdf5_file": "", "batches": BatchConfig(**batches)}
+    if message is None:
+        assert RunConfig(model=ModelConfig(**options), **arguments).model.model == options.get("model", "learn2track")
+        return
+    with pytest.raises(ValueError, match=message):
+        RunConfig(model=ModelConfig(**options), **arguments)
 
 
 @pytest.mark.parametrize("key", sorted(set(DIRECTION_GETTERS) - COMPRESSIBLE))

@@ -11,6 +11,7 @@ import torch
 from tracking_cases import FieldModel, SteeredModel, positions, tracked_lines
 
 from dwiml_func.core.rng import Key
+from dwiml_func.data.neighborhood import Neighborhood
 from dwiml_func.models import Learn2Track
 from dwiml_func.models.direction_getters import CosineRegression, SphereClassification
 from dwiml_func.tracking import TrackingMask, TrackingSpace, TrackingSpec, init_track_state, track, track_step
@@ -403,3 +404,22 @@ def test_one_process_keeps_the_numbers_of_the_seeds():
         where = {"key": Key(5), "numbers": torch.tensor([7, 9]), "num_processes": num_processes}
         (tracked,) = track_in_processes(seeds, **where, **options)
         assert tracked.seeds.tolist() == [7, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"volume": torch.zeros(4, 4, 4)}, r"a volume of shape \(X, Y, Z, F\). Received: \(4, 4, 4\)"),
+        (
+            {"mask": TrackingMask(values=torch.ones(4, 4, 5))},
+            r"a tracking mask of \(4, 4, 4\) voxels, as the volume. Received: \(4, 4, 5\)",
+        ),
+        *(({"voxel_sizes": (1.0, size, 1.0)}, "voxel sizes above 0 mm") for size in (0.0, -1.0, float("inf"))),
+        ({"voxel_sizes": (1.0, 2.0, 1.0), "neighborhood": Neighborhood(type="axes")}, "needs cubic voxels"),
+    ],
+)
+def test_what_is_no_space_is_refused(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"volume": torch.zeros(4, 4, 4, 6), "voxel_sizes": (1.0, 1.0, 1.0)}
+    TrackingSpace(**given, mask=TrackingMask(values=torch.ones(4, 4, 4)), neighborhood=Neighborhood(type="axes"))
+    with pytest.raises(ValueError, match=message):
+        TrackingSpace(**(given | options))
