@@ -381,6 +381,8 @@ def test_scores_are_those_of_their_place(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{place}.json is corrupt: its scores are of .*'mine'.*, sub_2_seed_3"):
             tasks.read_scores(tmp_path)
         other.unlink()
+    with pytest.raises(ValueError, match=r"a\.json is corrupt: its scores are of \[None, None\], None"):
+        tasks._read(tmp_path / "a.json")  # removed since it was found
 
 
 def test_scores_that_are_there_are_of_the_data_and_the_config_asked_for(tmp_path: Path) -> None:
