@@ -11,11 +11,13 @@ import h5py
 import numpy as np
 import pytest
 from experiment_cases import PHANTOM
+from matplotlib.figure import Figure
 from test_tracking_figures import drawn
 
+from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.subject import read_subject_streamlines
 from dwiml_func.data.inspection.inspect import inspect_dataset
-from dwiml_func.experiment.figures.dataset import draw_dataset
+from dwiml_func.experiment.figures.dataset import _draw_slices, draw_dataset
 from dwiml_func.experiment.figures.panels import COLOURS
 from dwiml_func.experiment.figures.streamline_views import VIEWS
 
@@ -37,6 +39,34 @@ def counted(panel: Any) -> dict[str, list[int]]:
     """Streamlines of each bin by label."""
     texts = [text.get_text() for text in panel.get_legend().get_texts()] if panel.patches else []
     return {text: patch.get_data().values.tolist() for text, patch in zip(texts, panel.patches, strict=True)}
+
+
+def test_slices_show_the_volume_where_it_is_in_space() -> None:
+    affine = np.array([[0, -2.0, 0, 11], [1.5, 0, 0.5, -7], [0, 0, 3, 4], [0, 0, 0, 1]])
+    indices = np.stack(np.meshgrid(*map(np.arange, (10, 9, 8)), indexing="ij"), axis=-1)
+    weights, limits = np.array([1.0, 10, 100]), np.array([[-8.0, 13], [-8, 11], [2, 27]])
+    volume = (indices @ affine[:3, :3].T + affine[:3, 3]) @ weights  # linear in space, as the interpolation is
+    figure = Figure()
+    row = figure.subplots(1, len(VIEWS))
+    _draw_slices(row, volume.astype(np.float32), Grid(affine, (10, 9, 8)), limits)
+    for (_, right, up), panel in zip(VIEWS, row, strict=True):
+        (image,) = panel.images
+        assert image.get_extent() == [*limits[right], *limits[up]]
+        values = np.ma.filled(image.get_array(), np.nan)
+        share = (np.arange(len(values)) + 0.5) / len(values)
+        places = np.broadcast_to(limits.mean(axis=1), (*values.shape, 3)).copy()
+        places[..., right] = (limits[right, 0] + np.diff(limits[right]) * share)[None, :]
+        places[..., up] = (limits[up, 0] + np.diff(limits[up]) * share)[:, None]
+        voxels = (places - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+        is_shown = ((voxels >= -0.5) & (voxels <= np.array((10, 9, 8)) - 0.5)).all(axis=-1)
+        np.testing.assert_array_equal(np.isfinite(values), is_shown)
+        assert 0.2 < is_shown.mean() < 1
+        is_within = ((voxels >= 0) & (voxels <= np.array((9, 8, 7)))).all(axis=-1)
+        np.testing.assert_allclose(values[is_within], (places @ weights)[is_within], atol=0.01)
+        low, high = np.nanpercentile(values, [2, 98])
+        np.testing.assert_allclose(image.get_clim(), (low, low + 2.5 * (high - low)), rtol=1e-6)
+    _draw_slices(figure.subplots(1, len(VIEWS)), volume.astype(np.float32), Grid(affine, (10, 9, 8)), limits + 99)
+    assert not any(panel.images for panel in figure.axes[len(VIEWS) :])  # nothing of it is there
 
 
 def test_without_bundles_each_subject_has_a_row_and_a_colour() -> None:
