@@ -7,7 +7,19 @@ import pytest
 import torch
 from optimizer_cases import addresses, assert_same_bits, evaluated, gradient, run_torch, run_updates, some_tensors
 
-from dwiml_func.optim import adam, adamw, by_name, chain, clip_by_global_norm, ema, muon, nadam, rmsprop, sgd
+from dwiml_func.optim import (
+    adam,
+    adamw,
+    by_name,
+    chain,
+    clip_by_global_norm,
+    ema,
+    muon,
+    nadam,
+    rmsprop,
+    schedule_free_sgd,
+    sgd,
+)
 from dwiml_func.optim.name_patterns import first_matches
 
 FACTORIES = {
@@ -122,6 +134,14 @@ def test_it_can_be_the_other_optimizer_of_muon():
     optimizer = muon(others=by_name(adamw, {"*bias": None}))
     new, _ = optimizer.update(gradient(0), optimizer.init(some_tensors(0)), some_tensors(0), lr=0.1, step=0)
     assert torch.equal(new["a.bias"], some_tensors(0)["a.bias"])
+
+
+def test_muon_keeps_a_state_of_what_there_is_only():
+    matrix, vector = {"w": torch.ones(2, 2)}, {"b": torch.ones(2)}
+    for others in (None, adamw(), schedule_free_sgd()):
+        assert list(muon(others=others).init(matrix)) == ["momentum_buffer"]
+    assert list(muon(others=adamw()).init(vector)) == ["others"]
+    assert list(muon(others=sgd()).init(matrix | vector)) == ["momentum_buffer"]
 
 
 def test_patterns_that_freeze_everything_are_an_error():

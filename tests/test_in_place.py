@@ -128,6 +128,8 @@ def test_a_state_that_is_no_flat_tree_is_not_updated_in_place():
     ):
         assert in_place.can_update_in_place(counting(), state) == is_flat
     assert not in_place.can_update_in_place(counting()._replace(is_elementwise=False), {"m": {"a": one}})
+    marked = counting()._replace(update=in_place.separable(lambda *_, **__: None), is_elementwise=False)
+    assert in_place.can_update_in_place(marked, {"m": {"a": {"b": one}}})  # of any tree
 
 
 def peak_bytes(function) -> int:
