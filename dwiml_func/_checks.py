@@ -100,7 +100,7 @@ def error_text(error: Exception) -> str:
     """An error on one line, without a full stop; of pydantic's, the first three problems and what was received."""
     if not hasattr(error, "errors"):
         return one_line(error).rstrip(".")
-    problems = error.errors(include_url=False)  # type: ignore[attr-defined]
+    problems = error.errors()  # type: ignore[attr-defined]
     return at_most_three([_problem_text(problem) for problem in problems])
 
 
