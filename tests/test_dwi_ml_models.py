@@ -467,6 +467,25 @@ def test_who_exports_is_warned_of_inputs_that_dwi_ml_shifts(interpolation, warns
     assert shift_warning(autoencoder) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "arguments", "expected"),
+    [
+        ("cos", "cosine-regression", {"normalize_outputs": False}, {"normalize_outputs": None}),
+        ("cos", "cosine-regression", {"normalize_outputs": 2}, {"normalize_outputs": 2.0}),
+        ("gauss_eos", "gaussian", {"entropy_weight": 0.0}, {"add_entropy_to_gauss": None}),
+        ("gauss_eos", "gaussian", {"entropy_weight": 0.5}, {"add_entropy_to_gauss": 0.5}),
+        ("cos", "cosine-regression", {"eos_weight": 0.5}, {"eos_weight": None, "add_eos": False}),
+        ("cos", "cosine-regression", {"eos_weight": 0.5, "add_eos": True}, {"eos_weight": 0.5, "add_eos": True}),
+        ("cos", "cosine-regression", {"dropout": None, "eos_weight": None}, {"dg_dropout": 0.0, "eos_weight": None}),
+        ("cos", "cosine-regression", None, {"dg_dropout": 0.0, "add_eos": False}),
+    ],
+)
+def test_arguments_of_a_getter_that_are_0_or_false_or_without_effect_are_left_out(name, key, arguments, expected):
+    parameters = json.loads((DATA / name / "parameters.json").read_text()) | {"dg_key": key, "dg_args": arguments}
+    model = config_of(parameters, source="a.json")[0].model
+    assert {name: getattr(model, name) for name in expected} == expected
+
+
 @pytest.mark.parametrize("resolution", [0.1, 0.3, 0.5, 0.7, 1.0, 1.1, 1.3])
 @pytest.mark.parametrize("radius", [1, 2, 3])
 def test_grids_that_dwi_mls_rounding_leaves_empty_are_refused(resolution, radius):
