@@ -363,7 +363,9 @@ def test_code_in_a_model_state_is_not_run(cli, tmp_path):
             return Path.touch, (tmp_path / "harm",)
 
     torch.save({"a": Harmful()}, tmp_path / "cos" / "model_state.pkl")
-    cli("import-dwi-ml", tmp_path / "cos", tmp_path / "model").check_refusal("cannot be read as named tensors")
+    outcome = cli("import-dwi-ml", tmp_path / "cos", tmp_path / "model")
+    outcome.check_refusal("cannot be read as named tensors")
+    assert 150 < len(outcome.err.partition("named tensors: ")[2].strip()) <= 200
     assert not (tmp_path / "harm").exists()
 
 
@@ -484,6 +486,21 @@ def test_arguments_of_a_getter_that_are_0_or_false_or_without_effect_are_left_ou
     parameters = json.loads((DATA / name / "parameters.json").read_text()) | {"dg_key": key, "dg_args": arguments}
     model = config_of(parameters, source="a.json")[0].model
     assert {name: getattr(model, name) for name in expected} == expected
+
+
+def test_sampling_of_0_or_false_is_none_and_previous_directions_may_have_no_key():
+    parameters = json.loads((DATA / "cos" / "parameters.json").read_text())
+    parameters |= {"step_size": 0, "compress_lines": False, "nb_points": 0, "dg_key": "gaussian", "dg_args": None}
+    parameters |= {"nb_previous_dirs": 2, "prev_dirs_embedding_key": None, "prev_dirs_embedded_size": None}
+    config, nb_features = config_of(parameters, source="a.json")
+    sampled = config.batches.step_size, config.batches.compress, config.batches.nb_points
+    assert (*sampled, nb_features) == (None, None, None, parameters["nb_features"])
+    assert (config.model.prev_dirs_embedding_key, config.model.prev_dirs_embedded_size) == ("no_embedding", None)
+    none = config_of(parameters | {"nb_previous_dirs": 0, "prev_dirs_embedded_size": 7}, source="a.json")[0].model
+    assert (none.nb_previous_dirs, none.prev_dirs_embedded_size, none.normalize_prev_dirs) == (0, None, False)
+    for number, message in ((0, "at least 1 and .*, received 0"), (2.5, "expected a whole number, received 2.5")):
+        with pytest.raises(ValueError, match=rf"^a.json: nb_features: .*{message}"):
+            config_of(parameters | {"nb_features": number}, source="a.json")
 
 
 @pytest.mark.parametrize("resolution", [0.1, 0.3, 0.5, 0.7, 1.0, 1.1, 1.3])
