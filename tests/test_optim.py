@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from dwiml_func.optim import accumulate, chain, ema, lion, schedule_free_adamw, schedule_free_sgd
+from dwiml_func.optim import _foreach, accumulate, chain, ema, lion, schedule_free_adamw, schedule_free_sgd
 from dwiml_func.optim._foreach import _one_by_one, arithmetic_for
 from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
 from dwiml_func.optim.state_check import check_opt_state
@@ -385,7 +385,9 @@ def test_a_gradient_of_zero_can_be_differentiated_through(make):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fused_operations_with_tensors_for_numbers_have_the_bits_of_single_ones(dtype: torch.dtype) -> None:
+def test_fused_operations_with_tensors_for_numbers_have_the_bits_of_single_ones(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     x, y, z = ([torch.randn(s, generator=generator).to(dtype) for s in [(), (3,), (5, 7)]] for _ in range(3))
     number = torch.tensor(0.123456789, dtype=torch.float64)
@@ -400,6 +402,9 @@ def test_fused_operations_with_tensors_for_numbers_have_the_bits_of_single_ones(
         for mine, theirs in zip(ours, _one_by_one(name, x, *others, **factors), strict=True):
             assert mine.dtype == theirs.dtype
             assert torch.equal(mine, theirs)
+        with monkeypatch.context() as patch:
+            patch.setattr(_foreach, "_one_by_one", None)  # in few kernels of a GPU
+            assert len(fused(name, x, *others, **factors)) == len(x)
 
 
 @pytest.mark.parametrize(
