@@ -111,7 +111,7 @@ def _write_tractograms(
     summaries = [summary_of(own.mean(0)) for own in weights]
     for kind in AttentionSummary._fields:
         values = torch.cat([getattr(summary, kind) for summary in summaries]).float().numpy()
-        data = {kind: values[:, None], "color": colours_of(values, 0.0, float(values.max()) or 1.0, colormap)}
+        data = {kind: values[:, None], "color": colours_of(values, 0.0, float(values.max()), colormap)}
         write_trk(out / f"{name}_{kind}.trk", grid, lines.points.numpy(), lines.offsets.numpy(), data)
 
 

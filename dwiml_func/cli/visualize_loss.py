@@ -179,7 +179,7 @@ def _write_displacement(path: Path, losses: PointLosses, grid: Grid, colormap: C
     zigzags, lengths = displacement(losses), 3 * losses.lines.lengths
     place = torch.arange(len(zigzags.points)) - zigzags.offsets[:-1].repeat_interleave(lengths)
     share = place / (lengths - 1).clamp(min=1).repeat_interleave(lengths)
-    true = np.broadcast_to(np.array(_TRUE, dtype=np.float32), (len(losses.loss), 3))
+    true = np.broadcast_to(np.array(_TRUE), (len(losses.loss), 3))
     colour = np.concatenate([true, colours_of(share, 0.0, 1.0, colormap)])
     points = torch.cat([losses.lines.points, zigzags.points]).numpy()
     offsets = offsets_of(torch.cat([losses.lines.lengths, lengths])).numpy()
