@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import termios
@@ -147,6 +148,8 @@ def test_loading_processes_and_a_terminal_change_nothing_but_the_bar(cli, tmp_pa
     shown = b""
     command = train_command(tmp_path, "run", 1, "--processes", "2")
     process = start_command(*command, err=Path(os.ttyname(stderr)))
+    while process.poll() is None and not select.select([terminal], [], [], 0.1)[0]:
+        pass  # it has the terminal open once it has written there
     os.close(stderr)
     while True:
         try:
