@@ -119,6 +119,39 @@ def _is_written(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dim() > 0  # counts and numbers may be new
 
 
+def test_large_parameters_are_cut_and_small_ones_go_together(monkeypatch):
+    monkeypatch.setattr(in_place, "_MIN_PIECE", 4)
+    params = {"a": torch.ones(10), "b": torch.ones(2, 3), "c": torch.ones(()), "d": torch.ones(3), "e": torch.ones(1)}
+    like, turned = {name: torch.ones_like(p) for name, p in params.items()}, {"b": torch.ones(3, 2).T}
+    cut = {
+        "a": [(["a"], slice(0, 4)), (["a"], slice(4, 8)), (["a"], slice(8, 12))],
+        "b": [(["b"], slice(0, 4)), (["b"], slice(4, 8))],
+    }
+    rest = [(["c", "d"], None), (["e"], None)]
+
+    def pieces(grads=like, cuts=True, **state):
+        return list(in_place._pieces(params, grads, state, cuts=cuts))
+
+    assert pieces(m=like, numbers={"b": torch.ones(())}, step=torch.ones(2)) == [*cut["a"], *cut["b"], *rest]
+    for whole in (
+        pieces(grads=like | {"b": None}),
+        pieces(grads=like | turned),  # flattened, it would be a copy
+        pieces(m={"m": turned}),
+        pieces(m=like | {"b": torch.ones(6)}),
+    ):
+        assert whole == [*cut["a"], (["b"], None), *rest]
+    assert pieces(cuts=False) == [(["a"], None), (["b"], None), *rest]
+    monkeypatch.setattr(in_place, "_PIECES", 2)  # of 21 elements
+    assert pieces() == [(["a"], None), (["b", "c", "d"], None), (["e"], None)]
+
+
+def test_a_new_tensor_that_is_a_part_of_an_old_one_is_not_written_over():
+    old = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.zeros(2)}
+    new = {"a": torch.full((3,), 7.0), "b": old["a"][1:]}
+    found = in_place.commit(torch.tensor(False), old, new)
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": [7.0] * 3, "b": [2.0, 3.0]}
+
+
 def test_a_state_that_is_no_flat_tree_is_not_updated_in_place():
     one = torch.zeros(2)
     for state, is_flat in (
