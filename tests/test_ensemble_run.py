@@ -8,7 +8,9 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from dwiml_func.checkpoint.arrays import CorruptError
 from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.experiment import ensemble_resume
+from dwiml_func.experiment import ensemble_resume, ensemble_run
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.ensemble_resume import resume_ensemble
 from dwiml_func.experiment.ensemble_run import _holds, prepare_ensemble, run_ensemble
@@ -154,6 +156,20 @@ def test_a_stopped_and_resumed_run_is_identical_to_the_uninterrupted_run(tmp_pat
             assert (whole / number / logs).read_bytes() == (stopped / number / logs).read_bytes()
         assert ('"valid_loss"' in (whole / number / logs).read_text()) == (every == "2batches")
     assert read_ended(whole) == read_ended(stopped)
+
+
+@pytest.mark.parametrize(("step", "is_logged"), [(6, True), (7, False)])
+def test_the_rate_in_a_log_of_steps_is_that_of_the_step_before_the_state(monkeypatch, step, is_logged):
+    logged: list[Any] = []
+    members: Any = [SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(schedule=own))) for own in "ab"]
+    writers: Any = [SimpleNamespace(write_scalars=lambda *given, own=own: logged.append((own, *given))) for own in "cd"]
+    active = torch.tensor([False, True])
+    ensemble: Any = MagicMock(step=step, epoch=2, active=active, plateau=("e", "f"), __len__=lambda _: 2)
+    monkeypatch.setattr(ensemble_run, "member_sums", lambda metrics, num: [f"{metrics} of {n}" for n in range(num)])
+    monkeypatch.setattr(ensemble_run, "step_scalars", lambda *given, **position: (given, position))
+    ensemble_run._log_step(members, writers, 3, ensemble, cast(Any, "sums"))
+    position = {"epoch": 2, "step": step - 1, "plateau": "f"}
+    assert logged == ([("d", step, (("sums of 1", "b"), position))] if is_logged else [])
 
 
 def test_a_member_that_was_saved_ahead_of_the_others_keeps_its_digests(tmp_path):
