@@ -18,6 +18,7 @@ from test_summary import report
 
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.cli.runs import format_runs
+from dwiml_func.experiment.comparison.run_values import _order
 from dwiml_func.experiment.comparison.runs import RunOverview, _last_change, list_runs, run_overview
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config
@@ -169,6 +170,10 @@ def several(experiments: Path) -> Path:
     change(experiments / "low", learning_rate=("0.001",))
     change(experiments / "high", learning_rate=("cosine 0.1 9",))
     return experiments
+
+
+def test_numbers_come_before_words_also_where_they_are_written_as_words() -> None:
+    assert sorted(["b", 2, "a", "0.5", None, 1e6], key=_order) == [None, "0.5", 2, 1e6, "a", "b"]
 
 
 def test_the_best_that_tracks_is_first_and_any_option_or_log_is_shown(cli, several: Path) -> None:
