@@ -8,6 +8,7 @@ import torch
 from optimizer_cases import addresses, assert_same_bits, evaluated, gradient, run_torch, run_updates, some_tensors
 
 from dwiml_func.optim import (
+    accumulate,
     adam,
     adamw,
     by_name,
@@ -134,6 +135,19 @@ def test_it_can_be_the_other_optimizer_of_muon():
     optimizer = muon(others=by_name(adamw, {"*bias": None}))
     new, _ = optimizer.update(gradient(0), optimizer.init(some_tensors(0)), some_tensors(0), lr=0.1, step=0)
     assert torch.equal(new["a.bias"], some_tensors(0)["a.bias"])
+
+
+def test_one_group_alone_may_have_an_average_and_use_the_weight():
+    def make(averaged=False):
+        return ema(chain(accumulate(1), sgd()), 0.0) if averaged else sgd()
+
+    optimizer, params = by_name(make, {"a": {"averaged": True}}), {"a": torch.ones(1), "b": torch.ones(1)}
+    assert optimizer.uses_weight
+    assert optimizer.eval_params is not None
+    grads = {"a": torch.ones(1), "b": torch.ones(1)}
+    new, state = optimizer.update(grads, optimizer.init(params), params, lr=0.5, step=0, weight=3)
+    later = {name: p + 1 for name, p in new.items()}
+    assert {name: float(p) for name, p in optimizer.eval_params(state, later).items()} == {"a": 0.5, "b": 1.5}
 
 
 def test_muon_keeps_a_state_of_what_there_is_only():

@@ -649,13 +649,14 @@ def test_a_state_of_other_groups_is_refused() -> None:
 
 @pytest.mark.parametrize("run", STEPS.values(), ids=STEPS.keys())
 def test_buffers_that_grow_are_refused_since_no_checkpoint_of_them_could_be_restored(run: Callable[..., Any]) -> None:
-    def remember(module: Any) -> None:
-        module.seen = torch.cat([module.seen, torch.ones(1)])
-
-    model = With(remember)
-    model.register_buffer("seen", torch.zeros(1))
-    with pytest.raises(ValueError, match=r"buffers that keep their shapes.*seen of torch\.float32 \(2,\) in place of"):
-        run(init_state(model, sgd(), seed=0), BATCH, module_loss(model, loss))
+    for change, named in (
+        (lambda seen: torch.cat([seen, torch.ones(1)]), r"float32 \(2,\)"),
+        (lambda seen: seen.double(), r"float64 \(1,\)"),
+    ):
+        model = With(lambda module, change=change: setattr(module, "seen", change(module.seen)))
+        model.register_buffer("seen", torch.zeros(1))
+        with pytest.raises(ValueError, match=rf"buffers that keep their shapes.*seen of torch\.{named} in place of"):
+            run(init_state(model, sgd(), seed=0), BATCH, module_loss(model, loss))
 
 
 @pytest.mark.parametrize("name", ["step", "learning_rate", "weight_decay", "grad_norm"])
