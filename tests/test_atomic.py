@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dwiml_func.files import atomic
-from dwiml_func.files.atomic import atomic_directory, atomic_write, remove_leftovers
+from dwiml_func.files.atomic import atomic_directory, atomic_file, atomic_write, remove_leftovers
 
 
 def names(directory: Path) -> list[str]:
@@ -154,6 +154,10 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_a_file_is_flushed_before_its_rename_and_the_rename_after_it(tmp_path, calls):
     atomic_write(tmp_path / "a.txt", "a")
+    assert calls == ["fsync *", "replace * a.txt", "fsync ."]
+    calls.clear()
+    with atomic_file(tmp_path / "a.txt") as file:
+        file.write(b"a")
     assert calls == ["fsync *", "replace * a.txt", "fsync ."]
     calls.clear()
     atomic_write(tmp_path / "a.txt", "a", flush=False)
