@@ -30,6 +30,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "worksteal"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """With `-n auto`, one worker more than there are processors: tests of processes wait for these and for the disk."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_collection() -> None:
     """Not at the import: the process that only gives tests to workers does without torch, and they start sooner."""
     import torch
