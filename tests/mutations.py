@@ -10,6 +10,7 @@ function, which compiled steps and tests of signatures notice.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import json
@@ -105,8 +106,9 @@ def run_tests(copy: Path, tests: list[str], limit: float, recorder: type[Recorde
     until = time.monotonic() + limit
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
         time.sleep(0.02)
-    if ended[0] == 0:
+    with contextlib.suppress(ProcessLookupError):  # also what a mutation has left running, such as loading processes
         os.killpg(child, signal.SIGKILL)
+    if ended[0] == 0:
         os.waitpid(child, 0)
         return "too long", output.read_text()
     return ("survived" if os.waitstatus_to_exitcode(ended[1]) in (0, 5) else "found"), output.read_text()

@@ -19,7 +19,7 @@ from dwiml_func.cli.verify import format_audit
 from dwiml_func.data.example.bundles import load_bundles
 from dwiml_func.data.processes import in_processes
 from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, audit_experiment, sample_epochs
-from dwiml_func.experiment.audit.consistency import record_digest
+from dwiml_func.experiment.audit.consistency import record_digest, record_problems
 from dwiml_func.experiment.audit.ensemble import _replays, audit_ensemble
 from dwiml_func.experiment.folder import read_config, read_ended
 
@@ -135,6 +135,16 @@ def test_a_fork_is_audited_from_where_it_was_forked(cli, run, tmp_path):
     assert outcome.code == 0
     assert "1 of 2 epochs trained again" in outcome.out
     assert "Not audited: epoch 3: " in outcome.out
+
+
+def test_data_are_compared_where_both_checkpoints_have_recorded_them(run):
+    latest = newest(run)
+    assert latest is not None
+    other = {**latest.data, "sha256": "0" * 64}
+    found = [record_problems(run, replace(latest, data=data), read_config(run)) for data in (latest.data, {}, other)]
+    assert found[:2] == [[], []]
+    assert all("data.sha256" in text for text in found[2])
+    assert len(found[2]) == len(list_checkpoints(run))
 
 
 @pytest.fixture(scope="module")

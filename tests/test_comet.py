@@ -357,6 +357,14 @@ def test_what_comet_has_is_known_whichever_way_its_server_names_it(monkeypatch):
     assert settings.pop("experiment_key") == "run"
     assert set(map(int, settings.values())) == {0}  # it logs nothing by itself
     assert _comet_process._open({"key": "empty"})[1] == set()
+    described: list[Any] = []
+    comet_ml = SimpleNamespace(API=lambda: api, Experiment=dict)
+    monkeypatch.setitem(sys.modules, "comet_ml", comet_ml)
+    monkeypatch.setattr(_comet_process, "_describe", lambda *both: described.append(both))
+    new = {"key": "new", "workspace": "lab", "project": "tracking"}
+    made, known = _comet_process._open(new)
+    assert made == {"experiment_key": "new", "workspace": "lab", "project_name": "tracking", **settings}
+    assert (described, known) == ([(made, new)], set())
 
 
 @pytest.mark.parametrize("is_delivered", [True, False])

@@ -57,7 +57,9 @@ def test_a_signal_saves_the_current_batch_and_the_printed_command_gives_identica
     assert list_checkpoints(tmp_path / "run")[-1] == checkpoint
     program, *arguments = shlex.split(line.partition("To resume: ")[2])
     assert program == "dwiml-func"
-    assert cli(*arguments, "--processes", "0").code == 0
+    resumed = cli(*arguments, "--processes", "0")
+    assert resumed.code == 0
+    assert f"Resuming from checkpoint {checkpoint}: next is epoch {int(checkpoint[0]) + 1}, batch " in resumed.out
     check_same_end(tmp_path / "run", uninterrupted)
 
 

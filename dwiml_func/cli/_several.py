@@ -176,7 +176,7 @@ def _train_at_once(
 ) -> dict[str, str]:
     """Train, and return the errors of members that have failed."""
     print_progress(describe_members(directory, [parts.config for parts in members]))
-    if ensemble is not None and any(histories):
+    if ensemble is not None and (ensemble.epoch or ensemble.batch):
         print_progress(describe_start(ensemble.epoch, ensemble.batch))
     if ensemble is None:
         ensemble = stack_states([parts.first_state() for parts in members])

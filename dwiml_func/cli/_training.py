@@ -147,7 +147,7 @@ def train_with_progress(
     progress = None if is_quiet() else Progress(max_epochs=parts.config.training.max_epochs)
     shown = {} if progress is None else {"on_batch": progress.on_batch, "track": progress.track}
     print_progress(describe_run(directory, parts))
-    if history and state is not None and state.epoch < parts.config.training.max_epochs:
+    if state is not None and (state.epoch or state.batch) and state.epoch < parts.config.training.max_epochs:
         print_progress(describe_start(state.epoch, state.batch))
     _log.debug("%s", ", ".join(f"{name} {value}" for name, value in environment().items() if name != "num_threads"))
     num_before, is_first = len(history), parts.process_group.rank == 0

@@ -110,8 +110,7 @@ class Progress:
         description = f"Epoch {epoch + 1}/{self._max_epochs} {label}"
         total = len(batches) + start_batch if isinstance(batches, Sized) else None
         self._read_at, self._points, around = self._clock(), None, self._batches
-        is_within = around is not None and not around.disable
-        position = int(self._epochs is not None) + int(is_within)
+        position = int(self._epochs is not None) + int(around is not None)
         self._batches = _bar(description, total, start_batch, "batch", position=position)
         try:
             with self._batches as bar:
