@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.writers import _comet_process, jsonl
-from dwiml_func.writers.comet import Comet, _log, comet_key, comet_metrics
+from dwiml_func.writers.comet import Comet, _CometProcess, _log, comet_key, comet_metrics
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 CONFIG = RunConfig(
@@ -365,6 +366,38 @@ def test_what_comet_has_is_known_whichever_way_its_server_names_it(monkeypatch):
     made, known = _comet_process._open(new)
     assert made == {"experiment_key": "new", "workspace": "lab", "project_name": "tracking", **settings}
     assert (described, known) == ([(made, new)], set())
+
+
+@pytest.mark.parametrize(
+    ("code", "answers", "warned"),
+    [
+        (0, [], []),
+        (1, [{"done": "https://comet/run"}], []),
+        (3, [], ["its process ended with code 3. "]),
+    ],
+)
+def test_a_process_that_ends_with_an_error_before_it_is_done_is_told(tmp_path, caplog, code, answers, warned):
+    process = object.__new__(_CometProcess)
+    process._process = SimpleNamespace(stdout=io.StringIO("".join(f"{json.dumps(a)}\n" for a in answers)))  # type: ignore[assignment]
+    process._process.wait = lambda: code  # type: ignore[method-assign, assignment]
+    process._directory, process._location, process._is_done = tmp_path, None, threading.Event()
+    process._has_warned = process._is_archive_wanted = False
+    process._listen()
+    assert process._is_done.is_set()
+    assert len(warnings_of(caplog)) == len(warned)
+    assert all(text in told for text, told in zip(warned, warnings_of(caplog), strict=True))
+
+
+def test_an_error_is_answered_in_a_line_and_by_the_exit_code(monkeypatch, capfd):
+    monkeypatch.setattr(_comet_process, "_SETTINGS", {})
+    monkeypatch.setattr(_comet_process, "_messages", lambda: 1 // 0)
+    saved = os.dup(1)
+    try:
+        assert _comet_process.main() == 1
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+    assert "by zero" in json.loads(capfd.readouterr().out)["error"]
 
 
 @pytest.mark.parametrize("is_delivered", [True, False])

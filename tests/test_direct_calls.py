@@ -85,6 +85,16 @@ def test_direct_calls_and_runs_of_them_have_the_bits_of_traced_ones(options, mon
     assert len(calls) == 3 + 1 + 7  # the second batch of the other size was still unknown
 
 
+def test_where_a_part_of_the_state_stays_the_rest_is_still_that_of_the_step():
+    model = make_model(0.0)
+    next(model.parameters()).requires_grad_(False)
+    start, compiled, eager = make_steps(model, optimizer=adam())
+    calls = count_traced(compiled)
+    (state, _), (expected, _) = run(compiled, start, 5), run(eager, start, 5)
+    assert len(calls) == 2
+    torch.testing.assert_close(state.params, expected.params)
+
+
 def test_calls_that_are_not_alike_go_through_torch_compile_and_are_right():
     start, compiled, eager = make_steps(max_compilations=20)
     state, _ = run(compiled, start, 3)

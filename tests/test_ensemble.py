@@ -15,7 +15,7 @@ from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossOut, module_loss
-from dwiml_func.core.metrics import read_means
+from dwiml_func.core.metrics import Sum, read_means
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, fold_in, numpy_rng, torch_rng
@@ -530,6 +530,7 @@ def test_sums_are_each_members_own():
             assert member(after, number).sums == sums[number]
     assert member(after, 1).sums == {}
     assert member(after, 1).step == 0
+    assert member(after.replace(sums={"loss": Sum(6.0, 4.0)}), 2).sums == {"loss": Sum(6.0, 4.0)}  # of all
 
 
 def test_an_ensemble_made_of_its_parts_alone_is_at_its_beginning():

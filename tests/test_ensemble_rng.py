@@ -101,6 +101,17 @@ def test_draws_that_have_no_member_are_refused():
         torch.func.vmap(value)(torch.ones(3, 3), torch.arange(3))
 
 
+def test_draws_from_a_generator_of_their_own_are_refused():
+    own = torch.Generator()
+
+    def value(x: Tensor, index: Tensor) -> Tensor:
+        with per_member_rng(MemberGenerators(KEYS), index):
+            return x + torch.rand(3, generator=own)
+
+    with pytest.raises(RuntimeError, match="random"):
+        torch.func.vmap(value)(torch.ones(3, 3), torch.arange(3))
+
+
 def test_the_global_generators_stay_as_they_were():
     before = torch.get_rng_state()
 

@@ -342,6 +342,7 @@ def test_every_flipped_bit_of_the_list_of_members_is_refused_or_changes_nothing(
     seeds = Path(shutil.copytree(trained / "seeds", tmp_path / "seeds"))
     write_ended(seeds, 2, {1: "2"})
     original, draws = (seeds / "ensemble.json").read_bytes(), random.Random(23)
+    assert original.startswith(b'{\n  "')  # for people to read
     for place in range(len(original)):
         flipped = bytearray(original)
         flipped[place] ^= 1 << draws.randrange(8)

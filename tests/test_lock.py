@@ -21,6 +21,7 @@ from filelock import FileLock
 from preloaded import start_program
 
 from dwiml_func.cli import _training
+from dwiml_func.files import lock
 from dwiml_func.files.lock import (
     FolderLostError,
     LockedError,
@@ -311,6 +312,15 @@ def test_a_link_to_where_a_folder_was_moved_leads_to_the_same_folder(tmp_path):
         move(folder)
         folder.symlink_to(tmp_path / "moved")
         check()
+
+
+def test_a_lock_that_was_left_is_removed_and_where_there_is_none_none_is_made(tmp_path, monkeypatch):
+    (tmp_path / ".lock").touch()
+    remove_left_lock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(lock, "experiment_lock", lambda directory: pytest.fail("it was locked"))
+    remove_left_lock(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lock_that_is_held_is_not_taken_for_one_that_was_left(tmp_path):

@@ -151,6 +151,19 @@ def test_a_single_epoch_shows_as_points() -> None:
         assert [tick for tick in axes.get_xticks() if axes.get_xlim()[0] < tick < axes.get_xlim()[1]] == [1]
 
 
+def test_where_colours_repeat_curves_have_marks_however_long_they_are() -> None:
+    def marks(runs: list[PlottedRun]) -> dict[object, int]:
+        """Marks of the curves of losses by their colour and shape."""
+        lines = draw_runs(runs)[0].axes[0].get_lines()
+        curves = [(line, every) for line in lines if isinstance(every := line.get_markevery(), list)]
+        return {(line.get_color(), line.get_marker()): sum(every) for line, every in curves}
+
+    runs = [PlottedRun(label=str(number), history=history(64)) for number in range(9)]
+    numbers = list(marks(runs).values())
+    assert numbers == [0] * len(COLOURS) + [8] * (9 - len(COLOURS))
+    assert set(marks(runs[:1]).values()) == {0}
+
+
 def test_the_axis_of_losses_down_to_zero_begins_there() -> None:
     reports = tuple(dataclasses.replace(each, train={"loss": each.epoch - 1.0}, valid={}) for each in history(3))
     assert draw_runs([PlottedRun(label="a", history=reports)])[0].axes[0].get_ylim()[0] == 0

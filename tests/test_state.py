@@ -137,6 +137,8 @@ def test_a_repr_is_one_short_line():
     }
     states = [state, state.replace(params=mixed), state.replace(params=mixed, **largest)]
     ensembles = [stack_states([each] * 20) for each in states]
+    two = stack_states([state.replace(best=Best(value, 3, 0)) for value in (0.75, 0.5)])
+    assert repr(two).endswith("best=0.5 in epoch 3)")
     shared = states[0].replace(epoch=1)
     mark_donated(state)
     assert repr(state) == "TrainState(step=0, epoch=0, batch=0, donated)"

@@ -43,19 +43,19 @@ _SECONDS_AFTER_TRAINING = 60.0  # to send the rest after the training has ended
 
 def main() -> int:
     """Log what comes on standard input. Returns 0, or 1 after an error, which it has reported."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what comet_ml prints is no answer
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what comet_ml prints is no answer
 
-    def answer(**message: str) -> None:
-        print(json.dumps({name: _masked(text) for name, text in message.items()}), file=answers, flush=True)
+        def answer(**message: str) -> None:
+            print(json.dumps({name: _masked(text) for name, text in message.items()}), file=answers, flush=True)
 
-    try:
-        os.environ.update(_SETTINGS)
-        messages = _messages()
-        _log(next(messages), messages, answer)
-    except Exception as error:
-        answer(error=_one_line(error))
-        return 1
+        try:
+            os.environ.update(_SETTINGS)
+            messages = _messages()
+            _log(next(messages), messages, answer)
+        except Exception as error:
+            answer(error=_one_line(error))
+            return 1
     return 0
 
 

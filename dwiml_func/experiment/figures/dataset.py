@@ -220,7 +220,6 @@ def _draw_lengths(
         own = np.concatenate([found for found, of in zip(lengths, colours, strict=True) if of == colour])
         counts = np.histogram(own, edges)[0]
         entries[f"{label} ({len(own):,})"] = panel.stairs(counts, edges, color=colour, linewidth=1.8)
-    panel.set_ylim(bottom=0)
     panel.legend(
         [*entries.values()], [*entries], loc="upper left", bbox_to_anchor=(1.02, 1.08), frameon=False, fontsize=9
     )
