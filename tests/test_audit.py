@@ -18,10 +18,12 @@ from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.cli.verify import format_audit
 from dwiml_func.data.example.bundles import load_bundles
 from dwiml_func.data.processes import in_processes
+from dwiml_func.experiment.audit import ensemble as audit_of_ensembles
 from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, audit_experiment, sample_epochs
-from dwiml_func.experiment.audit.consistency import record_digest, record_problems
-from dwiml_func.experiment.audit.ensemble import _replays, audit_ensemble
+from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
+from dwiml_func.experiment.audit.ensemble import _read_members, _replays, audit_ensemble
 from dwiml_func.experiment.folder import read_config, read_ended
+from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
 
 
 @pytest.fixture(scope="module")
@@ -147,9 +149,37 @@ def test_data_are_compared_where_both_checkpoints_have_recorded_them(run):
     assert len(found[2]) == len(list_checkpoints(run))
 
 
+def test_a_best_model_whose_checkpoint_was_removed_is_compared_with_none(run, tmp_path):
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    latest, config = newest(copied), read_config(copied)
+    assert latest is not None
+    assert best_model_problems(copied, latest, config) == []
+    shutil.rmtree(copied / "checkpoint" / str(latest.state.best.epoch))
+    assert best_model_problems(copied, latest, config) == []
+
+
 @pytest.fixture(scope="module")
 def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("ensemble"), "ensemble", epochs=2)
+
+
+@pytest.mark.parametrize("measured", [0, 1, 2])
+def test_an_ensemble_measures_the_window_lag_again_where_one_of_its_reports_has_it(ensemble, monkeypatch, measured):
+    configs = []
+
+    def made_of(given):
+        configs.extend(given)
+        raise InterruptedError
+
+    members = [replace(each, reports={1: replace(each.reports[1], valid={})}) for each in _read_members(ensemble, None)]
+    for number in range(measured):
+        valid = {WINDOW_LAG: 2.0}
+        members[number] = replace(members[number], reports={1: replace(members[number].reports[1], valid=valid)})
+    monkeypatch.setattr(audit_of_ensembles, "_read_members", lambda *_: members)
+    monkeypatch.setattr(audit_of_ensembles, "prepare_ensemble", made_of)
+    with pytest.raises(InterruptedError):
+        list(_replays(ensemble, None, []))
+    assert [each == own.config for each, own in zip(configs, members, strict=True)] == [measured > 0] * 2
 
 
 def test_an_ensemble_is_audited_with_all_its_members_and_a_member_is_not(cli, ensemble):

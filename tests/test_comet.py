@@ -239,12 +239,14 @@ def test_a_report_given_twice_counts_once_in_an_archive(tmp_path, caplog):
 
 def test_values_of_steps_wait_for_the_first_report_and_each_is_sent_once(tmp_path, monkeypatch):
     sent: list[Any] = []
+    names: list[str] = []
 
     class Process:
         """Keeps what it is sent."""
 
         def __init__(self, run: dict[str, Any]) -> None:
             sent.append(run["key"])
+            names.append(run["name"])
 
         def send(self, message: dict[str, Any]) -> None:
             sent.append(message["metrics"])
@@ -255,12 +257,14 @@ def test_values_of_steps_wait_for_the_first_report_and_each_is_sent_once(tmp_pat
             return f"after {patience:g} s"
 
     monkeypatch.setattr("dwiml_func.writers.comet._CometProcess", Process)
-    comet = Comet(tmp_path, branch="fork", patience=7.0)
+    monkeypatch.chdir(tmp_path)
+    comet = Comet(".", branch="fork", patience=7.0)
     jsonl(tmp_path).write_scalars(1, {"loss": 3.0})  # by a process before
     comet.write_scalars(2, {"loss": 1.0})
     assert sent == []
     comet(report(1), report(1, batch=2))  # a validation within the epoch is none of Comet's epochs
     first = [("train", "loss_per_step", value, step, True) for step, value in ((1, 3.0), (2, 1.0))]
+    assert names == [tmp_path.name]
     assert sent == [comet_key(report(1), branch="fork"), [*comet_metrics(report(1)), *first]]
     comet.write_scalars(3, {"loss": 0.5, "size": 2})
     comet.write_scalars(4, {})

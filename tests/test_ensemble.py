@@ -427,6 +427,32 @@ def test_a_loss_that_is_no_scalar_for_a_later_batch_is_refused():
         step(ensemble, torch.ones(4, 3))
 
 
+def test_an_error_of_the_loss_in_its_backward_pass_is_raised_as_it_is():
+    calls = []
+
+    class Fails(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x.clone()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output): ...
+
+        @staticmethod
+        def backward(ctx, gradient):
+            calls.append(0)
+            if len(calls) > 1:  # after the trial of the loss
+                raise RuntimeError("mine")
+            return gradient
+
+    loss_fn = module_loss(mlp(0), lambda model, batch: (Fails.apply(model(batch[0])).square().mean(), 1))
+    batch = next(iter(batches(Key(0), 0, 0)))
+    with pytest.raises(RuntimeError, match=r"^mine$"):
+        ensemble_step(stack_states(starts()), batch, loss_fn=loss_fn, optimizer=adam(), lr=0.1)
+
+
 def test_an_ensemble_of_members_that_all_failed_ends():
     state = init_state(mlp(0), sgd(), seed=0)
     ensemble = stack_states([state.replace(params={n: p * torch.nan for n, p in state.params.items()})] * 2)

@@ -217,7 +217,10 @@ def test_members_of_ensembles_and_runs_of_scripts_have_pages(cli, experiments) -
     assert "many/0|" in member[""]
     assert "a member is not audited alone" in member["audit"]
     (experiments / "run" / "config.json").unlink()
-    assert "A script saved this run" in Page(run_page(experiments / "run")).texts["audit"]
+    texts = Page(run_page(experiments / "run")).texts
+    assert "A script saved this run" in texts["audit"]
+    assert "what it recorded of its options is below" in texts["config"]
+    assert "options that are set" in texts["config"]
 
 
 def test_runs_without_tracking_and_older_ones_say_what_is_missing(experiments) -> None:

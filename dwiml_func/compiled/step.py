@@ -104,7 +104,7 @@ def jit_step(
 class JitStep:
     """A compiled step of `jit_step`: `step(state, batch, lr=lr)`. `eager` is the step without its `graph`."""
 
-    def __init__(self, eager: partial[Any], *, cuda_graphs: bool = False, **settings: Any) -> None:
+    def __init__(self, eager: partial[Any], *, cuda_graphs: bool, **settings: Any) -> None:
         self.eager = eager
         function = make_graph(**eager.keywords)
         self._replays = Replays(function, max_graphs=settings["max_compilations"]) if cuda_graphs else None

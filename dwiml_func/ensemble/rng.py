@@ -139,10 +139,6 @@ class _Draw(Function):
         ctx.mark_non_differentiable(output)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple:
-        return (None,) * len(ctx.needs_input_grad)
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int | None]:
         call, tensors, dims = args[0], args[2:], in_dims[2:]
         if call.generators.are_equal() and not any(isinstance(dim, int) for dim in dims):
