@@ -53,6 +53,8 @@ def test_blocs_are_counted_as_by_hand(cli, tmp_path, suffix):
     expected = np.zeros((8, 8), dtype=np.int64)
     expected[0, 4], expected[0, 0], expected[0, 7] = 2, 1, 1
     np.testing.assert_array_equal(np.load(tmp_path / "new" / "m.npy"), expected)
+    assert cli("connectivity", tractogram, tmp_path / "one.npy", "--nb-blocs", 1, "--binary", *grid).code == 0
+    assert np.load(tmp_path / "one.npy").tolist() == [[1.0]]
     binary = cli("connectivity", tractogram, tmp_path / "b.npy", "--nb-blocs", 2, 2, 2, "--binary", *grid)
     assert binary.code == 0
     np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), expected > 0)
@@ -186,6 +188,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, tmp_path):
         (tractogram, out): "Expected regions: --nb-blocs or --labels",
         (tractogram, out, "--nb-blocs", 2, "--labels", other): "Expected regions",
         (tractogram, out, "--nb-blocs", 2, 2): "nb_blocs: expected one number or three",
+        (tractogram, out, "--nb-blocs", 0): "nb_blocs: expected one number or three",
         (tractogram, out, "--nb-blocs", 50): "expected at most 20000 blocs",
         (tractogram, out, "--labels", other): "a grid of 12 x 9 x 6 voxels, expected 4 x 4 x 4",
         (tck, out, "--nb-blocs", 2): "reference: a TCK file has no grid",

@@ -316,6 +316,8 @@ def test_a_rate_of_numpy_or_a_tensor_is_a_number(learning_rate: Any) -> None:
     ("step", "named"),
     [
         (lambda state, batch, lr: state, r"Expected a step that returns \(state, metrics\)"),
+        (lambda state, batch, lr: (state, {}, 1), r"Expected a step that returns .* Received: tuple"),
+        (lambda state, batch, lr: (None, {}), r"Expected a step that returns \(state, metrics\)"),
         (lambda state, batch, lr: (state, None), r"Expected a step that returns \(state, metrics\)"),
         (
             lambda state, batch, lr: (state, {}),

@@ -351,6 +351,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(cli, model, data, tmp_path):
         ((*usual, "--in-custom-seeds", tmp_path / "far.npy"), ("4 of 4 outside",)),
         ((*usual, "--in-custom-seeds", tmp_path / "text.npy"), ("text.npy",)),
         ((*usual, "--processes", 0), ("processes",)),
+        *([] if torch.cuda.is_available() else [((*usual, "--use-gpu"), ("use_gpu: expected a CUDA GPU",))]),
         ((*usual, "--simultaneous-tracking", 0), ("simultaneous_tracking: expected", "at least 1")),
         ((*usual, "--skip", -1), ("skip: expected", "at least 0")),
         ((*usual, "--compress", 0), ("compress: expected", "above 0")),

@@ -209,6 +209,7 @@ AUX = {
     "a complex tensor": {"a": torch.tensor(1j)},
     "a list of two": {"a": [1.0, 2.0]},
     "None as value": {"a": None},
+    "a weight that is a text": {"a": (1.0, "4")},
     "an array": {"a": np.zeros(2)},
 }
 
