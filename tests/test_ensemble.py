@@ -441,11 +441,11 @@ def test_an_error_of_the_loss_in_its_backward_pass_is_raised_as_it_is():
         def setup_context(ctx, inputs, output): ...
 
         @staticmethod
-        def backward(ctx, gradient):
+        def backward(ctx: Any, *grad_outputs: Any) -> Any:
             calls.append(0)
             if len(calls) > 1:  # after the trial of the loss
                 raise RuntimeError("mine")
-            return gradient
+            return grad_outputs[0]
 
     loss_fn = module_loss(mlp(0), lambda model, batch: (Fails.apply(model(batch[0])).square().mean(), 1))
     batch = next(iter(batches(Key(0), 0, 0)))
