@@ -100,6 +100,26 @@ def test_replays_follow_schedules_dropout_and_buffers_to_the_bit_and_end_as_step
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
+def test_one_step_serves_ensembles_of_other_sizes(monkeypatch):
+    """Its graphs are captured anew at once, when no generator can be made any more."""
+
+    def capture(step):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "Generator", lambda *_: pytest.fail("a generator was made in a capture"))
+            return recorded(step)
+
+    monkeypatch.setattr(captured, "_standing_in", noted)
+    optimizer, given = optim.adam(), some_batches()[:4]
+    step = captured_step(1, capture, optimizer=optimizer)
+    for number, seeds in enumerate(((3, 4, 5), (3, 4), (3, 4, 5, 6)), start=1):
+        without = captured_step(1, capture, optimizer=optimizer)
+        without._replays._is_stopped = True
+        expected = take_steps(without, first_members(optimizer, seeds), given, 0.1)
+        assert same(take_steps(step, first_members(optimizer, seeds), given, 0.1), expected)
+        assert step.num_cuda_graphs >= number
+    assert step.cuda_graphs_reason is None
+
+
 def test_a_member_that_fails_in_a_replay_stays_as_it_was_and_the_others_train_on():
     optimizer, given = optim.adam(), some_batches()[:4]
     step = captured_step(1, lambda step: step, optimizer=optimizer)
@@ -116,10 +136,10 @@ def test_a_member_that_fails_in_a_replay_stays_as_it_was_and_the_others_train_on
 
 
 def test_equal_keys_draw_the_same_numbers_and_a_step_that_is_checked_replays_the_same_bits():
-    optimizer, given = optim.sgd(), some_batches()[:4]
+    optimizer, given = optim.sgd(), some_batches()[:4] * 2
     step = captured_step(1, lambda step: step, optimizer=optimizer)
-    ensemble = take_steps(checked_step(step, 2), first_members(optimizer, (3, 3)), given, 0.1)
-    assert step.num_cuda_graphs > 1
+    ensemble = take_steps(checked_step(step, 4), first_members(optimizer, (3, 3)), given, 0.1)
+    assert step.num_cuda_graphs == 2  # anew after each check
     alone = take_steps(
         captured_step(1, lambda step: step, optimizer=optimizer), first_members(optimizer, (3,)), given, 0.1
     )
@@ -127,7 +147,7 @@ def test_equal_keys_draw_the_same_numbers_and_a_step_that_is_checked_replays_the
         for name, tensor in ours.items():
             assert torch.equal(tensor[0], tensor[1])
             torch.testing.assert_close(tensor[:1], theirs[name])
-    assert ensemble.done.tolist() == [[4, 0, 4]] * 2
+    assert ensemble.done.tolist() == [[8, 0, 8]] * 2
 
 
 def test_where_there_can_be_no_graph_steps_say_so_once_and_go_on(caplog):

@@ -106,11 +106,11 @@ class Replays:
             return None
         places = [id(tensor) for tensor in leaves.batch]  # the same tensor twice is one of the graph's own
         kind = leaves.kind, tuple([t.dtype for t in leaves.batch]), tuple(map(places.index, places)), numbers.device
-        if leaves.state[0] is not self._last():
+        if is_other_run := leaves.state[0] is not self._last():
             self._replays.clear()  # their tensors may be those of a state that is still in use
         replay = self._replays.get(kind)
         if replay is None or not replay.fits(leaves.state):
-            replay = self._new(kind, batch, leaves, numbers)
+            replay = self._new(kind, batch, leaves, numbers, is_first=is_other_run)
         if replay is not None:
             results = replay(leaves, numbers)
         elif (results := self._run(batch, leaves, numbers, is_last=self._seen[kind] == _WARM_UPS)) is None:
@@ -118,9 +118,10 @@ class Replays:
         self._last = weakref.ref(next(iter(results[0].values())))
         return results
 
-    def _new(self, kind: Any, batch: Any, leaves: Leaves, numbers: Tensor) -> _Replay | None:
+    def _new(self, kind: Any, batch: Any, leaves: Leaves, numbers: Tensor, *, is_first: bool) -> _Replay | None:
         self._seen[kind] += 1
-        if self._seen[kind] <= _WARM_UPS or self._is_stopped:
+        # A first state may have tensors that nothing can write into, such as one buffer for all members.
+        if self._seen[kind] <= _WARM_UPS or self._is_stopped or is_first:
             return None
         if len(self._replays) >= self._max_graphs:
             return self._warn("Some training steps run", f"more than {self._max_graphs} would be needed")

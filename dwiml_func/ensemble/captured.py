@@ -134,16 +134,17 @@ class GraphGenerators(MemberGenerators):
         self._own: dict[int, list[torch.Generator]] = {}
 
     def start(self, keys: Sequence[Key], path: Sequence[int], device: torch.device) -> None:
-        """Seed them for a step."""
+        """Seed them for a step; if some member has drawn before, those of all: none can be made in a capture."""
         if device != self._device:
             self._own.clear()
         self._keys, self._path, self._device = tuple(keys), path, device
-        for member in self._own:
-            self._seed(member)
+        if self._own:
+            for member in range(len(keys)):
+                self._seed(member)
 
     def on_device(self) -> list[torch.Generator]:
-        """The accelerator's generators of members that have drawn so far."""
-        return [own[1] for own in self._own.values() if len(own) > 1]
+        """The accelerator's generators of the members, if they draw."""
+        return [own[1] for member, own in self._own.items() if member < len(self._keys) and len(own) > 1]
 
     def are_equal(self) -> bool:
         """Never: equal members too draw from their own."""
@@ -153,8 +154,6 @@ class GraphGenerators(MemberGenerators):
     def of(self, *members: int) -> Iterator[None]:
         (member,) = members
         if member not in self._own:
-            devices = dict.fromkeys(("cpu", str(self._device)))
-            self._own[member] = [torch.Generator(device) for device in devices]
             self._seed(member)
         with ExitStack() as stack:
             for own in self._own[member]:
@@ -162,6 +161,8 @@ class GraphGenerators(MemberGenerators):
             yield
 
     def _seed(self, member: int) -> None:
+        if member not in self._own:
+            self._own[member] = [torch.Generator(device) for device in dict.fromkeys(("cpu", str(self._device)))]
         for generator in self._own[member]:
             generator.manual_seed(key_hash(fold_in(self._keys[member], *self._path)))
 
@@ -181,7 +182,7 @@ def _standing_in(own: torch.Generator) -> Iterator[None]:
         return
     default = torch.cuda.default_generators[own.device.index]
     before = default.graphsafe_get_state()
-    default.graphsafe_set_state(own)  # the state itself, not a copy: a graph that is captured goes on with it
+    default.graphsafe_set_state(own)  # the state, not a copy of it: a captured graph uses it too
     try:
         yield
     finally:
