@@ -267,20 +267,6 @@ def test_an_epoch_of_members_is_that_of_separate_runs_with_every_option_of_the_l
     assert {call[1] for call in calls} == {Key(SEEDS[0])}
 
 
-def test_a_validation_without_batches_is_refused():
-    epochs = train_and_validate_ensemble(
-        stack_states(starts()),
-        train=batches,
-        valid=lambda key, epoch, start: [],
-        step=partial(ensemble_step, loss_fn=LOSS, optimizer=adam()),
-        eval_step=partial(ensemble_eval_step, loss_fn=LOSS),
-        learning_rate=0.02,
-        max_epochs=1,
-    )
-    with pytest.raises(ValueError, match=r"validation of epoch 1 has no metrics\. Expected at least one batch"):
-        next(epochs)
-
-
 def test_a_validation_that_was_done_is_not_done_again_after_a_resume_beside_a_member_that_has_stopped():
     def epochs(ensemble: EnsembleState) -> Any:
         return train_and_validate_ensemble(

@@ -570,13 +570,6 @@ def test_an_epoch_without_batches_is_refused():
         next(loop(first_state(), train=lambda key, epoch, start: []))
 
 
-def test_a_validation_without_batches_is_refused_after_the_epoch_without_it():
-    epochs = loop(first_state(), valid=lambda key, epoch, start: [])
-    assert next(epochs)[1].valid == {}
-    with pytest.raises(ValueError, match=r"validation of epoch 1 has no metrics\. Expected at least one batch"):
-        next(epochs)
-
-
 def test_a_report_is_plain_data():
     [(_, report)] = loop(first_state(), max_epochs=1)
     for field in fields(EpochReport):

@@ -17,7 +17,6 @@ __all__ = [
     "OnBatch",
     "TrainStep",
     "check_has_batch",
-    "check_is_validated",
     "checked_result",
     "end_epoch",
     "epoch_fn",
@@ -176,14 +175,6 @@ def check_has_batch(state: Any) -> None:
     """Raise ValueError when an epoch had no training batch; `state` is a `TrainState` or an `EnsembleState`."""
     if state.batch == 0:
         raise ValueError(f"Epoch {state.epoch + 1} has no batch. Expected at least one. Is the dataset empty?")
-
-
-def check_is_validated(sums: Metrics, epoch: int) -> None:
-    """Raise ValueError when a validation had no batch; `epoch` is the number done before it."""
-    if not sums:
-        raise ValueError(
-            f"The validation of epoch {epoch + 1} has no metrics. Expected at least one batch. Is the dataset empty?"
-        )
 
 
 def _fold_of(step: TrainStep) -> Callable[[TrainState, Iterable[Any]], TrainState] | None:

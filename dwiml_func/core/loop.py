@@ -76,9 +76,9 @@ def train_and_validate(
         that was yielded.
 
     Raises:
-        ValueError: at the call, for `valid` without `eval_step` or an option out of range; in an epoch, when it or its
-            validation has no batch, its learning rate is no finite number of at least 0, there is no metric of the name
-            `monitor`, or `train` ignores `start_batch`.
+        ValueError: at the call, for `valid` without `eval_step` or an option out of range; in an epoch, when it has no
+            batch, its learning rate is no finite number of at least 0, there is no metric of the name `monitor`, or
+            `train` ignores `start_batch`.
         TypeError: the step does not return a state and its sums.
         NonFiniteError: a training loss or gradient was not finite. The last state that was yielded is valid, unless a
             donating step has reused its memory.

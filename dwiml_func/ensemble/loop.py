@@ -14,7 +14,7 @@ from torch import Tensor
 from dwiml_func.compiled.sums import vector_of
 from dwiml_func.core.batch_source import Batches, checked_batches
 from dwiml_func.core.early_stopping import Mode, should_stop
-from dwiml_func.core.epoch import EvalStep, check_has_batch, check_is_validated, eval_epoch_fn
+from dwiml_func.core.epoch import EvalStep, check_has_batch, eval_epoch_fn
 from dwiml_func.core.interval import Interval, validation_interval
 from dwiml_func.core.loop_options import LoopOptions
 from dwiml_func.core.non_finite import location
@@ -154,7 +154,6 @@ def train_and_validate_ensemble(
                 at_end: Any = ensemble.replace(epoch=epoch + 1)
                 batches, evaluate = valid(ensemble.keys[0], epoch, 0), cast(EvalStep, eval_step)
                 evaluated = eval_epoch_fn(at_end, batches, step=evaluate, on_batch=lambda *_: check_interrupt())
-                check_is_validated(evaluated, epoch)
                 valid_sums = member_sums(evaluated, len(ensemble))
             train_minutes = (trained_at - start - in_validation) / 60
             reports = {
