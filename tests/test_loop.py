@@ -222,9 +222,10 @@ def test_a_loop_is_no_graph_of_all_its_epochs() -> None:
         partial(valid_batches, size=1),
         partial(valid_batches, size=11),
         lambda key, epoch, start: list(valid_batches(key, epoch, start))[:1],
+        lambda key, epoch, start: [],
         lambda key, epoch, start: (torch.rand(2, 3) for _ in range(3)),  # draws from the global generator
     ],
-    ids=["left out", "size 1", "size 11", "capped", "drawing"],
+    ids=["left out", "size 1", "size 11", "capped", "empty", "drawing"],
 )
 def test_validation_cannot_touch_training(valid):
     def run(**options: Any):
@@ -386,6 +387,13 @@ def test_without_validation_the_training_loss_decides():
     assert [report.valid for report in reports] == [{}] * 3
     assert [report.monitored for report in reports] == [3.0, 1.0, 2.0]
     assert reports[-1].best == Best(1.0, 2, 1)
+
+
+def test_a_validation_without_batches_judges_nothing():
+    options = scripted([3.0, 1.0, 2.0]) | {"valid": lambda key, epoch, start: [], "eval_step": EVALUATE}
+    reports = [report for _, report in loop(scripted_state(), **options, patience=1)]
+    assert [report.best for report in reports] == [Best()] * 3
+    assert [report.valid for report in reports] == [{}] * 3
 
 
 def test_a_validation_that_is_not_finite_is_a_bad_epoch_and_no_end():
