@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from preloaded import finished, start_program
 
 from dwiml_func.cli.main import COMMANDS
 
@@ -56,7 +57,17 @@ def test_quiet_may_stand_before_or_after_the_command(cli, command: str) -> None:
     assert cli("--quiet", command, "--help").out == cli(command, "--help", "-q").out == cli(command, "--help").out
 
 
-def test_another_platform_is_refused_at_the_first_command(cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.platform", "win32")
-    cli("train", "experiments", "first_run").check_refusal("dwiml-func: Expected Linux or macOS. Received: win32.")
-    cli().check_refusal("Expected Linux or macOS")
+ENTRANCES = ["import dwiml_func.__main__", "from dwiml_func.cli.main import main"]  # of `python -m` and of the scripts
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_another_platform_is_refused_before_anything_that_it_lacks_is_imported(entrance: str) -> None:
+    code = f"""import signal, sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "dwiml_func"]:
+    del sys.modules[name]
+del signal.SIGUSR1, signal.SIGALRM
+sys.modules["fcntl"], sys.platform = None, "win32"
+{entrance}"""
+    ended = finished(start_program(code))
+    assert (ended.returncode, ended.out) == (2, "")
+    assert ended.err == "dwiml-func: Expected Linux or macOS. Received: win32.\n"

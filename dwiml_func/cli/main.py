@@ -53,7 +53,6 @@ COMMANDS = {
     "send-to-comet": "Send an experiment's logs to Comet, or archive them for it.",
 }
 _TRAINING_COMMANDS = ("train", "resume", "fork")
-_PLATFORMS = {"linux": "Linux", "darwin": "macOS"}
 _CLOSED_PIPE = 141  # as of a program that SIGPIPE ends
 _HELP = """Functional training of tractography models.
 
@@ -83,8 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if sys.platform not in _PLATFORMS:
-        return _fail(f"dwiml-func: Expected {' or '.join(_PLATFORMS.values())}. Received: {sys.platform}.", 2)
     keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal lacks ends no training
