@@ -21,7 +21,7 @@ from pathlib import Path
 from preloaded import Fork, start_command, start_ranks
 from reproduction_cases import DATA, STOCHASTIC, differences, files, results
 
-OPTIONS = (*STOCHASTIC, "--max-epochs", 4)
+OPTIONS = (*(option for option in STOCHASTIC if option != "--skip-figures"), "--max-epochs", 4)
 OFTEN = ("--checkpoint-every", "1batches")
 KILLS = 6
 """Of one run, before it is resumed to its end."""

@@ -19,7 +19,7 @@ from dwiml_func.experiment.model_store import MANIFEST
 DATA = Path(__file__).parent / "data" / "phantom.hdf5"
 
 STOCHASTIC = (
-    *("--rnn-layer-sizes", "8", "6"),
+    *("--rnn-layer-sizes", "8", "6", "--skip-figures"),
     *("--dropout", "0.3"),
     *("--nb-previous-dirs", "1"),
     *("--noise-gaussian-size-forward", "0.05"),

@@ -345,7 +345,7 @@ def test_a_size_that_dwi_ml_does_not_have_is_not_exported(cli, run: Path, tmp_pa
 
 
 def test_ensembles_compiled_steps_and_bf16_train_it(cli, tmp_path: Path) -> None:
-    short = (*OPTIONS, "--max-epochs", 1, "--batch-size-training", 48)
+    short = (*OPTIONS, "--max-epochs", 1, "--batch-size-training", 48, "--skip-figures")
     alone = cli("train", tmp_path, "alone", PHANTOM, *short)
     outcome = cli("train", tmp_path, "both", PHANTOM, *short, "--num-models", 2)
     assert outcome.code == 0, outcome.err

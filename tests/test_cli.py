@@ -28,7 +28,7 @@ from dwiml_func.models.autoencoder.config import AutoencoderOptions
 from dwiml_func.models.transformers.config import TransformerOptions
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
-TINY = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "1")
+TINY = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "1", "--skip-figures")
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
     monkeypatch.delenv("COMET_API_KEY", raising=False)
     flat = [part for name, value in options.items() for part in (f"--{name}", value)]
     monkeypatch.chdir(PHANTOM.parent)
-    assert cli("train", folder, "new", "phantom.hdf5", *flat, "--lazy", "--tensorboard").code == 0
+    assert cli("train", folder, "new", "phantom.hdf5", *flat, "--lazy", "--tensorboard", "--skip-figures").code == 0
     config = read_config(folder / "new")
     assert config == RunConfig(
         hdf5_file=str(PHANTOM),  # absolute, wherever the command was given
@@ -190,7 +190,9 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
             num_shards=2,
             precision="bf16",
         ),
-        logging=LoggingConfig(comet_workspace="lab", comet_project="tracking", tensorboard=True, log_every=1),
+        logging=LoggingConfig(
+            comet_workspace="lab", comet_project="tracking", tensorboard=True, log_every=1, skip_figures=True
+        ),
     )
     parts = (config.data, config.batches, config.model, config.training, config.logging)
     fields = {field.name for part in parts for field in dataclasses.fields(part)}
@@ -208,6 +210,7 @@ def test_config_json_holds_every_option(cli, folder, monkeypatch):
     assert {name.replace("-", "_") for name in options} | {
         "lazy",
         "tensorboard",
+        "skip_figures",
     } | excluded == fields  # none was left out above
 
     manifest = json.loads((folder / "new" / "checkpoint" / "1" / "manifest.json").read_text())

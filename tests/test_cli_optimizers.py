@@ -36,7 +36,7 @@ from dwiml_func.models.learn2track import compute_batch_loss
 
 OPTIONS = (
     *("--rnn-layer-sizes", "8", "--dropout", "0.25", "--nb-previous-dirs", "1", "--max-epochs", "2"),
-    *("--batch-size-training", "20", "--batch-size-validation", "60", "--quiet"),
+    *("--batch-size-training", "20", "--batch-size-validation", "60", "--quiet", "--skip-figures"),
 )
 ALL_ON = (
     *("--rule", "*bias*: weight_decay=0, lr=0.5", "--rule", "rnn_model.rnn_0.weight_ih_l0: frozen"),

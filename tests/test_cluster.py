@@ -18,7 +18,7 @@ from dwiml_func.experiment.signals import StopRequest
 
 GUIDE = Path(__file__).parent.parent / "docs" / "processes.md"
 OPTIONS = ("--rnn-layer-sizes", "8", "--dg-dropout", "0.25", "--batch-size-training", "40")
-OPTIONS = (*OPTIONS, "--batch-size-validation", "20", "--max-epochs", "2")
+OPTIONS = (*OPTIONS, "--batch-size-validation", "20", "--max-epochs", "2", "--skip-figures")
 
 
 def test_a_time_limit_saves_the_run_and_the_same_command_goes_on(cli, tmp_path):

@@ -24,7 +24,7 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
     *("--rnn-layer-sizes", "8", "--dropout", "0.25", "--nb-previous-dirs", "1", "--compile"),
     *("--batch-size-training", "30", "--batch-size-validation", "20", "--learning-rate", "0.01*1 0.001"),
-    *("--max-epochs", "2", "--keep", "all"),
+    *("--max-epochs", "2", "--keep", "all", "--skip-figures"),
 )
 EVERY_OPTION = (
     *("--rule", "*bias*: weight_decay=0, lr=0.5", "--rule", "rnn_model.rnn_0.weight_ih_l0: frozen"),

@@ -35,6 +35,7 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
     *("--rnn-layer-sizes", "5", "4", "--dropout", "0.2", "--nb-previous-dirs", "1", "--reverse-ratio", "0.5"),
     *("--batch-size-training", "30", "--batch-size-validation", "20", "--max-epochs", "2", "--clip-grad", "1"),
+    "--skip-figures",
 )
 
 

@@ -104,7 +104,7 @@ def test_more_batches_than_an_epoch_may_have_are_all_evaluated(cli, tmp_path):
             offsets = np.arange(number + 1) * 3
             lines = {"affine": np.eye(4), "dimensions": (9, 9, 9)}
             write_streamlines(group, "streamlines", points[: offsets[-1]], offsets, **lines)
-    small = ["--max-epochs", 1, "--rnn-layer-sizes", 4, "--batch-size-validation", 600]
+    small = ["--max-epochs", 1, "--skip-figures", "--rnn-layer-sizes", 4, "--batch-size-validation", 600]
     assert cli("train", tmp_path, "run", tmp_path / "data.hdf5", *small).code == 0
     found = {}
     for size in (1, 7, 5000):
@@ -141,7 +141,7 @@ def turns(tmp_path: Path) -> Path:
 
 
 def test_angles_are_those_of_space_where_voxels_are_no_cubes(cli, turns, tmp_path):
-    outcome = cli("train", tmp_path, "run", turns, "--max-epochs", 1, "--rnn-layer-sizes", 4)
+    outcome = cli("train", tmp_path, "run", turns, "--skip-figures", "--max-epochs", 1, "--rnn-layer-sizes", 4)
     assert outcome.code == 0
     assert "Voxels are no cubes: directions, steps and noise are in mm along the voxel axes" in outcome.out
     compared = json.loads(cli("evaluate", tmp_path / "run", turns, "--json").out)["compared"]
@@ -224,7 +224,7 @@ def test_the_groups_are_those_of_the_training_unless_others_are_given(cli, tmp_p
             file.move(f"{subject}/streamlines", f"{subject}/lines")
     (tmp_path / "experiments").mkdir()
     groups = ["--input-group-name", "signal", "--streamline-group-name", "lines"]
-    options = ["--max-epochs", "1", "--rnn-layer-sizes", "4", "--quiet"]
+    options = ["--max-epochs", "1", "--rnn-layer-sizes", "4", "--quiet", "--skip-figures"]
     assert cli("train", tmp_path / "experiments", "run", data, *groups, *options).code == 0
     result = json.loads(cli("evaluate", tmp_path / "experiments" / "run", data, "--json").out)
     others = ["--input-group-name", "input", "--streamline-group-name", "streamlines"]
@@ -267,6 +267,7 @@ def test_the_principal_direction_does_not_see_the_neighbourhood(cli, stopped_ear
 def test_a_model_reads_the_points_around_as_it_was_trained_to(cli, tmp_path):
     (tmp_path / "experiments").mkdir()
     options = ["--max-epochs", "2", "--rnn-layer-sizes", "6", "--add-eos", "--nb-previous-dirs", "1", "--quiet"]
+    options += ["--skip-figures"]
     kinds = {
         "axes": ["--input-embedding-key", "nn_embedding", "--input-embedded-size", "5"],
         "grid": ["--input-embedding-key", "cnn_embedding", "--nb-cnn-filters", "4", "--kernel-size", "3"],

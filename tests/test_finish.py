@@ -60,6 +60,18 @@ def test_the_evaluation_of_an_earlier_end_is_made_again(cli, run):
     assert (run / EVALUATION).read_bytes() == new[EVALUATION] != old[EVALUATION]
 
 
+def test_without_figures_a_run_is_whole_and_plot_draws_them(cli, tmp_path):
+    train = ("train", tmp_path, "run", PHANTOM, *OPTIONS, "--max-epochs", 1)
+    assert cli(*train, "--skip-figures").code == 0
+    run = tmp_path / "run"
+    assert (run / EVALUATION).is_file()
+    assert not list(run.glob("plots/*"))
+    assert is_whole(run)
+    assert cli("evaluate", run, "--write").code == 0
+    assert not list(run.glob("plots/*"))
+    assert cli("plot", run).out == f"{run / FIGURE}\n"
+
+
 def test_evaluate_writes_them_at_any_time(cli, run):
     before = contents(run)
     for name in (EVALUATION, FIGURE):

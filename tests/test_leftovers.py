@@ -17,6 +17,7 @@ from experiment_cases import PHANTOM, contents
 from preloaded import start_command, start_program
 
 OPTIONS = (
+    "--skip-figures",
     "--rnn-layer-sizes",
     "4",
     "--batch-size-training",

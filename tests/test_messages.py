@@ -24,7 +24,7 @@ from dwiml_func.experiment.signals import TrainingStopped
 from dwiml_func.writers.progress import Progress
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
-TINY = ("--rnn-layer-sizes", "4", "--batch-size-training", "40", "--max-epochs", "1")
+TINY = ("--rnn-layer-sizes", "4", "--batch-size-training", "40", "--max-epochs", "1", "--skip-figures")
 
 
 def test_quiet_prints_only_results(cli, tmp_path: Path) -> None:

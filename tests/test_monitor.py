@@ -23,7 +23,7 @@ from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
 
-OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "2")
+OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "2", "--skip-figures")
 WORST = ("--monitor", "angular_error", "--monitor-mode", "max", "--validate-every", "2 batches")  # 4 batches an epoch
 
 

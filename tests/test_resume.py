@@ -27,6 +27,7 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
     *("--rnn-layer-sizes", "8", "8", "--dropout", "0.25", "--dg-dropout", "0.25", "--nb-previous-dirs", "1"),
     *("--batch-size-training", "30", "--batch-size-validation", "20", "--learning-rate", "0.01*2 0.001"),
+    "--skip-figures",
 )
 SCRIPT = (str(Path(sys.executable).parent / "resume_training_from_checkpoint"),)
 

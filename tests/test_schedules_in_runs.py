@@ -26,6 +26,7 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
     *("--rnn-layer-sizes", "4", "--nb-previous-dirs", "1", "--batch-size-training", "30"),
     *("--batch-size-validation", "20", "--max-epochs", "4", "--checkpoint-every", "2batches", "--keep", "all"),
+    "--skip-figures",
 )
 BY_STEP = ("warmup", "3", "cosine", "0.01", "20", "steps")  # several arguments, or one
 

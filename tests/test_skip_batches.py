@@ -21,7 +21,7 @@ from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.setup import prepare
 
 OPTIONS = ("--rnn-layer-sizes", "8", "--dg-dropout", "0.25", "--batch-size-training", "40")
-OPTIONS = (*OPTIONS, "--batch-size-validation", "20", "--max-epochs", "2", "--keep", "all")
+OPTIONS = (*OPTIONS, "--batch-size-validation", "20", "--max-epochs", "2", "--keep", "all", "--skip-figures")
 
 
 def test_all_but_the_batches_that_are_left_out_is_trained():

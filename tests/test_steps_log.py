@@ -29,7 +29,7 @@ PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (
     *("--rnn-layer-sizes", "4", "--nb-previous-dirs", "1", "--batch-size-training", "30", "--clip-grad", "0.1"),
     *("--batch-size-validation", "20", "--max-epochs", "3", "--checkpoint-every", "2batches", "--keep", "all"),
-    *("--learning-rate", "warmup 3 cosine 0.01 20 steps", "--log-every", "2"),
+    *("--learning-rate", "warmup 3 cosine 0.01 20 steps", "--log-every", "2", "--skip-figures"),
 )
 
 

@@ -20,7 +20,7 @@ from dwiml_func.files.lock import experiment_lock
 
 OPTIONS = (
     *("--rnn-layer-sizes", "4", "--batch-size-training", "60", "--batch-size-validation", "60", "--max-epochs", "2"),
-    *("--learning-rate", "0.01", "--quiet"),
+    *("--learning-rate", "0.01", "--skip-figures", "--quiet"),
 )
 SWEEP = ("--sweep", "dg-key=cosine-regression,gaussian,l2-regression", "dropout=0.5")
 NAMES = [f"dg-key={getter},dropout=0.5" for getter in ("cosine-regression", "gaussian", "l2-regression")]
@@ -54,7 +54,6 @@ def test_each_is_an_experiment_of_its_own_bitwise_that_of_train(swept: Path, cli
     for part in ("config.json", "logs/valid_local_loss_monitor_per_epoch.npy"):
         assert (swept / "all" / NAMES[-1] / part).read_bytes() == (swept / "alone" / part).read_bytes()
     for name in NAMES:
-        assert (swept / "all" / name / "plots" / "training.png").is_file()
         assert (swept / "all" / name / "evaluation.json").is_file()
     assert len({latest_digest(swept / "all" / name) for name in NAMES}) == 3
 
@@ -75,7 +74,7 @@ def test_it_ends_in_a_table_that_does_not_rank_by_losses_that_cannot_be_compared
 
 def test_a_killed_sweep_continues_by_the_same_command(copied: Path, swept: Path, cli) -> None:
     shutil.rmtree(copied / "all" / NAMES[-1])  # not begun
-    for gone in ("checkpoint/2", "plots", "best_model"):  # within its second epoch
+    for gone in ("checkpoint/2", "best_model"):  # within its second epoch
         shutil.rmtree(copied / "all" / NAMES[1] / gone)
     ended = contents(copied / "all" / NAMES[0])
     dry = train(cli, copied, *SWEEP, "--dry-run")
@@ -109,7 +108,7 @@ def test_one_that_breaks_off_does_not_end_the_others(tmp_path: Path, cli) -> Non
 
 def test_one_that_another_process_trains_is_passed_over(copied: Path, cli) -> None:
     running = copied / "all" / NAMES[1]
-    for gone in ("checkpoint/2", "plots", "best_model"):
+    for gone in ("checkpoint/2", "best_model"):
         shutil.rmtree(running / gone)
     with experiment_lock(running):
         done = cli("train", copied, "all", PHANTOM, *OPTIONS[:-1], "--rnn-layer-sizes", "4", "3", *SWEEP)

@@ -215,6 +215,17 @@ def test_a_figure_that_is_missing_is_made_by_a_resume(cli: Any, run: Path) -> No
     cli("resume", run.parent, "run").check_refusal("No epoch is left to train")
 
 
+def test_without_figures_the_streamlines_are_written_which_plot_draws(cli: Any, run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    config["logging"]["skip_figures"] = True
+    (run / "config.json").write_text(json.dumps(config))
+    before = (run / "plots" / "tracking.npz").read_bytes()
+    assert cli("evaluate", run, "--write").code == 0
+    assert [path.name for path in run.glob("plots/*")] == ["tracking.npz"]
+    assert (run / "plots" / "tracking.npz").read_bytes() == before
+    assert is_whole(run)
+
+
 def test_what_an_earlier_version_left_gets_its_figures_from_evaluate(cli: Any, run: Path) -> None:
     recorded = json.loads((run / "tracking.json").read_text())
     complete = (run / "tracking.json").read_bytes()

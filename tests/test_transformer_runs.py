@@ -21,7 +21,7 @@ from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 
-SIZE = ("--input-embedded-size", 8, "--nheads", 2, "--n-layers-e", 1)
+SIZE = ("--skip-figures", "--input-embedded-size", 8, "--nheads", 2, "--n-layers-e", 1)
 SHORT = ("--max-epochs", 1, "--batch-size-training", 48, "--skip-window-lag", "--reverse-ratio", 0.5)
 
 

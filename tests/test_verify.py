@@ -21,6 +21,7 @@ from dwiml_func.experiment.model_store import MANIFEST
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "3", "--reverse-ratio", "0.5")
+OPTIONS = (*OPTIONS, "--skip-figures")
 
 
 @pytest.fixture(scope="module")

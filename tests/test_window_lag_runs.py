@@ -20,6 +20,7 @@ from dwiml_func.tracking import TrackingSpace, choose_windows, window_lags
 
 NAME = "tracking_window_lag"
 OPTIONS = ["--max-epochs", "2", "--rnn-layer-sizes", "6", "--nb-previous-dirs", "1", "--learning-rate", "0.01"]
+OPTIONS += ["--skip-figures"]
 
 
 def make_data(path: Path, *, num_mm: float = 70.0) -> Path:

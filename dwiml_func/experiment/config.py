@@ -76,6 +76,8 @@ class LoggingConfig:
     log_every: int | None = None
     """Also log training loss, gradient norms and learning rate of every so many batches, in logs/steps.jsonl and where
     else the run is logged. None: only epochs are logged."""
+    skip_figures: bool = False
+    """Draw no figures at the end of the training; `dwiml-func plot` draws them at any time."""
 
     def __post_init__(self) -> None:
         check_number("log_every", self.log_every, at_least=1)

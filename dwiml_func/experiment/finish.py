@@ -13,11 +13,12 @@ from dwiml_func.experiment.evaluation import Evaluation, evaluate_best_model, is
 from dwiml_func.experiment.figures.autoencoder import save_autoencoder_figures
 from dwiml_func.experiment.figures.plots import run_figure_path, save_run_figure
 from dwiml_func.experiment.figures.tracking import save_tracking_figures, tracking_figures
+from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.reconstruction import Reconstruction, evaluate_reconstruction
 from dwiml_func.experiment.setup import RunParts
 from dwiml_func.experiment.tracking.evaluation import TrackingEvaluation, evaluate_tracking, write_tracking_evaluation
-from dwiml_func.experiment.tracking.recorded import tracked_lines_path
+from dwiml_func.experiment.tracking.recorded import tracked_lines_path, write_tracked_lines
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 
 __all__ = ["Finished", "finish_run", "is_whole"]
@@ -37,7 +38,7 @@ def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport])
     """Evaluate the best model of these epochs, and write the results and the figures into the experiment.
 
     The old figures go first, so that `is_whole` finds out where a kill came in between. What cannot be written is only
-    a warning.
+    a warning. Runs with `skip_figures` have none.
     """
     module, last = load_model(directory / "best_model").module, history[-1]
     facts: dict[str, Any] = {"epoch": last.best.epoch or 0, "subset": parts.data.evaluation.subset}
@@ -53,14 +54,17 @@ def finish_run(directory: Path, parts: RunParts, history: Sequence[EpochReport])
             figure.unlink(missing_ok=True)
         if tracking is not None:
             write_tracking_evaluation(directory, tracking, epoch=facts["epoch"])
+            if tracking.lines is not None:
+                write_tracked_lines(directory, tracking.lines, epoch=facts["epoch"])
         write_evaluation(directory, evaluation, **facts)
     except OSError as error:
         logging.getLogger(__name__).warning("The evaluation was not written: %s", error)
-    if isinstance(module, Autoencoder):
-        save_autoencoder_figures(directory, module, parts)
-    if tracking is not None:
-        save_tracking_figures(directory, tracking, epoch=facts["epoch"])
-    save_run_figure(directory)
+    if not parts.config.logging.skip_figures:
+        if isinstance(module, Autoencoder):
+            save_autoencoder_figures(directory, module, parts)
+        if tracking is not None:
+            save_tracking_figures(directory, tracking, epoch=facts["epoch"])
+        save_run_figure(directory)
     return Finished(evaluation, tracking)
 
 
@@ -69,5 +73,8 @@ def is_whole(directory: Path) -> bool:
     checkpoint = newest(directory)
     history = checkpoint.history if checkpoint else ()
     has_best = bool(history) and history[-1].best.epoch is not None
-    figures = (run_figure_path(directory), *tracking_figures(directory))
-    return not has_best or (all(figure.is_file() for figure in figures) and is_evaluated(directory, history))
+    if not has_best:
+        return True
+    wanted = not read_config(directory).logging.skip_figures
+    figures = (run_figure_path(directory), *tracking_figures(directory)) if wanted else ()
+    return all(figure.is_file() for figure in figures) and is_evaluated(directory, history)

@@ -30,7 +30,6 @@ from dwiml_func.experiment.tracking.recorded import (
     read_scores,
     read_tracked_lines,
     read_tracking,
-    write_tracked_lines,
 )
 from dwiml_func.tracking.protocols import ProtocolScores
 
@@ -207,13 +206,11 @@ def tracking_figures(directory: Path) -> tuple[Path, ...]:
 
 
 def save_tracking_figures(directory: Path, evaluation: TrackingEvaluation, *, epoch: int) -> None:
-    """Draw `plots/tracking.png` and `plots/drift.png` of an experiment, and write the streamlines of the first into
-    `plots/tracking.npz`; an error is only a warning."""
+    """Draw `plots/tracking.png` and `plots/drift.png` of an experiment; an error is only a warning."""
     tracked, drifted = tracked_figure_path(directory), drift_figure_path(directory)
     try:
         tracked.parent.mkdir(exist_ok=True)
         if evaluation.lines is not None:
-            write_tracked_lines(directory, evaluation.lines, epoch=epoch)
             title = _title(directory, epoch, evaluation.subset, evaluation.subject, evaluation.step_size)
             save_figure(draw_tracked(evaluation.scores["model"], evaluation.lines, title=title), tracked)
         if evaluation.drift is not None:
