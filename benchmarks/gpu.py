@@ -1,7 +1,7 @@
 """Training on a GPU: our steps, with loading and augmentation, beside cuDNN in the usual loop, and what a step does.
 
 It downloads nothing and takes at most four minutes: what has not started after three is left out. What fails prints a
-line, and the rest goes on. `--device cpu --tiny` runs all of it without a GPU, to see that it runs: the requirements
+line, and the rest runs. `--device cpu --tiny` runs all of it without a GPU, to see that it runs: the requirements
 are those of one H100 or H200, and are skipped.
 """
 

@@ -3,7 +3,7 @@
 A run counts where the valid streamlines of its best model in the validation subject, the mean of the three protocols,
 have a mean over seeds that is above the target: one-sided t-test, p < 0.01. Its time is the mean of the training alone
 (epochs with their validation, of `logs/metrics.jsonl`), without imports, data and scores. Everything is allowed that
-keeps the promises: the same bits for the same seed, resume after a kill, no data of the people who are held out.
+keeps the promises: bitwise identical results for one seed, resume after a kill, no data of the people who are held out.
 
 `python benchmarks/speedrun.py --options "--max-epochs 30"` tries other options of `dwiml-func train`. Fewer than 10
 seeds make no record: what comes out is called preliminary. On a shared machine, compare the seconds of the processor,

@@ -1,4 +1,4 @@
-"""Tracking with a transformer: keys and values kept, beside running the sequences anew at each step.
+"""Tracking with a transformer: keys and values kept, beside running the whole sequences at each step.
 
 Then lines that turn: all of their points read at once, a line at a time, beside a point of all lines a step.
 
@@ -20,7 +20,7 @@ from dwiml_func.models import Transformer
 from dwiml_func.models.transformers.cache import CacheState
 
 FEATURES, SIZE, HEADS = 45, 128, 8
-CACHED, ANEW, LIMIT = "keys and values kept", "sequences anew", 15.0
+CACHED, WHOLE, LIMIT = "keys and values kept", "whole sequences", 15.0
 AT_ONCE, AT_ONCE_LIMIT = "points at once", 1.5
 
 
@@ -56,9 +56,9 @@ def main() -> int:
         assert state is not None
         states.append(state)
 
-    def anew() -> None:
+    def whole() -> None:
         outputs = [model(batch_of(inputs[:, : step + 1]))[step :: step + 1] for step in range(options.steps)]
-        results[ANEW] = torch.stack(outputs, dim=1)
+        results[WHOLE] = torch.stack(outputs, dim=1)
 
     def at_once() -> None:
         state = states[-1]
@@ -66,12 +66,12 @@ def main() -> int:
             state = model.prefill(inputs[line], dirs[:1].expand(options.steps, -1), state, line)
 
     with torch.inference_mode():
-        medians = medians_of(interleaved({CACHED: cached, ANEW: anew, AT_ONCE: at_once}, options.rounds, warm_up=0))
-    torch.testing.assert_close(results[CACHED], results[ANEW], atol=1e-5, rtol=1e-4)
+        medians = medians_of(interleaved({CACHED: cached, WHOLE: whole, AT_ONCE: at_once}, options.rounds, warm_up=0))
+    torch.testing.assert_close(results[CACHED], results[WHOLE], atol=1e-5, rtol=1e-4)
     what = f"{options.model}, {options.lines} lines, {options.steps} steps, {options.layers} layers"
     print(f"{what}, {options.threads} threads")
     print(", ".join(f"{name} {seconds:.2f} s" for name, seconds in medians.items()))
-    ratio = medians[ANEW] / medians[CACHED]
+    ratio = medians[WHOLE] / medians[CACHED]
     again = medians[CACHED] / medians[AT_ONCE]
     return conclude(
         [

@@ -22,7 +22,7 @@ from reproduction_cases import DATA, STOCHASTIC
 
 KINDS = ("empty", "half", "bit", "junk", "gone", "folder", "pipe", "link", "other JSON")
 SILENT = ("runs", "plot", "page")
-"""Their results have times and pictures in them, and are not compared."""
+"""Their results have times and figures in them, and are not compared."""
 
 
 def commands(folder: Path) -> dict[str, tuple[object, ...]]:

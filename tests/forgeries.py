@@ -1,8 +1,8 @@
 """Forged records, on demand: `python tests/forgeries.py --number 100`. The suite has one of each kind.
 
 A small run is copied and forged: weights, metrics, options, data, the order of epochs, or a whole tail that nobody
-trained. The forger writes all digests, histories and the best model anew, so that the record is consistent. The audit
-must find each forgery by training again.
+trained. The forger writes all digests, histories and the best model again, so that what was recorded is consistent. The
+audit must find each forgery by training again.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Mutations of one room are drawn from a seed, each is written into a copy of the tree, and the tests that reach the line
 run on the copy until one fails. Which test reaches which line is recorded once (`--record`), by coverage.py.
 
-mutmut and cosmic-ray do less: neither draws from a seed, and both start torch anew for each mutation or rewrite every
+mutmut and cosmic-ray do less: neither draws from a seed, and both start torch again for each mutation or rewrite every
 function, which compiled steps and tests of signatures notice.
 """
 

@@ -1,4 +1,4 @@
-"""Claims about audits: an honest record passes, each kind of forgery is found, and what was left out is named."""
+"""Claims about audits: an honest run passes, each kind of forgery is found, and what was left out is named."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def test_every_epoch_is_trained_again_in_two_processes_and_nothing_is_written(cl
     outcome = cli("verify", run, "--all", "-j", "2")
     assert (outcome.code, outcome.err) == (0, "")
     first, last = outcome.out.splitlines()
-    assert first == f"{run}: 4 of 4 epochs trained again, bitwise identical to the record."
-    assert re.fullmatch("Record [0-9a-f]{64}", last)
+    assert first == f"{run}: 4 of 4 epochs trained again, bitwise identical to what was recorded."
+    assert re.fullmatch("SHA-256 of the run: [0-9a-f]{64}", last)
     assert contents(run) == before
     latest = newest(run)
     assert latest
@@ -49,12 +49,12 @@ def test_every_epoch_is_trained_again_in_two_processes_and_nothing_is_written(cl
         record_digest(replace(latest, config={**latest.config, "training": {**latest.config["training"], **change}}))
         for change in ({}, {"max_epochs": 99}, {"skip_batches": ["9-1"]})
     ]
-    assert last == f"Record {records[0]}"
+    assert last == f"SHA-256 of the run: {records[0]}"
     assert records[0] == records[1] != records[2]  # how long is no part of the results, which batches are
 
 
 @pytest.mark.parametrize("kind", FORGERIES)
-def test_a_forged_record_with_digests_made_anew_is_found(run, tmp_path, kind):
+def test_a_forged_record_with_new_digests_is_found(run, tmp_path, kind):
     copied, what = forged(run, tmp_path, kind, random.Random(3))
     audit = audit_experiment(copied)
     assert audit.problems, what
@@ -74,7 +74,7 @@ def test_several_processes_find_what_one_finds(run, tmp_path):
 def test_a_sample_bounds_the_share_of_forged_epochs(cli, run):
     outcome = cli("verify", run, "--sample", "3", "-j", "1")
     assert outcome.code == 0
-    assert "3 of 4 epochs trained again, bitwise identical to the record." in outcome.out
+    assert "3 of 4 epochs trained again, bitwise identical to what was recorded." in outcome.out
     assert "at most (1 - f)^3: 0.97 for 1%, 0.86 for 5%, 0.73 for 10%, 0.12 for 50%." in outcome.out
     drawn = {tuple(sample_epochs(range(1, 41), 3)) for _ in range(20)}
     assert len(drawn) > 10
@@ -92,7 +92,7 @@ def test_epochs_without_checkpoints_between_them_are_trained_in_one_go(cli, run,
         shutil.rmtree(copied / "checkpoint" / name)
     outcome = cli("verify", copied, "--all")
     assert outcome.code == 0
-    assert "4 of 4 epochs trained again, bitwise identical to the record." in outcome.out
+    assert "4 of 4 epochs trained again, bitwise identical to what was recorded." in outcome.out
     assert "Epochs 1 to 3 have no checkpoint between them, so one process trained them in one go." in outcome.out
 
 
@@ -186,7 +186,9 @@ def test_an_ensemble_is_audited_with_all_its_members_and_a_member_is_not(cli, en
     before = contents(ensemble)
     outcome = cli("verify", ensemble, "--all", "-j", "2")
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.startswith(f"{ensemble}: 2 of 2 epochs trained again, bitwise identical to the record.\nRecord ")
+    assert outcome.out.startswith(
+        f"{ensemble}: 2 of 2 epochs trained again, bitwise identical to what was recorded.\nSHA-256 of the run: "
+    )
     assert contents(ensemble) == before
     cli("verify", ensemble / "1", "--all").check_refusal(
         "is a member of an ensemble, whose step trains all members at once", f"verify {ensemble} --all"
@@ -234,13 +236,13 @@ def test_the_text_of_a_sample_counts_the_epochs_that_were_chosen_and_shortens_ma
         problems=(), context=(), left_out=("epoch 41: why",), record="ab",
     )  # fmt: skip
     lines = format_audit(audit, "run").splitlines()
-    assert lines[0] == "run: 5 of 40 epochs trained again, bitwise identical to the record."
+    assert lines[0] == "run: 5 of 40 epochs trained again, bitwise identical to what was recorded."
     assert lines[1] == "Not audited: epoch 41: why"
     assert lines[2].startswith("Epochs 1 to 3 have no checkpoint between them")
     assert lines[3].endswith("at most (1 - f)^3: 0.97 for 1%, 0.86 for 5%, 0.73 for 10%, 0.12 for 50%.")
-    assert lines[4:] == ["Record ab"]
+    assert lines[4:] == ["SHA-256 of the run: ab"]
     other = format_audit(replace(audit, context=("other torch", "other numpy")), "run").splitlines()
-    assert other == [*lines[:-1], "Different: other torch; other numpy", "Record ab"]
+    assert other == [*lines[:-1], "Different: other torch; other numpy", "SHA-256 of the run: ab"]
     many = replace(audit, problems=tuple(f"problem {number}" for number in range(15)), context=("other torch",))
     lines = format_audit(many, "run").splitlines()
     assert lines[0].endswith("some differ.")

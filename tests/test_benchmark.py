@@ -524,7 +524,7 @@ def checked(tracker: Tracker) -> Tracker:
     def ahead(given: Streamlines, distance: float) -> Streamlines:
         added = tracker.ahead(given, distance)
         ends = given.points[given.offsets[1:] - 1]
-        assert torch.equal(added.points[added.offsets[:-1]], ends)  # begins where the given part ends, and goes on in
+        assert torch.equal(added.points[added.offsets[:-1]], ends)  # begins where the given part ends, and continues in
         straight = ends - given.points[given.offsets[1:] - 2]  # its direction: no step bends by 90 degrees
         goes_on = added.lengths > 1
         first = added.points[added.offsets[:-1][goes_on] + 1] - ends[goes_on]
@@ -616,13 +616,13 @@ def test_a_benchmark_that_was_stopped_continues_with_the_same_command_and_ends_i
     path = other / "scores" / "crossings" / "tiny" / "sub_5_seed_1.json"
     whole_scores = path.read_text()
     valid = json.loads(whole_scores)["scores"]["core"]["valid"]
-    for damaged, named in (
+    for corrupt, named in (
         (whole_scores.replace(f'"valid": {valid},', '"valid": 0.987,'), "corrupt"),
         (whole_scores[:-40], "not JSON"),
         (json.dumps({"data": "crossings", "tracker": "tiny", "person": "sub_5", "seed": 2}), "corrupt"),
     ):
-        assert damaged != whole_scores
-        path.write_text(damaged)
+        assert corrupt != whole_scores
+        path.write_text(corrupt)
         cli(*command(other)).check_refusal(str(path), named)
     path.unlink()
     os.mkfifo(path)

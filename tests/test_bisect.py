@@ -72,7 +72,7 @@ def test_what_differs_after_an_epochs_batches_is_told_too(monkeypatch, ends, num
 
 
 def planted(parts: RunParts, epoch: int, batch: int, leaf: str) -> RunParts:
-    """A run whose step has one value of a parameter or of its moments one ulp larger, after one batch."""
+    """A run whose step has one value of a parameter or of its optimizer state one ulp larger, after one batch."""
     group, _, name = leaf.partition("/")
 
     def larger(tree: Any, path: list[str]) -> Any:
@@ -109,7 +109,7 @@ def test_one_ulp_in_one_tensor_of_one_batch_is_named(run, tmp_path, seed):
     assert (found.found.epoch, found.found.batch, found.found.leaves) == (epoch, batch, (leaf,))
     assert found.found.lines[0].startswith("operation ")
 
-    without = bisect_runs(run, directory)  # the record of B was made by a step that its config does not make
+    without = bisect_runs(run, directory)  # B was recorded by a step that its config does not make
     assert (without.found, without.unlike) == (None, ("B",))
 
 
@@ -122,7 +122,7 @@ def test_one_ulp_in_the_data_is_named_with_the_batch_that_reads_it(cli, run, tmp
     trained(tmp_path, replace(RUN, hdf5_file=str(data)), "b")
     outcome = cli("bisect", run, tmp_path / "b")
     assert outcome.code == 1
-    assert outcome.out.splitlines()[2] == "The records agree nowhere and differ after epoch 1."
+    assert outcome.out.splitlines()[2] == "The recorded states agree nowhere and differ after epoch 1."
     assert "Trained again from the first states, the runs first differ in epoch 1, batch " in outcome.out
     assert "\n  batch.points: 1 of " in outcome.out
     assert " 1 ulp apart\n" in outcome.out
@@ -144,7 +144,10 @@ def test_learning_rate_seed_and_clipping_are_named(cli, run, tmp_path):
 def test_equal_runs_differ_nowhere(cli, run, tmp_path):
     trained(tmp_path, RUN, "b")
     outcome = cli("bisect", run, tmp_path / "b")
-    assert (outcome.code, outcome.out.splitlines()[2]) == (0, "The records agree after epoch 3 and differ nowhere.")
+    assert (outcome.code, outcome.out.splitlines()[2]) == (
+        0,
+        "The recorded states agree after epoch 3 and differ nowhere.",
+    )
 
 
 def test_a_run_is_compared_with_its_own_record_and_the_piece_that_differs_is_named(cli, tmp_path):

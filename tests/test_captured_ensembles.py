@@ -101,7 +101,7 @@ def test_replays_follow_schedules_dropout_and_buffers_to_the_bit_and_end_as_step
 
 
 def test_one_step_serves_ensembles_of_other_sizes(monkeypatch):
-    """Its graphs are captured anew at once, when no generator can be made any more."""
+    """Its graphs are captured again at once, when no generator can be made any more."""
 
     def capture(step):
         with monkeypatch.context() as patch:
@@ -139,7 +139,7 @@ def test_equal_keys_draw_the_same_numbers_and_a_step_that_is_checked_replays_the
     optimizer, given = optim.sgd(), some_batches()[:4] * 2
     step = captured_step(1, lambda step: step, optimizer=optimizer)
     ensemble = take_steps(checked_step(step, 4), first_members(optimizer, (3, 3)), given, 0.1)
-    assert step.num_cuda_graphs == 2  # anew after each check
+    assert step.num_cuda_graphs == 2  # again after each check
     alone = take_steps(
         captured_step(1, lambda step: step, optimizer=optimizer), first_members(optimizer, (3,)), given, 0.1
     )

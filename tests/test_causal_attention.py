@@ -109,7 +109,9 @@ def test_dropout_keeps_a_share_of_the_weights_and_scales_it() -> None:
     assert kept.unique().round().tolist() == [0, 1]
     assert abs(kept.mean().item() - (1 - rate)) < 4 * (rate * (1 - rate) / kept.numel()) ** 0.5
     assert not torch.equal(kept[0], kept[1])
-    assert len(weights[:, 4:, :5].round().transpose(0, 1).flatten(1).unique(dim=0)) == length - 4  # other bits a row
+    assert (
+        len(weights[:, 4:, :5].round().transpose(0, 1).flatten(1).unique(dim=0)) == length - 4
+    )  # rounding depends on the row
     almost_all = sequences.attend(torch.cat([zeros, zeros, value], 1), num_heads=1, dropout_rate=1 - 1e-9)
     assert almost_all.isfinite().all()
 

@@ -1,4 +1,4 @@
-"""Claims about checked steps: flipped bits in what is computed never reach the state, and sound steps are unchanged."""
+"""Claims about checked steps: flipped bits in what is computed never reach the state, correct steps are unchanged."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ class Faulty:
 
         bound = {"loss_fn": self.loss_fn, "gradient_fn": gradient, "non_finite": "defer"}
         new, metrics = train_step(state, batch, optimizer=optimizer, lr=lr, donate=True, **bound)
-        if is_faulty and self.place == "moment":
+        if is_faulty and self.place == "optimizer state":
             part = self.draws.choice(("exp_avg", "exp_avg_sq"))
             name = self.draws.choice(sorted(new.opt_state[part]))
-            moments = {**new.opt_state[part], name: flipped(new.opt_state[part][name], self.draws)}
-            new = new.replace(opt_state={**new.opt_state, part: moments})
+            tensors = {**new.opt_state[part], name: flipped(new.opt_state[part][name], self.draws)}
+            new = new.replace(opt_state={**new.opt_state, part: tensors})
         return new, metrics
 
 
@@ -77,7 +77,7 @@ def trained_state(step: Any, num_steps: int = 3) -> str:
     return state_digest(state)
 
 
-@pytest.mark.parametrize("place", ["activation", "gradient", "moment"])
+@pytest.mark.parametrize("place", ["activation", "gradient", "optimizer state"])
 def test_no_flipped_bit_of_a_checked_step_reaches_the_state(place, caplog):
     draws = random.Random(place)
     clean = trained_state(Faulty(place, draws, ()))
@@ -98,7 +98,7 @@ def test_no_flipped_bit_of_a_checked_step_reaches_the_state(place, caplog):
 def test_a_difference_that_comes_again_stops_with_the_state_kept():
     state = init_state(MODEL, adam(), seed=0)
     before = state_digest(state)
-    step = checked_step(Faulty("moment", random.Random(1), (1, 3)), every=1)
+    step = checked_step(Faulty("optimizer state", random.Random(1), (1, 3)), every=1)
     expected = r"epoch 1, batch 1 \(step 1\) differ in opt_state/exp_avg\w*/[02]\.(weight|bias), twice in a row"
     with pytest.raises(StepMismatchError, match=expected):
         step(state, BATCH, lr=0.01)
@@ -107,7 +107,7 @@ def test_a_difference_that_comes_again_stops_with_the_state_kept():
 
 
 def test_only_every_nth_step_is_computed_twice():
-    step = Faulty("moment", random.Random(1), ())
+    step = Faulty("optimizer state", random.Random(1), ())
     trained_state(checked_step(step, every=4), num_steps=9)
     assert step.calls == 9 + 3  # the first, the fifth and the ninth
     later = init_state(MODEL, adam(), seed=0).replace(epoch=1, batch=1, step=4)  # the fifth of the run
@@ -143,13 +143,13 @@ def test_a_run_that_stops_saves_the_state_before_the_step_and_resumes_to_the_sam
 
     def faulty(state: Any, batch: Any, *, lr: float) -> Any:
         nonlocal calls
-        new, metrics = sound(state, batch, lr=lr)
+        new, metrics = correct(state, batch, lr=lr)
         if (state.epoch, state.batch) == (1, 1):
             calls += 1
             new = new.replace(buffers={**new.buffers, "fault": torch.tensor(float(calls))})
         return new, metrics
 
-    sound = prepare(CONFIG).step
+    correct = prepare(CONFIG).step
     expected = r"epoch 2, batch 2 \(step \d\) differ in buffers/fault, twice in a row"
     with pytest.raises(StepMismatchError, match=expected):
         list(run_experiment(directory, replace(parts, step=checked_step(faulty, 1))))

@@ -86,8 +86,8 @@ def check_equal(restored: TrainState, saved: TrainState) -> None:
             other = getattr(restored, group)[name]
             assert (other.dtype, other.shape) == (leaf.dtype, leaf.shape)
             assert torch.equal(other.nan_to_num(7), leaf.nan_to_num(7))
-    assert {kind: list(moments) for kind, moments in restored.opt_state.items()} == {
-        kind: list(moments) for kind, moments in saved.opt_state.items()
+    assert {kind: list(tensors) for kind, tensors in restored.opt_state.items()} == {
+        kind: list(tensors) for kind, tensors in saved.opt_state.items()
     }
     assert (restored.key, restored.step, restored.epoch, restored.batch) == (
         saved.key,

@@ -242,7 +242,7 @@ def test_the_numbers_of_a_batch_are_those_of_all_its_parts_but_not_what_is_true_
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_activations_that_are_computed_again_are_not_left_to_a_backend_that_draws_anew(backend):
+def test_activations_that_are_computed_again_are_not_left_to_a_backend_that_draws_again(backend):
     def loss(model, batch):
         hidden = checkpoint(model[:2], batch[0], use_reentrant=False)
         return squared_error(model[2:], (hidden, batch[1]))[:2]
@@ -444,12 +444,12 @@ def test_a_step_that_is_not_finite_is_refused_and_leaves_the_state_whole(donate)
     start, compiled, _ = make_steps(donate=donate)
     state, _ = run(compiled, start, 2)
     kept = {name: p.clone() for name, p in state.params.items()}
-    moments = {name: t.clone() for name, t in state.opt_state["exp_avg"].items()}
+    means = {name: t.clone() for name, t in state.opt_state["exp_avg"].items()}
     inputs, targets = some_batch(9)
     with pytest.raises(NonFiniteError, match=r"loss is inf in epoch 1, batch 3 \(step 3\)"):
         compiled(state, (inputs, targets + math.inf), lr=0.1)
     assert all(torch.equal(state.params[name], kept[name]) for name in kept)
-    assert all(torch.equal(state.opt_state["exp_avg"][name], moments[name]) for name in moments)
+    assert all(torch.equal(state.opt_state["exp_avg"][name], means[name]) for name in means)
     state, _ = compiled(state, (inputs, targets), lr=0.1)
     assert state.step == 3
 

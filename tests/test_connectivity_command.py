@@ -192,15 +192,15 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, tmp_path):
         (tractogram, out, "--nb-blocs", 50): "expected at most 20000 blocs",
         (tractogram, out, "--labels", other): "a grid of 12 x 9 x 6 voxels, expected 4 x 4 x 4",
         (tck, out, "--nb-blocs", 2): "reference: a TCK file has no grid",
-        (tractogram, out, "--nb-blocs", 2, "--hide-background", 0): "hide_background: expected with --labels",
-        (tractogram, out, "--nb-blocs", 2, "--use-longest-segment"): "use_longest_segment: expected with --labels",
+        (tractogram, out, "--nb-blocs", 2, "--hide-background", 0): "hide_background: requires --labels",
+        (tractogram, out, "--nb-blocs", 2, "--use-longest-segment"): "use_longest_segment: requires --labels",
         (tractogram, out, "--nb-blocs", 2, "--figure", tmp_path / "m.txt"): "expected a name that ends in .png",
         (tractogram, tmp_path / "new.txt", "--nb-blocs", 2): "Expected TRACTOGRAM and OUT.npy",
         (tmp_path / "no.trk", out, "--nb-blocs", 2): "The file does not exist",
         (tractogram, tmp_path / "two.npy", "--nb-blocs", 2): "The file exists",
         (tractogram, out, "--nb-blocs", 2, "--real", tmp_path / "two.npy"): "expected a matrix of 8 rows, received 2",
         (tractogram, out, "--nb-blocs", 2, "--real", tmp_path / "text.npy"): "cannot be read as a matrix",
-        (tmp_path / "two.npy",): "real: expected with one matrix",
+        (tmp_path / "two.npy",): "real: requires one matrix",
         (tmp_path / "two.npy", "--real", tmp_path / "three.npy"): "expected a matrix of 2 rows, received 3",
     }
     before = sorted(tmp_path.iterdir())

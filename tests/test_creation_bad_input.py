@@ -138,8 +138,8 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
         ),
         ({"type": "volume", "files": "a", "sh_order": -2}, "at least 0, received -2"),
         ({"type": "volume", "files": "a", "sh_order": 2, "sh_basis": "mine"}, "group 'x': sh_basis: .*received 'mine'"),
-        ({"type": "volume", "files": "a", "sh_basis": "tournier07"}, "expected sh_order with them, received none"),
-        ({"type": "volume", "files": "a", "sh_legacy": True}, "expected sh_order with them, received none"),
+        ({"type": "volume", "files": "a", "sh_basis": "tournier07"}, "require sh_order, received none"),
+        ({"type": "volume", "files": "a", "sh_legacy": True}, "require sh_order, received none"),
         ({"type": "volume", "files": "a", "sh_order": 2, "sh_of": "odf"}, "group 'x': sh_of: .*received 'odf'"),
         ({"type": "streamlines", "files": "a", "standardization": "all"}, "'standardization'. Known: type, files, dps"),
         (
@@ -156,7 +156,7 @@ def test_a_missing_list_or_config_or_folder_is_named(folder, refused):
             },
             "connectivity_matrix: .*received both",
         ),
-        ({"type": "streamlines", "files": "a", "connectivity_nb_blocs": 2}, "expected a connectivity_matrix"),
+        ({"type": "streamlines", "files": "a", "connectivity_nb_blocs": 2}, "requires connectivity_matrix"),
         (
             {"type": "streamlines", "files": "a", "connectivity_matrix": "m", "connectivity_nb_blocs": [2, 0, 3]},
             r"group 'x': connectivity_nb_blocs: expected at least 1, received \(2, 0, 3\)",

@@ -1,7 +1,7 @@
 """Claims about runs on a GPU, `pytest -m cuda tests/test_cuda.py`. They are skipped where there is none.
 
 With DWIML_TEST_DEVICE=cpu the same tests run on the CPU through what the GPU takes: data on the device, padded batches,
-torch's own recurrent layers, deferred checks. What only a GPU can show (waits, memory, other bits) is left out there.
+torch's own recurrent layers, deferred checks. What only a GPU can show (waits, memory, rounding) is left out there.
 """
 
 from __future__ import annotations

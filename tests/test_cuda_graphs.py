@@ -111,7 +111,7 @@ def test_a_replayed_step_follows_schedule_dropout_and_buffers_to_the_bit(non_fin
     take_steps(replays, other, [some_batch(n, 2) for n in range(2)])
     assert replays.cuda_graphs_reason == "more than 2 would be needed"
     take_steps(replays, take_steps(replays, copy.deepcopy(start), batches), batches[:1])
-    assert calls[-2] > 5  # the graphs that there are go on
+    assert calls[-2] > 5  # the graphs that there are stay in use
 
 
 def test_steps_of_learn2track_read_no_number_and_end_bitwise_as_without_graphs(monkeypatch):

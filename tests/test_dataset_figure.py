@@ -1,4 +1,4 @@
-"""Claims about the picture of a dataset: which lines, in which colour and where, and how many of each length."""
+"""Claims about the figure of a dataset: which lines, in which colour and where, and how many of each length."""
 
 from __future__ import annotations
 
@@ -164,11 +164,11 @@ def test_without_subsets_all_subjects_are_drawn(edited: Any) -> None:
 
 def test_info_draws_what_it_is_asked_for_and_what_is_corrupt_is_left_out(cli: Any, edited: Any, tmp_path: Path) -> None:
     plain = cli("info", PHANTOM)
-    done = cli("info", PHANTOM, "--picture", tmp_path / "new" / "a.svg")
+    done = cli("info", PHANTOM, "--figure", tmp_path / "new" / "a.svg")
     assert (done.code, done.err) == (0, "")
     assert done.out == f"{plain.out}{tmp_path / 'new' / 'a.svg'}\n"
     assert (tmp_path / "new" / "a.svg").read_bytes().startswith(b"<?xml")
-    cli("info", PHANTOM, "--picture", tmp_path / "a.bmp").check_refusal("a.bmp", ".png, .svg or .pdf")
+    cli("info", PHANTOM, "--figure", tmp_path / "a.bmp").check_refusal("a.bmp", ".png, .svg or .pdf")
 
     def corrupt(file: Any) -> None:
         file["subj0/streamlines/data"][3] = np.nan

@@ -59,7 +59,7 @@ def test_equal_states_have_equal_digests_whatever_the_order_of_their_dicts():
     other = state.replace(
         params=turned(state.params),
         buffers=turned(state.buffers),
-        opt_state={kind: turned(moments) for kind, moments in state.opt_state.items()},
+        opt_state={kind: turned(tensors) for kind, tensors in state.opt_state.items()},
         sums=turned(state.sums),
     )
     assert list(other.params) != list(state.params)

@@ -1,4 +1,4 @@
-"""Claims about graphs that are called directly: the same bits, only where calls are alike, also in a loop."""
+"""Claims about graphs that are called directly: bitwise identical, only where calls are alike, also in a loop."""
 
 import math
 import weakref

@@ -188,18 +188,18 @@ def test_best_epochs_and_patience_are_each_members_own():
         assert_same_reports(reports, number, own)
 
 
-def test_a_generator_of_batches_that_begins_anew_is_refused_in_an_ensemble_too():
+def test_a_generator_of_batches_that_begins_again_is_refused_in_an_ensemble_too():
     step = partial(ensemble_step, loss_fn=LOSS, optimizer=adam())
     ensemble = stack_states(starts())
     for batch in list(batches(Key(0), 0, 0))[:2]:
         ensemble, _ = step(ensemble, batch, lr=0.03)
 
-    def begins_anew(key: Key, epoch: int, start_batch: int) -> Iterable[Any]:
+    def begins_again(key: Key, epoch: int, start_batch: int) -> Iterable[Any]:
         yield from batches(key, epoch, 0)
 
     with pytest.raises(ValueError, match="Received: them from the first on"):
         next(
-            iter(train_and_validate_ensemble(ensemble, train=begins_anew, step=step, learning_rate=0.03, max_epochs=1))
+            iter(train_and_validate_ensemble(ensemble, train=begins_again, step=step, learning_rate=0.03, max_epochs=1))
         )
 
 
@@ -514,7 +514,7 @@ def test_a_step_changes_nothing_that_came_in_and_no_global_state():
     ensemble = stack_states(starts())
     batch = next(iter(batches(Key(0), 0, 0)))
     tensors = [*ensemble.params.values(), *ensemble.buffers.values(), ensemble.active, ensemble.done, *batch]
-    tensors += [leaf for moments in ensemble.opt_state.values() for leaf in moments.values()]
+    tensors += [leaf for by_name in ensemble.opt_state.values() for leaf in by_name.values()]
     before = [(leaf._version, leaf_digest(leaf)) for leaf in tensors]
     random = torch.get_rng_state()
     step = partial(ensemble_step, loss_fn=LOSS, optimizer=adam, lr=torch.tensor([0.1, 0.2, 0.3]), clip_grad=0.1)

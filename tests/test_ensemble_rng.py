@@ -1,4 +1,4 @@
-"""Claims about `dwiml_func.ensemble.rng`: under vmap each member draws, to the bit, what it would draw alone."""
+"""Claims about `dwiml_func.ensemble.rng`: under vmap a member's numbers are bitwise identical to its own alone."""
 
 import pytest
 import torch

@@ -236,7 +236,7 @@ def test_an_ensemble_that_was_cut_off_between_members_resumes_from_what_they_sha
         ([["1"], ["1"]], True),  # both corrupt
     ],
 )
-def test_an_ensemble_starts_anew_only_where_its_very_first_save_was_cut_off(monkeypatch, names, is_refused):
+def test_an_ensemble_starts_again_only_where_its_very_first_save_was_cut_off(monkeypatch, names, is_refused):
     def corrupt(*_, **__):
         raise CorruptError("a corrupt file")
 

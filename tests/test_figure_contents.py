@@ -1,6 +1,6 @@
 """Figures, artist by artist: what is drawn where, in which colour and style, and how it is named (`data/figures.txt`).
 
-`python tests/test_figure_contents.py` writes the file anew after a change that is meant; read what differs.
+`python tests/test_figure_contents.py` writes the file again after a change that is meant; read what differs.
 """
 
 from __future__ import annotations

@@ -98,12 +98,12 @@ def test_in_the_background_it_is_compared_with_what_was_recorded_and_read(
         "The fingerprint of the data cannot be recorded: [Errno 2] No such file or directory: "
         f"'{path.parent / 'gone'}'",
     ]
-    with pytest.raises(ValueError, match=r"cannot be compared with its record: .*changed after"):
+    with pytest.raises(ValueError, match=r"cannot be compared with what was recorded: .*changed after"):
         start(path, linked, recorded=recorded, read={"mtime_ns": 1}).result()
     write(files[1], b"gfed")
     with pytest.raises(ValueError, match=r"whose bytes differ \(SHA-256 "):
         start(path, linked, recorded=recorded).result()
-    with pytest.raises(ValueError, match="cannot be compared with its record"):
+    with pytest.raises(ValueError, match="cannot be compared with what was recorded"):
         start(path.parent / "gone", recorded=recorded).result()
 
 

@@ -108,7 +108,7 @@ def test_another_optimizer_begins_with_a_reset_optimizer_state(cli, source):
         for place, seed in ((other, 5), (source, 1234))
     )
     assert start.step == 0 < taken.step
-    assert all(not moment.any() for moments in start.opt_state.values() for moment in moments.values())
+    assert all(not tensor.any() for by_name in start.opt_state.values() for tensor in by_name.values())
     assert all(torch.equal(start.params[name], taken.params[name]) for name in taken.params)
     assert (start.best, start.epoch) == (taken.best, 3)
     assert [report.digest for report in history(other)[:3]] == [report.digest for report in history(source)[:3]]

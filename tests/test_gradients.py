@@ -14,7 +14,7 @@ from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.optim import clip_grad_norm
 
-ENGINES = ["autograd", "func"]
+BACKENDS = ["autograd", "func"]
 
 
 def model_and_batch(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -31,7 +31,7 @@ def detached(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_finite_differences_agree_in_float64(backend):
     model, batch = model_and_batch(torch.float64)
     loss_fn = module_loss(model, squared_error)
@@ -61,7 +61,7 @@ def test_clipping_keeps_the_dtype_of_each_of_several():
     assert [grad.item() for grad in clipped.values()] == pytest.approx([0.6, 0.8], rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_least_squares_has_its_closed_form(backend):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(9, 3, generator=generator).double(), torch.randn(9, generator=generator).double()
@@ -109,7 +109,7 @@ def test_the_engines_agree():
     assert first[0].weight == second[0].weight == 6
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("weight", [3, 3.0, torch.tensor(3), torch.tensor(3.0)])
 def test_everything_the_loss_returns_comes_back_detached(backend, weight):
     def loss_fn(params, buffers, batch, *, key, train):
@@ -128,7 +128,7 @@ def test_everything_the_loss_returns_comes_back_detached(backend, weight):
         assert tensor.grad_fn is None
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_parameter_that_the_loss_ignores_has_no_gradient_or_under_func_a_zero_one(backend):
     def loss_fn(params, buffers, batch, *, key, train):
         return LossOut(params["used"].sum(), 1, buffers, {})
@@ -142,7 +142,7 @@ def test_a_parameter_that_the_loss_ignores_has_no_gradient_or_under_func_a_zero_
         assert torch.equal(grads["unused"], torch.zeros(2, 3, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_is_computed_also_where_gradients_are_off(backend):
     model, batch = model_and_batch()
     loss_fn = module_loss(model, squared_error)
@@ -152,7 +152,7 @@ def test_a_gradient_is_computed_also_where_gradients_are_off(backend):
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_that_is_no_scalar_is_refused(backend):
     def loss_fn(params, buffers, batch, *, key, train):
         return LossOut(params["w"], 1, buffers, {})
@@ -161,7 +161,7 @@ def test_a_loss_that_is_no_scalar_is_refused(backend):
         value_and_grad(loss_fn, {"w": torch.ones(2)}, {}, None, key=Key(0), backend=backend)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_without_the_parameters_is_refused(backend):
     def loss_fn(params, buffers, batch, *, key, train):
         return LossOut(torch.ones(()), 1, buffers, {})
@@ -170,7 +170,7 @@ def test_a_loss_without_the_parameters_is_refused(backend):
         value_and_grad(loss_fn, {"w": torch.ones(2)}, {}, None, key=Key(0), backend=backend)
 
 
-@pytest.mark.parametrize("backend", ENGINES)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_loss_may_be_a_parameter_itself(backend):
     def loss_fn(params, buffers, batch, *, key, train):
         return LossOut(params["w"], 1, buffers, {})

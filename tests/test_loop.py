@@ -104,11 +104,11 @@ def scripted_state() -> TrainState:
 
 def copied(state: TrainState) -> TrainState:
     """A state in separate memory, as a restored checkpoint is."""
-    moments = {kind: {name: t.clone() for name, t in tensors.items()} for kind, tensors in state.opt_state.items()}
+    opt_state = {kind: {name: t.clone() for name, t in tensors.items()} for kind, tensors in state.opt_state.items()}
     return state.replace(
         params={name: t.clone() for name, t in state.params.items()},
         buffers={name: t.clone() for name, t in state.buffers.items()},
-        opt_state=moments,
+        opt_state=opt_state,
         sums=dict(state.sums),
         best=Best(*state.best),
     )

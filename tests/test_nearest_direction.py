@@ -27,7 +27,7 @@ def test_from_a_seed_on_a_circle_it_goes_round_both_ways(sizes: Any, mode: Any) 
     real, in_mm = circle(sizes), torch.tensor(sizes)
     shape = [round(size / each) for size, each in zip((60, 40, 10), sizes, strict=True)]
     inside = torch.ones(shape)
-    inside[:, : round(10 / sizes[1])] = 0  # lines end where the half circle still goes on
+    inside[:, : round(10 / sizes[1])] = 0  # lines end before the end of the half circle
     space = TrackingSpace(
         volume=torch.zeros(*shape, 28), voxel_sizes=sizes, interpolation=mode, mask=TrackingMask(values=inside)
     )

@@ -107,7 +107,7 @@ def test_an_update_changes_nothing_that_came_in(kind, weight_decay):
     params = some_tensors(0, torch.float32)
     params, opt_state = optimizer.update(some_tensors(9, torch.float32), optimizer.init(params), params, lr=0.1, step=0)
     grads = some_tensors(1, torch.float32)
-    tensors = [*params.values(), *grads.values(), *(t for moments in opt_state.values() for t in moments.values())]
+    tensors = [*params.values(), *grads.values(), *(t for by_name in opt_state.values() for t in by_name.values())]
     before = [(tensor._version, tensor.clone()) for tensor in tensors]
     results = [optimizer.update(grads, opt_state, params, lr=0.1, step=1) for _ in range(2)]
     for tensor, (version, value) in zip(tensors, before, strict=True):
@@ -117,9 +117,9 @@ def test_an_update_changes_nothing_that_came_in(kind, weight_decay):
     for (first, first_state), (second, second_state) in [results]:
         assert all(torch.equal(first[name], second[name]) for name in SHAPES)
         assert first_state.keys() == second_state.keys() == opt_state.keys()
-        for kind_of_moment, moments in first_state.items():
-            assert all(torch.equal(moments[name], second_state[kind_of_moment][name]) for name in SHAPES)
-            assert not old & {tensor.data_ptr() for tensor in moments.values()}
+        for part, tensors in first_state.items():
+            assert all(torch.equal(tensors[name], second_state[part][name]) for name in SHAPES)
+            assert not old & {tensor.data_ptr() for tensor in tensors.values()}
         assert not old & {tensor.data_ptr() for tensor in first.values()}
 
 
@@ -252,7 +252,7 @@ def test_names_decide_and_not_the_order_of_a_dict(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "moments"),
+    ("kind", "parts"),
     [
         ("sgd", []),
         ("momentum", ["momentum_buffer"]),
@@ -260,10 +260,10 @@ def test_names_decide_and_not_the_order_of_a_dict(kind):
         ("radam", ["exp_avg", "exp_avg_sq"]),
     ],
 )
-def test_an_optimizer_state_is_moments_only(kind, moments):
+def test_an_optimizer_state_is_tensors_only(kind, parts):
     params = some_tensors(0, torch.float64)
     opt_state = make_pair(kind)[0].init(params)
-    assert list(opt_state) == moments
+    assert list(opt_state) == parts
     for tensors in opt_state.values():
         assert {name: (t.shape, t.dtype, int(t.count_nonzero())) for name, t in tensors.items()} == {
             name: (p.shape, p.dtype, 0) for name, p in params.items()
@@ -304,11 +304,11 @@ def run_steps(optimizer: Optimizer, lr, steps, dtype=torch.float64):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_for_numbers_change_rounding_only(kind, dtype):
-    numbers, moments = run_steps(make_pair(kind, weight_decay=0.1)[0], 0.05, range(8), dtype)
+    numbers, opt_state = run_steps(make_pair(kind, weight_decay=0.1)[0], 0.05, range(8), dtype)
     decay, rate = torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
-    tensors, tensor_moments = run_steps(make_pair(kind, weight_decay=decay)[0], rate, torch.arange(8), dtype)
+    tensors, tensor_opt_state = run_steps(make_pair(kind, weight_decay=decay)[0], rate, torch.arange(8), dtype)
     torch.testing.assert_close(tensors, numbers)
-    torch.testing.assert_close(tensor_moments, moments)
+    torch.testing.assert_close(tensor_opt_state, opt_state)
     for name in SHAPES:
         assert tensors[name].dtype == dtype
 
@@ -444,4 +444,4 @@ def test_a_state_of_other_shapes_is_told_by_its_first_leaf(is_stacked: bool) -> 
             ValueError, match=re.escape(f"{path} of shape {expected}, as the parameters have it")
         ) as error:
             check_opt_state(schedule_free_adamw(), *given, is_stacked=is_stacked)
-        assert f"Received: {shape}. To start anew" in str(error.value)
+        assert f"Received: {shape}. To reset it" in str(error.value)

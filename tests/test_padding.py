@@ -241,7 +241,7 @@ def test_a_run_records_its_lengths_and_a_resume_takes_and_compares_them(cli: Any
     assert config.padded_lengths[-1] >= lengths[-1]  # the validation subjects count too
     train_batches, *_ = make_batches(replace(config, padded_lengths=(3, 77)), open_data(config), torch.device("cpu"))
     key: Any = init_state(torch.nn.Linear(1, 1), adam(), seed=0).key
-    assert {batch.padded_length for batch in train_batches(key, 0, 0)} <= {3, 77}  # not computed anew
+    assert {batch.padded_length for batch in train_batches(key, 0, 0)} <= {3, 77}  # not computed again
     assert cli(*train, "--skip-window-lag").code == 0  # the same command finds the same run
     text = path.read_text()
     path.write_text(json.dumps(json.loads(text) | {"padded_lengths": [3, 77]}))

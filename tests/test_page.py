@@ -204,7 +204,7 @@ def test_the_guides_command_writes_a_page_with_what_an_audit_found(cli, experime
     assert (outcome.code, outcome.out) == (1, "first_run.html\n")
     audit = Page(Path("first_run.html").read_text()).texts["audit"]
     assert "of 3 epochs trained again, some differ." in audit
-    assert "The record contradicts itself:" in audit
+    assert "What was recorded contradicts itself:" in audit
     assert "Not audited|" not in audit
 
 
@@ -351,7 +351,7 @@ def test_in_a_browser_the_streamlines_turn_and_nothing_is_asked_for(made: Made, 
     window.drag("view", 90, 40)
     dragged = window.pixels("view")
     assert (np.abs(dragged - first).max(axis=-1) > 0.1).mean() > 0.01
-    window.key("0")  # the mouse has given the picture the focus
+    window.key("0")  # the mouse has given the view the focus
     assert np.abs(window.pixels("view") - first).max() < 0.02
     window.key("ArrowLeft")
     assert np.abs(window.pixels("view") - first).max() > 0.3

@@ -176,5 +176,5 @@ def test_the_summary_says_all_shares_beside_the_ceiling() -> None:
     assert "0.50 (0.75)" in text
     assert "  oracle               0.50 (0.75)      0.25 (0.50)  follows the nearest real direction\n" in text
     assert "0.84 (0.88)" in text
-    assert "after 10, 20, 40 mm: 1.0, 2.0, 3.0 mm" in text  # no real streamline goes on for 80 mm
+    assert "after 10, 20, 40 mm: 1.0, 2.0, 3.0 mm" in text  # no real streamline is 80 mm longer
     assert "free" not in text

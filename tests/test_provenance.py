@@ -29,7 +29,7 @@ sys.path.insert(0, "")
 from dwiml_func.checkpoint.provenance import environment
 print(json.dumps(environment()))
 """
-"""The package is imported anew, from the folder in which the program runs."""
+"""The package is imported again, from the folder in which the program runs."""
 
 
 def in_folder(folder: Path) -> dict[str, object]:

@@ -107,7 +107,7 @@ def setting(request) -> Setting:
     loss_fn = module_loss(module, squared_error)
     train = partial(train_step, loss_fn=loss_fn, optimizer=adam(weight_decay=0.01), lr=0.05, clip_grad=0.5)
     state = init_state(module, adam(), seed=1)
-    for batch in batches[:2]:  # moments and buffers that are not zero
+    for batch in batches[:2]:  # optimizer state and buffers that are not zero
         state, _ = train(state, batch)
     return Setting(module, state, batches[2:], loss_fn, train)
 

@@ -1,4 +1,4 @@
-"""Claims about what a resume compares with the record: no option, no data and no list of members changes in silence."""
+"""Claims about a resume compared with what was recorded: no option, data or list of members changes in silence."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_an_edited_option_is_refused_by_name_and_taken_when_it_is_accepted(cli, 
     checkpoint = newest(copy)
     assert checkpoint is not None
     assert (checkpoint.name, checkpoint.config["model"]["dg_dropout"]) == ("2", 0.5)
-    assert cli("resume", copy.parent, "run", "--new-max-epochs", "3").err == ""  # from now on, that is the record
+    assert cli("resume", copy.parent, "run", "--new-max-epochs", "3").err == ""  # from now on, that is recorded
 
 
 def test_an_option_that_a_resume_may_change_is_shown(copy, caplog):

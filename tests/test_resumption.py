@@ -211,7 +211,7 @@ def test_data_of_another_width_is_refused_with_every_difference(copy, tmp_path):
     with pytest.raises(CheckpointError, match="does not fit") as raised:
         resume_experiment(copy, new_patience=9, hdf5_file=str(path))
     assert "(32, 6) in the checkpoint, float32 (32, 12) expected" in str(raised.value)
-    assert str(raised.value).count(" in the checkpoint") == 3  # the weight and its two moments
+    assert str(raised.value).count(" in the checkpoint") == 3  # the weight and its two means
     assert contents(copy) == before
 
 

@@ -124,7 +124,7 @@ def test_parameters_latest_has_the_references_headings(stopped_early):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Digests of the parameters and moments that the plain config ends with."""
+    """Digests of the parameters and optimizer state that the plain config ends with."""
     state, _ = restored(trained(tmp_path_factory.mktemp("plain"), CONFIG))
     return {name: leaf_digest(leaf) for name, leaf in state_leaves(state).items()}
 

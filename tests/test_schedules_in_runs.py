@@ -109,7 +109,7 @@ def test_a_fork_with_another_schedule_starts_without_reductions(folder, cli, tmp
     assert cli("verify", tmp_path / "constant").code == 0
 
 
-def test_a_fork_within_an_epoch_with_another_optimizer_counts_its_steps_anew(folder, cli, tmp_path):
+def test_a_fork_within_an_epoch_with_another_optimizer_counts_its_steps_from_zero(folder, cli, tmp_path):
     shutil.copytree(folder / "by_step", tmp_path / "by_step")
     options = ("--from", "1-2", "--optimizer", "SGD", "--max-epochs", "2")
     done = cli("fork", tmp_path / "by_step", "sgd", *options)

@@ -111,8 +111,8 @@ def test_50_steps_have_the_bits_of_a_plain_loop(name, clip_grad, changing, dtype
         assert state.step == 50
         for parameter_name, parameter in model.named_parameters():
             assert torch.equal(state.params[parameter_name], parameter)
-            for kind, moments in state.opt_state.items():
-                assert torch.equal(moments[parameter_name], reference.state[parameter][kind])
+            for kind, tensors in state.opt_state.items():
+                assert torch.equal(tensors[parameter_name], reference.state[parameter][kind])
     assert clip_grad is None or max(norms) > clip_grad  # otherwise nothing was clipped
 
 

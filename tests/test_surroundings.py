@@ -1,4 +1,4 @@
-"""Claims about hostile surroundings: closed and full output, long names, links, leftovers, bombs."""
+"""Claims about a hostile environment: closed and full output, long names, links, leftovers, bombs."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_stopped_with_one_thread_resumed_with_four_and_then_with_two_processes(t
 def test_a_run_without_shards_keeps_its_number_of_threads(cli, tmp_path):
     trained(tmp_path, CONFIG)
     cli("resume", tmp_path, "run", "--num-threads", 2, "--new-max-epochs", 3).check_refusal(
-        "--num-threads 2: a run without shards has other bits with other threads, and this one began with 1"
+        "--num-threads 2: results of a run without shards depend on it, and this one began with 1"
     )
 
 

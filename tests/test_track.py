@@ -356,7 +356,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(cli, model, data, tmp_path):
         ((*usual, "--skip", -1), ("skip: expected", "at least 0")),
         ((*usual, "--compress", 0), ("compress: expected", "above 0")),
         ((*usual, "--processes", 2, "--use-gpu"), ("processes: expected 1 with --use-gpu",)),
-        ((*usual, "--nt", 5, "--in-custom-seeds", "a.npy"), ("nt: expected without in_custom_seeds",)),
+        ((*usual, "--nt", 5, "--in-custom-seeds", "a.npy"), ("nt: not allowed with in_custom_seeds",)),
         ((*usual, "--tracking-mask", "m.nii.gz"), ("tracking_mask", "--input")),
         ((model, out, "--input", "no.nii.gz", "--subject", "a"), ("subject",)),
         ((model, out, "--input", "no.nii.gz"), ("no.nii.gz",)),

@@ -195,7 +195,7 @@ def test_a_finished_run_has_both_figures_and_the_drift_of_all_trackers(finished:
         assert at == recorded["scores"][name]["continue"]["lag_mm"]
         assert curve[0] == pytest.approx(0.0, abs=1e-6)
         assert None not in curve[:5]
-        assert curve[-1] is None  # no real streamline goes on for 80 mm
+        assert curve[-1] is None  # no real streamline is 80 mm longer
     lag = {name: scores["continue"]["lag_mm"][1] for name, scores in recorded["scores"].items()}
     assert lag[ORACLE] < 0.8 * min(lag["model"], lag["keep going straight"])  # it knows the way
     assert "lines" not in recorded

@@ -26,7 +26,7 @@ SHORT = ("--max-epochs", 1, "--batch-size-training", 48, "--skip-window-lag", "-
 
 
 def trained_and_verified(cli: Any, run: Path, kind: str, *options: object) -> float:
-    """The validation loss of a run, whose epoch gives the same bits when it is trained again."""
+    """The validation loss of a run, whose epoch is bitwise identical when it is trained again."""
     target = ("--target-embedded-size", 4) if kind == "ttst" else ()
     outcome = cli("train", run.parent, run.name, PHANTOM, "--model", kind, *SIZE, *target, *SHORT, *options)
     assert outcome.code == 0, outcome.err

@@ -64,7 +64,7 @@ class BitDifference(NamedTuple):
 
 
 def bit_difference(a: Tensor, b: Tensor) -> BitDifference | None:
-    """Compare two tensors bit for bit: a NaN equals a bitwise identical one, and -0 does not equal 0.
+    """Compare two tensors bitwise: a NaN equals a bitwise identical one, and -0 does not equal 0.
 
     Args:
         a: any tensor.

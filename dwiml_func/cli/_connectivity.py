@@ -33,7 +33,7 @@ def check_options(options: Any) -> None:
     if of_matrix and options.real is not None and not options.nb_blocs and options.labels is None:
         return
     if of_matrix:
-        raise ValueError("real: expected with one matrix, and nothing else. Give --real REAL.npy.")
+        raise ValueError("real: requires one matrix, and nothing else. Give MATRIX.npy --real REAL.npy.")
     if len(given) != 2 or not given[1].endswith(".npy"):
         received = " ".join(given) or "nothing"
         raise ValueError(f"Expected TRACTOGRAM and OUT.npy, or MATRIX.npy and --real. Received: {received}.")
@@ -45,13 +45,13 @@ def check_options(options: Any) -> None:
         raise ValueError(f"nb_blocs: expected at most {_MOST_REGIONS} blocs in all. Received: {num}.")
     for name, needs in (("hide_background", "labels"), ("reference", "nb_blocs"), ("save_blocs", "nb_blocs")):
         if getattr(options, name) is not None and not getattr(options, needs):
-            raise ValueError(f"{name}: expected with --{needs.replace('_', '-')}. Leave it out.")
+            raise ValueError(f"{name}: requires --{needs.replace('_', '-')}. Leave it out.")
     if options.use_longest_segment and options.labels is None:
-        raise ValueError("use_longest_segment: expected with --labels. Leave it out.")
+        raise ValueError("use_longest_segment: requires --labels. Leave it out.")
     if options.figure is not None:
         check_format(options.figure)
     if options.save_rejected is not None and options.hide_background is None:
-        raise ValueError("save_rejected: expected with --hide-background. Leave it out.")
+        raise ValueError("save_rejected: requires --hide-background. Leave it out.")
     if options.nb_blocs and given[0].lower().endswith(".tck") and options.reference is None:
         raise ValueError("reference: a TCK file has no grid to cut into blocs. Give --reference, a volume on its grid.")
     if options.save_blocs is not None and not options.save_blocs.endswith((".nii", ".nii.gz")):

@@ -34,13 +34,13 @@ def check_options(options: Any) -> str:
         raise ValueError("processes: expected 1 with --use-gpu, where one process keeps the GPU busy.")
     given = [option for option in ("npv", "nt", "in_custom_seeds") if getattr(options, option) is not None]
     if len(given) > 1:
-        raise ValueError(f"{given[0]}: expected without {given[1]}. Received both. Leave one out.")
+        raise ValueError(f"{given[0]}: not allowed with {given[1]}. Received both. Leave one out.")
     of_nifti = {"seeding_mask", "tracking_mask", "standardization", "std_mask"}
     of_dataset = {"subject", "input_group_name", "seeding_mask_group", "tracking_mask_group"}
     for name in sorted(of_dataset if options.input else of_nifti):
         if getattr(options, name):
             needs = "a dataset, not --input" if options.input else "--input FILE.nii.gz"
-            raise ValueError(f"{name}: expected with {needs}. Leave it out.")
+            raise ValueError(f"{name}: requires {needs}. Leave it out.")
     expected = 1 if options.input else 2
     if len(options.paths) != expected:
         names = "OUT, as --input is given" if options.input else "HDF5_FILE and OUT (or --input FILE.nii.gz and OUT)"

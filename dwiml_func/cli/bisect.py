@@ -19,10 +19,10 @@ __all__ = ["Options", "format_bisection", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CommandOptions):
-    """Find the first epoch, batch, tensor and operation in which two experiments differ: their records tell between
-    which checkpoints, and both are trained again from there. With one experiment: find the first epoch in which this
-    machine computes something else than its record. The exit code is 0 when nothing differs, 1 when something does.
-    Nothing is written.
+    """Find the first epoch, batch, tensor and operation in which two experiments differ: what they recorded tells
+    between which checkpoints, and both are trained again from there. With one experiment: find the first epoch in
+    which this machine computes something else than was recorded. The exit code is 0 when nothing differs, 1 when
+    something does. Nothing is written.
 
     Example: dwiml-func bisect experiments/first_run experiments/second_run
     """
@@ -30,7 +30,7 @@ class Options(CommandOptions):
     dir_a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR_A")]
     """An experiment's folder."""
     dir_b: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[DIR_B]")] = None
-    """The other experiment's folder. None: compare the first one with its own record."""
+    """The other experiment's folder. None: compare the first one with what it recorded."""
 
 
 def run(options: Options) -> int:
@@ -52,8 +52,8 @@ def format_bisection(found: Bisection) -> str:
     """A bisection as lines of text."""
     equal = "agree nowhere" if found.equal is None else f"agree {_after(found.equal)}"
     if found.different is None:
-        return f"The records {equal} and differ nowhere."
-    lines = [f"The records {equal} and differ {_after(found.different)}."]
+        return f"The recorded states {equal} and differ nowhere."
+    lines = [f"The recorded states {equal} and differ {_after(found.different)}."]
     start = "the first states" if found.start is None else f"checkpoint {found.start}"
     if found.found is not None:
         lines.append(f"Trained again from {start}, the runs first differ in {_where(found.found)}:")
@@ -62,7 +62,7 @@ def format_bisection(found: Bisection) -> str:
             lines.append(f"  tensors that differ after it: {at_most_three(found.found.leaves, ', ')}")
     else:
         lines.append(f"Trained again from {start}, the runs do not differ on this machine.")
-        lines += [f"  The record of {label} is not what this machine computes." for label in found.unlike]
+        lines += [f"  This machine computes something else than {label} recorded." for label in found.unlike]
     return "\n".join([*lines, *found.lines])
 
 

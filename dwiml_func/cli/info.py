@@ -21,24 +21,24 @@ __all__ = ["Options", "run"]
 class Options(CommandOptions):
     """Print what an HDF5 dataset contains and what is wrong with it. The exit code is 1 when something is wrong.
 
-    Example: dwiml-func info data.hdf5 --picture data.png
+    Example: dwiml-func info data.hdf5 --figure data.png
     """
 
     hdf5_file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE.hdf5")]
     """The dataset."""
-    picture: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    figure: Annotated[str | None, tyro.conf.arg(metavar="FILE", aliases=["--picture"])] = None
     """Also draw the dataset into this file, ending in .png, .svg or .pdf: the streamlines of up to four subjects over
-    the first volume in three views, in the colours of their bundles, and the lengths of all. None: no picture."""
+    the first volume in three views, in the colours of their bundles, and the lengths of all. None: no figure."""
 
 
 def run(options: Options) -> int:
     """Print what the dataset contains. Returns 1 when something is wrong with it."""
-    if options.picture is not None:
-        check_format(options.picture)
+    if options.figure is not None:
+        check_format(options.figure)
     inspection = inspect_dataset(options.hdf5_file)
     print(format_inspection(inspection))
-    if options.picture is not None:
-        with folders_above(options.picture) as path:
+    if options.figure is not None:
+        with folders_above(options.figure) as path:
             save_figure(draw_dataset(inspection), path)
         print(path)
     return 1 if inspection.problems else 0

@@ -110,14 +110,14 @@ def run(options: Options) -> int:
     directories = [folder for path in given for folder in _experiments(path) or [path]]
     for name, is_given in (("drift", options.drift), ("tracking", options.tracking)):
         if is_given and (options.panels or options.graph or options.csv or options.correlate):
-            raise ValueError(f"--{name}: expected no --panels, --graph, --csv or --correlate beside it.")
+            raise ValueError(f"--{name}: not allowed with --panels, --graph, --csv or --correlate. Leave them out.")
     if options.tracking and (options.drift or len(directories) != 1):
         received = "--drift" if options.drift else f"{len(directories)} experiments"
-        raise ValueError(f"--tracking: expected one experiment, and no --drift beside it. Received: {received}.")
+        raise ValueError(f"--tracking: requires one experiment, and no --drift. Received: {received}.")
     if len(options.correlate) not in (0, 2):
         raise ValueError(f"--correlate: expected NAME NAME. Received: {' '.join(options.correlate)}.")
     if options.correlate and (options.panels or options.graph or options.csv):
-        raise ValueError("--correlate: expected no --panels, --graph or --csv beside it.")
+        raise ValueError("--correlate: not allowed with --panels, --graph or --csv. Leave them out.")
     path_in, name = (drift_figure_path, "drift.png") if options.drift else (run_figure_path, "runs.png")
     if options.tracking:
         path_in, name = tracked_figure_path, "tracking.png"

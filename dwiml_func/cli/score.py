@@ -115,15 +115,15 @@ def run(options: Options) -> int:
 def _as_json(
     scores: TractogramScores, ceiling: TractogramScores | None, references: tuple[ReferenceBundle, ...]
 ) -> dict[str, Any]:
-    def plain(found: TractogramScores) -> dict[str, Any]:
+    def to_json(found: TractogramScores) -> dict[str, Any]:
         whole = {"all": _row(found.all, references), "mean": _row(found.mean, references)}
         by_bundle = {name: asdict(of_bundle) for name, of_bundle in found.bundles.items()}
         return {"bundles": by_bundle, **whole} if references else {"all": whole["all"]}
 
     thresholds = {bundle.name: {"ends_mm": bundle.ends_mm, "mdf_mm": bundle.mdf_mm} for bundle in references}
     return {
-        "scores": plain(scores),
-        "ceiling": None if ceiling is None else plain(ceiling),
+        "scores": to_json(scores),
+        "ceiling": None if ceiling is None else to_json(ceiling),
         "thresholds": thresholds or None,
     }
 

@@ -44,10 +44,10 @@ class Options(CommandOptions):
     epoch: int | None = None
     """The epoch to verify, counted from 1. None: the last recorded one."""
     all: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Audit the whole experiment: check its record, and train every epoch again. An epoch is trained from the nearest
-    checkpoint before it; with `train --keep every:5` or `--keep all`, several processes share them."""
+    """Audit the whole experiment: check what was recorded, and train every epoch again. An epoch is trained from the
+    nearest checkpoint before it; with `train --keep every:5` or `--keep all`, several processes share them."""
     sample: Annotated[int | None, tyro.conf.arg(metavar="K")] = None
-    """Audit the record, and K epochs that are chosen at random. None: no sample."""
+    """Audit what was recorded, and K epochs that are chosen at random. None: no sample."""
     jobs: Annotated[int | None, tyro.conf.arg(aliases=["-j"])] = None
     """Number of processes of an audit. None: as many as there are CPUs for their threads."""
     hdf5_file: str | None = None
@@ -105,7 +105,7 @@ def format_audit(audit: Audit, directory: str) -> str:
     """What was audited, what differs, and what follows for epochs that were not trained again."""
     num_recorded, num_replayed = len(audit.recorded), len(audit.replayed)
     head = f"{directory}: {num_replayed} of {pluralize(num_recorded, 'epoch')} trained again"
-    lines = [f"{head}, {'some differ' if audit.problems else 'bitwise identical to the record'}."]
+    lines = [f"{head}, {'some differ' if audit.problems else 'bitwise identical to what was recorded'}."]
     num_more = len(audit.problems) - _MOST
     more = [f"and {pluralize(num_more, 'further difference')}"] if num_more > 0 else []
     lines += [f"  {text}" for text in (*audit.problems[:_MOST], *more, *(audit.context if audit.problems else ()))]
@@ -124,7 +124,7 @@ def format_audit(audit: Audit, directory: str) -> str:
         )
     if audit.context and not audit.problems:
         lines.append(f"Different: {'; '.join(audit.context)}")
-    lines.append(f"Record {audit.record}")
+    lines.append(f"SHA-256 of the run: {audit.record}")
     return "\n".join(lines)
 
 

@@ -1,13 +1,14 @@
 """A whole step as one CUDA graph for each shape of batches, replayed on tensors that stay in place.
 
 A CUDA graph repeats its kernels on the addresses of its capture. So batches and numbers are copied into tensors of its
-own, and the state stays in the tensors that it has at the capture: what the step computes anew, such as buffers, is
+own, and the state stays in the tensors that it has at the capture: what the step computes again, such as buffers, is
 written back into them. Learning rate, step and weight decay are among the numbers, and random numbers follow torch's
 generators, which are seeded before each replay; nothing that changes from step to step is frozen.
 
 The kernels are those of the step as it is, without torch.compile. The first batch of a shape runs without a graph,
 which lets libraries make their plans and handles. The second does too, and waiting for the device is an error there: a
-capture that fails can leave torch's generators and allocator unusable. The third is captured. All give the same bits.
+capture that fails can leave torch's generators and allocator unusable. The third is captured. All give bitwise
+identical results.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def jit_step(
     Args:
         loss_fn, optimizer, clip_grad, donate, non_finite: as for `train_step`, with the random numbers of an eager
             step. The loss is traced, so it may neither read values of tensors nor use its key. A batch's numbers that
-            change from batch to batch are () tensors to it, so that they do not compile anew.
+            change from batch to batch are () tensors to it, so that they are not compiled again.
         dynamic: whether the first size of each tensor in a batch may vary from batch to batch within one graph. False
             compiles a graph for each combination of shapes.
         max_compilations: largest number of graphs; a batch that needs one more turns compilation off.
@@ -166,7 +166,7 @@ class JitStep:
         lr: float | Tensor,
         weight_decay: float | Tensor | None = None,
     ) -> TrainState:
-        """The state after a step on each batch, in order: what calls one by one give, to the bit.
+        """The state after a step on each batch, in order: bitwise identical to calls one by one.
 
         `epoch_fn` calls it. Batches of equal shapes in a row are taken in one loop around the graph.
         """

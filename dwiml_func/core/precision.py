@@ -62,7 +62,7 @@ MatmulPrecision = Literal["highest", "high", "medium"]
 def set_matmul_precision(precision: MatmulPrecision) -> None:
     """Set the precision of float32 products for this process, also for cuDNN, whose own default is TF32.
 
-    cuDNN then takes only algorithms that give the same bits again; by default its gradients of convolutions may not.
+    cuDNN then takes only algorithms whose results repeat; by default its gradients of convolutions may not.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Please use the new API", UserWarning)  # torch 2.9 to 2.11, of these settings

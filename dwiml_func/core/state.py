@@ -231,10 +231,10 @@ class _Donated(Mapping[str, Tensor]):
     def __init__(self, step: int) -> None:
         self._step = step
 
-    def _refuse(self, *_: object) -> NoReturn:
+    def _raise(self, *_: object) -> NoReturn:
         raise RuntimeError(_donated_message(self._step))
 
-    __getitem__ = __iter__ = __len__ = __contains__ = keys = values = items = get = _refuse
+    __getitem__ = __iter__ = __len__ = __contains__ = keys = values = items = get = _raise
 
     def __repr__(self) -> str:
         return "<donated>"

@@ -96,7 +96,7 @@ def _send(pipe: Connection, work: Callable[..., Iterator[Any]], arguments: tuple
             pipe.send(None)
         except (BrokenPipeError, KeyboardInterrupt):
             raise
-        except (ValueError, OSError, ModuleNotFoundError) as error:  # what a user can mend is no traceback
+        except (ValueError, OSError, ModuleNotFoundError) as error:  # what a user can repair is no traceback
             pipe.send(ValueError(str(error)))
         except Exception:
             pipe.send(traceback.format_exc())

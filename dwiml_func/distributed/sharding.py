@@ -71,9 +71,9 @@ def sharded_value_and_grad(
         process_group: the processes that share the work; their number divides that of the shards.
         gradient_fn: evaluates loss and gradients of one shard.
         num_threads: how many threads of each process evaluate shards side by side, each operation on one thread; any
-            number gives the same bits, after `torch.set_num_threads(1)`. A model's forward pass that draws random
-            numbers waits for those of the other shards; blocks of `torch.utils.checkpoint` that draw some are for one
-            thread.
+            number gives bitwise identical results, after `torch.set_num_threads(1)`. A model's forward pass that draws
+            random numbers waits for those of the other shards; blocks of `torch.utils.checkpoint` that draw some are
+            for one thread.
 
     Returns:
         A function for `train_step(..., gradient_fn=...)`. Its batch is a sequence of shards, None for an empty one; the

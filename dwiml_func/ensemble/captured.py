@@ -39,9 +39,9 @@ def capture_ensemble_step(
         max_graphs: largest number of graphs; batches of further shapes run without.
 
     Returns:
-        The step. The first two batches of a shape run without a graph, the third is captured; all give the same bits.
-        An ensemble that the step was given is not to be used again: from a capture on, the step writes into its
-        tensors. Where there can be no graph, as on a CPU, it warns once, with the reason.
+        The step. The first two batches of a shape run without a graph, the third is captured; results are bitwise
+        identical. An ensemble that the step was given is not to be used again: from a capture on, the step writes into
+        its tensors. Where there can be no graph, as on a CPU, it warns once, with the reason.
 
     Example:
         >>> import torch

@@ -53,9 +53,9 @@ def model_card(directory: str | Path) -> str:
         sections["Angular error of the best model and of baselines, degrees"] = asdict(angles)
     tracking = read_tracking(directory)
     sections["Computed by"] = dict(latest.environment)
-    sections["Record"] = {
+    sections["What was recorded"] = {
         "state": latest.digest,
-        "record": record_digest(latest),
+        "SHA-256 of the run": record_digest(latest),
         "to check": "dwiml-func verify EXPERIMENT_DIR --all",
     }
     parts = [f"# {directory.resolve().name}", *(_table(title, rows) for title, rows in sections.items() if rows)]

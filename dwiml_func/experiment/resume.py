@@ -185,7 +185,7 @@ def with_new_options(
     recorded = config.training
     if recorded.num_shards == 1 and num_threads not in (None, recorded.num_threads):
         raise ValueError(
-            f"--num-threads {num_threads}: a run without shards has other bits with other threads, and this one began "
+            f"--num-threads {num_threads}: results of a run without shards depend on it, and this one began "
             f"with {recorded.num_threads}. Leave the option out. Runs with --num-shards may change it."
         )
     return replace(

@@ -78,7 +78,7 @@ class TrainingConfig:
     """Train on the CUDA GPU."""
     num_threads: int = 1
     """Number of CPU threads of the computation. Of a run with shards they compute shards side by side, and any number
-    gives bitwise identical results; without shards, other numbers give other bits."""
+    gives bitwise identical results; without shards, results depend on it."""
     compile: bool = False
     """Compile the training step with torch.compile; on a GPU, replay it as CUDA graphs. Results are reproducible, but
     not bitwise identical to those without it."""

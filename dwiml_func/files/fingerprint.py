@@ -87,7 +87,7 @@ def same_file(recorded: Mapping[str, Any], path: str | os.PathLike[str], *, thor
 
 
 def linked_paths(recorded: Mapping[str, Any], path: str | os.PathLike[str]) -> list[Path]:
-    """Where the linked files of a record are when the file itself is at `path`."""
+    """Where the linked files of a recorded fingerprint are when the file itself is at `path`."""
     return [Path(os.path.normpath(Path(path).parent / name)) for name in recorded.get("linked") or {}]
 
 
@@ -144,7 +144,7 @@ class FingerprintInBackground:
         if self._thread.is_alive():
             return dict(self._recorded or self._read)
         if self._error is not None:
-            raise ValueError(f"The data of this run cannot be compared with its record: {self._error}")
+            raise ValueError(f"The data of this run cannot be compared with what was recorded: {self._error}")
         known = content(self._recorded)
         if known and known != {name: value for name, value in content(self._result).items() if name in known}:
             raise ValueError(

@@ -77,7 +77,7 @@ def experiment_lock(directory: str | Path, *, wait: bool = False) -> Iterator[No
 
 def is_locked(directory: str | Path) -> bool:
     """Whether a process holds the lock of a directory, which need not exist. Nothing is written."""
-    return _refuses(Path(directory) / _NAME, _LOOK, fcntl.LOCK_SH)
+    return _is_locked(Path(directory) / _NAME, _LOOK, fcntl.LOCK_SH)
 
 
 def remove_left_lock(directory: Path) -> None:
@@ -132,10 +132,10 @@ def kept_folders(paths: Iterable[Path]) -> Iterator[None]:
 
 def is_kept(path: Path) -> bool:
     """Whether a reader asked to keep a directory."""
-    return _refuses(path, os.O_RDONLY | os.O_DIRECTORY, fcntl.LOCK_EX)
+    return _is_locked(path, os.O_RDONLY | os.O_DIRECTORY, fcntl.LOCK_EX)
 
 
-def _refuses(path: Path, flags: int, operation: int) -> bool:
+def _is_locked(path: Path, flags: int, operation: int) -> bool:
     """Whether a path, which need not exist, is locked against an operation."""
     try:
         descriptor = os.open(path, flags)

@@ -55,7 +55,7 @@ def check_opt_state(
         if given.shape != expected and (is_like_param or 0 not in leaf.shape):
             raise ValueError(
                 f"opt_state: expected {'/'.join(path)} of shape {tuple(expected)}, as the parameters have it. "
-                f"Received: {tuple(given.shape)}. To start anew: state.replace(opt_state=optimizer.init(state.params))."
+                f"Received: {tuple(given.shape)}. To reset it: state.replace(opt_state=optimizer.init(state.params))."
             )
     _CHECKED.add(known)
 

@@ -1,4 +1,4 @@
-"""Which seed goes to which row of the model: any, or one of those that give the same bits."""
+"""Which seed goes to which row of the model: any, or one of those whose results are bitwise identical."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ _NUM_STEPS = 4
 
 
 def row_period(state: TrackState, *, model: StepModel, space: TrackingSpace, spec: TrackingSpec) -> int:
-    """The smallest number p, at least 16, such that rows k and k + p of the model give the same bits.
+    """The smallest number p, at least 16, such that rows k and k + p of the model give bitwise identical results.
 
     It is measured: all rows get the same numbers, for some steps. Rows whose products add in another order differ in
     about every second sum, and there are thousands. It depends on the model, the number of rows R, and the machine.

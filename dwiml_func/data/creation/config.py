@@ -69,7 +69,7 @@ class VolumeGroup:
     def __post_init__(self) -> None:
         _check_files(self.files)
         if self.sh_order is None and self.harmonics:
-            raise ValueError(f"{', '.join(self.harmonics)}: expected sh_order with them, received none")
+            raise ValueError(f"{', '.join(self.harmonics)}: require sh_order, received none")
         if self.sh_order is not None and (self.sh_order < 0 or self.sh_order % 2):
             raise ValueError(f"sh_order: expected an even number of at least 0, received {self.sh_order}")
 
@@ -108,10 +108,10 @@ class StreamlineGroup:
             name for name in ("connectivity_nb_blocs", "connectivity_labels") if getattr(self, name) is not None
         ]
         if self.connectivity_matrix is None and received:
-            raise ValueError(f"{received[0]}: expected a connectivity_matrix with it, received none")
+            raise ValueError(f"{received[0]}: requires connectivity_matrix, received none")
         if self.connectivity_matrix is not None and len(received) != 1:
             raise ValueError(
-                "connectivity_matrix: expected connectivity_nb_blocs or connectivity_labels with it, received "
+                "connectivity_matrix: requires connectivity_nb_blocs or connectivity_labels, received "
                 + ("both" if received else "neither")
             )
 

@@ -64,7 +64,7 @@ def paint(bundles: Sequence[list[np.ndarray]], grid: Grid) -> Fibres:
     painted = np.flatnonzero(density.any(axis=1))
     place = np.zeros(num_voxels, dtype=np.int64)
     place[painted] = np.arange(len(painted))
-    # A view, as of eigh's last vectors: einsum's last bits, and so those of the data, depend on the layout.
+    # A view, as of eigh's last vectors: einsum's rounding, and so that of the data, depends on the layout.
     directions = np.zeros((len(painted), len(bundles), 3, 3))[..., -1]
     for k, (rows, weights, tangents) in enumerate(spread):
         outer = np.zeros((len(painted), 3, 3))

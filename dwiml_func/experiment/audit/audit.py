@@ -1,4 +1,4 @@
-"""An audit of a whole experiment: its record is checked, and its epochs are trained again."""
+"""An audit of a whole experiment: what was recorded is checked, and its epochs are trained again."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Audit:
 
     `recorded` are the epochs that the run itself has trained, `replayed` those that were trained again, `num_chosen` of
     them because they were asked for. `problems` has
-    a text for each thing that differs; `left_out` says what could not be audited. `record` identifies the whole record.
+    a text for each thing that differs; `left_out` says what could not be audited. `record` is the SHA-256 of the run.
     """
 
     recorded: tuple[int, ...]
@@ -75,7 +75,7 @@ def audit_experiment(
     hdf5_file: str | None = None,
     track: Track | None = None,
 ) -> Audit:
-    """Check the record of an experiment, and train all its epochs again, or a random sample of them.
+    """Check what an experiment recorded, and train all its epochs again, or a random sample of them.
 
     An epoch is trained from the nearest checkpoint before it, so epochs without a checkpoint between them are trained
     in one go. Nothing is written. ValueError where no epoch is recorded.
@@ -122,7 +122,7 @@ def summed_up(
     left_out: list[str],
     record: str,
 ) -> Audit:
-    """An audit, from what the replay of each span found; `problems` and `left_out` are those of the record."""
+    """An audit, from what the replay of each span found; `problems` and `left_out` are those found before."""
     replayed: list[int] = []
     context: dict[str, None] = {}
     for span, result in found:
@@ -193,7 +193,7 @@ class _Replay:
         self._latest, self._reports = recorded_run(directory)
         self._directory, self._config, self._track = directory, config, track
         self._parts: RunParts | None = None
-        self._end: TrainState | None = None  # of a replay that was identical to the record
+        self._end: TrainState | None = None  # of a replay that was identical to the recorded one
 
     def __call__(self, span: Span) -> Replayed:
         after, _ = checkpoint_after(self._directory, span.last, self._reports, is_read=False)
@@ -205,7 +205,7 @@ class _Replay:
         return result
 
     def _train(self, span: Span, after: Checkpoint | None) -> tuple[list[str], tuple[str, ...]]:
-        """Train a span again: what differs from the record, and how the environment does."""
+        """Train a span again: what differs from what was recorded, and how the environment does."""
         reports, origin, problems = self._reports, self._config.origin, []
         parts = self._made(WINDOW_LAG in reports[span.last].valid)  # not by earlier versions
         state = self._start(span.first)

@@ -1,4 +1,4 @@
-"""The first place at which two runs differ, or a run and its own record, from checkpoints and by training again."""
+"""The first place at which two runs differ, or a run and what it recorded, from checkpoints and by training again."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ Position = tuple[int, int]
 class Bisection:
     """What a bisection found.
 
-    The records agree up to `equal` (None: nowhere) and differ from `different` on (None: they never do). `start` is the
-    checkpoint from which both were trained again. `found` is where the replays first differ; where they do not differ,
-    `unlike` names the runs whose record is not what this machine computes. `lines` say more.
+    The recorded states agree up to `equal` (None: nowhere) and differ from `different` on (None: they never do).
+    `start` is the checkpoint from which both were trained again. `found` is where the replays first differ; where they
+    do not differ, `unlike` names the runs of which this machine computes something else than was recorded. `lines`
+    say more.
     """
 
     equal: Position | None
@@ -133,7 +134,7 @@ def _recorded_run(directory: Path) -> tuple[Checkpoint, dict[int, EpochReport]]:
         where = directory if is_ensemble(directory) else directory.parent
         raise ValueError(
             f"Expected a single run. Received: {directory}, of an ensemble, whose step trains all members at once. "
-            f"Compare members with dwiml-func diff, and the ensemble with its record: dwiml-func verify {where} --all"
+            f"Compare members with dwiml-func diff. Audit the ensemble: dwiml-func verify {where} --all"
         )
     return recorded_run(directory)
 

@@ -1,4 +1,4 @@
-"""Whether the checkpoints, the config and the best model of a run agree, and one hash of its whole record."""
+"""Whether the checkpoints, the config and the best model of a run agree, and one hash of the whole run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LABELS = ("there", "in the newest checkpoint")
 
 
 def record_digest(latest: Checkpoint) -> str:
-    """SHA-256 of all that a run's record says of its results: data, config, and the epochs as a chain of hashes.
+    """SHA-256 of all that a run recorded of its results: data, config, and the epochs as a chain of hashes.
 
     Each link is the hash of the link before it, of the epoch's report and of the digest of its state; durations apart,
     so a run that is repeated has the same. Options that cannot change results are left out.

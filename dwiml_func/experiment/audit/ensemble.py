@@ -48,7 +48,7 @@ _LABELS = ("recorded", "replayed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Member:
-    """The record of a member: its reports by epoch, and where it stopped, in epochs and batches; None for never."""
+    """What was recorded of a member: its reports by epoch, and where it stopped, in epochs and batches, or None."""
 
     folder: Path
     config: RunConfig
@@ -162,7 +162,7 @@ def _ends(members: Sequence[_Member]) -> set[int]:
 def _replay(
     members: Sequence[_Member], parts: Sequence[RunParts], environment: Mapping[str, Any], span: Span
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Train a span of an ensemble again: what differs from the record, and from the recorded environment.
+    """Train a span of an ensemble again: what differs from what was recorded, and from the recorded environment.
 
     NothingLeft where a checkpoint after the epoch before the span is corrupt.
     """
@@ -208,7 +208,7 @@ def _member_problems(
     """How a member's epoch differs from what was recorded."""
     if epoch not in each.reports:
         has_stopped = each.latest is not None and each.latest.history[-1:] and each.latest.history[-1].stop is not None
-        text = "the member has failed in the record, and not when trained again"
+        text = "the member has failed as recorded, and not when trained again"
         return [] if number in report.failed or has_stopped else [text]
     if number in report.failed:
         return [f"the member failed when trained again: {report.failed[number]}"]

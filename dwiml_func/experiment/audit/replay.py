@@ -1,4 +1,4 @@
-"""Training a recorded epoch again with given functions, and comparing it bit for bit. Nothing is written."""
+"""Training a recorded epoch again with given functions, and comparing it bitwise. Nothing is written."""
 
 from __future__ import annotations
 

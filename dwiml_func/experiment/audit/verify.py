@@ -1,4 +1,4 @@
-"""Training a recorded epoch of an experiment again, and comparing it bit for bit. Nothing is written."""
+"""Training a recorded epoch of an experiment again, and comparing it bitwise. Nothing is written."""
 
 from __future__ import annotations
 

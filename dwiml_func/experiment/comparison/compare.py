@@ -84,7 +84,7 @@ def compare_experiments(a: str | Path, b: str | Path) -> Comparison:
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], labels: tuple[str, str] = ("in A", "in B")) -> list[str]:
-    """Compare nested JSON data, bit for bit: a text for each difference. An absent value is equal to None."""
+    """Compare nested JSON data bitwise: a text for each difference. An absent value is equal to None."""
     return [f"{name}: {in_a} {labels[0]}, {in_b} {labels[1]}" for name, (in_a, in_b) in differing(a, b).items()]
 
 
@@ -108,7 +108,7 @@ def distinguishing(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]
 
 
 def report_differences(a: EpochReport, b: EpochReport, labels: tuple[str, str] = ("in A", "in B")) -> list[str]:
-    """Compare two reports, bit for bit; durations, digests and the reason of the end apart."""
+    """Compare two reports bitwise; durations, digests and the reason of the end apart."""
     return differences(report_values(a), report_values(b), labels)
 
 

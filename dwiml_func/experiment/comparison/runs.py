@@ -60,7 +60,7 @@ class RunOverview:
     record: RunRecord = field(default_factory=lambda: RunRecord(), repr=False, compare=False)
 
     def to_row(self) -> dict[str, Any]:
-        """The overview as JSON data; the record apart."""
+        """The overview as JSON data; `record` apart."""
         row = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "record"}
         return {**row, "last_change": self.last_change.isoformat(timespec="seconds"), "problems": [*self.problems]}
 

@@ -41,7 +41,7 @@ _NUM_BINS = 40
 _GREY = "#666666"
 
 
-class _Picture(NamedTuple):
+class _Drawn(NamedTuple):
     """Of one subject: some streamlines in RAS mm, evenly spaced in their order, the colour group of each, (S,); and a
     volume (X, Y, Z) with its grid, or None."""
 
@@ -58,29 +58,29 @@ def draw_dataset(inspection: Inspection) -> Figure:
     with open_hdf5(inspection.path) as file:
         bundles = {name: collect(_bundles(file, name, *found), []) for name, found in streamlines.items()}
         joined, ids = _grouped(bundles, streamlines)
-        pictures = [_picture(file, inspection, name, streamlines.get(name), ids) for name in _chosen(inspection)]
+        subjects = [_drawn(file, inspection, name, streamlines.get(name), ids) for name in _chosen(inspection)]
     lengths = _lengths_by_group(joined.names, ids, streamlines)
     colours = bundle_colours([len(of_group) for of_group in lengths])
-    figure, rows = view_rows(max(1, len(pictures)), above=0.75, below=3.1)
-    shown = [picture.lines for picture in pictures if len(picture.lines)]
-    limits = view_limits(shown or [_corners(picture.volume[1]) for picture in pictures if picture.volume is not None])
+    figure, rows = view_rows(max(1, len(subjects)), above=0.75, below=3.1)
+    shown = [subject.lines for subject in subjects if len(subject.lines)]
+    limits = view_limits(shown or [_corners(subject.volume[1]) for subject in subjects if subject.volume is not None])
     subset_of = {name: subset for subset, names in inspection.subsets.items() for name in names}
-    for row, picture in zip(rows, pictures, strict=False):
-        if picture.volume is not None:
-            _draw_slices(row, *picture.volume, limits)
-        parts = [picture.lines.select(np.flatnonzero(picture.group == number)) for number in range(len(colours))]
+    for row, subject in zip(rows, subjects, strict=False):
+        if subject.volume is not None:
+            _draw_slices(row, *subject.volume, limits)
+        parts = [subject.lines.select(np.flatnonzero(subject.group == number)) for number in range(len(colours))]
         groups = [LineGroup(lines, colour) for lines, colour in zip(parts, colours, strict=True)]
         draw_views(row, groups, limits, is_last=row is rows[-1])
-        num = streamlines[picture.name][1].num_streamlines if picture.name in streamlines else 0
-        drawn = f", {len(picture.lines)} drawn" if len(picture.lines) < num else ""
-        text = f"{picture.name} ({subset_of.get(picture.name, 'no subset')}): {num:,} streamlines{drawn}"
+        num = streamlines[subject.name][1].num_streamlines if subject.name in streamlines else 0
+        drawn = f", {len(subject.lines)} drawn" if len(subject.lines) < num else ""
+        text = f"{subject.name} ({subset_of.get(subject.name, 'no subset')}): {num:,} streamlines{drawn}"
         row[0].set_title(text, loc="left", fontsize=10, fontweight="bold")
     width, height = figure.get_size_inches()
     panel = figure.add_axes((0.65 / width, 0.55 / height, 6.0 / width, 1.6 / height))
     kind = "subjects" if None in bundles.values() else "bundles"
     _draw_lengths(panel, lengths, colours, labels_of(joined.names, colours, kind=kind))
     num_subjects = len(inspection.subjects)
-    some = f", {len(pictures)} of {num_subjects} subjects" if len(pictures) < num_subjects else ""
+    some = f", {len(subjects)} of {num_subjects} subjects" if len(subjects) < num_subjects else ""
     figure.suptitle(inspection.path.name + some, x=0.65 / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=12)
     return figure
 
@@ -120,13 +120,13 @@ def _bundles(file: h5py.File, subject: str, group_name: str, summary: Streamline
     return None if group is None else (yield from read_bundles(group, summary.num_streamlines))
 
 
-def _picture(
+def _drawn(
     file: h5py.File,
     inspection: Inspection,
     name: str,
     streamlines: tuple[str, StreamlineSummary] | None,
     ids: Mapping[str, NDArray[np.int64]],
-) -> _Picture:
+) -> _Drawn:
     lines, rows = Streamlines.from_list([]), np.empty(0, dtype=np.int64)
     if streamlines is not None and streamlines[1].grid is not None:
         found = collect(_lines(file, name, streamlines[0]), [])
@@ -139,7 +139,7 @@ def _picture(
     summary = None if volume_name is None else inspection.subjects[name][volume_name]
     grid = None if summary is None else summary.grid
     of_group = ids[name][rows] if len(rows) else rows
-    return _Picture(name, lines, of_group, None if volume is None or grid is None else (volume, grid))
+    return _Drawn(name, lines, of_group, None if volume is None or grid is None else (volume, grid))
 
 
 def _lines(file: h5py.File, subject: str, group_name: str) -> Checked[Streamlines]:

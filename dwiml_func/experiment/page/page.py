@@ -154,11 +154,11 @@ def _provenance(latest: Checkpoint) -> Element:
         *((name, value) for name, (value, _) in differing(latest.environment, {}).items()),
         ("checkpoint", latest.name),
         ("digest of its state", latest.digest),
-        ("record", record_digest(latest)),
+        ("SHA-256 of the run", record_digest(latest)),
     ]
     lines = [
         ("" if data else "The data were not fingerprinted. ")
-        + ("The record is one hash of data, config and all epochs: a run that is repeated has the same.")
+        + ("The SHA-256 of the run is one hash of data, config and all epochs: a run that is repeated has the same.")
     ]
     table = rows_table(("", ""), [(name, tag("code", str(value).strip('"'))) for name, value in rows])
     return tag("section", tag("h2", "Provenance"), table, tag("p", *lines), id="provenance")
@@ -193,7 +193,7 @@ def _consistency(directory: Path, latest: Checkpoint, config: RunConfig) -> Iter
     if not problems:
         yield tag("p", "The checkpoints, config.json and the best model agree with each other, and hold what they say.")
         return
-    yield tag("p", tag("strong", "The record contradicts itself:"))
+    yield tag("p", tag("strong", "What was recorded contradicts itself:"))
     yield tag("ul", *(tag("li", problem) for problem in problems))
 
 

@@ -32,7 +32,7 @@ NOT_VALID = "not valid"
 
 _LARGEST = 2**15 - 1
 _HINT = (
-    "Drag to turn, pinch or Ctrl and the wheel to zoom; or, after Tab to the picture, the arrow keys turn, + and - "
+    "Drag to turn, pinch or Ctrl and the wheel to zoom; or, after Tab to the view, the arrow keys turn, + and - "
     "zoom, 0 resets."
 )
 _VIEWS = ("right", "behind", "above")

@@ -31,7 +31,7 @@ __all__ = [
     "write_tracking_evaluation",
 ]
 
-_MOST_SHOWN = 300  # streamlines of a protocol that are kept for pictures
+_MOST_SHOWN = 300  # streamlines of a protocol that are kept for figures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class TrackingEvaluation:
     step_size: mm.
     has_mask: whether lines stay within a mask, in which free seeds lie.
     drift: by who tracked, of *continue*.
-    lines: the model's, for a picture; they are not written.
+    lines: the model's, for a figure; they are not written.
     """
 
     subject: str

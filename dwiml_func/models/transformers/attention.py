@@ -148,7 +148,7 @@ def _(offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, dropout_rate: float) -> Tensor:
-    # The gradients of CUDA's fused kernels are added up in any order: with other bits each time.
+    # The gradients of CUDA's fused kernels are added up in any order: they do not repeat.
     has_same_bits = query.device.type != "cuda" or not query.requires_grad
     if dropout_rate == 0 and has_same_bits and not is_transformed():
         return scaled_dot_product_attention(query, key, value, is_causal=True)

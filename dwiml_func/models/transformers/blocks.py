@@ -2,7 +2,8 @@
 
 A chunk is some sequences of a bucket, so many that their blocks stay in a core's cache. A block is 48 queries of a
 chunk, and the keys up to the last of them. All blocks have the same memory, one after the other. Dropout takes 16
-random bits a weight, since torch's own draws take more time than all else here. So its rate is a multiple of 1 / 65536.
+random bits a weight, since torch's own random numbers take more time than all else here. So its rate is a
+multiple of 1 / 65536.
 """
 
 from __future__ import annotations
