@@ -36,7 +36,7 @@ from dwiml_func.experiment.setup import prepare
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--reverse-ratio", "0.5")
-OPTIONS = (*OPTIONS, "--dg-dropout", "0.2", "--keep", "all", "--clip-grad", "0.1")
+OPTIONS = (*OPTIONS, "--dg-dropout", "0.2", "--keep", "all", "--clip-grad", "0.1", "--skip-figures")
 
 RUNS: dict[str, tuple[str, ...]] = {
     "single": (),

@@ -127,7 +127,9 @@ def test_a_corrupt_checkpoint_is_found_and_the_epochs_around_it_are_trained(run,
 
 def test_a_fork_is_audited_from_where_it_was_forked(cli, run, tmp_path):
     source = Path(shutil.copytree(run, tmp_path / "source"))
-    assert cli("fork", source, "forked", "--from", "2", "--learning-rate", "0.01", "--quiet").code == 0
+    assert (
+        cli("fork", source, "forked", "--from", "2", "--learning-rate", "0.01", "--quiet", "--skip-figures").code == 0
+    )
     outcome = cli("verify", tmp_path / "forked", "--all", "-j", "1")
     assert outcome.code == 0
     assert "2 of 2 epochs trained again" in outcome.out

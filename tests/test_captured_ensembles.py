@@ -216,6 +216,7 @@ def test_a_run_on_a_gpu_captures_the_step_of_its_ensemble_and_ends_bitwise_where
     monkeypatch.setattr(OnCuda, "__call__", lambda self, step: recorded(step))
     options = ("--rnn-layer-sizes", "5", "--dropout", "0.2", "--nb-previous-dirs", "1", "--batch-size-training", "30")
     several = ("--sweep", "weight-decay=0,0.1", "--compile", "--pad-batches", "on", "--learning-rate", "0.01")
+    several = (*several, "--skip-figures")
     done = cli("train", tmp_path, "whole", PHANTOM, *options, *several, "--max-epochs", "2")
     assert re.search(r"Steps were replays of \d+ CUDA graphs?\n", done.out), done.out
     assert cli("train", tmp_path, "stopped", PHANTOM, *options, *several, "--max-epochs", "1").code == 0

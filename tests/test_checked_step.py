@@ -131,7 +131,7 @@ def test_runs_and_ensembles_with_checked_steps_have_the_same_bits(cli, tmp_path)
     checked = replace(CONFIG, checkpoints=CheckpointConfig(check_every=2))
     assert latest_digest(trained(tmp_path, checked, "checked")) == latest_digest(trained(tmp_path, CONFIG, "plain"))
     for name, options in (("two", ()), ("two_checked", ("--check-every", "1"))):
-        small = ("--rnn-layer-sizes", "8", "--max-epochs", "1", "--num-models", "2", *options)
+        small = ("--rnn-layer-sizes", "8", "--max-epochs", "1", "--num-models", "2", "--skip-figures", *options)
         assert cli("train", tmp_path, name, PHANTOM, *small).code == 0
     assert latest_digest(tmp_path / "two" / "1") == latest_digest(tmp_path / "two_checked" / "1")
 

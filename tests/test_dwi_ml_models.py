@@ -384,7 +384,7 @@ def test_a_model_for_dwi_ml_has_what_its_tracker_needs_as_in_the_guide(cli, tmp_
     shutil.copy(DATA / "phantom.hdf5", tmp_path / "data.hdf5")
     (tmp_path / "experiments").mkdir()
     monkeypatch.chdir(tmp_path)
-    tiny = ["--max-epochs", "1", "--rnn-layer-sizes", "4", "--skip-window-lag"]
+    tiny = ["--max-epochs", "1", "--rnn-layer-sizes", "4", "--skip-window-lag", "--skip-figures"]
     trained, exported = cli(*commands[0], *tiny), cli(*commands[1])
     assert trained.code == exported.code == 0, trained.err + exported.err
     says = "For dwi_ml's tracker, with --interpolation trilinear-corner --step-rule dwi_ml"

@@ -362,7 +362,7 @@ def test_commands_that_train_lock_what_they_write_and_wait_for_the_folder_of_all
         monkeypatch.setattr(module, "experiment_lock", spy)
     data = Path(__file__).parent / "data" / "phantom.hdf5"
     shutil.copy(data, tmp_path / "example_data.hdf5")
-    tiny = ("--rnn-layer-sizes", 2, "--batch-size-training", 90, "--max-epochs", 1, "-q")
+    tiny = ("--rnn-layer-sizes", 2, "--batch-size-training", 90, "--max-epochs", 1, "-q", "--skip-figures")
 
     def locks(*arguments: object) -> list[tuple[str, bool]]:
         locked.clear()

@@ -36,7 +36,7 @@ def test_products_and_cudnn_get_the_same_precision(precision: MatmulPrecision, t
 def test_a_run_sets_and_records_its_precision_and_tf32_is_off_by_default(cli, tmp_path) -> None:
     small = ("--rnn-layer-sizes", "4", "--batch-size-training", "40", "--max-epochs", "1", "--skip-window-lag")
     torch.backends.cudnn.allow_tf32 = True  # torch's own default
-    assert cli("train", tmp_path, "plain", PHANTOM, *small).code == 0
+    assert cli("train", tmp_path, "plain", PHANTOM, *small, "--skip-figures").code == 0
     assert not torch.backends.cudnn.allow_tf32
     assert read_config(tmp_path / "plain").training.matmul_precision == "highest"
     assert cli("train", tmp_path, "high", PHANTOM, *small, "--matmul-precision", "high").code == 0

@@ -190,7 +190,7 @@ def test_data_with_other_bytes_end_the_run_whatever_size_and_time_say(cli, tmp_p
 def test_an_ensemble_refuses_other_bytes_too(cli, tmp_path):
     data = Path(shutil.copy(PHANTOM, tmp_path / "data.hdf5"))
     options = ("--rnn-layer-sizes", 4, "--batch-size-training", 96, "--batch-size-validation", 48, "--num-models", 2)
-    assert cli("train", tmp_path, "run", data, *options, "--max-epochs", 1).code == 0
+    assert cli("train", tmp_path, "run", data, *options, "--max-epochs", 1, "--skip-figures").code == 0
     change_in_secret(data, move_a_point)
     done = cli("resume", tmp_path, "run", "--new-max-epochs", 2)
     assert (done.code, list_checkpoints(tmp_path / "run" / "1")) == (2, ["1"])

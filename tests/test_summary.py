@@ -153,7 +153,7 @@ def test_validations_within_epochs_are_no_epochs_of_the_summary(cli, tmp_path):
 
     data = Path(__file__).parent / "data" / "phantom.hdf5"
     options = ("--validate-every", "1batches", "--batch-size-training", 40, "--rnn-layer-sizes", 2, "--max-epochs", 2)
-    text = cli("train", tmp_path, "run", data, *options).out
+    text = cli("train", tmp_path, "run", data, *options, "--skip-figures").out
     losses = [json.loads(line) for line in (tmp_path / "run" / "logs" / "metrics.jsonl").read_text().splitlines()]
     best = int(losses[-1]["best_epoch"])
     loss = losses[best - 1]["train_loss"]

@@ -210,7 +210,7 @@ def test_colours_of_values_outside_of_the_range_are_those_at_its_ends() -> None:
 
 def test_a_model_with_eos_has_a_loss_at_last_points_too(cli: Any, tmp_path: Path) -> None:
     options = ("--rnn-layer-sizes", 4, "--max-epochs", 1, "--batch-size-training", 96, "--add-eos")
-    assert cli("train", tmp_path, "run", PHANTOM, *options).code == 0
+    assert cli("train", tmp_path, "run", PHANTOM, *options, "--skip-figures").code == 0
     arguments = ("visualize-loss", tmp_path / "run", PHANTOM)
     done = cli(*arguments, tmp_path / "a", "--subject", "subj0", "--displacement", 0, "--best-and-worst", 1)
     assert (done.code, done.err) == (0, "")
