@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from dipy.core.gradients import gradient_table
-from dipy.reconst.dti import TensorModel
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -105,6 +103,9 @@ def test_going_straight_along_a_circle_is_off_by_the_turn_of_a_step():
 
 
 def test_the_principal_direction_is_that_of_dipy():
+    from dipy.core.gradients import gradient_table
+    from dipy.reconst.dti import TensorModel
+
     sh, fibres = noisy_sh(300)
     batch = make_batch(random_lines([101] * 3), torch.tensor(sh, dtype=torch.float32))
     result = principal_direction(batch, SH6)

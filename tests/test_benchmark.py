@@ -15,8 +15,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from dipy.tracking.distances import bundles_distances_mdf
-from dipy.tracking.streamline import set_number_of_points
 from experiment_cases import latest_digest
 from scipy.spatial.distance import cdist
 
@@ -94,6 +92,9 @@ def test_where_bundles_cross_the_true_field_tracks_and_the_principal_direction_d
 
 def share_by_others(tractogram: Path, hdf5: Path) -> float:
     """The valid share, from the files, by h5py, nibabel, scipy and dipy."""
+    from dipy.tracking.distances import bundles_distances_mdf
+    from dipy.tracking.streamline import set_number_of_points
+
     with h5py.File(hdf5) as file:
         group: Any = file["sub_4/streamlines"]
         affine, ids, ends = group.attrs["affine"], group["bundle_ids"][:], np.cumsum(group["lengths"][:])

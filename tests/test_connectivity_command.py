@@ -11,7 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 from creation_cases import AFFINE, save_lines
-from dipy.tracking.utils import connectivity_matrix
 from nibabel.affines import apply_affine
 from trx.trx_file_memmap import load as trx_load
 
@@ -95,6 +94,8 @@ def test_where_no_connection_is_left_the_files_of_entries_are_empty(cli, tmp_pat
 
 
 def test_labels_are_counted_as_dipy_counts_them(cli, tmp_path):
+    from dipy.tracking.utils import connectivity_matrix
+
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 5, size=SHAPE)
     lines = [rng.uniform(0.01, np.array(SHAPE) - 0.01, size=(4, 3)) for _ in range(200)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from dipy.tracking.streamlinespeed import length, set_number_of_points
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +23,8 @@ def make(counts: list[int], seed: int) -> tuple[list[np.ndarray], np.ndarray, np
 
 @given(COUNTS, st.integers(0, 10**6), st.integers(1, 20))
 def test_points_are_those_of_dipy(counts, seed, num_steps):
+    from dipy.tracking.streamlinespeed import set_number_of_points
+
     lines, points, offsets = make(counts, seed)
     new_points, new_offsets = resample(points, offsets, np.full(len(lines), num_steps))
     expected = np.concatenate([set_number_of_points(line, num_steps + 1) for line in lines])
@@ -33,6 +34,8 @@ def test_points_are_those_of_dipy(counts, seed, num_steps):
 
 @given(COUNTS, st.integers(0, 10**6), st.floats(0.05, 30))
 def test_ends_stay_and_steps_come_closest_to_the_size(counts, seed, step_size):
+    from dipy.tracking.streamlinespeed import length
+
     lines, points, offsets = make(counts, seed)
     lengths = lengths_mm(points, offsets)
     np.testing.assert_allclose(lengths, [length(line) for line in lines], rtol=1e-9)

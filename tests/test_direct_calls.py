@@ -14,7 +14,6 @@ from test_compiled_step import Annealed, make_model, run, same_states, some_batc
 from test_compiled_step import make_steps as make_steps_with
 from test_composed_steps import COMPOSED
 from torch import Tensor
-from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dwiml_func import adam, adamw, epoch_fn, init_state, jit_step, module_loss, radam, sgd, train_step
@@ -446,6 +445,8 @@ def test_a_direct_call_is_inductors_code_unless_torch_changes_outputs_around_it(
 
     The code is called from C++; the second time that cannot be made, and Python calls it.
     """
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+
     heard: list[Any] = []
     in_cpp: list[bool] = []
     generate = CppWrapperCpu.generate

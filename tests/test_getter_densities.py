@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-from scipy.special import logsumexp as _logsumexp
 from torch import Tensor
 
 from dwiml_func.core.rng import Key, torch_rng
@@ -22,9 +21,9 @@ from dwiml_func.models.direction_getters.fisher_von_mises import (
 from dwiml_func.models.direction_getters.gaussian import gaussian_log_density
 from dwiml_func.models.direction_getters.sphere_classification import sphere_vertices
 
-multivariate_normal: Any = stats.multivariate_normal  # typed too narrowly in scipy's stubs
-vonmises_fisher: Any = stats.vonmises_fisher
-logsumexp: Any = _logsumexp
+scipy: Any = import_module(
+    "scipy"
+)  # without its parts, which are imported where they are used; its stubs are too narrow
 RNG = np.random.default_rng(5)
 TARGETS = RNG.normal(size=(40, 3)) * RNG.uniform(0.1, 4, size=(40, 1))
 FEATURES = torch.from_numpy(3 * RNG.normal(size=(40, 9)))
@@ -46,7 +45,7 @@ def units(vectors: np.ndarray) -> np.ndarray:
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    return logits - logsumexp(logits, axis=-1, keepdims=True)
+    return logits - scipy.special.logsumexp(logits, axis=-1, keepdims=True)
 
 
 # --- closed forms ----------------------------------------------------------------------------------------------------
@@ -94,7 +93,7 @@ def test_eos_is_one_class_of_all_whose_label_is_1_at_last_points(key):
     np.testing.assert_allclose(found[is_last], -log_softmax(outputs)[is_last, -1], rtol=1e-10)
     # Elsewhere EOS takes its share of the probability, and nothing else changes.
     without = losses(made(key, sphere="repulsion100")[0], outputs[:, :-1])
-    share = logsumexp(outputs, axis=1) - logsumexp(outputs[:, :-1], axis=1)
+    share = scipy.special.logsumexp(outputs, axis=1) - scipy.special.logsumexp(outputs[:, :-1], axis=1)
     np.testing.assert_allclose(found[~is_last], (without + share)[~is_last], rtol=1e-9)
 
 
@@ -117,7 +116,7 @@ def test_smooth_classification_is_the_divergence_from_labels_that_fall_with_the_
 
 
 def normal_logpdf(target: np.ndarray, mean: np.ndarray, log_sigma: np.ndarray) -> float:
-    return float(multivariate_normal(mean, np.diag(np.exp(2 * log_sigma))).logpdf(target))
+    return float(scipy.stats.multivariate_normal(mean, np.diag(np.exp(2 * log_sigma))).logpdf(target))
 
 
 def test_the_gaussian_is_scipys_multivariate_normal():
@@ -128,7 +127,9 @@ def test_the_gaussian_is_scipys_multivariate_normal():
 
 def test_its_entropy_is_scipys_too():
     getter, outputs = made("gaussian", entropy_weight=0.7)
-    entropies = [float(multivariate_normal(row[:3], np.diag(np.exp(2 * row[3:]))).entropy()) for row in outputs]
+    entropies = [
+        float(scipy.stats.multivariate_normal(row[:3], np.diag(np.exp(2 * row[3:]))).entropy()) for row in outputs
+    ]
     np.testing.assert_allclose(
         losses(made("gaussian")[0], outputs) - losses(getter, outputs), 0.7 * np.array(entropies)
     )
@@ -139,12 +140,12 @@ def test_the_gaussian_mixture_is_a_weighted_sum_of_scipys():
     expected = []
     for target, row in zip(TARGETS, outputs, strict=True):
         parts = [normal_logpdf(target, row[2 + 3 * g : 5 + 3 * g], row[8 + 3 * g : 11 + 3 * g]) for g in range(2)]
-        expected.append(-logsumexp(log_softmax(row[:2]) + parts))
+        expected.append(-scipy.special.logsumexp(log_softmax(row[:2]) + parts))
     np.testing.assert_allclose(losses(getter, outputs), expected, rtol=1e-9)
 
 
 def fisher_logpdf(target: np.ndarray, mean: np.ndarray, kappa: float) -> float:
-    return float(vonmises_fisher(units(mean), kappa).logpdf(units(target)))
+    return float(scipy.stats.vonmises_fisher(units(mean), kappa).logpdf(units(target)))
 
 
 def test_the_fisher_von_mises_is_scipys():
@@ -159,7 +160,7 @@ def test_the_fisher_von_mises_mixture_is_a_weighted_sum_of_scipys():
     expected = []
     for target, row in zip(TARGETS, outputs, strict=True):
         parts = [fisher_logpdf(target, row[2 + 3 * c : 5 + 3 * c], row[8 + c]) for c in range(2)]
-        expected.append(-logsumexp(log_softmax(row[:2]) + parts))
+        expected.append(-scipy.special.logsumexp(log_softmax(row[:2]) + parts))
     np.testing.assert_allclose(losses(getter, outputs), expected, rtol=1e-9)
 
 
@@ -269,17 +270,17 @@ def test_samples_of_fisher_von_mises_follow_its_density(kappa):
     np.testing.assert_allclose(np.linalg.norm(drawn, axis=1), 1, rtol=1e-9)
     # 1 - cos to the mean has the distribution function (1 - e^(-kappa t)) / (1 - e^(-2 kappa)) on 0 to 2.
     less = 1 - drawn @ mean
-    assert stats.kstest(less, lambda t: np.expm1(-kappa * t) / np.expm1(-2 * kappa)).pvalue > LEAST
+    assert scipy.stats.kstest(less, lambda t: np.expm1(-kappa * t) / np.expm1(-2 * kappa)).pvalue > LEAST
     across = np.linalg.svd(mean[None])[2][1:]  # two axes across the mean
     azimuths = np.arctan2(*(drawn @ across.T).T)
-    assert stats.kstest(azimuths, stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > LEAST
+    assert scipy.stats.kstest(azimuths, scipy.stats.uniform(-math.pi, 2 * math.pi).cdf).pvalue > LEAST
 
 
 def test_samples_of_a_gaussian_follow_it_along_each_axis():
     row = torch.tensor([1.0, -2, 0.5, 0.0, -1.0, 1.0])
     drawn = make_direction_getter("gaussian", 4).sample(row.expand(4000, 6), Key(4)).double().numpy()
     for axis, (mean, sigma) in enumerate(zip((1, -2, 0.5), np.exp([0.0, -1, 1]), strict=True)):
-        assert stats.kstest(drawn[:, axis], stats.norm(mean, sigma).cdf).pvalue > LEAST
+        assert scipy.stats.kstest(drawn[:, axis], scipy.stats.norm(mean, sigma).cdf).pvalue > LEAST
     assert np.abs(np.corrcoef(drawn.T) - np.eye(3)).max() < 0.06
 
 
@@ -292,7 +293,7 @@ def test_samples_of_a_classification_have_its_probabilities(add_eos):
     classes = (drawn @ sphere_vertices("repulsion100").T).argmax(dim=1).numpy()
     expected = 20000 * logits.double().softmax(dim=0).numpy()
     observed = np.bincount(classes, minlength=100)
-    assert stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > LEAST
+    assert scipy.stats.chisquare(observed, expected * observed.sum() / expected.sum()).pvalue > LEAST
 
 
 @pytest.mark.parametrize("key", ["gaussian-mixture", "fisher-von-mises-mixture"])
@@ -302,7 +303,9 @@ def test_samples_of_a_mixture_come_from_its_parts_by_their_weights(key):
     row = torch.cat([weights.log(), means.flatten(), narrow])
     drawn = make_direction_getter(key, 4).sample(row.expand(6000, -1), Key(6))
     observed = np.bincount((drawn @ means.T).argmax(dim=1).numpy(), minlength=3)
-    assert stats.chisquare(observed, 6000 * weights.double().numpy() / weights.double().sum().item()).pvalue > LEAST
+    assert (
+        scipy.stats.chisquare(observed, 6000 * weights.double().numpy() / weights.double().sum().item()).pvalue > LEAST
+    )
     assert ((drawn @ means.T).max(dim=1).values > 0.9).all()
 
 
@@ -317,9 +320,9 @@ def test_samples_of_a_mixture_have_the_width_of_their_part_and_do_not_depend_on_
     for part in range(3):
         away = (drawn[drawn_from == part] - means[part]).numpy() / widths[part].item()
         across = away[:, [axis for axis in range(3) if axis != part]]  # normal, also on the sphere where it is narrow
-        assert stats.kstest(across[:, 0], "norm").pvalue > LEAST
-        assert stats.kstest(across[:, 1], "norm").pvalue > LEAST
-        assert not is_gaussian or stats.kstest(away[:, part], "norm").pvalue > LEAST
+        assert scipy.stats.kstest(across[:, 0], "norm").pvalue > LEAST
+        assert scipy.stats.kstest(across[:, 1], "norm").pvalue > LEAST
+        assert not is_gaussian or scipy.stats.kstest(away[:, part], "norm").pvalue > LEAST
 
 
 @pytest.mark.parametrize("key", [key for key, getter in DIRECTION_GETTERS.items() if getter.is_probabilistic])

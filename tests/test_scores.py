@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dipy.tracking.distances import bundles_distances_mdf
-from dipy.tracking.streamline import set_number_of_points
 
 from dwiml_func.core.rng import Key
 from dwiml_func.data.bundles import Bundles
@@ -117,6 +115,9 @@ def test_thresholds_and_classes_are_those_of_loops_over_streamlines() -> None:
 
 
 def test_mean_direct_flip_distances_are_dipys() -> None:
+    from dipy.tracking.distances import bundles_distances_mdf
+    from dipy.tracking.streamline import set_number_of_points
+
     real, _ = some_bundles()
     tracked = some_tracked()
     pairs = [[np.asarray(line, np.float32) for line in set_number_of_points(lines, 20)] for lines in (tracked, real)]

@@ -5,10 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dipy.core.gradients import gradient_table
-from dipy.core.sphere import Sphere
-from dipy.reconst.shm import sf_to_sh
-from dipy.sims.voxel import multi_tensor
 
 from dwiml_func.data.spherical_harmonics import (
     assumed_signal,
@@ -24,6 +20,9 @@ def unit(vectors):
 
 
 def test_the_signal_is_that_of_dipy():
+    from dipy.core.gradients import gradient_table
+    from dipy.sims.voxel import multi_tensor
+
     rng = np.random.default_rng(0)
     fibres, directions = unit(rng.normal(size=(5, 3, 3))), half_sphere_directions(30)
     fractions = rng.dirichlet([1, 1, 1], size=5)
@@ -40,6 +39,9 @@ def test_the_signal_is_that_of_dipy():
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("basis", ["descoteaux07", "tournier07"])
 def test_the_coefficients_are_those_of_dipy(basis, legacy):
+    from dipy.core.sphere import Sphere
+    from dipy.reconst.shm import sf_to_sh
+
     directions = half_sphere_directions(60)
     function = np.random.default_rng(1).normal(size=60)
     with warnings.catch_warnings():

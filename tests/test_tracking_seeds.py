@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from dwiml_func.core.rng import Key
 from dwiml_func.tracking import seeds_in_mask
@@ -31,6 +30,8 @@ def test_philox_gives_the_known_answers(counter, key, expected):
 
 
 def test_a_row_of_random_numbers_depends_on_its_address_alone():
+    from scipy import stats
+
     rows, steps = torch.arange(300) % 30, torch.arange(300) // 30
     whole = uniforms(Key(3), rows, steps)
     assert torch.equal(uniforms(Key(3), rows[17:18], steps[17:18]), whole[17:18])
@@ -71,6 +72,8 @@ def test_a_seed_is_the_same_however_many_are_asked_for():
 
 
 def test_seeds_are_uniform_within_their_voxels():
+    from scipy import stats
+
     inside = seeds_in_mask(MASK, nt=9000, key=Key(1)).double()
     inside -= inside.floor()
     for axis in range(3):
