@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dwiml_func.checkpoint.arrays import CheckpointError, CorruptError, load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.arrays import CheckpointError, CorruptError, _quiet, load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest
 from dwiml_func.checkpoint.manifest import manifest_checksum
 
@@ -314,6 +315,22 @@ def test_a_write_that_fails_leaves_what_was_there(saved, corrupt, monkeypatch, b
     assert same(load_leaves(corrupt), load_leaves(saved))
     assert (sys.excepthook, sys.unraisablehook) == before
     assert not any(logging.getLogger(name).disabled for name in ("absl", "asyncio"))
+
+
+def test_while_arrays_are_written_only_errors_of_others_are_shown(monkeypatch):
+    shown: list[str] = []
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: shown.append(str(error)))
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    with _quiet():
+        assert [log.disabled for log in logs] == [True, True]
+        for text in ("Event loop is closed", "No module named 'a'"):
+            sys.excepthook(RuntimeError, RuntimeError(text), None)
+        sys.unraisablehook(MagicMock())
+    assert shown == ["No module named 'a'"]
+    monkeypatch.setattr(logs[0], "disabled", True)  # by the user
+    with _quiet():
+        pass
+    assert [log.disabled for log in logs] == [True, False]
 
 
 @pytest.mark.parametrize("leaves", [{}, {"a": torch.zeros(300_000), "b": torch.ones(2)}])

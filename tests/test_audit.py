@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from forgeries import FORGERIES, PHANTOM, forged, train
@@ -21,7 +23,7 @@ from dwiml_func.data.processes import in_processes
 from dwiml_func.experiment.audit import ensemble as audit_of_ensembles
 from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, audit_experiment, sample_epochs
 from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
-from dwiml_func.experiment.audit.ensemble import _read_members, _replays, audit_ensemble
+from dwiml_func.experiment.audit.ensemble import _member_problems, _read_members, _replays, audit_ensemble
 from dwiml_func.experiment.folder import read_config, read_ended
 from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
 
@@ -212,6 +214,22 @@ def test_members_that_failed_or_stopped_early_are_replayed_as_far_as_they_went(c
     assert read_ended(tmp_path / "run")[1].keys() >= {1, 2}
     assert audit_ensemble(tmp_path / "run").replayed == (1, 2, 3)
     assert audit_ensemble(tmp_path / "run").problems == ()
+
+
+@pytest.mark.parametrize(
+    ("stops", "failed", "is_problem"),
+    [
+        *((None, {}, True), ([], {}, True), (["patience", None], {}, True), ([None, "patience"], {}, False)),
+        *((None, {0: "nan"}, False), ([], {1: "nan"}, True)),
+    ],
+)
+def test_a_member_without_an_epochs_report_has_failed_or_stopped_before(stops, failed, is_problem) -> None:
+    latest = None if stops is None else SimpleNamespace(history=[SimpleNamespace(stop=stop) for stop in stops])
+    each: Any = SimpleNamespace(reports={}, latest=latest)
+    ensemble: Any = None
+    report: Any = SimpleNamespace(failed=failed)
+    found = _member_problems(each, ensemble, 0, 3, report)
+    assert found == ["the member has failed in the record, and not when trained again"] * is_problem
 
 
 def test_epochs_of_an_ensemble_that_nothing_leads_to_are_left_out(ensemble, tmp_path):

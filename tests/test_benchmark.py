@@ -25,6 +25,7 @@ from dwiml_func.benchmark.leaderboard import as_markdown, leaderboard
 from dwiml_func.benchmark.mrtrix import MRTRIX, has_mrtrix, mrtrix_trackers
 from dwiml_func.benchmark.settings import DATA, SETTINGS, BenchmarkSetting, data_of
 from dwiml_func.benchmark.tasks import CEILING
+from dwiml_func.cli.benchmark import Options, _models, _setting
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.example import dataset as example
 from dwiml_func.data.example.settings import ExampleSettings
@@ -656,6 +657,20 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(
 ) -> None:
     cli("benchmark", tmp_path / "out", *arguments).check_refusal(named)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("data", ("example",)), ("people", ("sub_2", "sub_1")), ("seeds", (7,)), ("seeds", ())]
+)
+def test_what_is_given_replaces_that_of_the_setting_and_the_rest_stays(name: str, given: Any) -> None:
+    expected = replace(SETTINGS["full"], **{name: given}) if given else SETTINGS["full"]
+    assert _setting(Options(out="out", setting="full", **{name: given})) == expected
+
+
+def test_a_training_may_be_of_one_epoch() -> None:
+    recipes, experiments = _models(Options(out="out", max_epochs=1))
+    assert [config.training.max_epochs for config in recipes.values()] == [1]
+    assert experiments == []
 
 
 def test_an_experiment_on_other_data_is_refused(cli: Any, tmp_path: Path, stopped_early: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.sampler import SamplerSpec
 from dwiml_func.experiment.config import (
     BatchConfig,
+    CheckpointConfig,
     DataConfig,
     LoggingConfig,
     ModelConfig,
@@ -218,6 +220,8 @@ def test_a_config_does_not_change():
         (TrainingConfig, "rng", -1),
         (TrainingConfig, "rng", 2**64),
         (TrainingConfig, "num_threads", 0),
+        (partial(RunConfig, hdf5_file="a.hdf5"), "padded_lengths", (5, 0)),
+        (partial(RunConfig, hdf5_file="a.hdf5"), "padded_lengths", ()),
     ],
     ids=lambda value: str(value)[:20],
 )
@@ -263,6 +267,26 @@ def test_numbers_at_the_edges_are_taken():
     TrainingConfig(rng=0, max_epochs=2**31 - 1)
     run_with(dropout=0.0, rnn_layer_sizes=(1,))
     BatchConfig(batch_size_training=1, processes=0)
+    RunConfig(hdf5_file="a.hdf5", padded_lengths=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "least", "most"),
+    [
+        *((TrainingConfig, name, 1, None) for name in ("max_epochs", "patience", "accumulate", "skip_not_finite")),
+        *((TrainingConfig, f"tracking_phase_{name}", 1, None) for name in ("frequency", "nb_segments_init")),
+        *((TrainingConfig, name, 0, (1 << 64) - 1) for name in ("rng", "data_rng")),
+        *((TrainingConfig, "num_threads", 1, (1 << 12) - 1), (TrainingConfig, "num_shards", 1, (1 << 16) - 1)),
+        *((TrainingConfig, name, 0, None) for name in ("patience_delta", "weight_decay")),
+        *((CheckpointConfig, "check_every", 1, None), (LoggingConfig, "log_every", 1, None)),
+    ],
+)
+def test_a_number_may_reach_its_bounds_and_no_further(make, name, least, most):
+    for value, beyond in ((least, least - 1), (most, None if most is None else most + 1)):
+        if value is not None:
+            assert getattr(make(**{name: value}), name) == value
+            with pytest.raises(ValueError, match=f"^{name}: expected a finite number at least {least}\\b.*{beyond}"):
+                make(**{name: beyond})
 
 
 @pytest.mark.parametrize(

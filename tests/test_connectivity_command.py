@@ -179,6 +179,7 @@ def test_matrices_are_compared(cli, tmp_path, counts, real, squares):
 def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, tmp_path):
     cli("connectivity").check_refusal("Expected TRACTOGRAM and OUT.npy", "Received: nothing.")
     tractogram, tck = save(tmp_path / "a.trk", LINES), save(tmp_path / "a.tck", LINES)
+    shutil.copy(tck, large := tmp_path / "large.TCK")
     other = tmp_path / "other.nii.gz"
     nib.Nifti1Image(np.ones((4, 4, 4), dtype=np.int32), AFFINE).to_filename(other)
     np.save(tmp_path / "two.npy", np.zeros((2, 2)))
@@ -189,9 +190,11 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(cli, tmp_path):
         (tractogram, out): "Expected regions: --nb-blocs or --labels",
         (tractogram, out, "--nb-blocs", 2, "--labels", other): "Expected regions",
         (tractogram, out, "--nb-blocs", 2, 2): "nb_blocs: expected one number or three",
+        (tractogram, out, "--nb-blocs", 2, 0, 2): "nb_blocs: expected one number or three, each at least 1",
         (tractogram, out, "--nb-blocs", 0): "nb_blocs: expected one number or three",
         (tractogram, out, "--nb-blocs", 50): "expected at most 20000 blocs",
         (tractogram, out, "--labels", other): "a grid of 12 x 9 x 6 voxels, expected 4 x 4 x 4",
+        (large, out, "--nb-blocs", 2): "reference: a TCK file has no grid",
         (tck, out, "--nb-blocs", 2): "reference: a TCK file has no grid",
         (tractogram, out, "--nb-blocs", 2, "--hide-background", 0): "hide_background: requires --labels",
         (tractogram, out, "--nb-blocs", 2, "--use-longest-segment"): "use_longest_segment: requires --labels",

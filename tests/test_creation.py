@@ -17,6 +17,7 @@ from experiment_cases import trained
 from nibabel.affines import apply_affine, voxel_sizes
 from nibabel.orientations import aff2axcodes
 
+from dwiml_func.cli import create_hdf5
 from dwiml_func.cli.main import main
 from dwiml_func.data.creation.config import check_groups_config
 from dwiml_func.data.creation.create import create_dataset
@@ -359,6 +360,39 @@ def test_an_interruption_leaves_nothing(tmp_path, capfd, monkeypatch):
     assert main(["create-hdf5", *arguments]) == 130
     assert capfd.readouterr().err == "dwiml-func create-hdf5: interrupted.\n"
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "changed"),
+    [
+        ({}, {}),
+        ({"enforce_files_presence": False}, {"enforce_files_presence": False}),
+        ({"skip_enforce_files_presence": True}, {"enforce_files_presence": False}),
+        *(({name: True}, {name: True}) for name in ("remove_invalid", "allow_empty", "overwrite")),
+        ({"step_size": 0.5}, {"resampling": Resampling(step_size=0.5)}),
+        ({"nb_points": 7}, {"resampling": Resampling(nb_points=7)}),
+        ({"compress": 0.1}, {"resampling": Resampling(compress=0.1)}),
+    ],
+)
+def test_the_command_passes_on_what_it_is_given(tmp_path, monkeypatch, capsys, given, changed):
+    made: list[Any] = []
+
+    def create(folder: str, groups: object, path: Path, **options: Any) -> list[str]:
+        path.write_bytes(b"0" * 2_500_000)
+        made.append((folder, groups, options))
+        return []
+
+    monkeypatch.setattr(create_hdf5, "create_dataset", create)
+    monkeypatch.setattr(create_hdf5, "read_groups_config", lambda path: f"groups of {path}")
+    monkeypatch.setattr(create_hdf5, "read_subjects", lambda path: path.split("-"))
+    lists = {"training_subjs": "a-b", "validation_subjs": "c", "testing_subjs": None}
+    out = tmp_path / "new" / "out.hdf5"
+    assert create_hdf5.run(create_hdf5.Options(folder="f", config="c", out_hdf5=str(out), **lists, **given)) == 0
+    usual = {"remove_invalid": False, "allow_empty": False, "enforce_files_presence": True, "overwrite": False}
+    usual |= {"training": ["a", "b"], "validation": ["c"], "testing": (), "resampling": Resampling()}
+    assert made == [("f", "groups of c", usual | changed)]
+    subjects = f"{out}: subjects: 2 training, 1 validation, 0 testing; 2.5 MB. To inspect it: dwiml-func info {out}\n"
+    assert capsys.readouterr().out == subjects
 
 
 def test_the_command_says_what_it_wrote(tmp_path, capfd):

@@ -27,6 +27,7 @@ from dwiml_func.experiment.ensemble_resume import resume_ensemble
 from dwiml_func.experiment.ensemble_run import _holds, prepare_ensemble, run_ensemble
 from dwiml_func.experiment.folder import create_ensemble, read_config, read_ended, write_ended
 from dwiml_func.experiment.model_store import load_model
+from dwiml_func.experiment.run_files import HASH_PATIENCE
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
 from dwiml_func.experiment.sweep import member_configs
@@ -157,6 +158,48 @@ def test_a_stopped_and_resumed_run_is_identical_to_the_uninterrupted_run(tmp_pat
             assert (whole / number / logs).read_bytes() == (stopped / number / logs).read_bytes()
         assert ('"valid_loss"' in (whole / number / logs).read_text()) == (every == "2batches")
     assert read_ended(whole) == read_ended(stopped)
+
+
+def test_a_run_of_an_ensemble_logs_what_was_before_and_saves_where_a_member_is_best_ends_or_fails(
+    tmp_path, monkeypatch
+):
+    configs, logged, saved = small(max_epochs=3), [], []
+
+    def reports(*ends: dict[str, Any]) -> dict[int, Any]:
+        return {number: SimpleNamespace(**({"is_best": False, "stop": None} | end)) for number, end in enumerate(ends)}
+
+    def loop(_: object, state: Any, *, save: Any, must_save: Any, **options: Any):
+        assert (options["on_batch"], options["on_report"], options["directory"]) == ((), None, directory)
+        for batch, failed, ends, must in (
+            (0, {}, ({}, {}), False),
+            (3, {}, ({}, {}), True),
+            (0, {1: "nan"}, ({}, {}), True),
+            (0, {}, ({}, {"is_best": True}), True),
+            (0, {}, ({"stop": "patience"}, {}), True),
+        ):
+            assert must_save(SimpleNamespace(batch=batch, failed=failed, members=reports(*ends))) is must
+        assert logged == [("0", ("a", "b")), ("1", ()), ("2", ("c",))]
+        logged.clear()
+        for ends in (({}, {}, {}), ({}, {"stop": "patience"}, {}), ({"is_best": True},)):
+            save(state, (SimpleNamespace(members=reports(*ends)),))
+        yield from ()
+
+    for name in ("remove_old", "write_ended"):
+        monkeypatch.setattr(ensemble_run, name, lambda *_: None)
+    for name in ("one_an_epoch", "fill_digests"):
+        monkeypatch.setattr(ensemble_run, name, lambda reports, *_: reports)
+    monkeypatch.setattr(ensemble_run, "save_best_model", lambda folder, *_: saved.append(folder.name))
+    monkeypatch.setattr(ensemble_run, "write", lambda *_, data, **__: saved.append(data))
+    monkeypatch.setattr(ensemble_run, "data_in_background", lambda *_: lambda **waits: waits)
+    monkeypatch.setattr(ensemble_run, "train_and_save", loop)
+    monkeypatch.setattr(
+        ensemble_run, "experiment_writer", lambda folder, _: lambda *reports: logged.append((folder.name, reports))
+    )
+    directory, histories = create(tmp_path, configs), [("a", "b"), (), ("c",)]
+    assert list(run_ensemble(directory, prepare_ensemble(configs), histories=cast(Any, histories))) == []
+    assert [(name, len(own)) for name, own in logged] == [*((name, 1) for name in "0120120"), ("1", 0), ("2", 0)]
+    soon, late = {"patience": HASH_PATIENCE}, {"patience": None}  # the last save of a member waits for the data's hash
+    assert saved == [soon] * 3 + [late] * 3 + [soon] * 3 + ["0"]
 
 
 @pytest.mark.parametrize(("step", "is_logged"), [(6, True), (7, False)])

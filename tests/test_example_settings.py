@@ -16,8 +16,9 @@ from dwiml_func.core.rng import Key, numpy_rng
 from dwiml_func.data.example.bundles import SUBJECTS, load_bundles
 from dwiml_func.data.example.scanner import scan
 from dwiml_func.data.example.settings import DEFAULT_SETTINGS, ExampleSettings
-from dwiml_func.data.example.signal import ISOTROPIC, Fibres, acquire, simulate
+from dwiml_func.data.example.signal import ISOTROPIC, Fibres, acquire, paint, simulate
 from dwiml_func.data.example.unlabelled import mean_line, rotation, unlabelled_bundles
+from dwiml_func.data.grid import Grid
 from dwiml_func.data.spherical_harmonics import half_sphere_directions, sh_matrix
 
 CLEAN = ExampleSettings(snr=float("inf"))
@@ -66,6 +67,20 @@ def test_the_signal_of_a_crossing_is_the_sum_of_two_tensors_and_of_isotropic_tis
     x, y, _ = half_sphere_directions(60).T
     expected = 0.4 * np.exp(-B * (PERPENDICULAR + 1.2e-3 * x**2)) + 0.4 * np.exp(-B * (PERPENDICULAR + 1.2e-3 * y**2))
     np.testing.assert_allclose(weighted[0], expected + 0.2 * np.exp(-B * ISOTROPIC), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("place", "is_painted"), [((0.9, 2.5), False), ((1.0, 2.5), True), ((2.5, 4.9), True), ((2.5, 5.0), False)]
+)
+def test_points_paint_the_27_voxels_around_them_where_all_are_in_the_grid(place, is_painted) -> None:
+    line = np.array([[2.0, *place], [3.0, *place]])
+    fibres = paint([[line]], Grid(np.eye(4), (6, 6, 6)))
+    found = np.stack(np.unravel_index(fibres.voxels, (6, 6, 6)), axis=1).tolist()
+    first = np.floor(place).astype(int) - 1
+    expected = [[x, first[0] + y, first[1] + z] for x in range(1, 5) for y in range(3) for z in range(3)]
+    assert found == (expected if is_painted else [])
+    axes = np.tile([1.0, 0, 0], (len(found), 1))
+    np.testing.assert_allclose(np.abs(fibres.directions[:, 0]), axes, atol=1e-12)
 
 
 @pytest.mark.parametrize("snr", [10.0, 20.0, 30.0])

@@ -15,7 +15,7 @@ import pytest
 from preloaded import finished, start_program
 
 from dwiml_func.checkpoint.manifest import CorruptError
-from dwiml_func.cli._messages import Verbosity, messages, print_progress
+from dwiml_func.cli._messages import Verbosity, is_quiet, messages, print_progress
 from dwiml_func.cli._training import _stop_at_once
 from dwiml_func.core.checked_step import StepMismatchError
 from dwiml_func.core.non_finite import NonFiniteError
@@ -138,6 +138,17 @@ def test_what_ends_a_command_is_one_line_and_an_exit_code(cli, monkeypatch, name
     outcome = cli(command, "experiments")
     is_told = not (rank and isinstance(error, TrainingStopped))  # by the first process
     assert (outcome.code, outcome.out, outcome.err) == (code, "", line if is_told else "")
+
+
+@pytest.mark.parametrize(
+    ("rank", "options", "quiet"), [(0, (), False), (0, ("-q",), True), (1, (), True), (1, ("-v",), True)]
+)
+def test_of_several_processes_only_the_first_prints_progress(cli, monkeypatch, rank: int, options, quiet: bool) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr("dwiml_func.cli.digest.run", lambda _: seen.append(is_quiet()) or 0)
+    monkeypatch.setenv("RANK", str(rank))
+    assert cli("digest", "experiments", *options).code == 0
+    assert seen == [quiet]
 
 
 def test_an_error_that_is_no_users_is_raised(cli, monkeypatch) -> None:

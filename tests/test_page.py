@@ -23,6 +23,7 @@ from dwiml_func.core.early_stopping import Best
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.streamline_views import view_limits
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.page.html import json_block, rows_table, tag
 from dwiml_func.experiment.page.page import _epochs, run_page
@@ -308,6 +309,10 @@ def test_the_viewer_has_every_streamline_and_at_most_so_many_points(tmp_path, le
         in_mm, ends = points * data["unit"], np.cumsum(lengths.astype(int)) - 1
         for row, line in enumerate(shown.lines.to_list()):  # the same ends, moved to the middle of the view
             middles += [line[-1].numpy() - in_mm[ends[row]], line[0].numpy() - in_mm[ends[row] - int(lengths[row]) + 1]]
+        shown_lines = [recorded.lines.real.lines, *(each.lines for each in recorded.lines.tracked.values())]
+        from_middle = shown.lines.points.numpy() - view_limits(shown_lines).mean(axis=1)
+        assert np.linalg.norm(from_middle, axis=1).max() <= data["radius"] * data["unit"] * (1 + 1e-9)
+    assert data["radius"] == np.iinfo(np.int16).max  # the sphere around all points, as far as their numbers reach
     np.testing.assert_allclose(middles, np.broadcast_to(middles[0], (len(middles), 3)), atol=2 * data["unit"])
     assert total <= MOST_POINTS + 2 * 14
     entries = np.frombuffer(b64decode(data["sets"]["continue"]["entries"]), "u1")

@@ -10,12 +10,14 @@ import os
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.cli.plot import _has_epochs
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.comparison.correlation import pearson, spearman
@@ -284,11 +286,27 @@ def test_plot_refuses_what_it_cannot_draw(cli, experiments: Path, tmp_path: Path
     cli("plot").check_refusal("Expected at least one EXPERIMENT_DIR")
     cli("plot", run, "--out", tmp_path / "a.bmp").check_refusal("a.bmp", ".png, .svg or .pdf")
     (tmp_path / "notes").mkdir()
-    cli("plot", tmp_path / "notes").check_refusal("notes", "not an experiment")
+    for option in ((), ("--tracking",), ("--drift",)):
+        cli("plot", tmp_path / "notes", *option).check_refusal("notes", "not an experiment")
+    cli("plot", run, run, "--tracking").check_refusal("--tracking: expected one experiment", "Received: 2 experiments.")
+    cli("plot", run, "--tracking", "--drift").check_refusal("--tracking: expected one experiment", "Received: --drift.")
+    for name in ("drift", "tracking"):
+        for other in (("--panels", "loss"), ("--graph", "A", "loss"), ("--csv", "a"), ("--correlate", "a", "b")):
+            cli("plot", run, f"--{name}", *other).check_refusal(f"--{name}: expected no --panels")
+    for other in (("--panels", "loss"), ("--graph", "A", "loss"), ("--csv", "a")):
+        cli("plot", run, "--correlate", "a", "b", *other).check_refusal("--correlate: expected no --panels, --graph or")
     cli("plot", run, tmp_path / "nothing").check_refusal("nothing", "not an experiment")
     cli("plot", run, "--out", run / "config.json" / "a.png").check_refusal("config.json' is not a folder", "'a.png'")
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     cli("plot", tmp_path).check_refusal("no finished epoch")
+
+
+@pytest.mark.parametrize(("history", "has"), [(None, False), ((), False), (("a report",), True)])
+def test_a_run_has_something_to_show_from_its_first_epoch_on(monkeypatch, history, has: bool) -> None:
+    record = None if history is None else SimpleNamespace(history=history)
+    monkeypatch.setattr("dwiml_func.cli.plot.newest", lambda _: record)
+    monkeypatch.setattr("dwiml_func.cli.plot.recorded_config", lambda *_: None)
+    assert _has_epochs.__wrapped__(Path("run")) is has
 
 
 def test_a_figure_that_cannot_be_drawn_is_a_warning(experiments: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -394,6 +412,12 @@ def test_panels_leave_no_place_empty(number: int) -> None:
     assert all(row[-1].x1 == pytest.approx(0.985) for row in rows.values())
     assert all(left.x1 < right.x0 for row in rows.values() for left, right in pairwise(row))
     assert all(len(row) <= 3 for row in rows.values())
+    inches = figure.get_figheight()
+    edges = [(row[0].y1 * inches, row[0].y0 * inches) for row in rows.values()]  # from above
+    assert inches - edges[0][0] == pytest.approx(0.4 if number > 1 else 0.7)  # a single run has a title there
+    assert [upper - lower for upper, lower in edges] == pytest.approx([2.725] * len(rows))
+    assert [lower - upper for (_, lower), (upper, _) in pairwise(edges)] == pytest.approx([0.8] * (len(rows) - 1))
+    assert edges[-1][1] >= 0.54  # for the names of the x axes
 
 
 def test_panels_are_chosen_by_name(cli, experiments: Path, tmp_path: Path) -> None:
@@ -441,6 +465,7 @@ def test_a_graph_of_losses_is_one_for_each_kind_and_passes_over_runs_without_the
     ("graph", "named"),
     [
         (["Loss"], ['expected "TITLE" LOG']),
+        (["Loss", "1", "2", "3"], ['expected "TITLE" LOG']),
         (["Loss", "2", "1"], ['expected "TITLE" LOG']),
         (["Loss", "loss", "3"], ['expected "TITLE" LOG']),
         (["Loss", "loss", "3", "2"], ["YMIN below YMAX"]),

@@ -32,7 +32,7 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.config import TrainingConfig
 from dwiml_func.experiment.folder import create_ensemble, create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
-from dwiml_func.experiment.resume import check_has_epochs_left, resume_experiment, with_new_options
+from dwiml_func.experiment.resume import check_has_epochs_left, check_same_run, resume_experiment, with_new_options
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
@@ -270,6 +270,30 @@ def test_batches_to_skip_are_added_once_and_none_are_lost():
     assert with_new_options(config).training.skip_batches == ("1:2",)
     assert with_new_options(config, skip=["2:1", "1:2", "2:1"]).training.skip_batches == ("1:2", "2:1")
     assert with_new_options(CONFIG, skip=["2:1"]).training.skip_batches == ("2:1",)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "is_same"),
+    [
+        ((), (), True),
+        (("5:1",), (), True),
+        (("5:1",), ("5:1",), True),
+        ((), ("5:1",), False),
+        (("5:1",), ("6:1",), False),
+    ],
+)
+def test_the_same_command_is_that_of_a_run_whose_resume_left_batches_out(tmp_path, recorded, given, is_same):
+    with_recorded, with_given = (
+        replace(CONFIG, training=replace(CONFIG.training, skip_batches=skip)) for skip in (recorded, given)
+    )
+    directory = create_experiment(tmp_path, "run", with_recorded)
+    if is_same:
+        check_same_run(directory, with_given)
+        return
+    with pytest.raises(
+        ValueError, match=r"exists in .* with another config \(training\.skip_batches.*Choose another name"
+    ):
+        check_same_run(directory, with_given)
 
 
 def test_options_that_are_not_given_keep_their_values_and_those_that_are_change_them():

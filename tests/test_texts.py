@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_summary import evaluation, report
 
 from dwiml_func.checkpoint.checkpoint import Checkpoint
@@ -36,6 +37,7 @@ from dwiml_func.experiment.comparison.runs import RunOverview
 from dwiml_func.experiment.config import RunConfig, TrainingConfig
 from dwiml_func.experiment.evaluation import ModelEvaluation
 from dwiml_func.experiment.reconstruction import Reconstruction
+from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.tracking.protocols import ProtocolScores
 from dwiml_func.tracking.scores import BundleScores, TractogramScores
@@ -163,6 +165,73 @@ def of_graphs() -> str:
         warm.graph.num_compilations = 0
         _training.print_graphs(warm)
     return shown.getvalue().strip()
+
+
+def test_what_compilation_took_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    warm: Any = WarmUpStep.__new__(WarmUpStep)
+    warm.report = "Compiled in 3 s"
+    parts: Any = SimpleNamespace(step=warm)
+    for _ in range(2):
+        _training._print_compilation(parts)
+    parts.step = SimpleNamespace(report="of another step")
+    _training._print_compilation(parts)
+    assert capsys.readouterr().out == "Compiled in 3 s\n"
+
+
+@pytest.mark.parametrize(
+    ("epoch", "batch", "told"),
+    [
+        (0, 0, ""),
+        (0, 3, "Resuming from checkpoint 0-3: next is epoch 1, batch 4.\n"),
+        (2, 0, "Resuming from checkpoint 2: next is epoch 3.\n"),
+    ],
+)
+def test_an_ensemble_says_where_it_resumes_and_who_failed(monkeypatch, capsys, epoch, batch, told) -> None:
+    given: list[Any] = []
+
+    def run(directory: Path, members: Any, arguments: Any, **options: Any):
+        given.append(options | {"members": members, "arguments": arguments})
+        yield EnsembleReport(epoch=1, members={0: report(epoch=1)}, failed={1: "The loss is nan."})
+
+    arguments = {"step": max}
+    monkeypatch.setattr(_several, "run_ensemble", run)
+    monkeypatch.setattr(_several, "loop_arguments", lambda members, device: arguments)
+    ensemble: Any = SimpleNamespace(epoch=epoch, batch=batch, active=torch.ones(2))
+    members: Any = [SimpleNamespace(config=CONFIG)] * 2
+    assert _several._train_at_once(Path("e"), members, ensemble, [(), ()], None) == {"1": "The loss is nan."}
+    described = _several.describe_members(Path("e"), [CONFIG] * 2)
+    assert capsys.readouterr().out.startswith(f"{described}\n{told}Epoch 1/")
+    [options] = given
+    assert isinstance(options.pop("stop"), StopRequest)
+    assert options == {"members": members, "arguments": arguments, "ensemble": ensemble, "histories": [(), ()]}
+
+    failed = EnsembleReport(epoch=1, members={}, failed={0: "The loss is inf."})
+    for reports, histories, error in (([failed], [(), ()], "The loss is inf"), ([], [(), ()], "No member was trained")):
+        monkeypatch.setattr(_several, "run_ensemble", lambda *_, reports=reports, **__: iter(reports))
+        with pytest.raises(NonFiniteError, match=error):
+            _several._train_at_once(Path("e"), members, ensemble, histories, None)
+    monkeypatch.setattr(_several, "run_ensemble", lambda *_, **__: iter([failed]))
+    assert _several._train_at_once(Path("e"), members, ensemble, [(), (report(epoch=1),)], None) == {
+        "0": "The loss is inf."
+    }
+
+
+@pytest.mark.parametrize("is_sweep", [True, False])
+def test_the_table_of_an_ensemble_shows_what_its_members_may_differ_in(monkeypatch, capsys, is_sweep: bool) -> None:
+    run = SimpleNamespace(record=SimpleNamespace(config=CONFIG))
+    options = dict.fromkeys(("training.learning_rate", "model.dropout", "training.weight_decay", "training.rng"))
+    monkeypatch.setattr(_several, "is_sweep", lambda _: is_sweep)
+    monkeypatch.setattr(_several, "list_runs", lambda _: [run])
+    monkeypatch.setattr(_several, "best_first", lambda runs: (runs, "loss"))
+    monkeypatch.setattr(_several, "distinguishing", lambda configs: (options, None))
+    monkeypatch.setattr(_several, "format_runs", lambda runs, shown: f"{len(runs)}: {' '.join(shown)}")
+    _several.print_table(Path("e"), {"ab": "The loss is nan."})
+    columns = "" if is_sweep else "learning_rate weight_decay rng"
+    title = "\ne, the best by loss first:\n"
+    assert capsys.readouterr().out == f"{title}1: {columns}\nab ended with an error: The loss is nan.\n"
+    monkeypatch.setattr(_several, "list_runs", lambda _: [])
+    _several.print_table(Path("e"))
+    assert capsys.readouterr().out == f"{title}0: \n"
 
 
 def bundle(num: float, valid: float, mdf: float) -> BundleScores:

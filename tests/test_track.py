@@ -23,6 +23,7 @@ from nibabel.affines import apply_affine
 from preloaded import finished, start_program
 
 from dwiml_func.cli._tracking import with_progress
+from dwiml_func.cli.track import _device
 from dwiml_func.core.rng import Key
 from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
@@ -325,6 +326,14 @@ def _one_feature_less(group: Any) -> None:
     values = group["data"][..., :5]
     del group["data"]
     group["data"] = values
+
+
+def test_tracking_takes_one_thread(monkeypatch):
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    options: Any = SimpleNamespace(use_gpu=False)
+    assert _device(options) == torch.device("cpu")
+    assert asked == [1]
 
 
 def test_what_cannot_be_done_is_refused_in_one_line(cli, model, data, tmp_path):

@@ -91,8 +91,7 @@ def run_ensemble(
             log.write_scalars(step, {})
     for folder, parts, log, history in zip(folders, members, writers, histories or [()] * len(members), strict=True):
         write_parameters(folder, parts.config, nb_features=parts.nb_features, now=datetime.now())
-        if history:
-            log(*history)
+        log(*history)
     all_reports = [list(history) for history in histories or [()] * len(members)]
     in_background = data_in_background(folders[0], members[0].data, members[0].config.hdf5_file)
 
@@ -116,8 +115,7 @@ def run_ensemble(
         for number, (folder, parts, state) in enumerate(zip(folders, members, states, strict=True)):
             if new[number] and new[number][-1].is_best:  # a best epoch is saved at once, so this is its state
                 save_best_model(folder, state, parts)
-            if new[number]:
-                writers[number](*new[number])
+            writers[number](*new[number])
             remove_old(folder, state, parts.config.checkpoints.keep)
         write_ended(directory, len(members), ended_members(states, active))
 
