@@ -49,6 +49,7 @@ def test_above_its_clone_the_package_is_found_after_an_editable_install(clone: P
     code = "import dwiml_func; from dwiml_func import adam; print(dwiml_func.__file__)"
     assert run(python, "-c", code, folder=above) == f"{clone / 'dwiml_func' / '__init__.py'}\n"
     version = f"{dwiml_func.__version__}\n"
+    assert run(python, "-m", "dwiml_func", "--version", folder=above) == version
     torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
     assert run(*torchrun, "-m", "dwiml_func", "--version", folder=above) == version
     assert run(tmp_path / "bin" / "dwiml-func", "--version", folder=above) == version

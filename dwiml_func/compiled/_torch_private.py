@@ -4,7 +4,8 @@ Other rooms use private things of torch that all supported versions have: the `_
 (`optim/_foreach.py`), `torch._C._are_functorch_transforms_active` and what is beneath `vmap` (`_transforms.py`,
 `ensemble/rng.py`), `torch.utils._pytree` for states as trees, and in `core/stateless.py` the dicts `_parameters` and
 `_buffers` of a module, a tensor's `_version`, `_backward_hooks` and `_post_accumulate_grad_hooks`, and the caches
-`_flat_weights` and `_flat_weight_refs` of recurrent layers.
+`_flat_weights` and `_flat_weight_refs` of recurrent layers. `core/loss_check.py` asks nodes of a backward pass for
+`_saved_sparse`, and `experiment/audit/lockstep.py` digests tensors within `torch._C._DisableTorchDispatch`.
 """
 
 from __future__ import annotations
