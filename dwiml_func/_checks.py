@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "error_text",
     "listed",
     "one_line",
+    "problem_text",
     "truncated_repr",
 ]
 
@@ -101,10 +102,11 @@ def error_text(error: Exception) -> str:
     if not hasattr(error, "errors"):
         return one_line(error).rstrip(".")
     problems = error.errors()  # type: ignore[attr-defined]
-    return at_most_three([_problem_text(problem) for problem in problems])
+    return at_most_three([problem_text(problem) for problem in problems])
 
 
-def _problem_text(problem: dict) -> str:
+def problem_text(problem: Mapping[str, Any]) -> str:
+    """One of pydantic's problems on one line: where, what was expected, what was received."""
     location = ".".join(map(str, problem["loc"]))
     if problem["type"] == "value_error" and "error" in problem.get("ctx", {}):
         text = one_line(problem["ctx"]["error"]).rstrip(".")

@@ -40,7 +40,7 @@ __all__ = ["CheckpointError", "CorruptError", "load_leaves", "read_manifest", "s
 
 _MAX_ERROR = 300  # orbax and tensorstore write long ones
 _SETTLE_SECONDS = 0.1
-_METADATA = "_METADATA"  # orbax's own description of the arrays, which other programs read
+_METADATA = "_METADATA"  # orbax's own description of the arrays: other programs read it, and no leaf's digest covers it
 _SPECIAL = re.compile(r"[*?\[\\\udc80-\udcff]")  # of patterns, of other systems' paths, and bytes that are no UTF-8
 _MOST_COMPRESSED = 64  # times; present versions do not compress
 _quiet_lock = threading.RLock()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dwiml_func._checks import one_line
 from dwiml_func.cli._output import check_new_file, folders_above
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.tractogram_writers import check_name
@@ -69,7 +70,7 @@ def read_matrix(path: str) -> NDArray:
     try:
         matrix = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy raises of many kinds about corrupt files
-        raise ValueError(f"{path}: cannot be read as a matrix in .npy ({' '.join(str(error).split())})") from error
+        raise ValueError(f"{path}: cannot be read as a matrix in .npy ({one_line(error)})") from error
     if not isinstance(matrix, np.ndarray) or matrix.dtype.kind not in "biuf":
         raise ValueError(f"{path}: expected a matrix of numbers in .npy.")
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:

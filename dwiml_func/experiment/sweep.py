@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from dwiml_func._checks import error_text
 from dwiml_func.experiment.comparison.run_values import check_known
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import SWEEP_FILE
@@ -128,8 +129,7 @@ def _parse(config: RunConfig, name: str, text: str) -> Any:
         item = pydantic.TypeAdapter(get_args(kind)[0])
         return tuple(item.validate_strings(word) for word in ([text] if name == "rule" else text.split()))
     except pydantic.ValidationError as error:
-        expected = error.errors()[0]["msg"]
-        raise ValueError(f"--sweep {name.replace('_', '-')}: cannot read {text!r}. {expected}.") from None
+        raise ValueError(f"--sweep {name.replace('_', '-')}: {error_text(error)}.") from None
 
 
 def _parts(config: RunConfig) -> dict[str, Any]:

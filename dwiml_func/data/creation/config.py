@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, TypeAdapter, ValidationError
 
-from dwiml_func._checks import STRICT, truncated_repr
+from dwiml_func._checks import STRICT, at_most_three, problem_text
 from dwiml_func.data.spherical_harmonics import HARMONICS
 from dwiml_func.files.json import parse_json, read_config_file
 from dwiml_func.files.paths import missing_text
@@ -123,7 +123,7 @@ _ADAPTER = TypeAdapter(dict[str, Annotated[VolumeGroup | StreamlineGroup, Discri
 
 
 def read_groups_config(path: str | os.PathLike[str]) -> GroupsConfig:
-    """Read a JSON config file; the error names every wrong key."""
+    """Read a JSON config file; the error names the first three wrong keys."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"The config file {missing_text(path)}")
@@ -136,7 +136,7 @@ def check_groups_config(content: object, *, source: str = "config") -> GroupsCon
     try:
         groups = _ADAPTER.validate_json(json.dumps(content))  # strict about Python data means: dataclasses only
     except ValidationError as error:
-        raise ValueError(f"{source}: " + "; ".join(_describe(problem) for problem in error.errors())) from None
+        raise ValueError(f"{source}: {at_most_three(list(map(_describe, error.errors())))}") from None
     if not groups:
         raise ValueError(f"{source}: expected at least one group, received none")
     for name in groups:
@@ -160,19 +160,15 @@ def _describe(problem: Mapping[str, Any]) -> str:
     location = [str(part) for part in problem["loc"]]
     keys = location[2:]  # after the group's name comes the type by which pydantic chose
     where = f"group {location[0]!r}: " if location else ""
-    received = truncated_repr(problem["input"])
     kind = problem["type"]
     if kind == "union_tag_not_found":
         return f"{where}type: expected 'volume' or 'streamlines', received none"
     if kind == "union_tag_invalid":
         return f"{where}type: expected 'volume' or 'streamlines', received {problem['ctx']['tag']!r}"
-    if kind == "value_error":
-        return where + str(problem["ctx"]["error"])
     if kind in ("missing", "missing_argument"):
         return f"{where}{'.'.join(keys)}: expected, but missing"
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = VolumeGroup if location[1] == "volume" else StreamlineGroup
         known = ", ".join(field.name for field in fields(owner))
         return f"{where}unknown key {keys[-1]!r}. Known: {known}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{where}{'.'.join(keys)}{': ' if keys else ''}{message}, received {received}"
+    return where + problem_text({**problem, "loc": keys})

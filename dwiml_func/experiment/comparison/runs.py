@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from dwiml_func._checks import one_line
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.report import EpochReport
@@ -92,12 +93,11 @@ def run_overview(directory: Path, name: str) -> RunOverview:
         config = read_config(directory) if (directory / "config.json").is_file() else None
         checkpoint = newest(directory)
     except (ValueError, OSError) as error:
-        problem = " ".join(str(error).split())
         return RunOverview(
             name=name,
             state="running" if is_running else "corrupt",
             last_change=_last_change(directory),
-            problems=(problem,),
+            problems=(one_line(error),),
         )
     training = None if config is None else config.training
     history, scores = checkpoint.history if checkpoint else (), read_scores(directory)
