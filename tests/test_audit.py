@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from forgeries import FORGERIES, PHANTOM, forged, train
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
+from dwiml_func.cli import verify
 from dwiml_func.cli.verify import format_audit
 from dwiml_func.data.example.bundles import load_bundles
 from dwiml_func.data.processes import in_processes
@@ -272,6 +274,60 @@ def test_the_text_of_a_sample_counts_the_epochs_that_were_chosen_and_shortens_ma
         "  other torch",
     ]
     assert not any("(1 - f)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_threads", "use_gpu", "num_cpus", "num_processes"),
+    [
+        ({"all": True}, 1, False, 6, 6),
+        ({"sample": 3}, 2, False, 7, 3),
+        ({"sample": 1}, 8, False, 6, 1),
+        ({"all": True}, 1, True, 6, 1),
+        ({"all": True, "jobs": 4, "hdf5_file": "a.hdf5"}, 1, True, 6, 4),
+        ({"all": True}, 1, False, None, 1),
+    ],
+)
+@pytest.mark.parametrize("of_members", [False, True])
+def test_an_audit_has_as_many_processes_as_have_cpus(
+    monkeypatch, options, num_threads, use_gpu, num_cpus, num_processes, of_members
+) -> None:
+    training = SimpleNamespace(use_gpu=use_gpu, num_threads=num_threads, max_epochs=9)
+    audited: list[Any] = []
+    kept: list[Path] = []
+    found = SimpleNamespace(problems=(), replayed=(1,))
+    name = "audit_ensemble" if of_members else "audit_experiment"
+    monkeypatch.setattr("os.cpu_count", lambda: num_cpus)
+    monkeypatch.setattr(verify, "is_ensemble", lambda _: of_members)
+    monkeypatch.setattr(verify, "member_folders", lambda folder: [folder / "0", folder / "1"])
+    monkeypatch.setattr(verify, "read_config", lambda _: SimpleNamespace(training=training))
+    monkeypatch.setattr(verify, "kept_checkpoints", lambda folder: nullcontext(kept.append(folder)))
+    monkeypatch.setattr(verify, "Progress", lambda max_epochs: SimpleNamespace(track=f"a bar of {max_epochs}"))
+    monkeypatch.setattr(verify, "format_audit", lambda *_: "")
+    monkeypatch.setattr(verify, name, lambda folder, **how: audited.append((folder, how)) or found)
+    command, folder = verify.Options(experiment_dir="run", **options), Path("run")
+    assert verify.run(command) == 0
+    how = {"sample": options.get("sample"), "num_processes": num_processes, "hdf5_file": options.get("hdf5_file")}
+    how |= {} if of_members else {"track": "a bar of 9"}
+    assert audited == [(folder, how)]
+    assert kept == ([folder / "0", folder / "1"] if of_members else [folder])
+    found.problems = ("a metric",)
+    assert verify.run(command) == 1
+    found.problems, found.replayed = (), ()
+    assert verify.run(command) == 1
+
+
+@pytest.mark.parametrize("problems", [(), ("a metric",)])
+def test_one_epoch_is_verified_with_a_bar(monkeypatch, capsys, problems) -> None:
+    verified: list[Any] = []
+    found, config = SimpleNamespace(problems=problems), SimpleNamespace(training=SimpleNamespace(max_epochs=9))
+    monkeypatch.setattr(verify, "read_config", lambda _: config)
+    monkeypatch.setattr(verify, "kept_checkpoints", nullcontext)
+    monkeypatch.setattr(verify, "Progress", lambda max_epochs: SimpleNamespace(track=f"a bar of {max_epochs}"))
+    monkeypatch.setattr(verify, "format_verification", lambda verification, name: f"{name}: {verification.problems}")
+    monkeypatch.setattr(verify, "verify_epoch", lambda *given, **how: verified.append((given, how)) or found)
+    assert verify.run(verify.Options(experiment_dir="run", epoch=4, hdf5_file="a.hdf5")) == len(problems)
+    assert verified == [(("run",), {"epoch": 4, "hdf5_file": "a.hdf5", "track": "a bar of 9"})]
+    assert capsys.readouterr().out == f"run: {problems}\n"
 
 
 def test_options_that_do_not_fit_are_refused(cli, run):

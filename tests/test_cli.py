@@ -7,12 +7,16 @@ import importlib
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from experiment_cases import latest_digest
 
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.cli import bisect, evaluate, page, resume, send_to_comet, train
 from dwiml_func.cli.main import COMMANDS
 from dwiml_func.experiment.config import (
     BatchConfig,
@@ -24,6 +28,7 @@ from dwiml_func.experiment.config import (
     config_from_json,
 )
 from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.sweep import member_configs, sweep_configs
 from dwiml_func.models.autoencoder.config import AutoencoderOptions
 from dwiml_func.models.transformers.config import TransformerOptions
 
@@ -316,3 +321,239 @@ def test_the_version_is_the_packages(cli):
     outcome = cli("--version")
     assert (outcome.code, outcome.out, outcome.err) == (0, f"{dwiml_func.__version__}\n", "")
     assert cli("--version", "train").out == outcome.out
+
+
+Calls = list[tuple[str, tuple[object, ...], dict[str, object]]]
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, module: Any, **results: Any) -> Calls:
+    """The calls of a command to these functions of its module, which give these results."""
+    calls: Calls = []
+
+    def replacement(name: str, result: Any) -> Any:
+        return lambda *given, **options: calls.append((name, given, options)) or result
+
+    for name, result in results.items():
+        monkeypatch.setattr(module, name, replacement(name, result))
+    return calls
+
+
+def names_of(calls: Calls) -> list[str]:
+    return [name for name, _, _ in calls]
+
+
+CONTEXTS = {"join_process_group": nullcontext("group"), "train_with_progress": None}
+TRAINED = {
+    **CONTEXTS,
+    "new_run": nullcontext(("parts", "state", "history")),
+    **dict.fromkeys(("check_same_run", "check_same_ensemble", "check_sweep", "train_members", "resume_members")),
+    "train_sweep": 7,
+    "prepare": "parts",
+    "describe_run": "the data",
+    "describe_sweep": None,
+    "describe_members": "the members",
+}
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_train_makes_one_run_or_checks_that_it_is_the_same(monkeypatch, tmp_path, exists: bool, use_gpu: bool) -> None:
+    calls = recorded(monkeypatch, train, **TRAINED)
+    monkeypatch.setattr(train.Options, "deadline", lambda _: 5.0)
+    where: dict[str, Any] = {
+        "experiments_path": str(tmp_path),
+        "experiment_name": "run",
+        "hdf5_file": "data.hdf5",
+        "init_from": "m",
+    }
+    options = train.Options(**where, training=TrainingConfig(use_gpu=use_gpu))
+    directory, config = tmp_path / "run", options.to_config("data.hdf5")
+    if exists:
+        directory.mkdir()
+    assert train.run(options) == 0
+    assert calls == [
+        *([("check_same_run", (directory, config), {"init_from": "m"})] if exists else []),
+        ("join_process_group", ("cuda" if use_gpu else "cpu",), {}),
+        ("new_run", (str(tmp_path), "run", config, "group"), {"init_from": "m"}),
+        ("train_with_progress", (directory, "parts", "state", "history", 5.0), {}),
+    ]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("sweep", [(), ("rng=1,2",), ("dropout=0,0.5", "rng=1,2")])
+def test_train_makes_or_resumes_several_models(monkeypatch, tmp_path, capsys, exists: bool, sweep) -> None:
+    calls = recorded(monkeypatch, train, **TRAINED)
+    monkeypatch.setattr(train.Options, "deadline", lambda _: 5.0)
+    where: dict[str, Any] = {
+        "experiments_path": str(tmp_path),
+        "experiment_name": "run",
+        "hdf5_file": "data.hdf5",
+        "sweep": sweep,
+    }
+    options = train.Options(**where, num_models=1 if sweep else 2)
+    directory, config = tmp_path / "run", options.to_config("data.hdf5")
+    if exists:
+        directory.mkdir()
+    swept = sweep_configs(config, sweep=sweep) if len(sweep) > 1 else {}
+    members = member_configs(config, num_models=options.num_models, sweep=sweep)
+    assert train.run(options) == (7 if swept else 0)
+    if swept:
+        sweeping = ("train_sweep", (directory, swept, sweep), {"deadline": 5.0})
+        assert calls == [("check_sweep", (directory, swept), {}), sweeping]
+    elif exists:
+        again = {"may_have_ended": True, "given": members, "deadline": 5.0}
+        assert calls == [("check_same_ensemble", (directory, members), {}), ("resume_members", (directory,), again)]
+        assert capsys.readouterr().out == f"{directory} exists, with these configs: resuming it.\n"
+    else:
+        assert calls == [("train_members", (str(tmp_path), "run", members, 5.0), {})]
+    with pytest.raises(ValueError, match=r"^--init-from: expected one model to train"):
+        train.run(dataclasses.replace(options, init_from="m"))
+
+    calls.clear()
+    assert train.run(dataclasses.replace(options, dry_run=True)) == 0
+    printed = capsys.readouterr()
+    assert not {"train_sweep", "train_members", "resume_members"} & set(names_of(calls))
+    if swept:
+        assert calls[-1] == ("describe_sweep", (directory, swept), {})
+        assert (printed.out, printed.err) == ("", "the data\n")
+    else:
+        assert json.loads(printed.out) == [member.to_dict() for member in members]
+        assert printed.err == "the members\nthe data\n"
+    assert [given for name, given, _ in calls if name == "describe_run"] == [(directory, "parts")]
+
+
+def test_train_makes_the_example_data_where_no_data_are_given(monkeypatch, tmp_path, capsys) -> None:
+    calls = recorded(monkeypatch, train, **TRAINED, _make_example_data=None)
+    options = train.Options(experiments_path=str(tmp_path), experiment_name="run")
+    example = tmp_path / "example_data.hdf5"
+    assert train.run(dataclasses.replace(options, dry_run=True)) == 0
+    assert capsys.readouterr().err == f"{example} would be made.\n"
+    assert calls == []
+    assert train.run(options) == 0
+    assert calls[0] == ("_make_example_data", (example,), {})
+    assert calls[2][1][2] == options.to_config(example)
+    example.touch()
+    assert train.run(dataclasses.replace(options, dry_run=True)) == 0
+    assert capsys.readouterr().err == "the data\n"
+
+
+CHANGES: dict[str, Any] = {
+    "new_max_epochs": 9,
+    "new_patience": 3,
+    "hdf5_file": "a.hdf5",
+    "processes": 2,
+    "num_threads": 4,
+    "checkpoint_every": "2epochs",
+    "keep": "all",
+    "accept": ("dropout",),
+    "skip": ("1:2",),
+}
+
+
+@pytest.mark.parametrize("of_members", [True, False])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_resume_passes_on_what_changes(monkeypatch, tmp_path, of_members: bool, is_whole: bool) -> None:
+    results = {**CONTEXTS, "resume_members": None, "resumed_run": nullcontext(("parts", "state", "history"))}
+    config = SimpleNamespace(training=SimpleNamespace(use_gpu=is_whole))
+    calls = recorded(monkeypatch, resume, **results, is_ensemble=of_members, is_whole=is_whole, read_config=config)
+    monkeypatch.setattr(resume.Options, "deadline", lambda _: 5.0)
+    for where in ((tmp_path, "run"), (tmp_path / "run", None)):
+        calls.clear()
+        given: dict[str, Any] = {"experiments_path": str(where[0]), "experiment_name": where[1]}
+        assert resume.run(resume.Options(**given, **CHANGES)) == 0
+        directory = tmp_path / "run"
+        if of_members:
+            assert calls[1:] == [("resume_members", (directory,), {"deadline": 5.0, **CHANGES})]
+        else:
+            assert calls[2:] == [
+                ("join_process_group", ("cuda" if is_whole else "cpu",), {}),
+                ("is_whole", (directory,), {}),
+                ("resumed_run", (directory, "group"), {"may_have_ended": not is_whole, **CHANGES}),
+                ("train_with_progress", (directory, "parts", "state", "history", 5.0), {}),
+            ]
+
+
+@pytest.mark.parametrize("address", [None, "https://comet"])
+def test_logs_are_sent_with_the_names_that_were_given(monkeypatch, capsys, address) -> None:
+    history = [("one", "two"), ()]
+    sent: list[object] = []
+    comet = SimpleNamespace(send=lambda *reports: sent.append(reports) or address)
+    checkpoint = SimpleNamespace(history=history[0])
+    calls = recorded(monkeypatch, send_to_comet, read_config="config", newest=checkpoint, experiment_comet=comet)
+    options = send_to_comet.Options(experiment_dir="run", comet_project="p")
+    assert send_to_comet.run(options) == (address is None)
+    assert calls[2:] == [
+        ("experiment_comet", (Path("run"), "config"), {"offline": False, "patience": 600.0, "project": "p"})
+    ]
+    assert sent == [("one", "two")]
+    assert capsys.readouterr().out == ("" if address is None else f"{address}\n")
+    for nothing in (None, SimpleNamespace(history=())):
+        monkeypatch.setattr(send_to_comet, "newest", lambda _, nothing=nothing: nothing)
+        with pytest.raises(ValueError, match="run has no saved epoch yet"):
+            send_to_comet.run(options)
+
+
+@pytest.mark.parametrize(("problems", "different", "code"), [((), None, 0), (("epoch 2",), (1, 0), 1)])
+def test_bisect_tells_where_runs_differ_by_its_exit_code(monkeypatch, capsys, problems, different, code: int) -> None:
+    found = SimpleNamespace(different=different)
+    results = {"bisect_record": (problems, 4), "bisect_runs": found, "format_bisection": "the text"}
+    calls = recorded(monkeypatch, bisect, **results, kept_checkpoints=nullcontext())
+    assert bisect.run(bisect.Options(dir_a="a")) == code
+    told = "epoch 2" if code else "a: this machine computes what was recorded, in all 4 epochs"
+    assert capsys.readouterr().out == f"{told}\n"
+    assert calls == [("kept_checkpoints", ("a",), {}), ("bisect_record", ("a",), {})]
+    calls.clear()
+    assert bisect.run(bisect.Options(dir_a="a", dir_b="b")) == code
+    assert capsys.readouterr().out == "A: a\nB: b\nthe text\n"
+    kept = [("kept_checkpoints", (name,), {}) for name in "ab"]
+    assert calls == [*kept, ("bisect_runs", ("a", "b"), {}), ("format_bisection", (found,), {})]
+
+
+@pytest.mark.parametrize(
+    ("problems", "replayed", "code"), [((), (1,), 0), (("epoch 2",), (1,), 1), ((), (), 1), (None, None, 0)]
+)
+def test_a_page_has_what_its_audit_found(monkeypatch, tmp_path, capsys, problems, replayed, code: int) -> None:
+    audit = SimpleNamespace(problems=problems, replayed=replayed)
+    results = {"audit_experiment": audit, "format_audit": "one\ntwo", "run_page": "the page é", "check_no_links": None}
+    calls = recorded(monkeypatch, page, **results)
+    sample, run = None if problems is None else 2, tmp_path / "run"
+    monkeypatch.setattr(page, "kept_checkpoints", lambda _: nullcontext())
+    run.mkdir()
+    for out in (None, str(tmp_path / "new" / "a.HTM")):
+        calls.clear()
+        assert page.run(page.Options(experiment_dir=str(run), out=out, sample=sample)) == code
+        path = run / "page.html" if out is None else Path(out)
+        assert path.read_bytes() == "the page é".encode()
+        assert capsys.readouterr().out == f"{path}\n"
+        audited = [("audit_experiment", (run,), {"sample": 2}), ("format_audit", (audit, "run"), {})]
+        lines = None if sample is None else ["one", "two"]
+        checked = [("check_no_links", (run,), {})] if out is None else []
+        assert calls == [*(audited if sample else []), ("run_page", (run,), {"audit": lines}), *checked]
+    with pytest.raises(ValueError, match=r"ends in \.html\. Received: 'a\.txt'"):
+        page.run(page.Options(experiment_dir=str(run), out="a.txt"))
+
+
+@pytest.mark.parametrize("of_members", [True, False])
+def test_evaluations_are_written_as_a_trainings_end_writes_them(monkeypatch, of_members: bool) -> None:
+    parts: Any = SimpleNamespace(data="data", config=SimpleNamespace(hdf5_file="h"))
+    calls = recorded(
+        monkeypatch, evaluate, is_ensemble=of_members, member_folders=[Path("run/0"), Path("run/1")], read_config=None,
+        experiment_lock=nullcontext(), resume_experiment=(parts, None, ("report",)), print_end=None,
+        data_in_background=lambda: None,
+    )  # fmt: skip
+    assert evaluate.run(evaluate.Options(model_dir="run", hdf5_file="other", write=True)) == 0
+    folders = [Path("run/0"), Path("run/1")] if of_members else [Path("run")]
+    assert calls[2 if of_members else 1 :] == [
+        call
+        for folder in folders
+        for call in (
+            ("read_config", (folder,), {}),
+            ("experiment_lock", (folder,), {}),
+            ("resume_experiment", (folder,), {"may_have_ended": True, "hdf5_file": "other"}),
+            ("data_in_background", (folder, "data", "h"), {}),
+            ("print_end", (folder, parts, ("report",)), {}),
+        )
+    ]
+    monkeypatch.setattr(evaluate, "resume_experiment", lambda *_, **__: (parts, None, ()))
+    with pytest.raises(ValueError, match="has no finished epoch yet"):
+        evaluate.run(evaluate.Options(model_dir="run", write=True))

@@ -168,6 +168,13 @@ def test_what_cannot_be_forked_is_refused_and_leaves_nothing(cli, source):
     assert tree(source.parent) == before
 
 
+def test_a_source_may_be_the_folder_one_is_in(cli, source, monkeypatch):
+    monkeypatch.chdir(source)
+    cli("fork", ".", source.name).check_refusal(f"{source.name!r} exists in {str(source.parent)!r}")
+    monkeypatch.chdir(source / "logs")
+    cli("fork", "..", source.name).check_refusal(f"{source.name!r} exists in {str(source.parent)!r}")
+
+
 def test_without_a_name_the_newest_valid_checkpoint_is_forked(cli, source):
     end = latest_digest(source)
     flip_a_byte(source / "checkpoint" / "4")

@@ -98,7 +98,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(cli, command: str, mean
     cli(command).check_refusal(f"Received: {command!r}. Did you mean {meant}?", ", ".join(COMMANDS))
 
 
-@pytest.mark.parametrize("command", ["trump", "fast", "-", "scores-of-all"])
+@pytest.mark.parametrize("command", ["divert", "plate", "-", "scores-of-all"])
 def test_a_command_that_is_near_to_none_is_answered_without_a_guess(cli, command: str) -> None:
     with pytest.raises(ValueError, match=rf"Received: '{command}'\.$"):
         _check_command(command, [command])

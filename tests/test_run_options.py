@@ -55,6 +55,11 @@ def test_the_example_options_apply_before_the_others_are_checked(cli, folder: Pa
     cli("train", folder, "new", PHANTOM, "--normalize-prev-dirs").check_refusal("nb_previous_dirs")
 
 
+def test_the_dataset_of_a_config_is_where_the_command_found_it(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunOptions().to_config("data.hdf5").hdf5_file == str(tmp_path / "data.hdf5")
+
+
 RATE = "0.002*24 0.001*14 0.0005*10 0.0002*8 0.0001"
 
 

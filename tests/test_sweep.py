@@ -13,6 +13,7 @@ from experiment_cases import PHANTOM, contents, latest_digest
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.cli import _several
+from dwiml_func.cli.train import Options, run
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.sweep import is_ensemble_sweep, sweep_configs
@@ -198,6 +199,16 @@ def test_a_sweep_of_a_single_value_has_it(tmp_path: Path, cli) -> None:
 def test_what_is_no_sweep_is_refused_before_anything_is_written(tmp_path: Path, cli, sweep, named) -> None:
     cli("train", tmp_path, "all", PHANTOM, *OPTIONS, "--sweep", *sweep).check_refusal("--sweep", *named)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("values", "is_told"), [("0,0.5", True), ("0.5,0", True), ("0,0.0", False)])
+def test_a_dropout_that_drops_nothing_in_one_of_a_sweep_is_told(monkeypatch, caplog, tmp_path, values, is_told):
+    monkeypatch.setattr("dwiml_func.cli.train.describe_run", lambda *_: "")
+    monkeypatch.setattr("dwiml_func.cli.train.prepare", lambda _: None)
+    options = (*OPTIONS, "--nb-previous-dirs", "0", "--sweep", f"dropout={values}", "--dry-run")
+    parsed = Options.parse([str(tmp_path), "all", str(PHANTOM), *options], "train")
+    assert run(parsed) == 0
+    assert ("--dropout changes nothing" in caplog.text) is is_told
 
 
 def test_another_experiment_is_not_overwritten(copied: Path, cli) -> None:

@@ -167,6 +167,14 @@ def of_graphs() -> str:
     return shown.getvalue().strip()
 
 
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_runs_are_compared_in_the_order_that_was_given(monkeypatch, capsys, is_equal: bool) -> None:
+    monkeypatch.setattr(diff, "compare_experiments", lambda *given: SimpleNamespace(text=given, is_equal=is_equal))
+    monkeypatch.setattr(diff, "format_comparison", lambda comparison: " and ".join(comparison.text))
+    assert diff.run(diff.Options(dir_a="one", dir_b="two")) == (not is_equal)
+    assert capsys.readouterr().out == "A: one\nB: two\none and two\n"
+
+
 def test_what_compilation_took_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     warm: Any = WarmUpStep.__new__(WarmUpStep)
     warm.report = "Compiled in 3 s"

@@ -160,7 +160,7 @@ def _experiments(path: Path) -> list[Path]:
         return member_folders(path)
     if is_run(path):
         return [path]
-    inner = [folder for folder in named_in_order(path) if folder.is_dir()] if path.is_dir() else []
+    inner = named_in_order(path) if path.is_dir() else []
     holds_runs = (is_ensemble, is_run, is_sweep)
     found = [run for folder in inner if any(test(folder) for test in holds_runs) for run in _experiments(folder)]
     return [run for run in found if _has_epochs(run)]

@@ -157,9 +157,8 @@ def run(options: Options) -> int:
         for tracked in with_progress(results, len(seeds)):
             lines = tracked.streamlines
             sizes = torch.tensor(found.voxel_sizes, dtype=torch.float64).expand(len(lines), 3)
-            if len(lines) > 0:
-                in_mm = lines.points.numpy().astype(np.float64) * np.array(found.voxel_sizes)
-                total_length += float(lengths_mm(in_mm, lines.offsets.numpy()).sum())
+            in_mm = lines.points.numpy().astype(np.float64) * np.array(found.voxel_sizes)
+            total_length += float(lengths_mm(in_mm, lines.offsets.numpy()).sum())
             if options.compress is not None:
                 lines = resample_streamlines(lines, sizes, Resampling(compress=options.compress))
             # As scilpy has them: the origin at the first voxel's centre.
