@@ -288,13 +288,15 @@ def test_plot_refuses_what_it_cannot_draw(cli, experiments: Path, tmp_path: Path
     (tmp_path / "notes").mkdir()
     for option in ((), ("--tracking",), ("--drift",)):
         cli("plot", tmp_path / "notes", *option).check_refusal("notes", "not an experiment")
-    cli("plot", run, run, "--tracking").check_refusal("--tracking: expected one experiment", "Received: 2 experiments.")
-    cli("plot", run, "--tracking", "--drift").check_refusal("--tracking: expected one experiment", "Received: --drift.")
+    cli("plot", run, run, "--tracking").check_refusal("--tracking: requires one experiment", "Received: 2 experiments.")
+    cli("plot", run, "--tracking", "--drift").check_refusal("--tracking: requires one experiment", "Received: --drift.")
     for name in ("drift", "tracking"):
         for other in (("--panels", "loss"), ("--graph", "A", "loss"), ("--csv", "a"), ("--correlate", "a", "b")):
-            cli("plot", run, f"--{name}", *other).check_refusal(f"--{name}: expected no --panels")
+            cli("plot", run, f"--{name}", *other).check_refusal(f"--{name}: not allowed with --panels")
     for other in (("--panels", "loss"), ("--graph", "A", "loss"), ("--csv", "a")):
-        cli("plot", run, "--correlate", "a", "b", *other).check_refusal("--correlate: expected no --panels, --graph or")
+        cli("plot", run, "--correlate", "a", "b", *other).check_refusal(
+            "--correlate: not allowed with --panels, --graph or"
+        )
     cli("plot", run, tmp_path / "nothing").check_refusal("nothing", "not an experiment")
     cli("plot", run, "--out", run / "config.json" / "a.png").check_refusal("config.json' is not a folder", "'a.png'")
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
