@@ -19,6 +19,7 @@ __all__ = [
     "error_text",
     "listed",
     "one_line",
+    "pluralize",
     "problem_text",
     "truncated_repr",
 ]
@@ -89,6 +90,11 @@ def at_most_three(texts: Sequence[str], separator: str = "; ") -> str:
     """The first three texts, and the number of the others."""
     more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
     return separator.join(texts[:3]) + more
+
+
+def pluralize(number: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`, `2 batches`."""
+    return f"{number} {noun}{('es' if noun.endswith('ch') else 's') * (number != 1)}"
 
 
 def one_line(text: object, *, max_length: int | None = None) -> str:

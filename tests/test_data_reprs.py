@@ -34,7 +34,10 @@ BATCH = load_batch(BatchRequest(np.arange(90), None, 0, 0), dataset=DATASETS[Fal
         (replace(BATCH, noisy_targets=BATCH.points), ["cpu, noisy_targets>"]),
         (BATCH.to("meta"), ["meta"]),
         (cut_batch(BATCH, 4), ["ShardedBatch", "4 shards", "90 streamlines, 4042 points>"]),
-        (Streamlines(torch.zeros(5, 3, dtype=torch.float64), torch.tensor([0, 5])), ["1 streamlines", "float64"]),
+        (
+            Streamlines(torch.zeros(5, 3, dtype=torch.float64), torch.tensor([0, 5])),
+            ["1 streamline, 5 points"],
+        ),
         (sample_epoch(DATASETS[False].index, SamplerSpec(batch_size=10), Key(1), 0), ["EpochPlan", "10 batches"]),
     ],
     ids=lambda value: type(value).__name__,

@@ -195,7 +195,7 @@ def test_a_source_that_ignores_where_to_start_is_found_out() -> None:
     *_, (state, _) = train_steps(start(), BATCHES[:2], step=partial(STEP, lr=0.1))
     with pytest.raises(ValueError, match=r"Expected the last 3 of the 5 batches of epoch 1.*Received: 5 batches"):
         next(loop(state, train=lambda key, epoch, start: BATCHES))
-    with pytest.raises(ValueError, match=r"Expected a state within the 1 batches of epoch 1. Received: one after 2"):
+    with pytest.raises(ValueError, match=r"Expected a state within the 1 batch of epoch 1. Received: one after 2"):
         next(loop(state, train=lambda key, epoch, start: BATCHES[:1]))
     resumed, _ = next(loop(state))
     assert resumed.step == 5
@@ -218,8 +218,8 @@ def generated(values: Iterable[Any]) -> Iterator[Any]:
     [
         (lambda start: ALL[start:], None),
         (lambda start: ALL, r"Expected the last 2 of the 4 batches of epoch 3, since 2 are done. Received: 4 batches"),
-        (lambda start: ALL[start:3] if start else ALL, "Received: 1 batches"),
-        (lambda start: ALL[:1], "Expected a state within the 1 batches of epoch 3. Received: one after 2"),
+        (lambda start: ALL[start:3] if start else ALL, "Received: 1 batch"),
+        (lambda start: ALL[:1], "Expected a state within the 1 batch of epoch 3. Received: one after 2"),
         (lambda start: ALL[:2][start:], None),  # none left
         (lambda start: Unsized(ALL), None),  # nothing is known of it
         (lambda start: iter(ALL), None),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
 
-__all__ = ["Verbosity", "is_quiet", "messages", "pluralize", "print_progress", "set_verbosity"]
+__all__ = ["Verbosity", "is_quiet", "messages", "print_progress", "set_verbosity"]
 
 
 class Verbosity(IntEnum):
@@ -57,11 +57,6 @@ def print_progress(text: str) -> None:
     """Print a line about the progress of a command, unless it is quiet."""
     if not is_quiet():
         print(text, flush=True)  # a file or a pipe would hold it back for a long time
-
-
-def pluralize(number: int, noun: str) -> str:
-    """`1 epoch`, `2 epochs`."""
-    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 class _Handler(logging.Handler):

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from dwiml_func._checks import one_line
+from dwiml_func._checks import one_line, pluralize
 from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.cli._messages import pluralize, print_progress
+from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._training import describe_start, new_run, print_graphs, train_with_progress
 from dwiml_func.cli.runs import format_runs
 from dwiml_func.core.early_stopping import should_stop

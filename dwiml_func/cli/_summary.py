@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dwiml_func.cli._messages import pluralize
+from dwiml_func._checks import pluralize
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
 from dwiml_func.experiment.reconstruction import Reconstruction

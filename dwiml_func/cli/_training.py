@@ -19,11 +19,11 @@ from typing import Annotated, Any, NoReturn
 import torch
 import tyro
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import pluralize, truncated_repr
 from dwiml_func.checkpoint.history import one_an_epoch
 from dwiml_func.checkpoint.index import position_name
 from dwiml_func.checkpoint.provenance import environment
-from dwiml_func.cli._messages import is_quiet, pluralize, print_progress
+from dwiml_func.cli._messages import is_quiet, print_progress
 from dwiml_func.cli._summary import format_summary, format_tracking
 from dwiml_func.compiled.step import JitStep
 from dwiml_func.compiled.warmup import WarmUpStep

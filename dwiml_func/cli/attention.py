@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from dwiml_func.cli._messages import pluralize
+from dwiml_func._checks import pluralize
 from dwiml_func.cli._output import new_folder
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.data.grid import Grid

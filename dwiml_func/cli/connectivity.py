@@ -13,8 +13,9 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
+from dwiml_func._checks import pluralize
 from dwiml_func.cli._connectivity import bloc_image, check_options, names_of, read_matrix, write_labels, write_nifti
-from dwiml_func.cli._messages import pluralize, print_progress
+from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.data.creation.files import SingleFile

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from dwiml_func._checks import check_number
-from dwiml_func.cli._messages import pluralize
+from dwiml_func._checks import check_number, pluralize
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.cli._summary import NO_PRINCIPAL_DIRECTION, format_degrees, format_reconstruction
 from dwiml_func.cli._training import print_end

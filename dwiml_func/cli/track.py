@@ -12,7 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from dwiml_func.cli._messages import pluralize
+from dwiml_func._checks import pluralize
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions, optional_value
 from dwiml_func.cli._tracking import check_options, header_facts, seed_columns, with_progress

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from dwiml_func._checks import check_number
+from dwiml_func._checks import check_number, pluralize
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import kept_checkpoints
-from dwiml_func.cli._messages import pluralize
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.audit.audit import Audit, audit_experiment
 from dwiml_func.experiment.audit.ensemble import audit_ensemble

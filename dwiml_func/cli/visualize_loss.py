@@ -11,8 +11,8 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from dwiml_func._checks import check_number
-from dwiml_func.cli._messages import pluralize, print_progress
+from dwiml_func._checks import check_number, pluralize
+from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._output import new_folder
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.core.rng import Key, numpy_rng

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_structure
 
+from dwiml_func._checks import pluralize
 from dwiml_func.core.rng import Key
 
 __all__ = ["Batches", "check_iterable", "checked_batches"]
@@ -28,13 +29,14 @@ def checked_batches(source: Batches, key: Key, epoch: int, start_batch: int) -> 
         num_all = _length(source(key, epoch, 0))
         if num_all is not None and start_batch > num_all:
             raise ValueError(
-                f"Expected a state within the {num_all} batches of epoch {epoch + 1}. Received: one after "
+                f"Expected a state within the {pluralize(num_all, 'batch')} of epoch {epoch + 1}. Received: one after "
                 f"{start_batch}. Give the source the batch size that the run was started with."
             )
         if num_all is not None and num_left != num_all - start_batch:
             raise ValueError(
-                f"Expected the last {num_all - start_batch} of the {num_all} batches of epoch {epoch + 1}, since "
-                f"{start_batch} are done. Received: {num_left} batches. The source must begin at `start_batch`."
+                f"Expected the last {num_all - start_batch} of the {pluralize(num_all, 'batch')} of epoch {epoch + 1}, "
+                f"since {start_batch} are done. Received: {pluralize(num_left, 'batch')}. The source must begin at "
+                "`start_batch`."
             )
     if isinstance(batches, Generator):
         return _checked_start(batches, source(key, epoch, 0), epoch, start_batch)

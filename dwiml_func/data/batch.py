@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import pluralize
 from dwiml_func.data.streamlines import input_offsets, input_rows
 
 __all__ = ["StreamlineBatch"]
@@ -57,10 +58,11 @@ class StreamlineBatch:
     padded_length: int | None = None
 
     def __repr__(self) -> str:
-        size = f"{len(self)} streamlines, {len(self.points)} points, inputs {tuple(self.inputs.shape)}"
+        size = f"{pluralize(len(self), 'streamline')}, {pluralize(len(self.points), 'point')}"
+        inputs = f"inputs {tuple(self.inputs.shape)}"
         kind = f"{str(self.inputs.dtype).removeprefix('torch.')}, {self.inputs.device}"
         noise = [name for name in ("noisy_points", "noisy_targets") if getattr(self, name) is not None]
-        return f"<StreamlineBatch: {', '.join([size, kind, *noise])}>"
+        return f"<StreamlineBatch: {', '.join([size, inputs, kind, *noise])}>"
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from dwiml_func._checks import truncated_repr
+from dwiml_func._checks import pluralize, truncated_repr
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
@@ -91,7 +91,8 @@ class DatasetIndex:
 
     def __repr__(self) -> str:
         lengths = "no lengths in mm" if self.lengths_mm is None else "lengths in mm"
-        return f"<DatasetIndex: {len(self.subjects)} subjects, {self.num_total} streamlines, {lengths}>"
+        size = f"{pluralize(len(self.subjects), 'subject')}, {pluralize(self.num_total, 'streamline')}"
+        return f"<DatasetIndex: {size}, {lengths}>"
 
     @property
     def num_total(self) -> int:
@@ -164,7 +165,8 @@ class StreamlineDataset:
     linked: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
-        size = f"{len(self.index.subjects)} subjects, {self.index.num_total} streamlines, {self.num_features} features"
+        size = f"{pluralize(len(self.index.subjects), 'subject')}, {pluralize(self.index.num_total, 'streamline')}"
+        size += f", {pluralize(self.num_features, 'feature')}"
         where = "in memory" if isinstance(self.volumes, tuple) else "lazy"
         return f"<StreamlineDataset {truncated_repr(self.path.name)} {self.subset}: {size}, {where}>"
 

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from dwiml_func._checks import check_choice, check_number
+from dwiml_func._checks import check_choice, check_number, pluralize
 from dwiml_func.core.rng import Key, fold_in, numpy_rng
 from dwiml_func.data.dataset import DatasetIndex
 
@@ -80,7 +80,7 @@ class EpochPlan:
     batch_offsets: NDArray[np.int64]
 
     def __repr__(self) -> str:
-        return f"<EpochPlan: {len(self)} batches, {len(self.ids)} streamlines>"
+        return f"<EpochPlan: {pluralize(len(self), 'batch')}, {pluralize(len(self.ids), 'streamline')}>"
 
     def __len__(self) -> int:
         return len(self.batch_offsets) - 1

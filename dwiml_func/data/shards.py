@@ -9,6 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from dwiml_func._checks import pluralize
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.streamlines import input_offsets
 
@@ -27,7 +28,8 @@ class ShardedBatch(Sequence[StreamlineBatch | None]):
 
     def __repr__(self) -> str:
         num_points = sum(len(shard.points) for shard in self.shards if shard is not None)
-        return f"<ShardedBatch: {len(self)} shards, {len(self.ids)} streamlines, {num_points} points>"
+        counts = (len(self), "shard"), (len(self.ids), "streamline"), (num_points, "point")
+        return f"<ShardedBatch: {', '.join(pluralize(*count) for count in counts)}>"
 
     def __len__(self) -> int:
         return len(self.shards)

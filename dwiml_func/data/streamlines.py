@@ -19,6 +19,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from dwiml_func._checks import pluralize
+
 __all__ = [
     "Streamlines",
     "as_ids",
@@ -144,7 +146,7 @@ class Streamlines:
 
     def __repr__(self) -> str:
         kind = f"{str(self.points.dtype).removeprefix('torch.')}, {self.points.device}"
-        return f"<Streamlines: {len(self)} streamlines, {len(self.points)} points, {kind}>"
+        return f"<Streamlines: {pluralize(len(self), 'streamline')}, {pluralize(len(self.points), 'point')}, {kind}>"
 
     @classmethod
     def from_list(cls, streamlines: Iterable[ArrayLike]) -> Streamlines:

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from dwiml_func._checks import pluralize
 from dwiml_func.data.dataset import DatasetIndex
 from dwiml_func.data.hdf5.layout import read_volume, streamlines_that
 from dwiml_func.data.hdf5.problems import corrupt_file, raise_first
@@ -49,7 +50,7 @@ class LazyVolumes:
     cache_bytes: int
 
     def __repr__(self) -> str:
-        return f"<LazyVolumes: {len(self)} volumes, {self.num_features} features>"
+        return f"<LazyVolumes: {pluralize(len(self), 'volume')}, {pluralize(self.num_features, 'feature')}>"
 
     @property
     def num_features(self) -> int:
@@ -83,7 +84,8 @@ class LazyStreamlines:
     addresses: dict[int, int | None] = field(default_factory=dict)  # by subject, where its points lie as plain bytes
 
     def __repr__(self) -> str:
-        return f"<LazyStreamlines: {len(self)} streamlines, {int(self.lengths.sum())} points>"
+        num_points = int(self.lengths.sum())
+        return f"<LazyStreamlines: {pluralize(len(self), 'streamline')}, {pluralize(num_points, 'point')}>"
 
     def __len__(self) -> int:
         return len(self.lengths)
