@@ -18,7 +18,7 @@ from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.subject import read_subject_streamlines
 from dwiml_func.data.inspection.inspect import inspect_dataset
 from dwiml_func.experiment.figures.dataset import _draw_slices, draw_dataset
-from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.panel import COLOURS
 from dwiml_func.experiment.figures.streamline_views import VIEWS
 
 BLUE, ORANGE, GREEN = COLOURS[:3]

@@ -22,7 +22,7 @@ from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.panel import COLOURS
 from dwiml_func.experiment.figures.streamline_views import view_limits
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.page.html import json_block, rows_table, tag

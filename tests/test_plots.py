@@ -33,7 +33,7 @@ from dwiml_func.experiment.config import (
 )
 from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
 from dwiml_func.experiment.figures.graphs import parse_graph
-from dwiml_func.experiment.figures.panels import COLOURS, PlottedRun
+from dwiml_func.experiment.figures.panel import COLOURS, PlottedRun
 from dwiml_func.experiment.figures.plots import (
     draw_experiments,
     draw_runs,

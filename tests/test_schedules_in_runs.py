@@ -16,7 +16,7 @@ from dwiml_func import adam, init_state, jit_step, module_loss, per_step, train_
 from dwiml_func.checkpoint import list_checkpoints
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.cli.main import main
-from dwiml_func.experiment.figures.panels import Panel, PlottedRun
+from dwiml_func.experiment.figures.panel import Panel, PlottedRun
 from dwiml_func.experiment.figures.run_panels import draw_rates
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.optim.schedules import cosine

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.experiment.figures.panels import COLOURS
+from dwiml_func.experiment.figures.panel import COLOURS
 from dwiml_func.experiment.figures.streamline_views import VIEWS, bundle_colours, view_limits
 from dwiml_func.experiment.figures.tracking import NOT_VALID, _some, draw_drift, draw_drifts, draw_tracked
 from dwiml_func.experiment.finish import is_whole

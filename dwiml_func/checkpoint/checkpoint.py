@@ -1,6 +1,7 @@
 """Checkpoints of a run on disk: `checkpoint/<epoch>[-<batch>]/` in an experiment, each complete or absent.
 
-A checkpoint holds the state, the reports of all epochs so far, the run's config, and the environment that wrote it.
+A checkpoint holds the state, the reports of all epochs so far, the run's config, the fingerprint of the data, and the
+environment that wrote it; what each of them holds: `core/state.py`, `core/report.py`, `digest.py` and `manifest.py`.
 All but the tensors stands in its `manifest.json`, so a `Checkpoint` reads them only when its state is asked for.
 `read` takes the checkpoint of a name, `newest` the newest valid one; `restore` and `restore_or` are built on them.
 """
@@ -73,9 +74,9 @@ class Checkpoint:
 
     name: str
     digest: str
-    history: tuple[EpochReport, ...]
-    config: Mapping[str, Any]
-    environment: Mapping[str, Any]
+    history: tuple[EpochReport, ...] = field(repr=False)
+    config: Mapping[str, Any] = field(repr=False)
+    environment: Mapping[str, Any] = field(repr=False)
     data: Mapping[str, Any]
     corrupt: Mapping[str, str] = field(default_factory=dict)
     read_state: Callable[[], TrainState] = field(repr=False, compare=False)
@@ -323,10 +324,8 @@ def _earlier_history(directory: str | Path) -> tuple[EpochReport, ...]:
 def _check_later_are_of_this_run(
     directory: str | Path, state: TrainState, known: Mapping[int, str | None], earlier: Sequence[EpochReport]
 ) -> None:
-    """Raise CheckpointError if valid checkpoints come after `state`, unless all digests known by epoch are theirs.
-
-    At least one epoch must be in both: numbers and names alone do not tell two runs apart.
-    """
+    """Raise CheckpointError if valid checkpoints come after `state`, unless all digests known by epoch are theirs."""
+    # At least one epoch must be in both: numbers and names alone do not tell two runs apart.
     names = list_checkpoints(directory)
     if not (later := names_after(names, state)):
         return

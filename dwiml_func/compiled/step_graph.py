@@ -76,11 +76,9 @@ def make_graph(
 
 
 def _write(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a tree into an old one, and return it with None for what was copied: the old one may lack some leaves.
-
-    () tensors are not copied. torch.compile traces a function twice where it writes in place and has () float64 or
-    int64 tensors on the CPU as arguments, and the second trace of torch 2.13 lacks the copies into those.
-    """
+    """Copy a tree into an old one, and return it with None for what was copied: the old one may lack some leaves."""
+    # () tensors are not copied. torch.compile traces a function twice where it writes in place and has () float64 or
+    # int64 tensors on the CPU as arguments, and the second trace of torch 2.13 lacks the copies into those.
     rest: dict[str, Any] = {}
     for name, leaf in new.items():
         if not isinstance(leaf, Tensor):

@@ -2,7 +2,8 @@
 
 "raise": `raise_if_not_finite` reads the numbers before the update. "defer": `defer_check` keeps the old values on the
 device, and `check_finite` raises when the epoch ends or is saved. "skip": the optimizer has `skip_not_finite`; `spoil`
-and `skip_metrics` leave the batch to it, and `check_not_skipped_too_often` raises after too many in a row.
+and `skip_metrics` leave the batch to it, and `check_not_skipped_too_often` raises after too many in a row. They are
+applied in `core/step.py`, for ensembles in `ensemble/step.py`, for compiled steps in `compiled/step_graph.py`.
 """
 
 from __future__ import annotations

@@ -206,10 +206,7 @@ def check_usable(dataset: StreamlineDataset, config: RunConfig) -> None:
 
 
 def _copies_on_device(config: RunConfig, data: RunData, device: torch.device) -> dict[StreamlineDataset, DeviceData]:
-    """The copies in the device's memory, by dataset; none where batches are made on the host.
-
-    Members of an ensemble share them.
-    """
+    """The copies in the device's memory by dataset, shared by members; none where batches are made on the host."""
     spec, choice = loader_spec(config), config.training.device_data
     if choice == "off" or (choice == "auto" and (device.type == "cpu" or config.data.lazy)):
         return {}

@@ -92,8 +92,8 @@ def resume_ensemble(
 def _newest_of_all(
     folders: Sequence[Path], like: Sequence[TrainState], ended: Mapping[int, str]
 ) -> tuple[list[Checkpoint] | None, list[Path]]:
-    """The newest valid checkpoint that all running members have, and the last ones of the others; None if there are
-    none. Besides, the corrupt ones among the last of the others and, of the running, from there on."""
+    """The newest valid checkpoint of all running members, the last ones of the others, and those found corrupt."""
+    # None if there are none. Corrupt ones: among the last of the others and, of the running, from there on.
     names = [list_checkpoints(folder) for folder in folders]
     problems: dict[Path, str] = {}
 

@@ -189,10 +189,7 @@ def _clipped(grads: Params, norm: Tensor, max_norm: Number) -> tuple[dict[str, T
 
 
 def _stateless(start: Callable[[Params], _Change]) -> Transform:
-    """A link that changes the gradients that are there, and leaves None as it is.
-
-    `start` makes, of all of them, the function that changes some of them; see `transform_in_place`.
-    """
+    """A link that changes the gradients that are there, by what `start` makes of all; see `transform_in_place`."""
 
     def start_update(all_grads: Params) -> Callable[..., tuple[Grads, OptState]]:
         change = start(all_grads)

@@ -233,8 +233,7 @@ def _seeds_near(points: Tensor, space: TrackingSpace, key: Key) -> Tensor:
 
 
 def _split(lines: Streamlines, sizes: Tensor, distance: float) -> tuple[Streamlines, Streamlines]:
-    """The points of each line up to a way in mm from its start, at least two where it has them; and the rest, from the
-    last of those on."""
+    """The points of each line up to a way in mm from its start, at least two; and the rest, from the last of those."""
     steps = torch.linalg.vector_norm((lines.points * sizes).double().diff(dim=0, prepend=lines.points[:1]), dim=1)
     steps[lines.offsets[:-1]] = 0
     travelled = steps.cumsum(0)

@@ -162,10 +162,7 @@ def _ends(members: Sequence[_Member]) -> set[int]:
 def _replay(
     members: Sequence[_Member], parts: Sequence[RunParts], environment: Mapping[str, Any], span: Span
 ) -> tuple[list[str], tuple[str, ...]]:
-    """Train a span of an ensemble again: what differs from what was recorded, and from the recorded environment.
-
-    NothingLeft where a checkpoint after the epoch before the span is corrupt.
-    """
+    """What differs when a span is trained again; NothingLeft where a checkpoint from its start on is corrupt."""
     states, problems = [], []
     for each, own in zip(members, parts, strict=True):
         state, start = _start(each, own, span.first)

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from dwiml_func.experiment.comparison.run_labels import loss_kind
 from dwiml_func.experiment.comparison.run_values import check_names, find_log, run_value
 from dwiml_func.experiment.comparison.runs import RunOverview
-from dwiml_func.experiment.figures.panels import COLOURS, Panel, marker_of, plain_axes
+from dwiml_func.experiment.figures.panel import COLOURS, Panel, marker_of, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -128,10 +128,8 @@ def run_overview(directory: Path, name: str) -> RunOverview:
 
 
 def _state(training: TrainingConfig | None, history: tuple[EpochReport, ...]) -> RunState:
-    """From config and history: the last report may be older than a change of the maximum of epochs or the patience.
-
-    Of a script's run only the last report is known; the script may be running.
-    """
+    """From config and history: the last report may be older than a change of max_epochs or of the patience."""
+    # Of a script's run only the last report is known; the script may be running.
     if training is None:
         stop = history[-1].stop if history else None
         return "unfinished" if stop is None else "finished" if stop == "max_epochs" else "stopped early"

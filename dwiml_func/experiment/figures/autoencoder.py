@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.dataset import StreamlineDataset
 from dwiml_func.experiment.batches import sampled_batch
-from dwiml_func.experiment.figures.panels import COLOURS, GREY, plain_axes
+from dwiml_func.experiment.figures.panel import COLOURS, GREY, plain_axes
 from dwiml_func.experiment.figures.plots import save_figure
 from dwiml_func.experiment.figures.streamline_views import VIEWS
 from dwiml_func.experiment.reconstruction import to_mm

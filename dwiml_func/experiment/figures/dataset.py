@@ -42,8 +42,7 @@ _GREY = "#666666"
 
 
 class _Drawn(NamedTuple):
-    """Of one subject: some streamlines in RAS mm, evenly spaced in their order, the colour group of each, (S,); and a
-    volume (X, Y, Z) with its grid, or None."""
+    """Of one subject: some streamlines in RAS mm, the colour group of each, (S,); a volume (X, Y, Z) and its grid."""
 
     name: str
     lines: Streamlines

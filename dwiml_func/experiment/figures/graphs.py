@@ -14,7 +14,7 @@ from dwiml_func._checks import truncated_repr
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.comparison.run_labels import kind_names
 from dwiml_func.experiment.comparison.run_values import check_known, find_log, log_names
-from dwiml_func.experiment.figures.panels import COLOURS, Panel, PlottedRun
+from dwiml_func.experiment.figures.panel import COLOURS, Panel, PlottedRun
 from dwiml_func.experiment.figures.run_panels import PanelDrawing
 
 __all__ = ["Graph", "graph_drawings", "parse_graph"]

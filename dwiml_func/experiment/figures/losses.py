@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dwiml_func.experiment.figures.panels import COLOURS, GREY
+from dwiml_func.experiment.figures.panel import COLOURS, GREY
 from dwiml_func.experiment.figures.plots import without_formulas
 from dwiml_func.experiment.point_losses import PointLosses
 

@@ -16,7 +16,7 @@ from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.experiment.comparison.run_labels import loss_kind, run_labels, run_names
 from dwiml_func.experiment.evaluation import read_evaluation
 from dwiml_func.experiment.figures.graphs import Graph, graph_drawings
-from dwiml_func.experiment.figures.panels import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
+from dwiml_func.experiment.figures.panel import COLOURS, DrawnValue, Panel, PlottedRun, marker_of
 from dwiml_func.experiment.figures.run_panels import PANELS, PanelName, panel_drawings
 from dwiml_func.experiment.folder import recorded_config
 from dwiml_func.experiment.tracking.recorded import read_scores

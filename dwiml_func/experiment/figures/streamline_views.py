@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.experiment.figures.panels import COLOURS, plain_axes
+from dwiml_func.experiment.figures.panel import COLOURS, plain_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

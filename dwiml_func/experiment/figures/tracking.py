@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dwiml_func.experiment.figures.panels import COLOURS, plain_axes
+from dwiml_func.experiment.figures.panel import COLOURS, plain_axes
 from dwiml_func.experiment.figures.plots import save_figure, without_formulas
 from dwiml_func.experiment.figures.streamline_views import (
     LineGroup,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from dwiml_func.experiment.figures.panels import Panel, PlottedRun
+from dwiml_func.experiment.figures.panel import Panel, PlottedRun
 from dwiml_func.experiment.figures.run_panels import panel_drawings
 from dwiml_func.experiment.figures.tracking import draw_drift
 from dwiml_func.experiment.tracking.recorded import Drift

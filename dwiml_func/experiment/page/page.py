@@ -15,7 +15,7 @@ from dwiml_func.experiment.audit.consistency import best_model_problems, record_
 from dwiml_func.experiment.comparison.compare import differing
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.evaluation import read_evaluation
-from dwiml_func.experiment.figures.panels import PlottedRun
+from dwiml_func.experiment.figures.panel import PlottedRun
 from dwiml_func.experiment.folder import is_ensemble, is_run, read_config
 from dwiml_func.experiment.model_store import MANIFEST
 from dwiml_func.experiment.page.curves import curves

@@ -92,12 +92,11 @@ class _Forward(Function):
 
 
 class _Backward(Function):
-    """(run, wants, gradients of outputs and last state, x, 4 weights, state, outputs, 2 activations) to gradients.
+    """(run, wants, gradients of outputs and last state, x, 4 weights, state, outputs, 2 activations) to gradients."""
 
-    It is a separate Function because under `torch.func` a backward runs with gradients enabled, and the kernel writes
-    in place. Its derivatives are those of the gradient as a function of the first gradients and of the layer's inputs,
-    through the plain scan; outputs and activations get none.
-    """
+    # It is a separate Function because under `torch.func` a backward runs with gradients enabled, and the kernel writes
+    # in place. Its derivatives are those of the gradient as a function of the first gradients and of the inputs,
+    # through the plain scan; outputs and activations get none.
 
     @staticmethod
     def forward(run: _Run, wants: tuple[bool, bool], *tensors: Tensor) -> tuple[Tensor | None, ...]:

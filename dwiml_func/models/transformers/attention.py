@@ -156,10 +156,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, dropout_rate: float) -> T
 
 
 class _Pad(Function):
-    """Rows (P, c) of flat rows (N, c).
+    """Rows (P, c) of flat rows (N, c)."""
 
-    No real row reads a padded one, so that its gradient is 0 and this one's gradient is a selection, not a sum.
-    """
+    # No real row reads a padded one, so that its gradient is 0 and this one's gradient is a selection, not a sum.
 
     @staticmethod
     def forward(flat: Tensor, rows: Tensor, places: Tensor, padding: Tensor) -> Tensor:
