@@ -94,7 +94,7 @@ def at_most_three(texts: Sequence[str], separator: str = "; ") -> str:
 
 def pluralize(number: int, noun: str) -> str:
     """`1 epoch`, `2 epochs`, `2 batches`."""
-    return f"{number} {noun}{('es' if noun.endswith('ch') else 's') * (number != 1)}"
+    return f"{number} {noun}{('es' if noun.endswith('tch') else 's') * (number != 1)}"
 
 
 def one_line(text: object, *, max_length: int | None = None) -> str:

@@ -262,8 +262,8 @@ def test_plot_draws_the_recorded_streamlines_again(cli: Any, run: Path) -> None:
     figure.unlink()
     assert cli("plot", run, "--tracking").out == f"{figure}\n"
     assert np.abs(imread(figure) - before).mean() < 1e-3  # the recorded points are rounded to 0.01 mm
-    cli("plot", run, "--tracking", "--csv", "a.csv").check_refusal("--tracking: expected no --panels")
-    cli("plot", run, run, "--tracking").check_refusal("--tracking: expected one experiment", "2 experiments")
+    cli("plot", run, "--tracking", "--csv", "a.csv").check_refusal("--tracking: not allowed with --panels")
+    cli("plot", run, run, "--tracking").check_refusal("--tracking: requires one experiment", "2 experiments")
     (run / "plots" / "tracking.npz").unlink()
     cli("plot", run, "--tracking").check_refusal("plots/tracking.npz of one epoch", "--write")
 
