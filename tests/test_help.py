@@ -49,7 +49,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # of commands' own options, where they 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_defaults_of_commands(command: str) -> None:
     module: Any = importlib.util.find_spec(f"dwiml_func.cli.{command.replace('-', '_')}")
-    options = runpy.run_path(module.origin)["Options"]  # read anew: `tests/mutations.py` sees what a test reaches
+    options = runpy.run_path(module.origin)["Options"]  # read again: `tests/mutations.py` sees what a test reaches
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
     given = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
     own = {name: value for name, value in given.items() if value not in (None, False, ())}

@@ -302,7 +302,7 @@ def test_one_point_at_a_time_gives_what_the_whole_streamline_gives(
 
 
 @by_kind
-def test_a_state_of_tracking_is_not_written_and_a_row_of_count_zero_begins_anew(kind: str) -> None:
+def test_a_state_of_tracking_is_not_written_and_a_row_of_count_zero_starts_again(kind: str) -> None:
     model = _model(kind).eval()
     inputs, dirs = torch.randn(70, 2, F), torch.randn(70, 2, 3)
     state = None
