@@ -34,11 +34,39 @@ __all__ = [
 ]
 
 COMMAND = "import sys; from dwiml_func.cli.main import main; sys.exit(main(sys.argv[1:]))"
-TORCHRUN = "from torch.distributed.run import main; main()"
-"""`torchrun`. The processes that it starts are no forks."""
+TORCHRUN = """
+import os, runpy, signal, subprocess, sys, threading, weakref
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+from torch.distributed.run import main
+
+class Forked(subprocess.Popen):  # of what has imported all, in place of an interpreter
+    def __init__(self, args, env, **streams):
+        _, unbuffered, *args = args
+        assert (unbuffered, streams) == ("-u", {"stdout": None, "stderr": None, "start_new_session": True}), streams
+        self.args, self.returncode, self._waitpid_lock = args, None, threading.Lock()
+        self.stdin = self.stdout = self.stderr = None
+        sys.stdout.flush()
+        self.pid = os.fork()
+        self._child_created = self.pid > 0
+        if not self._child_created:
+            os.setsid()
+            os.environ.update(env)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # not the launcher's
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)
+            for finalizer in list(weakref.finalize._registry):
+                finalizer.atexit = False
+            run = runpy.run_path if args[0] != "-m" else runpy.run_module
+            sys.argv = args[args[0] == "-m" :]
+            ended(lambda: run(sys.argv[0], run_name="__main__"))
+
+subprocess_handler.Popen = Forked
+main()
+"""
+"""`torchrun`."""
 
 SERVER = """
-import atexit, gc, json, os, re, signal, socket, sys, threading
+import atexit, gc, json, os, re, signal, socket, sys, threading, weakref
 from multiprocessing import util
 import h5py, matplotlib.backends.backend_agg, matplotlib.figure, orbax.checkpoint
 import dwiml_func.cli.fork, dwiml_func.cli.resume, dwiml_func.cli.train
@@ -74,7 +102,27 @@ def fork_a_server():  # that becomes multiprocessing's forkserver when one is as
 
     util.spawnv_passfds = start_or_take
 
+def ended(run):
+    code = 1
+    try:
+        run()
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = 120  # the interpreter's own
+    os._exit(code)  # the interpreter would take down all its modules one by one, for a quarter of a second
 
+
+for finalizer in list(weakref.finalize._registry):
+    finalizer.atexit = False  # torch would take down its libraries one by one
 assert len(os.listdir("/proc/self/task")) == 1, "a process with threads cannot be forked safely"
 gc.collect()
 gc.freeze()  # no fork looks through what all share, not even at its end
@@ -99,22 +147,7 @@ for line in sys.stdin:
     break
 else:
     sys.exit()
-code = 1
-try:
-    exec(compile(order["program"], "<program>", "exec"), {"__name__": "__main__"})
-    code = 0
-except SystemExit as ended:
-    code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-except BaseException:
-    sys.excepthook(*sys.exc_info())
-threading._shutdown()
-atexit._run_exitfuncs()
-for stream in filter(None, (sys.stdout, sys.stderr)):
-    try:
-        stream.flush()
-    except (OSError, ValueError):
-        code = 120  # the interpreter's own
-os._exit(code)  # the interpreter would take down all its modules one by one, for a quarter of a second
+ended(lambda: exec(compile(order["program"], "<program>", "exec"), {"__name__": "__main__", "ended": ended}))
 """
 
 

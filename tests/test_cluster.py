@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import select
+import signal
 import subprocess
-import sys
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from experiment_cases import CONFIG, PHANTOM, latest_digest, trained
+from preloaded import finished, start_command
 
 from dwiml_func.cli._training import TimeLimit
 from dwiml_func.experiment.signals import StopRequest
@@ -76,33 +78,32 @@ def test_the_slurm_job_of_the_guide_is_requeued_until_the_run_has_ended(tmp_path
     command = "train experiments first_run data.hdf5 --max-epochs 100"
     assert command in job
     (tmp_path / "job.sh").write_text(job.replace(command, f"train . run {PHANTOM} {' '.join(OPTIONS)} --max-epochs 10"))
-    stand_ins = {
-        "dwiml-func": f'exec "{sys.executable}" -m dwiml_func "$@"',
+    stand_ins = {  # srun gives its command to this test, and takes the exit code from it
         "scontrol": 'echo "$@" >> requeued',
-        "srun": f'exec "{sys.executable}" "{tmp_path / "srun.py"}" "$@"',
+        "srun": 'printf "%s\\n" "$@" > asked\nexit "$(cat answered)"',
     }
     for name, line in stand_ins.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "srun.py").write_text(  # it warns the first job after its first epoch
-        textwrap.dedent(
-            """
-            import os, signal, subprocess, sys
-            job = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, text=True)
-            for line in job.stdout:
-                if line.startswith("Epoch 1/") and not os.path.exists("warned"):
-                    open("warned", "w").close()
-                    job.send_signal(signal.SIGUSR1)
-            code = job.wait()
-            sys.exit(code if code >= 0 else 128 - code)
-            """
-        )
-    )
+    for name in ("asked", "answered"):
+        os.mkfifo(tmp_path / name)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7"}
-    codes = []
-    for _ in range(2):
-        done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=environment, capture_output=True, timeout=120)
-        codes.append(done.returncode)
+    asked, codes = os.open(tmp_path / "asked", os.O_RDWR), []
+    for warned in (True, False):
+        with subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=environment) as job:
+            assert select.select([asked], [], [], 60)[0], "the job does not call srun"
+            program, *arguments = os.read(asked, 4096).decode().splitlines()
+            assert program == "dwiml-func"
+            process = start_command(*arguments, folder=tmp_path)
+            if warned:
+                while "Epoch 1/" not in process.out and process.poll() is None:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(0.005)
+                os.kill(process.pid, signal.SIGUSR1)
+            code = finished(process).returncode
+            (tmp_path / "answered").write_text(f"{code if code >= 0 else 128 - code}")
+            codes.append(job.wait(timeout=120))
+    os.close(asked)
     assert codes == [138, 0]
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
     longer = replace(CONFIG, training=replace(CONFIG.training, max_epochs=10))
