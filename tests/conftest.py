@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -134,6 +135,35 @@ def example_hdf5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with FileLock(f"{path}.lock"):
         if not path.exists():
             make_example_data(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def few_streamlines_hdf5(tmp_path_factory: pytest.TempPathFactory, example_hdf5: Path) -> Path:
+    """The example data with every fifth streamline, to read only."""
+    import h5py
+    import numpy as np
+
+    path = tmp_path_factory.mktemp("few_streamlines") / "data.hdf5"
+    with h5py.File(example_hdf5) as source, h5py.File(path, "w") as file:
+        file.attrs.update(source.attrs)
+        for person in source:
+            whole: Any = source[person]
+            volume = file.create_group(f"{person}/input")
+            volume.attrs.update(whole["input"].attrs)
+            volume["data"] = whole["input/data"][:]  # not compressed: it is read dozens of times
+            source.copy(whole["wm_mask"], file[person], "wm_mask")
+            source.copy(whole["streamlines"], file[person], "streamlines")
+            group: Any = file[f"{person}/streamlines"]
+            lengths, ids = group["lengths"][:], group["bundle_ids"][:]
+            kept = np.arange(len(lengths)) % 5 == 0
+            of_points = np.repeat(kept, lengths)
+            new = {"data": group["data"][:][of_points], "lengths": lengths[kept], "bundle_ids": ids[kept]}
+            new["offsets"] = np.cumsum(new["lengths"]) - new["lengths"]
+            for name, values in new.items():
+                if name in group:
+                    del group[name]
+                    group.create_dataset(name, data=values)
     return path
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from preloaded import run_program
 
 from benchmarks import __main__ as suite
 
@@ -65,8 +66,7 @@ def test_a_name_that_is_no_benchmark_is_refused_with_those_that_are(run, capsys)
 
 def test_every_benchmark_can_be_imported():
     """Names that move in the package are renamed here too; what is measured is imported later."""
-    code = f"import sys; sys.path.insert(0, {str(suite.FOLDER)!r}); import {', '.join(suite.scripts())}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_program(f"import sys; sys.path.insert(0, {str(suite.FOLDER)!r}); import {', '.join(suite.scripts())}")
 
 
 def test_the_fault_in_dwi_ml_s_gradients_is_seen():

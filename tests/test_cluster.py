@@ -100,7 +100,7 @@ def test_the_slurm_job_of_the_guide_is_requeued_until_the_run_has_ended(tmp_path
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(0.005)
                 os.kill(process.pid, signal.SIGUSR1)
-            code = finished(process).returncode
+            code = finished(process).wait(0)
             (tmp_path / "answered").write_text(f"{code if code >= 0 else 128 - code}")
             codes.append(job.wait(timeout=120))
     os.close(asked)

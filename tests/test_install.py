@@ -36,7 +36,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_above_its_clone_the_package_is_found_after_an_editable_install(clone: Path, tmp_path: Path) -> None:
-    """In the namespace package that Python makes of the clone's folder there is no `adam`."""
+    """The namespace package that Python would make of the clone's folder has no origin."""
     venv.create(tmp_path, with_pip=False)
     python = tmp_path / "bin" / "python"
     (packages,) = tmp_path.glob("lib/python*/site-packages")
@@ -46,12 +46,10 @@ def test_above_its_clone_the_package_is_found_after_an_editable_install(clone: P
     run(python, "-m", "pip", "install", *options, "--editable", clone, folder=tmp_path)
 
     above = clone.parent
-    code = "import dwiml_func; from dwiml_func import adam; print(dwiml_func.__file__)"
+    code = "from importlib.util import find_spec; print(find_spec('dwiml_func').origin)"
     assert run(python, "-c", code, folder=above) == f"{clone / 'dwiml_func' / '__init__.py'}\n"
     version = f"{dwiml_func.__version__}\n"
-    assert run(python, "-m", "dwiml_func", "--version", folder=above) == version
-    torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")
-    assert run(*torchrun, "-m", "dwiml_func", "--version", folder=above) == version
+    assert run(python, "-u", "-m", "dwiml_func", "--version", folder=above) == version  # as torchrun starts it
     assert run(tmp_path / "bin" / "dwiml-func", "--version", folder=above) == version
 
 
@@ -69,8 +67,11 @@ def test_wheel_and_sdist_hold_every_module_the_types_and_the_license(clone: Path
     metadata = PathDistribution(tmp_path / info)
     assert (metadata.version, metadata.metadata["License-Expression"]) == (dwiml_func.__version__, "MIT")
     assert f"{info}/licenses/LICENSE" in names
-    scripts = {script.name for script in metadata.entry_points if script.group == "console_scripts"}
-    assert scripts == {"dwiml-func", "resume_training_from_checkpoint"}
+    scripts = {script.name: script.value for script in metadata.entry_points if script.group == "console_scripts"}
+    assert scripts == {
+        "dwiml-func": "dwiml_func.cli.main:main",
+        "resume_training_from_checkpoint": "dwiml_func.cli.main:resume_training_from_checkpoint",
+    }
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         members = {name.partition("/")[2] for name in archive.getnames()}

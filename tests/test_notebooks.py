@@ -1,4 +1,7 @@
-"""The notebooks run, each in a process of its own: training is cut to one epoch, all else is as it stands."""
+"""The notebooks run, each in a process of its own, as they stand, but for one epoch of training.
+
+The first run has fewer streamlines and seeds.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,9 @@ import matplotlib
 matplotlib.use("agg")
 from pathlib import Path
 from dwiml_func.cli.main import main
+from dwiml_func.tracking import protocols
+
+protocols.NUM_FREE, protocols.NUM_CORE = 20, 60
 
 def shell(line):
     words = shlex.split(line)
@@ -50,10 +56,11 @@ def test_these_are_the_notebooks() -> None:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_to_its_end(name: str, tmp_path: Path, example_hdf5: Path) -> None:
+def test_a_notebook_runs_to_its_end(name: str, tmp_path: Path, example_hdf5: Path, few_streamlines_hdf5: Path) -> None:
     if name != "own_data":  # not made again
         (tmp_path / "experiments").mkdir()
-        shutil.copy(example_hdf5, tmp_path / "experiments" / "example_data.hdf5")
+        data = few_streamlines_hdf5 if name == "first_run" else example_hdf5
+        shutil.copy(data, tmp_path / "experiments" / "example_data.hdf5")
     printed = run_program(_program(name), folder=tmp_path)
     for expected in {
         "first_run": ("is bitwise identical to the recorded epoch", "1 epochs; last window lag"),

@@ -7,15 +7,13 @@ import json
 import os
 import re
 import select
-import subprocess
-import sys
 import termios
 from pathlib import Path
 from typing import Any
 
 import pytest
 from experiment_cases import latest_digest
-from preloaded import Fork, finished, start_command, start_program
+from preloaded import Fork, finished, run_program, start_command, start_program
 from reproduction_cases import logs
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
@@ -29,13 +27,7 @@ OPTIONS = (
     *("--batch-size-training", "30", "--batch-size-validation", "20", "--learning-rate", "0.01*2 0.001"),
     "--skip-figures",
 )
-SCRIPT = (str(Path(sys.executable).parent / "resume_training_from_checkpoint"),)
-
-
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done
+RESUME = "import sys; from dwiml_func.cli.main import resume_training_from_checkpoint as main; sys.exit(main())"
 
 
 def train_command(folder: Path, name: str, max_epochs: int, *options: str) -> list[str]:
@@ -139,7 +131,7 @@ def test_a_run_that_was_killed_in_its_first_epoch_starts_again(whole, tmp_path):
     process = finished(start_program(KILLED, *train_command(tmp_path, "run", 4)))
     assert process.returncode == -9, process.err
     assert list_checkpoints(tmp_path / "run") == []
-    run(*SCRIPT, tmp_path, "run", "--new_max_epochs", 4)  # dwi_ml's name of the command and of its option
+    run_program(RESUME, tmp_path, "run", "--new_max_epochs", 4)  # dwi_ml's name of the command and of its option
     check_same_end(tmp_path / "run", whole.directory)
 
 

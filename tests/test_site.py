@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from preloaded import finished, start_program
 
 pytest.importorskip("mkdocs", reason='the site needs pip install -e ".[docs]"')
 
 ROOT = Path(__file__).parents[1]
+MKDOCS = "from mkdocs.__main__ import cli; cli()"
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +30,11 @@ def hooks() -> ModuleType:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The HTML of each page of the site. `--strict` refuses a dead link or anchor, and a page without a place."""
     site = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", "docs/site/mkdocs.yml", "-d", str(site)]
+    arguments = ("build", "--strict", "-f", "docs/site/mkdocs.yml", "-d", site)
     blocked = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    environment = {**os.environ, **blocked, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.returncode, "WARNING" in done.stderr) == (0, False), done.stderr
+    environment = {**blocked, "NO_MKDOCS_2_WARNING": "1"}
+    done = finished(start_program(MKDOCS, *arguments, environment=environment, folder=ROOT))
+    assert (done.returncode, "WARNING" in done.err) == (0, False), done.err
     return {str(path.relative_to(site)): path.read_text() for path in site.rglob("*.html")}
 
 

@@ -106,7 +106,8 @@ def test_the_leftovers_of_a_long_name_are_those_of_that_name_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [names[0]]
 
 
-def test_what_a_killed_command_left_of_its_output_is_removed_by_the_next(cli, tmp_path, trained):
+def test_what_a_killed_command_left_of_its_output_is_removed_by_the_next(cli, tmp_path, trained, monkeypatch):
+    monkeypatch.setattr("dwiml_func.data.example.dataset.SUBJECTS", ("sub_1",))
     own = [tmp_path / f".dwiml-tmp-{name}.999999999-0123abcd" for name in ("d.hdf5", "figure.png")]
     others = [tmp_path / name for name in (".dwiml-tmp-e.hdf5.999999999-0123abcd", ".d.hdf5.mine", "notes.partial")]
     for path in (*own, *others):
