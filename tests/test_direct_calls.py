@@ -20,7 +20,6 @@ from dwiml_func import adam, adamw, epoch_fn, init_state, jit_step, module_loss,
 from dwiml_func.compiled import _torch_private as private
 from dwiml_func.compiled import direct, fold
 from dwiml_func.compiled import step as step_module
-from dwiml_func.compiled._torch_private import missing
 from dwiml_func.compiled.gradient import JitGradient
 from dwiml_func.core.metrics import Sum
 from dwiml_func.core.non_finite import NonFiniteError
@@ -28,7 +27,7 @@ from dwiml_func.optim import accumulate, chain, skip_not_finite
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),
-    pytest.mark.skipif(bool(missing("eager")), reason="this torch cannot compile steps: see test_torch_private.py"),
+    pytest.mark.compiles,
 ]
 
 

@@ -8,7 +8,6 @@ from test_composed_steps import COMPOSED, LOSS, NAN, SIZES, TwoHeads, batch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
-from dwiml_func.compiled._torch_private import missing
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loss import LossOut
@@ -141,7 +140,7 @@ def test_a_member_skips_a_step_alone_and_stops_after_too_many():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
-@pytest.mark.skipif(bool(missing("eager")), reason="this torch cannot compile steps: see test_torch_private.py")
+@pytest.mark.compiles
 @every_composed
 def test_compiled_steps_are_those_of_train_step(name):
     options: dict[str, Any] = {"loss_fn": loss_of(name), "optimizer": COMPOSED[name]}
