@@ -231,7 +231,7 @@ def test_a_member_without_an_epochs_report_has_failed_or_stopped_before(stops, f
     ensemble: Any = None
     report: Any = SimpleNamespace(failed=failed)
     found = _member_problems(each, ensemble, 0, 3, report)
-    assert found == ["the member has failed in the record, and not when trained again"] * is_problem
+    assert found == ["the member has failed as recorded, and not when trained again"] * is_problem
 
 
 def test_epochs_of_an_ensemble_that_nothing_leads_to_are_left_out(ensemble, tmp_path):

@@ -294,6 +294,39 @@ def test_an_ensemble_starts_again_only_where_its_very_first_save_was_cut_off(mon
         ensemble_resume._newest_of_all(folders, like, {})
 
 
+@pytest.mark.parametrize(
+    ("names", "ended", "corrupt", "found", "problems"),
+    [
+        ("12 12", {}, "", "2 2", ""),
+        ("12 1", {}, "", "1 1", ""),
+        ("12 12", {}, "0/2", "1 1", "0/2"),
+        ("12 1", {}, "0/2", "1 1", "0/2"),  # it was saved ahead of the others
+        ("123 123", {}, "0/3 1/2", "1 1", "0/3 1/2"),
+        ("1 123", {0: "1"}, "", "1 3", ""),
+        ("1 123", {0: "1"}, "1/3", "1 2", "1/3"),
+        ("12 123", {0: "1"}, "0/2", "1 3", ""),  # of a member that has stopped only the last counts
+        ("1 2", {0: "1", 1: "2"}, "", "1 2", ""),
+        ("12 12", {0: "3"}, "", "2 2", ""),  # the list is ahead of the checkpoints
+        ("12 12", {0: "2"}, "0/2", "1 1", "0/2"),
+    ],
+)
+def test_an_ensemble_resumes_from_the_newest_that_all_have(monkeypatch, names, ended, corrupt, found, problems):
+    folders = [Path("run", str(number)) for number in range(2)]
+
+    def restored(folder: Path, like: object, *, name: str) -> Any:
+        assert like == f"like {folder.name}"
+        if f"{folder.name}/{name}" in corrupt.split():
+            raise CorruptError("a corrupt file")
+        return SimpleNamespace(name=name, state=SimpleNamespace(epoch=int(name), batch=0))
+
+    monkeypatch.setattr(ensemble_resume, "list_checkpoints", lambda folder: [*names.split()[int(folder.name)]])
+    monkeypatch.setattr(ensemble_resume, "restore", restored)
+    like: Any = ["like 0", "like 1"]
+    checkpoints, spoilt = ensemble_resume._newest_of_all(folders, like, ended)
+    assert [checkpoint.name for checkpoint in checkpoints or ()] == found.split()
+    assert sorted(f"{path.parent.parent.name}/{path.name}" for path in spoilt) == problems.split()
+
+
 def test_members_that_have_ended_leave_the_others_their_epochs(tmp_path):
     configs = small(max_epochs=1)
     directory = create(tmp_path, configs)

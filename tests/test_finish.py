@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from experiment_cases import PHANTOM, contents
 
+from dwiml_func.experiment import finish
 from dwiml_func.experiment.finish import is_whole
+from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 
 OPTIONS = ("--rnn-layer-sizes", 4, "--batch-size-training", 96, "--batch-size-validation", 48, "--learning-rate", 0.01)
 
@@ -58,6 +62,58 @@ def test_the_evaluation_of_an_earlier_end_is_made_again(cli, run):
     assert cli("resume", run.parent, "run").code == 0
     assert is_whole(run)
     assert (run / EVALUATION).read_bytes() == new[EVALUATION] != old[EVALUATION]
+
+
+@pytest.mark.parametrize("skip_figures", [True, False])
+@pytest.mark.parametrize("tracked", [None, "no lines", "lines"])
+@pytest.mark.parametrize("of_autoencoder", [True, False])
+def test_a_run_ends_with_its_evaluations_and_figures(tmp_path, monkeypatch, skip_figures, tracked, of_autoencoder):
+    calls: list[Any] = []
+
+    def replace_all(**results: Any) -> None:
+        for name, result in results.items():
+            call = lambda *given, name=name, result=result, **facts: calls.append((name, given, facts)) or result  # noqa: E731
+            monkeypatch.setattr(finish, name, call)
+
+    module = Autoencoder.__new__(Autoencoder) if of_autoencoder else "the model"
+    tracking = (
+        None if tracked is None or of_autoencoder else SimpleNamespace(lines=None if tracked == "no lines" else "all")
+    )
+    replace_all(
+        load_model=SimpleNamespace(module=module), evaluate_reconstruction="of lines", evaluate_best_model="of angles",
+        evaluate_tracking=tracking, write_evaluation=None, write_tracking_evaluation=None, write_tracked_lines=None,
+        save_run_figure=None, save_autoencoder_figures=None, save_tracking_figures=None,
+    )  # fmt: skip
+    evaluated = SimpleNamespace(subset="validation")
+    config = SimpleNamespace(logging=SimpleNamespace(skip_figures=skip_figures))
+    parts: Any = SimpleNamespace(config=config, data=SimpleNamespace(evaluation=evaluated))
+    history: Any = [SimpleNamespace(epoch=5, best=SimpleNamespace(epoch=4))]
+    (tmp_path / "plots").mkdir()
+    old = [tmp_path / "plots" / name for name in ("training.png", "tracking.npz", "mine.png")]
+    for path in old:
+        path.touch()
+    evaluation = "of lines" if of_autoencoder else "of angles"
+    assert finish.finish_run(tmp_path, parts, history) == (evaluation, tracking)
+    facts = {"epoch": 4, "subset": "validation", "num_epochs": 5}
+    expected: list[Any] = [("load_model", (tmp_path / "best_model",), {})]
+    if of_autoencoder:
+        expected.append(("evaluate_reconstruction", (module, parts), {}))
+    else:
+        expected.append(("evaluate_best_model", (module, parts), {}))
+        expected.append(("evaluate_tracking", (module, evaluated, config), {}))
+    if tracking is not None:
+        expected.append(("write_tracking_evaluation", (tmp_path, tracking), {"epoch": 4}))
+        if tracking.lines is not None:
+            expected.append(("write_tracked_lines", (tmp_path, "all"), {"epoch": 4}))
+    expected.append(("write_evaluation", (tmp_path, evaluation), facts))
+    if not skip_figures:
+        if of_autoencoder:
+            expected.append(("save_autoencoder_figures", (tmp_path, module, parts), {}))
+        elif tracking is not None:
+            expected.append(("save_tracking_figures", (tmp_path, tracking), {"epoch": 4}))
+        expected.append(("save_run_figure", (tmp_path,), {}))
+    assert calls == expected
+    assert [path.exists() for path in old] == [False, False, True]
 
 
 def test_without_figures_a_run_is_whole_and_plot_draws_them(cli, tmp_path):

@@ -29,10 +29,17 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.config import TrainingConfig
+from dwiml_func.experiment.config import CheckpointConfig, DataConfig, LoggingConfig, Origin, RunConfig, TrainingConfig
 from dwiml_func.experiment.folder import create_ensemble, create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
-from dwiml_func.experiment.resume import check_has_epochs_left, check_same_run, resume_experiment, with_new_options
+from dwiml_func.experiment.resume import (
+    check_has_epochs_left,
+    check_same_ensemble,
+    check_same_run,
+    resume_experiment,
+    with_new_options,
+    with_same_results,
+)
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
@@ -294,6 +301,82 @@ def test_the_same_command_is_that_of_a_run_whose_resume_left_batches_out(tmp_pat
         ValueError, match=r"exists in .* with another config \(training\.skip_batches.*Choose another name"
     ):
         check_same_run(directory, with_given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"max_epochs": 99}, r"or train on: dwiml-func resume \S+ run --new-max-epochs 99$"),
+        ({"max_epochs": 1}, r"or resume it as it is: dwiml-func resume \S+ run$"),
+        ({"max_epochs": 99, "rng": 5}, r"or resume it as it is: dwiml-func resume \S+ run$"),
+        ({"rng": 5}, r"or resume it as it is: dwiml-func resume \S+ run$"),
+    ],
+)
+def test_a_run_of_another_config_is_answered_with_what_can_be_done(tmp_path, changes, hint):
+    directory = create_experiment(tmp_path, "run", CONFIG)
+    with pytest.raises(ValueError, match=r"^Experiment 'run' exists in .*Choose another name, " + hint):
+        check_same_run(directory, replace(CONFIG, training=replace(CONFIG.training, **changes)))
+
+
+WEIGHTS = Origin(experiment="/models/a", checkpoint="0", digest="ab", start_digest="cd", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "given", "is_same"),
+    [
+        (WEIGHTS, "/models/a", True),
+        (WEIGHTS, "/models/b", False),
+        (None, "/models/a", False),
+        (replace(WEIGHTS, weights_only=False), "/models/a", False),
+        (WEIGHTS, None, False),
+        (None, None, True),
+    ],
+)
+def test_the_same_command_has_the_same_first_weights(tmp_path, recorded, given, is_same):
+    directory = create_experiment(tmp_path, "run", replace(CONFIG, origin=recorded))
+    if is_same:
+        check_same_run(directory, CONFIG, init_from=given)
+        return
+    with pytest.raises(ValueError, match=r"with another config \(origin"):
+        check_same_run(directory, CONFIG, init_from=given)
+
+
+def test_where_something_else_is_nothing_is_resumed(tmp_path):
+    ensemble = create_ensemble(tmp_path, "several", [CONFIG] * 2)
+    (tmp_path / "empty").mkdir()
+    for name in ("several", "empty"):
+        with pytest.raises(ValueError, match=f"^Experiment '{name}' exists in .* or resume it: dwiml-func resume"):
+            check_same_run(tmp_path / name, CONFIG)
+    run = create_experiment(tmp_path, "run", CONFIG)
+    with pytest.raises(ValueError, match=r"^Experiment 'run' exists in"):
+        check_same_ensemble(run, [CONFIG])
+    with pytest.raises(ValueError, match=r"exists in .* with 2 members\. Received: 3\."):
+        check_same_ensemble(ensemble, [CONFIG] * 3)
+    check_same_ensemble(ensemble, [CONFIG] * 2)
+    with pytest.raises(ValueError, match=r"'several' exists in .* with another config \(training\.rng"):
+        check_same_ensemble(ensemble, [CONFIG, replace(CONFIG, training=replace(CONFIG.training, rng=7))])
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_what_cannot_change_results_is_taken_from_the_new_command(num_shards):
+    recorded = replace(CONFIG, training=replace(CONFIG.training, num_shards=num_shards, num_threads=2))
+    given = RunConfig(
+        hdf5_file="other.hdf5",
+        training=replace(CONFIG.training, num_threads=3, max_epochs=77),
+        data=DataConfig(lazy=True, cache_size="1GB", interpolation="nearest"),
+        batches=replace(CONFIG.batches, processes=5, reverse_ratio=0.5),
+        checkpoints=CheckpointConfig(keep=7),
+        logging=LoggingConfig(log_every=3),
+    )
+    assert with_same_results(recorded, None) == recorded
+    assert with_same_results(recorded, given) == replace(
+        recorded,
+        training=replace(recorded.training, num_threads=3 if num_shards > 1 else 2),
+        data=replace(recorded.data, lazy=True, cache_size="1GB"),
+        batches=replace(recorded.batches, processes=5),
+        checkpoints=given.checkpoints,
+        logging=given.logging,
+    )
 
 
 def test_options_that_are_not_given_keep_their_values_and_those_that_are_change_them():
