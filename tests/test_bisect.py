@@ -20,7 +20,7 @@ from test_summary import report
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.audit import lockstep
+from dwiml_func.experiment.audit import bisect, lockstep
 from dwiml_func.experiment.audit.bisect import bisect_runs
 from dwiml_func.experiment.audit.lockstep import Difference, tensor_differences
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
@@ -93,7 +93,7 @@ def planted(parts: RunParts, epoch: int, batch: int, leaf: str) -> RunParts:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_one_ulp_in_one_tensor_of_one_batch_is_named(run, tmp_path, seed):
+def test_one_ulp_in_one_tensor_of_one_batch_is_named(run, tmp_path, monkeypatch, seed):
     parts, draws = prepare(RUN), random.Random(seed)
     num_batches = sum(1 for _ in parts.train(parts.first_state().key, 0, 0))
     epoch, batch = draws.randint(1, 3), draws.randint(1, num_batches)
@@ -102,7 +102,10 @@ def test_one_ulp_in_one_tensor_of_one_batch_is_named(run, tmp_path, seed):
     directory = create_experiment(tmp_path, "b", RUN)
     list(run_experiment(directory, other))
 
-    found = bisect_runs(run, directory, parts=(parts, other))
+    with monkeypatch.context() as patch:
+        made = iter((parts, other))
+        patch.setattr(bisect, "prepare", lambda _: next(made))
+        found = bisect_runs(run, directory)
     assert found.different == (epoch, 0)
     assert found.start == (None if epoch == 1 else str(epoch - 1))
     assert found.found is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_scores import some_tracked, walk
+from test_scores import some_tracked
 
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.tracking.connectivity import (
@@ -14,7 +14,7 @@ from dwiml_func.tracking.connectivity import (
     regions_of_blocs,
     regions_of_labels,
 )
-from dwiml_func.tracking.distances import final_distances, lags, remainder
+from dwiml_func.tracking.distances import final_distances, lags
 
 
 def test_a_line_along_another_chord_of_a_circle_lags_by_what_geometry_tells() -> None:
@@ -33,18 +33,6 @@ def test_a_line_that_stopped_counts_where_it_stopped_and_a_short_real_one_does_n
     lines = Streamlines.from_list([[[0, 0, 0], [12, 0, 0]], [[0, 0, 0]], [[0, 0, 0], [100, 0, 0]]])
     expected = [[0, 8, 28, 68], [10, 20, 40, 80], [0, 0, 0, np.nan]]
     np.testing.assert_allclose(lags(lines, real), expected)
-
-
-def test_the_remainder_of_a_line_starts_where_a_walk_ends() -> None:
-    lines = some_tracked()[:20]
-    starts = np.random.default_rng(0).uniform(-1, 90, len(lines))
-    starts[3] = 0
-    rest = remainder(Streamlines.from_list(lines), starts)
-    for received, line, start in zip(rest.to_list(), lines, starts, strict=True):
-        travelled = np.concatenate([[0], np.cumsum(np.linalg.norm(np.diff(line, axis=0), axis=1))])
-        first = walk(line, start) if start > 0 else line[0]
-        later = line[travelled > start] if start >= 0 else line
-        np.testing.assert_allclose(received, np.vstack([first, later]), atol=1e-4)
 
 
 def test_final_distances_are_those_of_last_points() -> None:

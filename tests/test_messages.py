@@ -15,7 +15,7 @@ import pytest
 from preloaded import finished, start_program
 
 from dwiml_func.checkpoint.manifest import CorruptError
-from dwiml_func.cli._messages import Verbosity, is_quiet, messages, print_progress
+from dwiml_func.cli._messages import Verbosity, is_quiet, messages, print_progress, set_verbosity
 from dwiml_func.cli._training import _stop_at_once
 from dwiml_func.core.checked_step import StepMismatchError
 from dwiml_func.core.non_finite import NonFiniteError
@@ -65,7 +65,8 @@ def test_verbose_prints_the_environment_and_the_traceback_of_an_error(cli, tmp_p
 def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        with messages("dwiml-func train", Verbosity.QUIET):
+        with messages("dwiml-func train"):
+            set_verbosity(Verbosity.QUIET)
             warnings.warn("the noise is\nlarge", stacklevel=1)
             logging.getLogger("dwiml_func.checkpoint.background").warning("The disk is %s.", "full")
             logging.getLogger("dwiml_func.checkpoint.background").debug("not shown")
@@ -80,7 +81,8 @@ def test_a_warning_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
 def test_messages_restores_the_loggers() -> None:
     root, package = logging.getLogger(), logging.getLogger("dwiml_func")
     before = (list(root.handlers), package.level, warnings.showwarning)
-    with messages("dwiml-func", Verbosity.VERBOSE):
+    with messages("dwiml-func"):
+        set_verbosity(Verbosity.VERBOSE)
         assert len(root.handlers) == len(before[0]) + 1
     assert (list(root.handlers), package.level, warnings.showwarning) == before
 

@@ -64,10 +64,10 @@ def test_the_next_batch_is_made_while_one_is_in_use():
 
 def test_no_more_is_made_than_may_wait():
     batches = Batches(100)
-    iterator = iter(Prefetched(batches, ahead=2))
+    iterator = iter(Prefetched(batches))
     next(iterator)
     iterator.close()  # pyright: ignore[reportAttributeAccessIssue]
-    assert len(batches.made) <= 1 + 2 + 1  # in use, waiting, and one that waits for a place
+    assert len(batches.made) <= 3  # in use, waiting, and one that waits for a place
     assert num_threads() == 0
 
 
@@ -87,8 +87,3 @@ def test_a_training_that_breaks_off_leaves_no_thread():
     with pytest.raises(RuntimeError, match="not finite"):
         train()
     assert num_threads() == 0
-
-
-def test_less_than_one_batch_ahead_is_refused():
-    with pytest.raises(ValueError, match=r"Received: 0$"):
-        Prefetched([1], ahead=0)

@@ -18,7 +18,7 @@ import torch
 from report_cases import report
 
 from dwiml_func import TrainState, init_state, module_loss, sgd, train_and_validate, train_step
-from dwiml_func.cli._messages import Verbosity, messages
+from dwiml_func.cli._messages import messages
 from dwiml_func.core.metrics import Sum
 from dwiml_func.writers.progress import Progress
 
@@ -246,7 +246,7 @@ def test_on_batch_before_the_first_batch_does_nothing(state):
 
 
 def test_a_log_line_does_not_tear_the_bars(state):
-    with terminal() as shown, messages("dwiml-func train", Verbosity.NORMAL), Progress(max_epochs=4) as progress:
+    with terminal() as shown, messages("dwiml-func train"), Progress(max_epochs=4) as progress:
         for batch in progress.track([1, 2], "training", epoch=2, start_batch=0):
             progress.on_batch(state, BATCH)
             logging.getLogger("dwiml_func").warning("line %d", batch)

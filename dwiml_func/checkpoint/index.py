@@ -19,6 +19,7 @@ __all__ = [
     "list_checkpoints",
     "names_after",
     "position_name",
+    "position_of",
 ]
 
 
@@ -46,8 +47,7 @@ def list_checkpoints(directory: str | Path) -> list[str]:
     """
     folder = checkpoint_folder(directory)
     names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
-    positions = {name: position for name in names if (position := _position(name)) is not None}
-    return sorted(positions, key=positions.__getitem__)
+    return sorted(filter(is_checkpoint_name, names), key=position_of)
 
 
 def checkpoint_name(state: TrainState) -> str:
@@ -69,13 +69,19 @@ def position_name(epoch: int, batch: int) -> str:
 
 def is_checkpoint_name(name: str) -> bool:
     """Whether `position_name` gives such names."""
-    return _position(name) is not None
+    return re.fullmatch(r"(0|[1-9][0-9]*)(-[1-9][0-9]*)?", name) is not None
+
+
+def position_of(name: str) -> tuple[int, int]:
+    """How many epochs and, within an epoch, batches are done at the checkpoint of such a name."""
+    epoch, _, batch = name.partition("-")
+    return int(epoch), int(batch or 0)
 
 
 def names_after(names: Iterable[str], state: TrainState) -> list[str]:
     """Of checkpoints' names, those of later positions than that of a state."""
     done = (state.epoch, state.batch)
-    return [name for name in names if (position := _position(name)) is not None and position > done]
+    return [name for name in names if is_checkpoint_name(name) and position_of(name) > done]
 
 
 def checkpoint_path(directory: str | Path, name: str | None) -> Path:
@@ -88,9 +94,3 @@ def checkpoint_path(directory: str | Path, name: str | None) -> Path:
     if name not in names:
         raise FileNotFoundError(f"No checkpoint {name!r} in {folder}. There are: {', '.join(names)}.")
     return folder / name
-
-
-def _position(name: str) -> tuple[int, int] | None:
-    """Epoch and batch of a checkpoint's name; None for a name that `position_name` does not give."""
-    match = re.fullmatch(r"(0|[1-9][0-9]*)(?:-([1-9][0-9]*))?", name)
-    return (int(match[1]), int(match[2] or 0)) if match else None

@@ -24,14 +24,14 @@ _verbosity = Verbosity.NORMAL
 
 
 @contextmanager
-def messages(program: str, verbosity: Verbosity = Verbosity.NORMAL) -> Iterator[None]:
+def messages(program: str) -> Iterator[None]:
     """Within the block, each log record and warning is a line on standard error that begins with `program`."""
     root, package = logging.getLogger(), logging.getLogger("dwiml_func")
     handler, level, before = _Handler(program), package.level, _verbosity
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: package.warning("%s", message)
         root.addHandler(handler)
-        set_verbosity(verbosity)
+        set_verbosity(Verbosity.NORMAL)
         try:
             yield
         finally:

@@ -16,6 +16,8 @@ from dwiml_func.types import Buffers, Params
 
 __all__ = ["JitGradient"]
 
+_MAX_COMPILATIONS = 8  # as of `jit_step`
+
 
 class JitGradient:
     """`value_and_grad` of one loss, compiled: a `gradient_fn` for `train_step` or `sharded_value_and_grad`.
@@ -23,9 +25,7 @@ class JitGradient:
     The arguments are those of `jit_step`.
     """
 
-    def __init__(
-        self, loss_fn: LossFn, *, dynamic: bool = False, max_compilations: int = 8, backend: str = "inductor"
-    ) -> None:
+    def __init__(self, loss_fn: LossFn, *, dynamic: bool = False, backend: str = "inductor") -> None:
         def graph(batch: Any, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> tuple[Any, ...]:
             out, grads = value_and_grad(loss_fn, params, buffers, batch, key=NO_KEY)
             pairs = {
@@ -36,7 +36,7 @@ class JitGradient:
 
         self._loss_fn = loss_fn
         self._is_stochastic = getattr(loss_fn, "stochastic", True)
-        self.graph = CompiledFunction(graph, dynamic=dynamic, max_compilations=max_compilations, backend=backend)
+        self.graph = CompiledFunction(graph, dynamic=dynamic, max_compilations=_MAX_COMPILATIONS, backend=backend)
 
     def __call__(
         self,

@@ -37,10 +37,6 @@ class Prefetched(Generic[T_co]):
     Args:
         batches: what to iterate; each iteration of this object iterates it once. Making a batch must touch no global
             state, as it runs beside the training.
-        ahead: how many finished batches may wait, at least 1.
-
-    Raises:
-        ValueError: `ahead` is below 1.
 
     Example:
         >>> loader = Prefetched([1, 2, 3])
@@ -48,17 +44,14 @@ class Prefetched(Generic[T_co]):
         (3, [1, 2, 3])
     """
 
-    def __init__(self, batches: SizedBatches[T_co], *, ahead: int = 1) -> None:
-        if ahead < 1:
-            raise ValueError(f"Expected at least 1 batch ahead. Received: {ahead}")
+    def __init__(self, batches: SizedBatches[T_co]) -> None:
         self._batches = batches
-        self._ahead = ahead
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[T_co]:
-        made: queue.Queue[tuple[bool, object]] = queue.Queue(self._ahead)
+        made: queue.Queue[tuple[bool, object]] = queue.Queue(1)
         left = threading.Event()
 
         def put(is_batch: bool, item: object) -> bool:

@@ -10,7 +10,7 @@ from dwiml_func.tracking.connectivity import (
     regions_of_blocs,
     regions_of_labels,
 )
-from dwiml_func.tracking.distances import final_distances, lags, remainder
+from dwiml_func.tracking.distances import final_distances, lags
 from dwiml_func.tracking.overlap import Overlap, overlap_within, voxel_overlap
 from dwiml_func.tracking.processes import track_in_processes
 from dwiml_func.tracking.protocols import ProtocolLines, ProtocolScores, score_protocols, track_protocols
@@ -65,7 +65,6 @@ __all__ = [
     "reference_bundles",
     "regions_of_blocs",
     "regions_of_labels",
-    "remainder",
     "score_lines",
     "score_protocols",
     "score_tractogram",

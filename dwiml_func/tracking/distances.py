@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from dwiml_func.data.resampling import lengths_mm, travelled_mm
-from dwiml_func.data.streamlines import Streamlines, offsets_of
+from dwiml_func.data.streamlines import Streamlines
 
 __all__ = [
     "direct_flip_distances",
@@ -16,7 +16,6 @@ __all__ = [
     "lags",
     "line_lengths",
     "points_at",
-    "remainder",
 ]
 
 _BLOCK_VALUES = 1 << 24  # distances in memory at once
@@ -88,34 +87,6 @@ def lags(
     ways = np.broadcast_to(np.array(distances), (len(lines), len(distances)))
     found = np.linalg.norm(points_at(lines, ways) - points_at(real, ways), axis=-1)
     return np.where(ways <= line_lengths(real)[:, None] + 1e-6, found, np.nan)
-
-
-def remainder(lines: Streamlines, starts: NDArray[np.float64]) -> Streamlines:
-    """What follows of each line after a way along it: a point there, and the points that come later.
-
-    Args:
-        lines: S streamlines in mm.
-        starts: (S,) mm along each; beyond its end, the end alone is left.
-
-    Returns:
-        S streamlines of one point or more.
-
-    Example:
-        >>> lines = Streamlines.from_list([[[0, 0, 0], [1, 0, 0], [2, 0, 0], [3, 0, 0]]])
-        >>> remainder(lines, np.array([1.5])).points[:, 0].tolist()
-        [1.5, 2.0, 3.0]
-    """
-    points, offsets = lines.points.double().numpy(), lines.offsets.numpy()
-    travelled = travelled_mm(points, offsets)
-    line = np.repeat(np.arange(len(lines)), np.diff(offsets))
-    is_later = travelled - travelled[offsets[:-1]][line] > starts[line]
-    new_offsets = offsets_of(torch.from_numpy(np.bincount(line, is_later, len(lines)).astype(np.int64) + 1))
-    rest = np.empty((int(new_offsets[-1]), 3))
-    is_first = np.zeros(len(rest), dtype=bool)
-    is_first[new_offsets[:-1].numpy()] = True
-    rest[is_first] = points_at(lines, starts[:, None])[:, 0]
-    rest[~is_first] = points[is_later]
-    return Streamlines(torch.from_numpy(rest).to(lines.points.dtype), new_offsets)
 
 
 def final_distances(lines: Streamlines, real: Streamlines) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from dwiml_func.checkpoint.checkpoint import Checkpoint
-from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.index import list_checkpoints, position_of
 from dwiml_func.core.loop_options import Track
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
@@ -90,7 +90,7 @@ def audit_experiment(
     latest, reports = recorded_run(directory)
     replayed_config = with_new_options(config, hdf5_file=hdf5_file)
     first, left_out = 1, []
-    if config.origin is not None and (first := int(config.origin.checkpoint.partition("-")[0]) + 1) > 1:
+    if config.origin is not None and (first := position_of(config.origin.checkpoint)[0] + 1) > 1:
         left_out = [f"epochs 1 to {first - 1}: trained before the fork. Audit {config.origin.experiment}."]
     recorded = tuple(epoch for epoch in sorted(reports) if epoch >= first)
     if not recorded:

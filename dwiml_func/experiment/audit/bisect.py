@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dwiml_func.checkpoint.checkpoint import Checkpoint, read
 from dwiml_func.checkpoint.digest import state_leaves
-from dwiml_func.checkpoint.index import list_checkpoints, position_name
+from dwiml_func.checkpoint.index import list_checkpoints, position_name, position_of
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.checkpoint.provenance import environment_differences
 from dwiml_func.core.report import EpochReport
@@ -44,11 +44,11 @@ class Bisection:
     lines: tuple[str, ...] = ()
 
 
-def bisect_runs(a: str | Path, b: str | Path, *, parts: tuple[RunParts, RunParts] | None = None) -> Bisection:
+def bisect_runs(a: str | Path, b: str | Path) -> Bisection:
     """Find the first epoch, batch, tensor and operation in which two runs differ. Nothing is written.
 
     Their records tell between which checkpoints it is. From there both are trained again, batch by batch, with one
-    number of threads, that of A. `parts` replaces what their configs make.
+    number of threads, that of A.
 
     ValueError where a run has no recorded epoch, or nothing is left to train from.
     """
@@ -68,7 +68,7 @@ def bisect_runs(a: str | Path, b: str | Path, *, parts: tuple[RunParts, RunParts
     context += tuple(f"environment: {text}" for text in environment_differences(*(run.environment for run in latest)))
     threads = recorded_threads(latest[0].environment, default=1)
     with threads:
-        both = parts or tuple(prepare(read_config(directory)) for directory in directories)
+        both = tuple(prepare(read_config(directory)) for directory in directories)
         firsts = tuple(part.first_state() for part in both)
         starts, name = _common_start(directories, firsts, equal)
         if starts is None:
@@ -104,7 +104,7 @@ def bisect_record(directory: str | Path) -> tuple[list[str], int]:
         first, like = parts.first_state(), parts.first_state()  # a training reuses the first one's memory
         context = environment_changes(latest.environment, first)
         kept = [read(directory, name, like=like) for name in list_checkpoints(directory) if name not in latest.corrupt]
-        start = kept.pop(0).state if config.origin is not None or _position(kept[0].name) == (0, 0) else first
+        start = kept.pop(0).state if config.origin is not None or position_of(kept[0].name) == (0, 0) else first
         num_before = start.epoch
         for checkpoint in kept:
             problems = _piece_problems(start, checkpoint, parts, reports)
@@ -120,7 +120,7 @@ def _piece_problems(
     start: TrainState, checkpoint: Checkpoint, parts: RunParts, reports: Mapping[int, EpochReport]
 ) -> list[str]:
     """What differs from a checkpoint and the reports up to it when a run is trained again from a state before it."""
-    epoch, batch = _position(checkpoint.name)
+    epoch, batch = position_of(checkpoint.name)
     if not batch:
         return replay_problems(train_epochs(start, parts, None, epoch), reports, epoch, checkpoint)
     reached = before_batch(start, parts, epoch + 1, batch + 1)
@@ -143,8 +143,8 @@ def _recorded_digests(directory: Path, latest: Checkpoint) -> dict[Position, str
     """The digests of a run's states, as its history and its checkpoints within epochs record them."""
     found = {(report.epoch, 0): report.digest for report in latest.history if report.digest and not report.batch}
     for name in list_checkpoints(directory):
-        if name not in latest.corrupt and _position(name)[1]:
-            found[_position(name)] = read(directory, name).digest
+        if name not in latest.corrupt and position_of(name)[1]:
+            found[position_of(name)] = read(directory, name).digest
     return found
 
 
@@ -153,7 +153,7 @@ def _common_start(
 ) -> tuple[tuple[TrainState, TrainState] | None, str | None]:
     """The newest state at or before `equal` that either run has kept, for both, and its checkpoint's name."""
     names = [set(list_checkpoints(directory)) for directory in directories]
-    kept = {_position(name) for name in names[0] | names[1]}
+    kept = {position_of(name) for name in names[0] | names[1]}
     for at in sorted((at for at in kept if equal is not None and at <= equal), reverse=True):
         name = position_name(*at)
         owners = [directories[number if name in names[number] else 1 - number] for number in (0, 1)]
@@ -163,8 +163,3 @@ def _common_start(
             continue
         return (a, b), name
     return None, None
-
-
-def _position(name: str) -> Position:
-    epoch, _, batch = name.partition("-")
-    return int(epoch), int(batch or 0)

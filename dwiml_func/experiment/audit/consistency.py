@@ -14,7 +14,7 @@ from dwiml_func._checks import at_most_three
 from dwiml_func.checkpoint.arrays import CheckpointError, load_leaves, read_manifest
 from dwiml_func.checkpoint.checkpoint import Checkpoint, read
 from dwiml_func.checkpoint.digest import leaf_digest
-from dwiml_func.checkpoint.index import best_name, list_checkpoints
+from dwiml_func.checkpoint.index import best_name, list_checkpoints, position_of
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.weights import with_eval_params
@@ -126,7 +126,7 @@ def _history_problems(checkpoint: Checkpoint, history: Sequence[EpochReport]) ->
         found += [f"epoch {epoch}: {text}" for text in report_differences(report, later[epoch], _LABELS)]
         if report.digest is not None and report.digest != later[epoch].digest:
             found.append(f"epoch {epoch}: digest {report.digest} there, {later[epoch].digest} in the newest checkpoint")
-    end = int(checkpoint.name.partition("-")[0])
+    end = position_of(checkpoint.name)[0]
     if missing := set(range(1, end + 1)) - own.keys():
         found.append(f"epoch {min(missing)} is left out of its history")
     if "-" not in checkpoint.name and end in own and own[end].digest not in (None, checkpoint.digest):

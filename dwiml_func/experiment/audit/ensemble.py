@@ -11,7 +11,7 @@ from typing import Any
 
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, read
 from dwiml_func.checkpoint.digest import state_digest
-from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.index import list_checkpoints, position_of
 from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState
@@ -106,14 +106,13 @@ def _replays(directory: Path, hdf5_file: str | None, chosen: Sequence[Span]) -> 
 
 
 def _read_members(directory: Path, hdf5_file: str | None) -> list[_Member]:
-    """The members' records, in the order of their numbers."""
+    """What the members recorded, in the order of their numbers."""
     _, ended = read_ended(directory)
     found = []
     for number, folder in enumerate(member_folders(directory)):
         latest = newest(folder)
         reports = {report.epoch: report for report in latest.history if not report.batch} if latest else {}
-        epoch, _, batch = ended.get(number, "").partition("-")
-        stopped = (int(epoch), int(batch or 0)) if epoch else None
+        stopped = position_of(ended[number]) if ended.get(number) else None
         config = with_new_options(read_config(folder), hdf5_file=hdf5_file)
         found.append(_Member(folder=folder, config=config, latest=latest, reports=reports, ended=stopped))
     return found

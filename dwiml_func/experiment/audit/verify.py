@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dwiml_func.checkpoint.checkpoint import Checkpoint
+from dwiml_func.checkpoint.index import position_of
 from dwiml_func.checkpoint.provenance import environment, environment_differences, environment_of
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loop_options import Track
@@ -103,7 +104,7 @@ def verify_epoch(
 def _check_epochs_of_origin(config: RunConfig, epoch: int) -> None:
     if config.origin is None:
         return
-    forked = int(config.origin.checkpoint.partition("-")[0])
+    forked = position_of(config.origin.checkpoint)[0]
     if epoch <= forked:
         raise ValueError(
             f"Epoch {epoch} was trained before this run was forked after epoch {forked}. "
