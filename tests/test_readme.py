@@ -18,7 +18,7 @@ from dwiml_func.experiment.comparison.runs import list_runs
 
 ROOT = Path(__file__).parents[1]
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
-SHORT = ("--skip-window-lag",)  # the streamlines of the phantom are too short for a window lag
+SHORT = ("--skip-window-lag", "--skip-figures")  # the streamlines of the phantom are too short for a window lag
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,7 +51,7 @@ def test_the_script_trains_to_the_bits_of_the_command(tmp_path: Path) -> None:
     printed = _run_script(script, tmp_path)
     again = _run_script(script, tmp_path)
     command = ("train", "experiments", "command", "experiments/example_data.hdf5")
-    run_command(*command, "--max-epochs", 3, "--nb-previous-dirs", 1, folder=tmp_path)
+    run_command(*command, "--max-epochs", 3, "--nb-previous-dirs", 1, "--skip-figures", folder=tmp_path)
 
     assert re.fullmatch(r"\d+ batches; \d+ streamlines in the first; \(5, 6\)\n", _run_script(pieces, tmp_path))
     assert [line.split()[0] for line in printed.splitlines()] == ["1", "2", "3"]
