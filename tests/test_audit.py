@@ -26,6 +26,7 @@ from dwiml_func.experiment.audit import ensemble as audit_of_ensembles
 from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, audit_experiment, sample_epochs
 from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
 from dwiml_func.experiment.audit.ensemble import _member_problems, _read_members, _replays, audit_ensemble
+from dwiml_func.experiment.config import CheckpointConfig, LoggingConfig, RunConfig
 from dwiml_func.experiment.folder import read_config, read_ended
 from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
 
@@ -232,6 +233,62 @@ def test_a_member_without_an_epochs_report_has_failed_or_stopped_before(stops, f
     report: Any = SimpleNamespace(failed=failed)
     found = _member_problems(each, ensemble, 0, 3, report)
     assert found == ["the member has failed as recorded, and not when trained again"] * is_problem
+
+
+def member_of(folder: Path, reports: str = "", ended: tuple[int, int] | None = None, **options: Any) -> Any:
+    """The record of a member with reports of these epochs."""
+    config = options.pop("config", RunConfig(hdf5_file="a.hdf5"))
+    latest = options.pop("latest", SimpleNamespace(name=reports[-1:], data={}))
+    epochs: Any = {int(epoch): f"report {epoch}" for epoch in reports}
+    return audit_of_ensembles._Member(folder=folder, config=config, latest=latest, reports=epochs, ended=ended)
+
+
+@pytest.mark.parametrize(
+    ("reports", "ended", "trained"),
+    [("12", None, [1, 2]), ("12", (2, 0), [1, 2]), ("12", (2, 5), [1, 2, 3]), ("1", (2, 5), [1, 3]), ("", (0, 1), [1])],
+)
+def test_a_member_took_steps_in_its_epochs_and_in_that_in_which_it_ended(tmp_path, reports, ended, trained) -> None:
+    each = member_of(tmp_path, reports, ended)
+    assert [epoch for epoch in range(1, 5) if each.trains_in(epoch)] == trained
+
+
+@pytest.mark.parametrize("is_evaluated", [True, False])
+def test_only_an_evaluated_member_that_is_alone_in_an_epoch_trained_by_itself(tmp_path, is_evaluated: bool) -> None:
+    members = [member_of(tmp_path / str(number), reports) for number, reports in enumerate(("12", "123", "12"))]
+    (tmp_path / "1").mkdir()
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "evaluation.json").touch()
+    if is_evaluated:
+        (tmp_path / "1" / "evaluation.json").touch()
+    assert [audit_of_ensembles._only(members, epoch) for epoch in (1, 2, 3, 4)] == [None, None, 1, None]
+    alone = [audit_of_ensembles._trains_alone(members, epoch) for epoch in (1, 2, 3, 4)]
+    assert alone == [False, False, is_evaluated, False]
+    assert not audit_of_ensembles._trains_alone([members[1]], 3)  # of an ensemble of one
+
+
+def test_spans_end_where_all_that_continued_have_a_checkpoint(tmp_path, monkeypatch) -> None:
+    names = {"0": ["1", "2", "2-3", "3", "5"], "1": ["1", "3", "4", "5"], "2": ["1", "2"]}
+    monkeypatch.setattr(audit_of_ensembles, "list_checkpoints", lambda folder: names[folder.name])
+    reports = {"0": "12345", "1": "12345", "2": "12"}
+    members = [member_of(tmp_path / number, epochs) for number, epochs in reports.items()]
+    assert audit_of_ensembles._ends(members) == {1, 3, 5}
+
+
+def test_members_are_compared_in_what_they_share(tmp_path) -> None:
+    config = RunConfig(hdf5_file="a.hdf5")
+    training = replace(config.training, learning_rate=("0.1",), weight_decay=0.5, rng=7, data_rng=8)
+    training = replace(training, max_epochs=3, patience=2)
+    free = {"checkpoints": CheckpointConfig(keep="all"), "logging": LoggingConfig(log_every=3), "hdf5_file": "b.hdf5"}
+    may = replace(config, training=training, **free)
+    may_not = replace(may, model=replace(config.model, dropout=0.25), training=replace(training, clip_grad=2.0))
+    of_data = SimpleNamespace(name="1", data={"sha256": "other", "mtime": 3})
+    members = [member_of(tmp_path / str(number), config=own) for number, own in enumerate((config, may, may_not))]
+    members.append(member_of(tmp_path / "3", latest=of_data))
+    members.append(member_of(tmp_path / "4", latest=None))
+    found = audit_of_ensembles._other_than_first(members)
+    assert found[0] == f"member 2, model.dropout: 0.25, of the first {config.model.dropout}"
+    assert [text.partition(":")[0] for text in found[1:]] == ["member 2, training.clip_grad", "member 3, sha256"]
+    assert audit_of_ensembles._other_than_first(members[:2]) == []
 
 
 def test_epochs_of_an_ensemble_that_nothing_leads_to_are_left_out(ensemble, tmp_path):

@@ -159,3 +159,11 @@ def test_relative_paths_start_in_the_current_folder(tmp_path: Path, monkeypatch,
     with new_folder(name) as folder:
         folder.mkdir()
     assert Path(name).is_dir()
+
+
+def test_what_a_kill_left_of_a_file_goes_when_it_is_written_again(tmp_path: Path) -> None:
+    left = [tmp_path / f".dwiml-tmp-{name}.999999999-0123abcd" for name in ("a.json", "b.json")]  # no process has this
+    for path in left:
+        path.mkdir()
+    with folders_above(tmp_path / "a.json"):
+        assert [path.exists() for path in left] == [False, True]

@@ -10,6 +10,7 @@ import signal
 import zipfile
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +23,8 @@ import torch
 from nibabel.affines import apply_affine
 from preloaded import finished, start_program
 
-from dwiml_func.cli._tracking import with_progress
-from dwiml_func.cli.track import _device
+from dwiml_func.cli._tracking import header_facts, with_progress
+from dwiml_func.cli.track import Options, _device
 from dwiml_func.core.rng import Key
 from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
@@ -326,6 +327,22 @@ def _one_feature_less(group: Any) -> None:
     values = group["data"][..., :5]
     del group["data"]
     group["data"] = values
+
+
+@pytest.mark.parametrize(("epoch", "named"), [(None, "Learn2Track gaussian"), (0, "Learn2Track gaussian, epoch 0")])
+def test_the_header_says_what_the_lines_depend_on(epoch, named):
+    facts = {"class": "Learn2Track"} | ({} if epoch is None else {"epoch": epoch, "trained_on": {"step_size": 0.5}})
+    model: Any = SimpleNamespace(facts=facts, config=SimpleNamespace(model=SimpleNamespace(dg_key="gaussian")))
+    without_effect = {"processes": 3, "simultaneous_tracking": 7, "overwrite": True, "quiet": True}
+    lines = {"track_forward_only": True, "nt": 5, "min_length": 2.5, "save_seeds": False, "theta": 90.0}
+    options = Options(model_dir="a b", paths=("out.trk",), input=("x.nii", "y.nii"), **without_effect, **lines)
+    found = header_facts(options, model)
+    given = "--input x.nii y.nii --track-forward-only --nt 5 --min-length 2.5"
+    assert found["command"] == f"dwiml-func track 'a b' {given}"
+    assert (found["model"], found["program"]) == (named, f"dwiml-func {version('dwiml_func')}")
+    assert json.loads(found["trained_on"]) == ({} if epoch is None else {"step_size": 0.5})
+    of_dataset = header_facts(Options(model_dir="m", paths=("d.hdf5", "out.trk"), subject="s"), model)
+    assert of_dataset["command"] == "dwiml-func track m d.hdf5 --subject s"
 
 
 def test_tracking_takes_one_thread(monkeypatch):
