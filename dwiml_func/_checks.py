@@ -1,4 +1,4 @@
-"""Checks of numbers from options, and the text of errors: values cut short, one line, at most three problems."""
+"""Checks of numbers from options, and texts: errors on one line, values cut short, counts, tables."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ __all__ = [
     "GREATEST",
     "LEAST",
     "STRICT",
+    "aligned",
     "at_most_three",
     "check_choice",
     "check_number",
@@ -95,6 +96,19 @@ def at_most_three(texts: Sequence[str], separator: str = "; ") -> str:
 def pluralize(number: int, noun: str) -> str:
     """`1 epoch`, `2 epochs`, `2 batches`."""
     return f"{number} {noun}{('es' if noun.endswith('tch') else 's') * (number != 1)}"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,), indent: str = "") -> list[str]:
+    """The rows of a table as lines: columns side by side, those of `left` to the left and others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        indent
+        + "  ".join(
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def one_line(text: object, *, max_length: int | None = None) -> str:

@@ -227,7 +227,7 @@ def test_groups_of_a_dataset_are_extracted(cli, tmp_path):
     np.testing.assert_allclose(lines.get_data(), apply_affine(affine, points - 0.5), atol=1e-4)
     cli("extract", PHANTOM, "subj0", "streamlines", tmp_path / "a.tck").check_refusal("The file exists")
     cases = {
-        ("subj9", "input", "b.nii.gz"): "Expected a subject among",
+        ("subj9", "input", "b.nii.gz"): "expected a subject among",
         ("subj0", "no", "b.nii.gz"): "Received: no such group, 'no'",
         ("subj0", "input", "b.trk"): "Expected a file .nii or .nii.gz for the volume 'input'",
         ("subj0", "streamlines", "b.nii"): "Expected a file .trk or .tck or .trx for the streamlines",

@@ -98,7 +98,7 @@ def test_without_bundles_the_scores_that_need_none_are_given(cli, folder: Path, 
 
 def test_what_does_not_fit_is_refused(cli, folder: Path, tmp_path: Path) -> None:
     cli("score", folder / "tracked.trk", folder / "data.hdf5", "--subject", "bob").check_refusal(
-        "Expected a subject among anna", "'bob'"
+        "expected a subject among anna", "'bob'"
     )
     cli("score", folder / "tracked.trk", folder / "data.hdf5", "--subject", "anna").check_refusal("lines (streamlines)")
     score(cli, folder, "none.trk").check_refusal("The tractogram does not exist", "none.trk")

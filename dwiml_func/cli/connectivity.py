@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -98,10 +97,10 @@ def run(options: Options) -> int:
         assert real is not None
         _print_scores(read_matrix(options.paths[0]), real, options)
         return 0
-    path = SingleFile("", "", Path(options.paths[0]))
-    labels = None if options.labels is None else load_labels(SingleFile("", "", Path(options.labels)), None)
+    path = SingleFile.at(options.paths[0])
+    labels = None if options.labels is None else load_labels(SingleFile.at(options.labels), None)
     where = options.labels or options.reference
-    expected = None if where is None else load_grid(SingleFile("", "", Path(where)))
+    expected = None if where is None else load_grid(SingleFile.at(where))
     lines = load_streamlines(
         [path], expected=expected, remove_invalid=options.remove_invalid, allow_empty=True, note=print_progress
     )

@@ -15,7 +15,7 @@ from dwiml_func.cli._connectivity import write_nifti
 from dwiml_func.cli._output import check_new_file, folders_above
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.data.hdf5.grid import read_grid
-from dwiml_func.data.hdf5.layout import read_volume, subject_group
+from dwiml_func.data.hdf5.layout import named_subject, read_volume
 from dwiml_func.data.hdf5.problems import open_hdf5, present, raise_first, scalar
 from dwiml_func.data.hdf5.subject import SubjectStreamlines, read_subject_streamlines
 from dwiml_func.data.tractogram_writers import FORMATS, new_tractogram
@@ -51,9 +51,7 @@ def run(options: Options) -> int:
     check_new_file(options.out, overwrite=options.overwrite)
     path, name = Path(options.hdf5_file), options.group
     with open_hdf5(path) as file:
-        if options.subject not in file:
-            raise ValueError(f"{path}: Expected a subject among {present(file)}. Received: {options.subject!r}.")
-        subject: Any = raise_first(subject_group(file, options.subject), path)
+        subject: Any = named_subject(file, options.subject)
         group: Any = subject.get(name, {})
         kind = scalar(group.attrs.get("type")) if name in subject else None
         if kind not in ("volume", "streamlines"):

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from dwiml_func._checks import aligned
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.comparison.run_values import best_of_groups, check_names, run_value, sorted_runs
 from dwiml_func.experiment.comparison.runs import RunOverview, list_runs
@@ -99,13 +100,8 @@ def format_runs(runs: Sequence[RunOverview], *, shown: Sequence[str] = ()) -> st
     for name in ("lag", "valid"):
         if all(row[name] == "-" for row in cells):
             del headings[name]
-    widths = {name: max(len(row[name]) for row in [headings, *cells]) for name in headings}
-    lines = []
-    for row in [headings, *cells]:
-        line = [
-            f"{row[name]:<{widths[name]}}" if name in _LEFT else f"{row[name]:>{widths[name]}}" for name in headings
-        ]
-        lines.append("  ".join(line).rstrip())
+    left = [number for number, name in enumerate(headings) if name in _LEFT]
+    lines = aligned([[row[name] for name in headings] for row in (headings, *cells)], left=left)
     problems = [f"{run.name}: {problem}" for run in runs for problem in run.problems]
     wrapped = [
         textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import tyro
 
-from dwiml_func._checks import check_number, pluralize
+from dwiml_func._checks import aligned, check_number, pluralize
 from dwiml_func.cli._messages import print_progress
 from dwiml_func.cli._output import folders_above
 from dwiml_func.cli._parsing import CommandOptions
@@ -20,7 +20,7 @@ from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.creation.files import Source
 from dwiml_func.data.creation.tractograms import load_streamlines
 from dwiml_func.data.hdf5.subject import read_subject_streamlines
-from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.data.streamlines import Streamlines, scale_streamlines
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.files.json import null_if_not_finite
 from dwiml_func.tracking.scores import (
@@ -92,7 +92,7 @@ def run(options: Options) -> int:
     lines = Streamlines(torch.from_numpy(tracked.points).float() * sizes, torch.from_numpy(tracked.offsets))
     if options.nb_seeds is not None and options.nb_seeds < len(lines):
         raise ValueError(f"nb_seeds: expected at least the {len(lines)} streamlines, received {options.nb_seeds}.")
-    real_lines = Streamlines(real.streamlines.points * sizes, real.streamlines.offsets)
+    real_lines = scale_streamlines(real.streamlines, sizes)
     # Without bundles, all real streamlines are one: how far they are covered can still be said.
     bundles = real.bundles or Bundles(("all",), np.zeros(len(real_lines), dtype=np.int64))
     references = reference_bundles(real_lines, bundles)
@@ -156,11 +156,11 @@ def _text(
             ["", *map(str.strip, shown)],
             *([label, *_cells(row, list(shown.values()))] for label, row in rows.items()),
         ]
-        lines += ["", *_aligned(cells)]
+        lines += ["", *aligned(cells, indent="  ")]
     if references:
         near = [[bundle.name, f"{bundle.ends_mm:.2f}", f"{bundle.mdf_mm:.2f}"] for bundle in references]
         title = "Thresholds, kept by 95 % of the real streamlines (each left out once; ends: at least 4 mm):"
-        lines += ["", title, *_aligned([["", "ends mm", "MDF mm"], *near])]
+        lines += ["", title, *aligned([["", "ends mm", "MDF mm"], *near], indent="  ")]
         if nb_seeds is not None:
             of_seeds = _of_seeds(scores.all, nb_seeds)
             lines += ["", f"Of {nb_seeds} seeds: valid {of_seeds['valid']:.3f}, both ends {of_seeds['both_ends']:.3f}"]
@@ -173,15 +173,3 @@ def _cells(scores: BundleScores, names: list[str]) -> list[str]:
     digits = {"num_streamlines": 0, "length_mm": 1, "mdf_mm": 2}
     values = {name: getattr(scores, name) for name in names}
     return ["-" if np.isnan(value) else f"{value:.{digits.get(name, 3)}f}" for name, value in values.items()]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        (
-            "  "
-            + row[0].ljust(widths[0])
-            + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        )
-        for row in rows
-    ]

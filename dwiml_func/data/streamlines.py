@@ -231,8 +231,9 @@ def pieces(points: Tensor, starts: Tensor, lengths: Tensor) -> Streamlines:
 
 
 def scale_streamlines(lines: Streamlines, factors: Tensor) -> Streamlines:
-    """Multiply the points of each streamline by its own row of factors (S, 3), such as voxel sizes."""
-    return Streamlines(lines.points * factors.repeat_interleave(lines.lengths, dim=0), lines.offsets)
+    """Multiply points by factors, such as voxel sizes: (3,) for all, or (S, 3) with a row for each streamline."""
+    factors = factors if factors.dim() == 1 else factors.repeat_interleave(lines.lengths, dim=0)
+    return Streamlines(lines.points * factors, lines.offsets)
 
 
 def join_streamlines(parts: Sequence[Streamlines]) -> Streamlines:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dwiml_func.core.rng import Key, Stream, fold_in
 from dwiml_func.data.bundles import Bundles
-from dwiml_func.data.streamlines import Streamlines, join_streamlines, offsets_of
+from dwiml_func.data.streamlines import Streamlines, join_streamlines, offsets_of, scale_streamlines
 from dwiml_func.tracking.distances import lags
 from dwiml_func.tracking.random_numbers import uniforms
 from dwiml_func.tracking.scores import LineScores, ReferenceBundle, score_lines
@@ -207,10 +207,10 @@ def ask_tracker(
     expected = np.array([names.index(bundles.names[number]) for number in bundles.ids])
     given, ahead = _split(real, sizes, GIVEN_MM)
     added = tracker.ahead(given, max_length)
-    lag = lags(_in_mm(added, sizes), _in_mm(ahead, sizes), DRIFT_MM)
+    lag = lags(scale_streamlines(added, sizes), scale_streamlines(ahead, sizes), DRIFT_MM)
     with np.errstate(invalid="ignore"):
         drift = np.nansum(lag, axis=0) / np.isfinite(lag).sum(axis=0)
-    whole = _in_mm(_joined(given, added), sizes)
+    whole = scale_streamlines(_joined(given, added), sizes)
     found = score_lines(whole, references, expected=expected)
     tracked: dict[Protocol, ProtocolLines] = {"continue": ProtocolLines(len(real), whole, found, tuple(drift.tolist()))}
     seeds: dict[Protocol, Tensor] = {}
@@ -218,7 +218,7 @@ def ask_tracker(
         seeds["free"] = seeds_in_mask(seeding_mask, nt=NUM_FREE, key=key)
     seeds["core"] = _seeds_near(real.points, space, key)
     for protocol, where in seeds.items():
-        lines = _in_mm(tracker.from_seeds(where), sizes)
+        lines = scale_streamlines(tracker.from_seeds(where), sizes)
         tracked[protocol] = ProtocolLines(len(where), lines, score_lines(lines, references), None)
     return tracked
 
@@ -259,7 +259,3 @@ def _joined(given: Streamlines, added: Streamlines) -> Streamlines:
     rows = torch.where(is_added, added.offsets[line] + place - given.lengths[line] + 1, given.offsets[line] + place)
     both = torch.cat([given.points, added.points])
     return Streamlines(both[rows + len(given.points) * is_added], offsets)
-
-
-def _in_mm(lines: Streamlines, sizes: Tensor) -> Streamlines:
-    return Streamlines(lines.points * sizes, lines.offsets)

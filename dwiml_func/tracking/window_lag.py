@@ -158,7 +158,7 @@ def window_lags(model: StepModel, windows: LagWindows, space_of: Callable[[int],
         spec = TrackingSpec(step_size=windows.step_size, theta=180.0, min_length=0.0)
         space = replace(space_of(row), mask=None)
         lines = continue_lines(windows.read.select(of_subject), model=model, space=space, spec=spec, distance=AHEAD_MM)
-        in_mm = Streamlines(lines.points * torch.tensor(space.voxel_sizes), lines.offsets)
+        in_mm = scale_streamlines(lines, torch.tensor(space.voxel_sizes))
         found.append(lags(in_mm, windows.ahead.select(of_subject), (AHEAD_MM,))[:, 0])
     return np.concatenate(found)
 

@@ -29,6 +29,11 @@ class Source(NamedTuple):
 class SingleFile(Source):
     """A file that belongs to no subject."""
 
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> SingleFile:
+        """The file at a path."""
+        return cls("", "", Path(path))
+
     def __str__(self) -> str:
         return str(self.path)
 

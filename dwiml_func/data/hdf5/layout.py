@@ -15,6 +15,7 @@ from dwiml_func._checks import truncated_repr
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.hdf5.problems import Checked, Problem, attribute_of, dataset_of, location, present, scalar
 from dwiml_func.data.resampling import Resampling
+from dwiml_func.files.paths import other_spelling
 
 if TYPE_CHECKING:
     import h5py
@@ -23,6 +24,7 @@ __all__ = [
     "Subset",
     "Table",
     "group_of",
+    "named_subject",
     "per_streamline",
     "read_bundles",
     "read_lengths_mm",
@@ -49,6 +51,17 @@ def subject_group(file: h5py.File, subject: str) -> Checked[h5py.Group]:
     if isinstance(group, h5py.Group):
         return group
     yield Problem(f"subject {subject!r}", "listed, but not in the file")
+
+
+def named_subject(file: h5py.File, subject: str) -> h5py.Group:
+    """The group of a subject that was asked for by name; ValueError where there is none."""
+    import h5py
+
+    group = file.get(subject)
+    if not isinstance(group, h5py.Group):
+        there = present(file) + other_spelling([subject], file)
+        raise ValueError(f"{file.filename}: expected a subject among {there}. Received: {truncated_repr(subject)}.")
+    return group
 
 
 def group_of(subject: h5py.Group, name: str, kind: str) -> Checked[h5py.Group]:

@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dwiml_func._checks import truncated_repr
 from dwiml_func.data.bundles import Bundles
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.hdf5.grid import streamline_grid, voxel_sizes_of
-from dwiml_func.data.hdf5.layout import group_of, per_streamline, read_bundles, read_points, read_table, subject_group
-from dwiml_func.data.hdf5.problems import open_hdf5, present, raise_first
+from dwiml_func.data.hdf5.layout import group_of, named_subject, per_streamline, read_bundles, read_points, read_table
+from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.streamlines import Streamlines, offsets_of
 
 __all__ = ["SubjectStreamlines", "read_subject_streamlines"]
@@ -43,9 +42,7 @@ def read_subject_streamlines(
     """
     path = Path(path)
     with open_hdf5(path) as file:
-        if subject not in file:
-            raise ValueError(f"{path}: Expected a subject among {present(file)}. Received: {truncated_repr(subject)}.")
-        group = raise_first(group_of(raise_first(subject_group(file, subject), path), group_name, "streamlines"), path)
+        group = raise_first(group_of(named_subject(file, subject), group_name, "streamlines"), path)
         grid = raise_first(streamline_grid(group), path)
         x, y, z = raise_first(voxel_sizes_of(group, grid), path).tolist()
         table = raise_first(read_table(group), path)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from dwiml_func._checks import aligned, pluralize
 from dwiml_func.data.grid import orientation_of
 from dwiml_func.data.inspection.groups import StreamlineSummary, VolumeSummary
 from dwiml_func.data.inspection.inspect import Inspection
@@ -20,7 +21,7 @@ _NUM_PROBLEMS = 50  # lines of problems, at most
 def format_inspection(inspection: Inspection) -> str:
     """The text of `dwiml-func info`: the file, its subjects, a table for each group, and what is wrong."""
     lines = [f"{inspection.path}  {inspection.num_bytes / 1e6:.1f} MB{_date(inspection)}"]
-    lines += [f"{subset:<12} {_count(len(names), 'subject'):<10}  {_shortened(names)}".rstrip()
+    lines += [f"{subset:<12} {pluralize(len(names), 'subject'):<10}  {_shortened(names)}".rstrip()
               for subset, names in inspection.subsets.items()]  # fmt: skip
     lines.append(f"{'points':<12} {_sampling(inspection.attributes)}")
     subset_of = {name: subset for subset, names in inspection.subsets.items() for name in names}
@@ -35,7 +36,7 @@ def format_inspection(inspection: Inspection) -> str:
     lines += ["", *(f"Warning: {warning}" for warning in inspection.warnings[:_NUM_PROBLEMS])]
     if not inspection.problems:
         return "\n".join([*lines, "No problem found."])
-    lines.append(_count(len(inspection.problems), "PROBLEM", "S"))
+    lines.append(pluralize(len(inspection.problems), "problem").upper())
     lines += [f"  {problem}" for problem in inspection.problems[:_NUM_PROBLEMS]]
     if len(inspection.problems) > _NUM_PROBLEMS:
         lines.append(f"  and {len(inspection.problems) - _NUM_PROBLEMS} more")
@@ -45,10 +46,6 @@ def format_inspection(inspection: Inspection) -> str:
 def _date(inspection: Inspection) -> str:
     date = inspection.attributes.get("data_and_time", "Not recorded")
     return "" if date == "Not recorded" else f", made {date}"
-
-
-def _count(number: int, singular: str, suffix: str = "s") -> str:
-    return f"{number} {singular}{'' if number == 1 else suffix}"
 
 
 def _shortened(names: Sequence[str], most: int = 8) -> str:
@@ -73,7 +70,7 @@ def _volume_table(volumes: dict[str, VolumeSummary], subset_of: dict[str, str]) 
         size, features = " x ".join(map(str, shape[:3])), str(shape[3]) if len(shape) == 4 else "?"
         rows.append([subject, subset_of.get(subject, "none"), size or "?", features, *_axes(summary)])
     harmonics = dict.fromkeys(filter(None, (_harmonics(summary.attributes) for summary in volumes.values())))
-    return _table(rows, right={3}) + [f"  {text}" for text in harmonics]
+    return aligned(rows, left={0, 1, 2, 4, 5}, indent="  ") + [f"  {text}" for text in harmonics]
 
 
 def _harmonics(attributes: Mapping[str, Any]) -> str:
@@ -103,8 +100,8 @@ def _streamline_table(streamlines: dict[str, StreamlineSummary], subset_of: dict
         rows.append(["all", "", *_measures(list(streamlines.values()))])
     extras = list(dict.fromkeys(extra for summary in streamlines.values() for extra in summary.extras))
     bundles = list(dict.fromkeys(name for summary in streamlines.values() for name in summary.bundles))
-    extras += [f"{_count(len(bundles), 'bundle')}: {_shortened(bundles)}"] if bundles else []
-    return _table(rows, right=set(range(2, 11))) + [f"  with {extra}" for extra in extras]
+    extras += [f"{pluralize(len(bundles), 'bundle')}: {_shortened(bundles)}"] if bundles else []
+    return aligned(rows, left={0, 1}, indent="  ") + [f"  with {extra}" for extra in extras]
 
 
 def _measures(summaries: list[StreamlineSummary]) -> list[str]:
@@ -118,14 +115,3 @@ def _measures(summaries: list[StreamlineSummary]) -> list[str]:
     mean = sum(found.total for found in steps) / sum(found.number for found in steps)
     ends = min(found.least for found in steps), max(found.greatest for found in steps)
     return texts + [f"{value:.3f}" for value in (mean, *ends)]
-
-
-def _table(rows: list[list[str]], *, right: set[int]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(
-            text.rjust(width) if column in right else text.ljust(width)
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]  # fmt: skip

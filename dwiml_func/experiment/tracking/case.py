@@ -17,7 +17,7 @@ from dwiml_func.data.hdf5.grid import streamline_grid
 from dwiml_func.data.hdf5.layout import group_of, read_volume, subject_group
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first
 from dwiml_func.data.resampling import resample_streamlines
-from dwiml_func.data.streamlines import Streamlines
+from dwiml_func.data.streamlines import Streamlines, scale_streamlines
 from dwiml_func.experiment.config import RunConfig
 from dwiml_func.tracking.baselines import KeepStraight, NearestDirection, PrincipalDirection, position_space
 from dwiml_func.tracking.protocols import Protocol, ProtocolLines, Tracker, ask_tracker, track_protocols
@@ -110,7 +110,7 @@ def tracking_case(dataset: StreamlineDataset, config: RunConfig) -> TrackingCase
     counts = torch.bincount(torch.from_numpy(bundles.ids), minlength=len(bundles.names))
     if step is None or (counts == 1).any() or counts.sum() == 0:
         return None
-    in_mm = Streamlines(real.points * dataset.voxel_sizes[0], real.offsets)
+    in_mm = scale_streamlines(real, dataset.voxel_sizes[0])
     subject = dataset.index.subjects[0]
     mask, grid = _mask_and_grid(dataset, subject, config)
     space = TrackingSpace(

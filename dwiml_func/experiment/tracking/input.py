@@ -16,11 +16,10 @@ from dwiml_func.data.creation.files import SingleFile
 from dwiml_func.data.creation.volumes import load_volume
 from dwiml_func.data.grid import Grid, grid_difference, orientation_of, shear_of
 from dwiml_func.data.hdf5.grid import read_grid
-from dwiml_func.data.hdf5.layout import group_of, read_volume
+from dwiml_func.data.hdf5.layout import group_of, named_subject, read_volume
 from dwiml_func.data.hdf5.problems import open_hdf5, raise_first, to_python
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.training_facts import TRAINED_ON, check_same_kind, volume_facts
-from dwiml_func.files.paths import other_spelling
 
 __all__ = ["TrackingInput", "read_dataset_input", "read_nifti_input"]
 
@@ -53,13 +52,8 @@ def read_dataset_input(
     tracking_group: str | None = None,
 ) -> TrackingInput:
     """Read a subject of an HDF5 dataset; ValueError where it is missing or the model cannot read its volume."""
-    import h5py
-
     with open_hdf5(Path(path)) as file:
-        parent = file.get(subject)
-        if not isinstance(parent, h5py.Group):
-            present = (", ".join(file) or "none") + other_spelling([subject], file)
-            raise ValueError(f"{path}: expected a subject of the dataset, received {subject!r}. Present: {present}.")
+        parent = named_subject(file, subject)
         group = raise_first(group_of(parent, input_group, "volume"), path)
         volume = raise_first(read_volume(group), path)
         grid = raise_first(read_grid(group, volume.shape[:3]), path)
@@ -95,14 +89,14 @@ def read_nifti_input(
     for file in (*files, seeding_mask, tracking_mask, *std_masks):
         if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"The file does not exist: {file}.")
-    sources = [SingleFile("", "", Path(file)) for file in files]
-    masks = [SingleFile("", "", Path(file)) for file in std_masks] if kind != "none" else []
+    sources = [SingleFile.at(file) for file in files]
+    masks = [SingleFile.at(file) for file in std_masks] if kind != "none" else []
     volume = load_volume(sources, standardization=kind, masks=masks)
 
     def mask(file: str | None) -> Tensor | None:
         if file is None:
             return None
-        found = load_volume([SingleFile("", "", Path(file))])
+        found = load_volume([SingleFile.at(file)])
         return _mask(found.data, file, grid_difference(found.grid, volume.grid))
 
     found = TrackingInput(

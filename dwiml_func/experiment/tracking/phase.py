@@ -127,7 +127,7 @@ def _measure(model: Any, phase: TrackingPhase, config: RunConfig, dataset: Strea
         given = _first_points(real, num_given)
         lines = continue_lines(given, model=model, space=space, spec=spec, distance=num_ahead * spec.step_size)
         sizes = torch.tensor(space.voxel_sizes)
-        in_mm = (Streamlines(each.points * sizes, each.offsets) for each in (lines, real))
+        in_mm = (scale_streamlines(each, sizes) for each in (lines, real))
         distances.append(final_distances(*in_mm))
         if (known := phase.connectivity[row]) is not None:
             ends = np.stack([end_points(real)[:, 0], end_points(lines)[:, 1]], axis=1)
