@@ -22,6 +22,7 @@ from dwiml_func.cli import verify
 from dwiml_func.cli.verify import format_audit
 from dwiml_func.data.example.bundles import load_bundles
 from dwiml_func.data.processes import in_processes
+from dwiml_func.experiment.audit import consistency
 from dwiml_func.experiment.audit import ensemble as audit_of_ensembles
 from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, audit_experiment, sample_epochs
 from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
@@ -163,6 +164,68 @@ def test_a_best_model_whose_checkpoint_was_removed_is_compared_with_none(run, tm
     assert best_model_problems(copied, latest, config) == []
     shutil.rmtree(copied / "checkpoint" / str(latest.state.best.epoch))
     assert best_model_problems(copied, latest, config) == []
+
+
+def reports_of(text: str) -> list[Any]:
+    """Reports by epoch, value and digest, such as 1a0 (epoch 1, value a, digest 0); with + after a part of an epoch."""
+    return [
+        SimpleNamespace(epoch=int(each[0]), value=each[1], digest=each[2].strip("-") or None, batch=int("+" in each))
+        for each in text.split()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "digest", "own", "latest", "problems"),
+    [
+        ("2", "y", "1ax 2by", "1ax 2by 3cz", []),
+        ("2", "y", "1a- 2b-", "1ax 2by", []),  # an earlier version recorded no digests
+        ("2", "y", "1ax 2by", "1ax 2cy", ["epoch 2: b there, c in the newest checkpoint"]),
+        ("2", "y", "1aw 2by", "1ax 2by", ["epoch 1: digest w there, x in the newest checkpoint"]),
+        ("2", "y", "1ax 2by", "1ax", ["epoch 2 is not in the newest checkpoint"]),
+        ("2", "y", "2by", "1ax 2by", ["epoch 1 is left out of its history"]),
+        ("3", "z", "1ax", "1ax 2by 3cz", ["epoch 2 is left out of its history"]),
+        ("2", "z", "1ax 2by", "1ax 2by", ["digest of its state z, recorded y"]),
+        ("2-3", "z", "1ax 2by", "1ax 2by", []),
+        ("1-3", "z", "1ax 2qq+", "1ax 2by", []),
+        ("1", "x", "1ax", "1ax", []),
+    ],
+)
+def test_the_history_of_a_checkpoint_begins_that_of_the_newest(monkeypatch, name, digest, own, latest, problems):
+    def differences(a: Any, b: Any, labels: tuple[str, str]) -> list[str]:
+        return [] if a.value == b.value else [f"{a.value} {labels[0]}, {b.value} {labels[1]}"]
+
+    monkeypatch.setattr(consistency, "report_differences", differences)
+    checkpoint: Any = SimpleNamespace(name=name, digest=digest, history=reports_of(own))
+    assert consistency._history_problems(checkpoint, reports_of(latest)) == problems
+
+
+@pytest.mark.parametrize(
+    ("change", "same_digest"),
+    [
+        ({}, True),
+        ({"config": {"training": {"num_threads": 2}}}, False),
+        ({"config": {"hdf5_file": "/moved.hdf5"}}, True),
+        ({"config": {"batches": {"processes": 3}}}, True),
+        ({"config": {"model": {"dropout": 0.5}}}, False),
+        ({"config": {"training": {"skip_batches": ["1:1"]}}}, False),
+        ({"data": {"sha256": "other", "size": 3}}, False),
+        ({"data": {"sha256": "a", "size": 3, "mtime": 99}}, True),
+    ],
+)
+def test_the_digest_of_a_record_is_of_what_results_depend_on(run, change, same_digest: bool) -> None:
+    latest = newest(run)
+    assert latest is not None
+    config = {part: dict(own) if isinstance(own, dict) else own for part, own in latest.config.items()}
+    for part, own in change.get("config", {}).items():
+        config[part] = config[part] | own if isinstance(own, dict) else own
+    data = {"sha256": "a", "size": 3, "mtime": 1}
+    before = record_digest(replace(latest, data=data))
+    assert (record_digest(replace(latest, config=config, data=change.get("data", data))) == before) is same_digest
+    first, second, *others = latest.history
+    for history in ((second, first, *others), (first, *others), (replace(first, digest="00"), second, *others)):
+        assert record_digest(replace(latest, data=data, history=history)) != before
+    slower = replace(first, train_minutes=first.train_minutes + 1)
+    assert record_digest(replace(latest, data=data, history=(slower, second, *others))) == before
 
 
 @pytest.fixture(scope="module")

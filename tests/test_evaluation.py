@@ -21,7 +21,7 @@ from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import Streamlines, directions
 from dwiml_func.experiment.evaluation import evaluate_directions, is_evaluated
-from dwiml_func.models.baselines import angular_error, principal_direction
+from dwiml_func.models.baselines import angular_error, keep_straight, principal_direction
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 
@@ -58,6 +58,8 @@ def test_keeping_straight_is_the_mean_angle_between_neighbouring_segments(datase
     assert evaluation.keep_straight == pytest.approx(np.concatenate(angles).mean(), abs=1e-3)
     assert evaluation.num_points == len(np.concatenate(angles))
     assert evaluation.num_streamlines == 48
+    of_baseline = evaluate_directions(lambda batch: keep_straight(batch)[0], [load(dataset, np.arange(48))], {})
+    assert of_baseline.model == evaluation.keep_straight
 
 
 def test_the_true_directions_have_no_error_whatever_their_length(dataset):
