@@ -395,6 +395,17 @@ def test_the_command_passes_on_what_it_is_given(tmp_path, monkeypatch, capsys, g
     assert capsys.readouterr().out == subjects
 
 
+@pytest.mark.parametrize("num_notes", [0, 1, 10, 11, 13])
+def test_the_command_warns_of_ten_things_at_most(tmp_path, monkeypatch, caplog, num_notes):
+    out, notes = tmp_path / "out.hdf5", [f"note {number}" for number in range(num_notes)]
+    out.touch()
+    monkeypatch.setattr(create_hdf5, "create_dataset", lambda *_, **__: notes)
+    monkeypatch.setattr(create_hdf5, "read_groups_config", lambda _: {})
+    assert create_hdf5.run(create_hdf5.Options(folder="f", config="c", out_hdf5=str(out))) == 0
+    more = [f"{num_notes - 10} more like these."] if num_notes > 10 else []
+    assert [record.getMessage() for record in caplog.records] == [*(f"{note}." for note in notes[:10]), *more]
+
+
 def test_the_command_says_what_it_wrote(tmp_path, capfd):
     arguments = make_folder(tmp_path)
     assert main(["create-hdf5", *arguments, "--compress", "--enforce-files-presence"]) == 0

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from experiment_cases import PHANTOM, contents
 
 from dwiml_func.experiment import finish
+from dwiml_func.experiment.figures.autoencoder import save_autoencoder_figures
+from dwiml_func.experiment.figures.tracking import save_tracking_figures
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
 
@@ -114,6 +117,21 @@ def test_a_run_ends_with_its_evaluations_and_figures(tmp_path, monkeypatch, skip
         expected.append(("save_run_figure", (tmp_path,), {}))
     assert calls == expected
     assert [path.exists() for path in old] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("save", "told"),
+    [
+        (lambda run: save_autoencoder_figures(run, cast(Any, None), cast(Any, None)), ""),
+        (lambda run: save_tracking_figures(run, cast(Any, None), epoch=1), " of tracking"),
+    ],
+)
+def test_figures_that_cannot_be_drawn_are_a_warning(tmp_path, caplog, save: Callable[[Path], None], told: str) -> None:
+    save(tmp_path)
+    [record] = caplog.records
+    assert record.getMessage().startswith(
+        f"The figures{told} of {tmp_path} were not drawn: 'NoneType' object has no attribute"
+    )
 
 
 def test_without_figures_a_run_is_whole_and_plot_draws_them(cli, tmp_path):

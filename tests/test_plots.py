@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.cli import plot
 from dwiml_func.cli.plot import _has_epochs
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport
@@ -301,6 +302,19 @@ def test_plot_refuses_what_it_cannot_draw(cli, experiments: Path, tmp_path: Path
     cli("plot", run, "--out", run / "config.json" / "a.png").check_refusal("config.json' is not a folder", "'a.png'")
     (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
     cli("plot", tmp_path).check_refusal("no finished epoch")
+
+
+@pytest.mark.parametrize("mixes_losses", [True, False])
+def test_a_correlation_of_losses_of_several_kinds_is_warned_of(monkeypatch, capsys, caplog, mixes_losses: bool) -> None:
+    found, runs = SimpleNamespace(text="r 0.5", mixes_losses=mixes_losses), [SimpleNamespace(name="n", label="l")]
+    monkeypatch.setattr(plot, "read_runs", lambda _: runs)
+    monkeypatch.setattr(plot, "run_overview", lambda folder, name: f"{name} in {folder}")
+    monkeypatch.setattr(plot, "correlate", lambda overviews, names: found if overviews == ["n in a"] else names)
+    monkeypatch.setattr(plot, "draw_correlation", lambda given, labels: (given, labels))
+    assert plot._correlation([Path("a")], ["loss", "lr"]) == (found, ["l"])
+    assert capsys.readouterr().out == "r 0.5\n"
+    told = ["Losses of different direction getters cannot be compared: correlate those of one getter."]
+    assert [record.getMessage() for record in caplog.records] == told * mixes_losses
 
 
 @pytest.mark.parametrize(("history", "has"), [(None, False), ((), False), (("a report",), True)])

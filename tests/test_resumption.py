@@ -157,6 +157,15 @@ def test_a_best_model_that_is_not_the_best_epochs_is_repaired(copy, spoil: Calla
         assert torch.equal(tensor, before[name])
 
 
+def test_a_best_model_whose_checkpoint_is_gone_too_is_told(copy, caplog):
+    shutil.rmtree(copy / "best_model")
+    shutil.rmtree(copy / "checkpoint" / "2")
+    resume_experiment(copy, new_patience=9)
+    told = f"{copy / 'best_model'} is not the model of the best epoch, 2, and cannot be repaired: "
+    assert [record.getMessage().startswith(told) for record in caplog.records] == [True]
+    assert not (copy / "best_model").exists()
+
+
 def test_logs_that_a_crash_left_behind_are_repaired(copy):
     logs = {name: file for name, file in contents(copy).items() if name.startswith(("logs", "best_epoch"))}
     for name in logs:
