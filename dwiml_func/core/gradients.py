@@ -11,7 +11,7 @@ from torch import Tensor
 from dwiml_func._checks import one_line
 from dwiml_func._transforms import is_transformed
 from dwiml_func.core.loss import LossFn, LossOut
-from dwiml_func.core.loss_check import check_loss_fn, uses_reentrant_checkpoints
+from dwiml_func.core.loss_check import check_loss_fn, check_requires_grad, check_scalar_loss, uses_reentrant_checkpoints
 from dwiml_func.core.rng import Key
 from dwiml_func.optim.transformations import global_norm
 from dwiml_func.types import Buffers, Params
@@ -82,7 +82,8 @@ def _value_and_grad(
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in params.items()}
         with torch.enable_grad():
             out = loss_fn(leaves, buffers, batch, key=key, train=True)
-        _check_loss(out.loss)
+        check_scalar_loss(out.loss)
+        check_requires_grad(out.loss)
         tensors = list(leaves.values())
         if uses_reentrant_checkpoints(loss_fn):
             out.loss.backward()
@@ -100,7 +101,8 @@ def _value_and_grad(
 
         def scalar_and_rest(values: dict[str, Tensor]) -> tuple[Tensor, tuple[Any, ...]]:
             out = loss_fn(values, buffers, batch, key=key, train=True)
-            _check_loss(out.loss)
+            check_scalar_loss(out.loss)
+            check_requires_grad(out.loss)
             if not isinstance(out.weight, Tensor):
                 plain_weight.append(out.weight)
                 out = out._replace(weight=out.loss.detach())
@@ -133,10 +135,3 @@ def is_differentiated(params: Params, lr: float | Tensor = 0.0) -> bool:
 
 def _detached(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _check_loss(loss: Tensor) -> None:
-    if loss.dim() != 0:
-        raise ValueError(f"Expected a scalar loss, a mean over points. Received: a tensor of shape {tuple(loss.shape)}")
-    if not loss.requires_grad:
-        raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")

@@ -25,7 +25,7 @@ from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.rng import Key, watched_generators
 from dwiml_func.types import Buffers, Params
 
-__all__ = ["check_loss_fn", "check_loss_out", "uses_reentrant_checkpoints"]
+__all__ = ["check_loss_fn", "check_loss_out", "check_requires_grad", "check_scalar_loss", "uses_reentrant_checkpoints"]
 
 _CHECKED: dict[bool, weakref.WeakValueDictionary[int, Any]] = {
     train: weakref.WeakValueDictionary() for train in (True, False)
@@ -89,6 +89,18 @@ def check_loss_fn(
         )
     with contextlib.suppress(TypeError):  # an object without weak references is tried again
         _CHECKED[train][id(loss_fn)] = loss_fn
+
+
+def check_scalar_loss(loss: Tensor) -> None:
+    """Raise a ValueError unless a loss is a () tensor."""
+    if loss.dim() != 0:
+        raise ValueError(f"Expected a scalar loss, a mean over points. Received: a tensor of shape {tuple(loss.shape)}")
+
+
+def check_requires_grad(loss: Tensor) -> None:
+    """Raise a ValueError unless a loss has a gradient."""
+    if not loss.requires_grad:
+        raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
 
 
 def check_loss_out(out: Any, buffers: Mapping[str, Tensor]) -> None:
@@ -175,8 +187,7 @@ def _check_backward(loss_fn: LossFn, loss: Tensor, leaves: Mapping[str, Tensor])
 
 
 def _check_leaves(loss: Tensor, leaves: Mapping[str, Tensor], *, is_reentrant: bool) -> None:
-    if not loss.requires_grad:
-        raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
+    check_requires_grad(loss)
     if is_reentrant:  # what such a block uses is known only when it is computed again
         return
     reached = {id(leaf): leaf for node in _nodes(loss) if (leaf := getattr(node, "variable", None)) is not None}

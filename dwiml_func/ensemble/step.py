@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from dwiml_func._trees import choose, given
 from dwiml_func.core.loss import LossFn
-from dwiml_func.core.loss_check import check_loss_fn
+from dwiml_func.core.loss_check import check_loss_fn, check_requires_grad, check_scalar_loss
 from dwiml_func.core.metrics import add_metrics
 from dwiml_func.core.non_finite import SKIPPED, can_skip, is_bad_step
 from dwiml_func.core.rng import Key, Stream, fold_in
@@ -129,8 +129,7 @@ def step_members(
         losses, metrics, buffers = _evaluate(
             ensemble, leaves, batch, loss_fn, key=key, generators=generators, is_training=True
         )
-        if not losses.requires_grad:
-            raise ValueError("Expected a loss that depends on the parameters. Received: one without a gradient.")
+        check_requires_grad(losses)
         try:
             tensors = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
         except RuntimeError as error:
@@ -224,9 +223,7 @@ def _evaluate(
     def one(params: Params, buffers: Buffers, index: Tensor) -> tuple[Tensor, dict[str, tuple[Tensor, ...]], Buffers]:
         with per_member_rng(generators, index):
             out = loss_fn(params, buffers, batch, key=key, train=is_training)
-        if out.loss.dim() != 0:
-            shape = tuple(out.loss.shape)
-            raise ValueError(f"Expected a scalar loss, a mean over points. Received: a tensor of shape {shape}")
+        check_scalar_loss(out.loss)
         sums = loss_metrics(out)
         numbers.update({name: own.weight for name, own in sums.items() if not isinstance(own.weight, Tensor)})
         tensors = {name: tuple(part for part in own if isinstance(part, Tensor)) for name, own in sums.items()}

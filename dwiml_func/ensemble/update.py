@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dwiml_func._trees import given
 from dwiml_func.ensemble.state import EnsembleState
-from dwiml_func.optim.chain import update_with
+from dwiml_func.optim.chain import resolve_optimizer, update_with
 from dwiml_func.types import Grads, Optimizer, OptState, Params
 
 __all__ = ["broadcast_to", "update_members"]
@@ -28,9 +28,7 @@ def update_members(
     step: int | Tensor,
 ) -> tuple[Params, OptState]:
     """The optimizer's update of all members at once."""
-    if isinstance(optimizer, Optimizer) and weight_decay is not None:
-        raise ValueError("weight_decay requires an optimizer factory, such as dwiml_func.adam.")
-    example = optimizer if isinstance(optimizer, Optimizer) else optimizer(weight_decay=0.0)
+    example = resolve_optimizer(optimizer, weight_decay if isinstance(optimizer, Optimizer) else 0.0)
     dense = given(grads)
     if not example.is_elementwise or len(dense) < len(grads) or "missed" in ensemble.opt_state:
         numbers = {"lr": lr, "weight_decay": weight_decay, "weight": weight}
