@@ -20,13 +20,24 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.cli import verify
 from dwiml_func.cli.verify import format_audit
+from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.data.example.bundles import load_bundles
 from dwiml_func.data.processes import in_processes
 from dwiml_func.experiment.audit import consistency
 from dwiml_func.experiment.audit import ensemble as audit_of_ensembles
-from dwiml_func.experiment.audit.audit import Audit, Replayed, Span, audit_experiment, sample_epochs
+from dwiml_func.experiment.audit.audit import (
+    Audit,
+    Replayed,
+    Span,
+    audit_experiment,
+    replayed,
+    sample_epochs,
+    spans,
+    summed_up,
+)
 from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
 from dwiml_func.experiment.audit.ensemble import _member_problems, _read_members, _replays, audit_ensemble
+from dwiml_func.experiment.audit.replay import NothingLeft
 from dwiml_func.experiment.config import CheckpointConfig, LoggingConfig, RunConfig
 from dwiml_func.experiment.folder import read_config, read_ended
 from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
@@ -448,6 +459,55 @@ def test_one_epoch_is_verified_with_a_bar(monkeypatch, capsys, problems) -> None
     assert verify.run(verify.Options(experiment_dir="run", epoch=4, hdf5_file="a.hdf5")) == len(problems)
     assert verified == [(("run",), {"epoch": 4, "hdf5_file": "a.hdf5", "track": "a bar of 9"})]
     assert capsys.readouterr().out == f"run: {problems}\n"
+
+
+@pytest.mark.parametrize(
+    ("ends", "recorded", "epochs", "expected"),
+    [
+        ({1, 2, 3}, {1, 2, 3}, {1, 2, 3}, ["epoch 1", "epoch 2", "epoch 3"]),
+        ({3}, {1, 2, 3}, {1, 2, 3}, ["epochs 1 to 3"]),
+        ({2, 4}, {1, 2, 3, 4, 5}, {1, 4}, ["epoch 1", "epochs 3 to 4"]),
+        ({2, 4}, {1, 2, 3, 4, 5}, {3, 5}, ["epoch 3", "epoch 5"]),
+        ({1, 2}, {4, 5}, {4, 5}, ["epochs 4 to 5"]),  # of a fork after epoch 3, whose checkpoint is another's
+        ({3, 4}, {4, 5}, {5}, ["epoch 5"]),
+        ({3}, {4, 5}, {5}, ["epochs 4 to 5"]),
+        (set(), {1, 2}, {2}, ["epochs 1 to 2"]),
+    ],
+)
+def test_a_span_begins_after_the_nearest_end_before_it(ends, recorded, epochs, expected) -> None:
+    assert [str(span) for span in spans(ends, recorded, epochs)] == expected
+
+
+def test_an_audit_sums_up_what_its_spans_found_once_each() -> None:
+    found = [
+        (Span(first=4, last=5), Replayed(True, ("b",), ("torch",))),
+        (Span(first=1, last=1), Replayed(True, ("a", "b"), ("torch", "numpy"))),
+        (Span(first=2, last=2), Replayed(False, left_out=("epoch 2: why",))),
+    ]
+    chosen = [span for span, _ in found]
+    audit = summed_up(found, (1, 2, 4, 5), 3, chosen, ["a"], ["before the fork"], "ab")
+    assert audit == Audit(
+        recorded=(1, 2, 4, 5), replayed=(1, 4, 5), num_chosen=3, spans=tuple(chosen), problems=("a", "b"),
+        context=("torch", "numpy"), left_out=("before the fork", "epoch 2: why"), record="ab",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (None, Replayed(True, ("a",), ("torch",))),
+        (NothingLeft("no checkpoint"), Replayed(False, left_out=("epochs 2 to 3: no checkpoint",))),
+        (ValueError("shapes"), Replayed(False, ("epochs 2 to 3: the replay failed: shapes",))),
+        (NonFiniteError("nan"), Replayed(False, ("epochs 2 to 3: the replay failed: nan",))),
+    ],
+)
+def test_a_replay_that_fails_is_a_problem_and_one_that_nothing_leads_to_is_left_out(error, expected) -> None:
+    def replay() -> tuple[list[str], tuple[str, ...]]:
+        if error is not None:
+            raise error
+        return ["a"], ("torch",)
+
+    assert replayed(Span(first=2, last=3), replay) == expected
 
 
 def test_options_that_do_not_fit_are_refused(cli, run):

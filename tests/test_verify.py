@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -15,6 +17,8 @@ import torch
 
 from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
 from dwiml_func.checkpoint.checkpoint import newest
+from dwiml_func.checkpoint.manifest import CorruptError
+from dwiml_func.experiment.audit import replay
 from dwiml_func.experiment.audit import verify as verification
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import MANIFEST
@@ -228,3 +232,134 @@ def test_diff_tells_the_first_epoch_that_differs(cli, run, tmp_path):
     assert outcome.code == 1
     assert "training.learning_rate" in outcome.out
     assert "first differ after epoch 3" in outcome.out
+
+
+def state_at(epoch: int, batch: int = 0, digest: str = "") -> Any:
+    return SimpleNamespace(epoch=epoch, batch=batch, digest=digest)
+
+
+def reported(epoch: int, digest: str | None = None, *, batch: int = 0, loss: float = 0.5) -> Any:
+    return SimpleNamespace(epoch=epoch, digest=digest, batch=batch, loss=loss)
+
+
+@pytest.fixture
+def by_digest(monkeypatch):
+    """States are compared by the digest that they say, reports by their loss."""
+    monkeypatch.setattr(replay, "state_digest", lambda state: state.digest)
+    monkeypatch.setattr(replay, "state_leaves", lambda state: {"w": state.digest})
+    monkeypatch.setattr(replay, "state_numbers", lambda state: {"step": state.batch})
+    monkeypatch.setattr(
+        replay, "leaf_problems", lambda a, b, name: [] if a == b else [f"{a['w']} in {name}, {b['w']} replayed"]
+    )
+    monkeypatch.setattr(
+        replay, "report_differences", lambda a, b, _: [] if a.loss == b.loss else [f"{a.loss}, {b.loss}"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("after", "digest", "recorded", "expected"),
+    [
+        ("a", "a", "a", []),
+        (None, "a", "a", []),
+        (None, "a", None, []),
+        ("a", "a", None, []),
+        ("b", "a", None, ["b in 2, a replayed"]),
+        ("b", "a", "b", ["b in 2, a replayed", "digest of the state: b recorded, a replayed"]),
+        ("b", "a", "a", ["b in 2, a replayed", "digest of checkpoint 2: a recorded, b found"]),
+        ("a", "a", "b", ["digest of the state: b recorded, a replayed", "digest of checkpoint 2: b recorded, a found"]),
+        (None, "a", "b", ["digest of the state: b recorded, a replayed", "the leaf that differs is unknown: "]),
+    ],
+)
+def test_a_replayed_state_is_that_of_the_record_and_of_the_checkpoint(by_digest, after, digest, recorded, expected):
+    checkpoint: Any = None if after is None else SimpleNamespace(name="2", digest=after, state=state_at(2, 0, after))
+    found = replay.state_problems(state_at(2, 0, digest), digest, reported(2, recorded), checkpoint)
+    assert [text[: len(wanted)] for text, wanted in zip(found, expected, strict=True)] == expected
+
+
+@pytest.mark.parametrize(
+    ("state", "start", "origin", "is_told"),
+    [
+        (state_at(1, 0, "a"), "1", None, False),
+        (state_at(1, 0, "b"), "1", None, True),
+        (state_at(1, 3, "b"), "1-3", None, False),  # no report is of a part of an epoch
+        (state_at(2, 0, "b"), "2", None, False),  # an earlier version recorded no digest
+        (state_at(7, 0, "b"), "7", None, False),
+        (state_at(1, 0, "f"), "1", "1", False),  # of a fork
+        (state_at(1, 0, "a"), "1", "1", True),
+        (state_at(1, 0, "a"), "1", "2", False),
+    ],
+)
+def test_a_replay_begins_with_the_state_that_was_recorded(by_digest, state, start, origin, is_told):
+    source: Any = None if origin is None else SimpleNamespace(checkpoint=origin, start_digest="f")
+    found = replay.start_problems(state, start, {1: reported(1, "a"), 2: reported(2)}, source)
+    assert bool(found) is is_told
+    assert all(text.startswith(f"checkpoint {start}, where the replay began: digest ") for text in found)
+
+
+@pytest.mark.parametrize(
+    ("replayed", "expected"),
+    [
+        ([(1, "a", 0.5), (2, "b", 0.5)], []),
+        ([(1, "x", 0.5), (2, "b", 0.5)], ["epoch 1, replayed before, also differs"]),
+        ([(1, "a", 0.25), (2, "b", 0.5)], ["epoch 1, replayed before, also differs"]),
+        ([(0, "x", 0.5), (1, "x", 0.5), (2, "b", 0.25)], ["epoch 0, replayed before, also differs", "0.5, 0.25"]),
+        ([(1, "a", 0.5), (2, "x", 0.25)], ["digest of the state: b", "the leaf that", "0.5, 0.25"]),
+        ([(2, "b", 0.5), (3, "x", 0.25)], []),  # what comes after it is not trained
+    ],
+)
+def test_a_replay_is_compared_up_to_its_epoch(by_digest, replayed, expected):
+    reports = {0: reported(0, "a"), 1: reported(1, "a"), 2: reported(2, "b"), 3: reported(3, "c")}
+    within = (state_at(2, 4, "?"), reported(2, "?", batch=4, loss=9.0))  # of a validation within an epoch
+    epochs: Any = [(state_at(epoch, 0, digest), reported(epoch, loss=loss)) for epoch, digest, loss in replayed]
+    found = replay.replay_problems(iter([within, *epochs]), reports, 2, None)
+    assert [text[: len(wanted)] for text, wanted in zip(found, expected, strict=True)] == expected
+    with pytest.raises(AssertionError, match="before the epoch"):
+        replay.replay_problems(iter([within]), reports, 2, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "corrupt", "first", "origin", "expected"),
+    [
+        (["1", "2", "3"], "", None, None, "2"),
+        (["1", "2-4", "3"], "", None, None, "1"),
+        (["1", "2"], "2", None, None, "1"),
+        (["1", "2"], "1 2", "first", None, "first"),
+        (["3"], "", "first", None, "first"),
+        (["1", "2"], "1 2", None, None, "Give first_state, the first state of the run."),
+        (["2-4", "3"], "", "first", "2-4", "2-4"),
+        (["1", "2-4"], "", "first", "2-4", "1"),
+        (["3"], "", "first", "2-4", "Expected checkpoint 2-4, where it was forked, or a later one."),
+        (["2"], "2", "first", "2", "Expected checkpoint 2, where it was forked, or a later one."),
+    ],
+)
+def test_a_replay_begins_at_the_newest_valid_checkpoint_before_it(monkeypatch, names, corrupt, first, origin, expected):
+    def read(directory: Path, name: str, like: object) -> Any:
+        assert (directory, like) == (Path("run"), first)
+        if name in corrupt.split():
+            raise CorruptError(f"{name} is corrupt")
+        return SimpleNamespace(state=f"state {name}")
+
+    monkeypatch.setattr(replay, "list_checkpoints", lambda _: names)
+    monkeypatch.setattr(replay, "read", read)
+    source: Any = None if origin is None else SimpleNamespace(checkpoint=origin)
+    if "." in expected:
+        with pytest.raises(
+            replay.NothingLeft, match=re.escape(f"run has no valid checkpoint before epoch 3. {expected}")
+        ):
+            replay.replay_start(Path("run"), first, 3, source)
+        return
+    found: Any = replay.replay_start(Path("run"), first, 3, source)
+    spoilt = [f"{name} is corrupt" for name in reversed(corrupt.split())]
+    assert found == (("first", None, spoilt) if expected == "first" else (f"state {expected}", expected, spoilt))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "expected"), [(4, 4), (1, 1), (4096, 4096), (4097, 3), (0, 3), ("4", 3), (None, 3)]
+)
+def test_a_replay_has_the_recorded_number_of_threads_where_one_can_have_it(monkeypatch, recorded, expected):
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(KeyError), replay.recorded_threads({"num_threads": recorded}, default=3):
+        raise KeyError
+    assert asked == [expected, 2]
