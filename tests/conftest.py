@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -42,6 +43,9 @@ def pytest_collection() -> None:
     import torch
 
     torch.set_num_threads(1)  # bits depend on the number of threads
+    trace = logging.getLogger("torch.__trace")  # pytest listens to loggers that do not propagate, and where someone
+    trace.handlers.clear()  # listens to this one, torch writes the text of all graphs
+    trace.propagate = True
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -47,10 +47,10 @@ def some_batch(number: int, size: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(size, 3, generator=generator), torch.randn(size, 1, generator=generator)
 
 
-def make_steps(model=None, compute_batch_loss=squared_error, optimizer=None, backend="aot_eager", **options):
-    """The first state, a compiled step and an eager one."""
+def make_steps(model=None, compute_batch_loss=squared_error, optimizer=None, backend="eager", **options):
+    """The first state, a compiled step and an eager one; of an optimizer that is traced in half the time of Adam."""
     model = make_model() if model is None else model
-    optimizer = adam() if optimizer is None else optimizer
+    optimizer = sgd(momentum=0.9) if optimizer is None else optimizer
     loss_fn = module_loss(model, compute_batch_loss)
     jit_options = {name: options.pop(name) for name in ("dynamic", "max_compilations") if name in options}
     options = {"loss_fn": loss_fn, "optimizer": optimizer, **options}
@@ -73,10 +73,16 @@ def same_states(first, second) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "clip_grad"), [(sgd(momentum=0.9), 0.1), (adam(weight_decay=0.1), None), (adamw(), 0.1), (radam(), 1)]
+    ("optimizer", "clip_grad", "backend"),
+    [
+        (sgd(momentum=0.9), 0.1, "eager"),
+        (adam(weight_decay=0.1), None, "aot_eager"),
+        (adamw(), 0.1, "eager"),
+        (radam(), 1, "eager"),
+    ],
 )
-def test_compiled_steps_are_those_of_train_step(optimizer, clip_grad):
-    start, compiled, eager = make_steps(make_model(0.5), optimizer=optimizer, clip_grad=clip_grad)
+def test_compiled_steps_are_those_of_train_step(optimizer, clip_grad, backend):
+    start, compiled, eager = make_steps(make_model(0.5), optimizer=optimizer, clip_grad=clip_grad, backend=backend)
     start = start.replace(epoch=3, batch=2)  # the steps done do not tell the address of the random numbers
     actual, actual_sums = run(compiled, start, 7)
     expected, expected_sums = run(eager, start, 7)
@@ -123,7 +129,7 @@ def test_a_new_graph_continues_bitwise():
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_batches_of_all_sizes_share_one_dynamic_graph(donate):
-    start, compiled, eager = make_steps(dynamic=True, donate=donate)
+    start, compiled, eager = make_steps(dynamic=True, donate=donate, backend="aot_eager")
     copy = start.replace(
         params={name: p.clone() for name, p in start.params.items()},
         opt_state={kind: {name: t.clone() for name, t in m.items()} for kind, m in start.opt_state.items()},
@@ -137,7 +143,7 @@ def test_batches_of_all_sizes_share_one_dynamic_graph(donate):
 
 
 def test_without_dynamic_shapes_each_shape_has_its_graph_up_to_a_limit(caplog):
-    start, compiled, eager = make_steps(max_compilations=2)
+    start, compiled, eager = make_steps(optimizer=sgd(), max_compilations=2)
     with caplog.at_level(logging.WARNING):
         actual, _ = run(compiled, start, 9, sizes=(8, 4, 8, 2))
     assert compiled.num_compilations == 2
@@ -170,13 +176,13 @@ def repeated_error(model, batch):
 
 
 @pytest.mark.parametrize(
-    ("loss", "most", "num_graphs"), [(annealed_error, 8, 2), (repeated_error, 8, 6), (repeated_error, 2, 2)]
+    ("loss", "most", "num_graphs"), [(annealed_error, 8, 2), (repeated_error, 8, 4), (repeated_error, 2, 2)]
 )
 def test_numbers_of_a_batch_that_change_get_one_graph_unless_the_code_needs_them(loss, most, num_graphs, caplog):
-    options = {"optimizer": sgd(), "backend": "eager", "donate": False, "max_compilations": most}
-    state, compiled, eager = make_steps(compute_batch_loss=loss, **options)
-    for number in range(6):
-        batch = Annealed(some_batch(number), 0.3 / (number + 1), number % 5)
+    options = {"optimizer": sgd(), "donate": False, "max_compilations": most}
+    state, compiled, eager = make_steps(torch.nn.Linear(3, 1), loss, **options)
+    for number in range(4):
+        batch = Annealed(some_batch(number), 0.3 / (number + 1), number % 3)
         expected, _ = eager(state, batch, lr=0.1)
         state, _ = compiled(state, batch, lr=0.1)
         for name, param in expected.params.items():
@@ -320,7 +326,7 @@ def test_what_cannot_be_meant_is_refused_before_any_step(options, message):
 
 
 def test_a_state_of_another_optimizer_and_a_loss_that_forgets_a_parameter_are_refused_as_by_train_step():
-    start, compiled, eager = make_steps(optimizer=sgd(momentum=0.9), backend="eager")
+    start, compiled, eager = make_steps(optimizer=sgd(momentum=0.9))
     forgotten = torch.nn.Parameter(torch.ones(()))
     _, forgetful, forgetful_eager = make_steps(
         None, lambda model, batch: (squared_error(model, batch)[0] * forgotten, 1), optimizer=sgd(), backend="eager"
@@ -441,15 +447,15 @@ def test_a_step_that_is_differentiated_is_that_of_train_step_and_others_stay_com
 
 @pytest.mark.parametrize("donate", [False, True])
 def test_a_step_that_is_not_finite_is_refused_and_leaves_the_state_whole(donate):
-    start, compiled, _ = make_steps(donate=donate)
+    start, compiled, _ = make_steps(donate=donate, backend="aot_eager")
     state, _ = run(compiled, start, 2)
     kept = {name: p.clone() for name, p in state.params.items()}
-    means = {name: t.clone() for name, t in state.opt_state["exp_avg"].items()}
+    means = {name: t.clone() for name, t in state.opt_state["momentum_buffer"].items()}
     inputs, targets = some_batch(9)
     with pytest.raises(NonFiniteError, match=r"loss is inf in epoch 1, batch 3 \(step 3\)"):
         compiled(state, (inputs, targets + math.inf), lr=0.1)
     assert all(torch.equal(state.params[name], kept[name]) for name in kept)
-    assert all(torch.equal(state.opt_state["exp_avg"][name], means[name]) for name in means)
+    assert all(torch.equal(state.opt_state["momentum_buffer"][name], means[name]) for name in means)
     state, _ = compiled(state, (inputs, targets), lr=0.1)
     assert state.step == 3
 
@@ -472,7 +478,8 @@ def test_a_deferred_check_keeps_the_old_values_and_notes_the_first_step():
 
 
 def test_nothing_that_came_in_changes_without_donation():
-    start, compiled, _ = make_steps(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    start, compiled, _ = make_steps(model, backend="aot_eager")
     tensors = [*start.params.values(), *start.buffers.values()]
     before = [(tensor._version, tensor.clone()) for tensor in tensors]
     state, _ = compiled(start, some_batch(0), lr=0.1)
@@ -482,7 +489,7 @@ def test_nothing_that_came_in_changes_without_donation():
 
 
 def test_a_donated_state_gives_its_memory_and_cannot_be_used_again():
-    start, compiled, _ = make_steps(donate=True)
+    start, compiled, _ = make_steps(donate=True, backend="aot_eager")
     places = {name: p.data_ptr() for name, p in start.params.items()}
     state, _ = compiled(start, some_batch(0), lr=0.1)
     assert {name: p.data_ptr() for name, p in state.params.items()} == places
@@ -510,7 +517,7 @@ class Scaled(torch.nn.Module):
 
 @pytest.mark.parametrize("optimizer", [adam(), sgd(momentum=0.9)], ids=["adam", "sgd"])
 def test_a_donated_number_in_double_precision_is_trained_too(optimizer):
-    start, compiled, eager = make_steps(Scaled(), optimizer=optimizer, donate=True)
+    start, compiled, eager = make_steps(Scaled(), optimizer=optimizer, donate=True, backend="aot_eager")
     actual, _ = run(compiled, start, 4)
     expected, _ = run(eager, init_state(Scaled(), optimizer, seed=3), 4)
     assert compiled.eager_reason is None
@@ -518,9 +525,12 @@ def test_a_donated_number_in_double_precision_is_trained_too(optimizer):
         torch.testing.assert_close(actual.params[name], tensor, rtol=1e-12, atol=0)
 
 
-def test_twelve_optimizers_in_one_process_compile_a_graph_each():
-    """torch.compile makes at most 8 graphs of one function, and the updates of all are one function."""
-    compiled = [make_steps(optimizer=adam(beta1=0.5 + number / 100), backend="eager")[1] for number in range(12)]
-    for step in compiled:
-        run(step, init_state(make_model(), adam(), seed=3), 2)
-        assert (step.num_compilations, step.eager_reason) == (1, None)
+def test_optimizers_of_one_process_compile_a_graph_each_beyond_the_limit_of_torch_for_one_function():
+    """torch.compile makes so many graphs of one function, and the updates of all are one function."""
+    with import_module("torch._dynamo.config").patch(recompile_limit=2):
+        for number in range(4):
+            start, step, _ = make_steps(
+                torch.nn.Linear(3, 1), optimizer=sgd(momentum=number / 10 + 0.1), max_compilations=1
+            )
+            run(step, start, 2)
+            assert (step.num_compilations, step.eager_reason) == (1, None)
