@@ -324,7 +324,7 @@ def test_a_state_of_tracking_is_not_written_and_a_row_of_count_zero_starts_again
 @pytest.mark.compiles
 def test_steps_ensembles_and_compiled_steps_train_alike() -> None:
     batch = _batch()
-    models = [_model("ttst", seed=seed) for seed in (1, 2)]
+    models = [_model("ttst", seed=seed, n_layers_e=1) for seed in (1, 2)]
     loss_fn, optimizer = module_loss(models[0], compute_batch_loss), sgd()  # Adam: signs of rounded zeros
     states = [init_state(model, optimizer, seed=0) for model in models]
     alone = [train_step(state, batch, loss_fn=loss_fn, optimizer=optimizer, lr=0.01) for state in states]
