@@ -6,7 +6,7 @@ import random
 import re
 import shutil
 from collections import namedtuple
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,6 +69,60 @@ def test_what_differs_after_an_epochs_batches_is_told_too(monkeypatch, ends, num
     monkeypatch.setattr(lockstep, "_traced", lambda a, b, c, see: traced(a, b, c, lambda at: see(of_batch(*at))))
     starts, parts = cast(Any, (None, None)), cast(Any, (True, False))
     assert lockstep.first_difference(starts, parts, 9) == expected
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@dataclass
+class Given:
+    points: torch.Tensor
+    name: str
+    more: Any
+
+
+@pytest.mark.parametrize(
+    ("batch", "names"),
+    [
+        (torch.ones(1), ["batch"]),
+        (Given(torch.ones(1), "a", None), ["points"]),
+        (Given(torch.ones(1), "a", [torch.ones(1), "b", {"c": torch.ones(1)}]), ["points", "more.1", "more.3.c"]),
+        ((torch.ones(1), Pair(torch.ones(1), 3)), ["1", "2.1"]),
+        ({"x": torch.ones(1), 5: torch.ones(1)}, ["x", "5"]),
+        ("text", []),
+        (None, []),
+    ],
+)
+def test_the_tensors_of_a_batch_have_names(batch, names) -> None:
+    assert list(lockstep._tensors_of(batch)) == names
+
+
+FIRST = ("aten.mul", "float32 (2,)", ("ab",))
+SECOND = ("aten.add", "float32 (2,)", ("cd",))
+
+
+@pytest.mark.parametrize(
+    ("b", "is_filled", "told"),
+    [
+        ([FIRST, SECOND], [True, True], "operation: unknown, the operations of the step have the same results"),
+        (
+            [FIRST, (*SECOND[:2], ("x",))],
+            [True, True],
+            "operation 2 of the step: aten.add (float32 (2,)) has ano",
+        ),
+        ([(*FIRST[:2], ("x",)), SECOND], [False, True], "operation: unknown, "),  # of memory that holds anything
+        ([("aten.div", *FIRST[1:]), SECOND], [False, True], "operation 1 of the step: aten.mul in A, aten.div in B"),
+        (
+            [(FIRST[0], "float32 (3,)", ("x",))],
+            [True, True],
+            "operation 1 of the step: aten.mul (float32 (2,) in A, ",
+        ),
+        ([FIRST], [True, True], "operation 2 of the step: 2 operations in A, 1 in B"),
+        ([FIRST, SECOND, FIRST], [True, True], "operation 3 of the step: 2 operations in A, 3 in B"),
+    ],
+)
+def test_the_first_operation_that_differs_is_named(b, is_filled, told: str) -> None:
+    assert lockstep._first_operation([FIRST, SECOND], b, is_filled).startswith(told)
 
 
 def planted(parts: RunParts, epoch: int, batch: int, leaf: str) -> RunParts:

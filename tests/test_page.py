@@ -43,6 +43,15 @@ from dwiml_func.tracking.protocols import ProtocolScores
 HOSTILE = "</script><img src=x>&\"'$^{"
 
 
+ELEMENTS = {
+    *("html", "head", "meta", "title", "style", "script", "body", "main", "nav", "section", "div", "h1", "h2", "h3"),
+    *("p", "a", "strong", "b", "span", "code", "pre", "ul", "li", "dl", "dt", "dd", "details", "summary", "img"),
+    *("table", "caption", "thead", "tbody", "tr", "th", "td", "figure", "figcaption", "canvas", "svg", "path"),
+    *("form", "fieldset", "legend", "label", "input", "button", "header", "footer"),
+}
+"""What a browser knows, of those that pages have."""
+
+
 class Page(HTMLParser):
     """The texts of a page by the id of their section, its elements, and the attributes that name another file."""
 
@@ -56,6 +65,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append(tag)
+        assert tag in ELEMENTS
         self.sources += [value or "" for name, value in attrs if name in ("src", "href", "action", "data", "srcset")]
         if tag == "section":
             self._section = dict(attrs)["id"] or ""
@@ -120,6 +130,7 @@ def made(stopped_early: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def text_of(section: Any) -> str:
+    assert {element.tag for element in section.iter()} <= ELEMENTS
     return "|".join(section.itertext())
 
 
