@@ -1,4 +1,4 @@
-"""Processes that start at once: forks of one that has imported what a training imports, and has done no more.
+"""Processes that start at once: forks of one that has imported what a training imports, and filled a few caches.
 
 Each is a process of its own, with memory, files, threads, signals and an end of its own. What they share is what the
 interpreter chose at its start, the seed of its hashes. So compare with a run of `reproduction_cases`, which has started
@@ -71,6 +71,15 @@ from multiprocessing import util
 import h5py, matplotlib.backends.backend_agg, matplotlib.figure, orbax.checkpoint
 import dwiml_func.cli.fork, dwiml_func.cli.resume, dwiml_func.cli.train
 import nibabel, PIL.BmpImagePlugin, PIL.JpegImagePlugin, PIL.PpmImagePlugin  # what trainings import later
+from dwiml_func.checkpoint import provenance
+from dwiml_func.experiment import config
+from dwiml_func.models.rnn import kernels, torchscript
+
+dwiml_func.cli.train.Options.parse(["folder", "name", "data"], "train")  # fills tyro's caches
+config._reader()
+provenance.environment()
+for function in filter(None, (getattr(kernel, "__wrapped__", None) for kernel in vars(kernels).values())):
+    torchscript._scripted(function)
 
 def fork_a_server():  # that becomes multiprocessing's forkserver when one is asked for, and need not import torch
     near, far = socket.socketpair()
