@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.padding import NUM_LENGTHS, padded_lengths, with_fixed_shape, with_padded_length
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.shards import cut_batch
-from dwiml_func.experiment.batches import make_batches, open_data
+from dwiml_func.experiment.batches import make_batches, open_data, with_padded_lengths
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
@@ -230,6 +231,21 @@ def test_a_run_pads_when_it_is_told_to_and_on_the_cpu_not_by_itself() -> None:
         lengths[choice] = [batch.padded_length for batch in (*train(key, 0, 0), *valid(key, 0, 0))]
     assert set(lengths["auto"]) == set(lengths["off"]) == {None}
     assert None not in lengths["on"]
+
+
+@pytest.mark.parametrize(
+    ("pads", "recorded", "expected"),
+    [("off", None, None), ("off", (3, 77), (3, 77)), ("on", None, (5, 9)), ("on", (3, 77), (3, 77))],
+)
+def test_a_config_has_the_lengths_of_the_data_unless_it_has_some(monkeypatch, pads, recorded, expected) -> None:
+    def lengths_of(datasets: Any, resampling: Any) -> tuple[int, ...]:
+        assert (datasets, resampling) == (("a", "b"), config.batches.resampling)
+        return (5, 9)
+
+    config = replace(CONFIG, training=replace(CONFIG.training, pad_batches=pads), padded_lengths=recorded)
+    monkeypatch.setattr("dwiml_func.experiment.batches.padded_lengths", lengths_of)
+    data: Any = SimpleNamespace(training="a", validation="b")
+    assert with_padded_lengths(config, data) == replace(config, padded_lengths=expected)
 
 
 def test_a_run_records_its_lengths_and_a_resume_takes_and_compares_them(cli: Any, tmp_path: Path) -> None:
