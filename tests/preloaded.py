@@ -282,7 +282,9 @@ def finished(process: Fork) -> Fork:
     return process
 
 
-def start_ranks(num_processes: int, *arguments: object, environment: Mapping[str, str] | None = None) -> list[Fork]:
+def start_ranks(
+    num_processes: int, *arguments: object, environment: Mapping[str, str] | None = None, program: str = COMMAND
+) -> list[Fork]:
     """Start a command in several processes that train together, told of each other as `torchrun` tells them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -290,12 +292,12 @@ def start_ranks(num_processes: int, *arguments: object, environment: Mapping[str
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
     shared |= environment or {}
     ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_processes)]
-    return [start_command(*arguments, environment=rank) for rank in ranks]
+    return [start_program(program, *arguments, environment=rank) for rank in ranks]
 
 
-def run_ranks(num_processes: int, *arguments: object, environment: Mapping[str, str] | None = None) -> list[str]:
+def run_ranks(num_processes: int, *arguments: object, **where: Any) -> list[str]:
     """Run a command in several processes that train together, to a good end; returns what each printed."""
-    return _ended(start_ranks(num_processes, *arguments, environment=environment))
+    return _ended(start_ranks(num_processes, *arguments, **where))
 
 
 def _ended(processes: Sequence[Fork]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from experiment_cases import latest_digest
-from preloaded import run_command, run_ranks
+from preloaded import run_program, run_ranks
 
 from dwiml_func import init_state, module_loss, sgd
 from dwiml_func.compiled import warmup
@@ -26,6 +26,14 @@ OPTIONS = (
     *("--batch-size-training", "30", "--batch-size-validation", "20", "--learning-rate", "0.01*1 0.001"),
     *("--max-epochs", "2", "--keep", "all", "--skip-figures"),
 )
+TELLING_ITS_CODE = """
+import sys
+from dwiml_func.cli.main import main
+code = main(sys.argv[1:])
+from torch._inductor.codecache import PyCodeCache
+print("Code:", *sorted(module.__file__ for module in PyCodeCache.modules))
+sys.exit(code)
+"""
 EVERY_OPTION = (
     *("--rule", "*bias*: weight_decay=0, lr=0.5", "--rule", "rnn_model.rnn_0.weight_ih_l0: frozen"),
     *("--accumulate", "3", "--ema", "0.9", "--skip-not-finite", "2", "--clip-grad", "0.5"),
@@ -39,20 +47,17 @@ def test_a_compiled_run_with_every_option_that_two_processes_resume_makes_the_sa
     tmp_path: Path,
 ) -> None:
     """Its batches are sharded, its forward pass is in bf16; the code is known by its text, which names its file."""
-    folder_of_code = tmp_path / "code"
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder_of_code)}
-    out = run_command("train", tmp_path, "whole", PHANTOM, *OPTIONS, *EVERY_OPTION, environment=cache)
-    code = set(folder_of_code.rglob("*.cpp"))
-    assert code
+    out = run_program(TELLING_ITS_CODE, "train", tmp_path, "whole", PHANTOM, *OPTIONS, *EVERY_OPTION)
+    (code,) = re.findall(r"^Code: .+", out, re.MULTILINE)
     (gain,) = re.findall(r"^Compiled in .*", out, re.MULTILINE)
     assert re.search(r"^Steps ran in \d+ compiled graph", out, re.MULTILINE)
     assert re.match(r"Compiled in \d+\.\d s: a step takes [\d.]+ ms instead of [\d.]+ ms, ", gain)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "checkpoint" / "2")  # as if it had been killed after its first epoch
     assert latest_digest(tmp_path / "parts") != latest_digest(tmp_path / "whole")
-    told = run_ranks(2, "resume", tmp_path, "parts", environment=cache)
+    told = run_ranks(2, "resume", tmp_path, "parts", program=TELLING_ITS_CODE)
     assert [text.count("Compiled in ") for text in told] == [1, 0]
-    assert set(folder_of_code.rglob("*.cpp")) == code
+    assert [re.findall(r"^Code: .+", text, re.MULTILINE) for text in told] == [[code]] * 2
     assert latest_digest(tmp_path / "parts") == latest_digest(tmp_path / "whole")
 
 
