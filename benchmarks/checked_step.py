@@ -14,9 +14,11 @@ from timing import interleaved
 from verdicts import conclude
 
 from dwiml_func import checked_step
+from dwiml_func.data.config import BatchConfig
 from dwiml_func.data.example.dataset import make_example_data
-from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.models.config import ModelConfig
 
 EVERY, LIMIT = 100, 0.015
 

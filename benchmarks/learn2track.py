@@ -24,11 +24,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 from verdicts import conclude
 
 from dwiml_func import Key, adam, init_state, module_loss, train_step
-from dwiml_func.core.gradients import global_norm
 from dwiml_func.data import Augmentation, BatchRequest, LoaderSpec, StreamlineBatch, load_batch, open_dataset
 from dwiml_func.data.augmentation import Kind, rng_of
 from dwiml_func.models import Learn2Track, compute_batch_loss
 from dwiml_func.models.baselines import angular_error
+from dwiml_func.optim.transformations import global_norm
 
 NUM_STREAMLINES, LAYER_SIZES, LR, WEIGHT_DECAY, NOISE, KEY = 100, (100, 100), 1e-3, 0.01, 0.05, Key(1)
 SPEC = LoaderSpec(

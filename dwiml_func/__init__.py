@@ -15,7 +15,7 @@ from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossFn, LossOut, module_loss
 from dwiml_func.core.memory import keep_freed_memory
-from dwiml_func.core.metrics import Metrics, Sum, read_means
+from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.rates import with_weight_decay
 from dwiml_func.core.report import EpochReport
@@ -59,7 +59,7 @@ from dwiml_func.optim import (
     warm_up,
     warmup_stable_decay,
 )
-from dwiml_func.types import Buffers, OptState, Params
+from dwiml_func.types import Buffers, Metrics, OptState, Params, Sum
 
 if TYPE_CHECKING:
     from dwiml_func.checkpoint import list_checkpoints, restore, restore_or, save

@@ -12,10 +12,13 @@ import numpy as np
 from dwiml_func import EpochReport, TrainState
 from dwiml_func.checkpoint.checkpoint import read, restore
 from dwiml_func.checkpoint.digest import state_digest
-from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.data.config import BatchConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 MODEL = ModelConfig(rnn_layer_sizes=(8,), dg_dropout=0.25)

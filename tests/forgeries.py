@@ -24,10 +24,11 @@ import h5py
 import numpy as np
 import torch
 
-from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.arrays import load_leaves, save_leaves
 from dwiml_func.checkpoint.checkpoint import newest
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.experiment.audit.audit import Audit, audit_experiment
 from dwiml_func.experiment.audit.ensemble import audit_ensemble
 from dwiml_func.experiment.best_model import repair_best_model

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
+from dwiml_func.checkpoint.arrays import load_leaves
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.digest import combine_digests, state_digest
 from dwiml_func.checkpoint.history import history_to_json
+from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.experiment.model_store import MANIFEST
 
 DATA = Path(__file__).parent / "data" / "phantom.hdf5"

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dwiml_func.checkpoint.arrays import CheckpointError, CorruptError, _quiet, load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.arrays import _quiet, load_leaves, save_leaves
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest
-from dwiml_func.checkpoint.manifest import manifest_checksum
+from dwiml_func.checkpoint.manifest import CheckpointError, CorruptError, manifest_checksum, read_manifest
 
 ODD = {
     "number": torch.tensor(2.5),

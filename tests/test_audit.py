@@ -40,7 +40,7 @@ from dwiml_func.experiment.audit.ensemble import _member_problems, _read_members
 from dwiml_func.experiment.audit.replay import NothingLeft
 from dwiml_func.experiment.config import CheckpointConfig, LoggingConfig, RunConfig
 from dwiml_func.experiment.folder import read_config, read_ended
-from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
+from dwiml_func.experiment.training_config import WINDOW_LAG
 
 
 @pytest.fixture(scope="module")

@@ -19,17 +19,20 @@ from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.loss import module_loss
 from dwiml_func.core.rng import Key
 from dwiml_func.data.augmentation import Augmentation
+from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.resampling import Resampling
-from dwiml_func.experiment.config import BatchConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder, compute_reconstruction_loss
+from dwiml_func.models.config import ModelConfig
 
 N = 40
 MODEL = ModelConfig(model="autoencoder", latent_space_dims=4, first_channels=2)

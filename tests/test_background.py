@@ -19,14 +19,17 @@ from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.checkpoint import save as save_checkpoint
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.core.metrics import Sum
 from dwiml_func.core.non_finite import NonFiniteError
-from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.data.config import BatchConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.run_files import NoRunFiles
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
+from dwiml_func.types import Sum
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 FORMATS = (torch.contiguous_format, torch.channels_last)

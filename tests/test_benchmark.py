@@ -27,13 +27,14 @@ from dwiml_func.benchmark.settings import DATA, SETTINGS, BenchmarkSetting, data
 from dwiml_func.benchmark.tasks import CEILING
 from dwiml_func.cli.benchmark import Options, _models, _setting
 from dwiml_func.data.bundles import Bundles
+from dwiml_func.data.config import BatchConfig
 from dwiml_func.data.example import dataset as example
 from dwiml_func.data.example.settings import ExampleSettings
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.hdf5.write import new_dataset
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
-from dwiml_func.experiment.config import BatchConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.tracking.case import KEEP_STRAIGHT, ORACLE, PRINCIPAL_DIRECTION, TrackingCase, tracking_case
 from dwiml_func.files.lock import experiment_lock
 from dwiml_func.tracking import protocols

@@ -18,7 +18,8 @@ from experiment_cases import CONFIG, PHANTOM, trained
 from forgeries import read_checked, write_checked
 from test_summary import report
 
-from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.arrays import load_leaves, save_leaves
+from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.core.state import TrainState
 from dwiml_func.experiment.audit import bisect, lockstep
 from dwiml_func.experiment.audit.bisect import bisect_runs

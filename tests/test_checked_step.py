@@ -16,11 +16,11 @@ from torch import Tensor
 from dwiml_func import adam, init_state, jit_step, module_loss, train_step, value_and_grad
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.core.checked_step import StepMismatchError, checked_step
-from dwiml_func.core.metrics import Sum
 from dwiml_func.experiment.config import CheckpointConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.types import Sum
 
 MODEL = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
 NUM_FLIPS = 40

@@ -19,15 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dwiml_func import EpochReport, Key, NonFiniteError, TrainState, adam, init_state, module_loss, sgd, train_step
-from dwiml_func.checkpoint.arrays import CheckpointError
 from dwiml_func.checkpoint.background import AsyncCheckpointer
 from dwiml_func.checkpoint.checkpoint import read, restore, restore_or, save
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.checkpoint.manifest import manifest_checksum
+from dwiml_func.checkpoint.manifest import CheckpointError, manifest_checksum
 from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.metrics import Sum
+from dwiml_func.types import Sum
 
 ODD = {
     "a": torch.tensor(2.5),

@@ -22,11 +22,11 @@ from preloaded import Fork, finished, start_program
 
 from dwiml_func import TrainState, adam, init_state
 from dwiml_func.checkpoint import checkpoint as checkpoint_io
-from dwiml_func.checkpoint.arrays import CorruptError
 from dwiml_func.checkpoint.background import AsyncCheckpointer
 from dwiml_func.checkpoint.checkpoint import newest, restore, save
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import load_model
 

@@ -18,18 +18,13 @@ from experiment_cases import latest_digest
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.cli import bisect, evaluate, page, resume, send_to_comet, train
 from dwiml_func.cli.main import COMMANDS
-from dwiml_func.experiment.config import (
-    BatchConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    RunConfig,
-    TrainingConfig,
-    config_from_json,
-)
+from dwiml_func.data.config import BatchConfig, DataConfig
+from dwiml_func.experiment.config import LoggingConfig, RunConfig, config_from_json
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.sweep import member_configs, sweep_configs
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.models.autoencoder.config import AutoencoderOptions
+from dwiml_func.models.config import ModelConfig
 from dwiml_func.models.transformers.config import TransformerOptions
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

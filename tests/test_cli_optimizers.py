@@ -23,7 +23,8 @@ from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.state import TrainState, init_state
-from dwiml_func.experiment.config import BatchConfig, CheckpointConfig, ModelConfig, TrainingConfig, config_from_json
+from dwiml_func.data.config import BatchConfig
+from dwiml_func.experiment.config import CheckpointConfig, config_from_json
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
 from dwiml_func.experiment.folder import create_ensemble, read_config
 from dwiml_func.experiment.fork import create_fork, prepare_fork
@@ -32,6 +33,8 @@ from dwiml_func.experiment.optimizers import OPTIMIZERS, configured_optimizer
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 from dwiml_func.models.learn2track import compute_batch_loss
 
 OPTIONS = (

@@ -26,12 +26,15 @@ from preloaded import finished, start_program
 from report_cases import report
 
 from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.experiment.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.data.config import BatchConfig
+from dwiml_func.experiment.config import LoggingConfig, RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.logs import experiment_comet
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 from dwiml_func.writers import _comet_process, jsonl
 from dwiml_func.writers.comet import Comet, _CometProcess, _log, comet_key, comet_metrics
 

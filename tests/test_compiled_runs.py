@@ -17,8 +17,8 @@ from dwiml_func import init_state, module_loss, sgd
 from dwiml_func.compiled import warmup
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.compiled.warmup import CompilationReport, WarmUpStep
-from dwiml_func.core.metrics import Sum
 from dwiml_func.core.non_finite import NonFiniteError
+from dwiml_func.types import Sum
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 OPTIONS = (

@@ -12,19 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dwiml_func.data.augmentation import Augmentation
+from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.sampler import SamplerSpec
-from dwiml_func.experiment.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    RunConfig,
-    TrainingConfig,
-    config_from_json,
-)
+from dwiml_func.experiment.config import CheckpointConfig, LoggingConfig, RunConfig, config_from_json
 from dwiml_func.experiment.optimizers import OPTIMIZERS
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 
 COUNTS = st.integers(1, 2**31 - 1)
 FRACTIONS = st.floats(0, 1, exclude_max=True, allow_subnormal=False, width=32)

@@ -19,11 +19,14 @@ from nibabel.orientations import aff2axcodes
 
 from dwiml_func.cli import create_hdf5
 from dwiml_func.cli.main import main
+from dwiml_func.data.config import BatchConfig
 from dwiml_func.data.creation.config import check_groups_config
 from dwiml_func.data.creation.create import create_dataset
 from dwiml_func.data.hdf5.read import open_dataset, read_subsets
 from dwiml_func.data.resampling import Resampling
-from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 from dwiml_func.tracking import PrincipalDirection
 
 File: Any = h5py.File

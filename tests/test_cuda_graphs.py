@@ -37,10 +37,11 @@ from dwiml_func.compiled.cuda_graphs import OnCuda, Replays
 from dwiml_func.compiled.direct import leaves_of
 from dwiml_func.compiled.sums import VectorSums, add_vectors, vector_of
 from dwiml_func.core import metrics
-from dwiml_func.core.metrics import Sum, add_metrics
+from dwiml_func.core.metrics import add_metrics
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.optim import accumulate, chain, clip_by_global_norm, clip_by_value
+from dwiml_func.types import Sum
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
 make_steps = partial(make_steps_with, backend="eager")

@@ -25,10 +25,9 @@ from dwiml_func.checkpoint.digest import (
     tensor_bytes,
 )
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.metrics import Sum
 from dwiml_func.core.report import Validation
 from dwiml_func.core.state import mark_donated
-from dwiml_func.types import Plateau
+from dwiml_func.types import Plateau, Sum
 
 
 def make_state() -> TrainState:

@@ -21,9 +21,9 @@ from dwiml_func.compiled import _torch_private as private
 from dwiml_func.compiled import direct, fold
 from dwiml_func.compiled import step as step_module
 from dwiml_func.compiled.gradient import JitGradient
-from dwiml_func.core.metrics import Sum
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.optim import accumulate, chain, skip_not_finite
+from dwiml_func.types import Sum
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*"),

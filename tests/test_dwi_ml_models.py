@@ -23,15 +23,16 @@ import numpy as np
 import pytest
 import torch
 
+from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.dwi_ml.autoencoder import autoencoder_config, autoencoder_parameters
 from dwiml_func.dwi_ml.models import _kind, shift_warning, write_dwi_ml_model
 from dwiml_func.dwi_ml.parameters import check_whole_grid, config_of, parameters_of
 from dwiml_func.dwi_ml.transformers import DEFAULT_MAX_LEN, MODEL_TYPES, joined_state, split_state
 from dwiml_func.dwi_ml.upgrade import _neighborhood, upgraded_parameters
-from dwiml_func.experiment.config import BatchConfig, DataConfig, ModelConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import LoadedModel
 from dwiml_func.experiment.training_facts import TRAINED_ON
-from dwiml_func.models.config import build_model
+from dwiml_func.models.config import ModelConfig, build_model
 
 DATA = Path(__file__).parent / "data"
 PARITY = DATA / "parity"

@@ -15,7 +15,7 @@ from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.loop import train_and_validate
 from dwiml_func.core.loss import LossOut, module_loss
-from dwiml_func.core.metrics import Sum, read_means
+from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NonFiniteError
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.rng import Key, fold_in, numpy_rng, torch_rng
@@ -27,6 +27,7 @@ from dwiml_func.ensemble.state import EnsembleState, member, member_sums, stack_
 from dwiml_func.ensemble.step import ensemble_eval_step, ensemble_step
 from dwiml_func.optim import chain, ema, per_step, reduce_on_plateau, skip_not_finite
 from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
+from dwiml_func.types import Sum
 
 OPTIMIZERS = {"sgd": partial(sgd, momentum=0.9), "adam": adam, "adamw": adamw, "radam": radam}
 SEEDS = (3, 4, 5)

@@ -17,10 +17,10 @@ import pytest
 import torch
 from experiment_cases import latest_digest
 
-from dwiml_func.checkpoint.arrays import CorruptError
 from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.digest import state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.experiment import ensemble_resume, ensemble_run
 from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.ensemble_resume import resume_ensemble

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.core.epoch import epoch_fn, eval_epoch_fn
 from dwiml_func.core.loss import LossOut, module_loss
-from dwiml_func.core.metrics import Sum, read_means
+from dwiml_func.core.metrics import read_means
 from dwiml_func.core.non_finite import NON_FINITE, NonFiniteError
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.optim.optimizers import adam, sgd
+from dwiml_func.types import Sum
 
 SIZES = [7, 1, 4, 7, 2]
 

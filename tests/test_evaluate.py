@@ -22,11 +22,12 @@ from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.spherical_harmonics import half_sphere_directions, multi_tensor_signal, sh_matrix
 from dwiml_func.data.streamlines import directions
 from dwiml_func.experiment.batches import whole_batches
-from dwiml_func.experiment.config import ModelConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.evaluation import evaluate_model
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import LoadedModel, find_model, load_model
 from dwiml_func.models.baselines import angular_error
+from dwiml_func.models.config import ModelConfig
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 

@@ -16,12 +16,15 @@ from experiment_cases import latest_digest
 from reproduction_cases import logs
 
 from dwiml_func.core.report import EpochReport
-from dwiml_func.experiment.config import BatchConfig, LoggingConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.data.config import BatchConfig
+from dwiml_func.experiment.config import LoggingConfig, RunConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.logs import experiment_writer
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 from dwiml_func.writers.npy import epoch_arrays
 from dwiml_func.writers.writer import Writer
 

@@ -18,9 +18,10 @@ from reproduction_cases import DATA, STOCHASTIC, differences, results
 from torch.utils._pytree import tree_leaves, tree_structure
 
 from dwiml_func import init_state, sgd
-from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.arrays import load_leaves, save_leaves
 from dwiml_func.checkpoint.checkpoint import read, restore
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.cli.main import main
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dwiml_func.core.gradients import global_norm, value_and_grad
+from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.loss import LossOut, module_loss
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.optim import clip_grad_norm
+from dwiml_func.optim.transformations import global_norm
 
 BACKENDS = ["autograd", "func"]
 

@@ -28,8 +28,8 @@ from dwiml_func.checkpoint.manifest import (
     report_text,
 )
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.metrics import Sum
 from dwiml_func.core.report import EpochReport
+from dwiml_func.types import Sum
 
 LEAF = {"name": "a", "shape": [2], "dtype": "torch.float32", "sha256": "0" * 64}
 REPORT = EpochReport(

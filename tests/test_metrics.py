@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dwiml_func.core.metrics import Sum, add_metrics, read_means, weighted_sum
+from dwiml_func.core.metrics import add_metrics, read_means, weighted_sum
+from dwiml_func.types import Sum
 
 BATCHES = st.lists(st.tuples(st.floats(-1e3, 1e3), st.integers(1, 5000)), min_size=1, max_size=30)
 

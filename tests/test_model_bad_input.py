@@ -12,7 +12,9 @@ import h5py
 import pytest
 
 from dwiml_func.checkpoint.manifest import manifest_checksum
-from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig
+from dwiml_func.data.config import BatchConfig
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.models.config import ModelConfig
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

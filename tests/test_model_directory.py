@@ -15,14 +15,13 @@ import pytest
 import torch
 
 from dwiml_func import adam, init_state
-from dwiml_func.checkpoint.arrays import CheckpointError, read_manifest
-from dwiml_func.checkpoint.manifest import manifest_checksum
+from dwiml_func.checkpoint.manifest import CheckpointError, manifest_checksum, read_manifest
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
-from dwiml_func.experiment.config import ModelConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import check_memory, load_model, save_model
-from dwiml_func.models.config import build_model
+from dwiml_func.models.config import ModelConfig, build_model
 from dwiml_func.models.learn2track import Learn2Track
 
 CONFIG = ModelConfig(rnn_key="gru", rnn_layer_sizes=(8, 4), nb_previous_dirs=2, dropout=0.25, dg_dropout=0.125)

@@ -15,13 +15,14 @@ from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.experiment.best_model import repair_best_model
-from dwiml_func.experiment.config import CheckpointConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
 from dwiml_func.experiment.folder import create_ensemble, create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
+from dwiml_func.experiment.training_config import TrainingConfig
 
 OPTIONS = ("--rnn-layer-sizes", "8", "--batch-size-training", "40", "--max-epochs", "2", "--skip-figures")
 WORST = ("--monitor", "angular_error", "--monitor-mode", "max", "--validate-every", "2 batches")  # 4 batches an epoch

@@ -15,12 +15,13 @@ from experiment_cases import CONFIG, contents
 from dwiml_func.checkpoint.checkpoint import save
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.checkpoint.retention import kept_checkpoints
-from dwiml_func.experiment.config import CheckpointConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.config import CheckpointConfig, RunConfig
 from dwiml_func.experiment.ensemble_run import prepare_ensemble, run_ensemble
 from dwiml_func.experiment.folder import create_ensemble, create_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.sweep import member_configs
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.files.lock import FolderLostError, experiment_lock
 
 LONG = replace(CONFIG, training=TrainingConfig(max_epochs=40), checkpoints=CheckpointConfig(keep=1))

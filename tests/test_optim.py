@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_map
 
 from dwiml_func.optim import _foreach, accumulate, chain, ema, lion, schedule_free_adamw, schedule_free_sgd
 from dwiml_func.optim._foreach import _one_by_one, arithmetic_for
-from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
+from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
 from dwiml_func.optim.state_check import check_opt_state
+from dwiml_func.types import Optimizer
 
 SHAPES = {"weight": (3, 2), "bias": (3,), "scale": ()}
 KINDS = ["sgd", "momentum", "nesterov", "adam", "adamw", "radam"]

@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 
 from dwiml_func.core.metrics import read_means
-from dwiml_func.experiment.config import BatchConfig, DataConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.data.config import BatchConfig, DataConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 
 PARTS = {"model": ModelConfig, "data": DataConfig, "batches": BatchConfig, "training": TrainingConfig}
 HELD_ELSEWHERE = {

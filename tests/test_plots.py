@@ -21,17 +21,10 @@ from dwiml_func.cli import plot
 from dwiml_func.cli.plot import _has_epochs
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.report import EpochReport
+from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.experiment.comparison.correlation import pearson, spearman
 from dwiml_func.experiment.comparison.run_labels import kind_names, loss_kind, run_labels
-from dwiml_func.experiment.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from dwiml_func.experiment.config import CheckpointConfig, LoggingConfig, RunConfig
 from dwiml_func.experiment.evaluation import Evaluation, read_evaluation, write_evaluation
 from dwiml_func.experiment.figures.graphs import parse_graph
 from dwiml_func.experiment.figures.panel import COLOURS, PlottedRun
@@ -43,6 +36,8 @@ from dwiml_func.experiment.figures.plots import (
     save_run_figure,
 )
 from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 
 EVALUATION = Evaluation(model=9.0, keep_straight=4.0, principal_direction=11.5, num_points=7, num_streamlines=2)
 

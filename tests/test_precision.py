@@ -27,11 +27,12 @@ from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.distributed.sharding import sharded_value_and_grad
 from dwiml_func.ensemble.state import member, stack_states
 from dwiml_func.ensemble.step import ensemble_step
-from dwiml_func.experiment.config import TrainingConfig, config_from_json
+from dwiml_func.experiment.config import config_from_json
 from dwiml_func.experiment.evaluation import evaluate_model
 from dwiml_func.experiment.folder import read_config
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 from dwiml_func.models.rnn.scan import plain_scan

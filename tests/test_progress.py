@@ -19,7 +19,7 @@ from report_cases import report
 
 from dwiml_func import TrainState, init_state, module_loss, sgd, train_and_validate, train_step
 from dwiml_func.cli._messages import messages
-from dwiml_func.core.metrics import Sum
+from dwiml_func.types import Sum
 from dwiml_func.writers.progress import Progress
 
 THREE = report(

@@ -18,11 +18,11 @@ from dwiml_func import epoch_fn, eval_epoch_fn, train_and_validate
 from dwiml_func.checkpoint.digest import leaf_digest, state_digest, state_leaves
 from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.loss import module_loss
-from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.step import eval_step, train_step
 from dwiml_func.optim.optimizers import adam, radam, sgd
+from dwiml_func.types import Metrics
 
 
 class AssignedBuffer(nn.Module):

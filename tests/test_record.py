@@ -19,12 +19,13 @@ from experiment_cases import CONFIG, PHANTOM, contents, trained
 
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, read
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.experiment.config import RunConfig, TrainingConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.logs import run_parameters, write_parameters
 from dwiml_func.experiment.record import check_same_config, may_change
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
+from dwiml_func.experiment.training_config import TrainingConfig
 
 ONE_EPOCH = replace(CONFIG, training=TrainingConfig(max_epochs=1))
 RESULTS = ("data", "batches", "model", "training", "origin")

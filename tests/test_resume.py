@@ -16,9 +16,10 @@ from experiment_cases import latest_digest
 from preloaded import Fork, finished, run_program, start_command, start_program
 from reproduction_cases import logs
 
-from dwiml_func.checkpoint.arrays import load_leaves, read_manifest
+from dwiml_func.checkpoint.arrays import load_leaves
 from dwiml_func.checkpoint.digest import leaf_digest
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.experiment.folder import read_config
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"

@@ -24,12 +24,13 @@ from experiment_cases import (
     without_digests,
 )
 
-from dwiml_func.checkpoint.arrays import CheckpointError
 from dwiml_func.checkpoint.index import list_checkpoints
+from dwiml_func.checkpoint.manifest import CheckpointError
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.core.early_stopping import Best
 from dwiml_func.core.state import TrainState
-from dwiml_func.experiment.config import CheckpointConfig, DataConfig, LoggingConfig, Origin, RunConfig, TrainingConfig
+from dwiml_func.data.config import DataConfig
+from dwiml_func.experiment.config import CheckpointConfig, LoggingConfig, Origin, RunConfig
 from dwiml_func.experiment.folder import create_ensemble, create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.resume import (
@@ -43,6 +44,7 @@ from dwiml_func.experiment.resume import (
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
+from dwiml_func.experiment.training_config import TrainingConfig
 
 
 @pytest.fixture(scope="module")

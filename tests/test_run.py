@@ -31,19 +31,20 @@ from dwiml_func.checkpoint.checkpoint import read, restore
 from dwiml_func.checkpoint.digest import leaf_digest, state_digest, state_leaves
 from dwiml_func.checkpoint.index import list_checkpoints
 from dwiml_func.core.early_stopping import Best
-from dwiml_func.core.metrics import Metrics
 from dwiml_func.core.non_finite import NON_FINITE
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.streamlines import directions
-from dwiml_func.experiment.config import CheckpointConfig, TrainingConfig
+from dwiml_func.experiment.config import CheckpointConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.model_store import load_model
 from dwiml_func.experiment.resume import check_same_data, resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.files.fingerprint import fingerprint
+from dwiml_func.types import Metrics
 from dwiml_func.writers.npy import epoch_arrays
 
 

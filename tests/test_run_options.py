@@ -15,8 +15,11 @@ from experiment_cases import latest_digest
 
 from dwiml_func.cli._parsing import parse
 from dwiml_func.cli._run_options import RunOptions, example_options, kept_example_options
-from dwiml_func.experiment.config import BatchConfig, ModelConfig, Origin, TrainingConfig, config_from_json
+from dwiml_func.data.config import BatchConfig
+from dwiml_func.experiment.config import Origin, config_from_json
 from dwiml_func.experiment.folder import read_config
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 
 PHANTOM = Path(__file__).parent / "data" / "phantom.hdf5"
 SHORT = ("--skip-window-lag",)  # the streamlines of the phantom are too short for a window lag

@@ -21,7 +21,8 @@ from dwiml_func import (
     train_step,
     verify,
 )
-from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.arrays import load_leaves, save_leaves
+from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.core.state import TrainState
 
 MODEL = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout(0.2), torch.nn.Linear(3, 1))

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from dwiml_func.checkpoint.digest import state_digest, state_leaves
 from dwiml_func.compiled.step import jit_step
 from dwiml_func.core.loss import LossOut, module_loss
-from dwiml_func.core.metrics import Sum
 from dwiml_func.core.non_finite import NON_FINITE, NonFiniteError, skip_metrics
 from dwiml_func.core.rng import Key, Stream, fold_in, torch_rng
 from dwiml_func.core.state import TrainState, check_can_donate, init_state
 from dwiml_func.core.step import eval_step, train_step
-from dwiml_func.optim.optimizers import Optimizer, adam, adamw, radam, sgd
+from dwiml_func.optim.optimizers import adam, adamw, radam, sgd
+from dwiml_func.types import Optimizer, Sum
 
 
 @dataclass

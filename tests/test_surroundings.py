@@ -17,7 +17,8 @@ import torch
 from experiment_cases import PHANTOM, contents, latest_digest
 from preloaded import COMMAND, start_program
 
-from dwiml_func.checkpoint.arrays import CorruptError, load_leaves, save_leaves
+from dwiml_func.checkpoint.arrays import load_leaves, save_leaves
+from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.pretrained import read_tensors
 from dwiml_func.files.atomic import atomic_write, remove_leftovers, temporary_beside

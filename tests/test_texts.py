@@ -31,14 +31,15 @@ from dwiml_func.data.inspection.report import format_inspection
 from dwiml_func.ensemble.loop import EnsembleReport
 from dwiml_func.experiment.audit.bisect import Bisection
 from dwiml_func.experiment.audit.lockstep import Difference
-from dwiml_func.experiment.audit.verify import Verification
+from dwiml_func.experiment.audit.replay import Verification
 from dwiml_func.experiment.comparison.compare import Comparison, compare_experiments
 from dwiml_func.experiment.comparison.runs import RunOverview
-from dwiml_func.experiment.config import RunConfig, TrainingConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.evaluation import ModelEvaluation
 from dwiml_func.experiment.reconstruction import Reconstruction
 from dwiml_func.experiment.signals import StopRequest
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.tracking.protocols import ProtocolScores
 from dwiml_func.tracking.scores import BundleScores, TractogramScores
 

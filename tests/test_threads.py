@@ -39,11 +39,12 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup, sharded_loss, sharded_value_and_grad
 from dwiml_func.distributed.threads import ShardThreads
 from dwiml_func.experiment.audit.audit import audit_experiment
-from dwiml_func.experiment.config import ModelConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import RunParts, prepare
+from dwiml_func.models.config import ModelConfig
 
 Cell = tuple[int, int, int]
 """Numbers of threads, processes and workers."""

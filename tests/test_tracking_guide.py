@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from experiment_cases import trained
 
-from dwiml_func.experiment.config import BatchConfig, ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.data.config import BatchConfig
+from dwiml_func.experiment.config import RunConfig
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 
 GUIDE = (Path(__file__).parents[1] / "docs" / "tracking.md").read_text()
 

@@ -14,12 +14,14 @@ from experiment_cases import CONFIG, PHANTOM, latest_digest, trained
 from dwiml_func import TrainState
 from dwiml_func.checkpoint.checkpoint import read
 from dwiml_func.compiled.step import JitStep, jit_step
-from dwiml_func.experiment.config import ModelConfig, RunConfig, TrainingConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.resume import resume_experiment
 from dwiml_func.experiment.run import run_experiment
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.signals import StopRequest, TrainingStopped
+from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.models.config import ModelConfig
 
 SIZE = ("--skip-figures", "--input-embedded-size", 8, "--nheads", 2, "--n-layers-e", 1)
 SHORT = ("--max-epochs", 1, "--batch-size-training", 48, "--skip-window-lag", "--reverse-ratio", 0.5)

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.arrays import load_leaves, save_leaves
 from dwiml_func.checkpoint.checkpoint import newest
-from dwiml_func.checkpoint.manifest import CorruptError
+from dwiml_func.checkpoint.manifest import CorruptError, read_manifest
 from dwiml_func.experiment.audit import replay
 from dwiml_func.experiment.audit import verify as verification
 from dwiml_func.experiment.folder import read_config

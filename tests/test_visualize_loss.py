@@ -20,11 +20,12 @@ from dwiml_func.data.loader import BatchRequest, LoaderSpec, load_batch
 from dwiml_func.data.resampling import Resampling
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.data.tractogram_writers import new_tractogram
-from dwiml_func.experiment.config import ModelConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.figures.losses import colours_of, draw_eos, draw_losses, thirds
 from dwiml_func.experiment.model_store import LoadedModel, load_model
 from dwiml_func.experiment.point_losses import PointLosses, displacement, of_one_subject, point_losses
 from dwiml_func.models import Learn2Track
+from dwiml_func.models.config import ModelConfig
 
 LOADERS: Any = nib.streamlines
 

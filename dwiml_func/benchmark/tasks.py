@@ -14,11 +14,12 @@ from typing import Any
 from dwiml_func.benchmark.mrtrix import MRTRIX, mrtrix_trackers
 from dwiml_func.benchmark.settings import DATA, data_of
 from dwiml_func.core.rng import Key
+from dwiml_func.data.config import BatchConfig
 from dwiml_func.data.example.dataset import make_example_data
 from dwiml_func.data.example.settings import DEFAULT_SETTINGS
 from dwiml_func.data.hdf5.read import open_dataset
 from dwiml_func.experiment.comparison.compare import differences
-from dwiml_func.experiment.config import BatchConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import create_experiment
 from dwiml_func.experiment.model_store import find_model, load_model
 from dwiml_func.experiment.resume import check_same_run, resume_experiment

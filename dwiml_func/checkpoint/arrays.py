@@ -32,11 +32,11 @@ from torch import Tensor
 
 from dwiml_func._checks import one_line
 from dwiml_func.checkpoint.digest import combine_digests, leaf_digest, tensor_bytes
-from dwiml_func.checkpoint.manifest import FORMAT, CheckpointError, CorruptError, manifest_text, read_manifest
+from dwiml_func.checkpoint.manifest import FORMAT, CorruptError, manifest_text, read_manifest
 from dwiml_func.checkpoint.provenance import environment
 from dwiml_func.files.atomic import atomic_directory
 
-__all__ = ["CheckpointError", "CorruptError", "load_leaves", "read_manifest", "save_leaves"]
+__all__ = ["load_leaves", "save_leaves"]
 
 _MAX_ERROR = 300  # orbax and tensorstore write long ones
 _SETTLE_SECONDS = 0.1

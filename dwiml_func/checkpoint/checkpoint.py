@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from dwiml_func._checks import at_most_three, truncated_repr
-from dwiml_func.checkpoint.arrays import CheckpointError, CorruptError, load_leaves, save_leaves
+from dwiml_func.checkpoint.arrays import load_leaves, save_leaves
 from dwiml_func.checkpoint.digest import (
     combine_digests,
     is_starting_count,
@@ -37,7 +37,7 @@ from dwiml_func.checkpoint.index import (
     names_after,
     position_name,
 )
-from dwiml_func.checkpoint.manifest import read_manifest
+from dwiml_func.checkpoint.manifest import CheckpointError, CorruptError, read_manifest
 from dwiml_func.checkpoint.retention import check_keep, remove_old
 from dwiml_func.core.non_finite import check_finite
 from dwiml_func.core.report import EpochReport

@@ -9,19 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func._checks import truncated_repr
+from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.dwi_ml.parameters import parameters_of
-from dwiml_func.experiment.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    LoggingConfig,
-    ModelConfig,
-    RunConfig,
-    TrainingConfig,
-    config_from_json,
-)
-from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
+from dwiml_func.experiment.config import CheckpointConfig, LoggingConfig, RunConfig, config_from_json
+from dwiml_func.experiment.training_config import WINDOW_LAG, TrainingConfig
 from dwiml_func.files.json import parse_json, read_config_file
+from dwiml_func.models.config import ModelConfig
 
 __all__ = [
     "RunOptions",

@@ -10,7 +10,7 @@ from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.evaluation import Evaluation
 from dwiml_func.experiment.reconstruction import Reconstruction
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
-from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
+from dwiml_func.experiment.training_config import WINDOW_LAG
 from dwiml_func.tracking.protocols import LAG_MM, ProtocolScores
 
 __all__ = ["NO_PRINCIPAL_DIRECTION", "format_degrees", "format_reconstruction", "format_summary", "format_tracking"]

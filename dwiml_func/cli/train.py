@@ -35,14 +35,13 @@ from dwiml_func.cli._several import (
 )
 from dwiml_func.cli._training import TimeLimit, describe_run, new_run, train_with_progress
 from dwiml_func.distributed.process_group import join_process_group, rank_in
-from dwiml_func.experiment.config import ModelConfig
 from dwiml_func.experiment.folder import experiment_directory
 from dwiml_func.experiment.resume import check_same_ensemble, check_same_run
 from dwiml_func.experiment.setup import prepare
 from dwiml_func.experiment.sweep import is_ensemble_sweep, member_configs, sweep_configs
-from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
-from dwiml_func.experiment.training_config import TrainingConfig
+from dwiml_func.experiment.training_config import WINDOW_LAG, TrainingConfig
 from dwiml_func.files.lock import experiment_lock
+from dwiml_func.models.config import ModelConfig
 
 __all__ = ["Options", "run"]
 

@@ -16,7 +16,8 @@ from dwiml_func.checkpoint.retention import kept_checkpoints
 from dwiml_func.cli._parsing import CommandOptions
 from dwiml_func.experiment.audit.audit import Audit, audit_experiment
 from dwiml_func.experiment.audit.ensemble import audit_ensemble
-from dwiml_func.experiment.audit.verify import Verification, verify_epoch
+from dwiml_func.experiment.audit.replay import Verification
+from dwiml_func.experiment.audit.verify import verify_epoch
 from dwiml_func.experiment.folder import is_ensemble, member_folders, read_config
 from dwiml_func.writers.progress import Progress
 

@@ -13,10 +13,9 @@ from dwiml_func._transforms import is_transformed
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn, check_requires_grad, check_scalar_loss, uses_reentrant_checkpoints
 from dwiml_func.core.rng import Key
-from dwiml_func.optim.transformations import global_norm
 from dwiml_func.types import Buffers, Params
 
-__all__ = ["AutodiffBackend", "ValueAndGrad", "global_norm", "is_differentiated", "value_and_grad"]
+__all__ = ["AutodiffBackend", "ValueAndGrad", "is_differentiated", "value_and_grad"]
 
 AutodiffBackend = Literal["autograd", "func"]
 """`"autograd"`: torch.autograd.grad on detached leaves; its result cannot be differentiated. `"func"`:

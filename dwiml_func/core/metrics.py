@@ -13,7 +13,7 @@ from torch import Tensor
 from dwiml_func._transforms import is_transformed
 from dwiml_func.types import Metrics, Sum
 
-__all__ = ["Metrics", "Sum", "add_metrics", "read_means", "weighted_sum"]
+__all__ = ["add_metrics", "read_means", "weighted_sum"]
 
 
 def weighted_sum(mean: float | Tensor, weight: float | Tensor) -> Sum:

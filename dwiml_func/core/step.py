@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dwiml_func._transforms import is_transformed, read_number
 from dwiml_func._trees import choose
-from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, global_norm, is_differentiated, value_and_grad
+from dwiml_func.core.gradients import AutodiffBackend, ValueAndGrad, is_differentiated, value_and_grad
 from dwiml_func.core.loss import LossFn, LossOut
 from dwiml_func.core.loss_check import check_loss_fn
 from dwiml_func.core.metrics import weighted_sum
@@ -31,7 +31,7 @@ from dwiml_func.core.weights import with_eval_params
 from dwiml_func.optim.chain import resolve_optimizer, update_where, update_with
 from dwiml_func.optim.schedules import as_rate
 from dwiml_func.optim.state_check import check_opt_state
-from dwiml_func.optim.transformations import clip_grad_norm
+from dwiml_func.optim.transformations import clip_grad_norm, global_norm
 from dwiml_func.types import Grads, Metrics, Optimizer, Sum
 
 __all__ = ["clip_and_measure", "eval_step", "loss_metrics", "train_step"]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import truncated_repr
-from dwiml_func.experiment.config import ModelConfig, RunConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.models.autoencoder.config import DEFAULT_NB_POINTS, AutoencoderOptions
+from dwiml_func.models.config import ModelConfig
 
 __all__ = ["autoencoder_config", "autoencoder_parameters", "raw_state"]
 

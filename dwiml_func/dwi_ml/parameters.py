@@ -10,8 +10,8 @@ import torch
 
 from dwiml_func._checks import check_number, truncated_repr
 from dwiml_func.dwi_ml.transformers import DEFAULT_MAX_LEN, MODEL_TYPES
-from dwiml_func.experiment.config import ModelConfig, RunConfig, config_from_json
-from dwiml_func.models.config import GETTER_OPTIONS
+from dwiml_func.experiment.config import RunConfig, config_from_json
+from dwiml_func.models.config import GETTER_OPTIONS, ModelConfig
 from dwiml_func.models.direction_getters import DIRECTION_GETTERS
 
 __all__ = ["check_whole_grid", "config_of", "parameters_of"]

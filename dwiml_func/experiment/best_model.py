@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.checkpoint.arrays import CheckpointError, load_leaves, read_manifest
+from dwiml_func.checkpoint.arrays import load_leaves
 from dwiml_func.checkpoint.checkpoint import restore
 from dwiml_func.checkpoint.index import best_name, position_name
+from dwiml_func.checkpoint.manifest import CheckpointError, read_manifest
 from dwiml_func.core.state import TrainState
 from dwiml_func.core.weights import with_eval_params
 from dwiml_func.experiment.model_store import MANIFEST, save_model

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.checkpoint.arrays import read_manifest
+from dwiml_func.checkpoint.manifest import read_manifest
 from dwiml_func.experiment.audit.consistency import record_digest
 from dwiml_func.experiment.audit.replay import recorded_run
 from dwiml_func.experiment.comparison.compare import differing

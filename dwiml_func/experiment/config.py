@@ -19,17 +19,7 @@ from dwiml_func.files.json import parse_json
 from dwiml_func.models.autoencoder.config import DEFAULT_NB_POINTS
 from dwiml_func.models.config import ModelConfig, check_model
 
-__all__ = [
-    "BatchConfig",
-    "CheckpointConfig",
-    "DataConfig",
-    "LoggingConfig",
-    "ModelConfig",
-    "Origin",
-    "RunConfig",
-    "TrainingConfig",
-    "config_from_json",
-]
+__all__ = ["CheckpointConfig", "LoggingConfig", "Origin", "RunConfig", "config_from_json"]
 
 
 @dataclass(frozen=True, kw_only=True)

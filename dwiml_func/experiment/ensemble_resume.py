@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dwiml_func.checkpoint.arrays import CorruptError
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest, restore
 from dwiml_func.checkpoint.index import list_checkpoints, names_after, position_name
+from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.core.early_stopping import should_stop
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.state import TrainState

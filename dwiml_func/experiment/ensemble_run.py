@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from dwiml_func.checkpoint.arrays import CorruptError
 from dwiml_func.checkpoint.checkpoint import read, write
 from dwiml_func.checkpoint.digest import state_digest
 from dwiml_func.checkpoint.history import fill_digests, one_an_epoch
 from dwiml_func.checkpoint.index import checkpoint_name, list_checkpoints
+from dwiml_func.checkpoint.manifest import CorruptError
 from dwiml_func.checkpoint.retention import remove_old
 from dwiml_func.core.checked_step import checked_step
 from dwiml_func.core.report import EpochReport

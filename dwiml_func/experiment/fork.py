@@ -17,13 +17,14 @@ from dwiml_func.core.state import TrainState, init_state
 from dwiml_func.core.weights import with_eval_params
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import save_evaluated
-from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
+from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import create_experiment, read_config
 from dwiml_func.experiment.optimizers import configured_optimizer
 from dwiml_func.experiment.pretrained import PretrainedReport, load_pretrained
 from dwiml_func.experiment.record import check_same_config
 from dwiml_func.experiment.resume import check_has_epochs_left
 from dwiml_func.experiment.setup import RunParts, make_model, make_parts, prepare
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.files.fingerprint import fingerprint, same_file
 from dwiml_func.types import Plateau
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dwiml_func.experiment.comparison.compare import flatten
-from dwiml_func.experiment.config import RunConfig, TrainingConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.learning_rate import parse_rates
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.files.atomic import atomic_write
 from dwiml_func.writers.comet import Comet
 from dwiml_func.writers.jsonl import jsonl

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from dwiml_func._checks import at_most_three, error_text, truncated_repr
-from dwiml_func.checkpoint.arrays import load_leaves, read_manifest, save_leaves
+from dwiml_func.checkpoint.arrays import load_leaves, save_leaves
 from dwiml_func.checkpoint.digest import leaf_differences
-from dwiml_func.checkpoint.manifest import CorruptError
+from dwiml_func.checkpoint.manifest import CorruptError, read_manifest
 from dwiml_func.core.rng import Key, torch_rng
 from dwiml_func.core.state import TrainState
 from dwiml_func.data.neighborhood import Neighborhood
-from dwiml_func.experiment.config import ModelConfig, RunConfig, config_from_json
+from dwiml_func.experiment.config import RunConfig, config_from_json
 from dwiml_func.experiment.folder import is_ensemble
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder
-from dwiml_func.models.config import build_model, model_shapes
+from dwiml_func.models.config import ModelConfig, build_model, model_shapes
 from dwiml_func.models.tractography_model import TractographyModel
 
 __all__ = ["MANIFEST", "LoadedModel", "check_memory", "filled_model", "find_model", "load_model", "save_model"]

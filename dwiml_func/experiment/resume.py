@@ -20,10 +20,11 @@ from dwiml_func.core.state import TrainState
 from dwiml_func.distributed.sharding import SINGLE_PROCESS, ProcessGroup
 from dwiml_func.experiment.best_model import repair_best_model
 from dwiml_func.experiment.comparison.compare import differences
-from dwiml_func.experiment.config import Origin, RunConfig, TrainingConfig
+from dwiml_func.experiment.config import Origin, RunConfig
 from dwiml_func.experiment.folder import check_new_experiment, check_no_links, is_ensemble, read_config, read_ended
 from dwiml_func.experiment.record import check_same_config, check_same_data, warn_of_other_environment
 from dwiml_func.experiment.setup import RunParts, prepare
+from dwiml_func.experiment.training_config import TrainingConfig
 from dwiml_func.files.atomic import atomic_write, remove_leftovers
 from dwiml_func.writers.jsonl import jsonl
 from dwiml_func.writers.npy import npy

@@ -41,12 +41,12 @@ from dwiml_func.experiment.batches import (
     sampled_batch,
     with_padded_lengths,
 )
-from dwiml_func.experiment.config import RunConfig, TrainingConfig
+from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.model_store import check_memory
 from dwiml_func.experiment.optimizers import apply_rules, configured_optimizer
-from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, run_windows, with_window_lag
+from dwiml_func.experiment.tracking.lag_validation import run_windows, with_window_lag
 from dwiml_func.experiment.tracking.phase import with_tracking_phase
-from dwiml_func.experiment.training_config import PHASE_METRICS
+from dwiml_func.experiment.training_config import PHASE_METRICS, WINDOW_LAG, TrainingConfig
 from dwiml_func.models.autoencoder.autoencoder import Autoencoder, compute_reconstruction_loss
 from dwiml_func.models.config import build_model
 from dwiml_func.models.learn2track import compute_batch_loss

@@ -14,7 +14,7 @@ from dwiml_func.optim._foreach import Arithmetic, Tensors, arithmetic_for
 from dwiml_func.optim._kernel import check_options, is_not_zero, lerp, optimizer_from_kernel, scalar
 from dwiml_func.types import Number, Optimizer
 
-__all__ = ["Optimizer", "adam", "adamw", "lion", "nadam", "radam", "rmsprop", "sgd"]
+__all__ = ["adam", "adamw", "lion", "nadam", "radam", "rmsprop", "sgd"]
 
 ADAM_STATE = {"exp_avg": torch.zeros_like, "exp_avg_sq": torch.zeros_like}
 

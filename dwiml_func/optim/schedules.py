@@ -15,8 +15,6 @@ from dwiml_func.optim._kernel import check_count
 from dwiml_func.types import OnPlateau, PerStep, Plateau, Schedule
 
 __all__ = [
-    "PerStep",
-    "Schedule",
     "as_rate",
     "check_rate",
     "check_schedule",

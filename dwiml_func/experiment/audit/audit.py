@@ -31,7 +31,8 @@ from dwiml_func.experiment.config import RunConfig
 from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.resume import with_new_options
 from dwiml_func.experiment.setup import RunParts, prepare
-from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, without_window_lag
+from dwiml_func.experiment.tracking.lag_validation import without_window_lag
+from dwiml_func.experiment.training_config import WINDOW_LAG
 
 __all__ = ["Audit", "Replayed", "Span", "audit_experiment", "replayed", "sample_epochs", "spans", "summed_up"]
 

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from dwiml_func._checks import at_most_three
-from dwiml_func.checkpoint.arrays import CheckpointError, load_leaves, read_manifest
+from dwiml_func.checkpoint.arrays import load_leaves
 from dwiml_func.checkpoint.checkpoint import Checkpoint, read
 from dwiml_func.checkpoint.digest import leaf_digest
 from dwiml_func.checkpoint.index import best_name, list_checkpoints, position_of
-from dwiml_func.checkpoint.manifest import CorruptError
+from dwiml_func.checkpoint.manifest import CheckpointError, CorruptError, read_manifest
 from dwiml_func.core.report import EpochReport
 from dwiml_func.core.weights import with_eval_params
 from dwiml_func.experiment.comparison.compare import differences, differing, report_differences, report_values

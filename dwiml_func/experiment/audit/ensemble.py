@@ -35,7 +35,8 @@ from dwiml_func.experiment.ensemble_run import loop_arguments, prepare_ensemble
 from dwiml_func.experiment.folder import member_folders, read_config, read_ended
 from dwiml_func.experiment.resume import with_new_options
 from dwiml_func.experiment.setup import RunParts
-from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, without_window_lag
+from dwiml_func.experiment.tracking.lag_validation import without_window_lag
+from dwiml_func.experiment.training_config import WINDOW_LAG
 from dwiml_func.files.fingerprint import content
 
 __all__ = ["audit_ensemble"]

@@ -30,10 +30,11 @@ from dwiml_func.experiment.folder import is_ensemble, read_config
 from dwiml_func.experiment.record import with_defaults
 from dwiml_func.experiment.resume import with_new_options
 from dwiml_func.experiment.setup import RunParts, prepare
-from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG, without_window_lag
+from dwiml_func.experiment.tracking.lag_validation import without_window_lag
+from dwiml_func.experiment.training_config import WINDOW_LAG
 from dwiml_func.files.fingerprint import content, fingerprint, linked_paths
 
-__all__ = ["Verification", "data_problems", "train_epochs", "verify_epoch"]
+__all__ = ["data_problems", "train_epochs", "verify_epoch"]
 
 _MEMBER = "member of an ensemble: its common step is not bitwise identical to the step of a single run"
 

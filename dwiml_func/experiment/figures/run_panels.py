@@ -12,7 +12,7 @@ import numpy as np
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.comparison.run_labels import kind_names
 from dwiml_func.experiment.figures.panel import COLOURS, GREY, Panel, PlottedRun
-from dwiml_func.experiment.tracking.lag_validation import WINDOW_LAG
+from dwiml_func.experiment.training_config import WINDOW_LAG
 from dwiml_func.models.autoencoder.autoencoder import RECONSTRUCTION_ERROR
 
 __all__ = ["PANELS", "PanelDrawing", "PanelName", "draw_rates", "panel_drawings"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element
 
-from dwiml_func.checkpoint.arrays import CheckpointError, read_manifest
 from dwiml_func.checkpoint.checkpoint import Checkpoint, newest
+from dwiml_func.checkpoint.manifest import CheckpointError, read_manifest
 from dwiml_func.core.report import EpochReport
 from dwiml_func.experiment.audit.consistency import best_model_problems, record_digest, record_problems
 from dwiml_func.experiment.comparison.compare import differing

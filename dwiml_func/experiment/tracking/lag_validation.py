@@ -24,15 +24,7 @@ from dwiml_func.tracking.space import TrackingSpace
 from dwiml_func.tracking.window_lag import LagWindows, choose_windows, window_lags
 from dwiml_func.types import Metrics, Optimizer, Sum
 
-__all__ = [
-    "WINDOW_LAG",
-    "Followed",
-    "measure_window_lag",
-    "run_windows",
-    "space_of_subject",
-    "with_window_lag",
-    "without_window_lag",
-]
+__all__ = ["Followed", "measure_window_lag", "run_windows", "space_of_subject", "with_window_lag", "without_window_lag"]
 
 _WINDOWS = 0x1A6  # of the tracking stream's random numbers
 
