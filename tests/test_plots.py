@@ -412,6 +412,22 @@ def test_labels_leave_out_what_cannot_matter_and_name_the_getter_first(tmp_path:
     assert names == ["x/run", "y/run", "ens/0"]
 
 
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_no_curve_crosses_a_legend(is_flat: bool) -> None:
+    train = [0.11, 1.0] * 30  # wherever the legend lies, it would cross this one
+    valid = [0.5] * 60 if is_flat else train
+    reports = tuple(
+        dataclasses.replace(each, train={"loss": own}, valid={"loss": other}, best=Best(0.5, 1))
+        for each, own, other in zip(history(60), train, valid, strict=True)
+    )
+    (axes,) = draw_runs([plotted("a", history=reports)], panels=["loss"])[0].axes
+    box, curves = axes.get_legend().get_window_extent(), axes.get_lines()
+    paths = [line.get_transform().transform_path(line.get_path()) for line in curves if len(line.get_xdata()) > 2]
+    assert len(paths) == 2
+    assert not any(path.intersects_bbox(box, filled=False) for path in paths)
+    assert axes.get_ylim()[1] > 1.2  # room was made above
+
+
 @pytest.mark.parametrize("number", range(1, 10))
 def test_panels_leave_no_place_empty(number: int) -> None:
     runs = [plotted("a"), *(plotted(f"r{n}", loss_kind={"dg_key": str(n)}) for n in range(1, number))]
