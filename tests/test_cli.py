@@ -16,7 +16,7 @@ import pytest
 from experiment_cases import latest_digest
 
 from dwiml_func.checkpoint.index import list_checkpoints
-from dwiml_func.cli import bisect, evaluate, page, resume, send_to_comet, train
+from dwiml_func.cli import _training, bisect, evaluate, page, resume, send_to_comet, train
 from dwiml_func.cli.main import COMMANDS
 from dwiml_func.data.config import BatchConfig, DataConfig
 from dwiml_func.experiment.config import LoggingConfig, RunConfig, config_from_json
@@ -552,3 +552,56 @@ def test_evaluations_are_written_as_a_trainings_end_writes_them(monkeypatch, of_
     monkeypatch.setattr(evaluate, "resume_experiment", lambda *_, **__: (parts, None, ()))
     with pytest.raises(ValueError, match="has no finished epoch yet"):
         evaluate.run(evaluate.Options(model_dir="run", write=True))
+
+
+@pytest.mark.parametrize("reports", [(), ("c",), ("c", "d")])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("is_quiet", [False, True])
+def test_a_training_shows_where_it_is_and_is_ended_by_the_first(monkeypatch, capsys, reports, rank, is_quiet) -> None:
+    shown: list[object] = []
+
+    class Bars:
+        on_batch, track = "on_batch", "track"
+
+        def __init__(self, max_epochs: int) -> None:
+            assert max_epochs == 9
+
+        def __enter__(self) -> None:
+            shown.append("begin")
+
+        def __exit__(self, *_: object) -> None:
+            shown.append("end")
+
+        def __call__(self, report: object) -> None:
+            shown.append(report)
+
+    config = SimpleNamespace(training=SimpleNamespace(max_epochs=9))
+    parts: Any = SimpleNamespace(config=config, process_group=SimpleNamespace(rank=rank))
+    state: Any = SimpleNamespace(epoch=2, batch=0)
+    history: Any = ("a", "b")
+    results = {"describe_run": "the run", "describe_start": "resuming", "print_end": None, "run_experiment": reports}
+    calls = recorded(monkeypatch, _training, **results, _print_compilation=None)
+    checked: list[str] = []
+    monkeypatch.setattr(_training, "Progress", Bars)
+    monkeypatch.setattr(_training, "is_quiet", lambda: is_quiet)
+    monkeypatch.setattr(_training, "print_progress", print)
+    monkeypatch.setattr(_training, "one_an_epoch", tuple)
+    monkeypatch.setattr(_training, "same_folder", lambda _: nullcontext(lambda: checked.append("same")))
+    monkeypatch.setattr(_training, "stop_on_signals", lambda group, *, at_second, deadline: nullcontext(deadline))
+    _training.train_with_progress(Path("run"), parts, state, history, 5.0)
+    bars = {} if is_quiet else {"on_batch": "on_batch", "track": "track"}
+    expected = [("describe_run", (Path("run"), parts), {}), ("describe_start", (2, 0), {})]
+    training = {"state": state, "history": history, "stop": 5.0, **bars}
+    expected += [("run_experiment", (Path("run"), parts), training)]
+    expected += [("_print_compilation", (parts,), {})] * len(reports)
+    expected += [("print_end", (Path("run"), parts, (*history, *reports)), {})] * (rank == 0)
+    assert calls == expected
+    assert shown == ([] if is_quiet else ["begin", *reports, "end"])
+    assert checked == ["same"] * (rank == 0)
+    left = "Nothing is left to train.\n" if rank == 0 and not reports else ""
+    assert capsys.readouterr().out == f"the run\nresuming\n{left}"
+    for epoch, batch, is_told in ((0, 0, False), (0, 3, True), (9, 0, False), (8, 3, True)):
+        calls.clear()
+        own: Any = SimpleNamespace(epoch=epoch, batch=batch)
+        _training.train_with_progress(Path("run"), parts, own, history)
+        assert ("describe_start" in names_of(calls)) is is_told

@@ -421,8 +421,9 @@ def test_no_curve_crosses_a_legend(is_flat: bool) -> None:
         for each, own, other in zip(history(60), train, valid, strict=True)
     )
     (axes,) = draw_runs([plotted("a", history=reports)], panels=["loss"])[0].axes
-    box, curves = axes.get_legend().get_window_extent(), axes.get_lines()
-    paths = [line.get_transform().transform_path(line.get_path()) for line in curves if len(line.get_xdata()) > 2]
+    legend: Any = axes.get_legend()
+    box, curves = legend.get_window_extent(), axes.get_lines()
+    paths = [line.get_transform().transform_path(line.get_path()) for line in curves if np.size(line.get_xdata()) > 2]
     assert len(paths) == 2
     assert not any(path.intersects_bbox(box, filled=False) for path in paths)
     assert axes.get_ylim()[1] > 1.2  # room was made above
