@@ -36,7 +36,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_above_its_clone_the_package_is_found_after_an_editable_install(clone: Path, tmp_path: Path) -> None:
-    """The namespace package that Python would make of the clone's folder has no origin."""
     venv.create(tmp_path, with_pip=False)
     python = tmp_path / "bin" / "python"
     (packages,) = tmp_path.glob("lib/python*/site-packages")
@@ -46,10 +45,11 @@ def test_above_its_clone_the_package_is_found_after_an_editable_install(clone: P
     run(python, "-m", "pip", "install", *options, "--editable", clone, folder=tmp_path)
 
     above = clone.parent
-    code = "from importlib.util import find_spec; print(find_spec('dwiml_func').origin)"
+    code = "import dwiml_func; from dwiml_func import adam; print(dwiml_func.__file__)"
     assert run(python, "-c", code, folder=above) == f"{clone / 'dwiml_func' / '__init__.py'}\n"
     version = f"{dwiml_func.__version__}\n"
-    assert run(python, "-u", "-m", "dwiml_func", "--version", folder=above) == version  # as torchrun starts it
+    torchrun = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1")  # starts `python -u -m`
+    assert run(*torchrun, "-m", "dwiml_func", "--version", folder=above) == version
     assert run(tmp_path / "bin" / "dwiml-func", "--version", folder=above) == version
 
 
