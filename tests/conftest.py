@@ -41,6 +41,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection() -> None:
     """Not at the import: the process that only gives tests to workers does without torch, and they start sooner."""
     import torch
+    import torch._dynamo  # it notes torch's functions when it is imported, which must not be while a test replaces some
 
     torch.set_num_threads(1)  # bits depend on the number of threads
     trace = logging.getLogger("torch.__trace")  # pytest listens to loggers that do not propagate, and where someone
