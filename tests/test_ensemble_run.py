@@ -6,7 +6,9 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -132,19 +134,32 @@ def create(folder: Path, configs: list[RunConfig]) -> Path:
     return create_ensemble(folder, "run", configs)
 
 
+def logging_steps(every: str) -> list[RunConfig]:
+    configs = small(patience=1, learning_rate=("0.05",), validate_every=every)
+    return [replace(config, logging=replace(config.logging, log_every=1)) for config in configs]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """An ensemble that logs steps, and validates so often."""
+
+    @cache
+    def run(every: str) -> Path:
+        whole = create(tmp_path_factory.mktemp("whole"), logging_steps(every))
+        list(run_ensemble(whole, prepare_ensemble(logging_steps(every))))
+        return whole
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("batches", "every"),
     [(2, "1epoch"), (5, "1epoch"), (4, "2batches")],
     ids=["within the first epoch", "within the second", "within a validation within an epoch"],
 )
-def test_a_stopped_and_resumed_run_is_identical_to_the_uninterrupted_run(tmp_path, batches, every):
-    configs = small(patience=1, learning_rate=("0.05",), validate_every=every)
-    configs = [replace(config, logging=replace(config.logging, log_every=1)) for config in configs]
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "stopped").mkdir()
-    whole, stopped = create(tmp_path / "whole", configs), create(tmp_path / "stopped", configs)
-    list(run_ensemble(whole, prepare_ensemble(configs)))
-
+def test_a_stopped_and_resumed_run_is_identical_to_the_uninterrupted_run(uninterrupted, tmp_path, batches, every):
+    configs = logging_steps(every)
+    whole, stopped = uninterrupted(every), create(tmp_path, configs)
     with pytest.raises(TrainingStopped):
         list(run_ensemble(stopped, prepare_ensemble(configs), stop=StopAfter(batches)))
     members, ensemble, histories = resume_ensemble(stopped)
