@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -299,6 +300,31 @@ def test_tracked_lines_come_back_as_written(tmp_path) -> None:
         np.testing.assert_array_equal(shown.bundle, written.bundle)
         np.testing.assert_array_equal(shown.valid, written.valid)
     assert read_tracked_lines(tmp_path / "plots") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "text"),
+    [
+        ("real.points", lambda points: points.astype("<f4"), "points (P, 3) of 16 bits, received float32 (240, 3)"),
+        ("real.points", lambda points: points[:, :2], "points (P, 3) of 16 bits, received int16 (240, 2)"),
+        ("real.points", lambda points: points[:-1], "lengths"),
+        ("real.lengths", lambda lengths: lengths + np.eye(6, dtype="<i4")[0], "lengths"),
+        ("real.lengths", lambda lengths: np.array([80, 0, 40, 40, 40, 40], "<i4"), "lengths"),
+        ("core.valid", lambda valid: valid[:-1], "lengths"),
+        ("core.bundle", lambda bundle: bundle[:-1], "lengths"),
+        ("core.bundle", lambda bundle: bundle + 1, "rows of its bundles"),  # of which there are two
+        ("core.bundle", lambda bundle: bundle - 1, "rows of its bundles"),
+        ("unit_mm", lambda unit: unit * 0, "a unit above 0"),
+        ("unit_mm", lambda unit: unit * np.inf, "a unit above 0"),
+    ],
+)
+def test_tracked_lines_whose_parts_do_not_fit_together_are_refused(tmp_path, name, change, text) -> None:
+    write_tracked_lines(tmp_path, tracked_lines(), epoch=7)
+    with np.load(tracked_lines_path(tmp_path)) as file:
+        arrays = dict(file)
+    np.savez(tracked_lines_path(tmp_path), **(arrays | {name: change(arrays[name])}))
+    with pytest.raises(ValueError, match=rf"npz is corrupt: .*{re.escape(text)}.*evaluate .* --write"):
+        read_tracked_lines(tmp_path)
 
 
 @pytest.mark.parametrize("length", [40, 40_000])
