@@ -301,7 +301,7 @@ def test_members_of_a_sweep_are_runs_of_their_own(tmp_path: Path, name: str) -> 
     configs = [replace(base, training=replace(base.training, weight_decay=decay)) for decay in decays]
     directory = create_ensemble(tmp_path, "members", configs)
     list(run_ensemble(directory, prepare_ensemble(configs)))
-    for number, config in enumerate(configs):
+    for number, config in list(enumerate(configs))[:: 1 if name == "AdamW" else -2]:  # of others, that with a decay
         alone = trained(tmp_path, config, f"alone_{number}")
         (state, history), (own, own_history) = restored(alone), restored(directory / str(number))
         tolerance = 3e-2 if name in ("Muon", "Lion") else 1e-4  # bfloat16; signs of gradients near zero

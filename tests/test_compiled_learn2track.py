@@ -1,6 +1,8 @@
 """Claims about Learn2Track in a compiled step: one graph for batches of any length, for each direction getter."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from dwiml_func.core.gradients import value_and_grad
 from dwiml_func.core.rng import torch_rng
 from dwiml_func.data.batch import StreamlineBatch
 from dwiml_func.data.streamlines import offsets_of
-from dwiml_func.models.direction_getters import DIRECTION_GETTERS
+from dwiml_func.models.baselines import angular_error
+from dwiml_func.models.direction_getters import DIRECTION_GETTERS, DirectionGetter, make_direction_getter
 from dwiml_func.models.learn2track import Learn2Track, compute_batch_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
@@ -35,16 +38,12 @@ def some_batch(number: int, num_streamlines: int, *, add_eos: bool = False) -> S
     )
 
 
-def compare(model_options: dict, *, backend: str) -> None:
+def compare(model: torch.nn.Module, compute_loss: Callable, batches: list[Any], *, backend: str = "eager") -> None:
     """Losses and gradients of batches of other sizes agree with eager ones, and one graph was compiled."""
-    add_eos = model_options.get("dg_args", {}).get("add_eos", False)
-    with torch_rng(Key(1)):
-        model = Learn2Track(NUM_FEATURES, **model_options)
-    loss_fn = module_loss(model, compute_batch_loss)
+    loss_fn = module_loss(model, compute_loss)
     params = {name: parameter.detach() for name, parameter in model.named_parameters()}
     gradient = JitGradient(loss_fn, dynamic=True, backend=backend)
-    for number, size in enumerate((6, 3, 1)):
-        batch = some_batch(number, size, add_eos=add_eos)
+    for number, batch in enumerate(batches):
         (out, grads), (expected, expected_grads) = (
             function(loss_fn, params, {}, batch, key=Key(3, (number,))) for function in (gradient, value_and_grad)
         )
@@ -58,7 +57,17 @@ def compare(model_options: dict, *, backend: str) -> None:
 @pytest.mark.compiles
 @pytest.mark.parametrize("dg_key", DIRECTION_GETTERS)
 def test_the_loss_of_every_direction_getter_is_traced_as_one_graph(dg_key):
-    compare({"dg_key": dg_key, "rnn_layer_sizes": (4,)}, backend="eager")
+    """As `compute_batch_loss` takes it of a model, of which the other parts are the same for all."""
+
+    def loss(getter: DirectionGetter, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, int, Any]:
+        features, directions = batch
+        outputs = getter(features)
+        error = angular_error(getter.directions(outputs.detach()), directions)
+        return getter.losses(outputs, directions).mean(), len(features), {"angular_error": error.mean()}
+
+    with torch_rng(Key(1)):
+        getter = make_direction_getter(dg_key, NUM_FEATURES)
+        compare(getter, loss, [(torch.randn(size, NUM_FEATURES), torch.randn(size, 3)) for size in (30, 9, 4)])
 
 
 @pytest.mark.compiles
@@ -71,7 +80,11 @@ def test_the_loss_of_every_direction_getter_is_traced_as_one_graph(dg_key):
     ids=["gru", "eos"],
 )
 def test_the_options_of_the_model_compile(options, backend):
-    compare({"rnn_layer_sizes": (6, 4), **options}, backend=backend)
+    add_eos = "add_eos" in options.get("dg_args", {})
+    with torch_rng(Key(1)):
+        model = Learn2Track(NUM_FEATURES, rnn_layer_sizes=(6, 4), **options)
+    batches = [some_batch(number, size, add_eos=add_eos) for number, size in enumerate((6, 3, 1))]
+    compare(model, compute_batch_loss, batches, backend=backend)
 
 
 @pytest.mark.compiles

@@ -24,8 +24,10 @@ from dwiml_func.core.early_stopping import Best
 from dwiml_func.data.grid import Grid
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panel import COLOURS
+from dwiml_func.experiment.figures.plots import read_runs
 from dwiml_func.experiment.figures.streamline_views import view_limits
 from dwiml_func.experiment.folder import create_experiment, read_config
+from dwiml_func.experiment.page.curves import curves
 from dwiml_func.experiment.page.html import json_block, rows_table, tag
 from dwiml_func.experiment.page.page import _epochs, run_page
 from dwiml_func.experiment.page.scores import score_sections
@@ -336,7 +338,7 @@ def test_the_viewer_has_every_streamline_and_at_most_so_many_points(tmp_path, le
     assert recorded is not None
     data = viewer_data(recorded, {"real": "r", "continue": "c", "core": "o"})
     assert [entry["colour"] for entry in data["legend"]] == [*COLOURS[:2], None]
-    total, middles = 0, []
+    total, middles, farthest = 0, [], []
     for name, shown in (("real", recorded.lines.real), *recorded.lines.tracked.items()):
         points = np.frombuffer(b64decode(data["sets"][name]["points"]), "<i2").reshape(-1, 3)
         lengths = np.frombuffer(b64decode(data["sets"][name]["lengths"]), "<u4")
@@ -348,12 +350,20 @@ def test_the_viewer_has_every_streamline_and_at_most_so_many_points(tmp_path, le
             middles += [line[-1].numpy() - in_mm[ends[row]], line[0].numpy() - in_mm[ends[row] - int(lengths[row]) + 1]]
         shown_lines = [recorded.lines.real.lines, *(each.lines for each in recorded.lines.tracked.values())]
         from_middle = shown.lines.points.numpy() - view_limits(shown_lines).mean(axis=1)
-        assert np.linalg.norm(from_middle, axis=1).max() <= data["radius"] * data["unit"] * (1 + 1e-9)
+        farthest.append(np.linalg.norm(from_middle, axis=1).max())
+    assert data["radius"] * data["unit"] == pytest.approx(max(farthest))
     assert data["radius"] == np.iinfo(np.int16).max  # the sphere around all points, as far as their numbers reach
     np.testing.assert_allclose(middles, np.broadcast_to(middles[0], (len(middles), 3)), atol=2 * data["unit"])
     assert total <= MOST_POINTS + 2 * 14
     entries = np.frombuffer(b64decode(data["sets"]["continue"]["entries"]), "u1")
     assert entries.tolist() == [0, 1, 2, 2]  # the row of what is not valid is the last
+
+
+def test_curves_of_a_page_have_their_axes(experiments) -> None:
+    (run,) = read_runs([experiments / "run"])
+    drawings = list(curves(run))
+    assert len(drawings) > 3
+    assert all(b"<!-- epoch -->" in drawing.svg for drawing in drawings)  # the label below the axes
 
 
 def test_a_model_that_tracked_nothing_has_an_empty_set(tmp_path) -> None:

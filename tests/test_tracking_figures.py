@@ -19,7 +19,14 @@ from matplotlib.image import imread
 from dwiml_func.data.streamlines import Streamlines
 from dwiml_func.experiment.figures.panel import COLOURS
 from dwiml_func.experiment.figures.streamline_views import VIEWS, bundle_colours, view_limits
-from dwiml_func.experiment.figures.tracking import NOT_VALID, _some, draw_drift, draw_drifts, draw_tracked
+from dwiml_func.experiment.figures.tracking import (
+    NOT_VALID,
+    _some,
+    draw_drift,
+    draw_drifts,
+    draw_tracked,
+    save_tracking_figures,
+)
 from dwiml_func.experiment.finish import is_whole
 from dwiml_func.experiment.tracking.evaluation import ORACLE, TrackingEvaluation
 from dwiml_func.experiment.tracking.recorded import Drift, ShownLines, TrackedLines, read_drift
@@ -266,6 +273,16 @@ def test_plot_draws_the_recorded_streamlines_again(cli: Any, run: Path) -> None:
     cli("plot", run, run, "--tracking").check_refusal("--tracking: requires one experiment", "2 experiments")
     (run / "plots" / "tracking.npz").unlink()
     cli("plot", run, "--tracking").check_refusal("plots/tracking.npz of one epoch", "--write")
+
+
+def test_a_drift_alone_is_drawn_into_a_folder_of_its_own(tmp_path: Path) -> None:
+    scores: Any = {"model": {"continue": ProtocolScores(9, 8, 0.5, 0.5, None)}}
+    evaluation = TrackingEvaluation(
+        subject="anna", subset="validation", step_size=2.0, has_mask=True, scores=scores, ceiling_valid=0.875,
+        ceiling_both_ends=0.9, drift=Drift((0.0, 2.0), {"model": (0.0, 1.0)}), lines=None,
+    )  # fmt: skip
+    save_tracking_figures(tmp_path, evaluation, epoch=1)
+    assert [path.name for path in tmp_path.glob("plots/*")] == ["drift.png"]
 
 
 def test_figures_that_cannot_be_drawn_are_a_warning(cli: Any, run: Path) -> None:
