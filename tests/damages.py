@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from preloaded import start_command
-from reproduction_cases import DATA, STOCHASTIC
+from reproduction_cases import DATA, WITH_FIGURES
 
 KINDS = ("empty", "half", "bit", "junk", "gone", "folder", "pipe", "link", "other JSON")
 SILENT = ("runs", "plot", "page")
@@ -88,7 +88,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(temporary, "source")
         source.mkdir()
-        begin = ("train", source, "run", DATA, *STOCHASTIC, "--max-epochs", 3, "--keep", "all")
+        begin = ("train", source, "run", DATA, *WITH_FIGURES, "--max-epochs", 3, "--keep", "all")
         assert start_command(*begin).wait(300) == 0
         shutil.copytree(source / "run", source / "other")
         files = sorted(path.relative_to(source) for path in (source / "run").rglob("*") if path.is_file())

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preloaded import Fork, start_command, start_ranks
-from reproduction_cases import DATA, STOCHASTIC, differences, files, results
+from reproduction_cases import DATA, WITH_FIGURES, differences, files, results
 
-OPTIONS = (*(option for option in STOCHASTIC if option != "--skip-figures"), "--max-epochs", 4)
+OPTIONS = (*WITH_FIGURES, "--max-epochs", 4)
 OFTEN = ("--checkpoint-every", "1batches")
 KILLS = 6
 """Of one run, before it is resumed to its end."""
@@ -120,7 +120,7 @@ def main() -> int:
             kind, folder = KINDS[name], Path(temporary, name, "whole")
             folder.mkdir(parents=True)
             if name == "fork":
-                assert start_command("train", folder, "source", DATA, *STOCHASTIC, "--max-epochs", 2).wait(300) == 0
+                assert start_command("train", folder, "source", DATA, *WITH_FIGURES, "--max-epochs", 2).wait(300) == 0
             began = time.monotonic()
             run_to_end(kind, folder)
             wholes[name], durations[name] = folder, time.monotonic() - began

@@ -19,8 +19,8 @@ from dwiml_func.experiment.model_store import MANIFEST
 
 DATA = Path(__file__).parent / "data" / "phantom.hdf5"
 
-STOCHASTIC = (
-    *("--rnn-layer-sizes", "8", "6", "--skip-figures"),
+WITH_FIGURES = (
+    *("--rnn-layer-sizes", "8", "6"),
     *("--dropout", "0.3"),
     *("--nb-previous-dirs", "1"),
     *("--noise-gaussian-size-forward", "0.05"),
@@ -31,6 +31,7 @@ STOCHASTIC = (
     *("--batch-size-validation", "24"),
 )
 """Options of a small run in which everything is random that can be: 4 training and 2 validation batches an epoch."""
+STOCHASTIC = (*WITH_FIGURES, "--skip-figures")
 
 DURATIONS = ("training_time_monitor_duration.npy", "validation_time_monitor_duration.npy")
 

@@ -350,18 +350,16 @@ TRAINED = {
 }
 
 
+def of_run(folder: Path) -> dict[str, Any]:
+    return {"experiments_path": str(folder), "experiment_name": "run", "hdf5_file": "data.hdf5"}
+
+
 @pytest.mark.parametrize("exists", [False, True])
 @pytest.mark.parametrize("use_gpu", [False, True])
 def test_train_makes_one_run_or_checks_that_it_is_the_same(monkeypatch, tmp_path, exists: bool, use_gpu: bool) -> None:
     calls = recorded(monkeypatch, train, **TRAINED)
     monkeypatch.setattr(train.Options, "deadline", lambda _: 5.0)
-    where: dict[str, Any] = {
-        "experiments_path": str(tmp_path),
-        "experiment_name": "run",
-        "hdf5_file": "data.hdf5",
-        "init_from": "m",
-    }
-    options = train.Options(**where, training=TrainingConfig(use_gpu=use_gpu))
+    options = train.Options(**of_run(tmp_path), init_from="m", training=TrainingConfig(use_gpu=use_gpu))
     directory, config = tmp_path / "run", options.to_config("data.hdf5")
     if exists:
         directory.mkdir()
@@ -379,13 +377,7 @@ def test_train_makes_one_run_or_checks_that_it_is_the_same(monkeypatch, tmp_path
 def test_train_makes_or_resumes_several_models(monkeypatch, tmp_path, capsys, exists: bool, sweep) -> None:
     calls = recorded(monkeypatch, train, **TRAINED)
     monkeypatch.setattr(train.Options, "deadline", lambda _: 5.0)
-    where: dict[str, Any] = {
-        "experiments_path": str(tmp_path),
-        "experiment_name": "run",
-        "hdf5_file": "data.hdf5",
-        "sweep": sweep,
-    }
-    options = train.Options(**where, num_models=1 if sweep else 2)
+    options = train.Options(**of_run(tmp_path), sweep=sweep, num_models=1 if sweep else 2)
     directory, config = tmp_path / "run", options.to_config("data.hdf5")
     if exists:
         directory.mkdir()
